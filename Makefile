@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up what they need in .venv, once, and run.
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := .ci/constraints.txt
+MODEL := tests/data/dbrx-nano
+TEXT := tests/data/war-of-the-worlds.txt
+OUT := demo-out
+
+.PHONY: demo test lint types unit bench clean
+
+demo: .venv/installed
+	rm -rf $(OUT)
+	$(BIN)/dbrx-q quantize $(MODEL) $(OUT)/dbrx-nano-int4 --format int4
+	$(BIN)/dbrx-q inspect $(OUT)/dbrx-nano-int4
+	$(BIN)/dbrx-q generate $(OUT)/dbrx-nano-int4 --prompt "The old man looked at" --max-new-tokens 60 --temperature 0.7 --seed 1
+	@echo "bf16:" && $(BIN)/dbrx-q perplexity $(MODEL) --text $(TEXT) --context 512
+	@echo "int4:" && $(BIN)/dbrx-q perplexity $(OUT)/dbrx-nano-int4 --text $(TEXT) --context 512
+
+test: lint types unit
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+unit: .venv/installed-dev
+	$(BIN)/pytest
+
+# A layer of DBRX's own dimensions: 6.7 GB of disk for it, 2 GB for the result.
+bench: .venv/installed
+	rm -rf $(OUT)/layer $(OUT)/layer-int4
+	$(BIN)/dbrx-q bench synthetic $(OUT)/layer
+	$(BIN)/dbrx-q quantize $(OUT)/layer $(OUT)/layer-int4
+	$(BIN)/dbrx-q bench cpu $(OUT)/layer-int4
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv $(OUT) build dist *.egg-info

@@ -1,0 +1,99 @@
+"""`dbrx-q generate`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from . import output
+
+__all__ = ["EXAMPLE", "command"]
+
+EXAMPLE = output.example('dbrx-q generate dbrx-int4 --chat --prompt "What is a mixture of experts?" --max-new-tokens 200')
+
+
+class Dtype(str, Enum):
+    """Dtypes of activations."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat, the user's message.", show_default=False)],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat, the system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> None:
+    """Continue a prompt and stream the text to stdout."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.generate import generate
+    from dbrx_q.hub import resolve_folder
+    from dbrx_q.model import DbrxForCausalLM
+    from dbrx_q.sampling import SamplingParams
+    from dbrx_q.tokenizer import DbrxTokenizer
+
+    if not prompt:
+        raise RequestError("--prompt must hold text; found an empty string")
+    if system is not None and not chat:
+        raise RequestError("--system needs --chat; add it, or put the text into --prompt")
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    folder = resolve_folder(path)
+    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        ids = tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+    else:
+        ids = tokenizer.encode(prompt)
+    model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
+
+    def show(_: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    [result] = generate(
+        model,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        tokenizer=tokenizer,
+        on_text=None if json else show,
+    )
+    # The first token comes out of the prefill; decoding gives the others.
+    decoded = result.decode_steps
+    prefill_speed = result.prompt_tokens / result.prefill_seconds
+    decode_speed = decoded / result.decode_seconds if decoded else 0.0
+    if json:
+        output.print_json(
+            {
+                "text": result.text,
+                "prompt_tokens": result.prompt_tokens,
+                "new_tokens": len(result.token_ids),
+                "finish_reason": result.finish_reason,
+                "prefill_tokens_per_s": prefill_speed,
+                "decode_tokens_per_s": decode_speed,
+                "peak_memory_bytes": output.peak_memory_bytes(),
+            }
+        )
+        return
+    print(flush=True)
+    print(
+        f"{result.prompt_tokens} prompt tokens at {prefill_speed:.1f} tokens/s, {len(result.token_ids)} new tokens at "
+        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {output.size(output.peak_memory_bytes())}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,62 @@
+"""What the subcommands share: JSON on stdout, everything else on stderr, sizes and progress bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["JSON_HELP", "example", "peak_memory_bytes", "print_json", "progress", "size", "stderr"]
+
+JSON_HELP = "Print one JSON object on stdout and nothing else."
+
+
+def example(*lines: str) -> str:
+    """The epilog of a --help: commands that can be run as they stand."""
+    return "Example:\n\n" + "\n\n".join(f"  [bold]{line}[/bold]" for line in lines)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    json.dump(data, sys.stdout, indent=2)
+    print(flush=True)
+
+
+def stderr() -> Console:
+    """A console for messages and progress."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress(what: str, *, unit_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; call what it gives with (done, total)."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [DownloadColumn(), TransferSpeedColumn()] if unit_bytes else [MofNCompleteColumn()]
+    with Progress(TextColumn(what), BarColumn(), *columns, TimeRemainingColumn(), console=stderr(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size(n: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,47 @@
+"""`dbrx-q perplexity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import output
+from .generate import Dtype
+
+__all__ = ["EXAMPLE", "command"]
+
+EXAMPLE = output.example("dbrx-q perplexity dbrx-int4 --text wiki.test.txt --context 2048")
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to predict.", show_default=False)],
+    context: Annotated[int | None, typer.Option(help="Tokens of a window; 2048, or the model's context where that is shorter.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; the context (windows do not overlap) unless given.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; float32 adds no noise of its own.")] = Dtype.float32,
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> None:
+    """Measure perplexity on a text: exp(total negative log-likelihood / predicted tokens)."""
+    from dataclasses import asdict
+
+    from dbrx_q.eval.perplexity import check_windows, perplexity, read_text
+    from dbrx_q.hub import resolve_folder
+    from dbrx_q.model import DbrxForCausalLM
+    from dbrx_q.tokenizer import DbrxTokenizer
+
+    words = read_text(text)
+    folder = resolve_folder(path)
+    ids = DbrxTokenizer.from_pretrained(folder).encode(words)
+    model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
+    context = min(2048, model.config.max_seq_len) if context is None else context
+    check_windows(len(ids), context, stride, model.config)
+    with output.progress("windows") as on_window:
+        result = perplexity(model, ids, context=context, stride=stride, on_window=on_window)
+    if json:
+        output.print_json(asdict(result) | {"text": str(text), "dtype": str(model.dtype).removeprefix("torch.")})
+        return
+    print(
+        f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({result.tokens:,} tokens predicted, {result.protocol}, context {context})"
+    )

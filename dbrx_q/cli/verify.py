@@ -1,0 +1,75 @@
+"""`dbrx-q verify`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import output
+
+__all__ = ["EXAMPLE", "command"]
+
+EXAMPLE = output.example("dbrx-q verify dbrx-int4")
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> int:
+    """Recompute the SHA-256 of every file and compare; exit code 1 where one differs.
+
+    A plain checkpoint has no manifest: its headers are checked against config.json, its shards against the sums that the hub's cache
+    keeps, where it came from there, and every sum is printed.
+    """
+    from dbrx_q.checkpoint import Checkpoint
+    from dbrx_q.hub import resolve_folder
+    from dbrx_q.manifest import Manifest, sha256_of
+
+    folder = resolve_folder(path)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        with Checkpoint(folder) as checkpoint:
+            recorded = {shard.name: _hub_sum(shard) for shard in checkpoint.shards}
+    else:
+        recorded = {name: str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
+    present = [name for name in recorded if (folder / name).is_file()]
+    total = sum((folder / name).stat().st_size for name in present)
+    files: list[dict[str, Any]] = []
+    done = 0
+    with output.progress("verifying", unit_bytes=True) as on_bytes:
+        for name, expected in recorded.items():
+
+            def count(n: int) -> None:
+                nonlocal done
+                done += n
+                on_bytes(done, total)
+
+            found = sha256_of(folder / name, count) if name in present else None
+            state = "missing" if found is None else "unrecorded" if expected is None else "ok" if found == expected else "differs"
+            files.append({"name": name, "state": state, "sha256": found, "expected": expected})
+    bad = [entry for entry in files if entry["state"] in ("missing", "differs")]
+    if json:
+        output.print_json({"path": str(folder), "ok": not bad, "files": files})
+    else:
+        for entry in files:
+            if entry["state"] == "unrecorded":
+                print(f"{entry['sha256']}  {entry['name']}")
+        for entry in bad:
+            where = folder / entry["name"]
+            print(f"{where}: {entry['state']}; expected SHA-256 {entry['expected']}, found {entry['sha256']}", file=sys.stderr)
+        print(
+            f"{len(files) - len(bad)} of {len(files)} files are as recorded"
+            if manifest
+            else f"{len(files)} shards; the folder has no manifest"
+        )
+    return 1 if bad else 0
+
+
+def _hub_sum(shard: Path) -> str | None:
+    """The hub's cache names a large file by its SHA-256 and links to it."""
+    blob = shard.resolve().name
+    return blob if shard.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else None

@@ -1,0 +1,391 @@
+"""The configuration of a DBRX model: every key of its config.json that inference needs, checked on the way in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
+
+_DEFAULT_ROPE_THETA = 10000.0
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class _Section:
+    """What the three configurations share: equality, repr and the dictionary form."""
+
+    _fields: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as the JSON object that config.json holds."""
+        return {name: getattr(self, name) for name in self._fields}
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment] # mutable, like every configuration of this field
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._fields)
+        return f"{type(self).__name__}({inner})"
+
+
+class DbrxAttentionConfig(_Section):
+    """The attention part.
+
+    Args:
+        attn_pdrop: dropout probability of the attention weights in training; inference applies none.
+        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] before they are split; None for no clamp.
+        kv_n_heads: number of key/value heads; divides `n_heads`.
+        rope_theta: base of the rotary embedding; 10000.0 where neither this nor `rope_parameters` gives one.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    _fields = ("attn_pdrop", "clip_qkv", "kv_n_heads", "rope_theta")
+
+    def __init__(
+        self,
+        *,
+        attn_pdrop: float = 0.0,
+        clip_qkv: float | None = None,
+        kv_n_heads: int = 1,
+        rope_theta: float | None = None,
+    ) -> None:
+        self.attn_pdrop = _probability("attn_config.attn_pdrop", attn_pdrop)
+        self.clip_qkv = None if clip_qkv is None else _positive_float("attn_config.clip_qkv", clip_qkv)
+        self.kv_n_heads = _positive_int("attn_config.kv_n_heads", kv_n_heads)
+        self.rope_theta_given = rope_theta is not None
+        self.rope_theta = _DEFAULT_ROPE_THETA if rope_theta is None else _positive_float("attn_config.rope_theta", rope_theta)
+
+
+class DbrxFFNConfig(_Section):
+    """The mixture-of-experts part.
+
+    Args:
+        ffn_act_fn: `{"name": "silu"}`, the only activation that DBRX was trained with; None means the same.
+        ffn_hidden_size: width of one expert.
+        moe_num_experts: experts of a layer.
+        moe_top_k: experts that every token is sent to.
+        moe_jitter_eps: router noise in training; inference applies none.
+        moe_loss_weight: weight of the load-balancing loss in training.
+        moe_normalize_expert_weights: the order p of the norm that the chosen experts' weights are divided by; None for no division.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    _fields = (
+        "ffn_act_fn",
+        "ffn_hidden_size",
+        "moe_num_experts",
+        "moe_top_k",
+        "moe_jitter_eps",
+        "moe_loss_weight",
+        "moe_normalize_expert_weights",
+    )
+
+    def __init__(
+        self,
+        *,
+        ffn_act_fn: Mapping[str, Any] | None = None,
+        ffn_hidden_size: int = 3584,
+        moe_num_experts: int = 4,
+        moe_top_k: int = 1,
+        moe_jitter_eps: float | None = None,
+        moe_loss_weight: float = 0.01,
+        moe_normalize_expert_weights: float | None = 1.0,
+    ) -> None:
+        self.ffn_act_fn = {"name": "silu"} if ffn_act_fn is None else dict(ffn_act_fn)
+        if self.ffn_act_fn != {"name": "silu"}:
+            raise ConfigError(f'ffn_config.ffn_act_fn must be {{"name": "silu"}}, the activation of DBRX; found {self.ffn_act_fn!r}')
+        self.ffn_hidden_size = _positive_int("ffn_config.ffn_hidden_size", ffn_hidden_size)
+        self.moe_num_experts = _positive_int("ffn_config.moe_num_experts", moe_num_experts)
+        self.moe_top_k = _positive_int("ffn_config.moe_top_k", moe_top_k)
+        if self.moe_top_k > self.moe_num_experts:
+            raise ConfigError(
+                f"ffn_config.moe_top_k must not exceed ffn_config.moe_num_experts; found {self.moe_top_k} > {self.moe_num_experts}"
+            )
+        self.moe_jitter_eps = moe_jitter_eps
+        self.moe_loss_weight = moe_loss_weight
+        self.moe_normalize_expert_weights = (
+            None
+            if moe_normalize_expert_weights is None
+            else _positive_float("ffn_config.moe_normalize_expert_weights", moe_normalize_expert_weights)
+        )
+
+
+class DbrxConfig(_Section):
+    """The whole model; names and defaults are those of the transformers documentation.
+
+    `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `max_position_embeddings` are other names of `d_model`,
+    `n_heads`, `n_layers` and `max_seq_len`; giving both with different values is an error.
+
+    Args:
+        d_model: width of the residual stream; a multiple of `n_heads`.
+        n_heads: query heads.
+        n_layers: transformer blocks.
+        max_seq_len: longest context in tokens.
+        vocab_size: rows of the embedding.
+        resid_pdrop: dropout of the residual stream in training; inference applies none.
+        emb_pdrop: dropout of the embeddings in training; inference applies none.
+        attn_config: a `DbrxAttentionConfig` or its dictionary.
+        ffn_config: a `DbrxFFNConfig` or its dictionary.
+        use_cache: whether `forward` returns its KV cache by default.
+        initializer_range: standard deviation of randomly initialised weights.
+        output_router_logits: whether `forward` returns the router's logits by default.
+        router_aux_loss_coef: weight of the load-balancing loss in training.
+        rope_parameters: `{"rope_type": "default", "rope_theta": float}`; must agree with `attn_config.rope_theta` where both are given.
+        pad_token_id, bos_token_id, eos_token_id: special ids; `eos_token_id` may be a list.
+        tie_word_embeddings: must be False; DBRX has a head of its own.
+        torch_dtype: dtype that the weights are published in.
+        quantization_config: what the quantizer wrote, None for a plain checkpoint.
+
+    Raises:
+        ConfigError: a value that no DBRX can have.
+        TypeError: an unknown argument.
+    """
+
+    model_type = "dbrx"
+    _fields = (
+        "d_model",
+        "n_heads",
+        "n_layers",
+        "max_seq_len",
+        "vocab_size",
+        "resid_pdrop",
+        "emb_pdrop",
+        "attn_config",
+        "ffn_config",
+        "use_cache",
+        "initializer_range",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "rope_parameters",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "quantization_config",
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int | None = None,
+        n_heads: int | None = None,
+        n_layers: int | None = None,
+        max_seq_len: int | None = None,
+        vocab_size: int = 32000,
+        resid_pdrop: float = 0.0,
+        emb_pdrop: float = 0.0,
+        attn_config: DbrxAttentionConfig | Mapping[str, Any] | None = None,
+        ffn_config: DbrxFFNConfig | Mapping[str, Any] | None = None,
+        use_cache: bool = True,
+        initializer_range: float = 0.02,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.05,
+        rope_parameters: Mapping[str, Any] | None = None,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        tie_word_embeddings: bool = False,
+        torch_dtype: str | None = None,
+        quantization_config: Mapping[str, Any] | None = None,
+        hidden_size: int | None = None,
+        num_attention_heads: int | None = None,
+        num_hidden_layers: int | None = None,
+        max_position_embeddings: int | None = None,
+    ) -> None:
+        self.d_model = _aliased("d_model", d_model, "hidden_size", hidden_size, 2048)
+        self.n_heads = _aliased("n_heads", n_heads, "num_attention_heads", num_attention_heads, 16)
+        self.n_layers = _aliased("n_layers", n_layers, "num_hidden_layers", num_hidden_layers, 24)
+        self.max_seq_len = _aliased("max_seq_len", max_seq_len, "max_position_embeddings", max_position_embeddings, 2048)
+        self.vocab_size = _positive_int("vocab_size", vocab_size)
+        self.resid_pdrop = _probability("resid_pdrop", resid_pdrop)
+        self.emb_pdrop = _probability("emb_pdrop", emb_pdrop)
+        self.attn_config = _section("attn_config", attn_config, DbrxAttentionConfig)
+        self.ffn_config = _section("ffn_config", ffn_config, DbrxFFNConfig)
+        self.use_cache = bool(use_cache)
+        self.initializer_range = initializer_range
+        self.output_router_logits = bool(output_router_logits)
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.torch_dtype = torch_dtype
+        self.quantization_config = None if quantization_config is None else dict(quantization_config)
+        self.rope_theta = _resolve_rope_theta(self.attn_config, rope_parameters)
+        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.d_model % self.n_heads:
+            raise ConfigError(f"n_heads must divide d_model; found d_model {self.d_model} and n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"d_model / n_heads must be even for rotary embeddings; found {self.d_model} / {self.n_heads} = {self.head_dim}"
+            )
+        if self.n_heads % self.attn_config.kv_n_heads:
+            raise ConfigError(
+                f"attn_config.kv_n_heads must divide n_heads; found kv_n_heads {self.attn_config.kv_n_heads} and n_heads {self.n_heads}"
+            )
+        if self.tie_word_embeddings:
+            raise ConfigError("tie_word_embeddings must be false: DBRX's lm_head has weights of its own; found true")
+        if self.torch_dtype is not None and self.torch_dtype not in _DTYPES:
+            raise ConfigError(f"torch_dtype must be one of {', '.join(_DTYPES)}; found {self.torch_dtype!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden_size(self) -> int:
+        """Another name of `d_model`."""
+        return self.d_model
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Another name of `n_heads`."""
+        return self.n_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Another name of `attn_config.kv_n_heads`."""
+        return self.attn_config.kv_n_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Another name of `n_layers`."""
+        return self.n_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Another name of `max_seq_len`."""
+        return self.max_seq_len
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "config.json") -> DbrxConfig:
+        """Read the object that a config.json holds; keys that inference does not need are ignored, in sub-configs too.
+
+        Args:
+            data: the parsed JSON object.
+            source: what to call it in an error.
+
+        Raises:
+            ConfigError: another model type, or a value that no DBRX can have.
+        """
+        found = data.get("model_type")
+        if found != cls.model_type:
+            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {found!r}. Point to a DBRX checkpoint")
+        known = {k: v for k, v in data.items() if k in cls._fields or k in _ALIASES}
+        if known.get("torch_dtype") is None:
+            known["torch_dtype"] = data.get("dtype")
+        for key, section in (("attn_config", DbrxAttentionConfig), ("ffn_config", DbrxFFNConfig)):
+            value = known.get(key)
+            if isinstance(value, Mapping):
+                known[key] = {k: v for k, v in value.items() if k in section._fields}
+        try:
+            return cls(**known)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> DbrxConfig:
+        """Read config.json of a folder or of a hub repository.
+
+        Raises:
+            CheckpointError: no such folder or repository, or a file that is not JSON.
+            ConfigError: a configuration that no DBRX can have.
+        """
+        from .hub import resolve_file
+        from .jsonfile import read_json_object
+
+        path = resolve_file(path_or_hub_id, "config.json", revision=revision, token=token)
+        return cls.from_dict(read_json_object(path), source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as the JSON object that config.json holds."""
+        data: dict[str, Any] = {"architectures": ["DbrxForCausalLM"], "model_type": self.model_type}
+        data |= super().to_dict()
+        data["attn_config"] = self.attn_config.to_dict() | {"rope_theta": self.rope_theta}
+        data["ffn_config"] = self.ffn_config.to_dict()
+        if self.quantization_config is None:
+            del data["quantization_config"]
+        return data
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json into `folder`, which is made where it is missing."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+_ALIASES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+
+
+def _aliased(name: str, value: int | None, alias: str, other: int | None, default: int) -> int:
+    if value is not None and other is not None and value != other:
+        raise ConfigError(f"{alias} is another name of {name} and must equal it; found {other} and {value}")
+    chosen = value if value is not None else other
+    return default if chosen is None else _positive_int(name, chosen)
+
+
+def _section(name: str, value: Any, cls: Any) -> Any:
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, Mapping):
+        return cls(**value)
+    raise ConfigError(f"{name} must be an object; found {value!r}")
+
+
+def _resolve_rope_theta(attn: DbrxAttentionConfig, rope_parameters: Mapping[str, Any] | None) -> float:
+    if rope_parameters is None:
+        return attn.rope_theta
+    if not isinstance(rope_parameters, Mapping):
+        raise ConfigError(f"rope_parameters must be an object; found {rope_parameters!r}")
+    kind = rope_parameters.get("rope_type", "default")
+    if kind != "default":
+        raise ConfigError(f"rope_parameters.rope_type must be 'default', the only rotary embedding of DBRX; found {kind!r}")
+    if rope_parameters.get("rope_theta") is None:
+        return attn.rope_theta
+    theta = _positive_float("rope_parameters.rope_theta", rope_parameters["rope_theta"])
+    if attn.rope_theta_given and attn.rope_theta != theta:
+        raise ConfigError(
+            f"attn_config.rope_theta and rope_parameters.rope_theta must agree; found {attn.rope_theta} and {theta}. "
+            "DBRX was trained with 500000; transformers 5 writes 10000 into rope_parameters by mistake: remove the wrong one"
+        )
+    attn.rope_theta = theta
+    attn.rope_theta_given = True
+    return theta
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1; found {value!r}")
+    return value
+
+
+def _positive_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0; found {value!r}")
+    return float(value)
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be a probability between 0 and 1; found {value!r}")
+    return float(value)

@@ -1,0 +1,244 @@
+"""Generation: prefill, one token after another, and text as it grows.
+
+Dimension letters: `B` sequences, `V` vocabulary, `D` d_model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import RequestError
+from .kv_cache import KVCache
+from .model import DbrxForCausalLM
+from .sampling import SamplingParams, sample
+from .tokenizer import DbrxTokenizer
+
+__all__ = ["Generation", "decode_one_token", "generate", "generate_text", "prefill", "stream_text"]
+
+# Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory.
+_PREFILL_TOKENS = 512
+
+
+@dataclass
+class Generation:
+    """What was generated for one prompt.
+
+    token_ids: the new tokens, without the end token. text: their text, up to a stop string; empty without a tokenizer.
+    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context" (the model's context is full).
+    decode_steps: tokens that were computed one at a time, an end token included. prefill_seconds, decode_seconds: of the whole batch,
+    up to the first token and after it.
+    """
+
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    decode_steps: int = -1
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+def generate(
+    model: DbrxForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: SamplingParams | None = None,
+    eos_token_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: DbrxTokenizer | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Continue every prompt; prompts may differ in length, and each result is what the prompt alone would give.
+
+    Args:
+        model: a loaded model.
+        prompts: token ids of each prompt.
+        max_new_tokens: most tokens to generate for each.
+        sampling: None is greedy.
+        eos_token_ids: tokens that end a sequence; None takes all of the checkpoint's generation_config.json.
+        stop: strings that end a sequence; they are not part of the text. Needs `tokenizer`.
+        tokenizer: turns tokens into text; without it only ids come back.
+        on_text: called with (index of the prompt, new text) as soon as text is certain. Needs `tokenizer`.
+
+    Raises:
+        RequestError: an empty prompt, ids out of range, a prompt longer than the context, or an argument out of range.
+    """
+    results: list[Generation] = []
+    for i, text in _steps(model, prompts, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, results):
+        if text and on_text is not None:
+            on_text(i, text)
+    return results
+
+
+def prefill(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
+    """Run the prompts into an empty cache, in chunks; float32 logits [B, V] of what follows each."""
+    B = len(prompts)
+    step = max(1, _PREFILL_TOKENS // max(B, 1))
+    last = torch.empty(B, model.config.d_model, dtype=model.dtype, device=model.device)
+    for first in range(0, max(map(len, prompts), default=0), step):
+        chunks = [list(prompt[first : first + step]) for prompt in prompts]
+        width = max(map(len, chunks))
+        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks])
+        mask = torch.tensor([[1] * len(chunk) + [0] * (width - len(chunk)) for chunk in chunks])
+        hidden = model.transformer(ids, mask, cache, True, False).last_hidden_state  # [B, width, D]
+        for row, chunk in enumerate(chunks):
+            if chunk:
+                last[row] = hidden[row, len(chunk) - 1]
+    return model.lm_head(last).float()
+
+
+def decode_one_token(model: DbrxForCausalLM, tokens: Sequence[int], cache: KVCache) -> torch.Tensor:
+    """Append one token to every sequence of the cache; float32 logits [B, V] of what follows."""
+    ids = torch.tensor(tokens, device=model.device)[:, None]
+    return model(ids, None, cache, True, False).logits[:, -1]
+
+
+def generate_text(
+    model: DbrxForCausalLM,
+    tokenizer: DbrxTokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    sampling: SamplingParams | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Continue every text; errors as for `generate`."""
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    return [g.text for g in generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer)]
+
+
+def stream_text(
+    model: DbrxForCausalLM,
+    tokenizer: DbrxTokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    sampling: SamplingParams | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Continue one text, piece by piece; leaving the loop ends the generation. Errors as for `generate`."""
+    ids = [tokenizer.encode(prompt)]
+    for _, text in _steps(model, ids, max_new_tokens, sampling, None, stop, tokenizer, []):
+        if text:
+            yield text
+
+
+def _steps(
+    model: DbrxForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingParams | None,
+    eos_token_ids: Sequence[int] | None,
+    stop: Sequence[str],
+    tokenizer: DbrxTokenizer | None,
+    results: list[Generation],
+) -> Iterator[tuple[int, str]]:
+    """(index of the prompt, new text) for every token of every sequence; `results` is filled on the way."""
+    _check_request(model, prompts, max_new_tokens, stop, tokenizer)
+    sampling = sampling or SamplingParams()
+    ends = set(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    results += [Generation(len(prompt)) for prompt in prompts]
+    texts = [_GrowingText(tokenizer, stop) for _ in prompts]
+    generators = sampling.generators(len(prompts))
+    started = time.perf_counter()
+    longest = max(map(len, prompts), default=0)
+    cache = KVCache(
+        model.config, len(prompts), min(longest + max_new_tokens, model.config.max_seq_len), dtype=model.dtype, device=model.device
+    )
+    logits = prefill(model, prompts, cache)  # [B, V]
+    prefilled = time.perf_counter()
+    alive = list(range(len(prompts)))
+    while alive:
+        going = []
+        for row, i in enumerate(alive):
+            result = results[i]
+            token = sample(logits[row], sampling, [*prompts[i], *result.token_ids], generators[i])
+            result.decode_steps += 1
+            new = ""
+            if token in ends:
+                result.finish_reason = "eos"
+            else:
+                result.token_ids.append(token)
+                new = texts[i].push(token)
+                full = len(prompts[i]) + len(result.token_ids) >= model.config.max_seq_len
+                done = len(result.token_ids) >= max_new_tokens
+                result.finish_reason = "stop" if texts[i].stopped else "length" if done else "context" if full else ""
+            if result.finish_reason:
+                new += texts[i].flush()
+                result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
+            else:
+                going.append(row)
+            result.text += new
+            yield i, new
+        if going and len(going) < len(alive):
+            cache.keep(going)
+        alive = [alive[row] for row in going]
+        if alive:
+            logits = decode_one_token(model, [results[i].token_ids[-1] for i in alive], cache)
+
+
+class _GrowingText:
+    """Text of one sequence: never half a character, and nothing that may yet turn out to be part of a stop string."""
+
+    def __init__(self, tokenizer: DbrxTokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with `token`."""
+        return "" if self._decoder is None else self._release(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """What is left when no token follows."""
+        if self._decoder is None or self.stopped:
+            return ""
+        certain = self._release(self._decoder.flush())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        return certain + rest
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _check_request(
+    model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], tokenizer: DbrxTokenizer | None
+) -> None:
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
+    if stop and tokenizer is None:
+        raise RequestError("stop strings need a tokenizer; give one or leave them out")
+    if "" in stop:
+        raise RequestError("a stop string must not be empty; leave it out")
+    limit = model.config.max_seq_len
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise RequestError(f"a prompt must hold at least one token; prompt {i} is empty")
+        if len(prompt) >= limit:
+            raise RequestError(
+                f"a prompt must leave room in the model's context of {limit} tokens; prompt {i} has {len(prompt)}. Shorten it"
+            )
+        bad = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        if bad:
+            raise RequestError(
+                f"token ids must be from 0 to {model.config.vocab_size - 1}; prompt {i} holds {bad[0]}. Is the tokenizer this model's?"
+            )

@@ -1,0 +1,71 @@
+"""From a checkpoint to a model in memory, tensor by tensor, packed weights straight into their final place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .experts import ResidentExpertStore
+from .host_memory import empty_host
+from .jsonfile import read_json_object
+from .kernels.int4 import Int4Weight
+from .kernels.int8 import Int8Weight
+from .layout import DenseTensor, TensorFormat, pack_parts, parts_of
+from .model import DbrxForCausalLM, PackedWeight
+
+__all__ = ["load_model"]
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> DbrxForCausalLM:
+    """The model in `folder` on the CPU; errors as for `DbrxForCausalLM.from_pretrained`."""
+    with Checkpoint(folder) as checkpoint:
+        config = checkpoint.config
+        chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
+        with torch.device("meta"):
+            model = DbrxForCausalLM(config)
+        for tensor in checkpoint.tensors.values():
+            fmt = checkpoint.formats.get(tensor.name)
+            holder = _dense(checkpoint, tensor, chosen) if fmt is None else PackedWeight(_packed(checkpoint, tensor, fmt))
+            _put(model, tensor.name, holder)
+    layers = [block.ffn.experts.mlp.weights() for block in model.transformer.layers()]
+    model.transformer.expert_store = ResidentExpertStore(layers)
+    model.eos_token_ids = _eos_ids(folder) or model.eos_token_ids
+    return model
+
+
+def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype) -> nn.Parameter:
+    stored = checkpoint.infos[tensor.name].dtype
+    values = checkpoint.read(tensor.name, empty_host(tensor.shape, stored))
+    return nn.Parameter(values.to(dtype), requires_grad=False)
+
+
+def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat) -> Int4Weight | Int8Weight:
+    """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance."""
+    stacks: dict[str, torch.Tensor] = {}
+    for part in parts_of(tensor, fmt):
+        prefix, last = part.name.rsplit(".", 1)
+        if last not in stacks:
+            stacks[last] = empty_host((tensor.experts or 1, *part.shape), part.dtype)
+        expert = int(prefix.rsplit(".", 1)[1]) if tensor.experts else 0
+        checkpoint.read(part.name, stacks[last][expert])
+    if not tensor.experts:
+        stacks = {last: stack[0] for last, stack in stacks.items()}
+    return pack_parts(stacks, fmt)
+
+
+def _put(model: nn.Module, name: str, holder: nn.Parameter | PackedWeight) -> None:
+    path, leaf = name.rsplit(".", 1)
+    module = model.get_submodule(path)
+    delattr(module, leaf)
+    setattr(module, leaf, holder)
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return ()
+    value = read_json_object(path).get("eos_token_id")
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)

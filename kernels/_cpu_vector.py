@@ -1,0 +1,169 @@
+"""Short-vector building blocks for the CPU kernels, written as portable LLVM IR.
+
+Nothing here names an instruction set: LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or
+NEON. The one shape that matters is the 16-bit dot product of `dot_i16`, which becomes `vpdpwssd` with VNNI and `vpmaddwd` without.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils
+
+__all__ = [
+    "F16",
+    "F32",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "V16F",
+    "V16I",
+    "add_into",
+    "broadcast",
+    "constant",
+    "dot_i16",
+    "half_to_float",
+    "has_bfloat16",
+    "load",
+    "lookup",
+    "new_accumulator",
+    "prefetch",
+    "reduce_add",
+    "store",
+    "store_rounded",
+    "vector",
+]
+
+Value = Any  # llvmlite's values carry no static types
+Builder = Any
+
+F32 = ir.FloatType()
+F16 = ir.HalfType()
+I8 = ir.IntType(8)
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+V16F = ir.VectorType(F32, 16)
+V16I = ir.VectorType(I32, 16)
+
+# Reassociation within a row is what lets sums run 16 wide; NaN and infinity keep their meaning.
+_FAST = ("contract", "reassoc")
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this chip multiplies and converts bfloat16 in hardware."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512bf16") or features.get("bf16"))
+
+
+def vector(element: Any, lanes: int) -> Any:
+    """The type of `lanes` elements side by side."""
+    return ir.VectorType(element, lanes)
+
+
+def constant(kind: Any, values: list[int] | list[float]) -> Value:
+    """A vector constant."""
+    return ir.Constant(kind, [ir.Constant(kind.element, v) for v in values])
+
+
+def load(b: Builder, address: Value, kind: Any) -> Value:
+    """Load a vector from an unaligned address."""
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def store(b: Builder, value: Value, address: Value) -> None:
+    """Store a vector or scalar to an unaligned address."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def broadcast(b: Builder, value: Value, lanes: list[int]) -> Value:
+    """Lane `i` of the result is lane `lanes[i]` of `value`; a scalar counts as a vector of one."""
+    if not isinstance(value.type, ir.VectorType):
+        value = b.insert_element(ir.Constant(ir.VectorType(value.type, 1), ir.Undefined), value, I32(0))
+    return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def new_accumulator(b: Builder) -> Value:
+    """A vector of 16 float32 zeros that a loop can add into."""
+    slot = cgutils.alloca_once(b, V16F)
+    b.store(ir.Constant(V16F, None), slot)
+    return slot
+
+
+def add_into(b: Builder, slot: Value, x: Value, y: Value) -> None:
+    """slot += x * y, fused where the chip can."""
+    b.store(b.fadd(b.fmul(x, y, flags=_FAST), b.load(slot), flags=_FAST), slot)
+
+
+def reduce_add(b: Builder, value: Value) -> Value:
+    """The sum of the lanes of a float32 vector."""
+    name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+    reduce = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32, value.type]), name)
+    return b.call(reduce, [ir.Constant(F32, 0.0), value], fastmath=_FAST)
+
+
+def prefetch(b: Builder, address: Value) -> None:
+    """Ask for the cache line at `address`; never faults."""
+    pointer = I8.as_pointer()
+    hint = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]), "llvm.prefetch.p0")
+    read, keep, data = I32(0), I32(3), I32(1)
+    b.call(hint, [b.inttoptr(address, pointer), read, keep, data])
+
+
+def dot_i16(b: Builder, total: Value, x: Value, y: Value) -> Value:
+    """total + sums of neighbouring products: <16 x i32> + pairs of <32 x i16> * <32 x i16>, exact."""
+    wide = ir.VectorType(I32, 32)
+    product = b.mul(b.sext(x, wide), b.sext(y, wide), flags=("nsw",))
+    even = broadcast(b, product, list(range(0, 32, 2)))
+    odd = broadcast(b, product, list(range(1, 32, 2)))
+    return b.add(b.add(even, odd), total)
+
+
+def half_to_float(b: Builder, value: Value) -> Value:
+    """float16 bits in a vector of i16 as float32."""
+    lanes = value.type.count
+    return b.fpext(b.bitcast(value, ir.VectorType(F16, lanes)), ir.VectorType(F32, lanes))
+
+
+def lookup(b: Builder, table: Value, first: Value, count: int) -> Value:
+    """`count` neighbouring float32 from an address: a scalar for 1, else a vector."""
+    address = b.add(table, b.mul(first, I64(4)))
+    if count == 1:
+        return b.load(b.inttoptr(address, F32.as_pointer()), align=4)
+    return load(b, address, ir.VectorType(F32, count))
+
+
+def store_rounded(b: Builder, value: Value, address: Value, *, bfloat16: bool) -> None:
+    """Store float32 lanes as they are, or rounded to the nearest bfloat16 (ties to even)."""
+    if not bfloat16:
+        store(b, value, address)
+        return
+    lanes = value.type.count
+    if has_bfloat16():
+        store(b, b.fptrunc(value, ir.VectorType(_BFloat(), lanes)), address)
+        return
+    wide = ir.VectorType(I32, lanes)
+    bits = b.bitcast(value, wide)
+    last_kept = b.and_(b.lshr(bits, constant(wide, [16] * lanes)), constant(wide, [1] * lanes))
+    rounded = b.add(b.add(bits, constant(wide, [0x7FFF] * lanes)), last_kept)
+    store(b, b.trunc(b.lshr(rounded, constant(wide, [16] * lanes)), ir.VectorType(I16, lanes)), address)

@@ -1,0 +1,31 @@
+"""Which implementation of an op runs: decided once from the device, never by trying."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+from .errors import DbrxError
+
+__all__ = ["Backend", "pick"]
+
+
+class Backend(Enum):
+    """The implementations of every op."""
+
+    REFERENCE = "reference"
+    """float32 torch code, short and slow: what the others are held against. Runs on any device."""
+    CPU = "cpu"
+    """Compiled for this machine's vector units."""
+
+
+def pick(device: torch.device) -> Backend:
+    """The backend for tensors on `device`.
+
+    Raises:
+        DbrxError: a device that no backend serves.
+    """
+    if device.type == "cpu":
+        return Backend.CPU
+    raise DbrxError(f"the kernels of this version run on the device 'cpu'; found {str(device)!r}")

@@ -1,0 +1,196 @@
+"""The `cpu` backend: which of two regimes serves an op, and how.
+
+Few tokens: dot products straight on the packed codes, at the speed of memory (`_cpu_int4.py`, `_cpu_int8.py`). Many tokens: tiles of
+the weight are decoded into a small buffer that stays in cache and go through torch's matmul (AMX or AVX-512 where the chip has them).
+A packed weight is never decoded whole.
+
+Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
+`N` output features, `K` input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import _cpu_int4, _cpu_int8, int4, int8
+from ._cpu_activations import Activations, quantize_activations
+from ._cpu_vector import has_bfloat16
+from .int4 import Int4Weight
+from .int8 import Int8Weight
+from .moe import ExpertWeights
+
+__all__ = ["CpuChoice", "choose", "linear", "moe_experts"]
+
+Packed = Int4Weight | Int8Weight
+
+_BLOCK = 128  # the compiled kernels want a multiple of it along the reduction axis
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """How an op runs. matvec: dot products on packed codes; else tiles of `tile_rows` rows decoded to `tile_dtype` for a matmul."""
+
+    matvec: bool
+    tile_rows: int
+    tile_dtype: torch.dtype
+
+
+def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool) -> CpuChoice:
+    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions."""
+    return CpuChoice(
+        matvec=tokens <= _MATVEC_TOKENS and K % _BLOCK == 0,
+        tile_rows=_TILE_ROWS,
+        tile_dtype=torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32,
+    )
+
+
+# Waking a second thread costs 5 to 10 us in which one core reads 100 KB; where other programs hold the cores it costs a scheduler's
+# time slice, so small models stay on one.
+_THREAD_BYTES = 1 << 19
+_MATVEC_TOKENS = 10
+_TILE_ROWS = 512
+
+
+def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+    """y [T, N] = x [T, K] @ weight [N, K].T; float32 from the matvec regime, the tile's dtype from the other."""
+    choice = _choice(x.shape[0], x)
+    if choice.matvec:
+        return _matvec(_quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
+    return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
+
+
+def moe_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights) -> torch.Tensor:
+    """float32 y [T, D]; see `dbrx_q.kernels.moe.moe_experts`."""
+    A = experts.shape[1]
+    by_expert = experts.flatten().argsort(stable=True)  # [P], pairs in the order of their experts
+    tokens, scale = by_expert // A, weights.flatten()[by_expert].float()  # [P]
+    counts = experts.flatten().bincount().tolist()
+    few: list[tuple[int, int, int]] = []
+    y = torch.zeros(x.shape, dtype=torch.float32)
+    first = 0
+    for e, count in enumerate(counts):
+        if count and _matvec_serves(layer, count, x):
+            few.append((e, first, first + count))
+        elif count:
+            chosen = tokens[first : first + count]
+            h = F.silu(_dense_or_tiled(x[chosen], layer.w1, e)) * _dense_or_tiled(x[chosen], layer.v1, e)  # [tokens of e, F]
+            y.index_add_(0, chosen, _dense_or_tiled(h, layer.w2, e).float() * scale[first : first + count, None])
+        first += count
+    if few:
+        _add_few(y, x, tokens, scale, few, layer)
+    return y
+
+
+def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
+    if any(isinstance(w, torch.Tensor) for w in (layer.w1, layer.v1, layer.w2)):
+        return False
+    return all(_choice(count, x, K).matvec for K in (layer.w1.shape[-1], layer.w2.shape[-1]))
+
+
+def _add_few(
+    y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, scale: torch.Tensor, few: list[tuple[int, int, int]], layer: ExpertWeights
+) -> None:
+    """Add to y [T, D] the share of experts with few tokens; `few` holds (expert, first pair, end of pairs)."""
+    assert not isinstance(layer.w1, torch.Tensor) and not isinstance(layer.v1, torch.Tensor) and not isinstance(layer.w2, torch.Tensor)
+    pairs = torch.cat([torch.arange(first, end) for _, first, end in few])
+    chosen = np.array([e for e, _, _ in few])
+    offsets = np.cumsum([0] + [end - first for _, first, end in few])
+    tokens, scale = tokens[pairs], scale[pairs]
+    gate_x = _take(_quantized(x, layer.w1), tokens)
+    same = type(layer.w1) is type(layer.v1) and layer.w1.group_size == layer.v1.group_size
+    up_x = gate_x if same else _take(_quantized(x, layer.v1), tokens)
+    h = F.silu(_matvec(gate_x, layer.w1, chosen, offsets)) * _matvec(up_x, layer.v1, chosen, offsets)  # [P, F]
+    down = _matvec(_quantized(h, layer.w2), layer.w2, chosen, offsets)  # [P, D]
+    y.index_add_(0, tokens, down * scale[:, None])
+
+
+def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | Packed, e: int) -> torch.Tensor:
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight[e])
+    return linear(x, weight[e])
+
+
+def _choice(tokens: int, x: torch.Tensor, K: int | None = None) -> CpuChoice:
+    return choose(tokens, x.shape[-1] if K is None else K, x.dtype, bfloat16_matmul=has_bfloat16())
+
+
+def _quantized(x: torch.Tensor, weight: Packed) -> Activations:
+    _use_threads(x.numel() * 4)
+    return quantize_activations(x, sums_of=weight.group_size if isinstance(weight, Int4Weight) else 0)
+
+
+def _take(x: Activations, rows: torch.Tensor) -> Activations:
+    return Activations(x.codes[rows], x.scales[rows], x.sums[rows])
+
+
+def _matvec(x: Activations, weight: Packed, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` go through weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
+    N, groups = weight.shape[-2], weight.scales.shape[-1]
+    out = torch.empty(x.codes.shape[0], N)
+    _use_threads(len(experts) * N * groups * weight.group_size)
+    tensors = [weight.qweight.contiguous(), weight.scales.contiguous()]
+    if isinstance(weight, Int4Weight):
+        tensors.append(weight.zeros.contiguous())
+        addresses = [t.data_ptr() for t in (*tensors, x.codes, x.scales, x.sums)]
+        w, s, z, codes, scales, sums = addresses
+        _cpu_int4.matvec(w, s, z, experts, offsets, codes, scales, sums, N, groups, x.sums.shape[1], out.data_ptr(), weight.group_size)
+    else:
+        w, s, codes, scales = (t.data_ptr() for t in (*tensors, x.codes, x.scales))
+        _cpu_int8.matvec(w, s, experts, offsets, codes, scales, N, groups, out.data_ptr(), weight.group_size)
+    return out
+
+
+def _tiled(x: torch.Tensor, weight: Packed, choice: CpuChoice) -> torch.Tensor:
+    """[T, N] in the dtype of `x` [T, K], which is in the tile's order."""
+    N, K = weight.shape
+    out = torch.empty(x.shape[0], N, dtype=x.dtype)
+    buffer = torch.empty(min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
+    for first in range(0, N, choice.tile_rows):
+        tile = buffer[: min(choice.tile_rows, N - first)]
+        _decode(weight, first, tile)
+        out[:, first : first + len(tile)] = x @ tile.T
+    return out
+
+
+def _tile_order(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+    """`x` [T, K] with its columns in the order in which `_decode` writes them."""
+    if isinstance(weight, Int4Weight) and x.shape[-1] % _BLOCK == 0:
+        return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
+    return x
+
+
+def _decode(weight: Packed, first: int, tile: torch.Tensor) -> None:
+    """Decode rows from `first` on into `tile` [rows, K], bfloat16 or float32."""
+    rows, K = tile.shape
+    _use_threads(rows * K)
+    narrow = int(tile.dtype == torch.bfloat16)
+    codes, scales = weight.qweight[first : first + rows], weight.scales[first : first + rows]
+    if isinstance(weight, Int4Weight):
+        zeros = weight.zeros[first : first + rows]
+        if K % _BLOCK:
+            tile.copy_(int4.dequantize(Int4Weight(codes, scales, zeros, weight.group_size)))
+        else:
+            w, s, z, to = (t.data_ptr() for t in (codes, scales, zeros, tile))
+            _cpu_int4.decode_rows(w, s, z, rows, scales.shape[-1], to, weight.group_size, narrow)
+    elif K % _BLOCK:
+        tile.copy_(int8.dequantize(Int8Weight(codes, scales, weight.group_size)))
+    else:
+        w, s, to = (t.data_ptr() for t in (codes, scales, tile))
+        _cpu_int8.decode_rows(w, s, rows, scales.shape[-1], to, weight.group_size, narrow)
+
+
+@cache
+def _most_threads() -> int:
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def _use_threads(nbytes: int) -> None:
+    """One thread for each share of the bytes to be read that pays for waking it, at most torch.get_num_threads()."""
+    wanted = 1 + nbytes // _THREAD_BYTES
+    numba.set_num_threads(min(wanted, torch.get_num_threads(), _most_threads()))

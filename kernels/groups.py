@@ -1,0 +1,40 @@
+"""What the grouped formats share: groups along the last axis and the checks on what goes in."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import FormatError
+
+__all__ = ["check_group_size", "check_scales", "check_weight", "grouped"]
+
+
+def grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[..., K] as [..., K/G, G], a view."""
+    return x.unflatten(-1, (-1, group_size))
+
+
+def check_group_size(n: int, group_size: int, offered: tuple[int, ...]) -> None:
+    """Refuse a group size that the format does not have or that does not divide `n`, the length of the reduction axis."""
+    if group_size not in offered:
+        raise FormatError(f"the group size must be one of {', '.join(map(str, offered))}; found {group_size}")
+    if n % group_size:
+        raise FormatError(f"the group size must divide the reduction axis; found group size {group_size} and {n} elements")
+
+
+def check_weight(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in float32; refused where a value is NaN or infinite."""
+    wide = weight.float()
+    if not torch.isfinite(wide).all():
+        bad = wide[~torch.isfinite(wide)][0].item()
+        raise FormatError(f"weights must be finite; found {bad}. The checkpoint is damaged: fetch it again")
+    return wide
+
+
+def check_scales(scales: torch.Tensor) -> torch.Tensor:
+    """float16 `scales` in float32, 1 in place of 0 so that they can divide; refused where a group's range is too wide for float16."""
+    steps = scales.float()
+    if torch.isinf(steps).any():
+        raise FormatError("a group's scale must stay below 65504, float16's largest value; found a wider range. Is this a DBRX checkpoint?")
+    # Zero: a group of zeros, or of values too small for a float16 scale.
+    return torch.where(steps == 0, 1.0, steps)

@@ -1,0 +1,55 @@
+"""`linear`: y = x @ weight.T for a weight in any format.
+
+Dimension letters: `T` tokens (any leading axes), `K` input features, `N` output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from . import int4, int8
+from .backend import Backend, pick
+from .int4 import Int4Weight
+from .int8 import Int8Weight
+
+__all__ = ["Weight", "dequantize", "linear", "linear_reference"]
+
+Weight = torch.Tensor | Int4Weight | Int8Weight
+"""A weight [..., N, K]: a plain tensor or a packed format."""
+
+
+def linear(x: torch.Tensor, weight: Weight, *, backend: Backend | None = None) -> torch.Tensor:
+    """y [T, N] = x [T, K] @ weight [N, K].T, accumulated in float32 and returned in the dtype of `x`.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16.
+        weight: a plain tensor of the same dtype, or a packed weight.
+        backend: None picks by the device of `x`.
+    """
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight)
+    flat = x.reshape(-1, x.shape[-1])  # [T, K]
+    return _implementations()[backend or pick(x.device)](flat, weight).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
+
+
+def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """float32 y [T, N] = x [T, K] @ weight [N, K].T, the weight decoded whole."""
+    return x.float() @ dequantize(weight).T
+
+
+def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Any weight [..., N, K] as a plain tensor."""
+    if isinstance(weight, Int4Weight):
+        return int4.dequantize(weight, dtype)
+    if isinstance(weight, Int8Weight):
+        return int8.dequantize(weight, dtype)
+    return weight.to(dtype)
+
+
+def _implementations() -> dict[Backend, Callable[[torch.Tensor, Int4Weight | Int8Weight], torch.Tensor]]:
+    from . import cpu
+
+    return {Backend.REFERENCE: linear_reference, Backend.CPU: cpu.linear}

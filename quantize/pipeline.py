@@ -1,0 +1,261 @@
+"""From a plain checkpoint to a quantized one, tensor by tensor: the memory it takes does not depend on the size of the model.
+
+What is written lies in `DST.partial` until it is complete, and gets its final name in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
+from dbrx_q.errors import CheckpointError, FormatError, RequestError
+from dbrx_q.kernels.int4 import Int4Weight
+from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.layout import DenseTensor, Part, TensorFormat, oriented, parts_of
+from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
+from dbrx_q.safetensors_file import SafetensorsWriter
+
+from .rtn import rtn
+
+__all__ = ["QuantizeReport", "quantize_checkpoint"]
+
+_SHARD_BYTES = 4 << 30
+_STEP_BYTES = 64 << 20  # of float32 weights that are worked on together
+_RESERVE_BYTES = 16 << 20  # config, tokenizer, index and manifest
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was read and written. bytes_in, bytes_out: of tensors, without headers."""
+
+    bytes_in: int
+    bytes_out: int
+    parameters: int
+    shards: int
+    relative_error: dict[str, float]
+    """Root of the summed squared errors over the summed squares, by packed tensor (by expert: name.index)."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Stored tensors that come from one matrix. expert: -1 where the tensor is not a stack. fmt: None keeps it as it is."""
+
+    tensor: DenseTensor
+    expert: int
+    fmt: TensorFormat | None
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts)
+
+
+def quantize_checkpoint(
+    source: Path,
+    destination: Path,
+    recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]],
+    *,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+    shard_bytes: int = _SHARD_BYTES,
+) -> QuantizeReport:
+    """Quantize the plain checkpoint in `source` by rounding to nearest.
+
+    Args:
+        source: a folder with a plain checkpoint; read lazily.
+        destination: a folder that does not exist or is empty.
+        recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied.
+        on_bytes: called with (bytes of weights read so far, in all).
+        shard_bytes: a shard is closed before it grows past this, unless one expert alone is larger.
+
+    Raises:
+        CheckpointError: the source is damaged, or already quantized.
+        FormatError: a tensor that its format cannot hold.
+        RequestError: a destination that is not empty, cannot be written, or has too little room.
+    """
+    _check_destination(source, destination)
+    with Checkpoint(source) as checkpoint:
+        if checkpoint.formats:
+            raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
+        formats = dict(recipe(checkpoint))
+        shards = _shards(_jobs(checkpoint, formats), shard_bytes)
+        partial = destination.with_name(destination.name + ".partial")
+        try:
+            _make_partial(partial, sum(job.nbytes for shard in shards for job in shard))
+            report = _write(checkpoint, formats, shards, partial, on_bytes)
+            _move_into_place(partial, destination)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = error.strerror or str(error)
+            raise RequestError(f"{destination}: the destination must be writable; {reason}. Nothing was left behind") from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return report
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    if destination.exists() and not destination.is_dir():
+        raise RequestError(f"{destination}: the destination must be a folder; found a file. Give another name")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise RequestError(f"{destination}: the destination must be empty or not exist; it holds files. Give another name or remove it")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise RequestError(f"{destination}: the destination must lie outside the source {source}. Give another name")
+
+
+def _make_partial(partial: Path, needed: int) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < needed + _RESERVE_BYTES:
+        raise RequestError(
+            f"{partial.parent}: the result takes {needed:,} bytes and the disk has {free:,} free. Make room or choose another"
+        )
+
+
+def _jobs(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> Iterator[list[_Job]]:
+    """Jobs in the order of the file; one list is never split between shards, so that one expert is one range of one file."""
+    experts: list[_Job] = []
+    for tensor in checkpoint.tensors.values():
+        fmt = formats.get(tensor.name)
+        if fmt is None:
+            kept = Part(tensor.name, checkpoint.infos[tensor.name].dtype, tensor.shape)
+            yield [_Job(tensor, -1, None, (kept,))]
+        elif not tensor.experts:
+            yield [_Job(tensor, -1, fmt, tuple(parts_of(tensor, fmt)))]
+        else:
+            parts = tuple(parts_of(tensor, fmt))
+            each = len(parts) // tensor.experts
+            experts += [_Job(tensor, e, fmt, parts[e * each : (e + 1) * each]) for e in range(tensor.experts)]
+            if tensor.name.endswith(".w2"):
+                for e in range(tensor.experts):
+                    yield [job for job in experts if job.expert == e]
+                experts = []
+
+
+def _shards(jobs: Iterator[list[_Job]], limit: int) -> list[list[_Job]]:
+    shards: list[list[_Job]] = [[]]
+    size = 0
+    for together in jobs:
+        more = sum(job.nbytes for job in together)
+        if shards[-1] and size + more > limit:
+            shards.append([])
+            size = 0
+        shards[-1] += together
+        size += more
+    return shards
+
+
+def _write(
+    checkpoint: Checkpoint,
+    formats: Mapping[str, TensorFormat],
+    shards: list[list[_Job]],
+    partial: Path,
+    on_bytes: Callable[[int, int], None],
+) -> QuantizeReport:
+    total = sum(info.nbytes for info in checkpoint.infos.values())
+    done = 0
+    manifest = Manifest()
+    weight_map: dict[str, str] = {}
+    for number, jobs in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        writer = SafetensorsWriter(partial / name, [(part.name, part.dtype, part.shape) for job in jobs for part in job.parts])
+        try:
+            for job in jobs:
+                statistics, tensors = _run(checkpoint, job)
+                manifest.tensors[job.tensor.name + (f".{job.expert}" if job.expert >= 0 else "")] = statistics
+                for part, tensor in zip(job.parts, tensors, strict=True):
+                    writer.write(part.name, tensor)
+                    weight_map[part.name] = name
+                done += checkpoint.infos[job.tensor.name].nbytes // (job.tensor.experts if job.expert >= 0 else 1)
+                on_bytes(done, total)
+            manifest.shards[name] = {"bytes": writer.nbytes, "sha256": writer.close()}
+        except BaseException:
+            writer.abandon()
+            raise
+    written = sum(job.nbytes for shard in shards for job in shard)
+    _write_json(partial / INDEX_NAME, {"metadata": {"total_size": written}, "weight_map": weight_map})
+    _write_json(partial / "config.json", checkpoint.raw_config | {"quantization_config": _quantization_config(formats)})
+    _copy_other_files(checkpoint.folder, partial)
+    for path in sorted(partial.iterdir()):
+        if path.name not in manifest.shards:
+            manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    _write_json(partial / MANIFEST_NAME, manifest.to_dict())
+    errors = {name: s["relative_error"] for name, s in manifest.tensors.items() if "relative_error" in s}
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    return QuantizeReport(total, written, parameters, len(shards), errors)
+
+
+def _run(checkpoint: Checkpoint, job: _Job) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """(statistics for the manifest, the parts) of one matrix."""
+    name = job.tensor.name
+    if job.fmt is None:
+        values = checkpoint.read(name)
+        return {"root_mean_square": float(values.float().square().mean(dtype=torch.float64).sqrt())}, [values]
+    pieces: list[Int4Weight | Int8Weight] = []
+    error = square = 0.0
+    for rows in _row_blocks(checkpoint, job):
+        try:
+            packed, piece_error, piece_square = rtn(rows, job.fmt)
+        except FormatError as problem:
+            raise FormatError(f"{checkpoint.path_of(name)}: tensor {name}: {problem}") from None
+        pieces.append(packed)
+        error, square = error + piece_error, square + piece_square
+    parts = [torch.cat([getattr(piece, part.name.rsplit(".", 1)[1]) for piece in pieces]) for part in job.parts]
+    N, K = job.tensor.matrix
+    return {"root_mean_square": math.sqrt(square / (N * K)), "relative_error": math.sqrt(error / square) if square else 0.0}, parts
+
+
+def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:
+    """The matrix [N, K] of a job, some rows at a time."""
+    name, (N, K) = job.tensor.name, job.tensor.matrix
+    step = max(1, _STEP_BYTES // (4 * K))
+    if job.expert < 0:
+        for first in range(0, N, step):
+            yield checkpoint.read_rows(name, first, min(step, N - first))
+    else:
+        rows = job.tensor.shape[0] // job.tensor.experts
+        matrix = oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
+        for first in range(0, N, step):
+            yield matrix[first : first + step]
+
+
+def _quantization_config(formats: Mapping[str, TensorFormat]) -> dict[str, Any]:
+    tensors = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in formats.items()}
+    return {"quant_method": "dbrx_q", "format_version": 1, "rounding": "nearest", "tensors": tensors}
+
+
+def _copy_other_files(source: Path, partial: Path) -> None:
+    """Tokenizer, generation settings and licence travel with the weights."""
+    for path in sorted(source.iterdir()):
+        travels = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and travels and not path.name.endswith(".index.json") and not (partial / path.name).exists():
+            shutil.copyfile(path, partial / path.name)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_into_place(partial: Path, destination: Path) -> None:
+    if destination.exists():
+        destination.rmdir()  # empty, as checked; fails if something was put there meanwhile
+    os.rename(partial, destination)
+    folder = os.open(destination.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
