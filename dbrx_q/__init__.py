@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
     from .errors import DbrxError
-    from .generate import Generation, generate, generate_text, stream_text
+    from .generation import Generation, generate, generate_text, stream_text
     from .kv_cache import KVCache
     from .model import DbrxForCausalLM, DbrxModel
     from .sampling import SamplingParams
@@ -31,12 +31,12 @@ _HOME = {
     "DbrxForCausalLM": "model",
     "DbrxModel": "model",
     "DbrxTokenizer": "tokenizer",
-    "Generation": "generate",
+    "Generation": "generation",
     "KVCache": "kv_cache",
     "SamplingParams": "sampling",
-    "generate": "generate",
-    "generate_text": "generate",
-    "stream_text": "generate",
+    "generate": "generation",
+    "generate_text": "generation",
+    "stream_text": "generation",
 }
 
 __all__ = [

@@ -21,7 +21,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file not found; a checkpoint folder must hold it") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: must be a readable JSON file; {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must hold a JSON object; found {type(data).__name__}")

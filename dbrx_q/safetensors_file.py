@@ -66,6 +66,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: a shard must be a file; found a folder or a device")
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -131,7 +133,7 @@ class SafetensorsFile:
             header = json.loads(os.pread(self._fd, length, 8).decode("utf-8"))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             found = {name: self._entry(name, entry, 8 + length) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: not a safetensors header; {error}. Fetch the file again") from None
         self._check_bytes(found, 8 + length)
         return dict(sorted(found.items(), key=lambda item: item[1].offset))

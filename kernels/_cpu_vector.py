@@ -33,6 +33,7 @@ __all__ = [
     "new_accumulator",
     "prefetch",
     "reduce_add",
+    "round_to_bfloat16",
     "store",
     "store_rounded",
     "vector",
@@ -153,6 +154,12 @@ def lookup(b: Builder, table: Value, first: Value, count: int) -> Value:
     return load(b, address, ir.VectorType(F32, count))
 
 
+def round_to_bfloat16(b: Builder, value: Value) -> Value:
+    """float32 lanes as bfloat16 bits in a vector of i16; only for chips that `has_bfloat16`, fast on no other."""
+    lanes = value.type.count
+    return b.bitcast(b.fptrunc(value, ir.VectorType(_BFloat(), lanes)), ir.VectorType(I16, lanes))
+
+
 def store_rounded(b: Builder, value: Value, address: Value, *, bfloat16: bool) -> None:
     """Store float32 lanes as they are, or rounded to the nearest bfloat16 (ties to even)."""
     if not bfloat16:
@@ -160,7 +167,7 @@ def store_rounded(b: Builder, value: Value, address: Value, *, bfloat16: bool) -
         return
     lanes = value.type.count
     if has_bfloat16():
-        store(b, b.fptrunc(value, ir.VectorType(_BFloat(), lanes)), address)
+        store(b, round_to_bfloat16(b, value), address)
         return
     wide = ir.VectorType(I32, lanes)
     bits = b.bitcast(value, wide)

@@ -5,18 +5,50 @@ Exit codes: 0 done, 1 `verify` found a difference, 2 an error that the message e
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
+
+_INTERRUPTED = "interrupted; nothing was left half-written"
+_TYPER_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run(sys.argv[1:]))
+    interrupted = False
+
+    def on_interrupt(*_: object) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def on_unraisable(problem: sys.UnraisableHookArgs) -> None:
+        # Code that C calls back cannot raise: the interruption comes again when the program is likely to be elsewhere.
+        if isinstance(problem.exc_value, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            sys.__unraisablehook__(problem)
+
+    signal.signal(signal.SIGALRM, on_interrupt)
+    sys.unraisablehook = on_unraisable
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        code = run(sys.argv[1:])
+    except BaseException:  # libraries make other errors of an interruption of their import
+        if not interrupted:
+            raise
+        code = _fail(_INTERRUPTED)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if interrupted:
+        sys.stdout.flush()
+        os._exit(code)  # threads of a download would be waited for
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -24,35 +56,36 @@ def run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written")
+        return _fail(_INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> int:
-    import click
-
     from dbrx_q.errors import DbrxError
 
     try:
-        code = _app()(arguments, standalone_mode=False)
-    except click.ClickException as error:  # wrong usage
-        error.show()
-        return 2
-    except click.Abort:  # Ctrl-C, as click reports it
-        raise KeyboardInterrupt from None
+        _app()(arguments, prog_name="dbrx-q")
+    except SystemExit as done:  # typer prints its messages on wrong usage and always exits
+        if done.code == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt from None
+        return done.code if isinstance(done.code, int) else 0
     except DbrxError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # the reader of our output has gone, `| head` say
-        sys.stderr.close()
-        return 2
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except MemoryError:
-        return _fail("not enough memory for this; give a smaller model, a shorter context or free some")
-    return code if isinstance(code, int) else 0
+        return _fail(_NO_MEMORY)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's MemoryError
+            raise
+        return _fail(_NO_MEMORY)
+    return 0
+
+
+_NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
 
 
 def _fail(message: str) -> int:
-    print(f"dbrx-q: error: {message}", file=sys.stderr)
+    print(f"dbrx-q: error: {message}", file=sys.stderr, flush=True)
     return 2
 
 

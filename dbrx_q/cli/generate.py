@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
     from dbrx_q.errors import RequestError
-    from dbrx_q.generate import generate
+    from dbrx_q.generation import generate
     from dbrx_q.hub import resolve_folder
     from dbrx_q.model import DbrxForCausalLM
     from dbrx_q.sampling import SamplingParams

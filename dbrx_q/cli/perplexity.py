@@ -42,6 +42,5 @@ def command(
     if json:
         output.print_json(asdict(result) | {"text": str(text), "dtype": str(model.dtype).removeprefix("torch.")})
         return
-    print(
-        f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({result.tokens:,} tokens predicted, {result.protocol}, context {context})"
-    )
+    how = f"{result.tokens:,} tokens predicted, {result.protocol}, context {context}"
+    print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({how})")

@@ -19,7 +19,7 @@ EXAMPLE = output.example("dbrx-q verify dbrx-int4")
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
-) -> int:
+) -> None:
     """Recompute the SHA-256 of every file and compare; exit code 1 where one differs.
 
     A plain checkpoint has no manifest: its headers are checked against config.json, its shards against the sums that the hub's cache
@@ -66,7 +66,8 @@ def command(
             if manifest
             else f"{len(files)} shards; the folder has no manifest"
         )
-    return 1 if bad else 0
+    if bad:
+        raise typer.Exit(1)
 
 
 def _hub_sum(shard: Path) -> str | None:

@@ -1,0 +1,175 @@
+"""Generation: greedy is what the logits say, batches are what their prompts give alone, and text ends where it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from dbrx_q import DbrxForCausalLM, DbrxTokenizer, SamplingParams, generate, generate_text, stream_text
+from dbrx_q.errors import RequestError
+from dbrx_q.sampling import sample
+
+NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
+PROMPTS = ["The old man looked at", "It", "In the year 1898, when the whole of the county had been asked for its opinion, the", "She said: “"]
+
+
+@pytest.fixture(scope="module")
+def model() -> DbrxForCausalLM:
+    return DbrxForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> DbrxTokenizer:
+    return DbrxTokenizer.from_pretrained(NANO)
+
+
+def ids_of(tokenizer: DbrxTokenizer) -> list[list[int]]:
+    return [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+def test_greedy_equals_transformers(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    config = transformers.DbrxConfig.from_pretrained(NANO)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    oracle = transformers.DbrxForCausalLM.from_pretrained(NANO, config=config, dtype=torch.float32).eval()
+    ids = tokenizer.encode(PROMPTS[0])
+    with torch.no_grad():
+        expected = oracle.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=25, do_sample=False)
+    [result] = generate(model, [ids], max_new_tokens=25)
+    assert result.token_ids == expected[0, len(ids) :].tolist()
+    assert (result.prompt_tokens, result.finish_reason, result.decode_steps) == (len(ids), "length", 24)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
+def test_a_batch_equals_its_prompts_one_by_one(
+    model: DbrxForCausalLM, tokenizer: DbrxTokenizer, quantized: bool, quantized_nano: Path
+) -> None:
+    if quantized:
+        model = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)
+    prompts = ids_of(tokenizer)
+    ends = [4092, generate(model, prompts[:1], max_new_tokens=8)[0].token_ids[-1]]  # the first sequence ends early
+    together = generate(model, prompts, max_new_tokens=30, tokenizer=tokenizer, eos_token_ids=ends)
+    alone = [generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer, eos_token_ids=ends)[0] for prompt in prompts]
+    assert [(r.token_ids, r.text, r.finish_reason) for r in together] == [(r.token_ids, r.text, r.finish_reason) for r in alone]
+    assert together[0].finish_reason == "eos"
+    assert len(together[0].token_ids) < 30
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(model: DbrxForCausalLM) -> None:
+    prompt = torch.randint(0, 4092, (1300,), generator=torch.Generator().manual_seed(3)).tolist()
+    [result] = generate(model, [prompt], max_new_tokens=1, eos_token_ids=[])
+    assert result.token_ids == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
+
+
+def test_all_eos_ids_of_generation_config_end_a_sequence(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    assert model.eos_token_ids == (4092, 4094)
+    prompt = tokenizer.encode(PROMPTS[0])
+    third = generate(model, [prompt], max_new_tokens=3)[0].token_ids[2]
+    [result] = generate(model, [prompt], max_new_tokens=30, eos_token_ids=[4094, third])
+    assert result.finish_reason == "eos"
+    assert len(result.token_ids) == 2
+
+
+def test_stop_strings_cut_the_text_and_never_show(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    prompt = tokenizer.encode(PROMPTS[0])
+    full = generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer)[0].text
+    stop = full[12:17]
+    shown: list[str] = []
+    [result] = generate(
+        model, [prompt], max_new_tokens=30, tokenizer=tokenizer, stop=["never there", stop], on_text=lambda _, text: shown.append(text)
+    )
+    assert result.finish_reason == "stop"
+    assert result.text == full[: full.index(stop)]
+    assert "".join(shown) == result.text
+    # A stop string that begins but does not come about is text after all.
+    [result] = generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer, stop=[full[-2:] + "\0"])
+    assert result.text == full
+
+
+def test_streamed_pieces_make_up_the_text(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    pieces = list(stream_text(model, tokenizer, PROMPTS[2], max_new_tokens=20))
+    assert len(pieces) > 5
+    assert "".join(pieces) == generate_text(model, tokenizer, [PROMPTS[2]], max_new_tokens=20)[0]
+    first = next(stream_text(model, tokenizer, PROMPTS[2], max_new_tokens=20))
+    assert first == pieces[0]
+
+
+def test_generation_ends_where_the_context_does(model: DbrxForCausalLM) -> None:
+    prompt = [5] * 2040
+    [result] = generate(model, [prompt], max_new_tokens=50, eos_token_ids=[])
+    assert result.finish_reason == "context"
+    assert len(prompt) + len(result.token_ids) == 2048
+
+
+def test_sampling_is_repeatable_and_a_batch_samples_like_its_rows(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    prompts = ids_of(tokenizer)
+    params = SamplingParams(temperature=0.9, top_p=0.95, seed=7)
+    first = [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=params, eos_token_ids=[])]
+    assert first == [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=params, eos_token_ids=[])]
+    row = generate(model, [prompts[1]], max_new_tokens=15, sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=8), eos_token_ids=[])
+    assert row[0].token_ids == first[1]
+    other = SamplingParams(temperature=0.9, top_p=0.95, seed=99)
+    assert first != [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=other, eos_token_ids=[])]
+
+
+def draws(params: SamplingParams, probabilities: list[float], n: int = 4000) -> list[float]:
+    """How often each token comes."""
+    logits, generator = torch.tensor(probabilities).log(), torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([sample(logits, params, [], generator) for _ in range(n)]), minlength=len(probabilities))
+    return (counts / n).tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (SamplingParams(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+        (SamplingParams(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.5), [1, 0, 0, 0]),
+        (SamplingParams(temperature=1.0, min_p=0.25), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (SamplingParams(), [1, 0, 0, 0]),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "top_p exactly", "min_p", "greedy"],
+)
+def test_sample_draws_from_the_filtered_distribution(params: SamplingParams, expected: list[float]) -> None:
+    found = draws(params, [0.5, 0.3, 0.15, 0.05])
+    for frequency, probability in zip(found, expected, strict=True):
+        assert abs(frequency - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
+    generator = torch.Generator()
+    assert sample(logits, SamplingParams(repetition_penalty=2.0), [0, 0], generator) == 1
+    assert sample(torch.tensor([-1.0, -1.5]), SamplingParams(repetition_penalty=2.0), [0], generator) == 1
+    assert sample(logits, SamplingParams(), [0], generator) == 0
+    assert logits[0] == 2.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}],
+    ids=str,
+)
+def test_sampling_values_out_of_range_are_refused(arguments: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=f"{next(iter(arguments))} must be"):
+        SamplingParams(**arguments)  # type: ignore[arg-type] # one case each
+
+
+def test_bad_requests_are_refused(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    with pytest.raises(RequestError, match="prompt 1 is empty"):
+        generate(model, [[1], []])
+    with pytest.raises(RequestError, match="context of 2048 tokens; prompt 0 has 2048"):
+        generate(model, [[1] * 2048])
+    with pytest.raises(RequestError, match="0 to 4095; prompt 0 holds 5000"):
+        generate(model, [[1, 5000]])
+    with pytest.raises(RequestError, match="max_new_tokens must be at least 1; found 0"):
+        generate(model, [[1]], max_new_tokens=0)
+    with pytest.raises(RequestError, match="need a tokenizer"):
+        generate(model, [[1]], stop=["x"])
+    with pytest.raises(RequestError, match="must not be empty"):
+        generate(model, [[1]], stop=[""], tokenizer=tokenizer)
+    assert generate(model, []) == []

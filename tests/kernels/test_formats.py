@@ -1,0 +1,125 @@
+"""The packed formats: packing is lossless, rounding is what it claims, and the compiled quantizer gives the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbrx_q.kernels import cpu_quantize, int4, int8
+from dbrx_q.kernels.errors import FormatError
+
+GROUP_SIZES = (32, 64, 128)
+
+
+def hard_weight(N: int, K: int, seed: int = 0) -> torch.Tensor:
+    """bfloat16 rows of ordinary, tiny, huge, one-sided, constant and zero values."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    scales = [1.0, 1e-4, 1e4, 1e-9, 0.0]
+    weight *= torch.tensor([scales[n % len(scales)] for n in range(N)])[:, None]
+    weight[1::7] = weight[1::7].abs() + 0.5
+    weight[2::7] = -weight[2::7].abs()
+    weight[3::7] = 0.25
+    return weight.bfloat16()
+
+
+@given(codes=st.lists(st.integers(0, 15), max_size=70))
+def test_int4_pack_round_trips_at_every_length(codes: list[int]) -> None:
+    tensor = torch.tensor(codes, dtype=torch.uint8)
+    packed = int4.pack(tensor)
+    assert packed.shape == ((len(codes) + 1) // 2,)
+    assert int4.unpack(packed, len(codes)).tolist() == codes
+
+
+def test_int4_layout_is_the_documented_one() -> None:
+    assert int4.pack(torch.tensor([1, 2, 3, 15, 7], dtype=torch.uint8)).tolist() == [0x21, 0xF3, 0x07]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_int4_error_is_at_most_half_a_step_inside_the_range(group_size: int) -> None:
+    weight = torch.randn(16, 640, generator=torch.Generator().manual_seed(1))
+    packed = int4.quantize(weight, group_size)
+    difference = (int4.dequantize(packed) - weight).unflatten(-1, (-1, group_size)).abs().amax(-1)
+    # Half a step from rounding, half from the rounded zero-point, and the rounding of the float16 scale over 15 steps.
+    assert (difference <= packed.scales.float() * (0.5 + 0.5 + 15 * 2**-11)).all()
+    assert difference.max() > packed.scales.float().min() * 0.25
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_int8_error_is_at_most_half_a_step(group_size: int) -> None:
+    weight = torch.randn(16, 640, generator=torch.Generator().manual_seed(1))
+    packed = int8.quantize(weight, group_size)
+    difference = (int8.dequantize(packed) - weight).unflatten(-1, (-1, group_size)).abs().amax(-1)
+    assert (difference <= packed.scales.float() * (0.5 + 127 * 2**-11)).all()
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_values_on_the_grid_survive(group_size: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 16, (8, 256), generator=generator)
+    codes.unflatten(-1, (-1, group_size))[..., :2] = torch.tensor([0, 15])  # the whole range occurs in every group
+    exact = (codes - 6) * 0.125
+    assert torch.equal(int4.dequantize(int4.quantize(exact, group_size)), exact)
+    codes = torch.randint(-127, 128, (8, 256), generator=generator)
+    codes.unflatten(-1, (-1, group_size))[..., 0] = -127
+    assert torch.equal(int8.dequantize(int8.quantize(codes * 0.5, group_size)), codes * 0.5)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_leading_axes_are_independent(group_size: int) -> None:
+    stack = torch.stack([hard_weight(6, 256, seed) for seed in range(3)])
+    for module in (int4, int8):
+        packed = module.quantize(stack, group_size)
+        assert packed.shape == stack.shape
+        for e in range(3):
+            assert torch.equal(module.dequantize(packed[e]), module.dequantize(module.quantize(stack[e], group_size)))
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("N", "K"), [(1, 128), (37, 640), (8, 1152)])
+def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: int) -> None:
+    weight = hard_weight(N, K)
+    wide = weight.float()
+    expected4, (fast4, error4, square4) = int4.quantize(weight, group_size), cpu_quantize.quantize_int4(wide, group_size)
+    assert torch.equal(fast4.qweight, expected4.qweight)
+    assert torch.equal(fast4.scales, expected4.scales)
+    assert torch.equal(fast4.zeros, expected4.zeros)
+    expected8, (fast8, error8, square8) = int8.quantize(weight, group_size), cpu_quantize.quantize_int8(wide, group_size)
+    assert torch.equal(fast8.qweight, expected8.qweight)
+    assert torch.equal(fast8.scales, expected8.scales)
+    for packed, dequantize, error, square in ((expected4, int4.dequantize, error4, square4), (expected8, int8.dequantize, error8, square8)):
+        decoded = dequantize(packed)  # type: ignore[arg-type] # each with its own
+        torch.testing.assert_close(torch.tensor(error), float((decoded - wide).double().square().sum()) * torch.ones(()), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(torch.tensor(square), float(wide.double().square().sum()) * torch.ones(()), rtol=1e-5, atol=1e-12)
+
+
+def test_stated_bits_per_weight_are_true() -> None:
+    weight = torch.randn(64, 6144)
+    for group_size, bits in ((32, 4 + 20 / 32), (64, 4 + 20 / 64), (128, 4 + 20 / 128)):
+        assert 8 * int4.quantize(weight, group_size).nbytes / weight.numel() == bits
+    for group_size, bits in ((32, 8.5), (64, 8.25), (128, 8.125)):
+        assert 8 * int8.quantize(weight, group_size).nbytes / weight.numel() == bits
+
+
+@pytest.mark.parametrize("module", [int4, int8], ids=["int4", "int8"])
+@pytest.mark.parametrize(
+    ("weight", "group_size", "message"),
+    [
+        (torch.zeros(2, 96), 64, "must divide.*64.*96"),
+        (torch.zeros(2, 96), 48, "one of 32, 64, 128; found 48"),
+        (torch.full((2, 64), torch.nan), 64, "finite; found nan"),
+        (torch.full((2, 64), torch.inf), 64, "finite; found inf"),
+        (torch.full((2, 64), 1e38), 64, "65504"),
+    ],
+    ids=["divides", "offered", "nan", "inf", "range"],
+)
+def test_refusals(module: object, weight: torch.Tensor, group_size: int, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        module.quantize(weight, group_size)  # type: ignore[attr-defined] # both have it
+
+
+def test_embedding_rows_are_the_decoded_rows() -> None:
+    packed = int8.quantize(torch.randn(50, 128), 64)
+    rows = torch.tensor([3, 3, 49, 0])
+    assert torch.equal(int8.gather_rows(packed, rows, torch.float32), int8.dequantize(packed)[rows])

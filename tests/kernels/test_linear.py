@@ -1,0 +1,159 @@
+"""`linear` on the cpu backend against the float32 reference, in both regimes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from dbrx_q.kernels import cpu, int4, int8
+from dbrx_q.kernels.backend import Backend, pick
+from dbrx_q.kernels.errors import DbrxError
+from dbrx_q.kernels.int4 import Int4Weight
+from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.kernels.linear import dequantize, linear, linear_reference
+
+MODULES = {"int4": int4, "int8": int8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product. K = 96 and 160 are no multiples of the compiled kernels' block; 10752 / 64 groups are no multiple of their chunk."""
+
+    T: int
+    N: int
+    K: int
+
+    def __str__(self) -> str:
+        return f"T{self.T}-N{self.N}-K{self.K}"
+
+
+CASES = [
+    Case(0, 40, 128),
+    Case(1, 1, 128),
+    Case(1, 33, 1152),
+    Case(3, 40, 256),
+    Case(4, 31, 384),
+    Case(7, 100, 640),
+    Case(11, 513, 256),
+    Case(40, 33, 128),
+    Case(300, 520, 640),
+    Case(2, 24, 96),
+    Case(20, 24, 160),
+    Case(1, 5, 10752),
+]
+
+
+def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> Int4Weight | Int8Weight:
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.01
+    return MODULES[fmt].quantize(weight, group_size)  # type: ignore[no-any-return, attr-defined] # both have it
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was never written shows as NaN."""
+    real = torch.empty
+
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # passes on what came
+        return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(77)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_linear_agrees_with_the_reference(
+    case: Case, dtype: torch.dtype, fmt: str, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.K % group_size:
+        pytest.skip("the format has no such groups")
+    weight = packed_weight(fmt, group_size, case.N, case.K)
+    x = torch.randn(case.T, case.K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    truth = linear_reference(x, weight)
+    poison(monkeypatch)
+    out = linear(x, weight)
+    assert out.dtype == dtype
+    assert out.shape == truth.shape
+    if not case.T:
+        return
+    error = (out.float() - truth).abs().max()
+    torch_error = (x @ dequantize(weight, dtype).T).float().sub(truth).abs().max()
+    # 16-bit activations: half a step of 2^-15 of a block's largest value, on average far less than its K-fold.
+    floor = 2**-16 * x.float().abs().max() * dequantize(weight).abs().max() * case.K**0.5 * 4
+    assert error <= 2 * torch_error + floor
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+@pytest.mark.parametrize("regime", ["matvec", "tiles"])
+def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int, regime: str) -> None:
+    K = 256
+    weight = packed_weight(fmt, group_size, 48, K)
+    step = 1 if regime == "matvec" else K
+    rows = torch.eye(K).split(step)
+    out = torch.cat([linear(part, weight) for part in rows])
+    expected = dequantize(weight).T
+    if regime == "tiles":
+        assert torch.equal(out, expected)
+    else:  # one is 32767 steps of 1/32767, and zero-points are taken off a whole group at once: two float32 roundings
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_token_gives_the_same_bits_in_any_small_batch() -> None:
+    weight = packed_weight("int4", 64, 70, 640)
+    x = torch.randn(9, 640)
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    for T in range(2, 10):
+        assert torch.equal(linear(x[:T], weight), alone[:T])
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    weight = packed_weight("int4", 64, 4096, 1024)
+    x = torch.randn(2, 1024)
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            outs.append(linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_nan_activations_stay_nan(T: int) -> None:
+    x = torch.ones(T, 256)
+    x[0, 5] = torch.nan
+    assert linear(x, packed_weight("int4", 64, 8, 256))[0].isnan().all()
+
+
+def test_a_plain_weight_goes_to_torch() -> None:
+    x, weight = torch.randn(3, 20), torch.randn(7, 20)
+    assert torch.equal(linear(x, weight), x @ weight.T)
+
+
+def test_leading_axes_are_kept() -> None:
+    weight = packed_weight("int8", 64, 16, 128)
+    x = torch.randn(2, 3, 128)
+    assert torch.equal(linear(x, weight).view(6, 16), linear(x.view(6, 128), weight))
+
+
+def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
+    few = cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True)
+    many = cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True)
+    assert few.matvec
+    assert not many.matvec
+    assert many.tile_dtype == torch.bfloat16
+    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=False).tile_dtype == torch.float32
+    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True).tile_dtype == torch.float32
+    assert not cpu.choose(1, 96, torch.bfloat16, bfloat16_matmul=True).matvec
+
+
+def test_a_device_without_kernels_is_refused() -> None:
+    assert pick(torch.device("cpu")) is Backend.CPU
+    with pytest.raises(DbrxError, match="found 'meta'"):
+        pick(torch.device("meta"))
