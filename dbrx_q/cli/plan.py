@@ -1,0 +1,66 @@
+"""`dbrx-q plan`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from . import output
+from .quantize import Format
+
+__all__ = ["EXAMPLE", "command"]
+
+EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --ram 96GiB --context 8192")
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
+    ram: Annotated[str | None, typer.Option(help="Memory that may be used, as 96GiB.", show_default=False)] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
+    format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
+    group_size: Annotated[int, typer.Option(help="With --format, its group size.")] = 64,
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> None:
+    """Say what a model takes in memory on the CPU before any weight is downloaded; reads config.json alone."""
+    from dataclasses import asdict
+
+    from dbrx_q.config import DbrxConfig
+    from dbrx_q.errors import RequestError
+    from dbrx_q.layout import TensorFormat, tensor_formats
+    from dbrx_q.placement import plan_memory
+    from dbrx_q.quantize.recipe import default_recipe
+
+    config = DbrxConfig.from_pretrained(path)
+    formats = tensor_formats(config, path)
+    if format is not None:
+        if formats:
+            raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
+        formats = default_recipe(config, TensorFormat(format.value, group_size))
+    if not 1 <= context <= config.max_seq_len:
+        raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
+    if batch < 1:
+        raise RequestError(f"--batch must be at least 1; found {batch}")
+    plan = plan_memory(config, formats, context=context, batch=batch, budget=None if ram is None else _bytes(ram))
+    if json:
+        output.print_json(asdict(plan) | {"total": plan.total, "fits": plan.fits})
+        return
+    for name in ("experts", "dense", "kv_cache", "workspace", "interpreter"):
+        print(f"{name:12}{output.size(getattr(plan, name)):>12}")
+    print(f"{'total':12}{output.size(plan.total):>12}")
+    if plan.budget is not None:
+        left = plan.budget - plan.total
+        print(f"fits, {output.size(left)} to spare" if left >= 0 else f"does not fit: {-left:,} bytes more are needed")
+
+
+def _bytes(text: str) -> int:
+    from dbrx_q.errors import RequestError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

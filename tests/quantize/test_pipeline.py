@@ -1,0 +1,143 @@
+"""The quantizer: what it writes is each tensor rounded on its own, along the reduction axis, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dbrx_q import DbrxConfig
+from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.eval.synthetic import write_checkpoint
+from dbrx_q.kernels import int4, int8
+from dbrx_q.layout import TensorFormat
+from dbrx_q.quantize.pipeline import quantize_checkpoint
+from dbrx_q.quantize.recipe import default_recipe
+
+
+def small_config(**changes: int) -> DbrxConfig:
+    """128 wide, 3 experts of 192: group 64 fits both axes, group 128 only one."""
+    sizes = {"d_model": 128, "n_heads": 4, "n_layers": 2, "vocab_size": 100} | changes
+    ffn = {"ffn_hidden_size": 192, "moe_num_experts": 3, "moe_top_k": 2}
+    return DbrxConfig(**sizes, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0}, ffn_config=ffn, torch_dtype="bfloat16")  # type: ignore[arg-type] # sizes are whole numbers
+
+
+def quantize(source: Path, destination: Path, fmt: str = "int4", group_size: int = 64, **options: int) -> dict[str, torch.Tensor]:
+    """All tensors of the result, as the safetensors package reads them."""
+    quantize_checkpoint(source, destination, lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options)  # type: ignore[arg-type] # one option
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(destination.glob("*.safetensors")):
+        tensors |= safetensors.torch.load_file(shard)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "plain"
+    write_checkpoint(small_config(), folder, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(source: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in source.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(shard)
+    return tensors
+
+
+@pytest.mark.parametrize(("fmt", "group_size"), [("int4", 64), ("int4", 32), ("int8", 64)])
+def test_every_tensor_is_rounded_along_its_reduction_axis(
+    source: Path, plain: dict[str, torch.Tensor], tmp_path: Path, fmt: str, group_size: int
+) -> None:
+    result = quantize(source, tmp_path / "out", fmt, group_size)
+    module = int4 if fmt == "int4" else int8
+    seen = 0
+    for name, tensor in plain.items():
+        if ".experts.mlp." in name:
+            for e, matrix in enumerate(tensor.view(3, 192, 128)):
+                expected = module.quantize(matrix.T.contiguous() if name.endswith("w2") else matrix, group_size)
+                for part in ("qweight", "scales", *(("zeros",) if fmt == "int4" else ())):
+                    assert torch.equal(result[f"{name}.{e}.{part}"], getattr(expected, part)), (name, e, part)
+                    seen += 1
+        elif tensor.ndim == 1 or ".router." in name:
+            assert torch.equal(result[name], tensor), name
+            seen += 1
+        else:
+            expected8 = int8.quantize(tensor, group_size)
+            assert torch.equal(result[f"{name}.qweight"], expected8.qweight), name
+            assert torch.equal(result[f"{name}.scales"], expected8.scales), name
+            seen += 2
+    assert seen == len(result)
+
+
+def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out")
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        formats = {name: (fmt.format, fmt.group_size) for name, fmt in checkpoint.formats.items()}
+    assert formats["transformer.blocks.1.ffn.experts.mlp.w2"] == ("int4", 64)
+    assert formats["lm_head.weight"] == formats["transformer.wte.weight"] == ("int8", 64)
+    assert not any(".router." in name or "norm_1" in name or "norm_2" in name or "norm_f" in name for name in formats)
+
+
+def test_the_manifest_states_each_tensors_error(source: Path, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out")
+    statistics = json.loads((tmp_path / "out" / "manifest.json").read_text())["tensors"]
+    name = "transformer.blocks.0.ffn.experts.mlp.w2"
+    matrix = plain[name].view(3, 192, 128)[1].T.float()
+    error = int4.dequantize(int4.quantize(matrix.contiguous())) - matrix
+    expected = float(error.square().sum().sqrt() / matrix.square().sum().sqrt())
+    assert statistics[f"{name}.1"]["relative_error"] == pytest.approx(expected, rel=1e-5)
+    assert 0.05 < expected < 0.15
+
+
+def test_small_blocks_of_rows_and_other_thread_counts_give_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = quantize(source, tmp_path / "a")
+    monkeypatch.setattr("dbrx_q.quantize.pipeline._STEP_BYTES", 7 * 4 * 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        second = quantize(source, tmp_path / "b")
+    finally:
+        torch.set_num_threads(threads)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_is_bounded_by_a_tensor_not_by_the_model(tmp_path: Path) -> None:
+    """A model of 340 MB whose largest tensor is 25 MB; the growth of the peak must not follow the model."""
+    config = DbrxConfig(
+        d_model=1024,
+        n_heads=8,
+        n_layers=4,
+        vocab_size=2048,
+        attn_config={"kv_n_heads": 2},
+        ffn_config={"ffn_hidden_size": 1536, "moe_num_experts": 8, "moe_top_k": 2},
+        torch_dtype="bfloat16",
+    )
+    write_checkpoint(config, tmp_path / "plain")
+    measure = (
+        "import sys; from pathlib import Path; from dbrx_q.cli.output import peak_memory_bytes\n"
+        "from dbrx_q.layout import TensorFormat; from dbrx_q.quantize.pipeline import quantize_checkpoint\n"
+        "from dbrx_q.quantize.recipe import default_recipe; from dbrx_q.quantize.rtn import rtn; import torch\n"
+        "[rtn(torch.ones(512, 1024), TensorFormat(fmt, 64)) for fmt in ('int4', 'int8')]  # compiled code is not the tensors' memory\n"
+        "before = peak_memory_bytes()\n"
+        "recipe = lambda c: default_recipe(c.config, TensorFormat('int4', 64))\n"
+        "quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), recipe)\n"
+        "print(peak_memory_bytes() - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", measure, str(tmp_path / "plain"), str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    model = sum(shard.stat().st_size for shard in (tmp_path / "plain").glob("*.safetensors"))
+    tensor = 8 * 1536 * 1024 * 2
+    assert model > 12 * tensor
+    # One tensor, its result, and the float32 rows that are worked on (64 MB at most).
+    assert int(run.stdout) < tensor * (1 + 4.3125 / 16) + (64 << 20) + (16 << 20)
