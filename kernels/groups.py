@@ -6,7 +6,7 @@ import torch
 
 from .errors import FormatError
 
-__all__ = ["check_group_size", "check_scales", "check_weight", "grouped"]
+__all__ = ["check_group_size", "check_scales", "check_weight", "grouped", "steps_of"]
 
 
 def grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -31,10 +31,13 @@ def check_weight(weight: torch.Tensor) -> torch.Tensor:
     return wide
 
 
-def check_scales(scales: torch.Tensor) -> torch.Tensor:
-    """float16 `scales` in float32, 1 in place of 0 so that they can divide; refused where a group's range is too wide for float16."""
-    steps = scales.float()
-    if torch.isinf(steps).any():
+def check_scales(scales: torch.Tensor) -> None:
+    """Refuse float16 `scales` of which one is infinite: its group's range is too wide."""
+    if scales.numel() and torch.isinf(scales.max()):
         raise FormatError("a group's scale must stay below 65504, float16's largest value; found a wider range. Is this a DBRX checkpoint?")
-    # Zero: a group of zeros, or of values too small for a float16 scale.
+
+
+def steps_of(scales: torch.Tensor) -> torch.Tensor:
+    """float32 divisors: the scales, and 1 where a scale is 0 because its group is zero or too small for float16."""
+    steps = scales.float()
     return torch.where(steps == 0, 1.0, steps)

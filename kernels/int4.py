@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .groups import check_group_size, check_scales, check_weight, grouped
+from .groups import check_group_size, check_scales, check_weight, grouped, steps_of
 
 __all__ = ["GROUP_SIZES", "Int4Weight", "dequantize", "pack", "quantize", "unpack"]
 
@@ -69,7 +69,8 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Int4Weight:
     low = groups.amin(-1, keepdim=True).clamp(max=0)
     high = groups.amax(-1, keepdim=True).clamp(min=0)
     scales = ((high - low) / _LEVELS).half()
-    steps = check_scales(scales)
+    check_scales(scales)
+    steps = steps_of(scales)
     zeros = (-low / steps).round().clamp(0, _LEVELS)
     codes = ((groups / steps).round() + zeros).clamp(0, _LEVELS)
     return Int4Weight(

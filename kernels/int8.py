@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .groups import check_group_size, check_scales, check_weight, grouped
+from .groups import check_group_size, check_scales, check_weight, grouped, steps_of
 
 __all__ = ["GROUP_SIZES", "Int8Weight", "dequantize", "gather_rows", "quantize"]
 
@@ -67,7 +67,8 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Int8Weight:
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     groups = grouped(check_weight(weight), group_size)  # [..., N, K/G, G]
     scales = (groups.abs().amax(-1, keepdim=True) / _LEVELS).half()
-    steps = check_scales(scales)
+    check_scales(scales)
+    steps = steps_of(scales)
     codes = (groups / steps).round().clamp(-_LEVELS, _LEVELS)
     return Int8Weight(codes.to(torch.int8).flatten(-2), scales.squeeze(-1), group_size)
 

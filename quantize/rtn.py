@@ -17,15 +17,14 @@ def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[Int4Weight | Int8Weigh
     """The packed weight, its sum of squared errors and the sum of squares of the weight.
 
     Args:
-        weight: [N, K], finite.
+        weight: [N, K], finite; a transposed view costs no copy.
         fmt: what to pack it in.
 
     Raises:
         FormatError: the group size does not divide K, or a group's range is too wide for float16 scales.
     """
     check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES)
-    wide = weight.float().contiguous()
     pack = cpu_quantize.quantize_int4 if fmt.format == "int4" else cpu_quantize.quantize_int8
-    packed, error, square = pack(wide, fmt.group_size)
+    packed, error, square = pack(weight, fmt.group_size)
     check_scales(packed.scales)
     return packed, error, square

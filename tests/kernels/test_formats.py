@@ -78,14 +78,16 @@ def test_leading_axes_are_independent(group_size: int) -> None:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize(("N", "K"), [(1, 128), (37, 640), (8, 1152)])
-def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: int) -> None:
+@pytest.mark.parametrize("lies", ["bfloat16", "float32", "transposed"])
+def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: int, lies: str) -> None:
     weight = hard_weight(N, K)
     wide = weight.float()
-    expected4, (fast4, error4, square4) = int4.quantize(weight, group_size), cpu_quantize.quantize_int4(wide, group_size)
+    given = {"bfloat16": weight, "float32": wide, "transposed": weight.T.contiguous().T}[lies]
+    expected4, (fast4, error4, square4) = int4.quantize(weight, group_size), cpu_quantize.quantize_int4(given, group_size)
     assert torch.equal(fast4.qweight, expected4.qweight)
     assert torch.equal(fast4.scales, expected4.scales)
     assert torch.equal(fast4.zeros, expected4.zeros)
-    expected8, (fast8, error8, square8) = int8.quantize(weight, group_size), cpu_quantize.quantize_int8(wide, group_size)
+    expected8, (fast8, error8, square8) = int8.quantize(weight, group_size), cpu_quantize.quantize_int8(given, group_size)
     assert torch.equal(fast8.qweight, expected8.qweight)
     assert torch.equal(fast8.scales, expected8.scales)
     for packed, dequantize, error, square in ((expected4, int4.dequantize, error4, square4), (expected8, int8.dequantize, error8, square8)):
