@@ -43,6 +43,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
+        quantization = self.raw_config.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config must be an object; found {quantization!r:.80}")
         self.config = DbrxConfig.from_dict(self.raw_config, source=str(folder / "config.json"))
         self.formats: dict[str, TensorFormat] = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors: dict[str, DenseTensor] = {tensor.name: tensor for tensor in dense_tensors(self.config)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -29,7 +31,7 @@ def resolve_folder(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
     from huggingface_hub import snapshot_download
 
     with _hub_errors(path_or_hub_id):
-        return Path(snapshot_download(str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED))
+        return Path(_fetched(lambda: snapshot_download(str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED)))
 
 
 def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -44,7 +46,7 @@ def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision:
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(path_or_hub_id):
-        return Path(hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token))
+        return Path(_fetched(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
 
 
 def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
@@ -57,6 +59,25 @@ def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def _fetched(fetch: Callable[[], str]) -> str:
+    """What `fetch` returns, from a thread: the client itself would answer Ctrl-C only when the files under way have come."""
+    results: list[str] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(fetch())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 class _hub_errors:  # noqa: N801 # used as a with statement, like a function
     """Turns what the hub client raises into a CheckpointError that says what to do."""
 
@@ -64,9 +85,18 @@ class _hub_errors:  # noqa: N801 # used as a with statement, like a function
         self.repository = os.fspath(repository)
 
     def __enter__(self) -> None:
-        return None
+        import logging
+
+        from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+        # The client logs every attempt that it repeats; what matters is in the error at the end.
+        self.verbosity = get_verbosity()
+        set_verbosity(logging.ERROR)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from huggingface_hub.utils.logging import set_verbosity
+
+        set_verbosity(self.verbosity)
         # The client raises its own HfHubHTTPError, but also OSError, ValueError and its HTTP library's errors.
         if isinstance(error, Exception):
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

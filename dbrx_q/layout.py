@@ -24,6 +24,7 @@ from .kernels.int8 import Int8Weight
 __all__ = ["DenseTensor", "Part", "TensorFormat", "dense_tensors", "kind_of", "oriented", "pack_parts", "parts_of", "tensor_formats"]
 
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
+_PACKED_KINDS = ("experts", "attention", "embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,15 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
             f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {method!r} and {version!r}. "
             "Quantize the original checkpoint with `dbrx-q quantize`"
         )
-    known = {tensor.name for tensor in dense_tensors(config) if len(tensor.shape) == 2}
+    known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS}
     found = {}
     entries = config.quantization_config.get("tensors")
     for name, entry in (entries if isinstance(entries, Mapping) else {}).items():
         found[name] = _format(name, entry, source)
         if name not in known:
-            raise CheckpointError(f"{source}: quantization_config names {name!r}, which is no matrix of this model")
+            raise CheckpointError(f"{source}: quantization_config names {name!r}, which is no matrix of this model that can be packed")
+        if kind_of(name) == "embedding" and found[name].format != "int8":
+            raise CheckpointError(f"{source}: {name}: the embedding must be int8 or plain; found {found[name].format}")
     if not found:
         raise CheckpointError(f"{source}: quantization_config must list the packed tensors under 'tensors'; found none")
     return found

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,16 +67,17 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: a shard must be a file; found a folder or a device")
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must be refused, not waited for
         except FileNotFoundError:
             raise CheckpointError(f"{path}: shard not found; every shard of a checkpoint must be in its folder: fetch it") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: shard must be readable; {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise CheckpointError(f"{path}: shard must be readable; {error}") from None
         try:
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: a shard must be a regular file; found a folder, a pipe or a device")
+            self.size = status.st_size
             self.tensors = self._read_header()
         except BaseException:
             os.close(self._fd)

@@ -108,8 +108,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def check_windows(tokens: int, context: int, stride: int | None, config: DbrxConfig) -> None:
-    """Refuse a context or stride that cannot be measured with on a text of `tokens` tokens.
+def check_windows(tokens: int, context: int, stride: int | None, config: DbrxConfig, *, source: str = "the text") -> None:
+    """Refuse a context or stride that cannot be measured with on a text of `tokens` tokens; `source` is what an error calls it.
 
     Raises:
         RequestError: with the rule and the value.
@@ -119,7 +119,7 @@ def check_windows(tokens: int, context: int, stride: int | None, config: DbrxCon
     if stride is not None and not 1 <= stride <= context:
         raise RequestError(f"the stride must be from 1 to the context of {context} tokens; found {stride}")
     if tokens < context:
-        raise RequestError(f"the text must fill one window of {context} tokens; it has {tokens}. Give a longer text or a smaller --context")
+        raise RequestError(f"{source} must fill one window of {context} tokens; it has {tokens}. Give a longer text or a smaller --context")
 
 
 def _windows(tokens: int, context: int, stride: int) -> Iterator[_Window]:

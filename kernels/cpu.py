@@ -1,8 +1,8 @@
-"""The `cpu` backend: which of two regimes serves an op, and how.
+"""The `cpu` backend: which of three regimes serves an op, and how.
 
-Few tokens: dot products straight on the packed codes, at the speed of memory (`_cpu_int4.py`, `_cpu_int8.py`). Many tokens: tiles of
-the weight are decoded into a small buffer that stays in cache and go through torch's matmul (AMX or AVX-512 where the chip has them).
-A packed weight is never decoded whole.
+Few tokens: dot products straight on the packed codes, at the speed of memory (`_cpu_int4.py`, `_cpu_int8.py`). Many tokens of bfloat16
+on a chip with AMX: decoding and multiplication in one kernel (`_cpu_amx.py`). Many tokens elsewhere: tiles of the weight are decoded
+into a small buffer that stays in cache and go through torch's matmul. A packed weight is never decoded whole.
 
 Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
 `N` output features, `K` input features.
@@ -11,6 +11,7 @@ Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 
 import numba
@@ -18,49 +19,72 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import _cpu_int4, _cpu_int8, int4, int8
+from . import _cpu_amx, _cpu_int4, _cpu_int8, int4, int8
 from ._cpu_activations import Activations, quantize_activations
 from ._cpu_vector import has_bfloat16
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .moe import ExpertWeights
 
-__all__ = ["CpuChoice", "choose", "linear", "moe_experts"]
+__all__ = ["CpuChoice", "Regime", "choose", "linear", "moe_experts"]
 
 Packed = Int4Weight | Int8Weight
 
 _BLOCK = 128  # the compiled kernels want a multiple of it along the reduction axis
 
 
+class Regime(Enum):
+    """How a product with a packed weight is computed."""
+
+    MATVEC = "matvec"
+    """dot products on packed codes"""
+    AMX = "amx"
+    """decoded and multiplied tile by tile, in one kernel"""
+    TILES = "tiles"
+    """some rows decoded at a time, for torch's matmul"""
+
+
 @dataclass(frozen=True)
 class CpuChoice:
-    """How an op runs. matvec: dot products on packed codes; else tiles of `tile_rows` rows decoded to `tile_dtype` for a matmul."""
+    """How an op runs. tile_rows and tile_dtype: rows that TILES decodes at a time, and to what."""
 
-    matvec: bool
+    regime: Regime
     tile_rows: int
     tile_dtype: torch.dtype
 
 
-def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool) -> CpuChoice:
-    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions."""
-    return CpuChoice(
-        matvec=tokens <= _MATVEC_TOKENS and K % _BLOCK == 0,
-        tile_rows=_TILE_ROWS,
-        tile_dtype=torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32,
-    )
+def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool) -> CpuChoice:
+    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles."""
+    tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
+    if K % _BLOCK:
+        return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
+    if amx and dtype == torch.bfloat16:
+        limit, many = _MATVEC_TOKENS_AMX, Regime.AMX
+    else:
+        limit, many = _MATVEC_TOKENS_FLOAT32 if tile_dtype == torch.float32 else _MATVEC_TOKENS_BFLOAT16, Regime.TILES
+    return CpuChoice(Regime.MATVEC if tokens <= limit else many, _TILE_ROWS, tile_dtype)
 
 
 # Waking a second thread costs 5 to 10 us in which one core reads 100 KB; where other programs hold the cores it costs a scheduler's
 # time slice, so small models stay on one.
 _THREAD_BYTES = 1 << 19
-_MATVEC_TOKENS = 10
-_TILE_ROWS = 512
+# Tokens at which dot products lose, ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5: 8.2 against 8.3, 6: 9.9 against 8.4.
+_MATVEC_TOKENS_AMX = 5
+# 12: 18.3 against 22.3, 14: 23.0 against 22.7 with bfloat16 tiles.
+_MATVEC_TOKENS_BFLOAT16 = 12
+# 20: 29.7 against 50.5, 32: 59.1 against 59.3 with float32 tiles.
+_MATVEC_TOKENS_FLOAT32 = 24
+# 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
+_TILE_ROWS = 1024
 
 
 def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
-    """y [T, N] = x [T, K] @ weight [N, K].T; float32 from the matvec regime, the tile's dtype from the other."""
+    """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
     choice = _choice(x.shape[0], x)
-    if choice.matvec:
+    if choice.regime is Regime.AMX:
+        _use_threads(weight.shape.numel())
+        return _cpu_amx.matmul(x, weight)
+    if choice.regime is Regime.MATVEC:
         return _matvec(_quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
     return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
 
@@ -90,14 +114,16 @@ def moe_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, l
 def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
     if any(isinstance(w, torch.Tensor) for w in (layer.w1, layer.v1, layer.w2)):
         return False
-    return all(_choice(count, x, K).matvec for K in (layer.w1.shape[-1], layer.w2.shape[-1]))
+    return all(_choice(count, x, K).regime is Regime.MATVEC for K in (layer.w1.shape[-1], layer.w2.shape[-1]))
 
 
 def _add_few(
     y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, scale: torch.Tensor, few: list[tuple[int, int, int]], layer: ExpertWeights
 ) -> None:
     """Add to y [T, D] the share of experts with few tokens; `few` holds (expert, first pair, end of pairs)."""
-    assert not isinstance(layer.w1, torch.Tensor) and not isinstance(layer.v1, torch.Tensor) and not isinstance(layer.w2, torch.Tensor)
+    assert not isinstance(layer.w1, torch.Tensor)
+    assert not isinstance(layer.v1, torch.Tensor)
+    assert not isinstance(layer.w2, torch.Tensor)
     pairs = torch.cat([torch.arange(first, end) for _, first, end in few])
     chosen = np.array([e for e, _, _ in few])
     offsets = np.cumsum([0] + [end - first for _, first, end in few])
@@ -117,7 +143,7 @@ def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | Packed, e: int) -> t
 
 
 def _choice(tokens: int, x: torch.Tensor, K: int | None = None) -> CpuChoice:
-    return choose(tokens, x.shape[-1] if K is None else K, x.dtype, bfloat16_matmul=has_bfloat16())
+    return choose(tokens, x.shape[-1] if K is None else K, x.dtype, bfloat16_matmul=has_bfloat16(), amx=_cpu_amx.available())
 
 
 def _quantized(x: torch.Tensor, weight: Packed) -> Activations:

@@ -9,7 +9,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from .rtn import rtn
 __all__ = ["QuantizeReport", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
-_STEP_BYTES = 64 << 20  # of float32 weights that are worked on together
+_STEP_BYTES = 64 << 20  # of weights that are read together, where a matrix is not an expert's
 _RESERVE_BYTES = 16 << 20  # config, tokenizer, index and manifest
 
 
@@ -81,34 +84,40 @@ def quantize_checkpoint(
         FormatError: a tensor that its format cannot hold.
         RequestError: a destination that is not empty, cannot be written, or has too little room.
     """
-    _check_destination(source, destination)
+    target = Path(os.path.realpath(destination))
+    partial = target.with_name(target.name + ".partial")
+    _check_destination(source, destination, partial)
     with Checkpoint(source) as checkpoint:
         if checkpoint.formats:
             raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
-        formats = dict(recipe(checkpoint))
+        try:
+            formats = dict(recipe(checkpoint))
+        except FormatError as error:
+            raise FormatError(f"{source}: {error}") from None
         shards = _shards(_jobs(checkpoint, formats), shard_bytes)
-        partial = destination.with_name(destination.name + ".partial")
+        absent = [folder for folder in partial.parents if not folder.exists()]
         try:
             _make_partial(partial, sum(job.nbytes for shard in shards for job in shard))
             report = _write(checkpoint, formats, shards, partial, on_bytes)
-            _move_into_place(partial, destination)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            _move_into_place(partial, target)
+        except BaseException as error:
+            _discard(partial, absent)
+            if not isinstance(error, OSError):
+                raise
             reason = error.strerror or str(error)
             raise RequestError(f"{destination}: the destination must be writable; {reason}. Nothing was left behind") from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return report
 
 
-def _check_destination(source: Path, destination: Path) -> None:
+def _check_destination(source: Path, destination: Path, partial: Path) -> None:
     if destination.exists() and not destination.is_dir():
         raise RequestError(f"{destination}: the destination must be a folder; found a file. Give another name")
     if destination.is_dir() and any(destination.iterdir()):
         raise RequestError(f"{destination}: the destination must be empty or not exist; it holds files. Give another name or remove it")
     if destination.resolve().is_relative_to(source.resolve()):
         raise RequestError(f"{destination}: the destination must lie outside the source {source}. Give another name")
+    if source.resolve().is_relative_to(partial):
+        raise RequestError(f"{destination}: the result is built in {partial}, which must not hold the source {source}. Give another name")
 
 
 def _make_partial(partial: Path, needed: int) -> None:
@@ -216,17 +225,15 @@ def _run(checkpoint: Checkpoint, job: _Job) -> tuple[dict[str, float], list[torc
 
 
 def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:
-    """The matrix [N, K] of a job, some rows at a time."""
+    """The matrix [N, K] of a job: an expert's whole, any other some rows at a time."""
     name, (N, K) = job.tensor.name, job.tensor.matrix
-    step = max(1, _STEP_BYTES // (4 * K))
+    step = max(1, _STEP_BYTES // (2 * K))
     if job.expert < 0:
         for first in range(0, N, step):
             yield checkpoint.read_rows(name, first, min(step, N - first))
     else:
         rows = job.tensor.shape[0] // job.tensor.experts
-        matrix = oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
-        for first in range(0, N, step):
-            yield matrix[first : first + step]
+        yield oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
 
 
 def _quantization_config(formats: Mapping[str, TensorFormat]) -> dict[str, Any]:
@@ -250,12 +257,25 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _move_into_place(partial: Path, destination: Path) -> None:
-    if destination.exists():
-        destination.rmdir()  # empty, as checked; fails if something was put there meanwhile
-    os.rename(partial, destination)
-    folder = os.open(destination.parent, os.O_RDONLY)
+def _move_into_place(partial: Path, target: Path) -> None:
+    os.rename(partial, target)  # takes the place of an empty folder; fails if something was put there meanwhile
+    with suppress(OSError):  # the result is complete, whether or not this file system can sync a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _discard(partial: Path, absent: Sequence[Path]) -> None:
+    """Remove what was begun and the folders that were made for it; a further Ctrl-C waits until that is done."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
-        os.fsync(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in absent:
+            with suppress(OSError):
+                folder.rmdir()
     finally:
-        os.close(folder)
+        if in_main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)

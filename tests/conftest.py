@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,4 +27,61 @@ def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     folder = tmp_path_factory.mktemp("quantized") / "dbrx-nano-int4"
     quantize_checkpoint(nano, folder, lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command in this process."""
+    from dbrx_q.cli import run
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain checkpoint of 1 MB in two shards, random, with the tokenizer of the bundled model."""
+    from dbrx_q.config import DbrxConfig
+    from dbrx_q.eval.synthetic import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("small") / "dbrx-small"
+    config = DbrxConfig(
+        d_model=64,
+        n_heads=2,
+        n_layers=1,
+        max_seq_len=64,
+        vocab_size=4096,
+        attn_config={"kv_n_heads": 1},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        torch_dtype="bfloat16",
+    )
+    write_checkpoint(config, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(nano / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small` with int4 experts in groups of 64."""
+    from dbrx_q.layout import TensorFormat
+    from dbrx_q.quantize.pipeline import quantize_checkpoint
+    from dbrx_q.quantize.recipe import default_recipe
+
+    folder = tmp_path_factory.mktemp("small-quantized") / "dbrx-small-int4"
+    quantize_checkpoint(small, folder, lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
     return folder

@@ -5,49 +5,68 @@ Exit codes: 0 done, 1 `verify` found a difference, 2 an error that the message e
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import typer
 
 __all__ = ["main", "run"]
 
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _TYPER_INTERRUPTED = 130
+_NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
+_AGAIN_SECONDS = 0.005
+_ONE_PRESS_SECONDS = 1.0  # a key that is pressed several times means the same; the first press is being answered
 
 
 def main() -> None:
     """Run the command line and exit."""
     interrupted = False
+    raised = -math.inf
 
-    def on_interrupt(*_: object) -> NoReturn:
-        nonlocal interrupted
+    def on_interrupt(_: int, frame: FrameType | None) -> None:
+        nonlocal interrupted, raised
         interrupted = True
-        raise KeyboardInterrupt
+        if _imports(frame):  # extension modules swallow an interruption of their import, or make another error of it
+            come_again()
+        elif time.monotonic() - raised > _ONE_PRESS_SECONDS:
+            raised = time.monotonic()
+            raise KeyboardInterrupt
 
     def on_unraisable(problem: sys.UnraisableHookArgs) -> None:
-        # Code that C calls back cannot raise: the interruption comes again when the program is likely to be elsewhere.
-        if isinstance(problem.exc_value, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        nonlocal raised
+        if isinstance(problem.exc_value, KeyboardInterrupt):  # it came where C called back, which cannot raise
+            raised = -math.inf
+            come_again()
         else:
             sys.__unraisablehook__(problem)
 
-    signal.signal(signal.SIGALRM, on_interrupt)
+    def come_again() -> None:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
     sys.unraisablehook = on_unraisable
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, on_interrupt)
     try:
         code = run(sys.argv[1:])
-    except BaseException:  # libraries make other errors of an interruption of their import
+    except BaseException:
         if not interrupted:
             raise
         code = _fail(_INTERRUPTED)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
     if interrupted:
-        sys.stdout.flush()
-        os._exit(code)  # threads of a download would be waited for
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code or _fail(_INTERRUPTED))  # without waiting for a download's threads
     sys.exit(code)
 
 
@@ -81,7 +100,12 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-_NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fail(message: str) -> int:

@@ -36,7 +36,7 @@ def command(
     ids = DbrxTokenizer.from_pretrained(folder).encode(words)
     model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
     context = min(2048, model.config.max_seq_len) if context is None else context
-    check_windows(len(ids), context, stride, model.config)
+    check_windows(len(ids), context, stride, model.config, source=str(text))
     with output.progress("windows") as on_window:
         result = perplexity(model, ids, context=context, stride=stride, on_window=on_window)
     if json:

@@ -143,14 +143,21 @@ def test_leading_axes_are_kept() -> None:
 
 
 def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
-    few = cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True)
-    many = cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True)
-    assert few.matvec
-    assert not many.matvec
+    few = cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
+    many = cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
+    assert few.regime is cpu.Regime.MATVEC
+    assert many.regime is cpu.Regime.TILES
     assert many.tile_dtype == torch.bfloat16
-    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=False).tile_dtype == torch.float32
-    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True).tile_dtype == torch.float32
-    assert not cpu.choose(1, 96, torch.bfloat16, bfloat16_matmul=True).matvec
+    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
+    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
+    assert cpu.choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
+
+
+def test_amx_serves_many_tokens_of_bfloat16() -> None:
+    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.AMX
+    assert cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.MATVEC
+    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
+    assert cpu.choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
 
 
 def test_a_device_without_kernels_is_refused() -> None:

@@ -1,0 +1,25 @@
+"""The CPU kernels compiled for a chip without AVX-512: the same tests, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+AVX2 = "+avx,+avx2,+f16c,+fma,+bmi,+bmi2,+sse4.2,+popcnt"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names chips of another architecture")
+def test_kernels_for_a_chip_with_avx2_alone(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2, "NUMBA_CACHE_DIR": str(tmp_path)}
+    check = "from dbrx_q.kernels import _cpu_amx, _cpu_vector; assert not _cpu_vector.has_bfloat16(); assert not _cpu_amx.available()"
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    command = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", str(HERE / "test_linear.py"), str(HERE / "test_moe.py")]
+    run = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
