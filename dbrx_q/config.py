@@ -103,9 +103,9 @@ class DbrxFFNConfig(_Section):
         moe_loss_weight: float = 0.01,
         moe_normalize_expert_weights: float | None = 1.0,
     ) -> None:
-        self.ffn_act_fn = {"name": "silu"} if ffn_act_fn is None else dict(ffn_act_fn)
-        if self.ffn_act_fn != {"name": "silu"}:
-            raise ConfigError(f'ffn_config.ffn_act_fn must be {{"name": "silu"}}, the activation of DBRX; found {self.ffn_act_fn!r}')
+        self.ffn_act_fn = {"name": "silu"}
+        if ffn_act_fn is not None and ffn_act_fn != self.ffn_act_fn:
+            raise ConfigError(f'ffn_config.ffn_act_fn must be {{"name": "silu"}}, the activation of DBRX; found {ffn_act_fn!r}')
         self.ffn_hidden_size = _positive_int("ffn_config.ffn_hidden_size", ffn_hidden_size)
         self.moe_num_experts = _positive_int("ffn_config.moe_num_experts", moe_num_experts)
         self.moe_top_k = _positive_int("ffn_config.moe_top_k", moe_top_k)
@@ -221,8 +221,13 @@ class DbrxConfig(_Section):
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        ids = [pad_token_id, bos_token_id, *(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id])]
+        if not all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in ids):
+            raise ConfigError(f"pad_token_id, bos_token_id and eos_token_id must be token ids; found {ids}")
         self.tie_word_embeddings = tie_word_embeddings
         self.torch_dtype = torch_dtype
+        if quantization_config is not None and not isinstance(quantization_config, Mapping):
+            raise ConfigError(f"quantization_config must be an object; found {quantization_config!r}")
         self.quantization_config = None if quantization_config is None else dict(quantization_config)
         self.rope_theta = _resolve_rope_theta(self.attn_config, rope_parameters)
         self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .config import DbrxConfig
 from .errors import RequestError
 from .kv_cache import KVCache
 from .model import DbrxForCausalLM
 from .sampling import SamplingParams, sample
 from .tokenizer import DbrxTokenizer
 
-__all__ = ["Generation", "decode_one_token", "generate", "generate_text", "prefill", "stream_text"]
+__all__ = ["Generation", "check_request", "decode_one_token", "generate", "generate_text", "prefill", "stream_text"]
 
 # Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory.
 _PREFILL_TOKENS = 512
@@ -139,7 +140,7 @@ def _steps(
     results: list[Generation],
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, new text) for every token of every sequence; `results` is filled on the way."""
-    _check_request(model, prompts, max_new_tokens, stop, tokenizer)
+    check_request(model.config, prompts, max_new_tokens, stop, tokenizer)
     sampling = sampling or SamplingParams()
     ends = set(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
     results += [Generation(len(prompt)) for prompt in prompts]
@@ -220,16 +221,21 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _check_request(
-    model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], tokenizer: DbrxTokenizer | None
+def check_request(
+    config: DbrxConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], tokenizer: DbrxTokenizer | None
 ) -> None:
+    """Refuse what `generate` cannot serve; needs no model.
+
+    Raises:
+        RequestError: as for `generate`.
+    """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1; found {max_new_tokens}")
     if stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer; give one or leave them out")
     if "" in stop:
         raise RequestError("a stop string must not be empty; leave it out")
-    limit = model.config.max_seq_len
+    limit = config.max_seq_len
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise RequestError(f"a prompt must hold at least one token; prompt {i} is empty")
@@ -237,8 +243,8 @@ def _check_request(
             raise RequestError(
                 f"a prompt must leave room in the model's context of {limit} tokens; prompt {i} has {len(prompt)}. Shorten it"
             )
-        bad = [token for token in prompt if not 0 <= token < model.config.vocab_size]
+        bad = [token for token in prompt if not 0 <= token < config.vocab_size]
         if bad:
             raise RequestError(
-                f"token ids must be from 0 to {model.config.vocab_size - 1}; prompt {i} holds {bad[0]}. Is the tokenizer this model's?"
+                f"token ids must be from 0 to {config.vocab_size - 1}; prompt {i} holds {bad[0]}. Is the tokenizer this model's?"
             )

@@ -66,7 +66,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, seen: Sequence[int], ge
         logits = logits.index_copy(0, ids, torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty))
     if params.temperature == 0:
         return int(logits.argmax())
-    logits = logits / params.temperature
+    logits = (logits - logits.max()) / params.temperature  # from zero down: a small temperature cannot overflow
     if 0 < params.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)

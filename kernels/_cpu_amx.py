@@ -15,7 +15,6 @@ import sys
 from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import torch
 from llvmlite import ir
@@ -44,8 +43,7 @@ def available() -> bool:
     """Whether this chip has AMX for bfloat16 and the operating system lets this process use it; asks for the permission."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    features = llvm.get_host_cpu_features()
-    if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bw", "avx512bf16")):
+    if not v.chip_features() >= {"amx-tile", "amx-bf16", "avx512bw", "avx512bf16"}:
         return False
     # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for all threads: without it the first tile instruction ends the process.
     call = (ctypes.c_long(n) for n in (158, 0x1023, 18))

@@ -11,7 +11,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 __all__ = [
     "F16",
@@ -24,6 +24,7 @@ __all__ = [
     "V16I",
     "add_into",
     "broadcast",
+    "chip_features",
     "constant",
     "dot_i16",
     "half_to_float",
@@ -55,7 +56,7 @@ V16I = ir.VectorType(I32, 16)
 _FAST = ("contract", "reassoc")
 
 
-class _BFloat(ir.types.Type):
+class _BFloat(ir.types.Type):  # type: ignore[misc] # llvmlite ships no types
     """LLVM's bfloat, which llvmlite does not name."""
 
     intrinsic_name = "bf16"
@@ -71,10 +72,17 @@ class _BFloat(ir.types.Type):
 
 
 @cache
+def chip_features() -> frozenset[str]:
+    """What the chip offers that numba compiles for: this machine's, or the one that NUMBA_CPU_FEATURES describes."""
+    described: str | None = config.CPU_FEATURES  # type: ignore[attr-defined] # numba sets it when it is imported
+    if described is not None:
+        return frozenset(name[1:] for name in described.split(",") if name.startswith("+"))
+    return frozenset(name for name, offered in llvm.get_host_cpu_features().items() if offered)
+
+
 def has_bfloat16() -> bool:
-    """Whether this chip multiplies and converts bfloat16 in hardware."""
-    features = llvm.get_host_cpu_features()
-    return bool(features.get("avx512bf16") or features.get("bf16"))
+    """Whether the chip multiplies and converts bfloat16 in hardware."""
+    return not chip_features().isdisjoint({"avx512bf16", "bf16"})
 
 
 def vector(element: Any, lanes: int) -> Any:

@@ -213,7 +213,7 @@ def _decode(weight: Packed, first: int, tile: torch.Tensor) -> None:
 
 @cache
 def _most_threads() -> int:
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined] # numba sets it when it is imported
 
 
 def _use_threads(nbytes: int) -> None:

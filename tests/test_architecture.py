@@ -24,7 +24,8 @@ def imports_of(path: Path, package: str) -> list[tuple[str, bool]]:
     """(absolute module, whether at the top level) of every import that runs."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     lazy = {child for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for child in ast.walk(node)}
-    typing = {child for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for child in ast.walk(node)}
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    typing = {child for node in guards for child in ast.walk(node)}
     found = []
     for node in ast.walk(tree):
         if node in typing:

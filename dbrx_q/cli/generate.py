@@ -40,8 +40,9 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
+    from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
-    from dbrx_q.generation import generate
+    from dbrx_q.generation import check_request, generate
     from dbrx_q.hub import resolve_folder
     from dbrx_q.model import DbrxForCausalLM
     from dbrx_q.sampling import SamplingParams
@@ -59,6 +60,7 @@ def command(
         ids = tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
         ids = tokenizer.encode(prompt)
+    check_request(DbrxConfig.from_pretrained(folder), [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
     model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
 
     def show(_: int, text: str) -> None:

@@ -26,6 +26,7 @@ def command(
     """Measure perplexity on a text: exp(total negative log-likelihood / predicted tokens)."""
     from dataclasses import asdict
 
+    from dbrx_q.config import DbrxConfig
     from dbrx_q.eval.perplexity import check_windows, perplexity, read_text
     from dbrx_q.hub import resolve_folder
     from dbrx_q.model import DbrxForCausalLM
@@ -34,9 +35,10 @@ def command(
     words = read_text(text)
     folder = resolve_folder(path)
     ids = DbrxTokenizer.from_pretrained(folder).encode(words)
+    config = DbrxConfig.from_pretrained(folder)
+    context = min(2048, config.max_seq_len) if context is None else context
+    check_windows(len(ids), context, stride, config, source=str(text))
     model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
-    context = min(2048, model.config.max_seq_len) if context is None else context
-    check_windows(len(ids), context, stride, model.config, source=str(text))
     with output.progress("windows") as on_window:
         result = perplexity(model, ids, context=context, stride=stride, on_window=on_window)
     if json:

@@ -31,7 +31,7 @@ def test_aliases_work_in_the_constructor_and_as_attributes() -> None:
     assert (config.d_model, config.n_heads, config.n_layers, config.max_seq_len) == (256, 8, 3, 77)
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.max_position_embeddings) == (256, 8, 3, 77)
     assert DbrxConfig(d_model=256, hidden_size=256, n_heads=8).d_model == 256
-    with pytest.raises(ConfigError, match="hidden_size is another name of d_model.*512 and 256"):
+    with pytest.raises(ConfigError, match=r"hidden_size is another name of d_model.*512 and 256"):
         DbrxConfig(d_model=256, hidden_size=512)
 
 
@@ -44,7 +44,7 @@ def test_rope_theta_comes_from_either_place() -> None:
     assert agreed.rope_theta == 500000.0
     with pytest.raises(ConfigError, match=r"must agree; found 500000\.0 and 10000\.0"):
         DbrxConfig(attn_config={"rope_theta": 500000}, rope_parameters={"rope_theta": 10000.0})
-    with pytest.raises(ConfigError, match="rope_type must be 'default'.*'yarn'"):
+    with pytest.raises(ConfigError, match=r"rope_type must be 'default'.*'yarn'"):
         DbrxConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 500000.0})
 
 
@@ -65,6 +65,9 @@ def test_rope_theta_comes_from_either_place() -> None:
         ({"attn_config": {"rope_theta": float("nan")}}, "rope_theta must be a finite number.*nan"),
         ({"attn_config": 3}, "attn_config must be an object; found 3"),
         ({"ffn_config": {"moe_normalize_expert_weights": 0}}, "moe_normalize_expert_weights must be a finite number above 0; found 0"),
+        ({"ffn_config": {"ffn_act_fn": 5}}, "ffn_act_fn.*found 5"),
+        ({"eos_token_id": ["a"]}, "must be token ids; found.*'a'"),
+        ({"quantization_config": 3}, "quantization_config must be an object; found 3"),
         ({"torch_dtype": "int8"}, "torch_dtype must be one of.*int8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -13,7 +13,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.sampling import sample
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
-PROMPTS = ["The old man looked at", "It", "In the year 1898, when the whole of the county had been asked for its opinion, the", "She said: “"]
+PROMPTS = ["The old man looked at", "It", "In the year 1898, when the whole of the county had been asked for its view, the", "She said: “"]
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,10 @@ def draws(params: SamplingParams, probabilities: list[float], n: int = 4000) -> 
         (SamplingParams(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0]),
         (SamplingParams(temperature=1.0, top_p=0.5), [1, 0, 0, 0]),
         (SamplingParams(temperature=1.0, min_p=0.25), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (SamplingParams(temperature=1e-40), [1, 0, 0, 0]),
         (SamplingParams(), [1, 0, 0, 0]),
     ],
-    ids=["plain", "temperature", "top_k", "top_p", "top_p exactly", "min_p", "greedy"],
+    ids=["plain", "temperature", "top_k", "top_p", "top_p exactly", "min_p", "tiny temperature", "greedy"],
 )
 def test_sample_draws_from_the_filtered_distribution(params: SamplingParams, expected: list[float]) -> None:
     found = draws(params, [0.5, 0.3, 0.15, 0.05])
@@ -151,7 +152,15 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() ->
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}],
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0},
+    ],
     ids=str,
 )
 def test_sampling_values_out_of_range_are_refused(arguments: dict[str, float]) -> None:

@@ -91,9 +91,9 @@ def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: 
     assert torch.equal(fast8.qweight, expected8.qweight)
     assert torch.equal(fast8.scales, expected8.scales)
     for packed, dequantize, error, square in ((expected4, int4.dequantize, error4, square4), (expected8, int8.dequantize, error8, square8)):
-        decoded = dequantize(packed)  # type: ignore[arg-type] # each with its own
-        torch.testing.assert_close(torch.tensor(error), float((decoded - wide).double().square().sum()) * torch.ones(()), rtol=1e-5, atol=1e-12)
-        torch.testing.assert_close(torch.tensor(square), float(wide.double().square().sum()) * torch.ones(()), rtol=1e-5, atol=1e-12)
+        difference = dequantize(packed).double() - wide  # type: ignore[arg-type] # each with its own
+        assert error == pytest.approx(float(difference.square().sum()), rel=1e-5, abs=1e-12)
+        assert square == pytest.approx(float(wide.double().square().sum()), rel=1e-5)
 
 
 def test_stated_bits_per_weight_are_true() -> None:
