@@ -31,8 +31,8 @@ __all__ = ["available", "matmul"]
 
 _BLOCK = 128  # elements along K that a decoder writes at a time: four tiles wide
 _TILE = 1024  # bytes of a full tile: 16 rows of 64
-# int4 [10752, 6144], groups of 64, two cores: rows 32, 64, 128, 256 take 88, 68, 62, 65 ms for 512 tokens and 21, 22, 20, 19 for 128;
-# 1, 2, 3, 4 blocks 70, 62, 64, 67; panels of 256 tokens 67.
+# int4 [10752, 6144], groups of 64, two cores, 512 (128) tokens: 32, 64, 128, 256 rows take 89, 68, 64, 65 (21, 22, 20, 19) ms at 3 blocks;
+# 1, 2, 3 blocks 70, 62, 64 (26, 21, 20) ms at 128 rows; panels of 256 tokens 67 ms.
 _ROWS = 128
 _CHUNK_BLOCKS = 3
 _PANEL_TOKENS = 512
