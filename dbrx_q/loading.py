@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint
 from .experts import ResidentExpertStore
 from .host_memory import empty_host
 from .jsonfile import read_json_object
+from .kernels.cpu import warm_up
 from .kernels.int4 import Int4Weight
 from .kernels.int8 import Int8Weight
 from .layout import DenseTensor, TensorFormat, pack_parts, parts_of
@@ -26,10 +27,18 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> DbrxForCaus
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
         with torch.device("meta"):
             model = DbrxForCausalLM(config)
+        products: dict[TensorFormat, Int4Weight | Int8Weight] = {}
         for tensor in checkpoint.tensors.values():
             fmt = checkpoint.formats.get(tensor.name)
-            holder = _dense(checkpoint, tensor, chosen) if fmt is None else PackedWeight(_packed(checkpoint, tensor, fmt))
-            _put(model, tensor.name, holder)
+            if fmt is None:
+                _put(model, tensor.name, _dense(checkpoint, tensor, chosen))
+                continue
+            weight = _packed(checkpoint, tensor, fmt)
+            _put(model, tensor.name, PackedWeight(weight))
+            if tensor.name != "transformer.wte.weight":  # whose rows are looked up
+                products[fmt] = weight[0] if tensor.experts else weight
+    for weight in products.values():
+        warm_up(weight, chosen)
     layers = [block.ffn.experts.mlp.weights() for block in model.transformer.layers()]
     model.transformer.expert_store = ResidentExpertStore(layers)
     model.eos_token_ids = _eos_ids(folder) or model.eos_token_ids

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import _cpu_amx, _cpu_int4, _cpu_int8, int4, int8
+from . import _cpu_amx, _cpu_int4, _cpu_int8
 from ._cpu_activations import Activations, quantize_activations
 from ._cpu_vector import has_bfloat16
 from .int4 import Int4Weight
 from .int8 import Int8Weight
+from .linear import dequantize
 from .moe import ExpertWeights
 
-__all__ = ["CpuChoice", "Regime", "choose", "linear", "moe_experts"]
+__all__ = ["CpuChoice", "Regime", "choose", "linear", "moe_experts", "warm_up"]
 
 Packed = Int4Weight | Int8Weight
 
@@ -109,6 +110,13 @@ def moe_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, l
     if few:
         _add_few(y, x, tokens, scale, few, layer)
     return y
+
+
+def warm_up(weight: Packed, dtype: torch.dtype) -> None:
+    """Compile, or load from numba's cache, what products with weights like this [N, K] need: the first token should not wait for it."""
+    few = weight.rows(0, 1)
+    for tokens in (1, 64):
+        linear(torch.zeros(tokens, weight.shape[-1], dtype=dtype), few)
 
 
 def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
@@ -194,21 +202,17 @@ def _tile_order(x: torch.Tensor, weight: Packed) -> torch.Tensor:
 def _decode(weight: Packed, first: int, tile: torch.Tensor) -> None:
     """Decode rows from `first` on into `tile` [rows, K], bfloat16 or float32."""
     rows, K = tile.shape
+    some = weight.rows(first, first + rows)
+    if K % _BLOCK:
+        tile.copy_(dequantize(some))
+        return
     _use_threads(rows * K)
-    narrow = int(tile.dtype == torch.bfloat16)
-    codes, scales = weight.qweight[first : first + rows], weight.scales[first : first + rows]
-    if isinstance(weight, Int4Weight):
-        zeros = weight.zeros[first : first + rows]
-        if K % _BLOCK:
-            tile.copy_(int4.dequantize(Int4Weight(codes, scales, zeros, weight.group_size)))
-        else:
-            w, s, z, to = (t.data_ptr() for t in (codes, scales, zeros, tile))
-            _cpu_int4.decode_rows(w, s, z, rows, scales.shape[-1], to, weight.group_size, narrow)
-    elif K % _BLOCK:
-        tile.copy_(int8.dequantize(Int8Weight(codes, scales, weight.group_size)))
+    w, s, to = (t.data_ptr() for t in (some.qweight, some.scales, tile))
+    shape = rows, some.scales.shape[-1], to, some.group_size, int(tile.dtype == torch.bfloat16)
+    if isinstance(some, Int4Weight):
+        _cpu_int4.decode_rows(w, s, some.zeros.data_ptr(), *shape)
     else:
-        w, s, to = (t.data_ptr() for t in (codes, scales, tile))
-        _cpu_int8.decode_rows(w, s, rows, scales.shape[-1], to, weight.group_size, narrow)
+        _cpu_int8.decode_rows(w, s, *shape)
 
 
 @cache

@@ -53,6 +53,10 @@ class Int4Weight:
         """The weight at `index` of the first leading axis, without a copy."""
         return Int4Weight(self.qweight[index], self.scales[index], self.zeros[index], self.group_size)
 
+    def rows(self, first: int, end: int) -> Int4Weight:
+        """Rows first .. end-1 of a weight [N, K], without a copy."""
+        return Int4Weight(self.qweight[first:end], self.scales[first:end], self.zeros[first:end], self.group_size)
+
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Int4Weight:
     """Round to nearest with the range of each group, zero included, as the grid.
