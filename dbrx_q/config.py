@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ def _section(name: str, value: Any, cls: Any) -> Any:
     if value is None:
         return cls()
     if isinstance(value, cls):
-        return value
+        return copy(value)  # the model's theta may be written into it
     if isinstance(value, Mapping):
         return cls(**value)
     raise ConfigError(f"{name} must be an object; found {value!r}")

@@ -1,5 +1,9 @@
 """Generation: prefill, one token after another, and text as it grows.
 
+The sequences of a batch advance together, each with products and a cache of its own: a result never depends on what else is in the batch.
+On the CPU nothing is lost by that, since the tokens of a step go to different experts: the experts of one DBRX layer take 23 ms for
+1 token, 44 for 2, 96 for 4 and 183 for 8.
+
 Dimension letters: `B` sequences, `V` vocabulary, `D` d_model.
 """
 
@@ -76,27 +80,17 @@ def generate(
     return results
 
 
-def prefill(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
-    """Run the prompts into an empty cache, in chunks; float32 logits [B, V] of what follows each."""
-    B = len(prompts)
-    step = max(1, _PREFILL_TOKENS // max(B, 1))
-    last = torch.empty(B, model.config.d_model, dtype=model.dtype, device=model.device)
-    for first in range(0, max(map(len, prompts), default=0), step):
-        chunks = [list(prompt[first : first + step]) for prompt in prompts]
-        width = max(map(len, chunks))
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks])
-        mask = torch.tensor([[1] * len(chunk) + [0] * (width - len(chunk)) for chunk in chunks])
-        hidden = model.transformer(ids, mask, cache, True, False).last_hidden_state  # [B, width, D]
-        for row, chunk in enumerate(chunks):
-            if chunk:
-                last[row] = hidden[row, len(chunk) - 1]
-    return model.lm_head(last).float()
+def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
+    """Run one prompt into an empty cache of one sequence, in chunks; float32 logits [V] of what follows."""
+    for first in range(0, len(prompt), _PREFILL_TOKENS):
+        ids = torch.tensor([prompt[first : first + _PREFILL_TOKENS]], device=model.device)
+        hidden = model.transformer(ids, None, cache, True, False).last_hidden_state  # [1, chunk, D]
+    return model.lm_head(hidden[0, -1:]).float()[0]
 
 
-def decode_one_token(model: DbrxForCausalLM, tokens: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Append one token to every sequence of the cache; float32 logits [B, V] of what follows."""
-    ids = torch.tensor(tokens, device=model.device)[:, None]
-    return model(ids, None, cache, True, False).logits[:, -1]
+def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:
+    """Append one token to a cache of one sequence; float32 logits [V] of what follows."""
+    return model(torch.tensor([[token]], device=model.device), None, cache, True, False).logits[0, -1]
 
 
 def generate_text(
@@ -146,19 +140,18 @@ def _steps(
     results += [Generation(len(prompt)) for prompt in prompts]
     texts = [_GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
+    unspoken = _without_a_token(model, tokenizer)
     started = time.perf_counter()
-    longest = max(map(len, prompts), default=0)
-    cache = KVCache(
-        model.config, len(prompts), min(longest + max_new_tokens, model.config.max_seq_len), dtype=model.dtype, device=model.device
-    )
-    logits = prefill(model, prompts, cache)  # [B, V]
+    caches = [_cache_for(model, prompt, max_new_tokens) for prompt in prompts]
+    logits = [prefill(model, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]  # B of [V]
     prefilled = time.perf_counter()
     alive = list(range(len(prompts)))
     while alive:
-        going = []
-        for row, i in enumerate(alive):
+        for i in list(alive):
             result = results[i]
-            token = sample(logits[row], sampling, [*prompts[i], *result.token_ids], generators[i])
+            if result.decode_steps >= 0:
+                logits[i] = decode_one_token(model, result.token_ids[-1], caches[i])
+            token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], unspoken)
             result.decode_steps += 1
             new = ""
             if token in ends:
@@ -172,15 +165,21 @@ def _steps(
             if result.finish_reason:
                 new += texts[i].flush()
                 result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
-            else:
-                going.append(row)
+                alive.remove(i)
             result.text += new
             yield i, new
-        if going and len(going) < len(alive):
-            cache.keep(going)
-        alive = [alive[row] for row in going]
-        if alive:
-            logits = decode_one_token(model, [results[i].token_ids[-1] for i in alive], cache)
+
+
+def _cache_for(model: DbrxForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> KVCache:
+    capacity = min(len(prompt) + max_new_tokens, model.config.max_seq_len)
+    return KVCache(model.config, 1, capacity, dtype=model.dtype, device=model.device)
+
+
+def _without_a_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:
+    """bool [V]: rows of the head that stand for no token (padding of the vocabulary); None where that is not known."""
+    if tokenizer is None:
+        return None
+    return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)])
 
 
 class _GrowingText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -98,6 +99,10 @@ class _hub_errors:  # noqa: N801 # used as a with statement, like a function
 
         set_verbosity(self.verbosity)
         # The client raises its own HfHubHTTPError, but also OSError, ValueError and its HTTP library's errors.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(
+                f"{self.repository}: the hub's cache has no room for it; free some, or set HF_HOME to another disk"
+            ) from None
         if isinstance(error, Exception):
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(

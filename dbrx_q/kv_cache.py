@@ -20,6 +20,7 @@ class KVCache:
         config: of the model.
         batch_size: B.
         capacity: L, at most the model's `max_seq_len`.
+        grows: whether `reserve` may make room for more than L tokens.
         dtype: of keys and values.
         device: where they lie.
 
@@ -31,7 +32,14 @@ class KVCache:
     """
 
     def __init__(
-        self, config: DbrxConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: DbrxConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        grows: bool = False,
     ) -> None:
         if capacity > config.max_seq_len:
             raise RequestError(
@@ -42,6 +50,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layers, B, G, L, C]
         self.values = torch.zeros_like(self.keys)
         self.lengths = [0] * batch_size
+        self._limit = config.max_seq_len if grows else capacity
 
     @property
     def capacity(self) -> int:
@@ -52,6 +61,18 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in every sequence.
+
+        Raises:
+            RequestError: more than the cache, or the model's context where the cache grows, can hold.
+        """
+        if tokens > self._limit:
+            raise RequestError(f"a sequence must fit {self._limit} tokens, the room of its cache; found {tokens}. Shorten it")
+        if tokens > self.capacity:
+            more = min(self._limit, max(tokens, 2 * self.capacity)) - self.capacity
+            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
 
     def append(self, layer: int, counts: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the new tokens of one layer: `counts[b]` of sequence b, in order, from k, v [T, G, C]."""
@@ -65,8 +86,3 @@ class KVCache:
     def advance(self, counts: list[int]) -> None:
         """Count the tokens that every layer has written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but `rows`, in that order."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .errors import CheckpointError
 from .experts import ResidentExpertStore
 from .host_memory import empty_host
 from .jsonfile import read_json_object
@@ -77,4 +78,7 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
     if not path.exists():
         return ()
     value = read_json_object(path).get("eos_token_id")
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; found {value!r}")
+    return tuple(ids)

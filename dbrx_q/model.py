@@ -19,7 +19,7 @@ from torch import nn
 from .config import DbrxConfig
 from .errors import RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
-from .kernels.attention import IMPLEMENTATIONS, attention, decode_attention
+from .kernels.attention import IMPLEMENTATIONS, attention
 from .kernels.int4 import Int4Weight
 from .kernels.int8 import Int8Weight, gather_rows
 from .kernels.linear import Weight, linear
@@ -150,10 +150,6 @@ class DbrxAttention(nn.Module):
         cache.append(self.layer, batch.counts, k, v)
         ends = [length + count for length, count in zip(cache.lengths, batch.counts, strict=True)]
         keys, values = cache.keys[self.layer], cache.values[self.layer]  # [B, G, L, C]
-        if all(count == 1 for count in batch.counts):
-            L = max(ends)
-            lengths = torch.tensor(ends, device=q.device)
-            return decode_attention(q, keys[:, :, :L], values[:, :, :L], lengths, implementation=self.implementation)
         outs = [
             attention(part, keys[b, :, :end], values[b, :, :end], implementation=self.implementation)
             for b, (part, end) in enumerate(zip(q.split(batch.counts), ends, strict=True))
@@ -331,13 +327,12 @@ class DbrxModel(nn.Module):
             if not real.all():
                 rows, counts = real.flatten().nonzero()[:, 0], real.sum(1).tolist()
         longest = max((length + count for length, count in zip(past, counts, strict=True)), default=0)
-        capacity = self.config.max_seq_len if cache is None else cache.capacity
-        if longest > capacity:
-            raise RequestError(
-                f"a sequence must fit {capacity} tokens, the {'context' if cache is None else 'cache'}; found {longest}. Shorten it"
-            )
+        if longest > self.config.max_seq_len:
+            raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
         if cache is None and use_cache:
-            cache = KVCache(self.config, B, self.config.max_seq_len, dtype=self.dtype, device=ids.device)
+            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=ids.device, grows=True)
+        if cache is not None:
+            cache.reserve(longest)
         pieces = [torch.arange(length, length + count) for length, count in zip(past, counts, strict=True)]
         return _Batch(rows, counts, torch.cat(pieces).to(ids.device), cache)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,13 @@ class SamplingParams:
 
     def generators(self, n: int) -> list[torch.Generator]:
         """One source of randomness per sequence."""
-        first = torch.seed() if self.seed is None else self.seed
+        first = secrets.randbits(62) if self.seed is None else self.seed
         return [torch.Generator().manual_seed((first + i) % (1 << 63)) for i in range(n)]
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, seen: Sequence[int], generator: torch.Generator) -> int:
+def sample(
+    logits: torch.Tensor, params: SamplingParams, seen: Sequence[int], generator: torch.Generator, unspoken: torch.Tensor | None = None
+) -> int:
     """The next token of one sequence.
 
     Args:
@@ -59,7 +62,10 @@ def sample(logits: torch.Tensor, params: SamplingParams, seen: Sequence[int], ge
         params: how to choose.
         seen: prompt and generated tokens so far, for the repetition penalty.
         generator: where random numbers come from; untouched at temperature 0.
+        unspoken: bool [V], tokens that must not come.
     """
+    if unspoken is not None:
+        logits = logits.masked_fill(unspoken, -torch.inf)
     if params.repetition_penalty != 1 and seen:
         ids = torch.tensor(sorted(set(seen)))
         old = logits[ids]

@@ -224,6 +224,10 @@ class DbrxTokenizer:
         """
         return self.token_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", errors="replace")
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether `token_id` stands for a token; rows that only pad the vocabulary do not."""
+        return token_id in self._table
+
     def token_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of `ids`, joined.
 

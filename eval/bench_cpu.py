@@ -66,14 +66,14 @@ def bench_cpu(folder: Path, *, prefill_tokens: int = 512, decode_tokens: int = 3
     field = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
 
     def run_prefill() -> None:
-        prefill(model, [prompt], _cache(model, prefill_tokens))
+        prefill(model, prompt, _cache(model, prefill_tokens))
 
     cache = _cache(model, prefill_tokens + decode_tokens * (repeats + 1))
-    prefill(model, [prompt], cache)
+    prefill(model, prompt, cache)
 
     def run_decode() -> None:
         for token in prompt[:decode_tokens]:
-            decode_one_token(model, [token], cache)
+            decode_one_token(model, token, cache)
 
     times: dict[str, list[float]] = {"prefill": [], "decode": [], "read": []}
     for turn in range(repeats + 1):

@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
         RequestError: the file is missing, is not UTF-8, or is empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # as it is: line ends are tokens too
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: a text must be UTF-8; byte {error.start} is not. Convert the file") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from dbrx_q.checkpoint import INDEX_NAME
 from dbrx_q.config import DbrxConfig
 from dbrx_q.layout import DenseTensor, dense_tensors
 from dbrx_q.safetensors_file import SafetensorsWriter
+from dbrx_q.staging import staged_folder
 
 __all__ = ["dbrx_layer_config", "write_checkpoint"]
 
@@ -35,8 +37,15 @@ def write_checkpoint(config: DbrxConfig, folder: Path, *, seed: int = 0) -> None
     """Write a bfloat16 checkpoint of `config` into `folder`: normal weights, norms of one, the same bytes for the same seed.
 
     There is no tokenizer: prompts are token ids.
+
+    Raises:
+        RequestError: `folder` is not empty, cannot be written, or its disk has too little room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with staged_folder(folder, sum(2 * math.prod(tensor.shape) for tensor in dense_tensors(config))) as partial:
+        _write(config, partial, seed)
+
+
+def _write(config: DbrxConfig, folder: Path, seed: int) -> None:
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
     layers = [-1, *range(config.n_layers)]

@@ -1,6 +1,6 @@
-"""`attention`: causal attention of one sequence, or of one new token in each of several, with grouped query heads.
+"""`attention`: causal attention of one sequence with grouped query heads.
 
-Dimension letters: `B` sequences, `S` new tokens, `L` tokens in the cache with the new ones, `H` query heads, `G` key/value heads,
+Dimension letters: `S` new tokens, `L` tokens in the cache with the new ones, `H` query heads, `G` key/value heads,
 `C` channels of a head.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["IMPLEMENTATIONS", "attention", "attention_reference", "decode_attention"]
+__all__ = ["IMPLEMENTATIONS", "attention", "attention_reference"]
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -25,12 +25,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementati
     """
     if implementation == "eager":
         return attention_reference(q, k, v).to(q.dtype)
-    S, L = q.shape[0], k.shape[1]
-    mask = None
-    if 1 < S < L:
-        mask = torch.ones(S, L, dtype=torch.bool, device=q.device).tril(L - S)
+    (S, H, C), (G, L, _) = q.shape, k.shape
+    if S == 1:  # the H/G query heads of a key/value head become the rows of one attention: keys and values are read once
+        return F.scaled_dot_product_attention(q.view(1, G, H // G, C), k[None], v[None]).reshape(1, H, C)
+    mask = torch.ones(S, L, dtype=torch.bool, device=q.device).tril(L - S) if S < L else None
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=S == L and S > 1, enable_gqa=True
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )  # [1, H, S, C]
     return out[0].transpose(0, 1)
 
@@ -44,25 +44,3 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     future = torch.ones(S, L, dtype=torch.bool, device=q.device).triu(L - S + 1)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
     return torch.einsum("ghsl,glc->sghc", weights, v.float()).reshape(S, H, C)
-
-
-def decode_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, *, implementation: str = "sdpa"
-) -> torch.Tensor:
-    """y [B, H, C] for one new token in each of B sequences.
-
-    Args:
-        q: [B, H, C].
-        k, v: [B, G, L, C], the new tokens' included; what lies past a sequence's length is not looked at.
-        lengths: int64 [B], tokens of each sequence, 1 .. L.
-        implementation: as for `attention`.
-    """
-    B, H, C = q.shape
-    G, L = k.shape[1:3]
-    if implementation == "eager":
-        return torch.stack([attention_reference(q[b, None], k[b, :, :n], v[b, :, :n])[0] for b, n in enumerate(lengths.tolist())]).to(
-            q.dtype
-        )
-    mask = (torch.arange(L, device=q.device) < lengths[:, None])[:, None, None]  # [B, 1, 1, L]
-    # The H/G query heads of a key/value head become the rows of one attention: keys and values are read once.
-    return F.scaled_dot_product_attention(q.view(B, G, H // G, C), k, v, attn_mask=mask).reshape(B, H, C)

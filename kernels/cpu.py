@@ -81,6 +81,7 @@ _TILE_ROWS = 1024
 
 def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
+    weight = weight.contiguous()
     choice = _choice(x.shape[0], x)
     if choice.regime is Regime.AMX:
         _use_threads(weight.shape.numel())
@@ -168,9 +169,10 @@ def _matvec(x: Activations, weight: Packed, experts: np.ndarray, offsets: np.nda
     N, groups = weight.shape[-2], weight.scales.shape[-1]
     out = torch.empty(x.codes.shape[0], N)
     _use_threads(len(experts) * N * groups * weight.group_size)
-    tensors = [weight.qweight.contiguous(), weight.scales.contiguous()]
+    weight = weight.contiguous()
+    tensors = [weight.qweight, weight.scales]
     if isinstance(weight, Int4Weight):
-        tensors.append(weight.zeros.contiguous())
+        tensors.append(weight.zeros)
         addresses = [t.data_ptr() for t in (*tensors, x.codes, x.scales, x.sums)]
         w, s, z, codes, scales, sums = addresses
         _cpu_int4.matvec(w, s, z, experts, offsets, codes, scales, sums, N, groups, x.sums.shape[1], out.data_ptr(), weight.group_size)

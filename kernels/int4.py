@@ -53,6 +53,10 @@ class Int4Weight:
         """The weight at `index` of the first leading axis, without a copy."""
         return Int4Weight(self.qweight[index], self.scales[index], self.zeros[index], self.group_size)
 
+    def contiguous(self) -> Int4Weight:
+        """The same weight with every part contiguous, as the compiled kernels take it; no copy where it is."""
+        return Int4Weight(self.qweight.contiguous(), self.scales.contiguous(), self.zeros.contiguous(), self.group_size)
+
     def rows(self, first: int, end: int) -> Int4Weight:
         """Rows first .. end-1 of a weight [N, K], without a copy."""
         return Int4Weight(self.qweight[first:end], self.scales[first:end], self.zeros[first:end], self.group_size)

@@ -9,10 +9,7 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from dbrx_q.kernels.int8 import Int8Weight
 from dbrx_q.layout import DenseTensor, Part, TensorFormat, oriented, parts_of
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.safetensors_file import SafetensorsWriter
+from dbrx_q.staging import check_destination, staged_folder
 
 from .rtn import rtn
 
@@ -33,7 +31,6 @@ __all__ = ["QuantizeReport", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
 _STEP_BYTES = 64 << 20  # of weights that are read together, where a matrix is not an expert's
-_RESERVE_BYTES = 16 << 20  # config, tokenizer, index and manifest
 
 
 @dataclass(frozen=True)
@@ -84,9 +81,8 @@ def quantize_checkpoint(
         FormatError: a tensor that its format cannot hold.
         RequestError: a destination that is not empty, cannot be written, or has too little room.
     """
-    target = Path(os.path.realpath(destination))
-    partial = target.with_name(target.name + ".partial")
-    _check_destination(source, destination, partial)
+    check_destination(destination)
+    _check_places(source, destination)
     with Checkpoint(source) as checkpoint:
         if checkpoint.formats:
             raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
@@ -95,40 +91,17 @@ def quantize_checkpoint(
         except FormatError as error:
             raise FormatError(f"{source}: {error}") from None
         shards = _shards(_jobs(checkpoint, formats), shard_bytes)
-        absent = [folder for folder in partial.parents if not folder.exists()]
-        try:
-            _make_partial(partial, sum(job.nbytes for shard in shards for job in shard))
-            report = _write(checkpoint, formats, shards, partial, on_bytes)
-            _move_into_place(partial, target)
-        except BaseException as error:
-            _discard(partial, absent)
-            if not isinstance(error, OSError):
-                raise
-            reason = error.strerror or str(error)
-            raise RequestError(f"{destination}: the destination must be writable; {reason}. Nothing was left behind") from None
-    return report
+        with staged_folder(destination, sum(job.nbytes for shard in shards for job in shard)) as partial:
+            return _write(checkpoint, formats, shards, partial, on_bytes)
 
 
-def _check_destination(source: Path, destination: Path, partial: Path) -> None:
-    if destination.exists() and not destination.is_dir():
-        raise RequestError(f"{destination}: the destination must be a folder; found a file. Give another name")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise RequestError(f"{destination}: the destination must be empty or not exist; it holds files. Give another name or remove it")
-    if destination.resolve().is_relative_to(source.resolve()):
+def _check_places(source: Path, destination: Path) -> None:
+    target = destination.resolve()
+    if target.is_relative_to(source.resolve()):
         raise RequestError(f"{destination}: the destination must lie outside the source {source}. Give another name")
+    partial = target.with_name(target.name + ".partial")
     if source.resolve().is_relative_to(partial):
         raise RequestError(f"{destination}: the result is built in {partial}, which must not hold the source {source}. Give another name")
-
-
-def _make_partial(partial: Path, needed: int) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)  # left by a run that was killed
-    partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if free < needed + _RESERVE_BYTES:
-        raise RequestError(
-            f"{partial.parent}: the result takes {needed:,} bytes and the disk has {free:,} free. Make room or choose another"
-        )
 
 
 def _jobs(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> Iterator[list[_Job]]:
@@ -196,7 +169,7 @@ def _write(
     _write_json(partial / "config.json", checkpoint.raw_config | {"quantization_config": _quantization_config(formats)})
     _copy_other_files(checkpoint.folder, partial)
     for path in sorted(partial.iterdir()):
-        if path.name not in manifest.shards:
+        if path.name not in manifest.shards and not path.name.startswith("."):
             manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _write_json(partial / MANIFEST_NAME, manifest.to_dict())
     errors = {name: s["relative_error"] for name, s in manifest.tensors.items() if "relative_error" in s}
@@ -245,7 +218,8 @@ def _copy_other_files(source: Path, partial: Path) -> None:
     """Tokenizer, generation settings and licence travel with the weights."""
     for path in sorted(source.iterdir()):
         travels = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and travels and not path.name.endswith(".index.json") and not (partial / path.name).exists():
+        written = path.name.endswith(".index.json") or path.name == MANIFEST_NAME or (partial / path.name).exists()
+        if path.is_file() and travels and not written:
             shutil.copyfile(path, partial / path.name)
 
 
@@ -255,27 +229,3 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    os.rename(partial, target)  # takes the place of an empty folder; fails if something was put there meanwhile
-    with suppress(OSError):  # the result is complete, whether or not this file system can sync a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _discard(partial: Path, absent: Sequence[Path]) -> None:
-    """Remove what was begun and the folders that were made for it; a further Ctrl-C waits until that is done."""
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in absent:
-            with suppress(OSError):
-                folder.rmdir()
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,11 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parent / "data"
+KERNELS = Path(__file__).parent.parent / "kernels"
+
+# numba notices a change of the file that a kernel stands in, but not of what that file imports: new sources get a new cache.
+_sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.py")))).hexdigest()
+os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
 @pytest.fixture(scope="session")

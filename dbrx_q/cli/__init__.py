@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 `verify` found a difference, 2 an error that the message e
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -53,6 +54,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
     sys.unraisablehook = on_unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the model's shows another
     for number in (signal.SIGINT, signal.SIGALRM):
         signal.signal(number, on_interrupt)
     try:

@@ -26,8 +26,6 @@ def synthetic(
 
     if layers < 1:
         raise RequestError(f"--layers must be at least 1; found {layers}")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise RequestError(f"{destination}: the destination must be a new or empty folder. Give another name")
     write_checkpoint(dbrx_layer_config(layers), destination, seed=seed)
 
 
@@ -42,8 +40,12 @@ def cpu(
     """Resident and peak memory, prefill and decode speed on the CPU, beside the read bandwidth of the same run."""
     from dataclasses import asdict
 
+    from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench_cpu import bench_cpu
 
+    for option, count in (("--prefill", prefill), ("--decode", decode), ("--repeats", repeats)):
+        if count < 1:
+            raise RequestError(f"{option} must be at least 1; found {count}")
     result = bench_cpu(path, prefill_tokens=prefill, decode_tokens=decode, repeats=repeats)
     if json:
         output.print_json(asdict(result))

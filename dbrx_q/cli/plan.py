@@ -20,10 +20,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 <
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
     ram: Annotated[str | None, typer.Option(help="Memory that may be used, as 96GiB.", show_default=False)] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and answer.")] = 4096,
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
-    group_size: Annotated[int, typer.Option(help="With --format, its group size.")] = 64,
+    group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Say what a model takes in memory on the CPU before any weight is downloaded; reads config.json alone."""
@@ -37,10 +37,13 @@ def command(
 
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)
+    if format is None and group_size is not None:
+        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4 or int8")
     if format is not None:
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
-        formats = default_recipe(config, TensorFormat(format.value, group_size))
+        formats = default_recipe(config, TensorFormat(format.value, 64 if group_size is None else group_size))
+    context = min(4096, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:

@@ -26,16 +26,24 @@ def command(
     keeps, where it came from there, and every sum is printed.
     """
     from dbrx_q.checkpoint import Checkpoint
+    from dbrx_q.errors import CheckpointError
     from dbrx_q.hub import resolve_folder
-    from dbrx_q.manifest import Manifest, sha256_of
+    from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 
     folder = resolve_folder(path)
     manifest = Manifest.read(folder)
     if manifest is None:
         with Checkpoint(folder) as checkpoint:
+            if checkpoint.formats:
+                raise CheckpointError(
+                    f"{folder}: a quantized checkpoint must hold {MANIFEST_NAME}; it is missing. Fetch it or quantize again"
+                )
             recorded = {shard.name: _hub_sum(shard) for shard in checkpoint.shards}
     else:
         recorded = {name: str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
+        unlisted = sorted({shard.name for shard in folder.glob("*.safetensors")} - recorded.keys())
+        if unlisted:
+            raise CheckpointError(f"{folder / MANIFEST_NAME}: must list every shard; {unlisted[0]} is not in it. Fetch the manifest again")
     present = [name for name in recorded if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     files: list[dict[str, Any]] = []

@@ -25,6 +25,7 @@ from dbrx_q.layout import TensorFormat
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.quantize.pipeline import quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.staging import MARKER_NAME
 from dbrx_q.tokenizer import DbrxTokenizer
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
@@ -295,6 +296,7 @@ def test_quantize_writes_into_an_empty_place(
         given.symlink_to(folder)
     elif how == "after a run that was killed":
         (tmp_path / "empty.partial").mkdir()
+        (tmp_path / "empty.partial" / MARKER_NAME).touch()
         (tmp_path / "empty.partial" / "model-00001-of-00001.safetensors").write_bytes(b"half")
     assert cli("quantize", small, given).code == 0
     assert same(load(folder), load(quantized_small))

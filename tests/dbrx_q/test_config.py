@@ -118,3 +118,9 @@ def test_another_model_type_is_refused_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config\.json: must hold a JSON object"):
         DbrxConfig.from_pretrained(tmp_path)
+
+
+def test_a_section_that_is_used_twice_is_not_changed() -> None:
+    attention = DbrxAttentionConfig()
+    assert DbrxConfig(attn_config=attention, rope_parameters={"rope_theta": 500000.0}).rope_theta == 500000.0
+    assert DbrxConfig(attn_config=attention).rope_theta == 10000.0

@@ -42,19 +42,35 @@ def test_greedy_equals_transformers(model: DbrxForCausalLM, tokenizer: DbrxToken
     assert (result.prompt_tokens, result.finish_reason, result.decode_steps) == (len(ids), "length", 24)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
-def test_a_batch_equals_its_prompts_one_by_one(
-    model: DbrxForCausalLM, tokenizer: DbrxTokenizer, quantized: bool, quantized_nano: Path
-) -> None:
-    if quantized:
-        model = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)
-    prompts = ids_of(tokenizer)
+def test_a_batch_equals_its_prompts_one_by_one(tokenizer: DbrxTokenizer, quantized: bool, dtype: str, quantized_nano: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano if quantized else NANO, dtype=dtype)
+    prompts = [*ids_of(tokenizer), *(tokenizer.encode(f"{word} of the") for word in ("The sound", "Some", "A house"))]
     ends = [4092, generate(model, prompts[:1], max_new_tokens=8)[0].token_ids[-1]]  # the first sequence ends early
     together = generate(model, prompts, max_new_tokens=30, tokenizer=tokenizer, eos_token_ids=ends)
     alone = [generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer, eos_token_ids=ends)[0] for prompt in prompts]
     assert [(r.token_ids, r.text, r.finish_reason) for r in together] == [(r.token_ids, r.text, r.finish_reason) for r in alone]
     assert together[0].finish_reason == "eos"
     assert len(together[0].token_ids) < 30
+
+
+def test_rows_of_the_head_without_a_token_never_come(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    import copy
+
+    few = copy.copy(tokenizer)
+    likeliest = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=1)[0].token_ids[0]
+    few._table = {token: piece for token, piece in tokenizer._table.items() if token != likeliest}
+    [result] = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=20, tokenizer=few)
+    assert likeliest not in result.token_ids
+
+
+def test_generating_leaves_torchs_own_random_numbers_alone(model: DbrxForCausalLM) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    generate(model, [[5, 6]], max_new_tokens=2)
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(model: DbrxForCausalLM) -> None:

@@ -100,6 +100,16 @@ def test_clamp_happens_and_before_the_rotation(oracle: transformers.DbrxForCausa
     assert (model(ids).logits - expected).abs().max() <= TOLERANCE
 
 
+def test_the_cache_of_a_call_takes_what_the_tokens_take_and_grows(model: DbrxForCausalLM) -> None:
+    cache = model(tokens(1, 10)).past_key_values
+    assert cache is not None
+    assert cache.capacity == 10
+    steps = [model(tokens(1, 1, seed=i), past_key_values=cache).logits for i in range(30)]
+    assert 40 <= cache.capacity < 100
+    ids = torch.cat([tokens(1, 10), *(tokens(1, 1, seed=i) for i in range(30))], dim=1)
+    assert (torch.cat(steps, dim=1) - model(ids).logits[:, 10:]).abs().max() <= TOLERANCE
+
+
 def test_router_logits_come_per_layer_in_float32(model: DbrxForCausalLM) -> None:
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :4] = 0
@@ -107,9 +117,15 @@ def test_router_logits_come_per_layer_in_float32(model: DbrxForCausalLM) -> None
     assert out.router_logits is not None
     assert [tuple(logits.shape) for logits in out.router_logits] == [(14, 16)] * 4
     assert {logits.dtype for logits in out.router_logits} == {torch.float32}
-    x = model.transformer.wte(ids.flatten()[mask.flatten() == 1], torch.float32)
-    assert not torch.equal(out.router_logits[0], out.router_logits[1])
-    assert x.shape == (14, 128)
+    seen: list[torch.Tensor] = []
+    layers = model.transformer.layers()
+    hooks = [layer.norm_attn_norm.norm_2.register_forward_hook(lambda _, __, normed: seen.append(normed)) for layer in layers]
+    again = model(ids, attention_mask=mask, output_router_logits=True).router_logits
+    for hook in hooks:
+        hook.remove()
+    for layer, normed, logits in zip(layers, seen, again, strict=True):
+        expected = normed.double() @ layer.ffn.router.layer.weight.double().T
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     assert model(ids).router_logits is None
 
 
@@ -177,7 +193,7 @@ def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:
         model(torch.zeros(1, 3))
     with pytest.raises(RequestError, match="attention_mask must be"):
         model(tokens(2, 5), attention_mask=torch.ones(2, 4))
-    with pytest.raises(RequestError, match="must fit 3 tokens, the cache; found 4"):
+    with pytest.raises(RequestError, match="must fit 3 tokens, the room of its cache; found 4"):
         model(tokens(1, 4), past_key_values=KVCache(model.config, 1, 3, dtype=torch.float32))
     with pytest.raises(RequestError, match="holds 1 sequences; input_ids has 2"):
         model(tokens(2, 4), past_key_values=KVCache(model.config, 1, 9, dtype=torch.float32))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbrx_q.kernels.attention import IMPLEMENTATIONS, attention, decode_attention
+from dbrx_q.kernels.attention import IMPLEMENTATIONS, attention
 
 H, G, C = 6, 2, 16
 
@@ -32,17 +32,3 @@ def test_attention_of_the_last_tokens(implementation: str, S: int, L: int) -> No
     generator = torch.Generator().manual_seed(L)
     q, k, v = (torch.randn(shape, generator=generator) for shape in ((S, H, C), (G, L, C), (G, L, C)))
     np.testing.assert_allclose(attention(q, k, v, implementation=implementation).numpy(), truth(q, k, v), atol=2e-6)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_over_unequal_lengths(implementation: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [1, 40, 17]
-    q = torch.randn(3, H, C, generator=generator)
-    k, v = torch.zeros(3, G, 40, C), torch.zeros(3, G, 40, C)
-    for b, n in enumerate(lengths):
-        k[b, :, :n], v[b, :, :n] = torch.randn(G, n, C, generator=generator), torch.randn(G, n, C, generator=generator)
-    k[0, :, 1:], v[0, :, 1:] = 1e3, 1e3  # what lies past a sequence's end must not count
-    out = decode_attention(q, k, v, torch.tensor(lengths), implementation=implementation)
-    for b, n in enumerate(lengths):
-        np.testing.assert_allclose(out[b, None].numpy(), truth(q[b, None], k[b, :, :n], v[b, :, :n]), atol=2e-6)

@@ -128,6 +128,15 @@ def test_nan_activations_stay_nan(T: int) -> None:
     assert linear(x, packed_weight("int4", 64, 8, 256))[0].isnan().all()
 
 
+@pytest.mark.parametrize("T", [1, 40])
+def test_parts_that_are_not_contiguous_serve_too(T: int) -> None:
+    weight = packed_weight("int4", 64, 40, 256)
+    assert isinstance(weight, Int4Weight)
+    strided = Int4Weight(weight.qweight.T.contiguous().T, weight.scales, weight.zeros, 64)
+    x = torch.randn(T, 256)
+    assert torch.equal(linear(x, strided), linear(x, weight))
+
+
 def test_a_plain_weight_goes_to_torch() -> None:
     x, weight = torch.randn(3, 20), torch.randn(7, 20)
     assert torch.equal(linear(x, weight), x @ weight.T)
