@@ -15,8 +15,9 @@ from .jsonfile import read_json_object
 from .kernels.cpu import warm_up
 from .kernels.int4 import Int4Weight
 from .kernels.int8 import Int8Weight
+from .layers import PackedWeight
 from .layout import DenseTensor, TensorFormat, pack_parts, parts_of
-from .model import DbrxForCausalLM, PackedWeight
+from .model import DbrxForCausalLM
 
 __all__ = ["load_model"]
 

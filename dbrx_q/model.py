@@ -4,7 +4,7 @@ Dimension letters: `B` sequences, `S` columns of a padded batch, `T` real tokens
 heads, `G` key/value heads, `C` channels of a head, `E` experts, `F` ffn hidden.
 
 Padding never reaches a layer: a padded batch [B, S] becomes its T real tokens, one sequence after the other, and only attention knows
-where a sequence begins. A token's result therefore does not depend on what it is batched with.
+where a sequence begins.
 """
 
 from __future__ import annotations
@@ -13,22 +13,16 @@ import os
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .config import DbrxConfig
 from .errors import RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
-from .kernels.attention import IMPLEMENTATIONS, attention
-from .kernels.int4 import Int4Weight
-from .kernels.int8 import Int8Weight, gather_rows
-from .kernels.linear import Weight, linear
-from .kernels.moe import ExpertWeights, moe_experts, route
+from .kernels.attention import IMPLEMENTATIONS
 from .kv_cache import KVCache
+from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, rotation_of
 
-__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput", "PackedWeight"]
-
-_NORM_EPS = 1e-5
+__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput"]
 
 
 @dataclass
@@ -51,198 +45,6 @@ class CausalLMOutput:
     logits: torch.Tensor
     past_key_values: KVCache | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The real tokens of one call. rows: their places in the flattened [B * S], None for all. counts: per sequence."""
-
-    rows: torch.Tensor | None
-    counts: list[int]
-    positions: torch.Tensor  # int64 [T]
-    cache: KVCache | None
-
-
-class PackedWeight(nn.Module):
-    """Holds a packed weight in place of a parameter, its parts as buffers named as in the checkpoint."""
-
-    def __init__(self, weight: Int4Weight | Int8Weight) -> None:
-        super().__init__()
-        self.register_buffer("qweight", weight.qweight)
-        self.register_buffer("scales", weight.scales)
-        if isinstance(weight, Int4Weight):
-            self.register_buffer("zeros", weight.zeros)
-        self.value = weight
-
-
-def _weight(holder: nn.Parameter | PackedWeight) -> Weight:
-    return holder.value if isinstance(holder, PackedWeight) else holder.data
-
-
-def _matrix(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
-
-
-class DbrxLinear(nn.Module):
-    """y = x @ weight.T, weight [N, K] plain or packed."""
-
-    def __init__(self, K: int, N: int) -> None:
-        super().__init__()
-        self.weight: nn.Parameter | PackedWeight = _matrix(N, K)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, _weight(self.weight))
-
-
-class DbrxEmbedding(nn.Module):
-    """Rows of weight [V, D], plain or packed."""
-
-    def __init__(self, V: int, D: int) -> None:
-        super().__init__()
-        self.weight: nn.Parameter | PackedWeight = _matrix(V, D)
-
-    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        weight = _weight(self.weight)
-        if isinstance(weight, Int8Weight):
-            return gather_rows(weight, ids, dtype)
-        assert isinstance(weight, torch.Tensor), "embeddings are plain or int8"
-        return F.embedding(ids, weight)
-
-
-class DbrxLayerNorm(nn.Module):
-    """LayerNorm without bias."""
-
-    def __init__(self, D: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(D), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, None, _NORM_EPS)
-
-
-class DbrxAttention(nn.Module):
-    """Grouped-query attention; Wqkv's output is clamped before it is split, then queries and keys are rotated."""
-
-    def __init__(self, config: DbrxConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads, self.channels = config.n_heads, config.attn_config.kv_n_heads, config.head_dim
-        self.clip = config.attn_config.clip_qkv
-        self.implementation = IMPLEMENTATIONS[0]
-        D = config.d_model
-        self.Wqkv = DbrxLinear(D, D + 2 * self.kv_heads * self.channels)
-        self.out_proj = DbrxLinear(D, D)
-
-    def forward(self, x: torch.Tensor, batch: _Batch, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        qkv = self.Wqkv(x)  # [T, (H + 2G) C]
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = qkv.unflatten(-1, (-1, self.channels)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # [T, H or G, C]
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
-        return self.out_proj(self._attend(q, k, v, batch).flatten(1))
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """[T, H, C]."""
-        cache = batch.cache
-        if cache is None:
-            parts = zip(*(x.split(batch.counts) for x in (q, k, v)), strict=True)
-            return torch.cat([attention(a, b.transpose(0, 1), c.transpose(0, 1), implementation=self.implementation) for a, b, c in parts])
-        cache.append(self.layer, batch.counts, k, v)
-        ends = [length + count for length, count in zip(cache.lengths, batch.counts, strict=True)]
-        keys, values = cache.keys[self.layer], cache.values[self.layer]  # [B, G, L, C]
-        outs = [
-            attention(part, keys[b, :, :end], values[b, :, :end], implementation=self.implementation)
-            for b, (part, end) in enumerate(zip(q.split(batch.counts), ends, strict=True))
-            if len(part)
-        ]
-        return torch.cat(outs)
-
-
-class DbrxNormAttentionNorm(nn.Module):
-    """norm_1, attention and its residual, norm_2."""
-
-    def __init__(self, config: DbrxConfig, layer: int) -> None:
-        super().__init__()
-        self.norm_1 = DbrxLayerNorm(config.d_model)
-        self.attn = DbrxAttention(config, layer)
-        self.norm_2 = DbrxLayerNorm(config.d_model)
-
-    def forward(self, x: torch.Tensor, batch: _Batch, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream after attention, its norm_2), both [T, D]."""
-        x = x + self.attn(self.norm_1(x), batch, rotation)
-        return x, self.norm_2(x)
-
-
-class DbrxRouter(nn.Module):
-    """Holds the router's matrix [E, D]."""
-
-    def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.layer = nn.Linear(config.d_model, config.ffn_config.moe_num_experts, bias=False)
-        self.layer.weight.requires_grad_(False)
-
-
-class DbrxExpertMLP(nn.Module):
-    """The stacked matrices of all experts: w1, v1, w2 [E * F, D] as published, or packed with the reduction axis last."""
-
-    def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.experts = config.ffn_config.moe_num_experts
-        rows = self.experts * config.ffn_config.ffn_hidden_size
-        self.w1: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
-        self.v1: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
-        self.w2: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
-
-    def weights(self) -> ExpertWeights:
-        """The same memory as [E, F, D], [E, F, D] and [E, D, F]."""
-        w1, v1, w2 = (self._split(_weight(holder)) for holder in (self.w1, self.v1, self.w2))
-        return ExpertWeights(w1, v1, w2.transpose(1, 2) if isinstance(w2, torch.Tensor) else w2)
-
-    def _split(self, weight: Weight) -> Weight:
-        return weight.unflatten(0, (self.experts, -1)) if isinstance(weight, torch.Tensor) else weight
-
-
-class DbrxExperts(nn.Module):
-    """Holds the experts' matrices under the checkpoint's name."""
-
-    def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.mlp = DbrxExpertMLP(config)
-
-
-class DbrxFFN(nn.Module):
-    """Router and experts of one layer."""
-
-    def __init__(self, config: DbrxConfig, layer: int) -> None:
-        super().__init__()
-        self.index = layer
-        self.top_k = config.ffn_config.moe_top_k
-        self.norm_order = config.ffn_config.moe_normalize_expert_weights
-        self.router = DbrxRouter(config)
-        self.experts = DbrxExperts(config)
-
-    def forward(self, x: torch.Tensor, store: ExpertStore) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, D], float32 router logits [T, E])."""
-        routing = route(x, self.router.layer.weight, self.top_k, self.norm_order)
-        weights = store.layer(self.index, routing.experts)
-        return moe_experts(x, routing.experts, routing.weights, weights), routing.logits
-
-
-class DbrxBlock(nn.Module):
-    """One transformer block."""
-
-    def __init__(self, config: DbrxConfig, layer: int) -> None:
-        super().__init__()
-        self.norm_attn_norm = DbrxNormAttentionNorm(config, layer)
-        self.ffn = DbrxFFN(config, layer)
-
-    def forward(
-        self, x: torch.Tensor, batch: _Batch, rotation: tuple[torch.Tensor, torch.Tensor], store: ExpertStore
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream [T, D], float32 router logits [T, E])."""
-        x, normed = self.norm_attn_norm(x, batch, rotation)
-        out, logits = self.ffn(normed, store)
-        return x + out, logits
 
 
 class DbrxModel(nn.Module):
@@ -295,7 +97,7 @@ class DbrxModel(nn.Module):
         batch = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
         ids = input_ids.flatten() if batch.rows is None else input_ids.flatten()[batch.rows]
         x = self.wte(ids, self.dtype)  # [T, D]
-        rotation = _rotation(batch.positions, self.config)
+        rotation = rotation_of(batch.positions, self.config)
         store = self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
         router_logits = []
         for block in self.blocks:
@@ -307,7 +109,7 @@ class DbrxModel(nn.Module):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return ModelOutput(_padded(x, batch.rows, input_ids.shape), batch.cache, tuple(router_logits) if wanted else None)
 
-    def _batch(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool) -> _Batch:
+    def _batch(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool) -> Batch:
         if ids.ndim != 2 or ids.is_floating_point():
             raise RequestError(f"input_ids must be whole numbers [batch, tokens]; found {ids.dtype} {list(ids.shape)}")
         B, S = ids.shape
@@ -334,7 +136,7 @@ class DbrxModel(nn.Module):
         if cache is not None:
             cache.reserve(longest)
         pieces = [torch.arange(length, length + count) for length, count in zip(past, counts, strict=True)]
-        return _Batch(rows, counts, torch.cat(pieces).to(ids.device), cache)
+        return Batch(rows, counts, torch.cat(pieces).to(ids.device), cache)
 
 
 class DbrxForCausalLM(nn.Module):
@@ -451,22 +253,6 @@ def _padded(x: torch.Tensor, rows: torch.Tensor | None, shape: torch.Size) -> to
         full[rows] = x
         x = full
     return x.view(*shape, -1)
-
-
-def _rotation(positions: torch.Tensor, config: DbrxConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 cosines and sines [T, 1, C] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34), halves in NeoX order."""
-    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[T, H, C], turned by each token's angles in float32."""
-    cos, sin = rotation
-    wide = x.float()
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
 def _initialise(module: nn.Module, std: float) -> None:

@@ -10,7 +10,7 @@ import transformers
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM, DbrxModel, KVCache
 from dbrx_q.errors import RequestError, UnsupportedError
-from dbrx_q.model import PackedWeight
+from dbrx_q.layers import PackedWeight
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 TOLERANCE = 1e-4
