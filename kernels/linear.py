@@ -10,14 +10,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from . import int4, int8
+from . import int4, int8, nf4
 from .backend import Backend, pick
 from .int4 import Int4Weight
 from .int8 import Int8Weight
+from .nf4 import Nf4Weight
 
 __all__ = ["Weight", "dequantize", "linear", "linear_reference"]
 
-Weight = torch.Tensor | Int4Weight | Int8Weight
+Weight = torch.Tensor | Int4Weight | Int8Weight | Nf4Weight
 """A weight [..., N, K]: a plain tensor or a packed format."""
 
 
@@ -46,6 +47,8 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tens
         return int4.dequantize(weight, dtype)
     if isinstance(weight, Int8Weight):
         return int8.dequantize(weight, dtype)
+    if isinstance(weight, Nf4Weight):
+        return nf4.dequantize(weight, dtype)
     return weight.to(dtype)
 
 

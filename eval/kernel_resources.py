@@ -1,0 +1,119 @@
+"""What the Triton kernels take on each chip, without one: launches are recorded at DBRX's shapes and compiled ahead of time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.kernels.launch import Chip, Launch
+
+__all__ = ["Resources", "compile_launch"]
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel. registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory.
+
+    widest_load: bytes of the widest load from global memory by one thread. Registers, spills and loads are known for NVIDIA alone; None
+    elsewhere.
+    """
+
+    kernel: str
+    chip: str
+    constants: str
+    warps: int
+    stages: int
+    shared_memory: int
+    registers: int | None
+    spills: int | None
+    assembly: str
+
+
+def compile_launch(launch: Launch, chip: Chip) -> Resources:
+    """Compile the kernel of a recorded launch for `chip`, with the types and divisibilities of its arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    if chip.vendor == "hip":
+        target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    registers = spills = None
+    if chip.vendor == "cuda":
+        registers, spills = _usage(compiled.asm["cubin"])
+    return Resources(
+        kernel=launch.kernel.__name__,
+        chip=chip.name,
+        constants=" ".join(f"{name}={value}" for name, value in launch.constants.items()),
+        warps=launch.warps,
+        stages=launch.stages,
+        shared_memory=compiled.metadata.shared,
+        registers=registers,
+        spills=spills,
+        assembly=compiled.asm["ptx" if chip.vendor == "cuda" else "amdgcn"],
+    )
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibilities as Triton's own specialization of a call has them."""
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    for place, name in enumerate(launch.kernel.arg_names):
+        value, special = values[name], not parameters[name].do_not_specialize
+        if parameters[name].is_constexpr or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of the one kernel in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])

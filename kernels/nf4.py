@@ -1,0 +1,117 @@
+"""NF4 weights, as bitsandbytes stores them: 4-bit codes of a table of normal quantiles, one float32 scale per block of 64.
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E.
+
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` block size; `...` is any number of leading
+axes, such as the experts of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .groups import check_group_size, check_weight, grouped
+
+__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "dequantize", "pack", "quantize", "unpack"]
+
+GROUP_SIZES = (64,)
+# The 16 values of the data type, as float32 holds them.
+VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A weight [..., N, K] in 4 + 32/G bits per element; decoded value = VALUES[code] * absmax.
+
+    Bit layout of one row (byte addresses grow to the right, the high nibble is drawn first). The even element has the high nibble, as in
+    bitsandbytes and unlike int4:
+
+        qweight  | e0 e1 | e2 e3 | e4 e5 | ...    uint8 [..., N, K/2]     codes 0..15 of elements 0..K-1
+        absmax   |  m0   |  m1   | ...            float32 [..., N, K/G]   largest magnitude of G neighbouring elements
+    """
+
+    qweight: torch.Tensor
+    absmax: torch.Tensor
+    group_size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, K] of the weight that this stands for."""
+        return torch.Size((*self.qweight.shape[:-1], self.qweight.shape[-1] * 2))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.qweight.nbytes + self.absmax.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.qweight.device
+
+    def __getitem__(self, index: int) -> Nf4Weight:
+        """The weight at `index` of the first leading axis, without a copy."""
+        return Nf4Weight(self.qweight[index], self.absmax[index], self.group_size)
+
+    def contiguous(self) -> Nf4Weight:
+        """The same weight with every part contiguous, as the compiled kernels take it; no copy where it is."""
+        return Nf4Weight(self.qweight.contiguous(), self.absmax.contiguous(), self.group_size)
+
+    def rows(self, first: int, end: int) -> Nf4Weight:
+        """Rows first .. end-1 of a weight [N, K], without a copy."""
+        return Nf4Weight(self.qweight[first:end], self.absmax[first:end], self.group_size)
+
+
+def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
+    """The nearest code of every element by bitsandbytes.
+
+    Args:
+        weight: [..., N, K], bfloat16, float16 or float32.
+        group_size: 64; divides K.
+
+    Raises:
+        FormatError: a group size that is not offered or does not divide K, NaN or infinity.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
+    wide = check_weight(weight).contiguous()
+    codes, state = quantize_4bit(wide, blocksize=group_size, quant_type="nf4", compress_statistics=False)
+    shape = (*weight.shape[:-1], -1)
+    return Nf4Weight(codes.view(shape), state.absmax.view(shape), group_size)
+
+
+def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The decoded weight [..., N, K]: VALUES[code] * absmax in float32, then rounded to `dtype`."""
+    table = torch.tensor(VALUES, device=weight.device)
+    values = grouped(table[unpack(weight.qweight, weight.shape[-1]).int()], weight.group_size)
+    return (values * weight.absmax.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, the even element in the high nibble: uint8 [..., n] with values 0..15 and even n to uint8 [..., n/2]."""
+    return (codes[..., 0::2] << 4) | codes[..., 1::2]
+
+
+def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 [..., n/2] to uint8 [..., n]."""
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)[..., :n]

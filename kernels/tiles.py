@@ -1,0 +1,129 @@
+"""Tile choices of the Triton kernels: pure functions of shape, format and chip, overridden by what a sweep measured on a device.
+
+Dimension letters: `T` tokens, `N` output features, `K` input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .launch import Chip
+
+__all__ = ["MATVEC_TOKENS", "Problem", "Tiles", "candidates", "choose", "measured", "use_measured"]
+
+MATVEC_TOKENS = 16
+"""Most tokens that the matrix-vector regime takes."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a tile is chosen for.
+
+    op: "linear", "gate_up" or "down". tokens: T of `linear`; tokens of the step in decode, pairs in prefill of the others. N, K: of
+    the weight (of one expert). bits: of a stored code, 16 where the weight is plain. group: elements that share a scale, 1 where plain.
+    parallel: matrices that are worked on at the same time, the active experts of a decode step; 1 for `linear`.
+    """
+
+    op: str
+    tokens: int
+    N: int
+    K: int
+    bits: int
+    group: int
+    parallel: int = 1
+
+    @property
+    def decode(self) -> bool:
+        """Whether the matrix-vector regime serves."""
+        return self.tokens <= MATVEC_TOKENS
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one program works: rows of the weight, tokens, depth along the reduction axis, programs that share a reduction, warps, stages."""
+
+    rows: int
+    tokens: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+
+
+_MEASURED: dict[tuple[str, Problem], Tiles] = {}
+
+
+def use_measured(choices: Mapping[tuple[str, Problem], Tiles]) -> None:
+    """Prefer `choices`, by (device name, problem), to the defaults from now on. Tokens of a problem are rounded up to a power of two."""
+    _MEASURED.update(choices)
+
+
+def measured() -> Mapping[tuple[str, Problem], Tiles]:
+    """What `use_measured` has been given so far."""
+    return dict(_MEASURED)
+
+
+def choose(problem: Problem, chip: Chip) -> Tiles:
+    """The measured tiles of a problem where there are any, the default otherwise."""
+    key = Problem(**{**vars(problem), "tokens": _power_of_two(problem.tokens)})
+    return _MEASURED.get((chip.name, key)) or _default(problem, chip)
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
+    """Tiles worth measuring for a problem; the default comes first."""
+    default = _default(problem, chip)
+    found = [default]
+    tokens = {default.tokens} if problem.decode else {64, 128, 256}
+    depths = {max(depth, problem.group) for depth in ((128, 256) if problem.decode else (64, 128))}
+    for rows, warps in ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8)):
+        for depth in sorted(depths):
+            for token in sorted(tokens):
+                for stages in (2, 3, 4, 5):
+                    for splits in sorted({1, 2, 4, 8, default.splits}) if problem.decode else (1,):
+                        tiles = Tiles(rows, token, depth, splits, warps, stages)
+                        if tiles not in found and splits * depth <= problem.K and _shared_memory(problem, tiles) <= chip.shared_memory:
+                            found.append(tiles)
+    return found
+
+
+def _default(problem: Problem, chip: Chip) -> Tiles:
+    return _matvec(problem, chip) if problem.decode else _matmul(problem, chip)
+
+
+def _matvec(problem: Problem, chip: Chip) -> Tiles:
+    """Enough programs to keep every load unit busy; a reduction is split where the rows alone do not give them."""
+    tokens = max(chip.smallest_dot, _power_of_two(problem.tokens))
+    # Four warps make Triton take Hopper's warpgroup instructions, whose operand layout reads packed bytes two at a time: 5.3 instead of
+    # 4.6 instructions per weight (counted in the compiled loop of int4 [.., 6144], group 64).
+    rows, warps = (32, 2) if chip.name == "sm_90" else (64, 4)
+    if problem.op == "gate_up":  # two matrices in one program
+        rows = rows // 2 if rows > 32 else rows
+    # On AMD a deeper tile takes LLVM many seconds to compile.
+    depth = max(problem.group, 256 if problem.bits == 4 and chip.vendor != "hip" else 128)
+    resident = chip.multiprocessors * (8 if warps == 2 else 4)
+    programs = -(-problem.N // rows) * problem.parallel
+    steps = -(-problem.K // depth)
+    splits = 1
+    while splits < 16 and programs * splits < resident and steps >= 4 * splits and problem.op != "gate_up":
+        splits *= 2
+    return Tiles(rows, tokens, depth, splits, warps, 3)
+
+
+def _matmul(problem: Problem, chip: Chip) -> Tiles:
+    depth = max(64, problem.group)
+    wide = chip.shared_memory > 128 * 1024
+    tokens = min(128 if wide else 64, max(32, _power_of_two(problem.tokens)))
+    if problem.op == "gate_up":
+        return Tiles(64, tokens, depth, 1, 4, 3 if wide else 2)
+    return Tiles(128 if wide else 64, tokens, depth, 1, 8 if wide else 4, 3 if wide else 2)
+
+
+def _shared_memory(problem: Problem, tiles: Tiles) -> int:
+    """Bytes that the pipeline keeps: packed rows and 16-bit activations of every stage but one, and one more of activations."""
+    weights = tiles.rows * tiles.depth * problem.bits // 8 * (2 if problem.op == "gate_up" else 1)
+    return (weights + tiles.tokens * tiles.depth * 2) * tiles.stages
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
