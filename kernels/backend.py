@@ -7,6 +7,7 @@ from enum import Enum
 import torch
 
 from .errors import DbrxError
+from .launch import interpreting
 
 __all__ = ["Backend", "pick"]
 
@@ -18,6 +19,8 @@ class Backend(Enum):
     """float32 torch code, short and slow: what the others are held against. Runs on any device."""
     CPU = "cpu"
     """Compiled for this machine's vector units."""
+    TRITON = "triton"
+    """For NVIDIA and AMD GPUs; with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on the CPU."""
 
 
 def pick(device: torch.device) -> Backend:
@@ -26,6 +29,8 @@ def pick(device: torch.device) -> Backend:
     Raises:
         DbrxError: a device that no backend serves.
     """
+    if device.type == "cuda" or (device.type in ("cpu", "meta") and interpreting()):
+        return Backend.TRITON
     if device.type == "cpu":
         return Backend.CPU
-    raise DbrxError(f"the kernels of this version run on the device 'cpu'; found {str(device)!r}")
+    raise DbrxError(f"the kernels run on 'cpu' and 'cuda' devices; found {str(device)!r}")
