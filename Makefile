@@ -6,7 +6,7 @@ MODEL := tests/data/dbrx-nano
 TEXT := tests/data/war-of-the-worlds.txt
 OUT := demo-out
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit interpreter compiled bench clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -16,7 +16,7 @@ demo: .venv/installed
 	@echo "bf16:" && $(BIN)/dbrx-q perplexity $(MODEL) --text $(TEXT) --context 512
 	@echo "int4:" && $(BIN)/dbrx-q perplexity $(OUT)/dbrx-nano-int4 --text $(TEXT) --context 512
 
-test: lint types unit
+test: lint types unit interpreter compiled
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -26,7 +26,15 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 unit: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/kernels/ahead_of_time
+
+# Triton's kernels in its interpreter, which is chosen for a whole process.
+interpreter: .venv/installed-dev
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter
+
+# Triton's kernels compiled for every chip, without one.
+compiled: .venv/installed-dev
+	$(BIN)/pytest -n 2 tests/kernels/ahead_of_time
 
 # A layer of DBRX's own dimensions: 6.7 GB of disk for it, 2 GB for the result.
 bench: .venv/installed

@@ -14,7 +14,7 @@ import torch
 
 from dbrx_q.kernels.launch import Chip, Launch
 
-__all__ = ["Resources", "compile_launch"]
+__all__ = ["Resources", "compile_launch", "global_loads", "launch_key", "packed_parameters"]
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -30,10 +30,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel. registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory.
+    """One compiled kernel.
 
-    widest_load: bytes of the widest load from global memory by one thread. Registers, spills and loads are known for NVIDIA alone; None
-    elsewhere.
+    registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory. packed_loads: bytes that a thread
+    takes per load of packed codes, every width that occurs; empty where the kernel reads none. Registers, spills and loads are known for
+    NVIDIA alone; None elsewhere.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Resources:
     shared_memory: int
     registers: int | None
     spills: int | None
+    packed_loads: tuple[int, ...] | None
     assembly: str
 
 
@@ -61,9 +63,11 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
-    registers = spills = None
+    registers = spills = packed_loads = None
     if chip.vendor == "cuda":
         registers, spills = _usage(compiled.asm["cubin"])
+        packed = packed_parameters(launch)
+        packed_loads = tuple(sorted({width for place, width in global_loads(compiled.asm["ptx"]) if place in packed}))
     return Resources(
         kernel=launch.kernel.__name__,
         chip=chip.name,
@@ -73,8 +77,67 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         shared_memory=compiled.metadata.shared,
         registers=registers,
         spills=spills,
+        packed_loads=packed_loads,
         assembly=compiled.asm["ptx" if chip.vendor == "cuda" else "amdgcn"],
     )
+
+
+def launch_key(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that Triton compiles to the same code."""
+    signature, constants, attributes = _signature(launch)
+    options = launch.warps, launch.stages
+    return launch.kernel.__name__, str(signature), str(constants), str(attributes), options
+
+
+def packed_parameters(launch: Launch) -> frozenset[int]:
+    """Which parameters of the compiled kernel point to packed codes of weights, keys or values: counted from 0, without constants.
+
+    Codes are 8-bit tensors; the zero-points beside them are a thirty-second of their size or less.
+    """
+    signature, _, _ = _signature(launch)
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    sizes = {
+        place: values[name].numel()
+        for place, name in enumerate(names)
+        if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8)
+    }
+    return frozenset(place for place, size in sizes.items() if 16 * size > max(sizes.values()))
+
+
+_PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
+_ADDRESS = re.compile(r"^(?:@!?%p\d+ )?(?!ld|st|atom|red|cp)[a-z][\w.]*\s+(%rd\d+), (.*);")
+_LOAD = re.compile(r"\bld\.(?:\w+\.)*?global\.(?:\S*?\.)?(v[248]\.)?[bsuf](\d+)\b[^\[]*\[\s*(%rd\d+)")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::cta)?\.global\S*\s+\[[^\]]*\], \[\s*(%rd\d+)[^\]]*\], (0x[\da-f]+|\d+)")
+
+
+def global_loads(ptx: str) -> list[tuple[int, int]]:
+    """(parameter, bytes of one thread) of every load from global memory in `ptx`, the parameter that its address was computed from.
+
+    Addresses are followed through the arithmetic on 64-bit registers, whatever the order of the lines, until nothing is added.
+    """
+    origins: dict[str, set[int]] = {}
+    steps: list[tuple[str, list[str]]] = []
+    loads: list[tuple[str, int]] = []
+    for line in map(str.strip, ptx.splitlines()):
+        if found := _PARAMETER.search(line):
+            origins.setdefault(found[1], set()).add(int(found[2]))
+        elif found := _LOAD.search(line):
+            loads.append((found[3], int((found[1] or "v1.")[1:-1]) * int(found[2]) // 8))
+        elif found := _COPY.search(line):
+            loads.append((found[1], int(found[2], 0)))
+        elif found := _ADDRESS.match(line):
+            steps.append((found[1], re.findall(r"%rd\d+", found[2])))
+    changed = True
+    while changed:
+        changed = False
+        for target, sources in steps:
+            known = origins.setdefault(target, set())
+            before = len(known)
+            for source in sources:
+                known |= origins.get(source, set())
+            changed |= len(known) > before
+    return [(place, width) for register, width in loads for place in sorted(origins.get(register, {-1}))]
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -1,0 +1,150 @@
+"""Every Triton kernel at DBRX's own shapes, as launches that nothing runs: what the tile choices return on a chip, read from them.
+
+Dimension letters: `T` tokens, `N` output features, `K` input features, `D` d_model, `F` ffn hidden, `E` experts, `A` active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.int4 import Int4Weight
+from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.kernels.launch import Chip, Launch, recording
+from dbrx_q.kernels.linear import PackedFormat, linear
+from dbrx_q.kernels.moe import route
+from dbrx_q.kernels.nf4 import Nf4Weight
+from dbrx_q.kernels.norm import add_norm
+
+from .kernel_resources import launch_key
+
+__all__ = ["FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight"]
+
+TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
+"""Tokens of one call: every one of the matrix-vector regime, then powers of two."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A packed weight format: "int4", "int8" or "nf4", and the elements that share a scale."""
+
+    name: str
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.name}-g{self.group}"
+
+
+FORMATS = tuple(Format("int4", group) for group in (64, 32, 128)) + tuple(Format("int8", group) for group in (64, 32, 128)) + (Format("nf4", 64),)
+"""Every format on offer, the default ones (groups of 64) among them."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The dimensions of a model that kernels see; the defaults are DBRX's."""
+
+    width: int = 6144
+    heads: int = 48
+    kv_heads: int = 8
+    channels: int = 128
+    experts: int = 16
+    active: int = 4
+    hidden: int = 10752
+    vocabulary: int = 100352
+    context: int = 32768
+    clip: float = 8.0
+    epsilon: float = 1e-5
+
+    @property
+    def qkv(self) -> int:
+        """Rows of Wqkv."""
+        return (self.heads + 2 * self.kv_heads) * self.channels
+
+
+DBRX = Shapes()
+
+
+def empty_weight(fmt: Format, *shape: int, device: torch.device | str = "meta") -> PackedFormat:
+    """A packed weight [..., N, K] of `fmt` with whatever its memory holds."""
+    *rows, K = shape
+    groups = K // fmt.group
+
+    def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*rows, width, dtype=dtype, device=device)
+
+    if fmt.name == "int4":
+        return Int4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float16), empty((groups + 1) // 2, torch.uint8), fmt.group)
+    if fmt.name == "int8":
+        return Int8Weight(empty(K, torch.int8), empty(groups, torch.float16), fmt.group)
+    return Nf4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float32), fmt.group)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of an op on meta tensors: what it is called in tables, and the call."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def dbrx_launches(
+    chip: Chip,
+    *,
+    formats: tuple[Format, ...] = FORMATS,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    shapes: Shapes = DBRX,
+) -> list[tuple[str, Launch]]:
+    """(case, launch) of every op at the shapes of DBRX, each distinct kernel once, as the tile choices for `chip` have them.
+
+    Args:
+        chip: whose choices are read.
+        formats: of weights; the KV cache is walked through all of its own.
+        dtypes: of activations.
+        shapes: of the model.
+    """
+    found: dict[tuple[object, ...], tuple[str, Launch]] = {}
+    for dtype in dtypes:
+        for call in _calls(formats, dtype, shapes):
+            with recording(chip) as launches:
+                call.run()
+            for launch in launches:
+                found.setdefault(launch_key(launch), (f"{call.name} {str(dtype).removeprefix('torch.')}", launch))
+    return list(found.values())
+
+
+def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    for fmt in formats:
+        yield from _linear(fmt, dtype, shapes)
+    for T in TOKENS:
+        yield from _small(T, dtype, shapes)
+
+
+def _small(T: int, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    D, backend = shapes.width, Backend.TRITON
+    x, weight, router = _meta(T, D, dtype=dtype), _meta(D, dtype=dtype), _meta(shapes.experts, D, dtype=dtype)
+    yield _Call(f"norm T={T}", lambda: add_norm(x, None, weight, shapes.epsilon, backend=backend))
+    yield _Call(f"add and norm T={T}", lambda: add_norm(x, x, weight, shapes.epsilon, backend=backend))
+    yield _Call(f"router T={T}", lambda: route(x, router, shapes.active, 1, backend=backend))
+
+
+def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    D = shapes.width
+    places = (("Wqkv", shapes.qkv, shapes.clip, False), ("out_proj", D, None, True), ("lm_head", shapes.vocabulary, None, False))
+    for name, N, clip, adds in places:
+        weight = empty_weight(fmt, N, D)
+        for T in TOKENS:
+            x = _meta(T, D, dtype=dtype)
+            residual = _meta(T, N, dtype=dtype) if adds else None
+            yield _Call(
+                f"{name} {fmt} T={T}",
+                lambda x=x, weight=weight, clip=clip, residual=residual: linear(
+                    x, weight, clip=clip, residual=residual, backend=Backend.TRITON
+                ),
+            )
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
