@@ -1,8 +1,9 @@
 """What a DBRX checkpoint holds, and what it is called: the only place that knows names, orientations and packed parts.
 
 A plain checkpoint has the names of the published one (`transformer.blocks.0.ffn.experts.mlp.w1` ...). In a quantized checkpoint a tensor
-X of an int8 or int4 format becomes the parts `X.qweight`, `X.scales` and, for int4, `X.zeros`; an expert matrix becomes such parts per
-expert, `X.0.qweight`, `X.1.qweight` ..., each with its reduction axis last. One expert's parts lie next to each other in the file.
+X becomes the parts `X.qweight`, `X.scales` and, for int4, `X.zeros`, or for nf4 `X.qweight` and `X.absmax`; an expert matrix becomes
+such parts per expert, `X.0.qweight`, `X.1.qweight` ..., each with its reduction axis last. One expert's parts lie next to each other in
+the file.
 
 Dimension letters: `E` experts, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis, `G` group size.
 """
@@ -17,11 +18,27 @@ import torch
 
 from .config import DbrxConfig
 from .errors import CheckpointError
-from .kernels import int4, int8
+from .kernels import int4, int8, nf4
 from .kernels.int4 import Int4Weight
 from .kernels.int8 import Int8Weight
+from .kernels.linear import PackedFormat
+from .kernels.nf4 import Nf4Weight
 
-__all__ = ["DenseTensor", "Part", "TensorFormat", "dense_tensors", "kind_of", "oriented", "pack_parts", "parts_of", "tensor_formats"]
+__all__ = [
+    "GROUP_SIZES",
+    "DenseTensor",
+    "Part",
+    "TensorFormat",
+    "dense_tensors",
+    "kind_of",
+    "oriented",
+    "pack_parts",
+    "parts_of",
+    "tensor_formats",
+]
+
+GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GROUP_SIZES}
+"""The formats on offer and their group sizes."""
 
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
@@ -47,7 +64,7 @@ class DenseTensor:
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """How a tensor is packed: "int4" or "int8", and its group size."""
+    """How a tensor is packed: one of `GROUP_SIZES`, and its group size."""
 
     format: str
     group_size: int
@@ -130,10 +147,10 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
 
 
 def _format(name: str, entry: Any, source: str) -> TensorFormat:
-    offered = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES}
     kind, group_size = (entry.get("format"), entry.get("group_size")) if isinstance(entry, Mapping) else (None, None)
-    if not isinstance(group_size, int) or group_size not in offered.get(str(kind), ()):
-        raise CheckpointError(f"{source}: {name}: format must be int4 or int8 with a group size of 32, 64 or 128; found {entry!r}")
+    if not isinstance(group_size, int) or group_size not in GROUP_SIZES.get(str(kind), ()):
+        rule = "format must be int4 or int8 with a group size of 32, 64 or 128, or nf4 with 64"
+        raise CheckpointError(f"{source}: {name}: {rule}; found {entry!r}")
     return TensorFormat(str(kind), group_size)
 
 
@@ -147,13 +164,18 @@ def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
             yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
             yield Part(f"{prefix}.scales", torch.float16, (N, groups))
             yield Part(f"{prefix}.zeros", torch.uint8, (N, (groups + 1) // 2))
+        elif fmt.format == "nf4":
+            yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
+            yield Part(f"{prefix}.absmax", torch.float32, (N, groups))
         else:
             yield Part(f"{prefix}.qweight", torch.int8, (N, K))
             yield Part(f"{prefix}.scales", torch.float16, (N, groups))
 
 
-def pack_parts(parts: Mapping[str, torch.Tensor], fmt: TensorFormat) -> Int4Weight | Int8Weight:
-    """A packed weight from its parts by their last name: "qweight", "scales" and, for int4, "zeros"."""
+def pack_parts(parts: Mapping[str, torch.Tensor], fmt: TensorFormat) -> PackedFormat:
+    """A packed weight from its parts by their last name, as `parts_of` gives them."""
     if fmt.format == "int4":
         return Int4Weight(parts["qweight"], parts["scales"], parts["zeros"], fmt.group_size)
+    if fmt.format == "nf4":
+        return Nf4Weight(parts["qweight"], parts["absmax"], fmt.group_size)
     return Int8Weight(parts["qweight"], parts["scales"], fmt.group_size)

@@ -1,8 +1,9 @@
 """The `cpu` backend: which of three regimes serves an op, and how.
 
 Few tokens: dot products straight on the packed codes, at the speed of memory (`_cpu_int4.py`, `_cpu_int8.py`). Many tokens of bfloat16
-on a chip with AMX: decoding and multiplication in one kernel (`_cpu_amx.py`). Many tokens elsewhere: tiles of the weight are decoded
-into a small buffer that stays in cache and go through torch's matmul. A packed weight is never decoded whole.
+on a chip with AMX: decoding and multiplication in one kernel (`_cpu_amx.py`). Many tokens elsewhere, and any number with NF4, which
+bitsandbytes decodes: tiles of the weight are decoded into a small buffer that stays in cache and go through torch's matmul. A packed
+weight is never decoded whole.
 
 Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
 `N` output features, `K` input features.
@@ -24,12 +25,13 @@ from ._cpu_activations import Activations, quantize_activations
 from ._cpu_vector import has_bfloat16
 from .int4 import Int4Weight
 from .int8 import Int8Weight
-from .linear import dequantize
+from .linear import PackedFormat, dequantize
 from .moe import ExpertWeights
+from .nf4 import Nf4Weight, dequantize_on_cpu
 
 __all__ = ["CpuChoice", "Regime", "choose", "linear", "moe_experts", "warm_up"]
 
-Packed = Int4Weight | Int8Weight
+_Dotted = Int4Weight | Int8Weight  # the formats that dot products on codes serve
 
 _BLOCK = 128  # the compiled kernels want a multiple of it along the reduction axis
 
@@ -54,10 +56,13 @@ class CpuChoice:
     tile_dtype: torch.dtype
 
 
-def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool) -> CpuChoice:
-    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles."""
+def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, nf4: bool = False) -> CpuChoice:
+    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles.
+
+    nf4: whether the weight is NF4, for which there are neither dot products nor AMX code.
+    """
     tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
-    if K % _BLOCK:
+    if nf4 or K % _BLOCK:
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
         limit, many = _MATVEC_TOKENS_AMX, Regime.AMX
@@ -79,60 +84,66 @@ _MATVEC_TOKENS_FLOAT32 = 24
 _TILE_ROWS = 1024
 
 
-def linear(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
     weight = weight.contiguous()
-    choice = _choice(x.shape[0], x)
+    choice = _choice(x.shape[0], x, weight)
+    if isinstance(weight, Nf4Weight) or choice.regime is Regime.TILES:
+        return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
     if choice.regime is Regime.AMX:
         _use_threads(weight.shape.numel())
         return _cpu_amx.matmul(x, weight)
-    if choice.regime is Regime.MATVEC:
-        return _matvec(_quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
-    return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
+    return _matvec(_quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
 
 
-def moe_experts(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights) -> torch.Tensor:
+def moe_experts(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None = None
+) -> torch.Tensor:
     """float32 y [T, D]; see `dbrx_q.kernels.moe.moe_experts`."""
     A = experts.shape[1]
     by_expert = experts.flatten().argsort(stable=True)  # [P], pairs in the order of their experts
     tokens, scale = by_expert // A, weights.flatten()[by_expert].float()  # [P]
     counts = experts.flatten().bincount().tolist()
+    slots = range(layer.n_experts) if layer.slots is None else layer.slots.tolist()
     few: list[tuple[int, int, int]] = []
     y = torch.zeros(x.shape, dtype=torch.float32)
     first = 0
     for e, count in enumerate(counts):
-        if count and _matvec_serves(layer, count, x):
-            few.append((e, first, first + count))
+        slot = slots[e]
+        if slot < 0:
+            if missing is not None:
+                missing[e] += count
+        elif count and _matvec_serves(layer, count, x):
+            few.append((slot, first, first + count))
         elif count:
             chosen = tokens[first : first + count]
-            h = F.silu(_dense_or_tiled(x[chosen], layer.w1, e)) * _dense_or_tiled(x[chosen], layer.v1, e)  # [tokens of e, F]
-            y.index_add_(0, chosen, _dense_or_tiled(h, layer.w2, e).float() * scale[first : first + count, None])
+            h = F.silu(_dense_or_tiled(x[chosen], layer.w1, slot)) * _dense_or_tiled(x[chosen], layer.v1, slot)  # [tokens of e, F]
+            y.index_add_(0, chosen, _dense_or_tiled(h, layer.w2, slot).float() * scale[first : first + count, None])
         first += count
     if few:
         _add_few(y, x, tokens, scale, few, layer)
     return y
 
 
-def warm_up(weight: Packed, dtype: torch.dtype) -> None:
-    """Compile, or load from numba's cache, what products with weights like this [N, K] need: the first token should not wait for it."""
+def warm_up(weight: PackedFormat, dtype: torch.dtype) -> None:
+    """Compile or load from a cache or import what products with weights like this [N, K] need: the first token should not wait for it."""
     few = weight.rows(0, 1)
     for tokens in (1, 64):
         linear(torch.zeros(tokens, weight.shape[-1], dtype=dtype), few)
 
 
 def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
-    if any(isinstance(w, torch.Tensor) for w in (layer.w1, layer.v1, layer.w2)):
-        return False
-    return all(_choice(count, x, K).regime is Regime.MATVEC for K in (layer.w1.shape[-1], layer.w2.shape[-1]))
+    weights = layer.w1, layer.v1, layer.w2
+    return all(isinstance(w, _Dotted) and _choice(count, x, w).regime is Regime.MATVEC for w in weights)
 
 
 def _add_few(
     y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, scale: torch.Tensor, few: list[tuple[int, int, int]], layer: ExpertWeights
 ) -> None:
-    """Add to y [T, D] the share of experts with few tokens; `few` holds (expert, first pair, end of pairs)."""
-    assert not isinstance(layer.w1, torch.Tensor)
-    assert not isinstance(layer.v1, torch.Tensor)
-    assert not isinstance(layer.w2, torch.Tensor)
+    """Add to y [T, D] the share of experts with few tokens; `few` holds (slot, first pair, end of pairs)."""
+    assert isinstance(layer.w1, _Dotted)
+    assert isinstance(layer.v1, _Dotted)
+    assert isinstance(layer.w2, _Dotted)
     pairs = torch.cat([torch.arange(first, end) for _, first, end in few])
     chosen = np.array([e for e, _, _ in few])
     offsets = np.cumsum([0] + [end - first for _, first, end in few])
@@ -145,17 +156,18 @@ def _add_few(
     y.index_add_(0, tokens, down * scale[:, None])
 
 
-def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | Packed, e: int) -> torch.Tensor:
+def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: int) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight[e])
-    return linear(x, weight[e])
+        return F.linear(x, weight[slot])
+    return linear(x, weight[slot])
 
 
-def _choice(tokens: int, x: torch.Tensor, K: int | None = None) -> CpuChoice:
-    return choose(tokens, x.shape[-1] if K is None else K, x.dtype, bfloat16_matmul=has_bfloat16(), amx=_cpu_amx.available())
+def _choice(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
+    chip = {"bfloat16_matmul": has_bfloat16(), "amx": _cpu_amx.available()}
+    return choose(tokens, weight.shape[-1], x.dtype, **chip, nf4=isinstance(weight, Nf4Weight))
 
 
-def _quantized(x: torch.Tensor, weight: Packed) -> Activations:
+def _quantized(x: torch.Tensor, weight: _Dotted) -> Activations:
     _use_threads(x.numel() * 4)
     return quantize_activations(x, sums_of=weight.group_size if isinstance(weight, Int4Weight) else 0)
 
@@ -164,7 +176,7 @@ def _take(x: Activations, rows: torch.Tensor) -> Activations:
     return Activations(x.codes[rows], x.scales[rows], x.sums[rows])
 
 
-def _matvec(x: Activations, weight: Packed, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+def _matvec(x: Activations, weight: _Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
     """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` go through weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
     N, groups = weight.shape[-2], weight.scales.shape[-1]
     out = torch.empty(x.codes.shape[0], N)
@@ -182,29 +194,32 @@ def _matvec(x: Activations, weight: Packed, experts: np.ndarray, offsets: np.nda
     return out
 
 
-def _tiled(x: torch.Tensor, weight: Packed, choice: CpuChoice) -> torch.Tensor:
+def _tiled(x: torch.Tensor, weight: PackedFormat, choice: CpuChoice) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], which is in the tile's order."""
     N, K = weight.shape
     out = torch.empty(x.shape[0], N, dtype=x.dtype)
-    buffer = torch.empty(min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
+    buffer = torch.empty(0 if isinstance(weight, Nf4Weight) else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
     for first in range(0, N, choice.tile_rows):
-        tile = buffer[: min(choice.tile_rows, N - first)]
-        _decode(weight, first, tile)
+        some = weight.rows(first, min(first + choice.tile_rows, N))
+        if isinstance(some, Nf4Weight):
+            tile = dequantize_on_cpu(some, choice.tile_dtype)
+        else:
+            tile = buffer[: some.shape[0]]
+            _decode(some, tile)
         out[:, first : first + len(tile)] = x @ tile.T
     return out
 
 
-def _tile_order(x: torch.Tensor, weight: Packed) -> torch.Tensor:
+def _tile_order(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     """`x` [T, K] with its columns in the order in which `_decode` writes them."""
     if isinstance(weight, Int4Weight) and x.shape[-1] % _BLOCK == 0:
         return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
     return x
 
 
-def _decode(weight: Packed, first: int, tile: torch.Tensor) -> None:
-    """Decode rows from `first` on into `tile` [rows, K], bfloat16 or float32."""
+def _decode(some: _Dotted, tile: torch.Tensor) -> None:
+    """Decode into `tile` [rows, K], bfloat16 or float32."""
     rows, K = tile.shape
-    some = weight.rows(first, first + rows)
     if K % _BLOCK:
         tile.copy_(dequantize(some))
         return

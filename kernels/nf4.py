@@ -8,13 +8,20 @@ axes, such as the experts of a layer.
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import cast
 
 import torch
 
 from .groups import check_group_size, check_weight, grouped
 
-__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "dequantize", "pack", "quantize", "unpack"]
+__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "dequantize", "dequantize_on_cpu", "pack", "quantize", "unpack"]
 
 GROUP_SIZES = (64,)
 # The 16 values of the data type, as float32 holds them.
@@ -91,11 +98,9 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
     Raises:
         FormatError: a group size that is not offered or does not divide K, NaN or infinity.
     """
-    from bitsandbytes.functional import quantize_4bit
-
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     wide = check_weight(weight).contiguous()
-    codes, state = quantize_4bit(wide, blocksize=group_size, quant_type="nf4", compress_statistics=False)
+    codes, state = _bitsandbytes().quantize_4bit(wide, blocksize=group_size, quant_type="nf4", compress_statistics=False)
     shape = (*weight.shape[:-1], -1)
     return Nf4Weight(codes.view(shape), state.absmax.view(shape), group_size)
 
@@ -107,6 +112,16 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.T
     return (values * weight.absmax.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+def dequantize_on_cpu(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of `dequantize` in one pass over memory, by bitsandbytes; the parts of `weight` [N, K] are contiguous and on the CPU.
+
+    Below 2^-126 bfloat16 results may be zero: chips that convert to it in hardware flush them.
+    """
+    functional = _bitsandbytes()
+    state = functional.QuantState(absmax=weight.absmax, shape=weight.shape, dtype=dtype, blocksize=weight.group_size, quant_type="nf4")
+    return cast(torch.Tensor, functional.dequantize_4bit(weight.qweight.view(-1, 1), state))
+
+
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Two codes a byte, the even element in the high nibble: uint8 [..., n] with values 0..15 and even n to uint8 [..., n/2]."""
     return (codes[..., 0::2] << 4) | codes[..., 1::2]
@@ -115,3 +130,31 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The inverse of `pack`: uint8 [..., n/2] to uint8 [..., n]."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)[..., :n]
+
+
+@cache
+def _bitsandbytes() -> ModuleType:
+    """`bitsandbytes.functional`; it takes a second to import, so only what touches NF4 on the CPU does."""
+    with _without_hub_kernels():
+        import bitsandbytes.functional
+    return bitsandbytes.functional
+
+
+@contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    """On chips with bfloat16 instructions bitsandbytes fetches a product kernel from the hub while it is imported, through the package
+    `kernels`, and logs a warning where it cannot. Nothing here uses it: no download, and no warning that it was not found."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    modules = cast(dict[str, ModuleType | None], sys.modules)  # None makes an import fail as if the package were not installed
+    absent = "kernels" not in modules
+    level, before = log.level, modules.get("kernels")
+    log.setLevel(logging.ERROR)
+    modules["kernels"] = None
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if absent:
+            del modules["kernels"]
+        else:
+            modules["kernels"] = before

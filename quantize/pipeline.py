@@ -18,8 +18,7 @@ import torch
 
 from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
-from dbrx_q.kernels.int4 import Int4Weight
-from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.kernels.linear import PackedFormat
 from dbrx_q.layout import DenseTensor, Part, TensorFormat, oriented, parts_of
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.safetensors_file import SafetensorsWriter
@@ -183,7 +182,7 @@ def _run(checkpoint: Checkpoint, job: _Job) -> tuple[dict[str, float], list[torc
     if job.fmt is None:
         values = checkpoint.read(name)
         return {"root_mean_square": float(values.float().square().mean(dtype=torch.float64).sqrt())}, [values]
-    pieces: list[Int4Weight | Int8Weight] = []
+    pieces: list[PackedFormat] = []
     error = square = 0.0
     for rows in _row_blocks(checkpoint, job):
         try:

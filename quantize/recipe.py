@@ -5,8 +5,7 @@ from __future__ import annotations
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError
 from dbrx_q.kernels.groups import check_group_size
-from dbrx_q.kernels.int4 import GROUP_SIZES
-from dbrx_q.layout import TensorFormat, dense_tensors, kind_of
+from dbrx_q.layout import GROUP_SIZES, TensorFormat, dense_tensors, kind_of
 
 __all__ = ["default_recipe"]
 
@@ -24,9 +23,10 @@ def default_recipe(config: DbrxConfig, experts: TensorFormat) -> dict[str, Tenso
     for tensor in dense_tensors(config):
         kind = kind_of(tensor.name)
         if kind == "experts" or kind in _INT8_KINDS:
-            recipe[tensor.name] = experts if kind == "experts" else others
+            fmt = experts if kind == "experts" else others
+            recipe[tensor.name] = fmt
             try:
-                check_group_size(tensor.matrix[1], recipe[tensor.name].group_size, GROUP_SIZES)
+                check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
             except FormatError as error:
                 raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
     return recipe

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import output
+from .generate import KV_HELP, KvFormat
 from .quantize import Format
 
 __all__ = ["EXAMPLE", "command"]
@@ -24,6 +25,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
     group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
+    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Say what a model takes in memory on the CPU before any weight is downloaded; reads config.json alone."""
@@ -38,7 +40,7 @@ def command(
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)
     if format is None and group_size is not None:
-        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4 or int8")
+        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4, int8 or nf4")
     if format is not None:
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
@@ -48,7 +50,7 @@ def command(
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
-    plan = plan_memory(config, formats, context=context, batch=batch, budget=None if ram is None else _bytes(ram))
+    plan = plan_memory(config, formats, context=context, batch=batch, budget=None if ram is None else _bytes(ram), kv_format=kv.value)
     if json:
         output.print_json(asdict(plan) | {"total": plan.total, "fits": plan.fits})
         return

@@ -20,13 +20,14 @@ class Format(str, Enum):
 
     int4 = "int4"
     int8 = "int8"
+    nf4 = "nf4"
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint to quantize: a folder or a hub id.", show_default=False)],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
     format: Annotated[Format, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = Format.int4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 has 64 alone.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbrx_q.kernels import cpu_quantize, int4, int8
+from dbrx_q.kernels import cpu_quantize, int4, int8, nf4
 from dbrx_q.kernels.errors import FormatError
 
 GROUP_SIZES = (32, 64, 128)
@@ -69,7 +73,7 @@ def test_values_on_the_grid_survive(group_size: int) -> None:
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_leading_axes_are_independent(group_size: int) -> None:
     stack = torch.stack([hard_weight(6, 256, seed) for seed in range(3)])
-    for module in (int4, int8):
+    for module in (int4, int8, *((nf4,) if group_size == 64 else ())):
         packed = module.quantize(stack, group_size)
         assert packed.shape == stack.shape
         for e in range(3):
@@ -96,8 +100,64 @@ def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: 
         assert square == pytest.approx(float(wide.double().square().sum()), rel=1e-5)
 
 
+@given(codes=st.lists(st.integers(0, 15), max_size=70).filter(lambda codes: len(codes) % 2 == 0))
+def test_nf4_pack_round_trips_at_every_length(codes: list[int]) -> None:
+    packed = nf4.pack(torch.tensor(codes, dtype=torch.uint8))
+    assert packed.shape == (len(codes) // 2,)
+    assert nf4.unpack(packed, len(codes)).tolist() == codes
+
+
+def test_nf4_layout_is_the_documented_one() -> None:
+    assert nf4.pack(torch.tensor([1, 2, 3, 15], dtype=torch.uint8)).tolist() == [0x12, 0x3F]
+
+
+@pytest.mark.parametrize("lies", ["bfloat16", "float32", "transposed"])
+def test_nf4_takes_the_nearest_value_of_its_table(lies: str) -> None:
+    weight = hard_weight(12, 192)
+    given = {"bfloat16": weight, "float32": weight.float(), "transposed": weight.T.contiguous().T}[lies]
+    packed = nf4.quantize(given)
+    blocks = weight.double().unflatten(-1, (-1, 64))
+    absmax = blocks.abs().amax(-1, keepdim=True)
+    assert torch.equal(packed.absmax.double(), absmax.squeeze(-1))
+    distances = (blocks.unsqueeze(-1) - torch.tensor(nf4.VALUES, dtype=torch.float64) * absmax.unsqueeze(-1)).abs()  # [N, K/G, G, 16]
+    codes = nf4.unpack(packed.qweight, 192).long().unflatten(-1, (-1, 64))
+    chosen = distances.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    assert (chosen <= distances.amin(-1) + 1e-6 * absmax).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-36, 1e38], ids=["ordinary", "tiny", "huge"])
+def test_nf4_decodes_to_the_bits_of_bitsandbytes(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 2)  # every byte
+    weight = nf4.Nf4Weight(codes, (torch.rand(3, 16, generator=generator) + 0.5) * scale, 64)
+    decoded, expected = nf4.dequantize_on_cpu(weight, dtype), nf4.dequantize(weight, dtype)
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_nf4_decodes_subnormal_numbers_in_float32() -> None:
+    weight = nf4.quantize(torch.rand(3, 128, generator=torch.Generator().manual_seed(4)) * 1e-39)
+    assert torch.equal(nf4.dequantize_on_cpu(weight, torch.float32), nf4.dequantize(weight))
+
+
+def test_bitsandbytes_is_imported_late_quietly_and_without_the_hub(tmp_path: Path) -> None:
+    """On chips with bfloat16 instructions it would fetch code through the package `kernels`, or log that it is not installed."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options): raise SystemExit('fetched from the hub')")
+    check = (
+        "import logging, sys; logging.basicConfig(); import torch, dbrx_q.kernels.linear, dbrx_q.kernels.nf4 as nf4\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "nf4.dequantize_on_cpu(nf4.quantize(torch.ones(2, 64)), torch.float32)\n"
+        "assert 'bitsandbytes' in sys.modules and 'kernels' not in sys.modules; import kernels"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_stated_bits_per_weight_are_true() -> None:
     weight = torch.randn(64, 6144)
+    assert 8 * nf4.quantize(weight).nbytes / weight.numel() == 4.5
     for group_size, bits in ((32, 4 + 20 / 32), (64, 4 + 20 / 64), (128, 4 + 20 / 128)):
         assert 8 * int4.quantize(weight, group_size).nbytes / weight.numel() == bits
     for group_size, bits in ((32, 8.5), (64, 8.25), (128, 8.125)):
@@ -119,6 +179,21 @@ def test_stated_bits_per_weight_are_true() -> None:
 def test_refusals(module: object, weight: torch.Tensor, group_size: int, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         module.quantize(weight, group_size)  # type: ignore[attr-defined] # both have it
+
+
+@pytest.mark.parametrize(
+    ("weight", "group_size", "message"),
+    [
+        (torch.zeros(2, 96), 64, "must divide.*64.*96"),
+        (torch.zeros(2, 128), 128, "one of 64; found 128"),
+        (torch.full((2, 64), torch.nan), 64, "finite; found nan"),
+        (torch.full((2, 64), -torch.inf), 64, "finite; found -inf"),
+    ],
+    ids=["divides", "offered", "nan", "inf"],
+)
+def test_refusals_of_nf4(weight: torch.Tensor, group_size: int, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        nf4.quantize(weight, group_size)
 
 
 def test_embedding_rows_are_the_decoded_rows() -> None:

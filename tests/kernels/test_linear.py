@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dbrx_q.kernels import cpu, int4, int8
+from dbrx_q.kernels import cpu, int4, int8, nf4
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.errors import DbrxError
 from dbrx_q.kernels.int4 import Int4Weight
-from dbrx_q.kernels.int8 import Int8Weight
-from dbrx_q.kernels.linear import dequantize, linear, linear_reference
+from dbrx_q.kernels.linear import PackedFormat, dequantize, linear, linear_reference
+from dbrx_q.kernels.nf4 import Nf4Weight
 
-MODULES = {"int4": int4, "int8": int8}
+MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ CASES = [
 ]
 
 
-def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> Int4Weight | Int8Weight:
+def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> PackedFormat:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.01
-    return MODULES[fmt].quantize(weight, group_size)  # type: ignore[no-any-return, attr-defined] # both have it
+    return MODULES[fmt].quantize(weight, group_size)  # type: ignore[no-any-return, attr-defined] # all have it
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +61,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "int8"])
+PRODUCTS = [(case, fmt, G) for case in CASES for fmt, module in MODULES.items() for G in module.GROUP_SIZES if case.K % G == 0]  # type: ignore[attr-defined] # all have it
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("case", "group_size"), [(case, G) for case in CASES for G in (32, 64, 128) if case.K % G == 0], ids=str)
+@pytest.mark.parametrize(("case", "fmt", "group_size"), PRODUCTS, ids=str)
 def test_linear_agrees_with_the_reference(
-    case: Case, group_size: int, dtype: torch.dtype, fmt: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, fmt: str, group_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = packed_weight(fmt, group_size, case.N, case.K)
     x = torch.randn(case.T, case.K, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -97,6 +99,28 @@ def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int,
         assert torch.equal(out, expected)
     else:  # one is 32767 steps of 1/32767, and zero-points are taken off a whole group at once: two float32 roundings
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("T", [1, 192])
+def test_identity_activations_give_the_decoded_nf4_weight(T: int, dtype: torch.dtype) -> None:
+    weight = packed_weight("nf4", 64, 1100, 192)  # more rows than one tile
+    out = torch.cat([linear(part, weight) for part in torch.eye(192, dtype=dtype).split(T)])
+    assert torch.equal(out, dequantize(weight, dtype).T)
+
+
+def test_an_nf4_weight_is_never_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = cpu.dequantize_on_cpu
+
+    def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+        rows.append(weight.shape[0])
+        return real(weight, dtype)
+
+    monkeypatch.setattr(cpu, "dequantize_on_cpu", decode)
+    linear(torch.ones(1, 64), packed_weight("nf4", 64, 2100, 64))
+    assert sum(rows) == 2100
+    assert max(rows) <= 1024
 
 
 def test_a_token_gives_the_same_bits_in_any_small_batch() -> None:
@@ -135,6 +159,10 @@ def test_parts_that_are_not_contiguous_serve_too(T: int) -> None:
     strided = Int4Weight(weight.qweight.T.contiguous().T, weight.scales, weight.zeros, 64)
     x = torch.randn(T, 256)
     assert torch.equal(linear(x, strided), linear(x, weight))
+    other = packed_weight("nf4", 64, 40, 256)
+    assert isinstance(other, Nf4Weight)
+    strided_nf4 = Nf4Weight(other.qweight.T.contiguous().T, other.absmax.T.contiguous().T, 64)
+    assert torch.equal(linear(x, strided_nf4), linear(x, other))
 
 
 def test_a_plain_weight_goes_to_torch() -> None:
@@ -157,6 +185,7 @@ def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
     assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
     assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
     assert cpu.choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
+    assert cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, nf4=True).regime is cpu.Regime.TILES
 
 
 def test_amx_serves_many_tokens_of_bfloat16() -> None:

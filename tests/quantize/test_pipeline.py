@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ import torch
 from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.eval.synthetic import write_checkpoint
-from dbrx_q.kernels import int4, int8
+from dbrx_q.kernels import int4, int8, nf4
 from dbrx_q.layout import TensorFormat
 from dbrx_q.quantize.pipeline import quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
@@ -51,18 +52,19 @@ def plain(source: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize(("fmt", "group_size"), [("int4", 64), ("int4", 32), ("int8", 64)])
+@pytest.mark.parametrize(("fmt", "group_size"), [("int4", 64), ("int4", 32), ("int8", 64), ("nf4", 64)])
 def test_every_tensor_is_rounded_along_its_reduction_axis(
     source: Path, plain: dict[str, torch.Tensor], tmp_path: Path, fmt: str, group_size: int
 ) -> None:
     result = quantize(source, tmp_path / "out", fmt, group_size)
-    module = int4 if fmt == "int4" else int8
+    module = {"int4": int4, "int8": int8, "nf4": nf4}[fmt]
+    parts = {"int4": ("qweight", "scales", "zeros"), "int8": ("qweight", "scales"), "nf4": ("qweight", "absmax")}[fmt]
     seen = 0
     for name, tensor in plain.items():
         if ".experts.mlp." in name:
             for e, matrix in enumerate(tensor.view(3, 192, 128)):
-                expected = module.quantize(matrix.T.contiguous() if name.endswith("w2") else matrix, group_size)
-                for part in ("qweight", "scales", *(("zeros",) if fmt == "int4" else ())):
+                expected = module.quantize(matrix.T.contiguous() if name.endswith("w2") else matrix, group_size)  # type: ignore[attr-defined] # all have it
+                for part in parts:
                     assert torch.equal(result[f"{name}.{e}.{part}"], getattr(expected, part)), (name, e, part)
                     seen += 1
         elif tensor.ndim == 1 or ".router." in name:
@@ -76,21 +78,26 @@ def test_every_tensor_is_rounded_along_its_reduction_axis(
     assert seen == len(result)
 
 
-def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out")
+@pytest.mark.parametrize("fmt", ["int4", "nf4"])
+def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path, fmt: str) -> None:
+    quantize(source, tmp_path / "out", fmt)
     with Checkpoint(tmp_path / "out") as checkpoint:
         formats = {name: (fmt.format, fmt.group_size) for name, fmt in checkpoint.formats.items()}
-    assert formats["transformer.blocks.1.ffn.experts.mlp.w2"] == ("int4", 64)
+    assert formats["transformer.blocks.1.ffn.experts.mlp.w2"] == (fmt, 64)
     assert formats["lm_head.weight"] == formats["transformer.wte.weight"] == ("int8", 64)
     assert not any(".router." in name or "norm_1" in name or "norm_2" in name or "norm_f" in name for name in formats)
 
 
-def test_the_manifest_states_each_tensors_error(source: Path, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out")
+@pytest.mark.parametrize("module", [int4, nf4], ids=["int4", "nf4"])
+def test_the_manifest_states_each_tensors_error(
+    source: Path, plain: dict[str, torch.Tensor], tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbrx_q.quantize.rtn._NF4_ELEMENTS", 7 * 192)  # several pieces, the last one smaller
+    quantize(source, tmp_path / "out", module.__name__.rsplit(".", 1)[1])
     statistics = json.loads((tmp_path / "out" / "manifest.json").read_text())["tensors"]
     name = "transformer.blocks.0.ffn.experts.mlp.w2"
     matrix = plain[name].view(3, 192, 128)[1].T.float()
-    error = int4.dequantize(int4.quantize(matrix.contiguous())) - matrix
+    error = module.dequantize(module.quantize(matrix.contiguous())) - matrix
     expected = float(error.square().sum().sqrt() / matrix.square().sum().sqrt())
     assert statistics[f"{name}.1"]["relative_error"] == pytest.approx(expected, rel=1e-5)
     assert 0.05 < expected < 0.15
