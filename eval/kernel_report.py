@@ -9,11 +9,13 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
 from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.kernels.launch import CHIPS, Chip, Launch
 
 from .kernel_resources import Resources, compile_launch
-from .kernel_shapes import dbrx_launches
+from .kernel_shapes import FORMATS, dbrx_launches
 
 __all__ = ["BEGIN", "END", "Row", "problems", "resources", "table", "write_report"]
 
@@ -103,7 +105,8 @@ def _cell(each: Resources) -> str:
 
 @cache
 def _launches(name: str) -> list[tuple[str, Launch]]:
-    return dbrx_launches(CHIPS[name])
+    in_bfloat16 = dbrx_launches(CHIPS[name])
+    return in_bfloat16 + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
 
 
 def _compile(which: tuple[str, int]) -> Row:

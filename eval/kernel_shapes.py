@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.int4 import Int4Weight
 from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.kernels.kv import KV_FORMATS, allocate_kv
 from dbrx_q.kernels.launch import Chip, Launch, recording
-from dbrx_q.kernels.linear import PackedFormat, linear
-from dbrx_q.kernels.moe import route
+from dbrx_q.kernels.linear import PackedFormat, Weight, linear
+from dbrx_q.kernels.moe import ExpertWeights, moe_experts, route
 from dbrx_q.kernels.nf4 import Nf4Weight
 from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.qkv import store_qkv
 
 from .kernel_resources import launch_key
 
@@ -38,7 +41,9 @@ class Format:
         return f"{self.name}-g{self.group}"
 
 
-FORMATS = tuple(Format("int4", group) for group in (64, 32, 128)) + tuple(Format("int8", group) for group in (64, 32, 128)) + (Format("nf4", 64),)
+FORMATS = (
+    tuple(Format("int4", group) for group in (64, 32, 128)) + tuple(Format("int8", group) for group in (64, 32, 128)) + (Format("nf4", 64),)
+)
 """Every format on offer, the default ones (groups of 64) among them."""
 
 
@@ -94,7 +99,7 @@ def dbrx_launches(
     chip: Chip,
     *,
     formats: tuple[Format, ...] = FORMATS,
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
     shapes: Shapes = DBRX,
 ) -> list[tuple[str, Launch]]:
     """(case, launch) of every op at the shapes of DBRX, each distinct kernel once, as the tile choices for `chip` have them.
@@ -118,16 +123,11 @@ def dbrx_launches(
 def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     for fmt in formats:
         yield from _linear(fmt, dtype, shapes)
-    for T in TOKENS:
-        yield from _small(T, dtype, shapes)
-
-
-def _small(T: int, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
-    D, backend = shapes.width, Backend.TRITON
-    x, weight, router = _meta(T, D, dtype=dtype), _meta(D, dtype=dtype), _meta(shapes.experts, D, dtype=dtype)
-    yield _Call(f"norm T={T}", lambda: add_norm(x, None, weight, shapes.epsilon, backend=backend))
-    yield _Call(f"add and norm T={T}", lambda: add_norm(x, x, weight, shapes.epsilon, backend=backend))
-    yield _Call(f"router T={T}", lambda: route(x, router, shapes.active, 1, backend=backend))
+        yield from _experts(str(fmt), partial(empty_weight, fmt), dtype, shapes)
+    yield from _experts("plain", partial(_meta, dtype=dtype), dtype, shapes)
+    yield from _small(dtype, shapes)
+    for kv_format in KV_FORMATS:
+        yield from _store(kv_format, dtype, shapes)
 
 
 def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
@@ -140,10 +140,50 @@ def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
             residual = _meta(T, N, dtype=dtype) if adds else None
             yield _Call(
                 f"{name} {fmt} T={T}",
-                lambda x=x, weight=weight, clip=clip, residual=residual: linear(
-                    x, weight, clip=clip, residual=residual, backend=Backend.TRITON
-                ),
+                partial(linear, x, weight, clip=clip, residual=residual, backend=Backend.TRITON),
             )
+
+
+def _experts(name: str, weight: Callable[..., Weight], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    E, D, F = shapes.experts, shapes.width, shapes.hidden
+    w1, v1, w2 = weight(E, F, D), weight(E, F, D), weight(E, D, F)
+    if isinstance(w2, torch.Tensor):  # a plain checkpoint stores [E, F, D]
+        w2 = w2.new_empty(E, F, D).transpose(1, 2)
+    slots = missing = _meta(E, dtype=torch.int32)
+    kinds: list[tuple[str, ExpertWeights, torch.Tensor | None]] = [("", ExpertWeights(w1, v1, w2), None)]
+    if name == str(FORMATS[0]):  # a slot is an offset, whatever lies in it
+        kinds.append((" slots", ExpertWeights(w1, v1, w2, slots), missing))
+    for what, layer, count in kinds:
+        for T in TOKENS:
+            chosen = _meta(T, shapes.active, dtype=torch.int64)
+            arguments = _meta(T, D, dtype=dtype), chosen, _meta(T, shapes.active, dtype=torch.float32), layer
+            yield _Call(
+                f"experts {name}{what} T={T}",
+                partial(moe_experts, *arguments, missing=count, backend=Backend.TRITON),
+            )
+
+
+def _small(dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    D, backend = shapes.width, Backend.TRITON
+    weight, router = _meta(D, dtype=dtype), _meta(shapes.experts, D, dtype=dtype)
+    for T in TOKENS:
+        x = _meta(T, D, dtype=dtype)
+        yield _Call(f"norm T={T}", partial(add_norm, x, None, weight, shapes.epsilon, backend=backend))
+        yield _Call(f"add and norm T={T}", partial(add_norm, x, x, weight, shapes.epsilon, backend=backend))
+        yield _Call(f"router T={T}", partial(route, x, router, shapes.active, 1, backend=backend))
+
+
+def _store(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    C = shapes.channels
+    for T in TOKENS:
+        cache = allocate_kv(kv_format, T, shapes.kv_heads, shapes.context, C, dtype, torch.device("meta"))
+        angles = _meta(T, C // 2, dtype=torch.float32)
+        places = _meta(T, dtype=torch.int32)
+        qkv = _meta(T, shapes.qkv, dtype=dtype)
+        yield _Call(
+            f"store {kv_format} T={T}",
+            partial(store_qkv, qkv, cache, places, places, angles, angles, heads=shapes.heads, clip=shapes.clip, backend=Backend.TRITON),
+        )
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,12 +5,13 @@ Dimension letters: `T` tokens, `N` output features, `K` input features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from .launch import Chip
 
-__all__ = ["MATVEC_TOKENS", "Problem", "Tiles", "candidates", "choose", "measured", "use_measured"]
+__all__ = ["MATVEC_TOKENS", "Problem", "Tiles", "candidates", "choose", "measured", "trying", "use_measured"]
 
 MATVEC_TOKENS = 16
 """Most tokens that the matrix-vector regime takes."""
@@ -55,8 +56,11 @@ _MEASURED: dict[tuple[str, Problem], Tiles] = {}
 
 
 def use_measured(choices: Mapping[tuple[str, Problem], Tiles]) -> None:
-    """Prefer `choices`, by (device name, problem), to the defaults from now on. Tokens of a problem are rounded up to a power of two."""
-    _MEASURED.update(choices)
+    """Prefer `choices`, by (chip name, problem), to the defaults from now on.
+
+    Tokens and parallel matrices of a problem are rounded up to powers of two, there and in `choose`.
+    """
+    _MEASURED.update({(chip, _rounded(problem)): tiles for (chip, problem), tiles in choices.items()})
 
 
 def measured() -> Mapping[tuple[str, Problem], Tiles]:
@@ -64,10 +68,24 @@ def measured() -> Mapping[tuple[str, Problem], Tiles]:
     return dict(_MEASURED)
 
 
+@contextmanager
+def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
+    """Within it, `choose` gives `tiles` for the problem."""
+    key = chip.name, _rounded(problem)
+    before = _MEASURED.get(key)
+    _MEASURED[key] = tiles
+    try:
+        yield
+    finally:
+        if before is None:
+            del _MEASURED[key]
+        else:
+            _MEASURED[key] = before
+
+
 def choose(problem: Problem, chip: Chip) -> Tiles:
     """The measured tiles of a problem where there are any, the default otherwise."""
-    key = Problem(**{**vars(problem), "tokens": _power_of_two(problem.tokens)})
-    return _MEASURED.get((chip.name, key)) or _default(problem, chip)
+    return _MEASURED.get((chip.name, _rounded(problem))) or _default(problem, chip)
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
@@ -123,6 +141,10 @@ def _shared_memory(problem: Problem, tiles: Tiles) -> int:
     """Bytes that the pipeline keeps: packed rows and 16-bit activations of every stage but one, and one more of activations."""
     weights = tiles.rows * tiles.depth * problem.bits // 8 * (2 if problem.op == "gate_up" else 1)
     return (weights + tiles.tokens * tiles.depth * 2) * tiles.stages
+
+
+def _rounded(problem: Problem) -> Problem:
+    return replace(problem, tokens=_power_of_two(problem.tokens), parallel=_power_of_two(problem.parallel))
 
 
 def _power_of_two(n: int) -> int:
