@@ -1,0 +1,89 @@
+"""`store_qkv`: from Wqkv's output to rotated queries and a filled KV cache.
+
+Dimension letters: `T` tokens, `B` sequences, `H` query heads, `G` key/value heads, `L` capacity in tokens, `C` channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .backend import Backend, pick
+from .kv import KVLayer, quantize_kv
+
+__all__ = ["split_and_rotate", "store_qkv", "store_qkv_reference"]
+
+
+def store_qkv(
+    qkv: torch.Tensor,
+    cache: KVLayer,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    heads: int,
+    clip: float | None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """q [T, H, C]: clamped and rotated. Keys and values go to the cache, clamped, the keys rotated, in the cache's format.
+
+    Args:
+        qkv: [T, (H + 2G) C], float32, bfloat16 or float16: queries, keys, values, each head after head.
+        cache: what is written to; a plain one has the dtype of `qkv`.
+        rows: int32 [T], the sequence of the cache that each token belongs to; -1 stores nothing.
+        positions: int32 [T], of each token in its sequence, below L.
+        cos, sin: float32 [T, C / 2], of each token's angles.
+        heads: H.
+        clip: clamps queries, keys and values to +-clip first; None for no clamp.
+        backend: None picks by the device of `qkv`. Triton stores the bits of the reference on NVIDIA.
+    """
+    if (backend or pick(qkv.device)) is Backend.TRITON:
+        from . import _triton_qkv
+
+        return _triton_qkv.store_qkv(qkv, cache, rows, positions, cos, sin, heads, clip)
+    return store_qkv_reference(qkv, cache, rows, positions, cos, sin, heads=heads, clip=clip)
+
+
+def store_qkv_reference(
+    qkv: torch.Tensor,
+    cache: KVLayer,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    heads: int,
+    clip: float | None,
+) -> torch.Tensor:
+    """The same in torch, in float32; arguments as for `store_qkv`."""
+    if clip is not None:
+        qkv = qkv.clamp(-clip, clip)
+    q, k, v = split_and_rotate(qkv, cos, sin, heads=heads, channels=cos.shape[1] * 2)
+    kept = rows >= 0
+    places, tokens = rows[kept].long(), positions[kept].long()
+    for x, codes, scales in ((k, cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
+        if scales is None:
+            codes[places, :, tokens] = x[kept]
+        else:
+            codes[places, :, tokens], scales[places, :, tokens] = quantize_kv(x[kept], cache.format)
+    return q
+
+
+def split_and_rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, heads: int, channels: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [T, H, C], k and v [T, G, C] in the dtype of `qkv` [T, (H + 2G) C]; q and k are rotated (Su et al. 2021, RoFormer, eq. 34).
+
+    The first and the last C / 2 channels of a head form pairs, turned in float32 by the angles of `cos`, `sin`, float32 [T, C / 2].
+    """
+    parts = qkv.unflatten(-1, (-1, channels))  # [T, H + 2G, C]
+    kv_heads = (parts.shape[1] - heads) // 2
+    q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[T, H or G, C]."""
+    left, right = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
