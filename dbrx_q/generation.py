@@ -1,10 +1,6 @@
-"""Generation: prefill, one token after another, and text as it grows.
+"""Generation: one token after another, and text as it grows.
 
-The sequences of a batch advance together, each with products and a cache of its own: a result never depends on what else is in the batch.
-On the CPU nothing is lost by that, since the tokens of a step go to different experts: the experts of one DBRX layer take 23 ms for
-1 token, 44 for 2, 96 for 4 and 183 for 8.
-
-Dimension letters: `B` sequences, `V` vocabulary, `D` d_model.
+Dimension letters: `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import DbrxConfig
+from .decoding import decoder_for
 from .errors import RequestError
-from .kv_cache import KVCache
 from .model import DbrxForCausalLM
 from .sampling import SamplingParams, sample
 from .tokenizer import DbrxTokenizer
 
-__all__ = ["Generation", "check_request", "decode_one_token", "generate", "generate_text", "prefill", "stream_text"]
-
-# Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory.
-_PREFILL_TOKENS = 512
+__all__ = ["Generation", "check_request", "generate", "generate_text", "stream_text"]
 
 
 @dataclass
@@ -56,9 +49,13 @@ def generate(
     eos_token_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     tokenizer: DbrxTokenizer | None = None,
+    kv_format: str = "plain",
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continue every prompt; prompts may differ in length, and each result is what the prompt alone would give.
+    """Continue every prompt; prompts may differ in length.
+
+    On the CPU each result is, bit for bit, what the prompt alone would give. On a GPU sequences share products: a logit may differ in its
+    last bits with what else is in the batch.
 
     Args:
         model: a loaded model.
@@ -68,29 +65,17 @@ def generate(
         eos_token_ids: tokens that end a sequence; None takes all of the checkpoint's generation_config.json.
         stop: strings that end a sequence; they are not part of the text. Needs `tokenizer`.
         tokenizer: turns tokens into text; without it only ids come back.
+        kv_format: "plain" keeps keys and values in the model's dtype; "int8" and "int4" quantize them, per token and head.
         on_text: called with (index of the prompt, new text) as soon as text is certain. Needs `tokenizer`.
 
     Raises:
         RequestError: an empty prompt, ids out of range, a prompt longer than the context, or an argument out of range.
     """
     results: list[Generation] = []
-    for i, text in _steps(model, prompts, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, results):
+    for i, text in _steps(model, prompts, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results):
         if text and on_text is not None:
             on_text(i, text)
     return results
-
-
-def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Run one prompt into an empty cache of one sequence, in chunks; float32 logits [V] of what follows."""
-    for first in range(0, len(prompt), _PREFILL_TOKENS):
-        ids = torch.tensor([prompt[first : first + _PREFILL_TOKENS]], device=model.device)
-        hidden = model.transformer(ids, None, cache, True, False).last_hidden_state  # [1, chunk, D]
-    return model.lm_head(hidden[0, -1:]).float()[0]
-
-
-def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:
-    """Append one token to a cache of one sequence; float32 logits [V] of what follows."""
-    return model(torch.tensor([[token]], device=model.device), None, cache, True, False).logits[0, -1]
 
 
 def generate_text(
@@ -101,10 +86,12 @@ def generate_text(
     max_new_tokens: int = 128,
     sampling: SamplingParams | None = None,
     stop: Sequence[str] = (),
+    kv_format: str = "plain",
 ) -> list[str]:
     """Continue every text; errors as for `generate`."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    return [g.text for g in generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer)]
+    found = generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer, kv_format=kv_format)
+    return [generation.text for generation in found]
 
 
 def stream_text(
@@ -115,10 +102,11 @@ def stream_text(
     max_new_tokens: int = 128,
     sampling: SamplingParams | None = None,
     stop: Sequence[str] = (),
+    kv_format: str = "plain",
 ) -> Iterator[str]:
     """Continue one text, piece by piece; leaving the loop ends the generation. Errors as for `generate`."""
     ids = [tokenizer.encode(prompt)]
-    for _, text in _steps(model, ids, max_new_tokens, sampling, None, stop, tokenizer, []):
+    for _, text in _steps(model, ids, max_new_tokens, sampling, None, stop, tokenizer, kv_format, []):
         if text:
             yield text
 
@@ -131,6 +119,7 @@ def _steps(
     eos_token_ids: Sequence[int] | None,
     stop: Sequence[str],
     tokenizer: DbrxTokenizer | None,
+    kv_format: str,
     results: list[Generation],
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, new text) for every token of every sequence; `results` is filled on the way."""
@@ -141,45 +130,41 @@ def _steps(
     texts = [_GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
     unspoken = _without_a_token(model, tokenizer)
-    started = time.perf_counter()
-    caches = [_cache_for(model, prompt, max_new_tokens) for prompt in prompts]
-    logits = [prefill(model, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]  # B of [V]
-    prefilled = time.perf_counter()
-    alive = list(range(len(prompts)))
-    while alive:
-        for i in list(alive):
-            result = results[i]
-            if result.decode_steps >= 0:
-                logits[i] = decode_one_token(model, result.token_ids[-1], caches[i])
-            token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], unspoken)
-            result.decode_steps += 1
-            new = ""
-            if token in ends:
-                result.finish_reason = "eos"
-            else:
-                result.token_ids.append(token)
-                new = texts[i].push(token)
-                full = len(prompts[i]) + len(result.token_ids) >= model.config.max_seq_len
-                done = len(result.token_ids) >= max_new_tokens
-                result.finish_reason = "stop" if texts[i].stopped else "length" if done else "context" if full else ""
-            if result.finish_reason:
-                new += texts[i].flush()
-                result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
-                alive.remove(i)
-            result.text += new
-            yield i, new
-
-
-def _cache_for(model: DbrxForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> KVCache:
-    capacity = min(len(prompt) + max_new_tokens, model.config.max_seq_len)
-    return KVCache(model.config, 1, capacity, dtype=model.dtype, device=model.device)
+    capacities = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
+    with decoder_for(model, capacities, kv_format) as decoder:
+        started = time.perf_counter()
+        logits = {i: decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)}  # of [V]
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        prefilled = time.perf_counter()
+        while logits:
+            for i in logits:
+                result = results[i]
+                token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], unspoken)
+                result.decode_steps += 1
+                new = ""
+                if token in ends:
+                    result.finish_reason = "eos"
+                else:
+                    result.token_ids.append(token)
+                    new = texts[i].push(token)
+                    full = len(prompts[i]) + len(result.token_ids) >= model.config.max_seq_len
+                    done = len(result.token_ids) >= max_new_tokens
+                    result.finish_reason = "stop" if texts[i].stopped else "length" if done else "context" if full else ""
+                if result.finish_reason:
+                    new += texts[i].flush()
+                    result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
+                result.text += new
+                yield i, new
+            going = {i: results[i].token_ids[-1] for i in logits if not results[i].finish_reason}
+            logits = decoder.step(going) if going else {}
 
 
 def _without_a_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:
     """bool [V]: rows of the head that stand for no token (padding of the vocabulary); None where that is not known."""
     if tokenizer is None:
         return None
-    return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)])
+    return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)], device=model.device)
 
 
 class _GrowingText:

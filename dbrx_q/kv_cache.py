@@ -1,14 +1,18 @@
 """The KV cache: keys (after the rotary embedding) and values of every layer, one row of memory per sequence, without padding.
 
-Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `C` channels of a head, `T` new tokens of all sequences.
+Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `C` channels of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from .config import DbrxConfig
 from .errors import RequestError
+from .kernels.kv import KV_FORMATS, KVLayer, allocate_kv
 
 __all__ = ["KVCache"]
 
@@ -20,15 +24,17 @@ class KVCache:
         config: of the model.
         batch_size: B.
         capacity: L, at most the model's `max_seq_len`.
-        grows: whether `reserve` may make room for more than L tokens.
-        dtype: of keys and values.
+        dtype: of the model's activations, and of plain keys and values.
         device: where they lie.
+        grows: whether `reserve` may make room for more than L tokens.
+        format: "plain", or "int8" or "int4" with scales per token and head.
 
     Attributes:
         lengths: tokens that each sequence holds. `forward` moves them on after the last layer.
+        layers: what each layer holds.
 
     Raises:
-        RequestError: a capacity past the model's context.
+        RequestError: a capacity past the model's context, or an unknown format.
     """
 
     def __init__(
@@ -40,27 +46,29 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         grows: bool = False,
+        format: str = "plain",
     ) -> None:
         if capacity > config.max_seq_len:
             raise RequestError(
                 f"a sequence must fit the model's context of {config.max_seq_len} tokens; {capacity} are asked for. Shorten it"
             )
-        shape = (config.n_layers, batch_size, config.attn_config.kv_n_heads, capacity, config.head_dim)
-        # Zeros, not what the memory held: a masked score times NaN would still be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layers, B, G, L, C]
-        self.values = torch.zeros_like(self.keys)
+        if format not in KV_FORMATS:
+            raise RequestError(f"the format of a KV cache must be one of {', '.join(KV_FORMATS)}; found {format!r}")
+        shape = batch_size, config.attn_config.kv_n_heads, capacity, config.head_dim
+        self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, torch.device(device)) for _ in range(config.n_layers)]
         self.lengths = [0] * batch_size
+        self.capacity = capacity
         self._limit = config.max_seq_len if grows else capacity
 
     @property
-    def capacity(self) -> int:
-        """Tokens that fit in each sequence."""
-        return self.keys.shape[3]
+    def format(self) -> str:
+        """ "plain", "int8" or "int4"."""
+        return self.layers[0].format
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of keys, values and scales."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in every sequence.
@@ -72,17 +80,29 @@ class KVCache:
             raise RequestError(f"a sequence must fit {self._limit} tokens, the room of its cache; found {tokens}. Shorten it")
         if tokens > self.capacity:
             more = min(self._limit, max(tokens, 2 * self.capacity)) - self.capacity
-            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+            self.layers = [_grown(layer, more) for layer in self.layers]
+            self.capacity += more
 
-    def append(self, layer: int, counts: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write the new tokens of one layer: `counts[b]` of sequence b, in order, from k, v [T, G, C]."""
-        first = 0
-        for b, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
-            place = slice(length, length + count)
-            self.keys[layer, b, :, place] = k[first : first + count].transpose(0, 1)
-            self.values[layer, b, :, place] = v[first : first + count].transpose(0, 1)
-            first += count
+    def sequence(self, index: int) -> KVCache:
+        """A cache of one sequence in the same memory: what is written to it is written here; `lengths` are its own."""
+        one = object.__new__(KVCache)
+        one.layers = [_mapped(layer, lambda x: x[index : index + 1]) for layer in self.layers]
+        one.lengths = [self.lengths[index]]
+        one.capacity = one._limit = self.capacity
+        return one
 
     def advance(self, counts: list[int]) -> None:
         """Count the tokens that every layer has written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+
+def _grown(layer: KVLayer, more: int) -> KVLayer:
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 3), 0, more))  # the token axis is the third
+
+    return _mapped(layer, pad)
+
+
+def _mapped(layer: KVLayer, change: Callable[[torch.Tensor], torch.Tensor]) -> KVLayer:
+    parts = {name: getattr(layer, name) for name in ("keys", "values", "key_scales", "value_scales")}
+    return replace(layer, **{name: None if part is None else change(part) for name, part in parts.items()})

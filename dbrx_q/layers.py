@@ -6,7 +6,7 @@ Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +14,45 @@ from torch import nn
 
 from .config import DbrxConfig
 from .experts import ExpertStore
-from .kernels.attention import IMPLEMENTATIONS, attention
-from .kernels.int4 import Int4Weight
+from .kernels.attention import IMPLEMENTATIONS, Sequences, attention, cached_attention
 from .kernels.int8 import Int8Weight, gather_rows
-from .kernels.linear import Weight, linear
+from .kernels.linear import PackedFormat, Weight, linear
 from .kernels.moe import ExpertWeights, moe_experts, route
+from .kernels.norm import add_norm
+from .kernels.qkv import split_and_rotate, store_qkv
 from .kv_cache import KVCache
 
-__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "rotation_of"]
+__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "Rotation", "rotation_of"]
 
 _NORM_EPS = 1e-5
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""float32 cosines and sines [T, C / 2]."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The real tokens of one call. rows: their places in the flattened [B * S], None for all. counts: per sequence."""
+    """The tokens of one call, one sequence after the other.
 
-    rows: torch.Tensor | None
-    counts: list[int]
-    positions: torch.Tensor  # int64 [T]
+    sequences: where each begins and ends. positions: int32 [T], of the tokens in their sequences. rows: int32 [T], the row of the cache
+    that each goes to. cache: None where nothing is kept.
+    """
+
+    sequences: Sequences
+    positions: torch.Tensor
+    rows: torch.Tensor
     cache: KVCache | None
 
 
 class PackedWeight(nn.Module):
     """Holds a packed weight in place of a parameter, its parts as buffers named as in the checkpoint."""
 
-    def __init__(self, weight: Int4Weight | Int8Weight) -> None:
+    def __init__(self, weight: PackedFormat) -> None:
         super().__init__()
-        self.register_buffer("qweight", weight.qweight)
-        self.register_buffer("scales", weight.scales)
-        if isinstance(weight, Int4Weight):
-            self.register_buffer("zeros", weight.zeros)
+        for field in fields(weight):
+            part = getattr(weight, field.name)
+            if isinstance(part, torch.Tensor):
+                self.register_buffer(field.name, part)
         self.value = weight
 
 
@@ -63,8 +71,8 @@ class DbrxLinear(nn.Module):
         super().__init__()
         self.weight: nn.Parameter | PackedWeight = _matrix(N, K)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, _weight(self.weight))
+    def forward(self, x: torch.Tensor, *, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, _weight(self.weight), clip=clip, residual=residual)
 
 
 class DbrxEmbedding(nn.Module):
@@ -83,14 +91,15 @@ class DbrxEmbedding(nn.Module):
 
 
 class DbrxLayerNorm(nn.Module):
-    """LayerNorm without bias."""
+    """Adds what a layer gave to the residual stream, then LayerNorm without bias."""
 
     def __init__(self, D: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(D), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, None, _NORM_EPS)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, its norm), both [T, D]."""
+        return add_norm(x, delta, self.weight, _NORM_EPS)
 
 
 class DbrxAttention(nn.Module):
@@ -106,29 +115,20 @@ class DbrxAttention(nn.Module):
         self.Wqkv = DbrxLinear(D, D + 2 * self.kv_heads * self.channels)
         self.out_proj = DbrxLinear(D, D)
 
-    def forward(self, x: torch.Tensor, batch: Batch, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        qkv = self.Wqkv(x)  # [T, (H + 2G) C]
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = qkv.unflatten(-1, (-1, self.channels)).split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # [T, H or G, C]
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
-        return self.out_proj(self._attend(q, k, v, batch).flatten(1))
+    def forward(self, x: torch.Tensor, batch: Batch, rotation: Rotation, residual: torch.Tensor) -> torch.Tensor:
+        """residual + attention, [T, D]."""
+        return self.out_proj(self._attend(x, batch, rotation).flatten(1), residual=residual)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, batch: Batch, rotation: Rotation) -> torch.Tensor:
         """[T, H, C]."""
-        cache = batch.cache
-        if cache is None:
-            parts = zip(*(x.split(batch.counts) for x in (q, k, v)), strict=True)
+        if batch.cache is None:
+            qkv = self.Wqkv(x, clip=self.clip)  # [T, (H + 2G) C]
+            q, k, v = split_and_rotate(qkv, *rotation, heads=self.heads, channels=self.channels)  # [T, H or G, C]
+            parts = zip(*(part.split(batch.sequences.counts) for part in (q, k, v)), strict=True)
             return torch.cat([attention(a, b.transpose(0, 1), c.transpose(0, 1), implementation=self.implementation) for a, b, c in parts])
-        cache.append(self.layer, batch.counts, k, v)
-        ends = [length + count for length, count in zip(cache.lengths, batch.counts, strict=True)]
-        keys, values = cache.keys[self.layer], cache.values[self.layer]  # [B, G, L, C]
-        outs = [
-            attention(part, keys[b, :, :end], values[b, :, :end], implementation=self.implementation)
-            for b, (part, end) in enumerate(zip(q.split(batch.counts), ends, strict=True))
-            if len(part)
-        ]
-        return torch.cat(outs)
+        layer = batch.cache.layers[self.layer]
+        q = store_qkv(self.Wqkv(x), layer, batch.rows, batch.positions, *rotation, heads=self.heads, clip=self.clip)
+        return cached_attention(q, layer, batch.sequences, implementation=self.implementation)
 
 
 class DbrxNormAttentionNorm(nn.Module):
@@ -140,10 +140,10 @@ class DbrxNormAttentionNorm(nn.Module):
         self.attn = DbrxAttention(config, layer)
         self.norm_2 = DbrxLayerNorm(config.d_model)
 
-    def forward(self, x: torch.Tensor, batch: Batch, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream after attention, its norm_2), both [T, D]."""
-        x = x + self.attn(self.norm_1(x), batch, rotation)
-        return x, self.norm_2(x)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream after attention, its norm_2), both [T, D]; `delta` is what the layer before gave and did not add yet."""
+        x, normed = self.norm_1(x, delta)
+        return self.norm_2(self.attn(normed, batch, rotation, x))
 
 
 class DbrxRouter(nn.Module):
@@ -210,25 +210,19 @@ class DbrxBlock(nn.Module):
         self.ffn = DbrxFFN(config, layer)
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, rotation: tuple[torch.Tensor, torch.Tensor], store: ExpertStore
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream [T, D], float32 router logits [T, E])."""
-        x, normed = self.norm_attn_norm(x, batch, rotation)
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation, store: ExpertStore
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(residual stream [T, D], what the experts add to it [T, D], float32 router logits [T, E]).
+
+        The sum is left to the next norm, which does it in the same pass over memory; `delta` is that of the block before.
+        """
+        x, normed = self.norm_attn_norm(x, delta, batch, rotation)
         out, logits = self.ffn(normed, store)
-        return x + out, logits
+        return x, out, logits
 
 
-def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 cosines and sines [T, 1, C] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34), halves in NeoX order."""
+def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
+    """float32 cosines and sines [T, C / 2] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34)."""
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
-
-
-def _rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[T, H, C], turned by each token's angles in float32."""
-    cos, sin = rotation
-    wide = x.float()
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)

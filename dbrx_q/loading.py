@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, RequestError
 from .experts import ResidentExpertStore
 from .host_memory import empty_host
 from .jsonfile import read_json_object
+from .kernels.backend import Backend, pick
 from .kernels.cpu import warm_up
-from .kernels.int4 import Int4Weight
-from .kernels.int8 import Int8Weight
+from .kernels.linear import PackedFormat
 from .layers import PackedWeight
 from .layout import DenseTensor, TensorFormat, pack_parts, parts_of
 from .model import DbrxForCausalLM
@@ -22,46 +22,60 @@ from .model import DbrxForCausalLM
 __all__ = ["load_model"]
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> DbrxForCausalLM:
-    """The model in `folder` on the CPU; errors as for `DbrxForCausalLM.from_pretrained`."""
+_CPU = torch.device("cpu")
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU) -> DbrxForCausalLM:
+    """The model in `folder`, whole on `device`; errors as for `DbrxForCausalLM.from_pretrained`."""
     with Checkpoint(folder) as checkpoint:
         config = checkpoint.config
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
+        if device.type == "cuda" and chosen == torch.float32:
+            raise RequestError("dtype must be bfloat16 or float16 on a GPU; found float32. Name one of them, or leave the device out")
         with torch.device("meta"):
             model = DbrxForCausalLM(config)
-        products: dict[TensorFormat, Int4Weight | Int8Weight] = {}
+        products: dict[TensorFormat, PackedFormat] = {}
         for tensor in checkpoint.tensors.values():
             fmt = checkpoint.formats.get(tensor.name)
             if fmt is None:
-                _put(model, tensor.name, _dense(checkpoint, tensor, chosen))
+                _put(model, tensor.name, _dense(checkpoint, tensor, chosen, device))
                 continue
-            weight = _packed(checkpoint, tensor, fmt)
+            weight = _packed(checkpoint, tensor, fmt, device)
             _put(model, tensor.name, PackedWeight(weight))
             if tensor.name != "transformer.wte.weight":  # whose rows are looked up
                 products[fmt] = weight[0] if tensor.experts else weight
-    for weight in products.values():
-        warm_up(weight, chosen)
+    if pick(device) is Backend.CPU:
+        for weight in products.values():
+            warm_up(weight, chosen)
     layers = [block.ffn.experts.mlp.weights() for block in model.transformer.layers()]
     model.transformer.expert_store = ResidentExpertStore(layers)
     model.eos_token_ids = _eos_ids(folder) or model.eos_token_ids
     return model
 
 
-def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype) -> nn.Parameter:
+def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     stored = checkpoint.infos[tensor.name].dtype
     values = checkpoint.read(tensor.name, empty_host(tensor.shape, stored))
-    return nn.Parameter(values.to(dtype), requires_grad=False)
+    return nn.Parameter(values.to(dtype).to(device), requires_grad=False)
 
 
-def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat) -> Int4Weight | Int8Weight:
-    """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance."""
+def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> PackedFormat:
+    """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
+
+    For a GPU every part passes through host memory by itself, so that never more than one expert's matrix lies there.
+    """
     stacks: dict[str, torch.Tensor] = {}
     for part in parts_of(tensor, fmt):
         prefix, last = part.name.rsplit(".", 1)
-        if last not in stacks:
-            stacks[last] = empty_host((tensor.experts or 1, *part.shape), part.dtype)
         expert = int(prefix.rsplit(".", 1)[1]) if tensor.experts else 0
-        checkpoint.read(part.name, stacks[last][expert])
+        shape = tensor.experts or 1, *part.shape
+        if last not in stacks:
+            on_host = device.type == "cpu"
+            stacks[last] = empty_host(shape, part.dtype) if on_host else torch.empty(shape, dtype=part.dtype, device=device)
+        if device.type == "cpu":
+            checkpoint.read(part.name, stacks[last][expert])
+        else:
+            stacks[last][expert].copy_(checkpoint.read(part.name))
     if not tensor.experts:
         stacks = {last: stack[0] for last, stack in stacks.items()}
     return pack_parts(stacks, fmt)

@@ -10,7 +10,9 @@ where a sequence begins.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -18,11 +20,12 @@ from torch import nn
 from .config import DbrxConfig
 from .errors import RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
-from .kernels.attention import IMPLEMENTATIONS
+from .kernels.attention import IMPLEMENTATIONS, Sequences
+from .kernels.backend import Backend, pick
 from .kv_cache import KVCache
 from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, rotation_of
 
-__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput"]
+__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput", "batch_of", "check_device"]
 
 
 @dataclass
@@ -69,6 +72,11 @@ class DbrxModel(nn.Module):
         """The dtype of activations."""
         return self.norm_f.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.norm_f.weight.device
+
     def layers(self) -> list[DbrxBlock]:
         """The blocks, with their type."""
         return [block for block in self.blocks if isinstance(block, DbrxBlock)]
@@ -94,22 +102,33 @@ class DbrxModel(nn.Module):
         Raises:
             RequestError: token ids out of range, a mask of another shape, or more tokens than the context holds.
         """
-        batch = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
-        ids = input_ids.flatten() if batch.rows is None else input_ids.flatten()[batch.rows]
+        batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
+        ids = (input_ids.flatten() if rows is None else input_ids.flatten()[rows]).to(self.device)
+        x, router_logits = self.run(ids, batch)
+        if batch.cache is not None:
+            batch.cache.advance(list(batch.sequences.counts))
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        hidden = _padded(x, None if rows is None else rows.to(x.device), input_ids.shape)
+        return ModelOutput(hidden, batch.cache, tuple(router_logits) if wanted else None)
+
+    def run(self, ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(the last hidden state [T, D], float32 router logits [T, E] of every layer) of the tokens `ids` [T].
+
+        Nothing of it waits for the device, so that a CUDA graph can hold it; `batch.cache.lengths` are left to the caller.
+        """
         x = self.wte(ids, self.dtype)  # [T, D]
         rotation = rotation_of(batch.positions, self.config)
         store = self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
-        router_logits = []
+        delta, router_logits = None, []
         for block in self.blocks:
-            x, logits = block(x, batch, rotation, store)
+            x, delta, logits = block(x, delta, batch, rotation, store)
             router_logits.append(logits)
-        x = self.norm_f(x)
-        if batch.cache is not None:
-            batch.cache.advance(batch.counts)
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        return ModelOutput(_padded(x, batch.rows, input_ids.shape), batch.cache, tuple(router_logits) if wanted else None)
+        return self.norm_f(x, delta)[1], router_logits
 
-    def _batch(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool) -> Batch:
+    def _batch(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool
+    ) -> tuple[Batch, torch.Tensor | None]:
+        """The checked tokens of a call, and their places in the flattened [B * S], None for all of them."""
         if ids.ndim != 2 or ids.is_floating_point():
             raise RequestError(f"input_ids must be whole numbers [batch, tokens]; found {ids.dtype} {list(ids.shape)}")
         B, S = ids.shape
@@ -132,11 +151,20 @@ class DbrxModel(nn.Module):
         if longest > self.config.max_seq_len:
             raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
         if cache is None and use_cache:
-            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=ids.device, grows=True)
+            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.device, grows=True)
         if cache is not None:
             cache.reserve(longest)
-        pieces = [torch.arange(length, length + count) for length, count in zip(past, counts, strict=True)]
-        return Batch(rows, counts, torch.cat(pieces).to(ids.device), cache)
+        return batch_of(counts, past, cache, self.device), rows
+
+
+def batch_of(counts: Sequence[int], past: Sequence[int], cache: KVCache | None, device: torch.device) -> Batch:
+    """`counts[b]` new tokens for each sequence b, of which `past[b]` are known already."""
+    ends = [length + count for length, count in zip(past, counts, strict=True)]
+    places = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
+    rows, positions = torch.tensor(places, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+    lengths = torch.tensor(ends, dtype=torch.int32).to(device)
+    return Batch(Sequences(starts, lengths, tuple(counts), tuple(ends)), positions, rows, cache)
 
 
 class DbrxForCausalLM(nn.Module):
@@ -152,6 +180,7 @@ class DbrxForCausalLM(nn.Module):
         self.transformer = DbrxModel(config)
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
+        self.decoder: object | None = None  # what generation on a GPU keeps from one request to the next
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -163,7 +192,7 @@ class DbrxForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.transformer.norm_f.weight.device
+        return self.transformer.device
 
     @classmethod
     def from_pretrained(
@@ -182,11 +211,11 @@ class DbrxForCausalLM(nn.Module):
 
         Args:
             path_or_hub_id: a folder, or an `owner/name` of the hub.
-            device: None or "cpu".
-            dtype: of activations and unquantized weights; None takes the checkpoint's `torch_dtype`.
+            device: None or "cpu"; or "cuda" (also of a ROCm build), which then holds the whole model.
+            dtype: of activations and unquantized weights; None takes the checkpoint's `torch_dtype`. bfloat16 or float16 on a GPU.
             device_map: not offered by this version.
             max_memory: not offered by this version.
-            attn_implementation: "sdpa" (the default) or "eager".
+            attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
             revision: branch, tag or commit on the hub.
             token: for a gated repository.
 
@@ -198,21 +227,20 @@ class DbrxForCausalLM(nn.Module):
         from .loading import load_model
 
         if device_map is not None:
-            raise UnsupportedError(
-                f"device_map is not offered by this version; found {device_map!r}. Leave it out: the model is loaded on the CPU"
-            )
+            raise UnsupportedError(f"device_map is not offered by this version; found {device_map!r}. Leave it out and name one device")
         if max_memory is not None:
             raise UnsupportedError(f"max_memory is not offered by this version; found {max_memory!r}. Leave it out")
-        if device is not None and torch.device(device).type != "cpu":
-            raise UnsupportedError(f"device must be 'cpu' in this version; found {str(device)!r}")
-        if attn_implementation is not None and attn_implementation not in IMPLEMENTATIONS:
-            raise UnsupportedError(
-                f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)} in this version; found {attn_implementation!r}"
-            )
+        place = check_device(device)
+        triton = pick(place) is Backend.TRITON
+        implementation = attn_implementation or ("triton" if triton else "sdpa")
+        if implementation not in IMPLEMENTATIONS:
+            raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
+        if implementation == "triton" and not triton:
+            raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
         folder = resolve_folder(path_or_hub_id, revision=revision, token=token)
-        model = load_model(folder, dtype=_as_dtype(dtype))
+        model = load_model(folder, dtype=_as_dtype(dtype), device=place)
         for block in model.transformer.layers():
-            block.norm_attn_norm.attn.implementation = attn_implementation or IMPLEMENTATIONS[0]
+            block.norm_attn_norm.attn.implementation = implementation
         return model
 
     @torch.inference_mode()
@@ -233,6 +261,29 @@ class DbrxForCausalLM(nn.Module):
         out = self.transformer(input_ids, attention_mask, past_key_values, use_cache, output_router_logits)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(hidden).float(), out.past_key_values, out.router_logits)
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device that a model is asked for, None for the CPU; needs no model.
+
+    Raises:
+        RequestError: no device of this name, or one that is not there.
+    """
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise RequestError(f"device must be 'cpu', 'cuda' or 'cuda:N'; found {device!r}") from None
+    if place.type not in ("cpu", "cuda"):
+        raise RequestError(f"device must be 'cpu', 'cuda' or 'cuda:N'; found {str(device)!r}")
+    if place.type == "cuda":
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= seen:
+            raise RequestError(
+                f"device {str(device)!r} must be a GPU that torch sees; it sees {seen}. Check the driver, and that torch is built for GPUs, "
+                "or leave the device out to run on the CPU"
+            )
+        place = torch.device("cuda", place.index or 0)
+    return place
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

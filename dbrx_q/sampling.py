@@ -58,14 +58,16 @@ def sample(
     """The next token of one sequence.
 
     Args:
-        logits: float32 [V].
+        logits: float32 [V], on any device.
         params: how to choose.
         seen: prompt and generated tokens so far, for the repetition penalty.
         generator: where random numbers come from; untouched at temperature 0.
-        unspoken: bool [V], tokens that must not come.
+        unspoken: bool [V] on the same device, tokens that must not come.
     """
     if unspoken is not None:
         logits = logits.masked_fill(unspoken, -torch.inf)
+    if params.temperature > 0 or params.repetition_penalty != 1:
+        logits = logits.cpu()  # where the generator is: the same draws on every device
     if params.repetition_penalty != 1 and seen:
         ids = torch.tensor(sorted(set(seen)))
         old = logits[ids]

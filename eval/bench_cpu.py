@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dbrx_q.checkpoint import Checkpoint
-from dbrx_q.generation import decode_one_token, prefill
+from dbrx_q.decoding import decode_one_token, prefill
 from dbrx_q.kv_cache import KVCache
 from dbrx_q.layout import kind_of
 from dbrx_q.model import DbrxForCausalLM

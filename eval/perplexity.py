@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.kv_cache import KVCache
 from dbrx_q.model import DbrxForCausalLM
 
 __all__ = ["PerplexityResult", "check_windows", "perplexity", "read_text"]
@@ -48,6 +49,7 @@ def perplexity(
     *,
     context: int,
     stride: int | None = None,
+    kv_format: str = "plain",
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
     """Perplexity of a tokenised text.
@@ -61,6 +63,7 @@ def perplexity(
         ids: the text's token ids.
         context: tokens of a window, from 2 to the model's context.
         stride: tokens between the starts of windows, 1 to `context`; None or `context` is "non-overlapping".
+        kv_format: "plain" attends to keys and values as they are; "int8" and "int4" to what a cache of that format keeps of them.
         on_window: called with (windows done, windows in all).
 
     Raises:
@@ -74,7 +77,7 @@ def perplexity(
     together = max(1, _BATCH_TOKENS // context)
     for first in range(0, len(windows), together):
         batch = windows[first : first + together]
-        losses.append(_losses(model, text, batch))
+        losses.append(_losses(model, text, batch, kv_format))
         on_window(first + len(batch), len(windows))
     values = torch.cat(losses).double()
     mean = values.mean()
@@ -136,7 +139,7 @@ def _windows(tokens: int, context: int, stride: int) -> Iterator[_Window]:
             return
 
 
-def _losses(model: DbrxForCausalLM, text: torch.Tensor, windows: list[_Window]) -> torch.Tensor:
+def _losses(model: DbrxForCausalLM, text: torch.Tensor, windows: list[_Window], kv_format: str) -> torch.Tensor:
     """float32 negative log-likelihoods of the scored tokens, window by window."""
     width = max(window.end - window.first for window in windows)
     ids = torch.zeros(len(windows), width, dtype=torch.int64)
@@ -145,11 +148,14 @@ def _losses(model: DbrxForCausalLM, text: torch.Tensor, windows: list[_Window]) 
         length = window.end - window.first
         ids[row, :length] = text[window.first : window.end]
         mask[row, :length] = 1
-    hidden = model.transformer(ids, mask, None, False, False).last_hidden_state  # [windows, width, D]
+    cache = None
+    if kv_format != "plain":
+        cache = KVCache(model.config, len(windows), width, dtype=model.dtype, device=model.device, format=kv_format)
+    hidden = model.transformer(ids, mask, cache, False, False).last_hidden_state  # [windows, width, D]
     losses = []
     for row, window in enumerate(windows):
         for first in range(window.scored, window.end, _LOGIT_TOKENS):
             end = min(first + _LOGIT_TOKENS, window.end)
             logits = model.lm_head(hidden[row, first - 1 - window.first : end - 1 - window.first]).float()
-            losses.append(F.cross_entropy(logits, text[first:end], reduction="none"))
+            losses.append(F.cross_entropy(logits, text[first:end].to(logits.device), reduction="none").cpu())
     return torch.cat(losses)

@@ -36,8 +36,8 @@ class Chip:
 
     @property
     def smallest_dot(self) -> int:
-        """Fewest columns of a `tl.dot` that the matrix units take without waste: 8 on NVIDIA, 16 on AMD."""
-        return 16 if self.vendor == "hip" else 8
+        """Fewest columns of a `tl.dot` that the matrix units and the compiler take: 8 on NVIDIA from Triton 3.5 on, 16 elsewhere."""
+        return 16 if self.vendor == "hip" or _triton_version() < (3, 5) else 8
 
 
 _KB = 1024
@@ -114,6 +114,13 @@ def chip_of(device: torch.device) -> Chip:
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @cache

@@ -16,24 +16,48 @@ from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .nf4 import Nf4Weight
 
-__all__ = ["Weight", "dequantize", "linear", "linear_reference"]
+__all__ = ["PackedFormat", "Weight", "dequantize", "linear", "linear_reference"]
 
-Weight = torch.Tensor | Int4Weight | Int8Weight | Nf4Weight
+PackedFormat = Int4Weight | Int8Weight | Nf4Weight
+"""A packed weight [..., N, K]."""
+Weight = torch.Tensor | PackedFormat
 """A weight [..., N, K]: a plain tensor or a packed format."""
 
 
-def linear(x: torch.Tensor, weight: Weight, *, backend: Backend | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    clip: float | None = None,
+    residual: torch.Tensor | None = None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T, accumulated in float32 and returned in the dtype of `x`.
 
     Args:
-        x: [..., K], float32, bfloat16 or float16.
+        x: [..., K], float32 (not for packed weights on a GPU), bfloat16 or float16.
         weight: a plain tensor of the same dtype, or a packed weight.
+        clip: clamps the product to +-clip.
+        residual: [..., N] of the same dtype, added to the clamped product.
         backend: None picks by the device of `x`.
     """
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight)
+        return _finished(F.linear(x, weight), clip, residual)
+    backend = backend or pick(x.device)
     flat = x.reshape(-1, x.shape[-1])  # [T, K]
-    return _implementations()[backend or pick(x.device)](flat, weight).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
+    shape = *x.shape[:-1], weight.shape[-2]
+    if backend is Backend.TRITON:
+        from . import _triton_linear
+
+        rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
+        return _triton_linear.linear(flat, weight, clip, rest).view(shape)
+    return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
+
+
+def _finished(y: torch.Tensor, clip: float | None, residual: torch.Tensor | None) -> torch.Tensor:
+    if clip is not None:
+        y = y.clamp(-clip, clip)
+    return y if residual is None else y + residual
 
 
 def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -52,7 +76,7 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tens
     return weight.to(dtype)
 
 
-def _implementations() -> dict[Backend, Callable[[torch.Tensor, Int4Weight | Int8Weight], torch.Tensor]]:
+def _implementations() -> dict[Backend, Callable[[torch.Tensor, PackedFormat], torch.Tensor]]:
     from . import cpu
 
     return {Backend.REFERENCE: linear_reference, Backend.CPU: cpu.linear}

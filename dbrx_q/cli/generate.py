@@ -21,6 +21,19 @@ class Dtype(str, Enum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class KvFormat(str, Enum):
+    """How keys and values are kept."""
+
+    plain = "plain"
+    int8 = "int8"
+    int4 = "int4"
+
+
+DEVICE_HELP = "cpu, or cuda or cuda:N for a GPU that holds the whole model."
+KV_HELP = "Format of the KV cache; plain is the activations' dtype."
 
 
 def command(
@@ -37,6 +50,8 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
@@ -44,7 +59,7 @@ def command(
     from dbrx_q.errors import RequestError
     from dbrx_q.generation import check_request, generate
     from dbrx_q.hub import resolve_folder
-    from dbrx_q.model import DbrxForCausalLM
+    from dbrx_q.model import DbrxForCausalLM, check_device
     from dbrx_q.sampling import SamplingParams
     from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -53,6 +68,7 @@ def command(
     if system is not None and not chat:
         raise RequestError("--system needs --chat; add it, or put the text into --prompt")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    place = check_device(device)
     folder = resolve_folder(path)
     tokenizer = DbrxTokenizer.from_pretrained(folder)
     if chat:
@@ -61,7 +77,7 @@ def command(
     else:
         ids = tokenizer.encode(prompt)
     check_request(DbrxConfig.from_pretrained(folder), [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
-    model = DbrxForCausalLM.from_pretrained(folder, dtype=None if dtype is Dtype.auto else dtype.value)
+    model = DbrxForCausalLM.from_pretrained(folder, device=place, dtype=None if dtype is Dtype.auto else dtype.value)
 
     def show(_: int, text: str) -> None:
         sys.stdout.write(text)
@@ -74,6 +90,7 @@ def command(
         sampling=sampling,
         stop=stop or (),
         tokenizer=tokenizer,
+        kv_format=kv.value,
         on_text=None if json else show,
     )
     # The first token comes out of the prefill; decoding gives the others.

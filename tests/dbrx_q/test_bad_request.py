@@ -224,6 +224,14 @@ def test_library_refuses_prompts_without_room(small: Path) -> None:
         model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(("device", "says"), [("cuda:77", "must be a GPU that torch sees"), ("tpu", "must be 'cpu', 'cuda' or 'cuda:N'")])
+def test_devices_that_are_not_there(device: str, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    text = tmp_path / "text"
+    text.write_text("The old man looked at the sea")
+    refuse(cli("generate", small, "--prompt", "The", "--device", device), says, device)
+    refuse(cli("perplexity", small, "--text", text, "--device", device), says, device)
+
+
 # Usage
 
 
@@ -240,6 +248,7 @@ def test_library_refuses_prompts_without_room(small: Path) -> None:
         (("quantize", "a", "b", "--format", "int3"), "int3"),
         (("quantize", "a", "b", "--group-size", "many"), "--group-size"),
         (("generate", "a", "--prompt", "b", "--dtype", "int8"), "int8"),
+        (("generate", "a", "--prompt", "b", "--kv", "int2"), "int2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

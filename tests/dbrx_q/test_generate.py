@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from dbrx_q import DbrxForCausalLM, DbrxTokenizer, SamplingParams, generate, generate_text, stream_text
+from dbrx_q import DbrxForCausalLM, DbrxTokenizer, KVCache, SamplingParams, generate, generate_text, stream_text
 from dbrx_q.errors import RequestError
 from dbrx_q.sampling import sample
 
@@ -53,6 +53,19 @@ def test_a_batch_equals_its_prompts_one_by_one(tokenizer: DbrxTokenizer, quantiz
     assert [(r.token_ids, r.text, r.finish_reason) for r in together] == [(r.token_ids, r.text, r.finish_reason) for r in alone]
     assert together[0].finish_reason == "eos"
     assert len(together[0].token_ids) < 30
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_a_quantized_cache_gives_what_its_prefill_gives(model: DbrxForCausalLM, tokenizer: DbrxTokenizer, kv_format: str) -> None:
+    """Greedy tokens, each from a cache that was filled step by step, are those of prefilling everything again."""
+    prompts = ids_of(tokenizer)[:2]
+    found = generate(model, prompts, max_new_tokens=10, kv_format=kv_format)
+    for prompt, result in zip(prompts, found, strict=True):
+        cache = KVCache(model.config, 1, len(prompt) + 10, dtype=model.dtype, format=kv_format)
+        whole = model(torch.tensor([prompt + result.token_ids]), past_key_values=cache).logits[0]
+        assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == result.token_ids
+    plain = generate(model, prompts, max_new_tokens=10)
+    assert sum(a == b for r, s in zip(found, plain, strict=True) for a, b in zip(r.token_ids, s.token_ids, strict=False)) >= 10
 
 
 def test_rows_of_the_head_without_a_token_never_come(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:

@@ -119,7 +119,7 @@ def test_router_logits_come_per_layer_in_float32(model: DbrxForCausalLM) -> None
     assert {logits.dtype for logits in out.router_logits} == {torch.float32}
     seen: list[torch.Tensor] = []
     layers = model.transformer.layers()
-    hooks = [layer.norm_attn_norm.norm_2.register_forward_hook(lambda _, __, normed: seen.append(normed)) for layer in layers]
+    hooks = [layer.norm_attn_norm.norm_2.register_forward_hook(lambda _, __, out: seen.append(out[1])) for layer in layers]
     again = model(ids, attention_mask=mask, output_router_logits=True).router_logits
     for hook in hooks:
         hook.remove()
@@ -173,14 +173,20 @@ def test_bfloat16_stays_close_to_float32(model: DbrxForCausalLM) -> None:
     [
         ({"device_map": "auto"}, "device_map is not offered.*'auto'"),
         ({"max_memory": {0: "22GiB"}}, "max_memory is not offered"),
-        ({"device": "cuda"}, "device must be 'cpu' in this version; found 'cuda'"),
-        ({"attn_implementation": "triton"}, "attn_implementation must be one of sdpa, eager in this version; found 'triton'"),
+        ({"attn_implementation": "triton"}, "attn_implementation 'triton' needs a GPU; the device is 'cpu'"),
+        ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa, eager, triton; found 'flash'"),
     ],
-    ids=["device_map", "max_memory", "device", "attn_implementation"],
+    ids=["device_map", "max_memory", "triton", "flash"],
 )
 def test_what_is_not_built_is_refused_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         DbrxForCausalLM.from_pretrained(NANO, **arguments)  # type: ignore[arg-type] # one case each
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu", "cpu:what"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(RequestError, match=r"must be .*'cuda:N'; found|it sees \d+. Check the driver"):
+        DbrxForCausalLM.from_pretrained(NANO, device=device)
 
 
 def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:

@@ -11,15 +11,17 @@ import torch
 from dbrx_q import KVCache
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.cli import run
+from dbrx_q.kernels.kv import KV_FORMATS
 from dbrx_q.placement import plan_memory
 
 
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
-def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano: Path, quantized: bool) -> None:
+def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano: Path, quantized: bool, kv_format: str) -> None:
     with Checkpoint(quantized_nano if quantized else nano) as checkpoint:
-        plan = plan_memory(checkpoint.config, checkpoint.formats, context=300, batch=2)
+        plan = plan_memory(checkpoint.config, checkpoint.formats, context=300, batch=2, kv_format=kv_format)
         assert plan.dense + plan.experts == sum(info.nbytes for info in checkpoint.infos.values())
-        assert plan.kv_cache == KVCache(checkpoint.config, 2, 300, dtype=torch.bfloat16).nbytes
+        assert plan.kv_cache == KVCache(checkpoint.config, 2, 300, dtype=torch.bfloat16, format=kv_format).nbytes
 
 
 def test_a_plan_for_what_quantize_would_write(nano: Path, quantized_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:

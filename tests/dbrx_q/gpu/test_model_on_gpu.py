@@ -1,0 +1,88 @@
+"""The whole model on a GPU: the same answers as on the CPU, from a graph as well, and no decoded copy of a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbrx_q.decode_graph import DecodeStep
+from dbrx_q.decoding import decode_one_token, prefill
+from dbrx_q.errors import RequestError
+from dbrx_q.generation import generate
+from dbrx_q.kv_cache import KVCache
+from dbrx_q.model import DbrxForCausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
+
+PROMPTS = [list(range(5, 45)), [7], list(range(300, 317))]
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.randint(0, 4096, (2, n), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "sdpa", "eager"])
+@pytest.mark.parametrize("n", [3, 40])
+def test_logits_agree_with_the_cpu(quantized_nano: Path, implementation: str, n: int) -> None:
+    exact = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)(ids(n)).logits
+    rough = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.bfloat16, attn_implementation="eager")(ids(n)).logits
+    on_gpu = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda", dtype=torch.bfloat16, attn_implementation=implementation)
+    found = on_gpu(ids(n)).logits.cpu()
+    assert (found - exact).abs().mean() <= 2 * (rough - exact).abs().mean() + 1e-3
+
+
+@pytest.mark.parametrize("kv_format", ["plain", "int8", "int4"])
+def test_a_captured_step_gives_what_the_same_step_gives_uncaptured(quantized_nano: Path, kv_format: str) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    options = {"dtype": model.dtype, "device": model.device, "format": kv_format}
+    caches = [KVCache(model.config, 4, 64, **options) for _ in range(2)]
+    for cache in caches:
+        for row, prompt in enumerate(PROMPTS):
+            prefill(model, prompt, cache.sequence(row))
+    replayed = DecodeStep(model, caches[0], 4)
+    assert replayed.captured
+    plain = DecodeStep(model, caches[1], 4)
+    plain._graph = None
+    lengths = [len(prompt) for prompt in PROMPTS]
+    for step in range(5):
+        new = [n + 1 + step for n in lengths]
+        arguments = ([11, 12, 13, 11], [*new, new[0]], [0, 1, 2, 0])
+        torch.testing.assert_close(replayed(*arguments), plain(*arguments), rtol=0, atol=0)
+
+
+def test_generation_in_a_batch_agrees_with_one_by_one(quantized_nano: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    together = generate(model, PROMPTS, max_new_tokens=12)
+    alone = [generate(model, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    for a, b in zip(together, alone, strict=True):
+        same = sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False))
+        assert same >= 8  # a tie in bfloat16 may fall either way
+
+
+def test_a_decoded_token_agrees_with_prefill(quantized_nano: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    whole = prefill(model, PROMPTS[0], KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device))
+    cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device)
+    for token in PROMPTS[0]:
+        last = decode_one_token(model, token, cache)
+    assert (last - whole).abs().mean() < 0.05 * whole.abs().mean()
+
+
+def test_loading_and_decoding_take_the_packed_bytes_and_little_more(quantized_nano: Path) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.memory_allocated() - before <= 1.05 * stored + (1 << 20)
+    loaded = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(ids(4))
+    experts = model.transformer.layers()[0].ffn.experts.mlp.weights().w1
+    assert torch.cuda.max_memory_allocated() - loaded < experts.shape.numel() * 2  # one decoded matrix stack would not fit
+
+
+def test_float32_is_refused(quantized_nano: Path) -> None:
+    with pytest.raises(RequestError, match="bfloat16 or float16"):
+        DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda", dtype=torch.float32)

@@ -1,0 +1,87 @@
+"""The whole model on the Triton kernels against the cpu backend, which answers from a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbrx_q.decode_graph import DecodeStep
+from dbrx_q.decoding import prefill
+from dbrx_q.generation import generate
+from dbrx_q.kernels.backend import Backend, pick
+from dbrx_q.kv_cache import KVCache
+from dbrx_q.model import DbrxForCausalLM
+
+# The first has one token in its cache when it decodes; together they make prefill and decode of unequal lengths.
+PROMPTS = [[7], list(range(5, 25)), [300, 301, 302]]
+STEPS = [[11, 12, 13], [400, 5, 9]]
+
+# In float32 the two backends differ by the order of sums alone, and by the CPU's 16-bit activations.
+ON_THE_CPU = """
+import sys, torch
+from dbrx_q.decoding import decode_one_token, prefill
+from dbrx_q.kv_cache import KVCache
+from dbrx_q.model import DbrxForCausalLM
+folder, out, kv, prompts, steps = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4]), eval(sys.argv[5])
+model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
+caches = [KVCache(model.config, 1, 32, dtype=model.dtype, format=kv) for _ in prompts]
+logits = [torch.stack([prefill(model, p, c) for p, c in zip(prompts, caches)])]
+for tokens in steps:
+    logits.append(torch.stack([decode_one_token(model, t, c) for t, c in zip(tokens, caches)]))
+torch.save(torch.stack(logits), out)
+"""
+
+
+def cpu_logits(folder: Path, kv_format: str, tmp_path: Path) -> torch.Tensor:
+    """float32 [1 + steps, prompts, V]."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = tmp_path / "logits.pt"
+    arguments = [str(folder), str(out), kv_format, repr(PROMPTS), repr(STEPS)]
+    subprocess.run([sys.executable, "-c", ON_THE_CPU, *arguments], env=environment, check=True, cwd=tmp_path)
+    found: torch.Tensor = torch.load(out)
+    return found
+
+
+@pytest.mark.parametrize("kv_format", ["plain", "int8", "int4"])
+def test_prefill_and_batched_steps_agree_with_the_cpu(quantized_small: Path, kv_format: str, tmp_path: Path) -> None:
+    assert pick(torch.device("cpu")) is Backend.TRITON
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    assert model.transformer.layers()[0].norm_attn_norm.attn.implementation == "triton"
+    cache = KVCache(model.config, 3, 32, dtype=model.dtype, format=kv_format)
+    found = [torch.stack([prefill(model, prompt, cache.sequence(row)) for row, prompt in enumerate(PROMPTS)])]
+    step = DecodeStep(model, cache, 4)
+    for n, tokens in enumerate(STEPS, 1):
+        lengths = [len(prompt) + n for prompt in PROMPTS]
+        # A bucket of four, filled up with the first sequence.
+        logits = step([*tokens, tokens[0]], [*lengths, lengths[0]], [0, 1, 2, 0])
+        assert torch.equal(logits[3], logits[0])
+        found.append(logits[:3].clone())
+    wanted = cpu_logits(quantized_small, kv_format, tmp_path)
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+
+
+def test_a_left_padded_batch_agrees_with_its_sequences(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    together = model(ids, mask, use_cache=True).logits[:, -1]
+    for row, prompt in enumerate(PROMPTS):
+        alone = prefill(model, prompt, KVCache(model.config, 1, 32, dtype=model.dtype))
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_advances_a_batch_together_and_keeps_its_decoder(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    together = generate(model, PROMPTS, max_new_tokens=4, eos_token_ids=[])
+    kept = model.decoder
+    assert kept is not None
+    assert [result.decode_steps for result in together] == [3, 3, 3]
+    alone = [generate(model, [prompt], max_new_tokens=4, eos_token_ids=[])[0] for prompt in PROMPTS]
+    assert model.decoder is kept  # large enough for one as well
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
