@@ -129,8 +129,8 @@ class BatchDecoder:
         if size not in self._steps:
             self._steps[size] = DecodeStep(self._model, self.cache, size)
         lengths = [self.cache.lengths[row] + 1 for row in rows]
-        more = size - len(rows)
-        logits = self._steps[size](*([*values, *values[:1] * more] for values in (tokens, lengths, rows)))
+        filled = [[*values, *[values[0]] * (size - len(rows))] for values in (tokens, lengths, rows)]
+        logits = self._steps[size](*filled)
         for row, length in zip(rows, lengths, strict=True):
             self.cache.lengths[row] = length
         return logits[: len(rows)]

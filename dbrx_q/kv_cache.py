@@ -6,7 +6,6 @@ Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -104,5 +103,5 @@ def _grown(layer: KVLayer, more: int) -> KVLayer:
 
 
 def _mapped(layer: KVLayer, change: Callable[[torch.Tensor], torch.Tensor]) -> KVLayer:
-    parts = {name: getattr(layer, name) for name in ("keys", "values", "key_scales", "value_scales")}
-    return replace(layer, **{name: None if part is None else change(part) for name, part in parts.items()})
+    scales = (None if part is None else change(part) for part in (layer.key_scales, layer.value_scales))
+    return KVLayer(layer.format, change(layer.keys), change(layer.values), *scales)

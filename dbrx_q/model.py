@@ -279,7 +279,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (place.index or 0) >= seen:
             raise RequestError(
-                f"device {str(device)!r} must be a GPU that torch sees; it sees {seen}. Check the driver, and that torch is built for GPUs, "
+                f"device {str(device)!r} must be a GPU that torch sees; it sees {seen}. Check the driver, and that torch is a GPU build, "
                 "or leave the device out to run on the CPU"
             )
         place = torch.device("cuda", place.index or 0)
