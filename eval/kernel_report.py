@@ -17,7 +17,7 @@ from dbrx_q.kernels.launch import CHIPS, Chip, Launch
 from .kernel_resources import Resources, compile_launch
 from .kernel_shapes import FORMATS, dbrx_launches
 
-__all__ = ["BEGIN", "END", "Row", "problems", "resources", "table", "write_report"]
+__all__ = ["BEGIN", "END", "Row", "document", "problems", "resources", "table", "write_report"]
 
 BEGIN = "<!-- written by `dbrx-q bench resources` -->"
 END = "<!-- end of what is written -->"
@@ -65,6 +65,18 @@ def problems(row: Row, chip: Chip) -> list[str]:
     if each.packed_loads and set(each.packed_loads) != {_PACKED_LOAD}:
         found.append(f"packed data loaded {each.packed_loads} bytes at a time, not {_PACKED_LOAD}")
     return found
+
+
+def document(rows: Sequence[Row]) -> str:
+    """The table with what it says and how it came about."""
+    import triton
+
+    return (
+        f"Written by `dbrx-q bench resources` with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. Every op was "
+        "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
+        "chip launched was compiled for it. A case names the first call that needed the kernel. Registers of a thread / shared memory of "
+        "a program in KB / bytes of a thread in local memory (spills); on AMD shared memory alone.\n\n" + table(rows)
+    )
 
 
 def table(rows: Iterable[Row]) -> str:

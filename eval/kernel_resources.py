@@ -107,7 +107,7 @@ def packed_parameters(launch: Launch) -> frozenset[int]:
 
 _PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ADDRESS = re.compile(r"^(?:@!?%p\d+ )?(?!ld|st|atom|red|cp)[a-z][\w.]*\s+(%rd\d+), (.*);")
-_LOAD = re.compile(r"\bld\.(?:\w+\.)*?global\.(?:\S*?\.)?(v[248]\.)?[bsuf](\d+)\b[^\[]*\[\s*(%rd\d+)")
+_LOAD = re.compile(r"\bld\.([\w:.]+)\s[^\[]*\[\s*(%rd\d+)")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::cta)?\.global\S*\s+\[[^\]]*\], \[\s*(%rd\d+)[^\]]*\], (0x[\da-f]+|\d+)")
 
 
@@ -122,8 +122,9 @@ def global_loads(ptx: str) -> list[tuple[int, int]]:
     for line in map(str.strip, ptx.splitlines()):
         if found := _PARAMETER.search(line):
             origins.setdefault(found[1], set()).add(int(found[2]))
-        elif found := _LOAD.search(line):
-            loads.append((found[3], int((found[1] or "v1.")[1:-1]) * int(found[2]) // 8))
+        elif (found := _LOAD.search(line)) and "global" in (kind := found[1].split(".")):
+            vector = next((int(part[1:]) for part in kind if re.fullmatch("v[248]", part)), 1)
+            loads.append((found[2], vector * int(kind[-1][1:]) // 8))
         elif found := _COPY.search(line):
             loads.append((found[1], int(found[2], 0)))
         elif found := _ADDRESS.match(line):

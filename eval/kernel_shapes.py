@@ -24,7 +24,7 @@ from dbrx_q.kernels.qkv import store_qkv
 
 from .kernel_resources import launch_key
 
-__all__ = ["FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight"]
+__all__ = ["DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight"]
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
@@ -36,6 +36,11 @@ class Format:
 
     name: str
     group: int
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.name == "int8" else 4
 
     def __str__(self) -> str:
         return f"{self.name}-g{self.group}"
