@@ -79,15 +79,16 @@ class DecodeStep:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        aside = torch.cuda.Stream(self._model.device)
-        aside.wait_stream(torch.cuda.current_stream(self._model.device))
-        with torch.cuda.stream(aside):  # compiles kernels and lets libraries allocate what they keep
-            for _ in range(2):
-                self._compute()
-        torch.cuda.current_stream(self._model.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._compute()
+        with torch.cuda.device(self._model.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # compiles kernels and lets libraries allocate what they keep
+                for _ in range(2):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._compute()
         self._graph = graph
 
 

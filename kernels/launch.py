@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -81,7 +81,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     if record is not None:
         record[1].append(Launch(kernel, grid, arguments, constants, warps, stages))
         return
-    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 @contextmanager
