@@ -1,17 +1,71 @@
-"""`attention`: causal attention of one sequence with grouped query heads.
+"""`attention` and `cached_attention`: causal attention with grouped query heads, without a cache and over a possibly quantized one.
 
-Dimension letters: `S` new tokens, `L` tokens in the cache with the new ones, `H` query heads, `G` key/value heads,
-`C` channels of a head.
+Dimension letters: `T` new tokens of all sequences, `S` new tokens of one, `B` sequences, `L` tokens in the cache with the new ones,
+`H` query heads, `G` key/value heads, `C` channels of a head.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-__all__ = ["IMPLEMENTATIONS", "attention", "attention_reference"]
+from .backend import Backend, pick
+from .errors import DbrxError
+from .kv import KVLayer
 
-IMPLEMENTATIONS = ("sdpa", "eager")
+__all__ = ["IMPLEMENTATIONS", "Sequences", "attention", "attention_reference", "cached_attention"]
+
+IMPLEMENTATIONS = ("sdpa", "eager", "triton")
+"""torch's fused attention; every step written out in float32; the kernels of this package."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where each sequence of a call begins and ends; the new tokens of a sequence are its last.
+
+    starts: int32 [B + 1] on the device, the first row of each sequence among the T new tokens. lengths: int32 [B] on the device, tokens
+    in the cache with the new ones, which are stored already. counts: new tokens per sequence, on the host. ends: the lengths on the host;
+    "triton" does not read them where every count is 1, so that a captured graph replays with other lengths. rows: int32 [B] on the device,
+    the row of the cache of each sequence; None for 0, 1, 2 ...
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    counts: tuple[int, ...]
+    ends: tuple[int, ...]
+    rows: torch.Tensor | None = None
+
+
+def cached_attention(q: torch.Tensor, cache: KVLayer, sequences: Sequences, *, implementation: str) -> torch.Tensor:
+    """y [T, H, C] in the dtype of `q`.
+
+    Args:
+        q: [T, H, C], the rotated queries of the new tokens, one sequence after the other.
+        cache: keys and values of every token, the new ones among them; plain ones have the dtype of `q`. G divides H.
+        sequences: which rows of `q` and of the cache belong together.
+        implementation: one of `IMPLEMENTATIONS`.
+
+    Raises:
+        DbrxError: "triton" where its kernels do not run, or "sdpa" over a quantized cache on a GPU.
+    """
+    if implementation == "triton":
+        return _own(q, cache, sequences)
+    if implementation == "sdpa" and cache.format != "plain" and q.device.type != "cpu":
+        raise DbrxError(
+            "no 16-bit copy of a quantized KV cache is made on a GPU, so implementation='sdpa' takes a plain one there; "
+            f"found {cache.format!r}. Choose 'triton', or 'eager' to compare"
+        )
+    rows = range(len(sequences.counts)) if sequences.rows is None else sequences.rows.tolist()
+    out = torch.zeros_like(q)
+    first = 0
+    for row, count, end in zip(rows, sequences.counts, sequences.ends, strict=True):
+        if count and end:
+            k, v = cache.row(max(row, 0), end, torch.float32 if implementation == "eager" else q.dtype)
+            out[first : first + count] = attention(q[first : first + count], k, v, implementation=implementation)
+        first += count
+    return out
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementation: str = "sdpa") -> torch.Tensor:
@@ -21,7 +75,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementati
         q: [S, H, C]. The first query is token L - S of the sequence; each sees itself and what came before.
         k, v: [G, L, C], G divides H.
         implementation: "sdpa", torch's fused attention, which serves prefill over an unquantized cache as well as a kernel of our
-            own; or "eager", every step written out in float32.
+            own, and which "triton" takes here too; or "eager", every step written out in float32.
     """
     if implementation == "eager":
         return attention_reference(q, k, v).to(q.dtype)
@@ -44,3 +98,18 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
     future = torch.ones(S, L, dtype=torch.bool, device=q.device).triu(L - S + 1)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
     return torch.einsum("ghsl,glc->sghc", weights, v.float()).reshape(S, H, C)
+
+
+def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
+    if pick(q.device) is not Backend.TRITON:
+        raise DbrxError(f"implementation='triton' runs on a CUDA or ROCm device; found {str(q.device)!r}. Choose 'sdpa'")
+    from . import _triton_attention_decode, _triton_attention_prefill
+
+    counts, ends = sequences.counts, sequences.ends
+    if all(count == 1 for count in counts):
+        return _triton_attention_decode.decode(q, cache, sequences.lengths, sequences.rows)
+    if cache.format == "plain" and len(counts) == 1 and counts == ends and sequences.rows is None:
+        # torch's attention is as fast where it can serve: one chunk, nothing before it, nothing to decode
+        k, v = cache.row(0, ends[0], q.dtype)
+        return attention(q, k, v, implementation="sdpa")
+    return _triton_attention_prefill.prefill(q, cache, sequences.starts, sequences.lengths, sequences.rows, max(counts))

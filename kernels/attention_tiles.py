@@ -1,0 +1,60 @@
+"""Tile choices of the attention kernels: pure functions of shape, format and chip.
+
+Dimension letters: `B` sequences, `L` capacity in tokens, `H` query heads, `G` key/value heads, `C` channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .launch import Chip
+
+__all__ = ["DecodeTiles", "PrefillTiles", "decode_tiles", "prefill_tiles"]
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How one program of decoding works: tokens of a block, query heads of a tile, programs that share a sequence, warps, stages."""
+
+    tokens: int
+    heads: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """How one program of prefill works: queries, tokens of a block of the cache, warps, stages."""
+
+    queries: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip) -> DecodeTiles:
+    """Enough programs to keep every multiprocessor loading, whatever the lengths: they are known on the device alone."""
+    heads = max(chip.smallest_dot, _power_of_two(H // G))
+    tokens = {"plain": 32, "int8": 64, "int4": 64}[format]
+    warps = {"plain": 4, "int8": 4, "int4": 2}[format]
+    stages = 3
+    if chip.vendor == "hip":
+        tokens, stages = 32, 2
+    width = {"plain": 2 * C, "int8": C, "int4": C // 2}[format]
+    resident = max(1, min(2, chip.shared_memory // (2 * tokens * width * stages)))
+    blocks = -(-L // tokens)
+    splits = max(1, min(blocks, chip.multiprocessors * resident // max(1, B * G)))
+    return DecodeTiles(tokens, heads, splits, warps, stages)
+
+
+def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:
+    """Tiles that the matrix units like and shared memory holds."""
+    wide = chip.shared_memory > 128 * 1024
+    if chip.vendor == "hip":
+        return PrefillTiles(64, 32, 4, 1)
+    return PrefillTiles(128, 64, 8, 2) if wide else PrefillTiles(64, 64, 4, 2)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

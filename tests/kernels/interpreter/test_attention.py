@@ -1,0 +1,140 @@
+"""Both attention kernels in Triton's interpreter against the float32 reference over the decoded cache.
+
+Dimension letters: `B` sequences, `L` capacity in tokens, `H` query heads, `G` key/value heads, `C` channels of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from dbrx_q.kernels import _triton_attention_decode, _triton_attention_prefill
+from dbrx_q.kernels.attention import Sequences, attention_reference, cached_attention
+from dbrx_q.kernels.attention_tiles import DecodeTiles, PrefillTiles
+from dbrx_q.kernels.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
+
+H, G, C = 6, 2, 32
+BLOCK = 16
+DTYPES = [torch.float32, torch.float16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """New tokens and length of every sequence; splits of decoding; whether keys and values are far from zero, or tiny."""
+
+    counts: tuple[int, ...]
+    ends: tuple[int, ...]
+    splits: int = 3
+    scale: float = 1.0
+    shift: float = 0.0
+    rows: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        lengths = "+".join(f"{count}of{end}" for count, end in zip(self.counts, self.ends, strict=True))
+        extra = f"-rows{self.rows}" if self.rows else ""
+        return f"{lengths}-splits{self.splits}-scale{self.scale:g}-shift{self.shift:g}{extra}"
+
+
+DECODE = [
+    Case((1,), (1,)),
+    Case((1,), (BLOCK,)),
+    Case((1,), (BLOCK + 1,)),
+    Case((1,), (3 * BLOCK,)),
+    Case((1,), (3 * BLOCK + 1,)),
+    Case((1,), (5 * BLOCK - 1,), splits=1),
+    Case((1, 1, 1), (70, 0, 5)),
+    Case((1,), (5 * BLOCK,), splits=5, shift=2.0),
+    Case((1,), (40,), scale=1e-4),
+    Case((1, 1, 1), (9, 33, 40), rows=(2, -1, 0)),
+]
+PREFILL = [
+    Case((2,), (2,)),
+    Case((17,), (17,)),
+    Case((5,), (40,)),
+    Case((33,), (50,), shift=2.0),
+    Case((3, 0, 1, 20), (3, 7, 33, 36)),
+    Case((2, 0), (2, 0)),
+    Case((6,), (20,), scale=1e-4),
+    Case((4, 2), (20, 18), rows=(1, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_decode(case: Case, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = DecodeTiles(BLOCK, 8, case.splits, 4, 2)
+    monkeypatch.setattr(_triton_attention_decode, "decode_tiles", lambda *_: tiles)
+    check(case, format, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize("case", PREFILL, ids=str)
+def test_prefill(case: Case, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton_attention_prefill, "prefill_tiles", lambda *_: PrefillTiles(16, BLOCK, 4, 2))
+    check(case, format, dtype)
+
+
+def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = DECODE[4]
+    monkeypatch.setattr(_triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, 3, 4, 2))
+    q, cache, sequences = problem(case, "int8", torch.float32)
+    first, second = (cached_attention(q, cache, sequences, implementation="triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def check(case: Case, format: str, dtype: torch.dtype) -> None:
+    q, cache, sequences = problem(case, format, dtype)
+    out = cached_attention(q, cache, sequences, implementation="triton")
+    assert out.dtype == dtype
+    outs = out.split(case.counts)
+    for b, (count, end, mine, queries) in enumerate(zip(case.counts, case.ends, outs, q.split(case.counts), strict=True)):
+        row = b if case.rows is None else case.rows[b]
+        if not count:
+            continue
+        if not end or row < 0:
+            assert (mine == 0).all()
+            continue
+        k, v = cache.row(row, end, torch.float32)
+        truth = attention_reference(queries, k, v)
+        same_dtype = attention_reference(queries, k, v).to(dtype).float() if dtype == torch.float32 else rounded(queries, k, v, dtype)
+        floor = float(v.abs().max()) * (2e-6 if dtype == torch.float32 else 1e-3)
+        assert (mine.float() - truth).abs().max() <= 2 * (same_dtype - truth).abs().max() + floor
+
+
+def rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the same computation in `dtype` gives."""
+    return attention_reference(q, k.to(dtype), v.to(dtype)).to(dtype).float()
+
+
+def problem(case: Case, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, KVLayer, Sequences]:
+    """What lies past a sequence's end, and in rows that no sequence has, is poison."""
+    generator = torch.Generator().manual_seed(sum(case.ends))
+    rows = range(len(case.ends)) if case.rows is None else case.rows
+    cache = poisoned(format, max(*rows, 0) + 1, max(*case.ends, BLOCK) + 3, dtype)
+    for row, end in zip(rows, case.ends, strict=True):
+        if row < 0:
+            continue
+        for codes, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+            x = (torch.randn(G, end, C, generator=generator) + case.shift) * case.scale
+            if scales is None:
+                codes[row, :, :end] = x.to(dtype)
+            else:
+                codes[row, :, :end], scales[row, :, :end] = quantize_kv(x, format)
+    q = torch.randn(sum(case.counts), H, C, generator=generator).to(dtype)
+    starts = torch.tensor([0, *accumulate(case.counts)], dtype=torch.int32)
+    lengths = torch.tensor(case.ends, dtype=torch.int32)
+    sequences = Sequences(starts, lengths, case.counts, case.ends)
+    return q, cache, sequences if case.rows is None else replace(sequences, rows=torch.tensor(case.rows, dtype=torch.int32))
+
+
+def poisoned(format: str, rows: int, capacity: int, dtype: torch.dtype) -> KVLayer:
+    cache = allocate_kv(format, rows, G, capacity, C, dtype, torch.device("cpu"))
+    for part in (cache.keys, cache.values, cache.key_scales, cache.value_scales):
+        if part is not None:
+            part.fill_(torch.nan if part.is_floating_point() else 119)
+    return cache
