@@ -14,10 +14,12 @@ from .host_memory import empty_host
 from .jsonfile import read_json_object
 from .kernels.backend import Backend, pick
 from .kernels.cpu import warm_up
+from .kernels.launch import chip_of
 from .kernels.linear import PackedFormat
 from .layers import PackedWeight
 from .layout import DenseTensor, TensorFormat, pack_parts, parts_of
 from .model import DbrxForCausalLM
+from .tuning import load_tuning
 
 __all__ = ["load_model"]
 
@@ -47,6 +49,8 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
     if pick(device) is Backend.CPU:
         for weight in products.values():
             warm_up(weight, chosen)
+    elif device.type == "cuda":
+        load_tuning(chip_of(device))
     layers = [block.ffn.experts.mlp.weights() for block in model.transformer.layers()]
     model.transformer.expert_store = ResidentExpertStore(layers)
     model.eos_token_ids = _eos_ids(folder) or model.eos_token_ids
