@@ -103,13 +103,14 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
     if pick(q.device) is not Backend.TRITON:
         raise DbrxError(f"implementation='triton' runs on a CUDA or ROCm device; found {str(q.device)!r}. Choose 'sdpa'")
-    from . import _triton_attention_decode, _triton_attention_prefill
+    from ._triton_attention_decode import decode
+    from ._triton_attention_prefill import prefill
 
     counts, ends = sequences.counts, sequences.ends
     if all(count == 1 for count in counts):
-        return _triton_attention_decode.decode(q, cache, sequences.lengths, sequences.rows)
+        return decode(q, cache, sequences.lengths, sequences.rows)
     if cache.format == "plain" and len(counts) == 1 and counts == ends and sequences.rows is None:
         # torch's attention is as fast where it can serve: one chunk, nothing before it, nothing to decode
         k, v = cache.row(0, ends[0], q.dtype)
         return attention(q, k, v, implementation="sdpa")
-    return _triton_attention_prefill.prefill(q, cache, sequences.starts, sequences.lengths, sequences.rows, max(counts))
+    return prefill(q, cache, sequences.starts, sequences.lengths, sequences.rows, max(counts))
