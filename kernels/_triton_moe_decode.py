@@ -20,7 +20,7 @@ from .linear import Weight
 from .moe import ExpertWeights
 from .tiles import Problem, choose
 
-__all__ = ["decode", "down_decode_kernel", "gate_up_decode_kernel", "matrix_of", "matrices", "packed", "problems", "slot_of"]
+__all__ = ["decode", "down_decode_kernel", "gate_up_decode_kernel", "matrices", "matrix_of", "packed", "problems", "slot_of"]
 
 
 def decode(

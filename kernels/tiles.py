@@ -114,9 +114,8 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
     tokens = max(chip.smallest_dot, _power_of_two(problem.tokens))
     # Four warps make Triton take Hopper's warpgroup instructions, whose operand layout reads packed bytes two at a time: 5.3 instead of
     # 4.6 instructions per weight (counted in the compiled loop of int4 [.., 6144], group 64).
-    rows, warps = (32, 2) if chip.name == "sm_90" else (64, 4)
-    if problem.op == "gate_up":  # two matrices in one program
-        rows = rows // 2 if rows > 32 else rows
+    # With two matrices in one program, fewer rows leave registers for more programs; 32 rows over four warps decode each weight twice.
+    rows, warps = (32, 2) if chip.name == "sm_90" or problem.op == "gate_up" else (64, 4)
     # On AMD a deeper tile takes LLVM many seconds to compile.
     depth = max(problem.group, 256 if problem.bits == 4 and chip.vendor != "hip" else 128)
     resident = chip.multiprocessors * (8 if warps == 2 else 4)
@@ -131,10 +130,26 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
 def _matmul(problem: Problem, chip: Chip) -> Tiles:
     depth = max(64, problem.group)
     wide = chip.shared_memory > 128 * 1024
+    if problem.op != "linear":
+        return _grouped(problem, chip, depth)
     tokens = min(128 if wide else 64, max(32, _power_of_two(problem.tokens)))
-    if problem.op == "gate_up":
-        return Tiles(64, tokens, depth, 1, 4, 3 if wide else 2)
     return Tiles(128 if wide else 64, tokens, depth, 1, 8 if wide else 4, 3 if wide else 2)
+
+
+def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
+    """By the tokens of an average expert: of few, their weights are read at the pace of memory; of many, products are the work."""
+    tokens = _power_of_two(problem.tokens // problem.parallel * 5 // 4)
+    if tokens <= 32:
+        tiles = Tiles(32, max(16, tokens), max(128, problem.group), 1, 2, 3)
+    elif chip.name == "sm_90" and tokens >= 128 and depth == 64:
+        # Counted in the compiled loop of int4, group 64: 338 instructions of each of 8 warps feed 1024 cycles of the tensor cores; with
+        # 256 tokens of the one matrix of `down`, 226.
+        tiles = Tiles(128, 256 if problem.op == "down" and tokens >= 256 else 128, depth, 1, 8, 4)
+    else:
+        tiles = Tiles(64, 64, depth, 1, 4, 3)
+    while _shared_memory(problem, tiles) * 9 // 8 > chip.shared_memory and tiles.stages > 2:
+        tiles = replace(tiles, stages=tiles.stages - 1)
+    return tiles
 
 
 def _shared_memory(problem: Problem, tiles: Tiles) -> int:
