@@ -1,4 +1,4 @@
-"""The inline PTX that decodes weights, run by an evaluator of exactly the instructions it uses, against the formats' own decoders.
+"""The inline PTX that decodes weights and KV caches, run by an evaluator of exactly the instructions it uses and compared with the formats.
 
 No GPU is needed and none would show more: the results are compared bit for bit. Registers are arrays of uint32, one element per thread.
 
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbrx_q.kernels import _triton_weights, int4, int8
+from dbrx_q.kernels import _triton_kv, _triton_weights, int4, int8
 
 Array = np.ndarray[Any, Any]
 
@@ -124,13 +124,15 @@ class Assembly:
     inputs: int
 
 
-def assembly_of(function: Any) -> Assembly:
-    """Read from the source of a `triton.jit` function."""
+def assembly_of(function: Any, dtype: torch.dtype | None = None, pack: int = 4) -> Assembly:
+    """Read from the source of a `triton.jit` function; of several blocks, the one that gives elements of `dtype`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
-    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.inline_asm_elementwise"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.inline_asm_elementwise"]
+    options = [{keyword.arg: keyword.value for keyword in call.keywords} for call in calls]
+    wanted = "" if dtype is None else f"tl.{str(dtype).removeprefix('torch.')}"
+    [(call, option)] = [pair for pair in zip(calls, options, strict=True) if wanted in ast.unparse(pair[1]["dtype"])]
     text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
-    [pack] = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "pack"]
-    assert pack == 4
+    assert ast.literal_eval(option["pack"]) == pack
     each = constraints.split(",")
     outputs = [constraint for constraint in each if constraint.startswith("=")]
     assert all(constraint.startswith("=&") for constraint in outputs), "an output could share a register with an input that is read later"
@@ -238,6 +240,23 @@ def test_int8_decodes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
     for given in numbers(BYTES, ZEROS[:1], torch.cat((MANY_SCALES, SOME_SCALES))):
         weight = int8.Int8Weight(given.codes.view(torch.int8)[:, None], given.scales[:, None], 1)
         assert torch.equal(decode_int8(dtype, given), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_of_a_kv_cache_become_the_numbers_that_they_are(format: str, dtype: torch.dtype) -> None:
+    """Every pair of bytes, each register holding two different ones."""
+    pairs = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
+    function = _triton_kv.int8_parts if format == "int8" else _triton_kv.int4_parts
+    found = evaluate(assembly_of(function, dtype, pack=2), [pairs.numpy().view(np.uint32)])
+    if format == "int8":
+        expected = list(pairs.view(torch.int8).view(-1, 2).unbind(1))
+    else:
+        even, odd = pairs.view(torch.uint8).view(-1, 2).unbind(1)
+        expected = [even & 15, odd & 15, even >> 4, odd >> 4]
+    for register, codes in zip(found, expected, strict=True):
+        assert torch.equal(torch.from_numpy(register.view(np.int16).copy()), codes.to(dtype).view(torch.int16))
 
 
 # The evaluator itself, on what the PTX manual says
