@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -112,6 +112,40 @@ def test_experts_without_tokens_are_not_read() -> None:
     assert torch.equal(moe_experts(x, experts, weights, layer), before)
 
 
+SLOTS = torch.tensor([3, -1, 0, 5, 1, -1, 2, 4, -1, -1, 8, 6, 7, -1, 10, 9], dtype=torch.int32)
+
+
+def in_slots(layer: ExpertWeights) -> ExpertWeights:
+    """`layer` with its experts in SLOTS, those that have none left out."""
+    held = [int((slot == SLOTS).nonzero()) for slot in range(int(SLOTS.max()) + 1)]
+    return ExpertWeights(*(_taken(weight, held) for weight in (layer.w1, layer.v1, layer.w2)), SLOTS)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU], ids=lambda backend: backend.value)
+@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[5], FORMATS[6]], ids=lambda formats: "+".join(formats))
+@pytest.mark.parametrize("T", [0, 1, 5, 300])
+def test_experts_without_a_slot_are_left_out_and_counted(T: int, formats: tuple[str, str, str], backend: Backend) -> None:
+    layer = layer_in(formats)
+    x, experts, weights = inputs(T)
+    here = SLOTS[experts] >= 0
+    truth = moe_experts(x, experts, torch.where(here, weights, 0), layer, backend=Backend.REFERENCE)
+    missing = torch.full((E,), 7, dtype=torch.int32)
+    out = moe_experts(x, experts, weights, in_slots(layer), missing=missing, backend=backend)
+    assert torch.equal(missing, 7 + experts[~here].bincount(minlength=E).int())
+    if T:
+        assert (out - truth).abs().max() <= 2e-4 * truth.abs().max()
+        assert torch.equal(moe_experts(x, experts, weights, in_slots(layer), backend=backend), out)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU], ids=lambda backend: backend.value)
+def test_a_token_whose_experts_are_all_missing_gets_zero(backend: Backend) -> None:
+    layer = in_slots(layer_in(FORMATS[0]))
+    experts = torch.tensor([[1, 5, 8, 13], [0, 2, 3, 4]])
+    y = moe_experts(torch.randn(2, D), experts, torch.rand(2, A), layer, backend=backend)
+    assert not y[0].any()
+    assert y[1].any()
+
+
 def test_a_token_gives_the_same_bits_alone_and_in_a_small_batch() -> None:
     layer = layer_in(FORMATS[0])
     x, experts, weights = inputs(8)
@@ -140,6 +174,12 @@ def test_route_breaks_ties_by_the_lower_index() -> None:
 def test_route_divides_by_the_norm_that_is_asked_for(order: float) -> None:
     routing = route(torch.randn(5, D), torch.randn(E, D), A, order)
     torch.testing.assert_close(torch.linalg.vector_norm(routing.weights, ord=order, dim=-1), torch.ones(5))
+
+
+def _taken(weight: Weight, held: list[int]) -> Weight:
+    if isinstance(weight, torch.Tensor):
+        return weight[held]
+    return replace(weight, **{name: value[held] for name, value in vars(weight).items() if isinstance(value, torch.Tensor)})
 
 
 def _plain(weight: Weight) -> torch.Tensor:
