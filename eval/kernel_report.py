@@ -15,7 +15,7 @@ from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.kernels.launch import CHIPS, Chip, Launch
 
 from .kernel_resources import Resources, compile_launch
-from .kernel_shapes import FORMATS, dbrx_launches
+from .kernel_shapes import FORMATS, dbrx_launches, essential
 
 __all__ = ["BEGIN", "END", "Row", "document", "problems", "resources", "table", "write_report"]
 
@@ -33,12 +33,17 @@ class Row:
 
 
 def resources(
-    chips: Sequence[str] = tuple(CHIPS), *, processes: int = 2, report: Callable[[int, int], None] = lambda done, total: None
+    chips: Sequence[str] = tuple(CHIPS),
+    *,
+    everything: bool = False,
+    processes: int = 2,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
-    """Compile every launch of `dbrx_launches` for `chips`, in processes of their own.
+    """Compile the launches of `dbrx_launches` for `chips`, in processes of their own.
 
     Args:
         chips: names in `dbrx_q.kernels.launch.CHIPS`.
+        everything: every launch; otherwise the `essential` ones.
         processes: that compile at the same time.
         report: called with (done, total).
 
@@ -48,7 +53,7 @@ def resources(
     for name in chips:
         if name not in CHIPS:
             raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}")
-    work = [(name, number) for name in chips for number in range(len(_launches(name)))]
+    work = [(name, everything, number) for name in chips for number in range(len(_launches(name, everything)))]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for done, row in enumerate(pool.map(_compile, work, chunksize=4), 1):
             report(done, len(work))
@@ -74,7 +79,8 @@ def document(rows: Sequence[Row]) -> str:
     return (
         f"Written by `dbrx-q bench resources` with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. Every op was "
         "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
-        "chip launched was compiled for it. A case names the first call that needed the kernel. Registers of a thread / shared memory of "
+        "chip launched was compiled for it. A case names a call that needs the kernel; of kernels that differ only before and after their "
+        "main loop, the one with the most there stands for all (`--all` compiles each). Registers of a thread / shared memory of "
         "a program in KB / bytes of a thread in local memory (spills); on AMD shared memory alone.\n\n" + table(rows)
     )
 
@@ -116,14 +122,14 @@ def _cell(each: Resources) -> str:
 
 
 @cache
-def _launches(name: str) -> list[tuple[str, Launch]]:
-    in_bfloat16 = dbrx_launches(CHIPS[name])
-    return in_bfloat16 + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
+def _launches(name: str, everything: bool) -> list[tuple[str, Launch]]:
+    found = dbrx_launches(CHIPS[name]) + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
+    return found if everything else essential(found)
 
 
-def _compile(which: tuple[str, int]) -> Row:
-    name, number = which
-    case, launch = _launches(name)[number]
+def _compile(which: tuple[str, bool, int]) -> Row:
+    name, everything, number = which
+    case, launch = _launches(name, everything)[number]
     try:
         return Row(case, compile_launch(launch, CHIPS[name]))
     except Exception as error:  # Triton's errors are of many kinds, and not all of them can be sent to another process

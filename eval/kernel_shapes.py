@@ -5,7 +5,7 @@ Dimension letters: `T` tokens, `N` output features, `K` input features, `D` d_mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,10 +24,13 @@ from dbrx_q.kernels.qkv import store_qkv
 
 from .kernel_resources import launch_key
 
-__all__ = ["DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight"]
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight", "essential"]
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+"""Sequences of one decode step: the sizes that CUDA graphs are kept for."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,25 @@ def dbrx_launches(
     return list(found.values())
 
 
+_AROUND_THE_LOOP = frozenset({"CLIP", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
+
+
+def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
+    """One of all launches that share their main loop: the one with the most before and after it, which needs the most registers."""
+    kept: dict[tuple[object, ...], tuple[str, Launch]] = {}
+    for case, launch in launches:
+        loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
+        types = tuple(each.dtype for each in launch.arguments if isinstance(each, torch.Tensor))
+        key = launch.kernel.__name__, str(loop), types, launch.warps, launch.stages
+        if key not in kept or _extent(launch) > _extent(kept[key][1]):
+            kept[key] = case, launch
+    return list(kept.values())
+
+
+def _extent(launch: Launch) -> int:
+    return sum(int(launch.constants.get(name, 0)) > (name == "SPLITS") for name in _AROUND_THE_LOOP)
+
+
 def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     for fmt in formats:
         yield from _linear(fmt, dtype, shapes)
@@ -133,6 +155,7 @@ def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> I
     yield from _small(dtype, shapes)
     for kv_format in KV_FORMATS:
         yield from _store(kv_format, dtype, shapes)
+        yield from _attention(kv_format, dtype, shapes)
 
 
 def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
@@ -189,6 +212,18 @@ def _store(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call
             f"store {kv_format} T={T}",
             partial(store_qkv, qkv, cache, places, places, angles, angles, heads=shapes.heads, clip=shapes.clip, backend=Backend.TRITON),
         )
+
+
+def _attention(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    from dbrx_q.kernels import _triton_attention_decode, _triton_attention_prefill
+
+    H, C = shapes.heads, shapes.channels
+    for B in BATCHES:
+        cache = allocate_kv(kv_format, B, shapes.kv_heads, shapes.context, C, dtype, torch.device("meta"))
+        q, lengths, starts = _meta(B, H, C, dtype=dtype), _meta(B, dtype=torch.int32), _meta(B + 1, dtype=torch.int32)
+        for what, rows in ((f"{kv_format} B={B}", None), (f"{kv_format} rows B={B}", lengths)):
+            yield _Call(f"decode {what}", partial(_triton_attention_decode.decode, q, cache, lengths, rows))
+            yield _Call(f"prefill {what}", partial(_triton_attention_prefill.prefill, q, cache, starts, lengths, rows, 512))
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -130,6 +130,7 @@ def tune(
 def resources(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Document whose table is replaced; otherwise it is printed.")] = None,
     chip: Annotated[list[str] | None, typer.Option(help="sm_86, gfx1100 ...; may be given again. All where none is.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also kernels that differ from others only around their main loop.")] = False,
     processes: Annotated[int, typer.Option(help="That compile at the same time.")] = 2,
 ) -> None:
     """Compile every GPU kernel at DBRX's shapes, without a GPU: registers, shared memory and spills on each chip."""
@@ -141,7 +142,7 @@ def resources(
     if processes < 1:
         raise RequestError(f"--processes must be at least 1; found {processes}")
     with output.progress("kernels") as report:
-        rows = list(compiled(tuple(chip or CHIPS), processes=processes, report=report))
+        rows = list(compiled(tuple(chip or CHIPS), everything=everything, processes=processes, report=report))
     text = document(rows)
     if out is None:
         print(text)
