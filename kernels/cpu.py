@@ -11,6 +11,8 @@ Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -88,7 +90,10 @@ def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
     weight = weight.contiguous()
     choice = _choice(x.shape[0], x, weight)
-    if isinstance(weight, Nf4Weight) or choice.regime is Regime.TILES:
+    if isinstance(weight, Nf4Weight):
+        with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
+            return _tiled(x.to(choice.tile_dtype), weight, choice)
+    if choice.regime is Regime.TILES:
         return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
     if choice.regime is Regime.AMX:
         _use_threads(weight.shape.numel())
@@ -235,6 +240,21 @@ def _decode(some: _Dotted, tile: torch.Tensor) -> None:
 @cache
 def _most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined] # numba sets it when it is imported
+
+
+@contextmanager
+def _threads_of_torch(nbytes: int) -> Iterator[None]:
+    """Within it torch, and bitsandbytes, which shares its threads, take no more of them than pay; see `_THREAD_BYTES`."""
+    threads = torch.get_num_threads()
+    few = min(threads, 1 + nbytes // _THREAD_BYTES)
+    if few == threads:
+        yield
+        return
+    torch.set_num_threads(few)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _use_threads(nbytes: int) -> None:

@@ -182,6 +182,39 @@ def test_quantized_perplexity_is_near_the_plain_one(nano: Path, quantized_nano: 
     assert quantized / plain < 1.1
 
 
+def test_an_nf4_checkpoint_goes_through_every_command(nano: Path, tmp_path: Path, cli: Callable[..., Any], passage: Path) -> None:
+    folder = tmp_path / "dbrx-nano-nf4"
+    done = cli("quantize", nano, folder, "--format", "nf4", "--json")
+    assert (done.code, json.loads(done.out)["format"], done.err.strip()) == (0, "nf4", "")
+    kinds = json.loads(cli("inspect", folder, "--json").out)["kinds"]
+    assert (kinds["experts"]["format"], kinds["experts"]["bits_per_weight"]) == ("nf4 g64", 4 + 32 / 64)
+    assert (kinds["attention"]["format"], kinds["attention"]["bits_per_weight"]) == ("int8 g64", 8.25)
+    plans = [json.loads(cli("plan", *arguments, "--json").out) for arguments in ((folder,), (nano, "--format", "nf4"))]
+    assert plans[0] == plans[1]
+    assert plans[0]["experts"] == kinds["experts"]["bytes"]
+    assert json.loads(cli("verify", folder, "--json").out)["ok"] is True
+    prompt = "The old man looked at"
+    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    [expected] = generate(DbrxForCausalLM.from_pretrained(folder), [tokenizer.encode(prompt)], max_new_tokens=8, tokenizer=tokenizer)
+    assert cli("generate", folder, "--prompt", prompt, "--max-new-tokens", 8).out == expected.text + "\n"
+    plain, packed = (
+        json.loads(cli("perplexity", path, "--text", passage, "--context", 128, "--json").out)["perplexity"] for path in (nano, folder)
+    )
+    assert plain != packed
+    assert packed / plain < 1.1
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_nf4_has_groups_of_64_alone(command: str, group_size: int, nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    places = (nano, tmp_path / "out") if command == "quantize" else (nano,)
+    done = cli(command, *places, "--format", "nf4", "--group-size", group_size)
+    assert (done.code, done.out) == (2, "")
+    assert f"must be one of 64; found {group_size}" in done.err
+    assert "--group-size" in done.err
+    assert not any(tmp_path.iterdir())
+
+
 # What is written
 
 
