@@ -67,7 +67,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
     if chip.vendor == "cuda":
         registers, spills = _usage(compiled.asm["cubin"])
         packed = packed_parameters(launch)
-        packed_loads = tuple(sorted({width for place, width in global_loads(compiled.asm["ptx"]) if place in packed}))
+        packed_loads = tuple(sorted({width for places, width in global_loads(compiled.asm["ptx"]) if places & packed}))
     return Resources(
         kernel=launch.kernel.__name__,
         chip=chip.name,
@@ -108,13 +108,16 @@ def packed_parameters(launch: Launch) -> frozenset[int]:
 _PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ADDRESS = re.compile(r"^(?:@!?%p\d+ )?(?!ld|st|atom|red|cp)[a-z][\w.]*\s+(%rd\d+), (.*);")
 _LOAD = re.compile(r"\bld\.([\w:.]+)\s[^\[]*\[\s*(%rd\d+)")
+_TO_SHARED = re.compile(r"\bst\.shared\S*\s+\[[^\]]*\],\s*(.*%rd.*);")
+_FROM_SHARED = re.compile(r"\bld\.shared\S*\s+(.*%rd[^\[]*), \[")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::cta)?\.global\S*\s+\[[^\]]*\], \[\s*(%rd\d+)[^\]]*\], (0x[\da-f]+|\d+)")
 
 
-def global_loads(ptx: str) -> list[tuple[int, int]]:
-    """(parameter, bytes of one thread) of every load from global memory in `ptx`, the parameter that its address was computed from.
+def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
+    """(parameters, bytes of one thread) of every load from global memory in `ptx`; its address was computed from one of the parameters.
 
-    Addresses are followed through the arithmetic on 64-bit registers, whatever the order of the lines, until nothing is added.
+    Addresses are followed through the arithmetic on 64-bit registers and through shared memory, whatever the order of the lines, until
+    nothing is added. There is none where that leads nowhere; what passes through shared memory counts for all that does.
     """
     origins: dict[str, set[int]] = {}
     steps: list[tuple[str, list[str]]] = []
@@ -127,6 +130,10 @@ def global_loads(ptx: str) -> list[tuple[int, int]]:
             loads.append((found[2], vector * int(kind[-1][1:]) // 8))
         elif found := _COPY.search(line):
             loads.append((found[1], int(found[2], 0)))
+        elif found := _TO_SHARED.search(line):
+            steps.append(("shared", re.findall(r"%rd\d+", found[1])))
+        elif found := _FROM_SHARED.search(line):
+            steps += [(register, ["shared"]) for register in re.findall(r"%rd\d+", found[1])]
         elif found := _ADDRESS.match(line):
             steps.append((found[1], re.findall(r"%rd\d+", found[2])))
     changed = True
@@ -138,7 +145,7 @@ def global_loads(ptx: str) -> list[tuple[int, int]]:
             for source in sources:
                 known |= origins.get(source, set())
             changed |= len(known) > before
-    return [(place, width) for register, width in loads for place in sorted(origins.get(register, {-1}))]
+    return [(frozenset(origins.get(register, ())), width) for register, width in loads]
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

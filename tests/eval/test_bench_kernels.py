@@ -134,12 +134,17 @@ PTX = """
 	ld.global.b64 	%rd6, [%rd1];
 	add.s64 	%rd7, %rd9, %rd6;
 	ld.global.L1::no_allocate.v2.b16 { %rs1, %rs2 }, [ %rd7 + 4 ];
+	st.shared.v2.b64 	[ %r1 + 0 ], { %rd1, %rd12 };
+	ld.shared.v2.b64 	{%rd10, %rd11}, [%r582];
+	@%p47 ld.global.b32 { %r560 }, [ %rd11 + 0 ];
+	ld.global.b16 { %rs7 }, [ %rd13 + 0 ];
 	atom.global.gpu.acq_rel.add.u32 %r5, [ %rd9 + 0 ], 1;
 """
 
 
 def test_loads_are_traced_to_the_parameter_that_they_read() -> None:
-    assert global_loads(PTX) == [(0, 16), (1, 16), (1, 1), (0, 8), (3, 4)]
+    expected = [({0}, 16), ({1}, 16), ({1}, 1), ({0}, 8), ({3}, 4), ({0}, 4), (set(), 2)]
+    assert global_loads(PTX) == expected
 
 
 def compiled(**changes: object) -> Resources:
