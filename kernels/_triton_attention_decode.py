@@ -21,8 +21,6 @@ from .launch import chip_of, launch
 
 __all__ = ["decode", "decode_kernel"]
 
-_TOGETHER = tl.constexpr(8)  # partial results that are read at a time
-
 
 def decode(q: torch.Tensor, cache: KVLayer, lengths: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """y [B, H, C] for the last token of every sequence; `q` [B, H, C], `lengths` and `rows` as in `Sequences`."""
@@ -56,6 +54,7 @@ def decode(q: torch.Tensor, cache: KVLayer, lengths: torch.Tensor, rows: torch.T
         BL=tiles.tokens,
         HP=tiles.heads,
         SPLITS=tiles.splits,
+        TOGETHER=tiles.together,
         ROWS=rows is not None,
         FORMAT=KV_FORMATS.index(cache.format),
         FAST=chip.vendor == "cuda",
@@ -85,6 +84,7 @@ def decode_kernel(
     BL: tl.constexpr,
     HP: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
     FAST: tl.constexpr,
@@ -205,7 +205,7 @@ def decode_kernel(
             tl.store(tops + split * 2 * HQ + heads, peak, mask=heads < HQ)
             tl.store(tops + (split * 2 + 1) * HQ + heads, sums, mask=heads < HQ)
         if arrive(arrived + program, SPLITS - 1):
-            _combine(accs, tops, out, busy, HQ, HP, C)
+            _combine(accs, tops, out, busy, HQ, C, TOGETHER)
 
 
 @triton.jit
@@ -232,11 +232,12 @@ def _store(place, a0, a1, a2, a3, heads, HQ: tl.constexpr, C: tl.constexpr, FORM
 
 
 @triton.jit
-def _combine(accs, tops, out, busy, HQ: tl.constexpr, HP: tl.constexpr, C: tl.constexpr):
+def _combine(accs, tops, out, busy, HQ: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr):
     """The partial results of `busy` splits, in their order."""
-    heads, channels, some = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, _TOGETHER)
+    HP: tl.constexpr = triton.next_power_of_2(HQ)
+    heads, channels, some = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, TOGETHER)
     peak = tl.full((HP,), -float("inf"), tl.float32)
-    for first in range(0, busy, _TOGETHER):
+    for first in range(0, busy, TOGETHER):
         splits = first + some
         there = (splits < busy)[:, None] & (heads < HQ)[None, :]
         at = tops + splits[:, None] * (2 * HQ) + heads[None, :]
@@ -244,7 +245,7 @@ def _combine(accs, tops, out, busy, HQ: tl.constexpr, HP: tl.constexpr, C: tl.co
     peak = tl.where(heads < HQ, peak, 0.0)
     mass = tl.zeros((HP,), tl.float32)
     acc = tl.zeros((HP, C), tl.float32)
-    for first in range(0, busy, _TOGETHER):
+    for first in range(0, busy, TOGETHER):
         splits = first + some
         there = (splits < busy)[:, None] & (heads < HQ)[None, :]
         at = tops + splits[:, None] * (2 * HQ) + heads[None, :]

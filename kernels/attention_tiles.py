@@ -14,11 +14,14 @@ __all__ = ["DecodeTiles", "PrefillTiles", "decode_tiles", "prefill_tiles"]
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How one program of decoding works: tokens of a block, query heads of a tile, programs that share a sequence, warps, stages."""
+    """How one program of decoding works: tokens of a block, query heads of a tile, programs that share a sequence, whose results are
+    combined so many at a time, warps, stages.
+    """
 
     tokens: int
     heads: int
     splits: int
+    together: int
     warps: int
     stages: int
 
@@ -40,19 +43,22 @@ def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip
     warps = {"plain": 4, "int8": 4, "int4": 2}[format]
     stages = 3
     if chip.vendor == "hip":
-        tokens, stages = 32, 2
+        warps, tokens, stages = 4, 32, 1  # with 2 stages or 2 warps gfx1100 spills registers
     width = {"plain": 2 * C, "int8": C, "int4": C // 2}[format]
     resident = max(1, min(2, chip.shared_memory // (2 * tokens * width * stages)))
     blocks = -(-L // tokens)
     splits = max(1, min(blocks, chip.multiprocessors * resident // max(1, B * G)))
-    return DecodeTiles(tokens, heads, splits, warps, stages)
+    return DecodeTiles(tokens, heads, splits, 4 if chip.vendor == "hip" else 8, warps, stages)
 
 
 def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:
     """Tiles that the matrix units like and shared memory holds."""
     wide = chip.shared_memory > 128 * 1024
     if chip.vendor == "hip":
-        return PrefillTiles(64, 32, 4, 1)
+        if chip.name.startswith("gfx9"):
+            return PrefillTiles(64, 32, 4, 1)
+        # Lanes of RDNA hold matrix operands twice: anything larger spills.
+        return PrefillTiles(64, 32, 8, 1) if format == "plain" else PrefillTiles(64, 16, 16, 1)
     return PrefillTiles(128, 64, 8, 2) if wide else PrefillTiles(64, 64, 4, 2)
 
 

@@ -63,7 +63,7 @@ FLOAT16 = Case((1,), (20,), scale=1e-5), Case((5,), (18,), heads=2, scale=1e-5),
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that short sequences fill."""
     case = request.node.callspec.params["case"]
-    monkeypatch.setattr(_triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, case.splits, 4, 2))
+    monkeypatch.setattr(_triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, case.splits, 2, 4, 2))
     monkeypatch.setattr(_triton_attention_prefill, "prefill_tiles", lambda *_: PrefillTiles(16, BLOCK, 4, 2))
 
 
