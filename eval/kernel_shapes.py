@@ -136,8 +136,8 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
     kept: dict[tuple[object, ...], tuple[str, Launch]] = {}
     for case, launch in launches:
         loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
-        types = tuple(each.dtype for each in launch.arguments if isinstance(each, torch.Tensor))
-        key = launch.kernel.__name__, str(loop), types, launch.warps, launch.stages
+        types = {str(each.dtype) for each in launch.arguments if isinstance(each, torch.Tensor) and each.is_floating_point()}
+        key = launch.kernel.__name__, str(loop), str(sorted(types)), launch.warps, launch.stages
         if key not in kept or _extent(launch) > _extent(kept[key][1]):
             kept[key] = case, launch
     return list(kept.values())
