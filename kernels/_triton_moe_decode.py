@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._triton_group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
 from ._triton_weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of
 from .launch import Chip, chip_of, launch
 from .linear import Weight
@@ -44,6 +45,7 @@ def decode(
     }
 
     h = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
+    grouped = grouped_tokens((layer.w1, layer.v1), T, gate_up, chip)
     gate = matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps)
     launch(
         gate_up_decode_kernel,
@@ -57,8 +59,9 @@ def decode(
         h,
         T,
         MISSING=missing is not None,
+        GROUPED=grouped > 0,
         BN=gate_up.rows,
-        BT=gate_up.tokens,
+        BT=grouped or gate_up.tokens,
         BK=gate_up.depth,
         warps=gate_up.warps,
         stages=gate_up.stages,
@@ -67,6 +70,7 @@ def decode(
     )
 
     y = torch.empty(T, D, dtype=x.dtype, device=x.device)
+    grouped = grouped_tokens((layer.w2,), T, down, chip)
     row_tiles, programs = triton.cdiv(D, down.rows), active * down.splits
     launch(
         down_decode_kernel,
@@ -82,8 +86,9 @@ def decode(
         T,
         PROGRAMS=programs,
         SPLITS=down.splits,
+        GROUPED=grouped > 0,
         BN=down.rows,
-        BT=down.tokens,
+        BT=grouped or down.tokens,
         BK=down.depth,
         warps=down.warps,
         stages=down.stages,
@@ -144,6 +149,7 @@ def gate_up_decode_kernel(
     E_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     MISSING: tl.constexpr,
+    GROUPED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -176,15 +182,27 @@ def gate_up_decode_kernel(
 
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BT)
-    gate = tl.zeros((BN, BT), tl.float32)
-    up = tl.zeros((BN, BT), tl.float32)
-    for step in range((D + BK - 1) // BK):
-        k = step * BK
-        columns = k + tl.arange(0, BK)
-        # Tokens of other experts are not read: where 8 tokens choose among 16 experts, three quarters of the activations.
-        tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
-        gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
-        up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
+    # Tokens of other experts are not read: where 8 tokens choose among 16 experts, three quarters of the activations.
+    if GROUPED:
+        groups: tl.constexpr = BK // GROUP1
+        gate = tl.zeros((BN, groups * BT), tl.float32)
+        up = tl.zeros((BN, groups * BT), tl.float32)
+        vectors, inside = x + group_columns(tokens * D, groups), group_columns(chose, groups)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            tile = load_columns(vectors, inside, k, D, BK, GROUP1, BT)
+            gate = group_dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, GROUP1, FAST1, WARPGROUP1)
+            up = group_dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, GROUP1, FAST2, WARPGROUP2)
+        gate, up = over_groups(gate, groups), over_groups(up, groups)
+    else:
+        gate = tl.zeros((BN, BT), tl.float32)
+        up = tl.zeros((BN, BT), tl.float32)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(h + pair[None, :] * F + rows[:, None], value.to(h.dtype.element_ty), mask=(rows < F)[:, None] & chose[None, :])
 
@@ -211,6 +229,7 @@ def down_decode_kernel(
     SLOTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SPLITS: tl.constexpr,
+    GROUPED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -235,12 +254,22 @@ def down_decode_kernel(
     steps: tl.constexpr = (F + BK - 1) // BK
     each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     first = split * each
-    acc = tl.zeros((BN, BT), tl.float32)
-    for step in range(first, tl.where(works, min(first + each, steps), first)):
-        k = step * BK
-        columns = k + tl.arange(0, BK)
-        tile = tl.load(h + pair[:, None] * F + columns[None, :], mask=chose[:, None] & (columns < F)[None, :], other=0.0)
-        acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+    end = tl.where(works, min(first + each, steps), first)
+    if GROUPED:
+        groups: tl.constexpr = BK // GROUP
+        acc = tl.zeros((BN, groups * BT), tl.float32)
+        vectors, inside = h + group_columns(pair * F, groups), group_columns(chose, groups)
+        for step in range(first, end):
+            tile = load_columns(vectors, inside, step * BK, F, BK, GROUP, BT)
+            acc = group_dot_step(acc, tile, q, s, z, rows, step * BK, D, F, BK, GROUP, FAST, WARPGROUP)
+        acc = over_groups(acc, groups)
+    else:
+        acc = tl.zeros((BN, BT), tl.float32)
+        for step in range(first, end):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(h + pair[:, None] * F + columns[None, :], mask=chose[:, None] & (columns < F)[None, :], other=0.0)
+            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
     acc *= tl.load(weights + pair, mask=chose, other=0.0)[None, :]
     place = (split * T * A + pair)[None, :] * D + rows[:, None]
     tl.store(partial + place, acc, mask=(rows < D)[:, None] & chose[None, :])

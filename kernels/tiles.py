@@ -116,15 +116,18 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
     # 4.6 instructions per weight (counted in the compiled loop of int4 [.., 6144], group 64).
     # With two matrices in one program, fewer rows leave registers for more programs; 32 rows over four warps decode each weight twice.
     rows, warps = (32, 2) if chip.name == "sm_90" or problem.op == "gate_up" else (64, 4)
-    # On AMD a deeper tile takes LLVM many seconds to compile.
-    depth = max(problem.group, 256 if problem.bits == 4 and chip.vendor != "hip" else 128)
+    # On AMD a deeper tile takes LLVM many seconds to compile. Of experts, tiles 128 deep take 128 registers instead of 168
+    # (int4, one token); with more stages, groups of 32 spill.
+    deep = problem.op == "linear" and problem.bits == 4 and chip.vendor != "hip"
+    depth = max(problem.group, 256 if deep else 128)
+    stages = 4 if problem.op != "linear" and problem.bits == 4 and problem.group > 32 else 3
     resident = chip.multiprocessors * (8 if warps == 2 else 4)
     programs = -(-problem.N // rows) * problem.parallel
     steps = -(-problem.K // depth)
     splits = 1
     while splits < 16 and programs * splits < resident and steps >= 4 * splits and problem.op != "gate_up":
         splits *= 2
-    return Tiles(rows, tokens, depth, splits, warps, 3)
+    return Tiles(rows, tokens, depth, splits, warps, stages)
 
 
 def _matmul(problem: Problem, chip: Chip) -> Tiles:
@@ -140,13 +143,15 @@ def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
     """By the tokens of an average expert: of few, their weights are read at the pace of memory; of many, products are the work."""
     tokens = _power_of_two(problem.tokens // problem.parallel * 5 // 4)
     if tokens <= 32:
-        tiles = Tiles(32, max(16, tokens), max(128, problem.group), 1, 2, 3)
+        # A tile of both matrices, 128 deep, does not fit the registers with 32 tokens.
+        deep = tokens <= 16 or problem.op == "down"
+        tiles = Tiles(32, max(16, tokens), max(128, problem.group) if deep else depth, 1, 2, 3 if deep else 4)
     elif chip.name == "sm_90" and tokens >= 128 and depth == 64:
         # Counted in the compiled loop of int4, group 64: 338 instructions of each of 8 warps feed 1024 cycles of the tensor cores; with
         # 256 tokens of the one matrix of `down`, 226.
         tiles = Tiles(128, 256 if problem.op == "down" and tokens >= 256 else 128, depth, 1, 8, 4)
     else:
-        tiles = Tiles(64, 64, depth, 1, 4, 3)
+        tiles = Tiles(32 if problem.op == "gate_up" and depth > 64 else 64, 64, depth, 1, 4, 3)
     while _shared_memory(problem, tiles) * 9 // 8 > chip.shared_memory and tiles.stages > 2:
         tiles = replace(tiles, stages=tiles.stages - 1)
     return tiles
