@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbrx_q.kernels import _triton_kv, _triton_weights, int4, int8
+from dbrx_q.kernels import _triton_group_dot, _triton_kv, _triton_weights, int4, int8
 
 Array = np.ndarray[Any, Any]
 
@@ -240,6 +240,18 @@ def test_int8_decodes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
     for given in numbers(BYTES, ZEROS[:1], torch.cat((MANY_SCALES, SOME_SCALES))):
         weight = int8.Int8Weight(given.codes.view(torch.int8)[:, None], given.scales[:, None], 1)
         assert torch.equal(decode_int8(dtype, given), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_int4_codes_lose_their_zero_point_exactly(dtype: torch.dtype) -> None:
+    for given in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
+        narrow, bias = (torch.bfloat16, 128.0) if dtype == torch.bfloat16 else (torch.float16, 1024.0)
+        function = _triton_group_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else _triton_group_dot._steps_in_float16
+        operands = (given.codes, (-bias - given.zeros.float()).to(narrow))
+        out = evaluate(assembly_of(function), [register for operand in operands for register in registers_of(operand)])
+        for found, codes in ((out[:2], given.codes & 15), (out[2:], given.codes >> 4)):
+            expected = (codes.float() - given.zeros.float()).to(dtype)
+            assert torch.equal(values_of(found).view(dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
