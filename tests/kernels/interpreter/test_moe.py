@@ -131,6 +131,12 @@ def test_activations_in_halves_give_the_same(formats: tuple[str, str, str], monk
     check(*inputs(case), layer_of(case))
 
 
+def test_long_prompts_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton_moe_prefill, "_CHUNK", 12)
+    case = Case(FORMATS[1], MANY, HOLES)
+    check(*inputs(case), layer_of(case))
+
+
 @pytest.mark.parametrize("T", [4, MANY])
 def test_all_tokens_on_the_same_experts_and_others_not_read(T: int) -> None:
     case = Case(FORMATS[1], T)
