@@ -81,7 +81,7 @@ def document(rows: Sequence[Row]) -> str:
         "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
         "chip launched was compiled for it. A case names a call that needs the kernel; of kernels that differ only before and after their "
         "main loop, the one with the most there stands for all (`--all` compiles each). Registers of a thread / shared memory of "
-        "a program in KB / bytes of a thread in local memory (spills); on AMD shared memory alone.\n\n" + table(rows)
+        "a program in KB / bytes of a thread in local memory (spills).\n\n" + table(rows)
     )
 
 
@@ -117,8 +117,7 @@ def write_report(path: Path, text: str) -> None:
 
 
 def _cell(each: Resources) -> str:
-    memory = f"{each.shared_memory / 1024:.1f}"
-    return memory if each.registers is None else f"{each.registers} / {memory} / {each.spills}"
+    return f"{each.registers} / {each.shared_memory / 1024:.1f} / {each.spills}"
 
 
 @cache

@@ -33,8 +33,7 @@ class Resources:
     """One compiled kernel.
 
     registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory. packed_loads: bytes that a thread
-    takes per load of packed codes, every width that occurs; empty where the kernel reads none. Registers, spills and loads are known for
-    NVIDIA alone; None elsewhere.
+    takes per load of packed codes, every width that occurs; empty where the kernel reads none; None on AMD, where it is not looked at.
     """
 
     kernel: str
@@ -43,8 +42,8 @@ class Resources:
     warps: int
     stages: int
     shared_memory: int
-    registers: int | None
-    spills: int | None
+    registers: int
+    spills: int
     packed_loads: tuple[int, ...] | None
     assembly: str
 
@@ -63,8 +62,10 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
-    registers = spills = packed_loads = None
-    if chip.vendor == "cuda":
+    packed_loads = None
+    if chip.vendor == "hip":
+        registers, spills = (_amd_metadata(compiled.asm["amdgcn"], name) for name in ("vgpr_count", "private_segment_fixed_size"))
+    else:
         registers, spills = _usage(compiled.asm["cubin"])
         packed = packed_parameters(launch)
         packed_loads = tuple(sorted({width for places, width in global_loads(compiled.asm["ptx"]) if places & packed}))
@@ -170,6 +171,12 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             if special and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def _amd_metadata(assembly: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    assert found, name
+    return int(found[1])
 
 
 @cache

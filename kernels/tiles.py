@@ -116,8 +116,8 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
     # 4.6 instructions per weight (counted in the compiled loop of int4 [.., 6144], group 64).
     # With two matrices in one program, fewer rows leave registers for more programs; 32 rows over four warps decode each weight twice.
     rows, warps = (32, 2) if chip.name == "sm_90" or problem.op == "gate_up" else (64, 4)
-    # On AMD a deeper tile spills in int8 (212 bytes a thread) and takes LLVM many seconds to compile. Of experts, tiles 128 deep take 128 registers instead of 168
-    # (int4, one token); with more stages, groups of 32 spill.
+    # On AMD a deeper tile spills in int8 (212 bytes a thread) and takes LLVM many seconds to compile. Of experts, tiles 128 deep take 128
+    # registers instead of 168 (int4, one token); with more stages, groups of 32 spill.
     deep = problem.op == "linear" and problem.bits == 4
     depth = max(problem.group, 64 if chip.vendor == "hip" else 256 if deep else 128)
     stages = 4 if problem.op != "linear" and problem.bits == 4 and problem.group > 32 else 3
@@ -143,10 +143,12 @@ def _matmul(problem: Problem, chip: Chip) -> Tiles:
 
 def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
     """By the tokens of an average expert: of few, their weights are read at the pace of memory; of many, products are the work."""
+    if chip.vendor == "hip":  # larger tiles, or fewer warps, spill in int8
+        return Tiles(32, 32, depth, 1, 4, 2) if problem.op == "gate_up" else Tiles(64, 64, depth, 1, 8, 2)
     tokens = _power_of_two(problem.tokens // problem.parallel * 5 // 4)
     if tokens <= 32:
-        # A tile of both matrices, 128 deep, does not fit the registers with 32 tokens; on AMD it takes a minute to compile.
-        deep = chip.vendor != "hip" and (tokens <= 16 or problem.op == "down")
+        # A tile of both matrices, 128 deep, does not fit the registers with 32 tokens.
+        deep = tokens <= 16 or problem.op == "down"
         tiles = Tiles(32, max(16, tokens), max(128, problem.group) if deep else depth, 1, 2, 3 if deep else 4)
     elif chip.name == "sm_90" and tokens >= 128 and depth == 64:
         # Counted in the compiled loop of int4, group 64: 338 instructions of each of 8 warps feed 1024 cycles of the tensor cores; with

@@ -156,7 +156,7 @@ def compiled(**changes: object) -> Resources:
     ("changes", "says"),
     [
         ({}, None),
-        ({"registers": None, "spills": None, "packed_loads": None}, None),
+        ({"packed_loads": None}, None),
         ({"packed_loads": ()}, None),
         ({"shared_memory": 99 * 1024 + 1}, "shared memory"),
         ({"spills": 8}, "8 bytes of local memory"),
@@ -170,13 +170,13 @@ def test_what_a_kernel_may_take(changes: dict[str, object], says: str | None) ->
 
 
 def test_the_table_replaces_only_what_a_script_wrote(tmp_path: Path) -> None:
-    rows = [ResourceRow("Wqkv", compiled()), ResourceRow("Wqkv", compiled(chip="gfx1100", registers=None, spills=None))]
+    rows = [ResourceRow("Wqkv", compiled()), ResourceRow("Wqkv", compiled(chip="gfx1100", registers=200))]
     path = tmp_path / "kernels.md"
     path.write_text(f"by hand\n{BEGIN}\nold\n{END}\nby hand too\n", encoding="utf-8")
     for _ in range(2):
         write_report(path, table(rows))
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert "| linear_kernel | Wqkv | 100 / 1.0 / 0 | 1.0 |" in lines
+    assert "| linear_kernel | Wqkv | 100 / 1.0 / 0 | 200 / 1.0 / 0 |" in lines
     assert (lines[0], lines[-1]) == ("by hand", "by hand too")
     assert "old" not in lines
     path.write_text("by hand", encoding="utf-8")
