@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dbrx_q.kernels import _triton_moe_prefill, int4, int8, nf4
+from dbrx_q.kernels._triton_moe_prefill import _tile_of
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.linear import Weight, dequantize
 from dbrx_q.kernels.moe import ExpertWeights, moe_experts
@@ -196,3 +199,23 @@ def test_the_same_bits_every_time() -> None:
     case = Case(FORMATS[1], 5)
     layer, given = layer_of(case), inputs(case)
     assert torch.equal(moe_experts(*given, layer), moe_experts(*given, layer))
+
+
+@triton.jit
+def tiles_kernel(bounds, slots, out):  # type: ignore[no-untyped-def] # triton compiles the source
+    expert, row, first, end = _tile_of(bounds, slots, 3, 5, 8, 8, True)
+    place = out + tl.program_id(0) * 4
+    tl.store(place, expert)
+    tl.store(place + 1, row)
+    tl.store(place + 2, first)
+    tl.store(place + 3, end)
+
+
+def test_every_tile_of_the_experts_that_are_here_has_one_program() -> None:
+    bounds = [0, 0, 150, 153, 190, 191]  # none, more tiles than run together, missing, some, one
+    programs = (191 // 8 + 1 + 5) * 3
+    out = torch.full((programs, 4), -7, dtype=torch.int32)
+    slots = torch.tensor([0, 1, -1, 2, 3], dtype=torch.int32)
+    tiles_kernel[(programs,)](torch.tensor(bounds, dtype=torch.int32), slots, out)  # type: ignore[type-var] # a grid
+    expected = [(e, row, first, bounds[e + 1]) for e in (1, 3, 4) for row in range(3) for first in range(bounds[e], bounds[e + 1], 8)]
+    assert sorted(tuple(tile) for tile in out.tolist() if tile[0] != 8) == sorted(expected)
