@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .errors import RequestError
 from .experts import ResidentExpertStore
 from .kernels.attention import Sequences
 from .kv_cache import KVCache
@@ -35,12 +36,14 @@ class DecodeStep:
     """
 
     def __init__(self, model: DbrxForCausalLM, cache: KVCache, size: int) -> None:
+        assert model.transformer.steps_together, "attention must read lengths on the device"
         self._model, self._cache, self.size = model, cache, size
         device = model.device
         self._on_device = torch.zeros(3, size, dtype=torch.int64, device=device)  # token ids, lengths with the new token, cache rows
         self._on_device[2] = -1  # nothing is stored while the graph is made
         self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._on_host = torch.zeros(3, size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
         if device.type == "cuda" and isinstance(model.transformer.expert_store, ResidentExpertStore):
@@ -59,10 +62,21 @@ class DecodeStep:
             tokens: the new token of every sequence.
             lengths: tokens in the cache once the new one is there.
             rows: the cache's row of every sequence.
+
+        Raises:
+            RequestError: a length that the cache has no room for.
         """
+        if max(lengths) > self._cache.capacity:
+            raise RequestError(
+                f"a sequence must fit {self._cache.capacity} tokens, the room of its cache; found {max(lengths)}. Shorten it"
+            )
+        if self._copied is not None:
+            self._copied.synchronize()  # the last step's inputs have left the host's buffer
         for place, values in enumerate((tokens, lengths, rows)):
             self._on_host[place] = torch.tensor(values)
         self._on_device.copy_(self._on_host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         if self._graph is None:
             return self._compute()
         self._graph.replay()

@@ -54,8 +54,11 @@ def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torc
 
 @contextmanager
 def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> Iterator[Decoder]:
-    """A decoder for sequences of at most `capacities` tokens each, whose KV cache has the format `kv_format`."""
-    if pick(model.device) is Backend.CPU:
+    """A decoder for sequences of at most `capacities` tokens each, whose KV cache has the format `kv_format`.
+
+    Only the attention of the Triton kernels reads lengths on the device; with any other, sequences advance one by one on a GPU too.
+    """
+    if not model.transformer.steps_together:
         yield _Separate(model, capacities, kv_format)
         return
     with BatchDecoder.borrowed(model, len(capacities), max(capacities, default=1), kv_format) as batch:

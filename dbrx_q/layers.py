@@ -6,6 +6,7 @@ Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import DbrxConfig
+from .errors import UnsupportedError
 from .experts import ExpertStore
 from .kernels.attention import IMPLEMENTATIONS, Sequences, attention, cached_attention
 from .kernels.int8 import Int8Weight, gather_rows
@@ -54,6 +56,12 @@ class PackedWeight(nn.Module):
             if isinstance(part, torch.Tensor):
                 self.register_buffer(field.name, part)
         self.value = weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
+        raise UnsupportedError(
+            "a model with packed weights stays where it was loaded; found a call that moves or converts it. "
+            "Name `device` and `dtype` in from_pretrained"
+        )
 
 
 def _weight(holder: nn.Parameter | PackedWeight) -> Weight:

@@ -77,6 +77,12 @@ class DbrxModel(nn.Module):
         """Where the model computes."""
         return self.norm_f.weight.device
 
+    @property
+    def steps_together(self) -> bool:
+        """Whether one step can serve sequences of lengths that the device alone knows."""
+        own = all(block.norm_attn_norm.attn.implementation == "triton" for block in self.layers())
+        return own and pick(self.device) is Backend.TRITON
+
     def layers(self) -> list[DbrxBlock]:
         """The blocks, with their type."""
         return [block for block in self.blocks if isinstance(block, DbrxBlock)]
@@ -277,12 +283,13 @@ def check_device(device: str | torch.device | None) -> torch.device:
         raise RequestError(f"device must be 'cpu', 'cuda' or 'cuda:N'; found {str(device)!r}")
     if place.type == "cuda":
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= seen:
+        index: int = (torch.cuda.current_device() if seen else 0) if ":" not in str(place) else place.index
+        if index >= seen:
             raise RequestError(
                 f"device {str(device)!r} must be a GPU that torch sees; it sees {seen}. Check the driver, and that torch is a GPU build, "
                 "or leave the device out to run on the CPU"
             )
-        place = torch.device("cuda", place.index or 0)
+        place = torch.device("cuda", index)
     return place
 
 

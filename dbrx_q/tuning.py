@@ -61,7 +61,9 @@ def load_tuning(chip: Chip) -> Path | None:
         if path.exists():
             tuning = read_tuning(path)
             if (tuning.chip, tuning.multiprocessors) == (chip.name, chip.multiprocessors):
-                use_measured({(chip.name, choice.problem): choice.tiles for choice in tuning.choices})
+                # An older Triton may not take tiles as narrow as the one that was measured.
+                usable = [choice for choice in tuning.choices if choice.tiles.tokens >= chip.smallest_dot]
+                use_measured({(chip.name, choice.problem): choice.tiles for choice in usable})
                 return path
     return None
 

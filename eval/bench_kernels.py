@@ -143,8 +143,8 @@ def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) 
     met = None
     if work.target is not None:
         met = share is not None and share >= work.target
-        if work.rival is not None and ours is not None and work.rival in times:
-            met = met and ours.seconds < times[work.rival].seconds
+        if work.rival is not None and ours is not None:
+            met = met and ours.seconds < times[work.rival].seconds if work.rival in times else None
     eager = [name for name, timed in times.items() if not timed.graph]
     if ours is not None and not ours.graph:
         eager.append("dbrx_q")

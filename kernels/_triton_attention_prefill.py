@@ -120,7 +120,7 @@ def prefill_kernel(
     least = tl.zeros((BM,), tl.float32)
     a0 = tl.zeros((BM, W), tl.float32)
     a1, a2, a3 = a0, a0, a0
-    seen = tl.minimum(end - count + first + BM, end)  # tokens that some query of the tile sees
+    seen = tl.maximum(tl.minimum(end - count + first + BM, end), 0)  # tokens that some query of the tile sees
     clear = tl.minimum(tl.maximum(end - count + first + 1, 0), seen) // BL  # blocks that all of them see whole
     for MASKED in tl.static_range(2):
         for block in range(clear if MASKED else 0, tl.cdiv(seen, BL) if MASKED else clear):

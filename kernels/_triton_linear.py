@@ -112,7 +112,7 @@ def linear_kernel(
         for other in range(SPLITS):
             acc += tl.load(mine + other * BN * BT, cache_modifier=".cg")
     if CLIP:
-        acc = tl.minimum(tl.maximum(acc, -clip), clip)
+        acc = tl.clamp(acc, -clip, clip, tl.PropagateNan.ALL)
     place = tokens[None, :].to(tl.int64) * N + rows[:, None]
     inside = (rows < N)[:, None] & (tokens < T)[None, :]
     if RESIDUAL:

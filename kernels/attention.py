@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .backend import Backend, pick
 from .errors import DbrxError
 from .kv import KVLayer
+from .launch import interpreting
 
 __all__ = ["IMPLEMENTATIONS", "Sequences", "attention", "attention_reference", "cached_attention"]
 
@@ -106,6 +107,12 @@ def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
     from ._triton_attention_decode import decode
     from ._triton_attention_prefill import prefill
 
+    C, parts = q.shape[-1], {"plain": 1, "int8": 2, "int4": 4}[cache.format]
+    if not interpreting() and (C & (C - 1) or C // parts < 16):
+        raise DbrxError(
+            f"on a GPU a head must have a power of two of channels, at least {16 * parts} for a KV cache of the format {cache.format!r}; "
+            f"found {C}. Choose another format, or the CPU"
+        )
     counts, ends = sequences.counts, sequences.ends
     if all(count == 1 for count in counts):
         return decode(q, cache, sequences.lengths, sequences.rows)

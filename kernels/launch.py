@@ -130,6 +130,9 @@ def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
+        if name.startswith("gfx9"):
+            # There, wavefronts do not wait for their stores before one of them tells other programs: partial sums could be lost.
+            raise DbrxError(f"the GPU must be of RDNA3 (gfx11) or newer; {properties.name} is {name}. Use device='cpu'")
         return Chip(name, "hip", properties.multi_processor_count, 64 * _KB)
     if properties.major < 8:
         raise DbrxError(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from . import int4, int8, nf4
 from .backend import Backend, pick
+from .errors import FormatError
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .nf4 import Nf4Weight
@@ -40,7 +41,12 @@ def linear(
         clip: clamps the product to +-clip.
         residual: [..., N] of the same dtype, added to the clamped product.
         backend: None picks by the device of `x`.
+
+    Raises:
+        FormatError: activations of another width than the packed weight's.
     """
+    if not isinstance(weight, torch.Tensor) and x.shape[-1] != weight.shape[-1]:
+        raise FormatError(f"x must have as many features as the weight [N, K] takes; found {list(x.shape)} and {list(weight.shape)}")
     if isinstance(weight, torch.Tensor):
         return _finished(F.linear(x, weight), clip, residual)
     backend = backend or pick(x.device)
@@ -50,7 +56,7 @@ def linear(
         from . import _triton_linear
 
         rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
-        return _triton_linear.linear(flat, weight, clip, rest).view(shape)
+        return _triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
 
 

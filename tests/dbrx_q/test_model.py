@@ -207,6 +207,12 @@ def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:
         KVCache(model.config, 1, 4000, dtype=torch.float32)
 
 
+def test_a_quantized_model_is_not_moved_half_way(quantized_nano: Path) -> None:
+    quantized = DbrxForCausalLM.from_pretrained(quantized_nano)
+    with pytest.raises(UnsupportedError, match=r"stays where it was loaded.*from_pretrained"):
+        quantized.to("meta")
+
+
 def test_a_quantized_model_holds_packed_weights_only(quantized_nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano)
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]

@@ -9,7 +9,7 @@ import torch
 
 from dbrx_q.kernels import cpu, int4, int8, nf4
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.kernels.errors import DbrxError
+from dbrx_q.kernels.errors import DbrxError, FormatError
 from dbrx_q.kernels.int4 import Int4Weight
 from dbrx_q.kernels.linear import PackedFormat, dequantize, linear, linear_reference
 from dbrx_q.kernels.nf4 import Nf4Weight
@@ -193,6 +193,11 @@ def test_amx_serves_many_tokens_of_bfloat16() -> None:
     assert cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.MATVEC
     assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
     assert cpu.choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
+
+
+def test_activations_of_another_width_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"as many features.*found \[2, 64\] and \[33, 128\]"):
+        linear(torch.zeros(2, 64), packed_weight("int4", 64, 33, 128))
 
 
 def test_a_device_without_kernels_is_refused() -> None:

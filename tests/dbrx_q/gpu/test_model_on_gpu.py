@@ -9,7 +9,7 @@ import torch
 
 from dbrx_q.decode_graph import DecodeStep
 from dbrx_q.decoding import decode_one_token, prefill
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.generation import generate
 from dbrx_q.kv_cache import KVCache
 from dbrx_q.model import DbrxForCausalLM
@@ -33,7 +33,21 @@ def test_logits_agree_with_the_cpu(quantized_nano: Path, implementation: str, n:
     assert (found - exact).abs().mean() <= 2 * (rough - exact).abs().mean() + 1e-3
 
 
-@pytest.mark.parametrize("kv_format", ["plain", "int8", "int4"])
+def test_heads_too_narrow_for_a_format_are_refused(quantized_nano: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    with pytest.raises(DbrxError, match="at least 64 for a KV cache of the format 'int4'; found 32"):
+        generate(model, PROMPTS, max_new_tokens=2, kv_format="int4")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_generates_the_same(quantized_nano: Path, implementation: str) -> None:
+    own = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    other = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda", attn_implementation=implementation)
+    for a, b in zip(generate(own, PROMPTS, max_new_tokens=4), generate(other, PROMPTS, max_new_tokens=4), strict=True):
+        assert sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) >= 3  # a tie in bfloat16 may fall either way
+
+
+@pytest.mark.parametrize("kv_format", ["plain", "int8"])
 def test_a_captured_step_gives_what_the_same_step_gives_uncaptured(quantized_nano: Path, kv_format: str) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
     options = {"dtype": model.dtype, "device": model.device, "format": kv_format}

@@ -12,6 +12,7 @@ import torch
 
 from dbrx_q.decode_graph import DecodeStep
 from dbrx_q.decoding import prefill
+from dbrx_q.errors import RequestError
 from dbrx_q.generation import generate
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.kv import KV_FORMATS
@@ -81,6 +82,24 @@ def test_a_left_padded_batch_agrees_with_its_sequences(quantized_small: Path) ->
     for row, prompt in enumerate(PROMPTS):
         alone = prefill(model, prompt, KVCache(model.config, 1, 32, dtype=model.dtype))
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_that_reads_lengths_on_the_host_advances_sequences_one_by_one(quantized_small: Path, implementation: str) -> None:
+    prompts = [[7, 8], [300]]
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    expected = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
+    for block in model.transformer.layers():
+        block.norm_attn_norm.attn.implementation = implementation
+    found = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
+    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+
+
+def test_a_step_past_the_room_of_the_cache_is_refused(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    step = DecodeStep(model, KVCache(model.config, 1, 4, dtype=model.dtype), 1)
+    with pytest.raises(RequestError, match="must fit 4 tokens, the room of its cache; found 5"):
+        step([1], [5], [0])
 
 
 def test_generate_advances_a_batch_together_and_keeps_its_decoder(quantized_small: Path) -> None:
