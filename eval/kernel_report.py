@@ -15,7 +15,7 @@ from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.kernels.launch import CHIPS, Chip, Launch
 
 from .kernel_resources import Resources, compile_launch
-from .kernel_shapes import FORMATS, dbrx_launches, essential
+from .kernel_shapes import FORMATS, dbrx_launches, usual_launches
 
 __all__ = ["BEGIN", "END", "Row", "document", "problems", "resources", "table", "write_report"]
 
@@ -43,7 +43,7 @@ def resources(
 
     Args:
         chips: names in `dbrx_q.kernels.launch.CHIPS`.
-        everything: every launch; otherwise the `essential` ones.
+        everything: every launch in every format; otherwise `usual_launches`.
         processes: that compile at the same time.
         report: called with (done, total).
 
@@ -80,7 +80,8 @@ def document(rows: Sequence[Row]) -> str:
         f"Written by `dbrx-q bench resources` with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. Every op was "
         "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
         "chip launched was compiled for it. A case names a call that needs the kernel; of kernels that differ only before and after their "
-        "main loop, the one with the most there stands for all (`--all` compiles each). Registers of a thread / shared memory of "
+        "main loop, the one with the most there stands for all; weights are int4 and int8 in groups of 64, on sm_86 NF4 and plain too "
+        "(`--all` compiles each, in every group size and in float16). Registers of a thread / shared memory of "
         "a program in KB / bytes of a thread in local memory (spills).\n\n" + table(rows)
     )
 
@@ -122,8 +123,9 @@ def _cell(each: Resources) -> str:
 
 @cache
 def _launches(name: str, everything: bool) -> list[tuple[str, Launch]]:
-    found = dbrx_launches(CHIPS[name]) + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
-    return found if everything else essential(found)
+    if not everything:
+        return usual_launches(CHIPS[name])
+    return dbrx_launches(CHIPS[name]) + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
 
 
 def _compile(which: tuple[str, bool, int]) -> Row:

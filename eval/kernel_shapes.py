@@ -24,7 +24,7 @@ from dbrx_q.kernels.qkv import store_qkv
 
 from .kernel_resources import launch_key
 
-__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight", "essential"]
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
@@ -141,6 +141,18 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
         if key not in kept or _extent(launch) > _extent(kept[key][1]):
             kept[key] = case, launch
     return list(kept.values())
+
+
+_USUAL = (Format("int4", 64), Format("int8", 64))
+_WIDELY = "sm_86"
+
+
+def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
+    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format; on sm_86 NF4 and plain experts too."""
+    if chip.name == _WIDELY:
+        return essential(dbrx_launches(chip, formats=(*_USUAL, Format("nf4", 64))))
+    found = essential(dbrx_launches(chip, formats=_USUAL))
+    return [(case, launch) for case, launch in found if not case.startswith("experts plain")]
 
 
 def _extent(launch: Launch) -> int:

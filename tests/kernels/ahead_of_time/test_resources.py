@@ -16,22 +16,17 @@ import pytest
 import dbrx_q.kernels.launch as launch_module
 from dbrx_q.eval.kernel_report import Row, problems
 from dbrx_q.eval.kernel_resources import compile_launch, global_loads, packed_parameters
-from dbrx_q.eval.kernel_shapes import Format, dbrx_launches, essential
+from dbrx_q.eval.kernel_shapes import usual_launches
 from dbrx_q.kernels.launch import CHIPS, Launch
 
-DEFAULT = (Format("int4", 64), Format("int8", 64))
-OTHERS = (Format("nf4", 64),)
 WRITE_ONLY = ("qkv_kernel",)  # stores codes of the KV cache and reads none
-OTHERS_ON = ("sm_86",)
 CHIPS_TESTED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100")
 
 
 @cache
 def launches(chip: str) -> dict[str, Launch]:
-    widely = chip in OTHERS_ON
-    found = essential(dbrx_launches(CHIPS[chip], formats=DEFAULT + OTHERS if widely else DEFAULT))
-    kept = [(case, launch) for case, launch in found if widely or "plain T=" not in case or "experts" not in case]
-    return {f"{chip} {case} {launch.kernel.__name__} {number}": launch for number, (case, launch) in enumerate(kept)}
+    found = usual_launches(CHIPS[chip])
+    return {f"{chip} {case} {launch.kernel.__name__} {number}": launch for number, (case, launch) in enumerate(found)}
 
 
 @pytest.mark.parametrize(("chip", "case"), [pytest.param(chip, case, id=case) for chip in CHIPS_TESTED for case in launches(chip)])
