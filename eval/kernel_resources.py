@@ -54,7 +54,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _signature(launch)
+    signature, constants, attributes = _signature(launch, hip=chip.vendor == "hip")
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if chip.vendor == "hip":
         target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
@@ -85,7 +85,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
 
 def launch_key(launch: Launch) -> tuple[Any, ...]:
     """Equal for launches that Triton compiles to the same code."""
-    signature, constants, attributes = _signature(launch)
+    signature, constants, attributes = _signature(launch, hip=False)
     options = launch.warps, launch.stages
     return launch.kernel.__name__, str(signature), str(constants), str(attributes), options
 
@@ -95,7 +95,7 @@ def packed_parameters(launch: Launch) -> frozenset[int]:
 
     Codes are 8-bit tensors; the zero-points beside them are a thirty-second of their size or less.
     """
-    signature, _, _ = _signature(launch)
+    signature, _, _ = _signature(launch, hip=False)
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     sizes = {
@@ -149,7 +149,7 @@ def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
     return [(frozenset(origins.get(register, ())), width) for register, width in loads]
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def _signature(launch: Launch, *, hip: bool) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and divisibilities as Triton's own specialization of a call has them."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
@@ -164,6 +164,8 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             signature[name] = _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
+            if hip and value.untyped_storage().nbytes() < 1 << 31:  # what AMD's buffer loads reach
+                attributes.setdefault((place,), []).append(["tt.pointer_range", 32])
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -187,11 +189,11 @@ def _cuobjdump() -> str:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of the one kernel in `cubin`."""
+    """(registers, bytes of local memory, the stack that spills take among them) of the one kernel in `cubin`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", text)
+    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
     assert found, text
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]) + int(found[3])

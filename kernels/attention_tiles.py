@@ -57,9 +57,8 @@ def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:
     if chip.vendor == "hip":
         if chip.name.startswith("gfx9"):
             return PrefillTiles(64, 32, 4, 1)
-        # Lanes of RDNA hold matrix operands twice: anything larger spills.
-        return PrefillTiles(64, 32, 8, 1) if format == "plain" else PrefillTiles(64, 16, 16, 1)
-    return PrefillTiles(128, 64, 8, 2) if wide else PrefillTiles(64, 64, 4, 2)
+        return PrefillTiles(64, 16, 16, 1)  # lanes of RDNA hold matrix operands twice: anything larger spills
+    return PrefillTiles(128 if wide else 64, 64, 8, 2)  # with 4 warps, 64 queries spill 8 to 128 bytes a thread
 
 
 def _power_of_two(n: int) -> int:

@@ -138,7 +138,7 @@ def _matmul(problem: Problem, chip: Chip) -> Tiles:
     tokens = min(128 if wide else 64, max(32, _power_of_two(problem.tokens)))
     if chip.vendor == "hip":  # four warps spill in int8
         return Tiles(64, tokens, depth, 1, 8, 2)
-    return Tiles(128 if wide else 64, tokens, depth, 1, 8 if wide else 4, 3 if wide else 2)
+    return Tiles(128 if wide else 64, tokens, depth, 1, 8 if wide else 4, 3)  # with 2 stages, int8 spills
 
 
 def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
