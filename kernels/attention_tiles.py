@@ -59,7 +59,7 @@ def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:
             return PrefillTiles(64, 32, 4, 1)
         return PrefillTiles(64, 16, 16, 1)  # lanes of RDNA hold matrix operands twice: anything larger spills
     if chip.name == "sm_80" and format != "plain":
-        return PrefillTiles(64, 32, 8, 2)  # with 64 tokens int8 spills 96 bytes a thread, int4 16
+        return PrefillTiles(32, 64, 8, 2)  # with 64 queries int8 spills 96 bytes a thread, int4 16
     # With 4 warps, 64 queries spill 8 to 128 bytes a thread; with 8, 128 of int8 spill 8.
     return PrefillTiles(128 if wide and format != "int8" else 64, 64, 8, 2)
 
