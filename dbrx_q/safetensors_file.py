@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from .errors import CheckpointError
 
-__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo"]
+__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo", "safetensors_header"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -60,6 +60,7 @@ class SafetensorsFile:
     Attributes:
         path: the file.
         tensors: name to `TensorInfo`, in the order of the file.
+        metadata: what the header says of the file itself.
 
     Raises:
         CheckpointError: the file is missing, truncated, or its header is not a safetensors header.
@@ -135,6 +136,7 @@ class SafetensorsFile:
             header = json.loads(os.pread(self._fd, length, 8).decode("utf-8"))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             found = {name: self._entry(name, entry, 8 + length) for name, entry in entries.items()}
+            self.metadata = {str(name): str(value) for name, value in header.get("__metadata__", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: not a safetensors header; {error}. Fetch the file again") from None
         self._check_bytes(found, 8 + length)
@@ -168,6 +170,25 @@ class SafetensorsFile:
             )
 
 
+def safetensors_header(
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The first bytes of a file with these tensors (name, dtype, shape) in this order, and where each of them lies."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 64)  # tensors begin on a cache line
+    infos, at = {}, 8 + len(text)
+    for name, dtype, shape in tensors:
+        infos[name] = TensorInfo(dtype, tuple(shape), at)
+        at += infos[name].nbytes
+    return len(text).to_bytes(8, "little") + text, infos
+
+
 class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor and hashes it on the way.
 
@@ -181,16 +202,8 @@ class SafetensorsWriter:
         self._waiting = list(reversed(tensors))
         self._hash = hashlib.sha256()
         self.nbytes = 0
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, dtype, shape in tensors:
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 64)  # tensors begin on a cache line
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 # closed by close()
-        self._put(len(text).to_bytes(8, "little") + text)
+        self._put(safetensors_header(tensors)[0])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, which must be the one that was announced."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from .errors import RequestError
 from .kernels.launch import Chip
 from .kernels.tiles import Problem, Tiles, use_measured
+from .user_cache import user_cache
 
 __all__ = ["Choice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
 
@@ -47,8 +48,7 @@ class Tuning:
 
 def tuning_path(chip: str) -> Path:
     """The user's file for a chip, in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dbrx_q" / "tuning" / f"{chip}.json"
+    return user_cache() / "tuning" / f"{chip}.json"
 
 
 def load_tuning(chip: Chip) -> Path | None:
