@@ -1,0 +1,182 @@
+"""Running a text through a model, and what is kept of it: the states that predict, the experts chosen, a sample of the residual stream.
+
+Dimension letters: `T` tokens of a step, `P` predicted tokens of a step, `S` sampled ones of them, `L` layers, `A` active experts,
+`E` experts, `D` d_model, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.kv_cache import KVCache
+from dbrx_q.model import DbrxForCausalLM, batch_of
+
+from .windows import Window
+
+__all__ = ["LOGIT_TOKENS", "STEP_TOKENS", "Observation", "Progress", "batches", "check_ids", "logit_chunks", "observe", "sample_interval"]
+
+STEP_TOKENS = 4096  # tokens that run together: enough to keep matrix units busy, few enough to bound the memory of a long window
+LOGIT_TOKENS = 256  # predicted tokens whose logits are held at once; 100,352 float64 each are 205 MB
+_SAMPLE_BYTES = 64 << 20
+_SAMPLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a model made of one step.
+
+    first: how many tokens of the text were predicted before. targets: int64 [P], the tokens that came. hidden: [P, D], the last hidden
+    states that predict them. experts: uint8 [L, P, A], ascending. states: float32 [S, L, D], the residual stream after every block.
+    """
+
+    first: int
+    targets: torch.Tensor
+    hidden: torch.Tensor
+    experts: torch.Tensor
+    states: torch.Tensor
+
+    @property
+    def sampled(self) -> int:
+        """S."""
+        return len(self.states)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens first .. end-1 of the text, of a window of which `past` are known already; those from `scored` on are predicted."""
+
+    first: int
+    end: int
+    past: int
+    scored: int
+    last: bool  # of its window
+
+    @property
+    def predicts(self) -> slice:
+        """Places in the text of the tokens that this piece predicts: the one after each of its own that the window still holds."""
+        return slice(max(self.scored, self.first + 1), self.end if self.last else self.end + 1)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        RequestError: with the token.
+    """
+    if ids and max(ids) >= vocab_size:
+        raise RequestError(
+            f"token ids must be below the model's vocabulary of {vocab_size}; found {max(ids)}. Is the tokenizer this model's?"
+        )
+
+
+def batches(windows: Sequence[Window]) -> list[list[Window]]:
+    """Windows that run together: as many as `STEP_TOKENS` hold, at least one."""
+    found: list[list[Window]] = []
+    tokens = 0
+    for window in windows:
+        size = window.end - window.first
+        if not found or tokens + size > STEP_TOKENS:
+            found.append([])
+            tokens = 0
+        found[-1].append(window)
+        tokens += size
+    return found
+
+
+def sample_interval(predicted: int, layers: int, width: int) -> int:
+    """Every how many predicted tokens one is sampled, so that the residual streams of all take at most 64 MiB."""
+    most = max(16, min(_SAMPLE_TOKENS, _SAMPLE_BYTES // (4 * layers * width)))
+    return max(1, -(-predicted // most))
+
+
+@torch.inference_mode()
+def observe(
+    model: DbrxForCausalLM,
+    text: torch.Tensor,
+    windows: Sequence[Window],
+    *,
+    first: int = 0,
+    interval: int = 0,
+    kv_format: str = "plain",
+) -> Iterator[Observation]:
+    """Run a batch of windows; a window longer than `STEP_TOKENS` goes in pieces through a KV cache, one observation each.
+
+    Args:
+        model: a loaded model.
+        text: int64 [N], on the CPU.
+        windows: one of `batches`.
+        first: how many tokens of the text were predicted before.
+        interval: every how many predicted tokens the residual stream is kept; 0 for none.
+        kv_format: "plain" attends to keys and values as they are; "int8" and "int4" to what a cache of that format keeps of them.
+    """
+    longest = max(window.end - window.first for window in windows)
+    cache = None
+    if kv_format != "plain" or longest > STEP_TOKENS:
+        cache = KVCache(model.config, len(windows), longest, dtype=model.dtype, device=model.device, format=kv_format)
+    for pieces in _steps(windows):
+        targets = torch.cat([text[piece.predicts] for piece in pieces])
+        tokens = torch.cat([text[piece.first : piece.end] for piece in pieces])
+        places, start = [], 0
+        for piece in pieces:
+            predicts = piece.predicts
+            places += range(start + predicts.start - 1 - piece.first, start + predicts.stop - 1 - piece.first)
+            start += piece.end - piece.first
+        rows = torch.tensor(places, dtype=torch.int64)
+        kept = rows[(torch.arange(len(rows)) + first) % interval == 0] if interval else rows[:0]
+        batch = batch_of([piece.end - piece.first for piece in pieces], [piece.past for piece in pieces], cache, model.device)
+        with _residual_streams(model, kept.to(model.device)) as streams:
+            hidden, logits = model.transformer.run(tokens.to(model.device), batch)
+        if cache is not None:
+            cache.advance([piece.end - piece.first for piece in pieces])
+        top = model.config.ffn_config.moe_top_k
+        experts = torch.stack([_chosen(layer[rows.to(layer.device)], top) for layer in logits])
+        yield Observation(first, targets, hidden[rows.to(hidden.device)], experts, torch.stack(streams, 1))
+        first += len(targets)
+
+
+def _steps(windows: Sequence[Window]) -> Iterator[list[_Piece]]:
+    if len(windows) > 1 or windows[0].end - windows[0].first <= STEP_TOKENS:
+        yield [_Piece(window.first, window.end, 0, window.scored, True) for window in windows]
+        return
+    window = windows[0]
+    for first in range(window.first, window.end, STEP_TOKENS):
+        end = min(first + STEP_TOKENS, window.end)
+        yield [_Piece(first, end, first - window.first, window.scored, end == window.end)]
+
+
+def _chosen(logits: torch.Tensor, top: int) -> torch.Tensor:
+    """uint8 [P, A] in ascending order, of router logits [P, E]; as the router chooses, ties go to the lower index."""
+    return logits.sort(-1, descending=True, stable=True).indices[:, :top].sort(-1).values.to(torch.uint8).cpu()
+
+
+@contextmanager
+def _residual_streams(model: DbrxForCausalLM, rows: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Fills a list with float32 [S, D] per block: what the block's output and what its experts add come to."""
+    streams: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        x, delta, _logits = output
+        streams.append((x[rows].float() + delta[rows].float()).cpu())
+
+    handles = [block.register_forward_hook(keep) for block in model.transformer.blocks]
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logit_chunks(model: DbrxForCausalLM, seen: Observation) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(places in the step, float64 logits [at most `LOGIT_TOKENS`, V]), so that no more logits are held at once."""
+    for first in range(0, len(seen.targets), LOGIT_TOKENS):
+        place = slice(first, min(first + LOGIT_TOKENS, len(seen.targets)))
+        yield place, model.lm_head(seen.hidden[place]).double()
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
