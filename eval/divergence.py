@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-__all__ = ["Distribution", "TokenScores", "mean_and_stderr", "negative_log_likelihood", "scores"]
+__all__ = ["AGREEING", "Distribution", "TokenScores", "mean_and_stderr", "negative_log_likelihood", "scores"]
 
-_AGREEING = 5
+AGREEING = 5
+"""How many of the likeliest tokens are compared."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Distribution:
     """What a model predicts for P tokens.
 
     log_probs: float64 [P, V] where ids is None; else [P, K], of the tokens ids, int64 [P, K], likeliest first: all others together have the
-    rest of the probability. nll: float64 [P], negative log-likelihood of the token that came.
+    rest of the probability. nll: float64 [P], negative log-likelihood of the token that came. top: int64 [P, at least 5], the likeliest
+    first, where log_probs are too coarse to tell; None to look there.
     """
 
     log_probs: torch.Tensor
     ids: torch.Tensor | None
     nll: torch.Tensor
+    top: torch.Tensor | None = None
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor) -> Distribution:
@@ -33,15 +36,20 @@ class Distribution:
         log_probs = logits.double().log_softmax(-1)
         return cls(log_probs, None, -log_probs.gather(-1, targets.to(logits.device)[:, None])[:, 0])
 
+    def on(self, device: torch.device) -> Distribution:
+        """The same on another device."""
+        return Distribution(*(None if part is None else part.to(device) for part in (self.log_probs, self.ids, self.nll, self.top)))
+
     def likeliest(self, count: int) -> torch.Tensor:
         """int64 [P, count], likeliest first; of equals the lower id."""
-        if self.ids is not None:
-            return self.ids[:, :count]
+        known = self.ids if self.top is None else self.top
+        if known is not None:
+            return known[:, :count]
         best = self.log_probs.topk(min(count + 1, self.log_probs.shape[-1]), -1)
         ordered = best.indices[:, :count]
         tied = (best.values[:, 1:] == best.values[:, :-1]).any(-1)
         if tied.any():  # topk leaves the order of equals open
-            ordered[tied] = self.log_probs[tied].sort(-1, descending=True, stable=True).indices[:, :count]
+            ordered[tied] = self.log_probs[tied].sort(dim=-1, descending=True, stable=True).indices[:, :count]
         return ordered
 
 
@@ -87,7 +95,7 @@ def scores(reference: Distribution, model: Distribution) -> TokenScores:
     kl = (p * (log_p - log_q)).sum(-1)  # [P]
     if reference.ids is not None:
         kl = kl + _rest(p.sum(-1), log_q.exp().sum(-1))
-    ours, theirs = model.likeliest(_AGREEING), reference.likeliest(_AGREEING)
+    ours, theirs = model.likeliest(AGREEING), reference.likeliest(AGREEING)
     top5 = (ours[:, :, None] == theirs[:, None, :]).any(1).float().mean(-1)
     as_int = [top[:, 0].to(torch.int32) for top in (theirs, ours)]
     # Below zero there is only rounding.

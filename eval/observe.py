@@ -18,7 +18,18 @@ from dbrx_q.model import DbrxForCausalLM, batch_of
 
 from .windows import Window
 
-__all__ = ["LOGIT_TOKENS", "STEP_TOKENS", "Observation", "Progress", "batches", "check_ids", "logit_chunks", "observe", "sample_interval"]
+__all__ = [
+    "LOGIT_TOKENS",
+    "STEP_TOKENS",
+    "Observation",
+    "Progress",
+    "batches",
+    "check_ids",
+    "logit_chunks",
+    "observe",
+    "sample_interval",
+    "step_sizes",
+]
 
 STEP_TOKENS = 4096  # tokens that run together: enough to keep matrix units busy, few enough to bound the memory of a long window
 LOGIT_TOKENS = 256  # predicted tokens whose logits are held at once; 100,352 float64 each are 205 MB
@@ -74,16 +85,16 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def batches(windows: Sequence[Window]) -> list[list[Window]]:
-    """Windows that run together: as many as `STEP_TOKENS` hold, at least one."""
-    found: list[list[Window]] = []
+def batches(windows: Sequence[Window]) -> list[tuple[int, list[Window]]]:
+    """(index of the first, windows that run together): as many as `STEP_TOKENS` hold, at least one."""
+    found: list[tuple[int, list[Window]]] = []
     tokens = 0
-    for window in windows:
+    for index, window in enumerate(windows):
         size = window.end - window.first
         if not found or tokens + size > STEP_TOKENS:
-            found.append([])
+            found.append((index, []))
             tokens = 0
-        found[-1].append(window)
+        found[-1][1].append(window)
         tokens += size
     return found
 
@@ -139,6 +150,11 @@ def observe(
         first += len(targets)
 
 
+def step_sizes(windows: Sequence[Window]) -> list[int]:
+    """P of every observation that `observe` gives of a batch of windows."""
+    return [sum(max(0, piece.predicts.stop - piece.predicts.start) for piece in pieces) for pieces in _steps(windows)]
+
+
 def _steps(windows: Sequence[Window]) -> Iterator[list[_Piece]]:
     if len(windows) > 1 or windows[0].end - windows[0].first <= STEP_TOKENS:
         yield [_Piece(window.first, window.end, 0, window.scored, True) for window in windows]
@@ -151,7 +167,7 @@ def _steps(windows: Sequence[Window]) -> Iterator[list[_Piece]]:
 
 def _chosen(logits: torch.Tensor, top: int) -> torch.Tensor:
     """uint8 [P, A] in ascending order, of router logits [P, E]; as the router chooses, ties go to the lower index."""
-    return logits.sort(-1, descending=True, stable=True).indices[:, :top].sort(-1).values.to(torch.uint8).cpu()
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :top].sort(-1).values.to(torch.uint8).cpu()
 
 
 @contextmanager

@@ -2,160 +2,114 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError
-from dbrx_q.kv_cache import KVCache
 from dbrx_q.model import DbrxForCausalLM
 
-__all__ = ["PerplexityResult", "check_windows", "perplexity", "read_text"]
+from .divergence import mean_and_stderr, negative_log_likelihood
+from .observe import batches, check_ids, logit_chunks, observe
+from .resume import RunState
+from .windows import Protocol
 
-_BATCH_TOKENS = 4096  # windows that run together: enough to keep matrix units busy
-_LOGIT_TOKENS = 256  # logits that are held at once; at 100,352 float32 each, 103 MB
+__all__ = ["PerplexityResult", "perplexity"]
+
+_SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """perplexity: exp(nll / tokens). stderr: its standard error. nll: total, in nats. tokens: predicted. protocol: how windows lie."""
+    """perplexity: exp(nll / tokens). stderr: its standard error. nll: total, in nats. tokens: predicted. protocol: how windows lie.
+
+    complete: False where the run was interrupted and the figures are of the first `tokens` of `total_tokens` predicted tokens.
+    """
 
     perplexity: float
     stderr: float
     nll: float
     tokens: int
+    total_tokens: int
+    complete: bool
+    protocol: str
     context: int
     stride: int
-    protocol: str
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Tokens first .. end-1 are seen; those from `scored` on are predicted."""
-
-    first: int
-    end: int
-    scored: int
 
 
 def perplexity(
     model: DbrxForCausalLM,
     ids: Sequence[int],
+    protocol: Protocol,
     *,
-    context: int,
-    stride: int | None = None,
     kv_format: str = "plain",
+    state: RunState | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
-    """Perplexity of a tokenised text.
+    """Perplexity of a tokenised text. Logits are in the model's arithmetic, what comes after them in float64.
 
-    Protocols: "non-overlapping" windows of `context` tokens, in which every token but the first is predicted and a rest that fills no
-    window is left out (Frantar et al. 2022, GPTQ); "strided" windows that begin every `stride` tokens, in which only tokens not yet
-    predicted count, up to the last token of the text.
+    Ctrl-C ends it with the figures so far, once there are any.
 
     Args:
         model: a loaded model.
         ids: the text's token ids.
-        context: tokens of a window, from 2 to the model's context.
-        stride: tokens between the starts of windows, 1 to `context`; None or `context` is "non-overlapping".
+        protocol: how the text is cut into windows, and which of their tokens are predicted.
         kv_format: "plain" attends to keys and values as they are; "int8" and "int4" to what a cache of that format keeps of them.
+        state: where figures so far are kept, and found again; None for nowhere.
         on_window: called with (windows done, windows in all).
 
     Raises:
-        RequestError: a text shorter than one window, or a context or stride out of range.
+        RequestError: a text shorter than one window, a context that the model does not have, or ids that it does not know.
     """
-    check_windows(len(ids), context, stride, model.config)
-    step = context if stride is None else stride
-    windows = list(_windows(len(ids), context, step))
+    protocol.check(len(ids), model.config)
+    check_ids(ids, model.config.vocab_size)
+    windows = protocol.windows(len(ids))
     text = torch.tensor(ids)
-    losses = []
-    together = max(1, _BATCH_TOKENS // context)
-    for first in range(0, len(windows), together):
-        batch = windows[first : first + together]
-        losses.append(_losses(model, text, batch, kv_format))
-        on_window(first + len(batch), len(windows))
-    values = torch.cat(losses).double()
-    mean = values.mean()
-    # The standard error of exp(mean) is exp(mean) times that of the mean (delta method).
-    error = values.std(unbiased=True) / math.sqrt(len(values)) if len(values) > 1 else torch.tensor(0.0)
+    done, losses = _restored(state)
+    saved = time.monotonic()
+    try:
+        for first, batch in batches(windows):
+            if first < done:
+                continue
+            on_window(done, len(windows))
+            found = []
+            for seen in observe(model, text, batch, kv_format=kv_format):
+                found += [negative_log_likelihood(logits, seen.targets[place]).cpu().numpy() for place, logits in logit_chunks(model, seen)]
+            done, losses = done + len(batch), [*losses, *found]
+            if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                _keep(state, done, losses)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if not losses:
+            raise
+        if state is not None:
+            _keep(state, done, losses)
+    on_window(done, len(windows))
+    values = np.concatenate(losses)
+    mean, error = mean_and_stderr(values)
+    likely = float(np.exp(mean))
+    if done == len(windows) and state is not None:
+        state.clear()
     return PerplexityResult(
-        perplexity=float(mean.exp()),
-        stderr=float(mean.exp() * error),
+        perplexity=likely,
+        stderr=likely * error,  # of exp(mean), by the delta method
         nll=float(values.sum()),
         tokens=len(values),
-        context=context,
-        stride=step,
-        protocol="non-overlapping" if step == context else "strided",
+        total_tokens=sum(window.tokens for window in windows),
+        complete=done == len(windows),
+        protocol=protocol.name,
+        context=protocol.context,
+        stride=protocol.stride,
     )
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        RequestError: the file is missing, is not UTF-8, or is empty.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8")  # as it is: line ends are tokens too
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: a text must be UTF-8; byte {error.start} is not. Convert the file") from None
-    except OSError as error:
-        raise RequestError(f"{path}: a text must be a readable file; {error.strerror}") from None
-    if not text:
-        raise RequestError(f"{path}: a text must not be empty")
-    return text
+def _restored(state: RunState | None) -> tuple[int, list[np.ndarray]]:
+    """(windows done, negative log-likelihoods) of a run that was interrupted."""
+    kept = None if state is None else state.load()
+    return (0, []) if kept is None else (int(kept["windows"]), [kept["losses"]])
 
 
-def check_windows(tokens: int, context: int, stride: int | None, config: DbrxConfig, *, source: str = "the text") -> None:
-    """Refuse a context or stride that cannot be measured with on a text of `tokens` tokens; `source` is what an error calls it.
-
-    Raises:
-        RequestError: with the rule and the value.
-    """
-    if not 2 <= context <= config.max_seq_len:
-        raise RequestError(f"the context must be from 2 to the model's {config.max_seq_len} tokens; found {context}")
-    if stride is not None and not 1 <= stride <= context:
-        raise RequestError(f"the stride must be from 1 to the context of {context} tokens; found {stride}")
-    if tokens < context:
-        raise RequestError(f"{source} must fill one window of {context} tokens; it has {tokens}. Give a longer text or a smaller --context")
-
-
-def _windows(tokens: int, context: int, stride: int) -> Iterator[_Window]:
-    if stride == context:
-        for first in range(0, tokens - context + 1, context):
-            yield _Window(first, first + context, first + 1)
-        return
-    scored = 1
-    for first in range(0, tokens, stride):
-        end = min(first + context, tokens)
-        yield _Window(first, end, scored)
-        scored = end
-        if end == tokens:
-            return
-
-
-def _losses(model: DbrxForCausalLM, text: torch.Tensor, windows: list[_Window], kv_format: str) -> torch.Tensor:
-    """float32 negative log-likelihoods of the scored tokens, window by window."""
-    width = max(window.end - window.first for window in windows)
-    ids = torch.zeros(len(windows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, window in enumerate(windows):
-        length = window.end - window.first
-        ids[row, :length] = text[window.first : window.end]
-        mask[row, :length] = 1
-    cache = None
-    if kv_format != "plain":
-        cache = KVCache(model.config, len(windows), width, dtype=model.dtype, device=model.device, format=kv_format)
-    hidden = model.transformer(ids, mask, cache, False, False).last_hidden_state  # [windows, width, D]
-    losses = []
-    for row, window in enumerate(windows):
-        for first in range(window.scored, window.end, _LOGIT_TOKENS):
-            end = min(first + _LOGIT_TOKENS, window.end)
-            logits = model.lm_head(hidden[row, first - 1 - window.first : end - 1 - window.first]).float()
-            losses.append(F.cross_entropy(logits, text[first:end].to(logits.device), reduction="none").cpu())
-    return torch.cat(losses)
+def _keep(state: RunState, done: int, losses: list[np.ndarray]) -> None:
+    state.save({"windows": np.array(done), "losses": np.concatenate(losses)})

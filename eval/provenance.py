@@ -7,12 +7,14 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["command_line", "provenance", "text_sha256"]
+__all__ = ["command_line", "ids_sha256", "provenance"]
 
 _PACKAGES = ("dbrx_q", "torch", "triton", "numba", "bitsandbytes", "gguf", "numpy")
 
@@ -33,9 +35,9 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
-def text_sha256(text: str) -> str:
-    """Of the text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def ids_sha256(ids: Sequence[int]) -> str:
+    """Of token ids as little-endian int32."""
+    return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
 def _version(name: str) -> str:

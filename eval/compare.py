@@ -1,0 +1,327 @@
+"""Checkpoints beside a reference, on the same tokens: how far their predictions, routers and hidden states are from it.
+
+The statistics of predictions are those of llama.cpp's `llama-perplexity --kl-divergence`, computed in float64.
+
+Dimension letters: `P` predicted tokens of a step, `S` sampled ones of them, `L` layers, `A` active experts, `D` d_model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.tokenizer import DbrxTokenizer
+
+from .comparison import Comparison, QuantResult, WorstToken
+from .divergence import Distribution, TokenScores, mean_and_stderr, scores
+from .observe import Observation, batches, check_ids, logit_chunks, observe, sample_interval
+from .reference import Reference, ReferenceStep
+from .resume import RunState
+from .sources import Source
+from .windows import Protocol, Window
+
+__all__ = ["Pair", "check_same_shape", "compare", "summary"]
+
+_SAVE_SECONDS = 30.0
+_WORST = 10
+_CONTEXT_TOKENS = 40  # that are shown before a token that suffered
+
+
+class Pair:
+    """One checkpoint beside the reference, and what has been measured of it so far.
+
+    Args:
+        source: the checkpoint.
+        state: where figures so far are kept, and found again; None for nowhere.
+    """
+
+    def __init__(self, source: Source, state: RunState | None = None) -> None:
+        self.source = source
+        self.windows = 0  # that are done
+        self._state = state
+        self._parts: list[TokenScores] = []
+        layers = source.config.n_layers
+        self.same_experts = np.zeros(layers, np.int64)  # tokens whose experts are the same set, per layer
+        self.jaccard = np.zeros(layers)  # sums over tokens
+        self.error = np.zeros(layers)  # sums of squares over sampled tokens
+        self.norm = np.zeros(layers)
+        kept = None if state is None else state.load()
+        if kept is not None:
+            self.windows = int(kept.pop("windows"))
+            self._parts = [TokenScores(*(kept.pop(field.name) for field in fields(TokenScores)))]
+            self.same_experts, self.jaccard, self.error, self.norm = (kept[name] for name in ("same_experts", "jaccard", "error", "norm"))
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens that are done."""
+        return sum(len(part.kl) for part in self._parts)
+
+    @property
+    def scores(self) -> TokenScores:
+        """Of all tokens that are done."""
+        self._parts = [TokenScores.joined(self._parts)]
+        return self._parts[0]
+
+    def add(self, windows: int, steps: Sequence[tuple[ReferenceStep, Observation]], parts: Sequence[TokenScores]) -> None:
+        """Count one more batch of windows."""
+        for reference, seen in steps:
+            same, jaccard = _expert_agreement(reference.experts, seen.experts)
+            self.same_experts, self.jaccard = self.same_experts + same, self.jaccard + jaccard
+            wanted = reference.states.double()
+            self.error = self.error + (seen.states.double() - wanted).square().sum((0, 2)).numpy()
+            self.norm = self.norm + wanted.square().sum((0, 2)).numpy()
+        self._parts += parts
+        self.windows += windows
+
+    def keep(self) -> None:
+        """Write what is done to where it is found again."""
+        if self._state is not None and self.windows:
+            arrays = {field.name: getattr(self.scores, field.name) for field in fields(TokenScores)}
+            layers = {name: getattr(self, name) for name in ("same_experts", "jaccard", "error", "norm")}
+            self._state.save(arrays | layers | {"windows": np.array(self.windows)})
+
+    def forget(self) -> None:
+        """Remove what was kept."""
+        if self._state is not None:
+            self._state.clear()
+
+
+def compare(
+    reference: Reference,
+    pairs: Sequence[Pair],
+    ids: Sequence[int],
+    protocol: Protocol,
+    *,
+    load: Callable[[Source], DbrxForCausalLM],
+    together: Callable[[Sequence[Pair]], Sequence[Sequence[Pair]]] = lambda pairs: [pairs],
+    kv_format: str = "plain",
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Fill `pairs` with what the text gives.
+
+    The reference runs, or is read, batch by batch beside the checkpoints, so that logits are never held for more than one chunk. Ctrl-C
+    ends it with the figures so far, once there are any.
+
+    Args:
+        reference: predictions to measure against.
+        pairs: the checkpoints; what they hold already is not measured again.
+        ids: the text's token ids.
+        protocol: how the text is cut into windows, and which of their tokens are predicted.
+        load: gives a source's model.
+        together: groups of pairs whose models are in memory at the same time.
+        kv_format: of the checkpoints' keys and values; the reference's are as they are.
+        on_window: called with (windows done, windows in all), over all pairs.
+
+    Returns:
+        Whether every pair is complete.
+
+    Raises:
+        RequestError: a text shorter than one window, or a checkpoint of another shape than the reference.
+    """
+    for pair in pairs:
+        check_same_shape(reference, pair.source)
+        protocol.check(len(ids), pair.source.config)
+        check_ids(ids, pair.source.config.vocab_size)
+    windows = protocol.windows(len(ids))
+    text = torch.tensor(ids)
+
+    def report() -> None:
+        on_window(sum(pair.windows for pair in pairs), len(pairs) * len(windows))
+
+    try:
+        for group in together([pair for pair in pairs if pair.windows < len(windows)]):
+            _run(reference, group, text, windows, load, kv_format, report)
+    except KeyboardInterrupt:
+        for pair in pairs:
+            pair.keep()
+        if not any(pair.windows for pair in pairs):
+            raise
+        return False
+    return True
+
+
+def _run(
+    reference: Reference,
+    pairs: Sequence[Pair],
+    text: torch.Tensor,
+    windows: Sequence[Window],
+    load: Callable[[Source], DbrxForCausalLM],
+    kv_format: str,
+    report: Callable[[], None],
+) -> None:
+    models = [load(pair.source) for pair in pairs]
+    predicted = sum(window.tokens for window in windows)
+    interval = sample_interval(predicted, reference.config.n_layers, reference.config.d_model)
+    first, saved = 0, time.monotonic()
+    for index, batch in batches(windows):
+        tokens = sum(window.tokens for window in batch)
+        behind = [(pair, model) for pair, model in zip(pairs, models, strict=True) if pair.windows <= index]
+        if behind:
+            report()
+            _run_batch(reference, behind, text, batch, index=index, first=first, interval=interval, kv_format=kv_format)
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                for pair in pairs:
+                    pair.keep()
+                saved = time.monotonic()
+        first += tokens
+    for pair in pairs:
+        pair.keep()
+    report()
+
+
+def _run_batch(
+    reference: Reference,
+    pairs: Sequence[tuple[Pair, DbrxForCausalLM]],
+    text: torch.Tensor,
+    batch: Sequence[Window],
+    *,
+    index: int,
+    first: int,
+    interval: int,
+    kv_format: str,
+) -> None:
+    runs = [observe(model, text, batch, first=first, interval=interval, kv_format=kv_format) for _, model in pairs]
+    steps: list[list[tuple[ReferenceStep, Observation]]] = [[] for _ in pairs]
+    parts: list[list[TokenScores]] = [[] for _ in pairs]
+    for wanted in reference.steps(text, batch, index=index, first=first, interval=interval):
+        seen = [next(run) for run in runs]
+        chunks = [logit_chunks(model, one) for (_, model), one in zip(pairs, seen, strict=True)]
+        for several in zip(*chunks, strict=True):
+            place = several[0][0]
+            expected = wanted.distribution(place)
+            for part, one, (_, logits) in zip(parts, seen, several, strict=True):
+                part.append(scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
+        for step, one in zip(steps, seen, strict=True):
+            step.append((wanted, one))
+    for (pair, _), step, part in zip(pairs, steps, parts, strict=True):
+        pair.add(len(batch), step, part)
+
+
+def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """([L] tokens whose experts are the same, [L] sums of |A and B| / |A or B|) of uint8 [L, P, A] each."""
+    common = (ours[..., :, None] == theirs[..., None, :]).any(-1).sum(-1)  # [L, P]
+    either = ours.shape[-1] + theirs.shape[-1] - common
+    return (common == ours.shape[-1]).sum(-1).numpy(), (common.double() / either).sum(-1).numpy()
+
+
+def check_same_shape(reference: Reference, source: Source) -> None:
+    """Refuse a checkpoint that is not of the reference's model.
+
+    Raises:
+        RequestError: with the first difference.
+    """
+    ours, theirs = _shape(reference.config), _shape(source.config)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise RequestError(
+                f"{source.name}: a checkpoint must be of the same model as the reference {reference.name}; "
+                f"{name} is {theirs[name]} here and {value} there. Compare checkpoints of one model"
+            )
+
+
+def _shape(config: Any) -> dict[str, object]:
+    ffn, attention = config.ffn_config, config.attn_config
+    return {
+        "n_layers": config.n_layers,
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "kv_n_heads": attention.kv_n_heads,
+        "vocab_size": config.vocab_size,
+        "ffn_hidden_size": ffn.ffn_hidden_size,
+        "moe_num_experts": ffn.moe_num_experts,
+        "moe_top_k": ffn.moe_top_k,
+    }
+
+
+def summary(
+    reference: Reference,
+    pairs: Sequence[Pair],
+    ids: Sequence[int],
+    protocol: Protocol,
+    tokenizer: DbrxTokenizer,
+    *,
+    text: str,
+    provenance: Mapping[str, Any],
+) -> Comparison:
+    """The figures of all pairs of which something is done."""
+    windows = protocol.windows(len(ids))
+    begun = [pair for pair in pairs if pair.windows]
+    longest = max(begun, key=lambda pair: pair.tokens).scores
+    mean, error = mean_and_stderr(longest.nll_reference)
+    positions = np.concatenate([np.arange(window.scored, window.end) for window in windows])
+    return Comparison(
+        reference=reference.name,
+        reference_format=reference.format,
+        reference_bits_per_weight=reference.bits_per_weight,
+        reference_bytes=reference.nbytes,
+        reference_perplexity=float(np.exp(mean)),
+        reference_perplexity_stderr=float(np.exp(mean)) * error,
+        text=text,
+        context=protocol.context,
+        stride=protocol.stride,
+        protocol=protocol.name,
+        tokens=min(pair.tokens for pair in begun),
+        complete=all(pair.windows == len(windows) for pair in pairs),
+        approximation=reference.approximation,
+        results=[_result(pair, ids, positions, tokenizer) for pair in begun],
+        provenance=dict(provenance),
+    )
+
+
+def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, tokenizer: DbrxTokenizer) -> QuantResult:
+    found = pair.scores
+    tokens, layers = len(found.kl), pair.source.config.n_layers
+    mean, error = mean_and_stderr(found.nll)
+    kl, kl_error = mean_and_stderr(found.kl)
+    change, change_error = mean_and_stderr(found.nll - found.nll_reference)
+    median, p90, p99, p999 = (float(np.quantile(found.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
+    worst = np.argsort(-found.kl, kind="stable")[:_WORST]
+    return QuantResult(
+        path=pair.source.name,
+        format=pair.source.format,
+        bits_per_weight=pair.source.bits_per_weight,
+        bytes=pair.source.nbytes,
+        perplexity=float(np.exp(mean)),
+        perplexity_stderr=float(np.exp(mean)) * error,
+        mean_kl=kl,
+        mean_kl_stderr=kl_error,
+        median_kl=median,
+        p90_kl=p90,
+        p99_kl=p99,
+        p999_kl=p999,
+        max_kl=float(found.kl.max()),
+        delta_ln_ppl=change,
+        delta_ln_ppl_stderr=change_error,
+        top1_agreement=float((found.top == found.reference_top).mean()),
+        top5_agreement=float(found.top5.mean(dtype=np.float64)),
+        rms_dp=float(np.sqrt(np.square(np.exp(-found.nll) - np.exp(-found.nll_reference)).mean())),
+        router_agreement=(pair.same_experts / tokens).tolist(),
+        router_jaccard=(pair.jaccard / tokens).tolist(),
+        hidden_error=[float(np.sqrt(pair.error[i] / pair.norm[i])) if pair.norm[i] else 0.0 for i in range(layers)],
+        tokens=tokens,
+        sha256=pair.source.sha256(),
+        worst_tokens=[_worst(found, int(row), ids, int(positions[row]), tokenizer) for row in worst],
+    )
+
+
+def _worst(found: TokenScores, row: int, ids: Sequence[int], position: int, tokenizer: DbrxTokenizer) -> WorstToken:
+    def spelled(token: int) -> str:
+        return tokenizer.decode([token]) if tokenizer.has_token(token) else f"<{token}>"
+
+    return WorstToken(
+        position=position,
+        before=tokenizer.decode(ids[max(0, position - _CONTEXT_TOKENS) : position]),
+        token=spelled(ids[position]),
+        kl=float(found.kl[row]),
+        reference_top=spelled(int(found.reference_top[row])),
+        quant_top=spelled(int(found.top[row])),
+        reference_probability=float(np.exp(-found.nll_reference[row])),
+        quant_probability=float(np.exp(-found.nll[row])),
+    )
