@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import transformers
 
 from dbrx_q import DbrxForCausalLM, DbrxTokenizer
 from dbrx_q.errors import RequestError
-from dbrx_q.eval.perplexity import perplexity, read_text
+from dbrx_q.eval import observe
+from dbrx_q.eval.perplexity import perplexity
+from dbrx_q.eval.resume import RunState
+from dbrx_q.eval.windows import Protocol
 
 DATA = Path(__file__).parent.parent / "data"
 NANO = DATA / "dbrx-nano"
@@ -24,7 +28,7 @@ def model() -> DbrxForCausalLM:
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    return DbrxTokenizer.from_pretrained(NANO).encode(read_text(DATA / "war-of-the-worlds.txt")[:12000])
+    return DbrxTokenizer.from_pretrained(NANO).encode((DATA / "war-of-the-worlds.txt").read_text(encoding="utf-8")[:12000])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_non_overlapping_windows_leave_out_the_rest(model: DbrxForCausalLM, ids:
     assert len(ids) % context
     losses = torch.cat([window_losses(oracle, ids[i : i + context]) for i in range(0, len(ids) - context + 1, context)])
     seen: list[tuple[int, int]] = []
-    result = perplexity(model, ids, context=context, on_window=lambda done, total: seen.append((done, total)))
+    result = perplexity(model, ids, Protocol.of(context), on_window=lambda done, total: seen.append((done, total)))
     assert result.tokens == len(losses) == len(ids) // context * (context - 1)
     assert math.isclose(result.perplexity, float(losses.mean().exp()), rel_tol=1e-5)
     assert math.isclose(result.perplexity, math.exp(result.nll / result.tokens), rel_tol=1e-12)
@@ -67,32 +71,74 @@ def test_strided_windows_predict_every_token_once(
         predicted = end
         if end == len(ids):
             break
-    result = perplexity(model, ids, context=context, stride=stride)
+    result = perplexity(model, ids, Protocol.of(context, stride=stride))
     assert result.tokens == len(ids) - 1
     assert math.isclose(result.nll, total, rel_tol=1e-5)
     assert result.protocol == "strided"
 
 
 def test_same_input_same_digits(model: DbrxForCausalLM, ids: list[int]) -> None:
-    assert perplexity(model, ids, context=200) == perplexity(model, ids, context=200)
+    assert perplexity(model, ids, Protocol.of(200)) == perplexity(model, ids, Protocol.of(200))
 
 
 def test_quantized_perplexity_is_close_and_worse(model: DbrxForCausalLM, ids: list[int], quantized_nano: Path) -> None:
-    plain = perplexity(model, ids, context=256).perplexity
-    quantized = perplexity(DbrxForCausalLM.from_pretrained(quantized_nano, dtype="float32"), ids, context=256).perplexity
+    plain = perplexity(model, ids, Protocol.of(256)).perplexity
+    quantized = perplexity(DbrxForCausalLM.from_pretrained(quantized_nano, dtype="float32"), ids, Protocol.of(256)).perplexity
     assert quantized != plain
     assert abs(math.log(quantized / plain)) < 0.05
 
 
-def test_bad_windows_and_texts_are_refused(model: DbrxForCausalLM, ids: list[int], tmp_path: Path) -> None:
-    for context in (1, 2049):
-        with pytest.raises(RequestError, match=f"context must be from 2 to the model's 2048 tokens; found {context}"):
-            perplexity(model, ids, context=context)
-    for stride in (0, 201):
-        with pytest.raises(RequestError, match=f"stride must be from 1 to the context of 200 tokens; found {stride}"):
-            perplexity(model, ids, context=200, stride=stride)
-    with pytest.raises(RequestError, match="one window of 200 tokens; it has 150"):
-        perplexity(model, ids[:150], context=200)
-    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(RequestError, match=r"latin1\.txt: a text must be UTF-8; byte 3"):
-        read_text(tmp_path / "latin1.txt")
+def test_half_windows_predict_their_second_half(model: DbrxForCausalLM, ids: list[int], oracle: transformers.DbrxForCausalLM) -> None:
+    context = 200
+    losses = torch.cat([window_losses(oracle, ids[i : i + context])[context // 2 :] for i in range(0, len(ids) - context + 1, context)])
+    result = perplexity(model, ids, Protocol.of(context, half_window=True))
+    assert result.tokens == len(losses) == len(ids) // context * (context // 2 - 1)
+    assert math.isclose(result.perplexity, float(losses.mean().exp()), rel_tol=1e-5)
+    assert result.protocol == "half-window"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_digits(
+    model: DbrxForCausalLM, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "STEP_TOKENS", 1024)  # two windows
+    protocol = Protocol.of(512)
+    whole = perplexity(model, ids, protocol)
+    state = RunState({"run": 1}, tmp_path)
+
+    def interrupt_at(windows: int) -> Callable[[int, int], None]:
+        def on_window(done: int, total: int) -> None:
+            if done == windows:
+                raise KeyboardInterrupt
+
+        return on_window
+
+    with pytest.raises(KeyboardInterrupt):  # nothing to show yet
+        perplexity(model, ids, protocol, state=state, on_window=interrupt_at(0))
+    assert state.load() is None
+    partial = perplexity(model, ids, protocol, state=state, on_window=interrupt_at(4))
+    assert (partial.complete, partial.tokens, partial.total_tokens) == (False, 4 * 511, whole.tokens)
+    assert state.load() is not None
+    runs: list[int] = []
+    assert perplexity(model, ids, protocol, state=state, on_window=lambda done, total: runs.append(done)) == whole
+    assert runs[0] == 4
+    assert state.load() is None
+
+
+def test_a_state_that_is_damaged_is_begun_again(tmp_path: Path) -> None:
+    state = RunState({"run": 1}, tmp_path)
+    assert RunState({"run": 2}, tmp_path).path != state.path
+    state.path.write_bytes(b"PK")
+    assert state.load() is None
+
+
+def test_a_window_longer_than_a_step_goes_in_pieces(model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = perplexity(model, ids, Protocol.of(1500, stride=700))
+    monkeypatch.setattr(observe, "STEP_TOKENS", 400)
+    pieces = perplexity(model, ids, Protocol.of(1500, stride=700))
+    assert pieces.tokens == whole.tokens == len(ids) - 1
+    assert math.isclose(pieces.nll, whole.nll, rel_tol=1e-6)
+
+
+def test_ids_of_another_tokenizer_are_refused(model: DbrxForCausalLM, ids: list[int]) -> None:
+    with pytest.raises(RequestError, match="below the model's vocabulary of 4096; found 5000"):
+        perplexity(model, [*ids[:300], 5000], Protocol.of(200))

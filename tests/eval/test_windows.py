@@ -1,0 +1,74 @@
+"""How texts are cut, against the loops that the protocols are published as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.windows import Protocol
+
+NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
+
+
+def predicted(protocol: Protocol, tokens: int) -> list[tuple[int, int]]:
+    """(first token of the window, predicted token) of every prediction."""
+    return [(window.first, token) for window in protocol.windows(tokens) for token in range(window.scored, window.end)]
+
+
+@pytest.mark.parametrize("tokens", [512, 513, 1023, 1024, 5000])
+def test_non_overlapping_is_gptqs(tokens: int) -> None:
+    context = 512
+    expected = [(i * context, i * context + j) for i in range(tokens // context) for j in range(1, context)]
+    assert predicted(Protocol.of(context), tokens) == expected
+
+
+@pytest.mark.parametrize(("tokens", "context"), [(1024, 512), (5000, 512), (999, 101)])
+def test_half_window_is_llama_cpps(tokens: int, context: int) -> None:
+    expected = []
+    for chunk in range(tokens // context):
+        for position in range(context // 2, context - 1):  # the logits of `position` predict the token after it
+            expected.append((chunk * context, chunk * context + position + 1))
+    protocol = Protocol.of(context, half_window=True)
+    assert predicted(protocol, tokens) == expected
+    if context == 512:
+        assert {window.tokens for window in protocol.windows(tokens)} == {255}
+
+
+@pytest.mark.parametrize(("tokens", "context", "stride"), [(1000, 100, 50), (1000, 100, 99), (1000, 100, 1), (70, 64, 10), (64, 64, 10)])
+def test_strided_predicts_every_token_once(tokens: int, context: int, stride: int) -> None:
+    protocol = Protocol.of(context, stride=stride)
+    assert protocol.name == "strided"
+    found = predicted(protocol, tokens)
+    assert [token for _, token in found] == list(range(1, tokens))
+    # But for the first window, each token sees at least context - stride tokens before it.
+    assert all(token - first >= context - stride or first == 0 for first, token in found)
+    assert all(window.end - window.first <= context for window in protocol.windows(tokens))
+
+
+def test_a_limit_takes_the_first_windows() -> None:
+    assert Protocol.of(100, limit=3).windows(1000) == Protocol.of(100).windows(1000)[:3]
+
+
+def test_a_stride_as_long_as_the_context_is_no_overlap() -> None:
+    assert Protocol.of(100, stride=100).name == "non-overlapping"
+
+
+def test_values_out_of_range_are_refused() -> None:
+    for make, message in [
+        (lambda: Protocol.of(1), "at least 2 tokens; found 1"),
+        (lambda: Protocol.of(200, stride=0), "stride must be from 1 to the context of 200 tokens; found 0"),
+        (lambda: Protocol.of(200, stride=201), "found 201"),
+        (lambda: Protocol.of(200, half_window=True, stride=100), "half windows lie side by side; found a stride of 100"),
+        (lambda: Protocol.of(3, half_window=True), "at least 4 tokens; found 3"),
+        (lambda: Protocol.of(200, limit=0), "found a limit of 0"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            make()
+    config = DbrxConfig.from_pretrained(NANO)
+    with pytest.raises(RequestError, match="from 2 to the model's 2048 tokens; found 2049"):
+        Protocol.of(2049).check(10000, config)
+    with pytest.raises(RequestError, match=r"book\.txt must fill one window of 200 tokens; it has 150"):
+        Protocol.of(200).check(150, config, source="book.txt")
