@@ -268,6 +268,7 @@ def summary(
         stride=protocol.stride,
         protocol=protocol.name,
         tokens=min(pair.tokens for pair in begun),
+        total_tokens=len(positions),
         complete=all(pair.windows == len(windows) for pair in pairs),
         approximation=reference.approximation,
         results=[_result(pair, ids, positions, tokenizer) for pair in begun],

@@ -72,7 +72,7 @@ class Comparison:
     """Several checkpoints beside one reference, on the same tokens.
 
     reference, text: paths or names as given. context, stride, protocol: how the text was cut (`windows.Protocol`). tokens: predicted.
-    complete: False where the run was interrupted and the figures are of the first `tokens` tokens alone.
+    complete: False where the run was interrupted: the figures of a checkpoint are then of its `tokens` of `total_tokens` tokens alone.
     approximation: empty, or what is not exact, such as divergences over the reference's top k.
     provenance: everything that is needed to repeat it: hashes, versions, device, command line.
     """
@@ -88,6 +88,7 @@ class Comparison:
     stride: int
     protocol: str
     tokens: int
+    total_tokens: int
     complete: bool
     approximation: str
     results: list[QuantResult]
@@ -100,5 +101,7 @@ class Comparison:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Comparison:
         """What `to_dict` gave."""
-        results = [QuantResult(**(row | {"worst_tokens": [WorstToken(**token) for token in row["worst_tokens"]]})) for row in data["results"]]
+        results = [
+            QuantResult(**(row | {"worst_tokens": [WorstToken(**token) for token in row["worst_tokens"]]})) for row in data["results"]
+        ]
         return cls(**(data | {"results": results}))

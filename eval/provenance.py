@@ -7,21 +7,26 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["command_line", "ids_sha256", "provenance"]
+from dbrx_q.config import DbrxConfig
+
+from .windows import Protocol
+
+__all__ = ["command_line", "ids_sha256", "provenance", "run_key"]
 
 _PACKAGES = ("dbrx_q", "torch", "triton", "numba", "bitsandbytes", "gguf", "numpy")
 
 
 def command_line() -> str:
-    """The command that runs, as it could be typed again."""
-    return shlex.join(["dbrx-q", *sys.argv[1:]])
+    """The command that runs, as it could be typed again; a run that was interrupted gives what the whole one would."""
+    return shlex.join(["dbrx-q", *(argument for argument in sys.argv[1:] if argument != "--resume")])
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
@@ -38,6 +43,44 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
 def ids_sha256(ids: Sequence[int]) -> str:
     """Of token ids as little-endian int32."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def run_key(
+    kind: str,
+    reference: Mapping[str, Any],
+    config: DbrxConfig,
+    checkpoint: str,
+    ids: Sequence[int],
+    protocol: Protocol,
+    *,
+    dtype: torch.dtype | None,
+    kv_format: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What decides the figures of a run, for `resume.RunState`.
+
+    Args:
+        kind: what is measured.
+        reference: what it is measured against; empty for nothing.
+        config: of the checkpoint.
+        checkpoint: its SHA-256.
+        ids: the text's tokens.
+        protocol: how the text is cut.
+        dtype: of activations, None for the checkpoint's.
+        kv_format: of keys and values.
+        device: where it runs.
+    """
+    where = provenance(device, "")
+    return {
+        "kind": kind,
+        "reference": dict(reference),
+        "config": config.to_dict(),
+        "checkpoint": checkpoint,
+        "ids": ids_sha256(ids),
+        "protocol": asdict(protocol),
+        "dtype": str(dtype),
+        "kv_format": kv_format,
+    } | {name: where[name] for name in ("versions", "device", "threads")}
 
 
 def _version(name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -31,7 +30,6 @@ __all__ = [
     "dtype_of",
     "interrupted",
     "protocol_of",
-    "run_key",
 ]
 
 CHECKPOINT_HELP = "Checkpoint: a folder or a hub id, plain, quantized by dbrx-q or by bitsandbytes; or a GGUF file."
@@ -80,22 +78,9 @@ def dtype_of(chosen: Dtype | None, device: torch.device) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def interrupted(done: int, total: int, path: Path) -> typer.Exit:
-    """Says on stderr that figures are partial and how to go on; raise what it gives."""
-    kept = "the same command with --resume goes on" if path.exists() else "they could not be kept for --resume"
-    output.stderr().print(
-        f"dbrx-q: error: interrupted after {done:,} of {total:,} tokens; the figures are of these alone, and {kept}",
-        markup=False,
-        soft_wrap=True,
-    )
+def interrupted(done: int, total: int, *, kept: bool) -> typer.Exit:
+    """Says on stderr that figures are of `done` of `total` tokens, and whether the rest can follow; raise what it gives."""
+    how = "the same command with --resume goes on" if kept else "they could not be kept for --resume"
+    message = f"interrupted after {done:,} of {total:,} tokens; the figures are of these alone, and {how}"
+    output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
     return typer.Exit(2)
-
-
-def run_key(**parts: Any) -> dict[str, Any]:
-    """What decides the figures of a run, for `RunState`: `parts`, and versions, device and threads."""
-    import torch
-
-    from dbrx_q.eval.provenance import provenance
-
-    where = provenance(parts.pop("device", None) or torch.device("cpu"), "")
-    return parts | {name: where[name] for name in ("versions", "device", "threads")}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import output
+from . import measuring, output
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
+from .measuring import ProtocolName
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -16,43 +16,53 @@ EXAMPLE = output.example("dbrx-q perplexity dbrx-int4 --text wiki.test.txt --con
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to predict.", show_default=False)],
-    context: Annotated[int | None, typer.Option(help="Tokens of a window; 2048, or the model's context where that is shorter.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; the context (windows do not overlap) unless given.")] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Dtype of activations; float32, which adds no noise of its own, on the CPU and auto on a GPU.", show_default=False
-        ),
-    ] = None,
+    path: Annotated[str, typer.Argument(metavar="PATH", help=measuring.CHECKPOINT_HELP, show_default=False)],
+    text: Annotated[str, typer.Option(metavar="FILE", help=measuring.TEXT_HELP, show_default=False)],
+    context: Annotated[int | None, typer.Option(help=measuring.CONTEXT_HELP, show_default=False)] = None,
+    stride: Annotated[int | None, typer.Option(help=measuring.STRIDE_HELP, show_default=False)] = None,
+    protocol: Annotated[ProtocolName | None, typer.Option(help=measuring.PROTOCOL_HELP, show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help=measuring.LIMIT_HELP, show_default=False)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Measure perplexity on a text: exp(total negative log-likelihood / predicted tokens)."""
     from dataclasses import asdict
 
-    from dbrx_q.config import DbrxConfig
-    from dbrx_q.eval.perplexity import check_windows, perplexity, read_text
-    from dbrx_q.hub import resolve_folder
-    from dbrx_q.model import DbrxForCausalLM, check_device
-    from dbrx_q.tokenizer import DbrxTokenizer
+    from dbrx_q.eval.perplexity import perplexity
+    from dbrx_q.eval.provenance import command_line, provenance, run_key
+    from dbrx_q.eval.resume import RunState
+    from dbrx_q.eval.sources import open_source
+    from dbrx_q.eval.texts import load_text
+    from dbrx_q.model import check_device
 
     place = check_device(device)
-    chosen = dtype or (Dtype.float32 if place.type == "cpu" else Dtype.auto)
-    words = read_text(text)
-    folder = resolve_folder(path)
-    ids = DbrxTokenizer.from_pretrained(folder).encode(words)
-    config = DbrxConfig.from_pretrained(folder)
-    context = min(2048, config.max_seq_len) if context is None else context
-    check_windows(len(ids), context, stride, config, source=str(text))
-    model = DbrxForCausalLM.from_pretrained(folder, device=place, dtype=None if chosen is Dtype.auto else chosen.value)
+    words = load_text(text)
+    source = open_source(path)
+    ids = source.tokenizer().encode(words.text)
+    how = measuring.protocol_of(protocol, context, stride, limit, source.config)
+    how.check(len(ids), source.config, source=text)
+    chosen = measuring.dtype_of(dtype, place)
+    checkpoint = source.sha256()
+    key = run_key("perplexity", {}, source.config, checkpoint, ids, how, dtype=chosen, kv_format=kv.value, device=place)
+    state = RunState(key)
+    if not resume:
+        state.clear()
+    model = source.load(dtype=chosen, device=place)
     with output.progress("windows") as on_window:
-        result = perplexity(model, ids, context=context, stride=stride, kv_format=kv.value, on_window=on_window)
+        result = perplexity(model, ids, how, kv_format=kv.value, state=state, on_window=on_window)
     if json:
-        how = {"text": str(text), "dtype": str(model.dtype).removeprefix("torch."), "device": str(place), "kv": kv.value}
-        output.print_json(asdict(result) | how)
-        return
-    protocol = f"{result.tokens:,} tokens predicted, {result.protocol}, context {context}"
-    print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({protocol})")
+        shown = {"checkpoint": path, "checkpoint_sha256": checkpoint, "format": source.format, "bits_per_weight": source.bits_per_weight}
+        shown |= {"text": text, "text_sha256": words.sha256, "dtype": str(model.dtype).removeprefix("torch."), "kv": kv.value}
+        output.print_json(asdict(result) | shown | {"provenance": provenance(place, command_line())})
+    else:
+        tokens = (
+            f"{result.tokens:,} tokens predicted" if result.complete else f"the first {result.tokens:,} of {result.total_tokens:,} tokens"
+        )
+        stride = f", stride {result.stride}" if result.protocol == "strided" else ""
+        cut = f"{result.protocol}, context {result.context}{stride}"
+        print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {cut})")
+    if not result.complete:
+        raise measuring.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())

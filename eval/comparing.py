@@ -1,0 +1,136 @@
+"""A whole comparison: from names of checkpoints and a text to the figures, with everything that makes them comparable checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.model import DbrxForCausalLM
+
+from .compare import Pair, check_same_shape, compare, summary
+from .comparison import Comparison
+from .host_budget import available_memory, loaded_bytes
+from .provenance import provenance, run_key
+from .reference import ModelReference, Reference
+from .reference_file import ReferenceFile, is_reference_file
+from .resume import RunState
+from .sources import Source, open_source
+from .texts import Text
+from .tokenizers_agree import check_same_tokenizer
+from .windows import Protocol
+
+__all__ = ["compare_checkpoints", "groups", "open_reference"]
+
+
+def open_reference(path_or_hub_id: str) -> Source | ReferenceFile:
+    """What checkpoints are measured against: a checkpoint, or a file that `save_reference` wrote; errors as for the two of them."""
+    return ReferenceFile(Path(path_or_hub_id)) if is_reference_file(Path(path_or_hub_id)) else open_source(path_or_hub_id)
+
+
+def compare_checkpoints(
+    reference: Source | ReferenceFile,
+    sources: Sequence[Source],
+    text: Text,
+    protocol: Protocol,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | None = None,
+    kv_format: str = "plain",
+    resume: bool = False,
+    command: str = "",
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Measure `sources` against `reference` on `text`.
+
+    Args:
+        reference: what `open_reference` gave.
+        sources: what `open_source` gave.
+        text: what `load_text` gave.
+        protocol: how the text is cut; a saved reference's own where that is the reference.
+        dtype: of activations and of weights that are not packed; None for each checkpoint's own.
+        device: where the models run; None for the CPU.
+        kv_format: of the checkpoints' keys and values.
+        resume: go on where the same comparison was interrupted.
+        command: for the record.
+        on_window: called with (windows done, windows in all), over all checkpoints.
+
+    Returns:
+        The figures; of Ctrl-C those so far, with `complete` False.
+
+    Raises:
+        RequestError: another text, model or tokenizer than the reference's, or a text shorter than a window.
+    """
+    place = torch.device("cpu") if device is None else device
+    tokenizer = (sources[0] if isinstance(reference, ReferenceFile) else reference).tokenizer()
+    ids = tokenizer.encode(text.text)
+    if isinstance(reference, ReferenceFile):
+        reference.check_text(text, ids, protocol)
+    for source in sources:
+        check_same_shape(reference, source)
+        protocol.check(len(ids), source.config, source=text.name)
+        if source is not sources[0] or not isinstance(reference, ReferenceFile):
+            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(reference.name, source.name))
+
+    def load(source: Source) -> DbrxForCausalLM:
+        return source.load(dtype=dtype, device=place)
+
+    known = _identity(reference)
+    pairs = []
+    for source in sources:
+        key = run_key("compare", known, source.config, source.sha256(), ids, protocol, dtype=dtype, kv_format=kv_format, device=place)
+        state = RunState(key)
+        if not resume:
+            state.clear()
+        pairs.append(Pair(source, state))
+    with ExitStack() as stack:
+        against: Reference
+        if isinstance(reference, ReferenceFile):
+            against = stack.enter_context(reference)
+        else:
+            against = stack.enter_context(nullcontext(ModelReference(reference, load(reference))))
+        room = available_memory(place)
+        compare(
+            against,
+            pairs,
+            ids,
+            protocol,
+            load=load,
+            together=lambda waiting: groups(waiting, [loaded_bytes(pair.source, dtype) for pair in waiting], room),
+            kv_format=kv_format,
+            on_window=on_window,
+        )
+        found = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=provenance(place, command))
+    if found.complete:
+        for pair in pairs:
+            pair.forget()
+    return found
+
+
+def groups(pairs: Sequence[Pair], sizes: Sequence[int], room: int) -> list[list[Pair]]:
+    """Pairs that are measured together: in their order, as many as fit `room` bytes, at least one.
+
+    Args:
+        pairs: what is to be measured.
+        sizes: bytes that each one's model takes.
+        room: bytes that may be taken.
+    """
+    found: list[list[Pair]] = []
+    taken = 0
+    for pair, size in zip(pairs, sizes, strict=True):
+        if not found or taken + size > room:
+            found.append([])
+            taken = 0
+        found[-1].append(pair)
+        taken += size
+    return found
+
+
+def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
+    """What decides a reference's predictions."""
+    if isinstance(reference, ReferenceFile):
+        return reference.settings | {"file": True}
+    return {"sha256": reference.sha256(), "config": reference.config.to_dict()}
