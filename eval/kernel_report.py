@@ -14,6 +14,7 @@ import torch
 from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.kernels.launch import CHIPS, Chip, Launch
 
+from .document import replace_section
 from .kernel_resources import Resources, compile_launch
 from .kernel_shapes import FORMATS, dbrx_launches, usual_launches
 
@@ -106,15 +107,7 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         RequestError: the file lacks the markers.
     """
-    try:
-        old = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        old = f"{BEGIN}\n{END}\n"
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise RequestError(f"{path}: the file must hold the lines {BEGIN!r} and {END!r}, between which the table goes; they are not there")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    replace_section(path, BEGIN, END, text)
 
 
 def _cell(each: Resources) -> str:
