@@ -145,7 +145,7 @@ def _parsed(text: str, where: str) -> object:
     except ValueError as error:
         problem = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise RequestError(
-            f"{where}: must be JSON, one object with a field 'text'; {problem}. Correct it, or give plain text a name without .json or .jsonl"
+            f"{where}: must be JSON, one object with a field 'text'; {problem}. Correct it, or name plain text without .json or .jsonl"
         ) from None
 
 
