@@ -14,7 +14,7 @@ from .jsonfile import read_json_object
 from .layout import DenseTensor, TensorFormat, dense_tensors, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "check_finite"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "check_finite", "open_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -50,7 +50,7 @@ class Checkpoint:
         self.formats: dict[str, TensorFormat] = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors: dict[str, DenseTensor] = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
-            self._file_of = self._open_shards(stack)
+            self._file_of = open_shards(folder, stack)
             self.infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._file_of.items()}
             self._check_tensors()
             self._open_files = stack.pop_all()
@@ -86,36 +86,6 @@ class Checkpoint:
         """The file that holds the stored tensor `name`."""
         return self._file_of[name].path
 
-    def _open_shards(self, stack: ExitStack) -> dict[str, SafetensorsFile]:
-        index = self.folder / INDEX_NAME
-        if not index.exists():
-            if not (self.folder / SINGLE_NAME).exists():
-                raise CheckpointError(
-                    f"{self.folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names"
-                )
-            file = stack.enter_context(SafetensorsFile(self.folder / SINGLE_NAME))
-            return dict.fromkeys(file.tensors, file)
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
-        files = {}
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
-            files[shard] = stack.enter_context(SafetensorsFile(self.folder / shard))
-        for name, shard in weight_map.items():
-            if name not in files[shard].tensors:
-                raise CheckpointError(
-                    f"{self.folder / shard}: tensor {name} is missing, which {INDEX_NAME} places here. Fetch the shard again"
-                )
-        for shard, file in files.items():
-            for name in file.tensors:
-                if weight_map.get(name) != shard:
-                    raise CheckpointError(
-                        f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not belong together"
-                    )
-        return {name: files[shard] for name, shard in weight_map.items()}
-
     def _check_tensors(self) -> None:
         expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
         for tensor in self.tensors.values():
@@ -142,6 +112,40 @@ class Checkpoint:
             if info.dtype not in dtypes:
                 wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise CheckpointError(f"{file.path}: tensor {name} must be {wanted}; found {str(info.dtype).removeprefix('torch.')}")
+
+
+def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
+    """Every stored tensor's file in `folder`, by the tensor's name; `stack` closes the files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index names other tensors than the shards hold.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if not (folder / SINGLE_NAME).exists():
+            raise CheckpointError(
+                f"{folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names"
+            )
+        file = stack.enter_context(SafetensorsFile(folder / SINGLE_NAME))
+        return dict.fromkeys(file.tensors, file)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
+    files = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
+        files[shard] = stack.enter_context(SafetensorsFile(folder / shard))
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, which {INDEX_NAME} places here. Fetch the shard again")
+    for shard, file in files.items():
+        for name in file.tensors:
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not belong together"
+                )
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
