@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from .errors import CheckpointError, TokenizerError
 from .jsonfile import read_json_object
 
-__all__ = ["AddedToken", "TokenizerFile", "parse_added_token", "read_json", "read_tokenizer_json", "wrong"]
+__all__ = ["AddedToken", "TokenizerFile", "parse_added_token", "parse_tokenizer", "read_json", "read_tokenizer_json", "wrong"]
 
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tiktoken drops what the pattern leaves over. Both pairs keep every match as a piece; they differ in what is left over.
@@ -95,7 +95,11 @@ def read_tokenizer_json(path: Path) -> TokenizerFile:
     Raises:
         TokenizerError: malformed JSON, or anything that tiktoken would encode otherwise than the file says.
     """
-    data = read_json(path)
+    return parse_tokenizer(path, read_json(path))
+
+
+def parse_tokenizer(path: Path, data: Mapping[str, Any]) -> TokenizerFile:
+    """What a tokenizer.json that is in memory says; `path` names its origin in errors, which are those of `read_tokenizer_json`."""
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise wrong(path, "model.type", "'BPE'", model.get("type") if isinstance(model, dict) else model)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from ._tokenizer_config import named_encoding, read_added_tokens, read_chat_template, read_token_names
-from ._tokenizer_json import AddedToken, read_json, read_tokenizer_json, wrong
+from ._tokenizer_json import AddedToken, TokenizerFile, read_json, read_tokenizer_json, wrong
 from .chat import check_messages, render_chat, split_chat
 from .errors import TokenizerError
 
@@ -165,6 +165,28 @@ class DbrxTokenizer:
             )
         except TokenizerError as error:
             raise TokenizerError(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        vocabulary: TokenizerFile,
+        *,
+        source: Path,
+        token_names: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> DbrxTokenizer:
+        """The tokenizer that a file of another format holds.
+
+        Args:
+            vocabulary: its ordinary and added tokens, and its pattern.
+            source: the file, for errors.
+            token_names, chat_template: as for the constructor.
+
+        Raises:
+            TokenizerError: as the constructor, or a pattern that tiktoken cannot use.
+        """
+        encoding = _build_encoding(source, vocabulary.pattern, vocabulary.ranks)
+        return cls(encoding, added_tokens=vocabulary.added, token_names=token_names, chat_template=chat_template)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The ids of `text`; none is put before or after them.

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 
 from dbrx_q.errors import CheckpointError
+from dbrx_q.kernels.nf4 import bitsandbytes_functional
 from dbrx_q.layout import DenseTensor
 from dbrx_q.safetensors_file import SafetensorsFile
 
@@ -32,10 +34,9 @@ def dequantize(packed: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch
         packed: the stored values.
         parts: the statistics by their last names.
     """
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    state = QuantState.from_dict(dict(parts), device=torch.device("cpu"))
-    return dequantize_4bit(packed.view(torch.uint8).view(-1, 1), state)
+    functional = bitsandbytes_functional()
+    state = functional.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
+    return cast(torch.Tensor, functional.dequantize_4bit(packed.view(torch.uint8).view(-1, 1), state))
 
 
 def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[str, SafetensorsFile]) -> None:

@@ -75,11 +75,15 @@ def open_source(path_or_hub_id: str | os.PathLike[str]) -> Source:
         UnsupportedError: a GGUF file without the gguf package.
     """
     from .folder_source import open_folder
+    from .gguf_file import is_gguf
+    from .gguf_source import GgufSource
 
     name = os.fspath(path_or_hub_id)
     path = Path(name).expanduser()
     if path.is_file():
-        raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json; found a file")
+        if not is_gguf(path):
+            raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
+        return GgufSource(name, path)
     folder = resolve_folder(path_or_hub_id)
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():

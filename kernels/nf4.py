@@ -21,7 +21,7 @@ import torch
 
 from .groups import check_group_size, check_weight, grouped
 
-__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "dequantize", "dequantize_on_cpu", "pack", "quantize", "unpack"]
+__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "bitsandbytes_functional", "dequantize", "dequantize_on_cpu", "pack", "quantize", "unpack"]
 
 GROUP_SIZES = (64,)
 # The 16 values of the data type, as float32 holds them.
@@ -100,7 +100,7 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
     """
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     wide = check_weight(weight).contiguous()
-    codes, state = _bitsandbytes().quantize_4bit(wide, blocksize=group_size, quant_type="nf4", compress_statistics=False)
+    codes, state = bitsandbytes_functional().quantize_4bit(wide, blocksize=group_size, quant_type="nf4", compress_statistics=False)
     shape = (*weight.shape[:-1], -1)
     return Nf4Weight(codes.view(shape), state.absmax.view(shape), group_size)
 
@@ -117,7 +117,7 @@ def dequantize_on_cpu(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
 
     Below 2^-126 bfloat16 results may be zero: chips that convert to it in hardware flush them.
     """
-    functional = _bitsandbytes()
+    functional = bitsandbytes_functional()
     state = functional.QuantState(absmax=weight.absmax, shape=weight.shape, dtype=dtype, blocksize=weight.group_size, quant_type="nf4")
     return cast(torch.Tensor, functional.dequantize_4bit(weight.qweight.view(-1, 1), state))
 
@@ -133,7 +133,7 @@ def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
 
 
 @cache
-def _bitsandbytes() -> ModuleType:
+def bitsandbytes_functional() -> ModuleType:
     """`bitsandbytes.functional`; it takes a second to import, so only what touches NF4 on the CPU does."""
     with _without_hub_kernels():
         import bitsandbytes.functional
