@@ -13,12 +13,12 @@ from dbrx_q.model import DbrxForCausalLM
 
 from .compare import Pair, check_same_shape, compare, summary
 from .comparison import Comparison
-from .host_budget import available_memory, loaded_bytes
 from .provenance import provenance, run_key
 from .reference import ModelReference, Reference
 from .reference_file import ReferenceFile, is_reference_file
 from .resume import RunState
 from .sources import Source, open_source
+from .streamed import DecodedSource, available_memory, resident_bytes
 from .texts import Text
 from .tokenizers_agree import check_same_tokenizer
 from .windows import Protocol
@@ -92,14 +92,14 @@ def compare_checkpoints(
             against = stack.enter_context(reference)
         else:
             against = stack.enter_context(nullcontext(ModelReference(reference, load(reference))))
-        room = available_memory(place)
+        room = available_memory(place) // 2  # the other half is for activations, and for what other programs take meanwhile
         compare(
             against,
             pairs,
             ids,
             protocol,
             load=load,
-            together=lambda waiting: groups(waiting, [loaded_bytes(pair.source, dtype) for pair in waiting], room),
+            together=lambda waiting: groups(waiting, [_loaded_bytes(pair.source, dtype) for pair in waiting], room),
             kv_format=kv_format,
             on_window=on_window,
         )
@@ -134,3 +134,10 @@ def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
     if isinstance(reference, ReferenceFile):
         return reference.settings | {"file": True}
     return {"sha256": reference.sha256(), "config": reference.config.to_dict()}
+
+
+def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:
+    """Bytes of a loaded model, but for what a few scales more or less take."""
+    if isinstance(source, DecodedSource):
+        return resident_bytes(source.config, dtype or source.stored_dtype, stream=False)
+    return source.nbytes
