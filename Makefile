@@ -2,9 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
+# Without bytecode, which comes with the first import: to compile all of it took 80 s, and most of it is never imported.
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 MODEL := tests/data/dbrx-nano
 TEXT := tests/data/war-of-the-worlds.txt
 OUT := demo-out
+
+# Two targets would install into .venv at once; each takes all cores by itself.
+.NOTPARALLEL:
 
 .PHONY: demo test lint types unit interpreter compiled bench clean
 
@@ -45,12 +50,14 @@ bench: .venv/installed
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(INSTALL) --editable .
 	touch $@
 
-.venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
-	touch $@
+# In one step and not after the other: pip takes a minute to work out what fits together.
+.venv/installed-dev: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[dev]'
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv $(OUT) build dist *.egg-info
