@@ -5,7 +5,7 @@ Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -89,6 +89,33 @@ class KVCache:
         one.lengths = [self.lengths[index]]
         one.capacity = one._limit = self.capacity
         return one
+
+    def forked(self, rows: Sequence[int], capacity: int) -> KVCache:
+        """A cache with memory of its own and one sequence for each of `rows`, which begins as a copy of that sequence of this one.
+
+        It may grow where this one may.
+
+        Args:
+            rows: indices of sequences; one may come several times.
+            capacity: room for so many tokens in each.
+
+        Raises:
+            RequestError: a capacity below what a sequence holds, or above the room that this cache can have.
+        """
+        held = max((self.lengths[row] for row in rows), default=0)
+        if not held <= capacity <= self._limit:
+            raise RequestError(f"a fork must have room for {held} to {self._limit} tokens; found {capacity}")
+
+        def copy(x: torch.Tensor) -> torch.Tensor:
+            fresh = x.new_zeros(len(rows), x.shape[1], capacity, *x.shape[3:])
+            fresh[:, :, :held] = x[list(rows), :, :held]
+            return fresh
+
+        fork = object.__new__(KVCache)
+        fork.layers = [_mapped(layer, copy) for layer in self.layers]
+        fork.lengths = [self.lengths[row] for row in rows]
+        fork.capacity, fork._limit = capacity, self._limit
+        return fork
 
     def advance(self, counts: list[int]) -> None:
         """Count the tokens that every layer has written."""

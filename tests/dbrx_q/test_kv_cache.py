@@ -80,6 +80,32 @@ def test_a_sequence_of_a_cache_writes_into_it(model: DbrxForCausalLM, format: st
         assert not mine.values[2].any()
 
 
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_a_fork_goes_on_from_copies(model: DbrxForCausalLM, format: str) -> None:
+    """Each of its sequences as if it had been prefilled by itself, and nothing it writes reaches the cache that it came from."""
+    ids = tokens(2, 9)
+    whole = cache_of(model, 2, 12, format, grows=True)
+    model(ids, past_key_values=whole)
+    before = [layer.keys.clone() for layer in whole.layers]
+    rows, more = [1, 0, 1], tokens(3, 5)
+    fork = whole.forked(rows, 20)
+    forked = model(more, past_key_values=fork).logits
+    assert (fork.lengths, whole.lengths, fork.capacity) == ([14] * 3, [9] * 2, 20)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(whole.layers, before, strict=True))
+    for i, row in enumerate(rows):
+        alone = cache_of(model, 1, 20, format)
+        model(ids[row : row + 1], past_key_values=alone)
+        torch.testing.assert_close(forked[i], model(more[i : i + 1], past_key_values=alone).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("capacity", [8, 13])
+def test_a_fork_holds_what_it_copies_and_no_more_than_its_origin_may(model: DbrxForCausalLM, capacity: int) -> None:
+    cache = cache_of(model, 1, 12, "plain")
+    model(tokens(1, 9), past_key_values=cache)
+    with pytest.raises(RequestError, match=f"room for 9 to 12 tokens; found {capacity}"):
+        cache.forked([0], capacity)
+
+
 def test_an_unknown_format_is_refused(model: DbrxForCausalLM) -> None:
     with pytest.raises(RequestError, match="plain, int8, int4; found 'int2'"):
         cache_of(model, 1, 8, "int2")
