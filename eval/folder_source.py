@@ -45,6 +45,10 @@ def open_folder(name: str, folder: Path) -> Source:
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if quantization is not None and method != "bitsandbytes":
         return PackedFolder(name, folder)
+    if isinstance(quantization, Mapping) and quantization.get("load_in_8bit"):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: bitsandbytes' 4-bit formats are read; found load_in_8bit. Save the model with load_in_4bit"
+        )
     return TransformersFolder(name, folder, raw)
 
 
