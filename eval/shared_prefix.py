@@ -1,0 +1,217 @@
+"""Log-likelihoods of continuations, where tokens that several requests begin with run once.
+
+Requests are sorted by their tokens. What all contexts of a batch begin with runs into a cache of one sequence, the trunk, of which the
+next batch keeps what it begins with too. The trunk is forked to one sequence for each context, and these to one for each continuation,
+all of whose tokens but the last run. The last state of a context predicts the first token of every continuation.
+
+Dimension letters: `P` places whose next token is asked for, `D` d_model, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.kv_cache import KVCache
+from dbrx_q.model import DbrxForCausalLM, batch_of
+
+from .observe import LOGIT_TOKENS, STEP_TOKENS, check_ids
+
+__all__ = ["Continuation", "PrefixScorer", "TokenCounts"]
+
+
+@dataclass(frozen=True, order=True)
+class Continuation:
+    """A request: what is the probability of `tokens` after `context`? Both hold at least one token."""
+
+    context: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class TokenCounts:
+    """requested: tokens that the requests would run, each by itself. prefilled: tokens that were run."""
+
+    requested: int = 0
+    prefilled: int = 0
+
+
+@dataclass
+class _Row:
+    """New tokens of one sequence; `asked`: (place, index of the request, the token that came after this place)."""
+
+    tokens: tuple[int, ...]
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class PrefixScorer:
+    """Scores continuations, and remembers the last trunk from one call to the next.
+
+    Args:
+        model: a loaded model.
+        batch_size: requests that run together, at most; fewer where they would hold more tokens than one context of the model.
+        kv_format: "plain", "int8" or "int4".
+
+    Attributes:
+        counts: of all calls.
+
+    Raises:
+        RequestError: a batch size below 1, or an unknown format.
+    """
+
+    def __init__(self, model: DbrxForCausalLM, *, batch_size: int = 1, kv_format: str = "plain") -> None:
+        if batch_size < 1:
+            raise RequestError(f"a batch must hold at least 1 request; found {batch_size}")
+        self.counts = TokenCounts()
+        self._model, self._batch_size = model, batch_size
+        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=model.device, format=kv_format, grows=True)
+        self._held: tuple[int, ...] = ()  # the trunk's tokens
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Continuation], *, on_scored: Callable[[int, int], None] | None = None) -> list[tuple[float, bool]]:
+        """(sum of the tokens' log-probabilities in nats, whether each token is the most probable one) of every request, in their order.
+
+        Args:
+            requests: any number.
+            on_scored: called with (requests done, in all) after every batch.
+
+        Raises:
+            RequestError: a request without context or without tokens, one that the model's context cannot hold, or ids out of range.
+        """
+        for request in requests:
+            self._check(request)
+        self._sums, self._greedy = [0.0] * len(requests), [True] * len(requests)
+        self._requests = requests
+        done = 0
+        for batch in self._batches(sorted(range(len(requests)), key=lambda i: requests[i])):
+            self._run_batch(batch)
+            done += len(batch)
+            if on_scored is not None:
+                on_scored(done, len(requests))
+        return list(zip(self._sums, self._greedy, strict=True))
+
+    def _check(self, request: Continuation) -> None:
+        if not request.context or not request.tokens:
+            raise RequestError("a request must have a context and a continuation of at least one token each; found an empty one")
+        limit = self._model.config.max_seq_len
+        if _size(request) > limit:
+            raise RequestError(
+                f"a context and all but the last token of its continuation must fit the model's context of {limit}; "
+                f"found {_size(request)}. Truncate the context"
+            )
+        check_ids((*request.context, *request.tokens), self._model.config.vocab_size)
+
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        longest = 0
+        for i in order:
+            longest = max(longest, _size(self._requests[i]))
+            full = not batches or len(batches[-1]) == self._batch_size
+            if full or (len(batches[-1]) + 1) * longest > self._model.config.max_seq_len:
+                batches.append([])
+                longest = _size(self._requests[i])
+            batches[-1].append(i)
+        return batches
+
+    def _run_batch(self, batch: list[int]) -> None:
+        requests = self._requests
+        self.counts.requested += sum(_size(requests[i]) for i in batch)
+        contexts = list(dict.fromkeys(requests[i].context for i in batch))  # still in order
+        if len(batch) == 1:
+            shared = self._keep(contexts[0][:-1])
+            self._run(self._trunk, [self._whole(batch[0], shared)])
+            self._held = requests[batch[0]].context + requests[batch[0]].tokens[:-1]
+            return
+        if len(contexts) == 1:
+            cache, shared = self._trunk, self._keep(contexts[0][:-1])
+        else:
+            # Of sorted contexts the first and the last differ earliest. The last token of a context always runs, for its state.
+            shared = min(_common(contexts[0], contexts[-1]), min(map(len, contexts)) - 1)
+            trunk = contexts[0][:shared]
+            self._run(self._trunk, [_Row(trunk[self._keep(trunk) :])])
+            self._held = trunk
+            if len(contexts) == len(batch):
+                cache = self._trunk.forked([0] * len(batch), max(_size(requests[i]) for i in batch))
+                self._run(cache, [self._whole(i, shared) for i in batch])
+                return
+            cache = self._trunk.forked([0] * len(contexts), max(map(len, contexts)))
+        row_of = {context: _Row(context[shared:]) for context in contexts}
+        for i in batch:
+            row = row_of[requests[i].context]
+            row.asked.append((len(row.tokens) - 1, i, requests[i].tokens[0]))
+        self._run(cache, list(row_of.values()))
+        if cache is self._trunk:
+            self._held = contexts[0]
+        longer = [i for i in batch if len(requests[i].tokens) > 1]
+        if longer:
+            sequences = [contexts.index(requests[i].context) for i in longer]
+            self._run(cache.forked(sequences, max(_size(requests[i]) for i in longer)), [self._rest(i) for i in longer])
+
+    def _keep(self, tokens: tuple[int, ...]) -> int:
+        """Cut the trunk down to what `tokens` begin with; how many tokens that are."""
+        kept = _common(self._held, tokens)
+        self._held = self._held[:kept]
+        self._trunk.lengths = [kept]
+        return kept
+
+    def _whole(self, i: int, known: int) -> _Row:
+        """A request without its first `known` tokens, which end before its context does."""
+        context, tokens = self._requests[i].context, self._requests[i].tokens
+        first = len(context) - 1 - known
+        return _Row((*context, *tokens)[known:-1], [(first + place, i, token) for place, token in enumerate(tokens)])
+
+    def _rest(self, i: int) -> _Row:
+        """A continuation whose first token is predicted already."""
+        tokens = self._requests[i].tokens
+        return _Row(tokens[:-1], [(place, i, token) for place, token in enumerate(tokens[1:])])
+
+    def _run(self, cache: KVCache, rows: Sequence[_Row]) -> None:
+        """Append each row's tokens to its sequence, and score what is asked; as many tokens together as a step may bring."""
+        model = self._model
+        longest = max(len(row.tokens) for row in rows)
+        cache.reserve(max(length + len(row.tokens) for length, row in zip(cache.lengths, rows, strict=True)))
+        width = max(1, STEP_TOKENS // len(rows))
+        for first in range(0, longest, width):
+            pieces = [row.tokens[first : first + width] for row in rows]
+            counts = [len(piece) for piece in pieces]
+            ids = torch.tensor([token for piece in pieces for token in piece])
+            hidden, _ = model.transformer.run(ids.to(model.device), batch_of(counts, cache.lengths, cache, model.device))  # [T, D]
+            cache.advance(counts)
+            self.counts.prefilled += len(ids)
+            asked, start = [], -first
+            for row, count in zip(rows, counts, strict=True):
+                asked += [(start + place, i, token) for place, i, token in row.asked if first <= place < first + count]
+                start += count
+            self._score(hidden, asked)
+
+    def _score(self, hidden: torch.Tensor, asked: Sequence[tuple[int, int, int]]) -> None:
+        """Add to the sums what the states `hidden` [T, D] say of (place, request, token)."""
+        places = sorted({place for place, _, _ in asked})
+        for first in range(0, len(places), LOGIT_TOKENS):
+            slots = {place: slot for slot, place in enumerate(places[first : first + LOGIT_TOKENS])}
+            states = hidden[torch.tensor(list(slots), device=hidden.device)]  # [P, D]
+            log_p = self._model.lm_head(states).double().log_softmax(-1)  # [P, V]
+            wanted = [(slots[place], i, token) for place, i, token in asked if place in slots]
+            rows, tokens = (torch.tensor([one[k] for one in wanted], device=log_p.device) for k in (0, 2))
+            values, best = log_p[rows, tokens].tolist(), (log_p.argmax(-1)[rows] == tokens).tolist()
+            for (_, i, _), value, most_probable in zip(wanted, values, best, strict=True):
+                self._sums[i] += value
+                self._greedy[i] &= most_probable
+
+
+def _size(request: Continuation) -> int:
+    """Tokens that run."""
+    return len(request.context) + len(request.tokens) - 1
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    same = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
