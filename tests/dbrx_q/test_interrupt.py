@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,41 @@ def test_perplexity_ends(large: Path, start: Callable[..., Running]) -> None:
     running.check_clean_end()
     assert running.process.stdout is not None
     assert running.process.stdout.read() == b""
+
+
+@pytest.mark.parametrize("command", ["perplexity", "compare"])
+def test_figures_so_far_are_shown_and_the_rest_follows(
+    command: str, large: Path, tmp_path: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models = [large] if command == "perplexity" else [large, large]
+    arguments = (command, *models, "--text", BOOK, "--context", 512, "--limit", 24, "--json")
+
+    def shown(running: Running) -> dict[str, Any]:
+        running._rest()  # a terminal that nobody reads stops what writes to it
+        assert running.process.stdout is not None
+        return json.loads(running.process.stdout.read())
+
+    running = start(*arguments)
+    running.wait_for_stderr(b"8/24")  # a batch of windows is done
+    running.interrupt()
+    partial = shown(running)
+    text = running.stderr.decode()
+    assert running.process.wait(LIMIT_SECONDS) == 2
+    assert f"interrupted after {partial['tokens']:,} of {24 * 511:,} tokens" in text
+    assert "--resume goes on" in text
+    assert "Traceback" not in text
+    assert not partial["complete"]
+    assert partial["tokens"] % (8 * 511) == 0
+    assert 0 < partial["tokens"] < 24 * 511
+    resumed = start(*arguments, "--resume")
+    whole = shown(resumed)
+    assert resumed.process.wait(LIMIT_SECONDS) == 0
+    assert b" 0/24" not in resumed.stderr
+    assert not list(tmp_path.rglob("*.npz"))
+    assert (whole["complete"], whole["tokens"]) == (True, 24 * 511)
+    again = shown(start(*arguments))
+    assert again == whole
 
 
 def test_verify_ends(tmp_path: Path, start: Callable[..., Running]) -> None:
