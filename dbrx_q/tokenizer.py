@@ -15,10 +15,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ._tokenizer_config import named_encoding, read_added_tokens, read_chat_template, read_token_names
-from ._tokenizer_json import AddedToken, TokenizerFile, read_json, read_tokenizer_json, wrong
+from ._tokenizer_json import AddedToken, parse_tokenizer, read_json, read_tokenizer_json, wrong
 from .chat import check_messages, render_chat, split_chat
 from .errors import TokenizerError
 
@@ -167,26 +167,27 @@ class DbrxTokenizer:
             raise TokenizerError(f"{folder}: {error}" if str(folder) not in str(error) else str(error)) from None
 
     @classmethod
-    def from_vocabulary(
+    def from_json(
         cls,
-        vocabulary: TokenizerFile,
+        data: Mapping[str, Any],
         *,
         source: Path,
         token_names: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> DbrxTokenizer:
-        """The tokenizer that a file of another format holds.
+        """The tokenizer of a tokenizer.json that is in memory, such as one made of another file's contents.
 
         Args:
-            vocabulary: its ordinary and added tokens, and its pattern.
-            source: the file, for errors.
+            data: the JSON object.
+            source: the file that it comes from, for errors.
             token_names, chat_template: as for the constructor.
 
         Raises:
-            TokenizerError: as the constructor, or a pattern that tiktoken cannot use.
+            TokenizerError: as `from_pretrained`.
         """
-        encoding = _build_encoding(source, vocabulary.pattern, vocabulary.ranks)
-        return cls(encoding, added_tokens=vocabulary.added, token_names=token_names, chat_template=chat_template)
+        parsed = parse_tokenizer(source, data)
+        encoding = _build_encoding(source, parsed.pattern, parsed.ranks)
+        return cls(encoding, added_tokens=parsed.added, token_names=token_names, chat_template=chat_template)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """The ids of `text`; none is put before or after them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dbrx_q._tokenizer_json import parse_tokenizer
 from dbrx_q.errors import CheckpointError, TokenizerError
 from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -66,8 +65,8 @@ def tokenizer_of(parts: GgufParts) -> DbrxTokenizer:
         "decoder": {"type": "ByteLevel"},
     }
     template = parts.metadata.get("tokenizer.chat_template")
-    return DbrxTokenizer.from_vocabulary(
-        parse_tokenizer(parts.path, data),
+    return DbrxTokenizer.from_json(
+        data,
         source=parts.path,
         token_names=_token_names(parts, tokens),
         chat_template=template if isinstance(template, str) else None,
