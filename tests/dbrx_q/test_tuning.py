@@ -79,7 +79,10 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
         (lambda data: data["choices"][0]["problem"].update(tokens=64), "splits must be 1"),
         (lambda data: data["choices"].append(None), "Choice must be an object"),
     ],
-    ids=str,
+    ids=[
+        *("missing", "unknown", "no list", "text for a number", "depth", "rows", "tokens", "splits", "truth for a number"),
+        *("splits in prefill", "no object"),
+    ],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Any]], object], says: str) -> None:
     path = tuning_path("sm_90")
