@@ -103,7 +103,8 @@ def compare_checkpoints(
             kv_format=kv_format,
             on_window=on_window,
         )
-        found = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=provenance(place, command))
+        where = provenance(place, command) | {"text_sha256": text.sha256, "reference_sha256": against.sha256}
+        found = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=where)
     if found.complete:
         for pair in pairs:
             pair.forget()

@@ -14,9 +14,6 @@ from .measuring import ProtocolName
 if TYPE_CHECKING:
     from dbrx_q.eval.comparison import Comparison
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example(
@@ -50,13 +47,13 @@ def command(
     from dbrx_q.eval.comparing import compare_checkpoints, open_reference
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.reference_file import ReferenceFile
-    from dbrx_q.eval.report import check_report, write_report
+    from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
     from dbrx_q.model import check_device
 
     if out is not None:
-        check_report(out)
+        check_report_folder(out)
     place = check_device(device)
     words = load_text(text)
     against = open_reference(reference)
@@ -79,6 +76,8 @@ def command(
             on_window=on_window,
         )
     if out is not None:
+        from dbrx_q.eval.report import write_report
+
         write_report(found, out)
     if json:
         output.print_json(found.to_dict())

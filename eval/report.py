@@ -1,0 +1,86 @@
+"""The report of a comparison: Markdown, JSON, plots and one HTML page, in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .comparison import Comparison
+from .plots import INK, figure, label_points, log_axis, render, style
+from .report_folder import write_files
+from .report_html import html
+from .report_markdown import front, markdown, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["divergence_plot", "layer_plot", "write_report"]
+
+
+def write_report(found: Comparison, folder: Path) -> None:
+    """Write report.md, report.json, report.html, divergence.png and divergence.svg into `folder`."""
+    divergence = divergence_plot(found)
+    files = {
+        "report.md": markdown(found).encode(errors="replace"),
+        "report.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
+        "divergence.png": render(divergence, "png"),
+        "divergence.svg": render(divergence, "svg"),
+        "report.html": html(found, divergence_plot(found), layer_plot(found)).encode(errors="replace"),
+    }
+    write_files(folder, files)
+
+
+def divergence_plot(found: Comparison) -> Figure:
+    """Mean KL divergence, with its standard error, over bits per weight; the line joins what nothing else beats."""
+    drawing, axes = figure(8.0, 4.8)
+    rows = found.results
+    zero = log_axis(axes, [row.mean_kl for row in rows])
+    heights = [row.mean_kl if row.mean_kl > 0 else zero for row in rows]
+    best = sorted((row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True) if front(row, rows))
+    axes.plot(*zip(*best, strict=True), color=style(5).colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        look = style(number)
+        axes.errorbar(
+            [row.bits_per_weight],
+            [height],
+            yerr=[[min(row.mean_kl_stderr, 0.99 * height)], [row.mean_kl_stderr]],
+            color=look.colour,
+            marker=look.marker,
+            markersize=7,
+            capsize=3,
+            linestyle="none",
+            zorder=3,
+        )
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("mean KL divergence, nats per token")
+    points = [(row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True)]
+    label_points(drawing, axes, points, short_names([row.path for row in rows]))
+    return drawing
+
+
+def layer_plot(found: Comparison) -> Figure:
+    """Error of the hidden states after every block, a line per checkpoint."""
+    drawing, axes = figure(8.0, 4.2)
+    names = short_names([row.path for row in found.results])
+    zero = log_axis(axes, [error for row in found.results for error in row.hidden_error])
+    for number, (row, name) in enumerate(zip(found.results, names, strict=True)):
+        look = style(number)
+        heights = [error if error > 0 else zero for error in row.hidden_error]
+        axes.plot(
+            range(len(heights)),
+            heights,
+            color=look.colour,
+            marker=look.marker,
+            markersize=5,
+            linestyle=look.dash,
+            linewidth=1.6,
+            label=name,
+        )
+    axes.set_xlabel("layer")
+    axes.set_ylabel("error of hidden states, relative")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return drawing
