@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.tokenizer import DbrxTokenizer
@@ -126,7 +127,7 @@ def compare(
         RequestError: a text shorter than one window, or a checkpoint of another shape than the reference.
     """
     for pair in pairs:
-        check_same_shape(reference, pair.source)
+        check_same_shape(reference.name, reference.config, pair.source)
         protocol.check(len(ids), pair.source.config)
         check_ids(ids, pair.source.config.vocab_size)
     windows = protocol.windows(len(ids))
@@ -211,22 +212,22 @@ def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndar
     return (common == ours.shape[-1]).sum(-1).numpy(), (common.double() / either).sum(-1).numpy()
 
 
-def check_same_shape(reference: Reference, source: Source) -> None:
-    """Refuse a checkpoint that is not of the reference's model.
+def check_same_shape(reference: str, config: DbrxConfig, source: Source) -> None:
+    """Refuse a checkpoint that is not of the model of the reference, called `reference`, whose configuration is `config`.
 
     Raises:
         RequestError: with the first difference.
     """
-    ours, theirs = _shape(reference.config), _shape(source.config)
+    ours, theirs = _shape(config), _shape(source.config)
     for name, value in ours.items():
         if theirs[name] != value:
             raise RequestError(
-                f"{source.name}: a checkpoint must be of the same model as the reference {reference.name}; "
+                f"{source.name}: a checkpoint must be of the same model as the reference {reference}; "
                 f"{name} is {theirs[name]} here and {value} there. Compare checkpoints of one model"
             )
 
 
-def _shape(config: Any) -> dict[str, object]:
+def _shape(config: DbrxConfig) -> dict[str, object]:
     ffn, attention = config.ffn_config, config.attn_config
     return {
         "n_layers": config.n_layers,

@@ -70,7 +70,7 @@ def compare_checkpoints(
     if isinstance(reference, ReferenceFile):
         reference.check_text(text, ids, protocol)
     for source in sources:
-        check_same_shape(reference, source)
+        check_same_shape(reference.name, reference.config, source)
         protocol.check(len(ids), source.config, source=text.name)
         if source is not sources[0] or not isinstance(reference, ReferenceFile):
             check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(reference.name, source.name))

@@ -38,7 +38,8 @@ class Distribution:
 
     def on(self, device: torch.device) -> Distribution:
         """The same on another device."""
-        return Distribution(*(None if part is None else part.to(device) for part in (self.log_probs, self.ids, self.nll, self.top)))
+        ids, top = (None if part is None else part.to(device) for part in (self.ids, self.top))
+        return Distribution(self.log_probs.to(device), ids, self.nll.to(device), top)
 
     def likeliest(self, count: int) -> torch.Tensor:
         """int64 [P, count], likeliest first; of equals the lower id."""

@@ -132,7 +132,8 @@ def observe(
     for pieces in _steps(windows):
         targets = torch.cat([text[piece.predicts] for piece in pieces])
         tokens = torch.cat([text[piece.first : piece.end] for piece in pieces])
-        places, start = [], 0
+        places: list[int] = []
+        start = 0
         for piece in pieces:
             predicts = piece.predicts
             places += range(start + predicts.start - 1 - piece.first, start + predicts.stop - 1 - piece.first)

@@ -41,7 +41,7 @@ _COLOURS = ("#0067a5", "#c04a00", "#00785a", "#a3428a", "#86640a", "#4c5360")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 _FONTS = ["DejaVu Sans", "sans-serif"]
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.family": _FONTS,
     "svg.hashsalt": "dbrx_q",  # otherwise every file has other ids
     "axes.unicode_minus": False,

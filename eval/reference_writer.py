@@ -217,8 +217,8 @@ def _write_batch(
         writer.put("states", -(-at // interval), step.states)
         at += size
     at = first
-    for place, window in enumerate(batch, index):
-        writer.finish_window(place, at, window.tokens, interval)
+    for number, window in enumerate(batch, index):
+        writer.finish_window(number, at, window.tokens, interval)
         at += window.tokens
 
 

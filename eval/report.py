@@ -61,6 +61,8 @@ def divergence_plot(found: Comparison) -> Figure:
 
 def layer_plot(found: Comparison) -> Figure:
     """Error of the hidden states after every block, a line per checkpoint."""
+    from matplotlib.ticker import MaxNLocator
+
     drawing, axes = figure(8.0, 4.2)
     names = short_names([row.path for row in found.results])
     zero = log_axis(axes, [error for row in found.results for error in row.hidden_error])
@@ -79,7 +81,7 @@ def layer_plot(found: Comparison) -> Figure:
         )
     axes.set_xlabel("layer")
     axes.set_ylabel("error of hidden states, relative")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for text in legend.get_texts():
         text.set_parse_math(False)

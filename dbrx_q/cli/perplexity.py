@@ -61,8 +61,8 @@ def command(
         tokens = (
             f"{result.tokens:,} tokens predicted" if result.complete else f"the first {result.tokens:,} of {result.total_tokens:,} tokens"
         )
-        stride = f", stride {result.stride}" if result.protocol == "strided" else ""
-        cut = f"{result.protocol}, context {result.context}{stride}"
+        apart = f", stride {result.stride}" if result.protocol == "strided" else ""
+        cut = f"{result.protocol}, context {result.context}{apart}"
         print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {cut})")
     if not result.complete:
         raise measuring.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())
