@@ -36,6 +36,10 @@ def command(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the report: Markdown, JSON, plot and HTML.", show_default=False)
     ] = None,
+    document: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Markdown document whose table is replaced.", show_default=False)
+    ] = None,
+    section: Annotated[str, typer.Option(help="Which table of --document: the one between its marker lines of this name.")] = "divergence",
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
@@ -45,15 +49,19 @@ def command(
     """Measure how far checkpoints are from a reference on the same tokens: KL divergence, perplexity, agreement of tokens and experts."""
 
     from dbrx_q.eval.comparing import compare_checkpoints, open_reference
+    from dbrx_q.eval.document import check_section, replace_section
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.reference_file import ReferenceFile
     from dbrx_q.eval.report_folder import check_report_folder
+    from dbrx_q.eval.report_markdown import layers, table
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
     from dbrx_q.model import check_device
 
     if out is not None:
         check_report_folder(out)
+    if document is not None:
+        check_section(document, *_markers(section))
     place = check_device(device)
     words = load_text(text)
     against = open_reference(reference)
@@ -79,12 +87,18 @@ def command(
         from dbrx_q.eval.report import write_report
 
         write_report(found, out)
+    if document is not None and found.complete:
+        replace_section(document, *_markers(section), f"{table(found)}\n\n{layers(found)}")
     if json:
         output.print_json(found.to_dict())
     else:
         _print(found, out)
     if not found.complete:
         raise measuring.interrupted(found.tokens, found.total_tokens, kept=True)
+
+
+def _markers(section: str) -> tuple[str, str]:
+    return f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
 
 
 def _print(found: Comparison, out: Path | None) -> None:
