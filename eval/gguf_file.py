@@ -146,7 +146,7 @@ def _read(path: Path) -> GGUFReader:
         raise UnsupportedError(f"{path}: reading GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[eval]'") from None
     try:
         with np.errstate(all="ignore"):  # sizes from a damaged file overflow
-            reader = GGUFReader(path)
+            reader = _within_the_file(GGUFReader)(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:
         raise CheckpointError(
             f"{path}: must be a whole GGUF file of a version and of tensor types that the installed gguf package knows; reading it failed "
@@ -155,6 +155,18 @@ def _read(path: Path) -> GGUFReader:
     if reader.byte_order != "I":
         raise CheckpointError(f"{path}: a GGUF file must have this machine's byte order; it has the other. Convert the model again")
     return reader
+
+
+def _within_the_file(reader: type[GGUFReader]) -> type[GGUFReader]:
+    """`reader`, but reading past the file's end is an error: it takes what is there, and a damaged length keeps it busy for ever."""
+
+    class Reader(reader):  # type: ignore[misc,valid-type] # a class that is known when it runs
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"the file ends at byte {len(self.data)}, and {int(count)} values were to follow byte {int(offset)}")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    return Reader
 
 
 def _metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:

@@ -103,6 +103,9 @@ def _config(parts: GgufParts) -> DbrxConfig:
     architecture = parts.text("general.architecture")
     if architecture != "dbrx":
         raise CheckpointError(f"{parts.path}: general.architecture must be 'dbrx'; found {architecture!r}. Give a GGUF file of DBRX")
+    layers = parts.count("dbrx.block_count")
+    if layers > len(parts.tensors):  # before a damaged number takes all memory
+        raise CheckpointError(f"{parts.path}: dbrx.block_count says {layers} layers; found {len(parts.tensors)} tensors. Fetch it again")
     epsilon = parts.number("dbrx.attention.layer_norm_epsilon")
     if not math.isclose(epsilon, _NORM_EPS, rel_tol=1e-6):
         raise CheckpointError(
@@ -115,7 +118,7 @@ def _config(parts: GgufParts) -> DbrxConfig:
         return DbrxConfig(
             d_model=parts.count("dbrx.embedding_length"),
             n_heads=parts.count("dbrx.attention.head_count"),
-            n_layers=parts.count("dbrx.block_count"),
+            n_layers=layers,
             max_seq_len=parts.count("dbrx.context_length"),
             vocab_size=len(parts.strings("tokenizer.ggml.tokens")),
             attn_config={

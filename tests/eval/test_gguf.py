@@ -254,6 +254,7 @@ BAD = {
     "architecture": (setting("general.architecture", "llama"), "general.architecture must be 'dbrx'; found 'llama'"),
     "no key": (without("dbrx.expert_count"), "dbrx.expert_count must be a whole number; found None"),
     "impossible": (setting("dbrx.expert_used_count", 99), "moe_top_k must not exceed"),
+    "layers": (setting("dbrx.block_count", 1 << 30), "dbrx.block_count says 1073741824 layers; found 35 tensors"),
     "epsilon": (setting("dbrx.attention.layer_norm_epsilon", 1e-6), "layer_norm_epsilon must be DBRX's 1e-05"),
     "rope": (setting("dbrx.rope.scaling.type", "yarn"), "rope.scaling.type must be 'none' or absent; found 'yarn'"),
     "tensor missing": (without("blk.2.ffn_up_exps.weight"), "blk.2.ffn_up_exps.weight is missing"),
@@ -319,6 +320,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "count.gguf"
     path.write_bytes(whole[:8] + b"\xff" * 16 + whole[24:])
     with pytest.raises(CheckpointError, match="must be a whole GGUF file"):
+        open_source(path)
+    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4  # the list's length, after two types
+    path = tmp_path / "length.gguf"
+    path.write_bytes(whole[:at] + (1 << 60).to_bytes(8, "little") + whole[at + 8 :])
+    with pytest.raises(CheckpointError, match="ValueError: the file ends at byte 4669952, and 1 values"):
         open_source(path)
     path = rewrite(tmp_path / "nan.gguf", with_tensor("output_norm.weight", np.full(128, np.nan, np.float32)))
     with pytest.raises(CheckpointError, match=r"output_norm\.weight must be finite"):
