@@ -11,7 +11,7 @@ OUT := demo-out
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
-.PHONY: demo test lint types unit interpreter compiled bench clean
+.PHONY: demo test lint types unit interpreter compiled browser bench evaluation clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -30,8 +30,15 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-unit: .venv/installed-dev
-	$(BIN)/pytest --ignore tests/kernels/ahead_of_time
+unit: .venv/installed-dev browser
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/kernels/ahead_of_time
+
+# Chromium, in which the HTML report is tested: the system's, or Debian's where root can install it.
+browser:
+	@if command -v chromedriver && { command -v chromium || command -v chromium-browser || command -v google-chrome; }; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; \
+	else echo "No Chromium with chromedriver on PATH: the tests of the HTML report will be skipped."; fi
 
 # Triton's kernels in its interpreter, which is chosen for a whole process.
 interpreter: .venv/installed-dev
@@ -46,7 +53,24 @@ bench: .venv/installed
 	rm -rf $(OUT)/layer $(OUT)/layer-int4
 	$(BIN)/dbrx-q bench synthetic $(OUT)/layer
 	$(BIN)/dbrx-q quantize $(OUT)/layer $(OUT)/layer-int4
-	$(BIN)/dbrx-q bench cpu $(OUT)/layer-int4
+	$(BIN)/dbrx-q bench $(OUT)/layer-int4 --n-gen 32
+
+# The tables of docs/evaluation.md. GGUF: files of the bundled model that llama.cpp made, beside the one that is bundled.
+GGUF :=
+WIKITEXT := tests/data/wikitext2-test.txt
+EVALUATED := $(OUT)/evaluation
+evaluation: .venv/installed-dev
+	rm -rf $(EVALUATED)
+	for group in 32 64 128; do $(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/int4-g$$group --format int4 --group-size $$group || exit 1; done
+	$(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/int8 --format int8
+	$(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/nf4 --format nf4
+	$(BIN)/python tests/eval/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4
+	$(BIN)/python tests/eval/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4-double --double
+	$(BIN)/dbrx-q compare $(MODEL) $(EVALUATED)/int8 $(EVALUATED)/int4-g32 $(EVALUATED)/int4-g64 $(EVALUATED)/int4-g128 $(EVALUATED)/nf4 \
+		$(EVALUATED)/bitsandbytes-nf4 $(EVALUATED)/bitsandbytes-nf4-double tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf $(GGUF) \
+		--text $(WIKITEXT) --context 512 --out $(EVALUATED)/report --document docs/evaluation.md --section divergence
+	$(BIN)/dbrx-q compare $(MODEL) tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf $(GGUF) \
+		--text $(WIKITEXT) --protocol half-window --limit 200 --document docs/evaluation.md --section llama.cpp
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import torch
 
+from .ceilings import MATMUL_ON_GPU, CeilingMeter
 from .device_timing import Environment, Timed, environment, turns
 from .kernel_work import COPY, MATMUL, Work, dbrx_works, decode_step_work
 
 __all__ = ["KernelBenchmark", "Row", "bench_kernels", "markdown"]
-
-_COPY_BYTES = 1 << 30
-_MATMUL = 8192
 
 
 @dataclass(frozen=True)
@@ -75,30 +73,30 @@ def bench_kernels(
         repeats: turns that count.
         report: called with (done, total).
     """
-    bandwidth, rate = _ceilings(device, repeats)
+    rates = CeilingMeter(device, torch.bfloat16).measure(repeats)
     works: list[Callable[[], Work]] = list(dbrx_works(device))
     if model is not None:
         works.append(lambda: decode_step_work(model, device))
     rows = []
     for done, make in enumerate(works):
         report(done, len(works))
-        rows.append(_row(make, bandwidth, rate, repeats))
+        rows.append(_row(make, rates.bandwidth, rates.matmul, repeats))
         torch.cuda.empty_cache()
     report(len(works), len(works))
-    return KernelBenchmark(environment(device), command, bandwidth, rate, tuple(rows))
+    return KernelBenchmark(environment(device), command, rates.bandwidth, rates.matmul, tuple(rows))
 
 
 def markdown(result: KernelBenchmark) -> str:
     """The results as a document."""
-    where = result.environment
+    where, size = result.environment, MATMUL_ON_GPU
     versions = ", ".join(f"{name} {version}" for name, version in where.versions.items())
     lines = [
         "# Kernels at DBRX's shapes",
         "",
         f"{where.date}, {where.device} ({where.chip}, {where.multiprocessors} multiprocessors), {versions}. `{result.command}`",
         "",
-        f"Measured in the same run: copying {result.copy_bandwidth / 1e9:.0f} GB/s (read and written), bf16 matmul of {_MATMUL} x "
-        f"{_MATMUL} x {_MATMUL} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians, contenders turn by turn, from CUDA graphs, inputs that "
+        f"Measured in the same run: copying {result.copy_bandwidth / 1e9:.0f} GB/s (read and written), bf16 matmul of {size} x {size} x "
+        f"{size} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians, contenders turn by turn, from CUDA graphs, inputs that "
         "are not in the L2 cache.",
         "",
         "| kernel | case | time | share | of | target | met | the same work by other means |",
@@ -124,15 +122,6 @@ def _cells(row: Row) -> Iterator[str]:
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def _ceilings(device: torch.device, repeats: int) -> tuple[float, float]:
-    """(copy bandwidth, matmul rate)."""
-    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    a, b = (torch.randn(_MATMUL, _MATMUL, dtype=torch.bfloat16, device=device) for _ in range(2))
-    times = turns({"copy": [lambda: target.copy_(source)], "matmul": [lambda: a @ b]}, repeats=repeats)
-    return 2 * _COPY_BYTES / times["copy"].seconds, 2 * _MATMUL**3 / times["matmul"].seconds
 
 
 def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) -> Row:

@@ -3,15 +3,107 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import output
+from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode="rich")
+
+class _ModelUnlessNamed(TyperGroup):
+    """`dbrx-q bench PATH` is `dbrx-q bench model PATH`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ModelUnlessNamed,
+    help="Measure speed and memory. [bold]dbrx-q bench PATH[/bold] measures a model: it is short for [bold]dbrx-q bench model PATH[/bold], "
+    "whose --help shows the options.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    subcommand_metavar="PATH | COMMAND [ARGS]...",
+)
+
+
+@app.command(epilog=output.example("dbrx-q bench dbrx-int4", "dbrx-q bench dbrx-int4 -p 512,4096 -n 128 -b 1,4 --out results"))
+def model(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="What to measure: a folder, a hub id or a GGUF file.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--n-prompt", "-p", metavar="N,N...", help="Tokens of a prompt, the rows pp; 0 for none. [512]")
+    ] = None,
+    gen: Annotated[
+        list[str] | None, typer.Option("--n-gen", "-n", metavar="N,N...", help="Tokens to decode, the rows tg; 0 for none. [128]")
+    ] = None,
+    depth: Annotated[
+        list[str] | None, typer.Option("--depth", "-d", metavar="N,N...", help="Tokens that a sequence holds before. [0]")
+    ] = None,
+    batch: Annotated[list[str] | None, typer.Option("--batch", "-b", metavar="N,N...", help="Sequences that run together. [1]")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", help="Counted runs of each row, after one that does not count.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for bench.json, bench.md, bench.png and bench.svg.")] = None,
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> None:
+    """Tokens per second as llama-bench names them (pp512, tg128), beside what memory and matmul allow; time to first token, memory.
+
+    Every prompt, number of tokens, batch size and depth is combined. An interruption prints and writes the rows that are finished.
+    """
+    import sys
+
+    import torch
+
+    from dbrx_q.errors import RequestError
+    from dbrx_q.eval.bench_model import bench_model, check_tests, speed_tests
+    from dbrx_q.eval.bench_report import check_report_folder, markdown, write_report
+    from dbrx_q.eval.provenance import command_line
+    from dbrx_q.eval.sources import open_source
+    from dbrx_q.model import check_device
+
+    tests = speed_tests(
+        _sizes("--n-prompt", prompt, 512, least=0),
+        _sizes("--n-gen", gen, 128, least=0),
+        _sizes("--batch", batch, 1, least=1),
+        _sizes("--depth", depth, 0, least=0),
+    )
+    if repeats < 1:
+        raise RequestError(f"--repeats must be at least 1; found {repeats}")
+    place = check_device(device)
+    if out is not None:
+        check_report_folder(out)
+    source = open_source(path)
+    check_tests(tests, source.config)
+    with output.progress("rows") as report:
+        result = bench_model(
+            source,
+            tests,
+            device=place,
+            dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
+            kv_format=kv.value,
+            repeats=repeats,
+            command=command_line(),
+            report=report,
+        )
+    if json:
+        output.print_json(result.to_dict())
+    else:
+        print(markdown(result), end="", flush=True)
+    if out is not None:
+        write_report(result, out)
+    if not result.complete:
+        done = len(result.rows) + len(result.first_token)
+        print(
+            f"dbrx-q: error: interrupted after {done} of {result.planned} rows; the figures are of these alone", file=sys.stderr, flush=True
+        )
+        raise typer.Exit(2)
 
 
 @app.command(epilog=output.example("dbrx-q bench synthetic /tmp/dbrx-layer", "dbrx-q quantize /tmp/dbrx-layer /tmp/dbrx-layer-int4"))
@@ -27,41 +119,6 @@ def synthetic(
     if layers < 1:
         raise RequestError(f"--layers must be at least 1; found {layers}")
     write_checkpoint(dbrx_layer_config(layers), destination, seed=seed)
-
-
-@app.command(epilog=output.example("dbrx-q bench cpu /tmp/dbrx-layer-int4"))
-def cpu(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint to measure.", show_default=False)],
-    prefill: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    decode: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Counted runs; medians are printed.")] = 5,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
-) -> None:
-    """Resident and peak memory, prefill and decode speed on the CPU, beside the read bandwidth of the same run."""
-    from dataclasses import asdict
-
-    from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench_cpu import bench_cpu
-
-    for option, count in (("--prefill", prefill), ("--decode", decode), ("--repeats", repeats)):
-        if count < 1:
-            raise RequestError(f"{option} must be at least 1; found {count}")
-    result = bench_cpu(path, prefill_tokens=prefill, decode_tokens=decode, repeats=repeats)
-    if json:
-        output.print_json(asdict(result))
-        return
-    rows = [
-        ("stored tensors", output.size(result.bytes)),
-        ("resident after loading", f"{output.size(result.loaded_memory)}, {result.loaded_memory / result.bytes:.3f} of stored"),
-        ("peak while loading", f"{output.size(result.peak_memory)}, {result.peak_memory / result.bytes:.3f} of stored"),
-        ("load time", f"{result.load_seconds:.1f} s"),
-        (f"prefill of {result.prefill_tokens}", f"{result.prefill_speed:.1f} tokens/s"),
-        (f"decode of {result.decode_tokens}", f"{result.decode_speed:.1f} tokens/s"),
-        ("decode bandwidth", f"{output.size(result.decode_bandwidth)}/s, {result.decode_bandwidth / result.read_bandwidth:.2f} of reading"),
-        ("plain read", f"{output.size(result.read_bandwidth)}/s"),
-    ]
-    for name, value in rows:
-        print(f"{name:24}{value}")
 
 
 @app.command(epilog=output.example("dbrx-q bench kernels --out results", "dbrx-q bench kernels --model /tmp/dbrx-2-layers-int4 --json"))
@@ -152,3 +209,15 @@ def resources(
     if broken:
         lines = [f"{row.resources.kernel}, {row.case}, {row.resources.chip}: {problem}" for row, problem in broken]
         raise DbrxError("every kernel must fit its chip; these do not:\n" + "\n".join(lines))
+
+
+def _sizes(option: str, values: list[str] | None, default: int, *, least: int) -> list[int]:
+    """Whole numbers, each once: an option may be given again, and hold several."""
+    from dbrx_q.errors import RequestError
+
+    found = []
+    for word in (word.strip() for value in values or [str(default)] for word in value.split(",")):
+        if not (word.isascii() and word.isdecimal()) or int(word) < least:
+            raise RequestError(f"{option} must be whole numbers of at least {least}, as 512 or 128,512; found {word!r}")
+        found.append(int(word))
+    return list(dict.fromkeys(found))

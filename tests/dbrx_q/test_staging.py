@@ -87,7 +87,7 @@ def test_verify_wants_a_manifest_that_covers_a_quantized_checkpoint(
         (["plan", "{model}", "--ram", "lots"], "a size must be a number with a unit"),
         (["plan", "{model}", "--context", "9999"], "--context must be from 1 to the model's 2048"),
         (["plan", "{model}", "--batch", "0"], "--batch must be at least 1"),
-        (["bench", "cpu", "{model}", "--repeats", "0"], "--repeats must be at least 1"),
+        (["bench", "{model}", "--repeats", "0"], "--repeats must be at least 1"),
         (["bench", "synthetic", "{model}"], "the destination must be empty"),
         (["bench", "synthetic", "{model}-new", "--layers", "0"], "--layers must be at least 1"),
     ],
