@@ -21,6 +21,7 @@ import torch
 
 from dbrx_q import generate
 from dbrx_q.eval.perplexity import perplexity
+from dbrx_q.eval.windows import Protocol
 from dbrx_q.layout import TensorFormat
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.quantize.pipeline import quantize_checkpoint
@@ -163,7 +164,7 @@ def test_perplexity_says_what_the_library_says(
     stride: int | None, protocol: str, predicted: Callable[[int], int], either: Path, passage: Path, cli: Callable[..., Any]
 ) -> None:
     ids = DbrxTokenizer.from_pretrained(either).encode(passage.read_text(encoding="utf-8"))
-    expected = perplexity(DbrxForCausalLM.from_pretrained(either, dtype="float32"), ids, context=64, stride=stride)
+    expected = perplexity(DbrxForCausalLM.from_pretrained(either, dtype="float32"), ids, Protocol.of(64, stride=stride))
     arguments = ("perplexity", either, "--text", passage, "--context", 64, *(["--stride", stride] if stride else []))
     shown = json.loads(cli(*arguments, "--json").out)
     assert shown["perplexity"] == pytest.approx(math.exp(shown["nll"] / shown["tokens"]), rel=1e-12)
