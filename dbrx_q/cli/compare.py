@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example(
-    "dbrx-q compare dbrx-instruct dbrx-int4 dbrx-nf4 dbrx.Q4_K_M.gguf --text wiki.test.txt --out report/",
-    "dbrx-q compare reference.safetensors dbrx-int4 --text wiki.test.txt --json",
+    "dbrx-q compare databricks/dbrx-instruct dbrx-int4 dbrx.Q4_K_M.gguf --text wiki.test.txt --context 512 --out report",
 )
 
 

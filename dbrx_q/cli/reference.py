@@ -14,8 +14,8 @@ from .measuring import ProtocolName
 __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example(
-    "dbrx-q reference dbrx-instruct dbrx-instruct.wiki.safetensors --text wiki.test.txt --context 2048 --top-k 256",
-    "dbrx-q compare dbrx-instruct.wiki.safetensors dbrx-int4 --text wiki.test.txt",
+    "dbrx-q reference databricks/dbrx-instruct wiki.safetensors --text wiki.test.txt --context 512 --top-k 256",
+    "dbrx-q compare wiki.safetensors dbrx-int4 --text wiki.test.txt",
 )
 
 

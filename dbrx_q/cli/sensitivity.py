@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example(
-    "dbrx-q sensitivity dbrx-instruct --text wiki.train.txt --by layer --format int4 --out sensitivity/",
-    "dbrx-q sensitivity dbrx-instruct --text wiki.train.txt --format int4 --format int8 --json > sensitivity.json",
-)
+EXAMPLE = output.example("dbrx-q sensitivity databricks/dbrx-instruct --text wiki.test.txt --by layer --out sensitivity")
 _PLAIN_BITS = 16
 
 

@@ -31,7 +31,7 @@ from dbrx_q.tokenizer import DbrxTokenizer
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 BOOK = Path(__file__).parent.parent / "data" / "war-of-the-worlds.txt"
-COMMANDS = ("quantize", "inspect", "verify", "generate", "perplexity")
+COMMANDS = ("quantize", "inspect", "verify", "generate", "perplexity", "compare", "reference", "sensitivity")
 EXPERTS = 16  # of the bundled model
 
 
@@ -89,16 +89,19 @@ def test_help_has_an_example_that_runs(
     monkeypatch.chdir(tmp_path)
     shown = cli(command, "--help")
     assert (shown.code, shown.err) == (0, "")
-    [example] = re.findall(r"^ *dbrx-q (.*\S) *$", shown.out.split("Example:")[1], re.MULTILINE)
+    examples = re.findall(r"^ *dbrx-q (.*\S) *$", shown.out.split("Example:")[1], re.MULTILINE)
     # Under the names that the examples use, relative to here, lie a bundled model and a text.
     (tmp_path / "databricks").mkdir()
     (tmp_path / "databricks" / "dbrx-instruct").symlink_to(nano)
     if command != "quantize":
         (tmp_path / "dbrx-int4").symlink_to(quantized_nano)
     (tmp_path / "wiki.test.txt").write_text(BOOK.read_text(encoding="utf-8")[:12000], encoding="utf-8")
-    done = cli(*shlex.split(example))
-    assert done.code == 0, done.err
-    assert done.out.strip()
+    (tmp_path / "dbrx.Q4_K_M.gguf").symlink_to(nano.parent / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf")
+    assert examples
+    for example in examples:
+        done = cli(*shlex.split(example))
+        assert done.code == 0, done.err
+        assert done.out.strip()
 
 
 def test_no_command_shows_the_commands(cli: Callable[..., Any]) -> None:
