@@ -239,6 +239,10 @@ def _decode(some: _Dotted, tile: torch.Tensor) -> None:
 
 @cache
 def _most_threads() -> int:
+    """How many threads numba has; torch's stay as many as they were, though numba's first start sets those that the two share."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(1)
+    torch.set_num_threads(threads)
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined] # numba sets it when it is imported
 
 
@@ -259,5 +263,5 @@ def _threads_of_torch(nbytes: int) -> Iterator[None]:
 
 def _use_threads(nbytes: int) -> None:
     """One thread for each share of the bytes to be read that pays for waking it, at most torch.get_num_threads()."""
-    wanted = 1 + nbytes // _THREAD_BYTES
-    numba.set_num_threads(min(wanted, torch.get_num_threads(), _most_threads()))
+    most = _most_threads()
+    numba.set_num_threads(min(1 + nbytes // _THREAD_BYTES, torch.get_num_threads(), most))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +147,20 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
+
+
+def test_the_first_product_leaves_torchs_threads_as_they_are(tmp_path: Path) -> None:
+    code = """
+import torch
+from dbrx_q.kernels import int4
+from dbrx_q.kernels.linear import linear
+before = torch.get_num_threads()
+linear(torch.ones(1, 256), int4.quantize(torch.ones(64, 256), 64))
+print(before, torch.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
 
 
 @pytest.mark.parametrize("T", [1, 40])
