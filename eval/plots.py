@@ -6,6 +6,7 @@ Series differ by colour, marker and dash, so that no plot depends on colour alon
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -104,19 +105,21 @@ def figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
 def log_axis(axes: Axes, values: Sequence[float]) -> float:
     """Make the y axis logarithmic over `values`, of which some or all may be 0; gives the height at which a 0 is to be drawn.
 
-    That height stands below every other value, marked "0" and cut off by a dotted line.
+    That height stands below every other value, marked "0" and cut off by a dotted line. Values that are not finite have no height.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [value for value in values if math.isfinite(value)]
     positive = [value for value in values if value > 0]
     low, high = (min(positive), max(positive)) if positive else (1e-6, 1e-5)
     axes.set_yscale("log", nonpositive="clip")
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     bottom, top = low / 1.7, high * 1.7
     if top / bottom < 10:  # at least a decade, so that the axis has a labelled tick
         middle = (bottom * top) ** 0.5
         bottom, top = middle / 10**0.5, middle * 10**0.5
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top / bottom < 300 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if len(positive) == len(values):
         axes.set_ylim(bottom, top)
         return bottom

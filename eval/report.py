@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison
 from .plots import INK, figure, label_points, log_axis, render, style
 from .report_folder import write_files
 from .report_html import html
-from .report_markdown import front, markdown, short_names
+from .report_markdown import front, markdown
+from .report_text import short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,11 +21,17 @@ __all__ = ["divergence_plot", "layer_plot", "write_report"]
 
 
 def write_report(found: Comparison, folder: Path) -> None:
-    """Write report.md, report.json, report.html, divergence.png and divergence.svg into `folder`."""
+    """Write report.md, report.json, report.html, divergence.png and divergence.svg into `folder`.
+
+    A figure that is not finite, such as the divergence of a model that overflows, is null in the JSON file, which has no word for it.
+
+    Raises:
+        RequestError: a file cannot be written; `folder` is then as it was.
+    """
     divergence = divergence_plot(found)
     files = {
         "report.md": markdown(found).encode(errors="replace"),
-        "report.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
+        "report.json": (json.dumps(_finite(found.to_dict()), indent=2, allow_nan=False) + "\n").encode(),
         "divergence.png": render(divergence, "png"),
         "divergence.svg": render(divergence, "svg"),
         "report.html": html(found, divergence_plot(found), layer_plot(found)).encode(errors="replace"),
@@ -34,12 +42,14 @@ def write_report(found: Comparison, folder: Path) -> None:
 def divergence_plot(found: Comparison) -> Figure:
     """Mean KL divergence, with its standard error, over bits per weight; the line joins what nothing else beats."""
     drawing, axes = figure(8.0, 4.8)
-    rows = found.results
+    shown = [number for number, row in enumerate(found.results) if math.isfinite(row.mean_kl)]
+    rows = [found.results[number] for number in shown]
     zero = log_axis(axes, [row.mean_kl for row in rows])
     heights = [row.mean_kl if row.mean_kl > 0 else zero for row in rows]
     best = sorted((row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True) if front(row, rows))
-    axes.plot(*zip(*best, strict=True), color=style(5).colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
+    bits, lowest = [point[0] for point in best], [point[1] for point in best]
+    axes.plot(bits, lowest, color=style(5).colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    for number, row, height in zip(shown, rows, heights, strict=True):
         look = style(number)
         axes.errorbar(
             [row.bits_per_weight],
@@ -55,7 +65,8 @@ def divergence_plot(found: Comparison) -> Figure:
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("mean KL divergence, nats per token")
     points = [(row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True)]
-    label_points(drawing, axes, points, short_names([row.path for row in rows]))
+    names = short_names([row.path for row in found.results])
+    label_points(drawing, axes, points, [names[number] for number in shown])
     return drawing
 
 
@@ -86,3 +97,12 @@ def layer_plot(found: Comparison) -> Figure:
     for text in legend.get_texts():
         text.set_parse_math(False)
     return drawing
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON with null for every float that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

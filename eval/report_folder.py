@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,13 +14,15 @@ from .plots import check_plot_extra
 
 __all__ = ["check_report_folder", "write_files"]
 
+_FILES = ("report.md", "report.json", "report.html", "divergence.png", "divergence.svg")
+
 
 def check_report_folder(folder: Path) -> None:
     """Refuse what could not be written at the end.
 
     Raises:
         UnsupportedError: matplotlib is missing.
-        RequestError: `folder` is a file, or cannot be written to.
+        RequestError: `folder` is a file, cannot be written to, or holds files of these names that are no former report's.
     """
     check_plot_extra("the plot of --out")
     if folder.exists() and not folder.is_dir():
@@ -27,18 +30,39 @@ def check_report_folder(folder: Path) -> None:
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not os.access(nearest, os.W_OK):
         raise RequestError(f"{folder}: a report's folder must be writable; {nearest} is not. Give another name")
+    found = next((name for name in _FILES if (folder / name).exists()), None)
+    if found and not _is_report(folder / "report.json"):
+        raise RequestError(f"{folder / found}: only a former report is replaced, and there is none here. Give another folder, or move it")
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into `folder`, which is made where missing; each takes its place when all are on the disk. Other files stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `files` into `folder`, which is made where missing; each takes its place when all are on the disk. Other files stay.
+
+    Raises:
+        RequestError: a file cannot be written; no file has changed unless it was while they took their places.
+    """
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
     partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in files}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             partial[name].write_bytes(content)
         for name, path in partial.items():
             os.replace(path, folder / name)
+    except OSError as error:
+        raise RequestError(f"{folder}: a report's folder must be writable; {error.strerror}. Give another name or make room") from None
     finally:
         for path in partial.values():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+        for place in absent:  # stays where it holds the report
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"reference", "results", "provenance"} <= data.keys()

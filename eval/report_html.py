@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, QuantResult, WorstToken
 from .plots import inline_svg
-from .report_markdown import cut, headline, short_names
+from .report_markdown import cut, headline
+from .report_text import four_digits, printable, short_names, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["html"]
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
-_VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
 
 
 def html(found: Comparison, divergence: Figure, layers: Figure) -> str:
@@ -23,6 +24,7 @@ def html(found: Comparison, divergence: Figure, layers: Figure) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"printable": printable, "size": _size}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     provenance = found.provenance
     names = short_names([row.path for row in found.results])
@@ -36,7 +38,7 @@ def html(found: Comparison, divergence: Figure, layers: Figure) -> str:
         names=names,
         heat=[_heat(row, name) for row, name in zip(found.results, names, strict=True)],
         layer_count=len(found.results[0].router_agreement),
-        tokens=[(row.path, [_token(token) for token in row.worst_tokens]) for row in found.results],
+        tokens=[(printable(row.path), [_token(token) for token in row.worst_tokens]) for row in found.results],
         versions=provenance.get("versions", {}),
         provenance=provenance,
     )
@@ -46,12 +48,13 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
     """What the table shows of each checkpoint: a title, the cells, and which of them are the best."""
 
     def column(title: str, hint: str, cells: list[str], values: list[float] | None = None, *, high: bool = False) -> dict[str, Any]:
-        wanted = None if values is None or len(values) < 2 else (max if high else min)(values)
-        return {"title": title, "hint": hint, "cells": cells, "best": [values is not None and value == wanted for value in values or cells]}
+        finite = [value for value in values or [] if math.isfinite(value)]
+        wanted = (max if high else min)(finite) if len(finite) > 1 else None
+        return {"title": title, "hint": hint, "cells": cells, "best": [value == wanted for value in values or [math.nan] * len(cells)]}
 
     def kl(title: str, name: str) -> dict[str, Any]:
         values = [getattr(row, name) for row in results]
-        return column(title, f"{title}, nats", [f"{value:.4g}" for value in values], values)
+        return column(title, f"{title}, nats", [four_digits(value) for value in values], values)
 
     def share(title: str, hint: str, name: str, *, high: bool) -> dict[str, Any]:
         values = [getattr(row, name) for row in results]
@@ -65,7 +68,12 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
             [f"{row.bits_per_weight:.3f}" for row in results],
             [row.bits_per_weight for row in results],
         ),
-        kl("mean KL", "mean_kl"),
+        column(
+            "mean KL",
+            "nats, with its standard error",
+            [f"{four_digits(row.mean_kl)} ± {row.mean_kl_stderr:.1g}" for row in results],
+            [row.mean_kl for row in results],
+        ),
         column(
             "perplexity",
             "with its standard error",
@@ -79,6 +87,7 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
             [row.delta_ln_ppl for row in results],
         ),
         kl("median KL", "median_kl"),
+        kl("90 % KL", "p90_kl"),
         kl("99 % KL", "p99_kl"),
         kl("99.9 % KL", "p999_kl"),
         kl("maximum KL", "max_kl"),
@@ -95,26 +104,20 @@ def _heat(row: QuantResult, name: str) -> dict[str, Any]:
         {"strength": round(min(1.0, (1 - share) / 0.3), 3), "share": f"{share:.1%}", "jaccard": f"{jaccard:.3f}"}
         for share, jaccard in zip(row.router_agreement, row.router_jaccard, strict=True)
     ]
-    return {"path": row.path, "name": name, "cells": cells}
+    return {"path": printable(row.path), "name": name, "cells": cells}
 
 
 def _token(token: WorstToken) -> dict[str, Any]:
     return {
         "position": f"{token.position:,}",
-        "before": _shown(token.before),
-        "token": _shown(token.token),
-        "kl": f"{token.kl:.4g}",
-        "reference_top": _shown(token.reference_top),
-        "quant_top": _shown(token.quant_top),
+        "before": visible(token.before),
+        "token": visible(token.token),
+        "kl": four_digits(token.kl),
+        "reference_top": visible(token.reference_top),
+        "quant_top": visible(token.quant_top),
         "reference_probability": f"{token.reference_probability:.2%}",
         "quant_probability": f"{token.quant_probability:.2%}",
     }
-
-
-def _shown(text: str) -> str:
-    """Text whose line ends and tabs can be seen, and which any encoding holds."""
-    visible = "".join(_VISIBLE.get(c, c) + ("\n" if c == "\n" else "") for c in text)
-    return visible.encode("utf-8", errors="replace").decode()
 
 
 def _size(n: float) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
+import re
 
 from .comparison import Comparison, QuantResult
+from .report_text import four_digits, printable, short_names
 
-__all__ = ["cut", "front", "headline", "layers", "markdown", "short_names", "table"]
+__all__ = ["cut", "front", "headline", "layers", "markdown", "table"]
 
 
 def headline(found: Comparison) -> list[str]:
@@ -15,28 +16,32 @@ def headline(found: Comparison) -> list[str]:
     if found.complete:
         tokens = f"{found.tokens:,} tokens predicted"
     else:
-        tokens = f"interrupted: these are the figures of the first {found.tokens:,} of {found.total_tokens:,} tokens"
+        tokens = f"interrupted: figures of the first {found.tokens:,} of {found.total_tokens:,} tokens"
+    size = f"{len(found.results)} checkpoint{'s' if len(found.results) > 1 else ''}"
     sentences = [
-        f"{len(found.results)} checkpoint{'s' if len(found.results) > 1 else ''} beside {found.reference} ({found.reference_format}, "
-        f"{found.reference_bits_per_weight:.2f} bits per weight, perplexity {found.reference_perplexity:.4f} +- "
-        f"{found.reference_perplexity_stderr:.4f}) on {found.text}: {tokens}, {cut(found)}."
+        f"{size} beside {printable(found.reference)} ({found.reference_format}, {found.reference_bits_per_weight:.2f} bits per weight, "
+        f"perplexity {found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f}) on {printable(found.text)}: {tokens}, "
+        f"{cut(found)}."
     ]
     if found.approximation:
         sentences.append(f"Note: {found.approximation}.")
-    closest = min(found.results, key=lambda row: row.mean_kl)
-    sentences.append(
-        f"{closest.path} is the closest: mean KL divergence {closest.mean_kl:.5f} at {closest.bits_per_weight:.2f} bits per weight, "
-        f"the same likeliest token for {closest.top1_agreement:.2%}."
-    )
-    better = [row.path for row in found.results if front(row, found.results)]
-    if len(found.results) > 1:
-        sentences.append(f"No other has both fewer bits and less divergence than: {', '.join(better)}.")
+    names = short_names([row.path for row in found.results])
+    finite = [(row, name) for row, name in zip(found.results, names, strict=True) if math.isfinite(row.mean_kl)]
+    if finite:
+        closest, name = min(finite, key=lambda item: item[0].mean_kl)
+        sentences.append(
+            f"{name} {'is the closest, with' if len(names) > 1 else 'has'} a mean KL divergence of {four_digits(closest.mean_kl)} at "
+            f"{closest.bits_per_weight:.2f} bits per weight, the same likeliest token for {closest.top1_agreement:.2%}."
+        )
+    better = [name for row, name in zip(found.results, names, strict=True) if front(row, found.results)]
+    if len(names) > 1 and better:
+        sentences.append(f"Least divergence for their bits per weight, no other being both smaller and closer: {', '.join(better)}.")
     return sentences
 
 
 def front(row: QuantResult, results: list[QuantResult]) -> bool:
     """Whether no other result has at most as many bits and less divergence, or fewer bits and at most as much."""
-    return not any(
+    return math.isfinite(row.mean_kl) and not any(
         (other.bits_per_weight <= row.bits_per_weight and other.mean_kl < row.mean_kl)
         or (other.bits_per_weight < row.bits_per_weight and other.mean_kl <= row.mean_kl)
         for other in results
@@ -51,19 +56,20 @@ def cut(found: Comparison) -> str:
 
 def table(found: Comparison) -> str:
     """The figures of all checkpoints, a row each, the reference's first."""
-    columns = ["checkpoint", "format", "bits per weight", "perplexity", "change of ln PPL", "mean KL", "median", "99 %", "99.9 %", "max"]
-    columns += ["top token", "top five", "RMS of dp"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 11]
+    columns = ["checkpoint", "format", "bits per weight", "perplexity", "change of ln PPL", "mean KL", "median", "90 %", "99 %", "99.9 %"]
+    columns += ["max", "top token", "top five", "RMS of dp"]
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 12]
     lines.append(
         f"| {_safe(found.reference)} | {_safe(found.reference_format)} | {found.reference_bits_per_weight:.2f} | "
-        f"{found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f} |" + " |" * 9
+        f"{found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f} |" + " |" * 10
     )
     for row in found.results:
-        kls = (row.mean_kl, row.median_kl, row.p99_kl, row.p999_kl, row.max_kl)
+        kls = (row.mean_kl, row.median_kl, row.p90_kl, row.p99_kl, row.p999_kl, row.max_kl)
         lines.append(
-            f"| {_safe(row.path)} | {_safe(row.format)} | {row.bits_per_weight:.2f} | {row.perplexity:.4f} ± {row.perplexity_stderr:.4f} | "
+            f"| {_safe(row.path)}{_part(found, row)} | {_safe(row.format)} | {row.bits_per_weight:.2f} | "
+            f"{row.perplexity:.4f} ± {row.perplexity_stderr:.4f} | "
             f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f} | "
-            + " | ".join(f"{kl:.4g}" for kl in kls)
+            + " | ".join(four_digits(kl) for kl in kls)
             + f" | {row.top1_agreement:.2%} | {row.top5_agreement:.2%} | {row.rms_dp:.2%} |"
         )
     return "\n".join(lines)
@@ -84,10 +90,13 @@ def markdown(found: Comparison) -> str:
     known = found.provenance
     where = ", ".join(str(known.get(name, "")) for name in ("device", "system")) + f", {known.get('threads', '')} threads"
     versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
-    hashes = [f"- {row.path}: SHA-256 {row.sha256}" for row in found.results]
+    hashes = [f"- {_safe(row.path)}: SHA-256 {row.sha256}" for row in found.results]
+    command = str(known.get("command", ""))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     parts = [
         "# Divergence from a reference",
-        " ".join(headline(found)),
+        *([] if found.complete else ["**The run was interrupted: these figures are partial.**"]),
+        _safe(" ".join(headline(found))),
         table(found),
         "KL(reference || checkpoint) per predicted token, in nats; change of ln PPL paired, with its standard error; top token, top five: "
         "agreement with the reference; RMS of dp: root mean square of the difference of the probability of the token that came.",
@@ -95,9 +104,9 @@ def markdown(found: Comparison) -> str:
         "## By layer",
         layers(found),
         "## To repeat it",
+        f"{fence}sh\n{command}\n{fence}",
         "\n".join(
             [
-                f"- command: `{known.get('command', '')}`",
                 f"- device: {where}",
                 f"- versions: {versions}",
                 f"- reference: SHA-256 {known.get('reference_sha256', '')}",
@@ -109,12 +118,10 @@ def markdown(found: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _part(found: Comparison, row: QuantResult) -> str:
+    return "" if row.tokens == found.total_tokens else f" (first {row.tokens:,} tokens)"
+
+
 def _safe(text: str) -> str:
-    """Text that stays in its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path where these differ, else the whole."""
-    last = [Path(path).name or path for path in paths]
-    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
+    """Text that stays in its cell and means nothing to Markdown or HTML."""
+    return re.sub(r"([\\|`*$\[\]~])", r"\\\1", printable(text)).replace("&", "&amp;").replace("<", "&lt;")

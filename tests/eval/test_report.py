@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +17,29 @@ import pytest
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.comparison import Comparison, QuantResult, WorstToken
 from dbrx_q.eval.report import write_report
-from dbrx_q.eval.report_folder import check_report_folder
+from dbrx_q.eval.report_folder import check_report_folder, write_files
 from dbrx_q.eval.report_markdown import front
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
-HOSTILE = "<script>document.title = 'broken'</script>\"'&\n\t\U0001f600 \u05e9\u05dc\u05d5\u05dd"
+HOSTILE = "<script>document.title = 'broken'</script>\"'&\n\t\U0001f600 \u05e9\u05dc\u05d5\u05dd \u202e \udcff |$\\frac{$`*"
+CONTRASTS = """
+const parse = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n };
+const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3]));
+const behind = node => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+const light = colour => colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const found = [];
+for (const node of document.querySelectorAll("body *")) {
+  const text = [...node.childNodes].filter(child => child.nodeType === 3).map(child => child.data.trim()).join("");
+  if (!text) continue;
+  const style = getComputedStyle(node), back = behind(node);
+  const front = over(parse(node instanceof SVGElement ? style.fill : style.color), back);
+  const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
+  found.push([node.tagName + " " + text.slice(0, 40), (high + 0.05) / (low + 0.05)]);
+}
+return found;
+"""
 PARTS = ("summary", "table", "divergence", "layers", "router", "tokens", "provenance")
 
 
@@ -106,9 +125,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def opened(browser: Any, found: Comparison, folder: Path, width: int = 1280) -> Any:
+def opened(browser: Any, found: Comparison, folder: Path, width: int = 1280, scheme: str = "light") -> Any:
     write_report(found, folder)
-    browser.set_window_size(width, 1200)
+    # Not the window's size, which Chromium keeps above 500.
+    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     browser.get((folder / "report.html").as_uri())
     return browser
 
@@ -152,7 +174,14 @@ def test_text_of_models_stays_text(browser: Any, tmp_path: Path) -> None:
     assert page.title.startswith("Divergence from <script>")
     assert not page.find_elements("css selector", "script")
     assert "<script>document.title" in page.find_element("css selector", "#tokens td.words").text
-    assert "↵" in page.find_element("css selector", "#tokens td.words").text
+    for sign in ("↵", "⇥", "\\u202e", "\\udcff"):
+        assert sign in page.find_element("css selector", "#tokens td.words").text
+    assert "\u202e" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    document = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in document
+    lines = [re.sub(r"\\.", "", line) for line in document.splitlines() if line.startswith("|")]
+    header = next(line for line in lines if line.startswith("| checkpoint | format"))
+    assert len([line for line in lines if line.count("|") == header.count("|")]) == 4
 
 
 def test_the_page_needs_nothing_but_itself(browser: Any, tmp_path: Path) -> None:
@@ -171,10 +200,24 @@ def test_a_narrow_screen_scrolls_tables_alone(browser: Any, tmp_path: Path, laye
     results = [
         replace(result(number, layers=layers), path=f"a/very/long/path/to/a/checkpoint/that/is/number-{number}") for number in range(12)
     ]
-    page = opened(browser, comparison(results), tmp_path, width=500)
-    width = page.execute_script("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-    assert width[0] <= width[1]
-    assert page.find_element(By.ID, "router").is_displayed()
+    page = opened(browser, comparison(results), tmp_path, width=400)
+    assert page.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [400, 400]
+    for part in ("table", "router", "tokens"):
+        scrolled = page.find_element(By.CSS_SELECTOR, f"#{part} .scroll")
+        assert page.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", scrolled), part
+    assert page.find_element(By.CSS_SELECTOR, "#divergence svg").size["width"] > 600  # smaller, its text could not be read
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_colour_schemes(browser: Any, tmp_path: Path, scheme: str) -> None:
+    """WCAG 2's contrast of at least 4.5, on what lies behind the text."""
+    results = [replace(result(number), router_agreement=[1.0, 0.9, 0.8, 0.5]) for number in range(6)]
+    page = opened(browser, comparison(results, complete=False), tmp_path, scheme=scheme)
+    dark = page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
+    assert dark == (scheme == "dark")
+    ratios = page.execute_script(CONTRASTS)
+    assert len(ratios) > 100
+    assert {text: ratio for text, ratio in ratios if ratio < 4.5} == {}
 
 
 def test_a_partial_run_says_so(browser: Any, tmp_path: Path) -> None:
@@ -193,6 +236,18 @@ def test_a_checkpoint_that_does_not_diverge_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "divergence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_overflows_is_reported(tmp_path: Path, value: float) -> None:
+    broken = replace(result(0, kl=value), perplexity=value, hidden_error=[0.1, value, value, value])
+    write_report(comparison([broken, result(1), result(2)]), tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert data["results"][0]["mean_kl"] is None
+    document = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "model-2 is the closest" in document
+    assert "both smaller and closer: model-1, model-2." in document
+    write_report(comparison([broken]), tmp_path)
+
+
 def test_the_files(tmp_path: Path) -> None:
     found = comparison([result(0), result(1)])
     (tmp_path / "mine.txt").write_text("stays")
@@ -206,7 +261,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert len(rows) == 1
     header = next(line for line in document.splitlines() if line.startswith("| checkpoint | format"))
     assert rows[0].count("|") == header.count("|")
-    assert "| 0.02 |" in rows[0]
+    assert "| 0.02000 |" in rows[0]
 
 
 def test_what_nothing_else_beats() -> None:
@@ -218,6 +273,38 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="a report is a folder; found a file"):
         check_report_folder(tmp_path / "file")
+    with pytest.raises(RequestError, match="a report's folder must be writable"):
+        write_report(comparison([result(0)]), tmp_path / "file" / "report")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(RequestError, match="must be writable"):
         check_report_folder(tmp_path / "new" / "report")
+
+
+def test_only_a_former_report_is_replaced(tmp_path: Path) -> None:
+    report, other = tmp_path / "report", tmp_path / "other"
+    write_report(comparison([result(0)]), report)
+    check_report_folder(report)
+    other.mkdir()
+    (other / "notes.txt").write_text("")
+    check_report_folder(other)
+    (other / "report.md").write_text("my own")
+    with pytest.raises(RequestError, match=r"report.md: only a former report is replaced"):
+        check_report_folder(other)
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "report", {"report.md": b"old", "report.json": b"old"})
+    full = OSError(28, "No space left on device")
+    write = Path.write_bytes
+
+    def fails(path: Path, data: bytes) -> int:
+        if ".report.json." in path.name:
+            raise full
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    for folder in (tmp_path / "report", tmp_path / "new" / "report"):
+        with pytest.raises(RequestError, match="No space left on device"):
+            write_files(folder, {"report.md": b"new", "report.json": b"new"})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == {"report.md": b"old", "report.json": b"old"}
+    assert not (tmp_path / "new").exists()
