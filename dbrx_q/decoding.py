@@ -4,6 +4,9 @@ On the CPU every sequence has a cache and products of its own. Nothing is lost b
 experts: those of one DBRX layer take 23 ms for 1 token, 44 for 2, 96 for 4 and 183 for 8. On a GPU a step reads each expert once for all
 sequences that need it, and the whole step is one CUDA graph (`decode_graph.py`).
 
+What a prompt begins with is run once: a later prompt of the request copies the keys and values of an earlier one that begins alike. On the
+CPU it copies whole prefill steps alone, so that every product is the one that the prompt alone would take, bit for bit.
+
 Dimension letters: `V` vocabulary, `D` d_model.
 """
 
@@ -27,11 +30,36 @@ _PREFILL_TOKENS = {Backend.CPU: 512, Backend.TRITON: 2048}
 
 
 class Decoder(ABC):
-    """Runs the prompts of one request."""
+    """Runs the prompts of one request.
+
+    Attributes:
+        prefilled: by index of the prompt, how many of its tokens were run; the others were copied.
+    """
+
+    def __init__(self, model: DbrxForCausalLM) -> None:
+        self._model = model
+        self._prompts: dict[int, Sequence[int]] = {}
+        self.prefilled: dict[int, int] = {}
 
     @abstractmethod
+    def _cache(self, index: int) -> KVCache:
+        """The cache of one sequence, whose memory `step` reads."""
+
     def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
-        """Run prompt `index`; float32 logits [V] of what follows."""
+        """Run prompt `index`, after what was run of it before; float32 logits [V] of what follows."""
+        cache = self._cache(index)
+        if cache.lengths != [0]:
+            self._prompts[index] = [*self._prompts[index], *prompt]
+            self.prefilled[index] += len(prompt)
+            return prefill(self._model, prompt, cache)
+        backend = pick(self._model.device)
+        step = _PREFILL_TOKENS[backend] if backend is Backend.CPU else 1
+        donor, shared = max(((i, _alike(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0))
+        shared = min(shared, len(prompt) - 1) // step * step
+        if shared:
+            cache.copy_beginning(self._cache(donor), shared)
+        self._prompts[index], self.prefilled[index] = prompt, len(prompt) - shared
+        return prefill(self._model, prompt[shared:], cache)
 
     @abstractmethod
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
@@ -39,7 +67,7 @@ class Decoder(ABC):
 
 
 def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Run one prompt into an empty cache of one sequence, in chunks; float32 logits [V] of what follows."""
+    """Append a prompt to a cache of one sequence, in chunks; float32 logits [V] of what follows."""
     chunk = _PREFILL_TOKENS[pick(model.device)]
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
@@ -65,15 +93,20 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
         yield _Together(model, batch)
 
 
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class _Separate(Decoder):
     def __init__(self, model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> None:
-        self._model = model
+        super().__init__(model)
         self._caches = [
             KVCache(model.config, 1, capacity, dtype=model.dtype, device=model.device, format=kv_format) for capacity in capacities
         ]
 
-    def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
-        return prefill(self._model, prompt, self._caches[index])
+    def _cache(self, index: int) -> KVCache:
+        return self._caches[index]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
         return {i: decode_one_token(self._model, token, self._caches[i]) for i, token in tokens.items()}
@@ -81,11 +114,15 @@ class _Separate(Decoder):
 
 class _Together(Decoder):
     def __init__(self, model: DbrxForCausalLM, batch: BatchDecoder) -> None:
-        self._model, self._batch = model, batch
+        super().__init__(model)
+        self._batch = batch
+
+    def _cache(self, index: int) -> KVCache:
+        return self._batch.cache.sequence(index)
 
     def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
-        logits = prefill(self._model, prompt, self._batch.cache.sequence(index))
-        self._batch.cache.lengths[index] = len(prompt)
+        logits = super().prefill(index, prompt)
+        self._batch.cache.lengths[index] += len(prompt)
         return logits
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:

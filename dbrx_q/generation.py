@@ -27,6 +27,7 @@ class Generation:
 
     token_ids: the new tokens, without the end token. text: their text, up to a stop string; empty without a tokenizer.
     finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context" (the model's context is full).
+    prefilled_tokens: of the prompt, those that were run; the others begin an earlier prompt of the batch too.
     decode_steps: tokens that were computed one at a time, an end token included. prefill_seconds, decode_seconds: of the whole batch,
     up to the first token and after it.
     """
@@ -35,6 +36,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
+    prefilled_tokens: int = 0
     decode_steps: int = -1
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -137,6 +139,8 @@ def _steps(
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         prefilled = time.perf_counter()
+        for i, result in enumerate(results):
+            result.prefilled_tokens = decoder.prefilled[i]
         while logits:
             for i in logits:
                 result = results[i]

@@ -117,6 +117,22 @@ class KVCache:
         fork.capacity, fork._limit = capacity, self._limit
         return fork
 
+    def copy_beginning(self, other: KVCache, tokens: int) -> None:
+        """Take the first `tokens` tokens of another cache of one sequence and of this format for the first of this one's.
+
+        Raises:
+            RequestError: the other holds fewer, or this one has no room for them.
+        """
+        if not tokens <= other.lengths[0]:
+            raise RequestError(f"a cache must hold the {tokens} tokens that are copied from it; found {other.lengths[0]}")
+        self.reserve(tokens)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name in ("keys", "values", "key_scales", "value_scales"):
+                part = getattr(mine, name)
+                if part is not None:
+                    part[:, :, :tokens] = getattr(theirs, name)[:, :, :tokens]
+        self.lengths = [tokens]
+
     def advance(self, counts: list[int]) -> None:
         """Count the tokens that every layer has written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

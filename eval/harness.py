@@ -161,7 +161,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
         """Continuations of (context, options), each up to the first of its stop strings or an end token.
 
         Options: `until`, `max_gen_toks` (or another of its usual names), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
-        `repetition_penalty`. A context that leaves no room for the new tokens loses its beginning. Prompts share no prefix here.
+        `repetition_penalty`. A context that leaves no room for the new tokens loses its beginning. What prompts of a batch
+        begin with is run once, as far as `generate` shares it.
 
         Raises:
             RequestError: an option that is not known or out of range, or more new tokens than the model's context holds.
@@ -184,9 +185,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
                     tokenizer=self.tokenizer,
                     kv_format=self._kv_format,
                 )
-                prompt_tokens = sum(map(len, prompts))
-                self.counts.requested += prompt_tokens
-                self.counts.prefilled += prompt_tokens
+                self.counts.requested += sum(map(len, prompts))
+                self.counts.prefilled += sum(generation.prefilled_tokens for generation in found)
                 for i, generation in zip(batch, found, strict=True):
                     texts[i] = generation.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, generation.text)

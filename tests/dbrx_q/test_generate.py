@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from dbrx_q import DbrxForCausalLM, DbrxTokenizer, KVCache, SamplingParams, generate, generate_text, stream_text
+from dbrx_q.decoding import decoder_for
 from dbrx_q.errors import RequestError
 from dbrx_q.sampling import sample
 
@@ -90,6 +91,24 @@ def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(model: DbrxFo
     prompt = torch.randint(0, 4092, (1300,), generator=torch.Generator().manual_seed(3)).tolist()
     [result] = generate(model, [prompt], max_new_tokens=1, eos_token_ids=[])
     assert result.token_ids == [int(model(torch.tensor([prompt])).logits[0, -1].argmax())]
+
+
+@pytest.mark.parametrize("kv_format", ["plain", "int8"])
+def test_what_prompts_begin_with_is_run_once(model: DbrxForCausalLM, kv_format: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(0, 4000, (1600,), generator=generator).tolist()
+    # 1,300 tokens in common with the first, of which two whole steps of 512 can be copied; all of it; less than a step; another beginning.
+    prompts = [words, words[:1300] + [5] * 40, words[:1024], words[:300], [7, *words[:600]], words]
+    alone = [generate(model, [prompt], max_new_tokens=5, eos_token_ids=[], kv_format=kv_format)[0] for prompt in prompts]
+    together = generate(model, prompts, max_new_tokens=5, eos_token_ids=[], kv_format=kv_format)
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+    assert [result.prefilled_tokens for result in alone] == [len(prompt) for prompt in prompts]
+    assert [result.prefilled_tokens for result in together] == [1600, 1340 - 1024, 1024 - 512, 300, 601, 1600 - 1536]
+    with decoder_for(model, [2000] * len(prompts), kv_format) as decoder:
+        shared = [decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)]
+    for prompt, logits in zip(prompts, shared, strict=True):
+        with decoder_for(model, [2000], kv_format) as decoder:
+            assert torch.equal(decoder.prefill(0, prompt), logits)
 
 
 def test_all_eos_ids_of_generation_config_end_a_sequence(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
