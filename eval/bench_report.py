@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_q.errors import RequestError
-
 from .bench_model import ModelBenchmark, SpeedRow
-from .plots import INK, check_plot_extra, save, style
+from .plots import INK, render, style
+from .report_folder import write_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_report_folder", "markdown", "plot", "write_report"]
+__all__ = ["FILES", "KEYS", "markdown", "plot", "write_report"]
+
+FILES = ("bench.json", "bench.md", "bench.png", "bench.svg")
+KEYS = ("path", "rows", "provenance")
+"""What the JSON object of a report has at least."""
 
 _LOG_FROM = 30  # largest value of a panel over its smallest, from which a linear axis would hide the smallest
 _TITLES = {"pp": "Prefill", "tg": "Decode"}
 
 
-def check_report_folder(folder: Path) -> None:
-    """Refuse what `write_report` could not do, before anything is measured.
-
-    Raises:
-        UnsupportedError: matplotlib is missing.
-        RequestError: `folder` is a file.
-    """
-    check_plot_extra("the plot of --out")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--out must be a folder; {folder} is a file. Name another")
-
-
-def write_report(result: ModelBenchmark, folder: Path) -> list[Path]:
-    """Write bench.json, bench.md, bench.png and bench.svg into `folder`, which is made where missing; they appear when all are whole."""
-    import json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"bench.{ending}" for ending in ("json", "md", "png", "svg")]
-    partial = [path.with_name(f"{path.stem}.partial{path.suffix}") for path in paths]
-    try:
-        partial[0].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial[1].write_text(markdown(result), encoding="utf-8")
-        for path in partial[2:]:
-            plot(result, path)
-        for path, whole in zip(partial, paths, strict=True):
-            os.replace(path, whole)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-    return paths
+def write_report(result: ModelBenchmark, folder: Path) -> None:
+    """Write `FILES` into `folder`, which is made where missing."""
+    drawing = plot(result)
+    contents = (
+        (json.dumps(result.to_dict(), indent=2) + "\n").encode(),
+        markdown(result).encode(errors="replace"),
+        render(drawing, "png"),
+        render(drawing, "svg"),
+    )
+    write_files(folder, dict(zip(FILES, contents, strict=True)))
 
 
 def markdown(result: ModelBenchmark) -> str:
@@ -94,12 +77,8 @@ def markdown(result: ModelBenchmark) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: ModelBenchmark, path: Path) -> None:
-    """Tokens/s of every row as a bar, and its ceiling as a mark; prefill and decode in panels of their own.
-
-    Args:
-        path: ends in ".png" or ".svg".
-    """
+def plot(result: ModelBenchmark) -> Figure:
+    """Tokens/s of every row as a bar, and its ceiling as a mark; prefill and decode in panels of their own."""
     from matplotlib.figure import Figure
 
     panels = [(kind, rows) for kind in _TITLES if (rows := [row for row in result.rows if row.kind == kind])]
@@ -110,7 +89,7 @@ def plot(result: ModelBenchmark, path: Path) -> None:
         _panel(panel, kind, rows)
     axes[-1].set_xlabel("tokens/s: median, with the standard deviation over the repeats", color=INK)
     _titles(drawing, axes[0], result)
-    save(drawing, path)
+    return drawing
 
 
 def _panel(axes: Axes, kind: str, rows: list[SpeedRow]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,8 +96,10 @@ class Comparison:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of `dbrx-q compare --json`."""
-        return asdict(self)
+        """The JSON object of `dbrx-q compare --json`; what is not finite, such as the divergence of a model that overflows, is None."""
+        found = _finite(asdict(self))
+        assert isinstance(found, dict)
+        return found
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Comparison:
@@ -105,3 +108,12 @@ class Comparison:
             QuantResult(**(row | {"worst_tokens": [WorstToken(**token) for token in row["worst_tokens"]]})) for row in data["results"]
         ]
         return cls(**(data | {"results": results}))
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON with null for every float that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

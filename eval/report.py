@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .comparison import Comparison
 from .plots import INK, figure, label_points, log_axis, render, style
@@ -17,13 +17,15 @@ from .report_text import short_names
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["divergence_plot", "layer_plot", "write_report"]
+__all__ = ["FILES", "KEYS", "divergence_plot", "layer_plot", "write_report"]
+
+FILES = ("report.md", "report.json", "report.html", "divergence.png", "divergence.svg")
+KEYS = ("reference", "results", "provenance")
+"""What the JSON object of a report has at least."""
 
 
 def write_report(found: Comparison, folder: Path) -> None:
     """Write report.md, report.json, report.html, divergence.png and divergence.svg into `folder`.
-
-    A figure that is not finite, such as the divergence of a model that overflows, is null in the JSON file, which has no word for it.
 
     Raises:
         RequestError: a file cannot be written; `folder` is then as it was.
@@ -31,7 +33,7 @@ def write_report(found: Comparison, folder: Path) -> None:
     divergence = divergence_plot(found)
     files = {
         "report.md": markdown(found).encode(errors="replace"),
-        "report.json": (json.dumps(_finite(found.to_dict()), indent=2, allow_nan=False) + "\n").encode(),
+        "report.json": (json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n").encode(),
         "divergence.png": render(divergence, "png"),
         "divergence.svg": render(divergence, "svg"),
         "report.html": html(found, divergence_plot(found), layer_plot(found)).encode(errors="replace"),
@@ -97,12 +99,3 @@ def layer_plot(found: Comparison) -> Figure:
     for text in legend.get_texts():
         text.set_parse_math(False)
     return drawing
-
-
-def _finite(value: Any) -> Any:
-    """The same JSON with null for every float that is not finite."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from .plots import check_plot_extra
 
 __all__ = ["check_report_folder", "write_files"]
 
-_FILES = ("report.md", "report.json", "report.html", "divergence.png", "divergence.svg")
 
-
-def check_report_folder(folder: Path) -> None:
+def check_report_folder(folder: Path, files: Collection[str], keys: Collection[str]) -> None:
     """Refuse what could not be written at the end.
+
+    Args:
+        folder: where the report shall be.
+        files: the names of its files, one of which ends in .json.
+        keys: what an object in that file has; one that lacks them is no former report's, which alone is replaced.
 
     Raises:
         UnsupportedError: matplotlib is missing.
@@ -30,8 +33,8 @@ def check_report_folder(folder: Path) -> None:
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not os.access(nearest, os.W_OK):
         raise RequestError(f"{folder}: a report's folder must be writable; {nearest} is not. Give another name")
-    found = next((name for name in _FILES if (folder / name).exists()), None)
-    if found and not _is_report(folder / "report.json"):
+    found = next((name for name in files if (folder / name).exists()), None)
+    if found and not _is_report(folder / next(name for name in files if name.endswith(".json")), keys):
         raise RequestError(f"{folder / found}: only a former report is replaced, and there is none here. Give another folder, or move it")
 
 
@@ -60,9 +63,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 place.rmdir()
 
 
-def _is_report(path: Path) -> bool:
+def _is_report(path: Path, keys: Collection[str]) -> bool:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and {"reference", "results", "provenance"} <= data.keys()
+    return isinstance(data, dict) and set(keys) <= data.keys()

@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_q.errors import RequestError
-
-from .plots import INK, MUTED, check_plot_extra, figure, log_axis, save, style
+from .plots import INK, MUTED, figure, log_axis, render, style
+from .report_folder import write_files
 from .sensitivity import Sensitivity, UnitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_report_folder", "markdown", "plot", "short_name", "table", "write_report"]
+__all__ = ["FILES", "KEYS", "markdown", "plot", "short_name", "table", "write_report"]
+
+FILES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
+KEYS = ("checkpoint", "units", "provenance")
+"""What the JSON object of a report has at least."""
 
 _ROWS = ("Wqkv", "out_proj", "w1", "v1", "w2")  # of the heat map, from the top
 _WRITTEN = 16  # columns up to which cells have room for their figure
 
 
-def check_report_folder(folder: Path) -> None:
-    """Refuse what `write_report` could not do, before anything is measured.
-
-    Raises:
-        UnsupportedError: matplotlib is not installed.
-        RequestError: `folder` is a file.
-    """
-    check_plot_extra("the plot that --out writes")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--out must be a folder; {folder} is a file. Name another")
-
-
-def write_report(found: Sensitivity, folder: Path) -> list[Path]:
-    """Write sensitivity.json, sensitivity.md and sensitivity.png into `folder`, made where missing; they appear when all are whole."""
-    import json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"sensitivity.{ending}" for ending in ("json", "md", "png")]
-    partial = [path.with_name(f"{path.stem}.partial{path.suffix}") for path in paths]
-    try:
-        partial[0].write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial[1].write_text(markdown(found), encoding="utf-8")
-        save(plot(found), partial[2])
-        for path, whole in zip(partial, paths, strict=True):
-            os.replace(path, whole)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-    return paths
+def write_report(found: Sensitivity, folder: Path) -> None:
+    """Write `FILES` into `folder`, which is made where missing."""
+    contents = (
+        (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
+        markdown(found).encode(errors="replace"),
+        render(plot(found), "png"),
+    )
+    write_files(folder, dict(zip(FILES, contents, strict=True)))
 
 
 def short_name(name: str) -> str:

@@ -63,8 +63,9 @@ def model(
 
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench_model import bench_model, check_tests, speed_tests
-    from dbrx_q.eval.bench_report import check_report_folder, markdown, write_report
+    from dbrx_q.eval.bench_report import FILES, KEYS, markdown, write_report
     from dbrx_q.eval.provenance import command_line
+    from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.sources import open_source
     from dbrx_q.model import check_device
 
@@ -78,7 +79,7 @@ def model(
         raise RequestError(f"--repeats must be at least 1; found {repeats}")
     place = check_device(device)
     if out is not None:
-        check_report_folder(out)
+        check_report_folder(out, FILES, KEYS)
     source = open_source(path)
     check_tests(tests, source.config)
     with output.progress("rows") as report:

@@ -51,6 +51,7 @@ def command(
     from dbrx_q.eval.document import check_section, replace_section
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.reference_file import ReferenceFile
+    from dbrx_q.eval.report import FILES, KEYS, write_report
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.report_markdown import layers, table
     from dbrx_q.eval.sources import open_source
@@ -58,7 +59,7 @@ def command(
     from dbrx_q.model import check_device
 
     if out is not None:
-        check_report_folder(out)
+        check_report_folder(out, FILES, KEYS)
     if document is not None:
         check_section(document, *_markers(section))
     place = check_device(device)
@@ -83,8 +84,6 @@ def command(
             on_window=on_window,
         )
     if out is not None:
-        from dbrx_q.eval.report import write_report
-
         write_report(found, out)
     if document is not None and found.complete:
         replace_section(document, *_markers(section), f"{table(found)}\n\n{layers(found)}")

@@ -57,8 +57,9 @@ def command(
     """Round one part of a model at a time and measure how far its predictions move: where bits are worth most."""
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.provenance import command_line, provenance
+    from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.sensitivity import check_formats, sensitivity, units_of
-    from dbrx_q.eval.sensitivity_report import check_report_folder, write_report
+    from dbrx_q.eval.sensitivity_report import FILES, KEYS, write_report
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
     from dbrx_q.eval.windows import Protocol
@@ -66,7 +67,7 @@ def command(
     from dbrx_q.model import check_device
 
     if out is not None:
-        check_report_folder(out)
+        check_report_folder(out, FILES, KEYS)
     place = check_device(device)
     words = load_text(text)
     source = open_source(path)

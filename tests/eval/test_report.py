@@ -16,7 +16,7 @@ import pytest
 
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.comparison import Comparison, QuantResult, WorstToken
-from dbrx_q.eval.report import write_report
+from dbrx_q.eval.report import FILES, KEYS, write_report
 from dbrx_q.eval.report_folder import check_report_folder, write_files
 from dbrx_q.eval.report_markdown import front
 
@@ -272,24 +272,24 @@ def test_what_nothing_else_beats() -> None:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="a report is a folder; found a file"):
-        check_report_folder(tmp_path / "file")
+        check_report_folder(tmp_path / "file", FILES, KEYS)
     with pytest.raises(RequestError, match="a report's folder must be writable"):
         write_report(comparison([result(0)]), tmp_path / "file" / "report")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(RequestError, match="must be writable"):
-        check_report_folder(tmp_path / "new" / "report")
+        check_report_folder(tmp_path / "new" / "report", FILES, KEYS)
 
 
 def test_only_a_former_report_is_replaced(tmp_path: Path) -> None:
     report, other = tmp_path / "report", tmp_path / "other"
     write_report(comparison([result(0)]), report)
-    check_report_folder(report)
+    check_report_folder(report, FILES, KEYS)
     other.mkdir()
     (other / "notes.txt").write_text("")
-    check_report_folder(other)
+    check_report_folder(other, FILES, KEYS)
     (other / "report.md").write_text("my own")
     with pytest.raises(RequestError, match=r"report.md: only a former report is replaced"):
-        check_report_folder(other)
+        check_report_folder(other, FILES, KEYS)
 
 
 def test_a_report_that_cannot_be_finished_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
