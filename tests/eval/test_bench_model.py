@@ -251,7 +251,7 @@ def test_an_interruption_before_the_first_row_leaves_nothing(small: Path) -> Non
         (["-p", "64"], "must fit the model's context of 64 tokens; pp64 takes 65 (depth + prompt + 1)"),
         (["-p", "0", "-n", "60", "-d", "5"], "must fit the model's context of 64 tokens; tg60 @ d5 takes 65 (depth + generated)"),
         (["--device", "cuda:99"], "must be a GPU that torch sees"),
-        (["-p", "4", "-n", "4", "--out", "{file}"], "--out must be a folder"),
+        (["-p", "4", "-n", "4", "--out", "{file}"], "a report is a folder; found a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -377,7 +377,7 @@ def test_an_interrupted_command(cli: Callable[..., Any], tmp_path: Path, monkeyp
         (["--windows", "0"], "at least one window must be measured; found a limit of 0"),
         (["--text", "missing.txt"], "missing.txt: a text must be a file or the name of a data set"),
         (["--text", NANO / "generation_config.json"], "generation_config.json: line 1: must be JSON"),
-        (["--out", BOOK], "--out must be a folder"),
+        (["--out", BOOK], "a report is a folder; found a file"),
         (["--format", "int3"], "int3"),
         (["--by", "expert"], "expert"),
     ],
