@@ -31,7 +31,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 unit: .venv/installed-dev browser
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/kernels/ahead_of_time
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels/ahead_of_time
 
 # Chromium, in which the HTML report is tested: the system's, or Debian's where root can install it.
 browser:

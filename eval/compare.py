@@ -45,9 +45,9 @@ class Pair:
 
     def __init__(self, source: Source, state: RunState | None = None) -> None:
         self.source = source
-        self.windows = 0  # that are done
+        self.windows = self.tokens = 0  # that are done
         self._state = state
-        self._parts: list[TokenScores] = []
+        self._room = TokenScores.room(0)
         layers = source.config.n_layers
         self.same_experts = np.zeros(layers, np.int64)  # tokens whose experts are the same set, per layer
         self.jaccard = np.zeros(layers)  # sums over tokens
@@ -56,30 +56,34 @@ class Pair:
         kept = None if state is None else state.load()
         if kept is not None:
             self.windows = int(kept.pop("windows"))
-            self._parts = [TokenScores(*(kept.pop(field.name) for field in fields(TokenScores)))]
+            self._room = TokenScores(*(kept.pop(field.name) for field in fields(TokenScores)))
+            self.tokens = len(self._room.kl)
             self.same_experts, self.jaccard, self.error, self.norm = (kept[name] for name in ("same_experts", "jaccard", "error", "norm"))
-
-    @property
-    def tokens(self) -> int:
-        """Predicted tokens that are done."""
-        return sum(len(part.kl) for part in self._parts)
 
     @property
     def scores(self) -> TokenScores:
         """Of all tokens that are done."""
-        self._parts = [TokenScores.joined(self._parts)]
-        return self._parts[0]
+        return self._room.first(self.tokens)
 
-    def add(self, windows: int, steps: Sequence[tuple[ReferenceStep, Observation]], parts: Sequence[TokenScores]) -> None:
-        """Count one more batch of windows."""
+    def make_room(self, tokens: int) -> None:
+        """For the scores of a whole run: small arrays that stay would keep the allocator from giving back the large ones between them."""
+        done = self.scores
+        self._room = TokenScores.room(tokens)
+        self._room.put(0, done)
+
+    def put(self, at: int, part: TokenScores) -> None:
+        """Write scores from token `at` on; they count when `add` is called."""
+        self._room.put(at, part)
+
+    def add(self, windows: int, tokens: int, steps: Sequence[tuple[ReferenceStep, Observation]]) -> None:
+        """Count one more batch of windows, whose scores have been put."""
         for reference, seen in steps:
             same, jaccard = _expert_agreement(reference.experts, seen.experts)
             self.same_experts, self.jaccard = self.same_experts + same, self.jaccard + jaccard
             wanted = reference.states.double()
             self.error = self.error + (seen.states.double() - wanted).square().sum((0, 2)).numpy()
             self.norm = self.norm + wanted.square().sum((0, 2)).numpy()
-        self._parts += parts
-        self.windows += windows
+        self.windows, self.tokens = self.windows + windows, self.tokens + tokens
 
     def keep(self) -> None:
         """Write what is done to where it is found again."""
@@ -160,6 +164,8 @@ def _run(
     models = [load(pair.source) for pair in pairs]
     predicted = sum(window.tokens for window in windows)
     interval = sample_interval(predicted, reference.config.n_layers, reference.config.d_model)
+    for pair in pairs:
+        pair.make_room(predicted)
     first, saved = 0, time.monotonic()
     for index, batch in batches(windows):
         tokens = sum(window.tokens for window in batch)
@@ -190,19 +196,20 @@ def _run_batch(
 ) -> None:
     runs = [observe(model, text, batch, first=first, interval=interval, kv_format=kv_format) for _, model in pairs]
     steps: list[list[tuple[ReferenceStep, Observation]]] = [[] for _ in pairs]
-    parts: list[list[TokenScores]] = [[] for _ in pairs]
+    at = first
     for wanted in reference.steps(text, batch, index=index, first=first, interval=interval):
         seen = [next(run) for run in runs]
         chunks = [logit_chunks(model, one) for (_, model), one in zip(pairs, seen, strict=True)]
         for several in zip(*chunks, strict=True):
             place = several[0][0]
             expected = wanted.distribution(place)
-            for part, one, (_, logits) in zip(parts, seen, several, strict=True):
-                part.append(scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
+            for (pair, _), one, (_, logits) in zip(pairs, seen, several, strict=True):
+                pair.put(at + place.start, scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
         for step, one in zip(steps, seen, strict=True):
             step.append((wanted, one))
-    for (pair, _), step, part in zip(pairs, steps, parts, strict=True):
-        pair.add(len(batch), step, part)
+        at += len(seen[0].targets)
+    for (pair, _), step in zip(pairs, steps, strict=True):
+        pair.add(len(batch), at - first, step)
 
 
 def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -70,11 +70,19 @@ class TokenScores:
     top: np.ndarray
 
     @classmethod
-    def joined(cls, parts: list[TokenScores]) -> TokenScores:
-        """Of the tokens of several parts."""
-        if not parts:
-            return cls(*(np.zeros(0, kind) for kind in (np.float64, np.float64, np.float64, np.float32, np.int32, np.int32)))
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+    def room(cls, tokens: int) -> TokenScores:
+        """For so many tokens, to be filled by `put`."""
+        return cls(*(np.zeros(tokens, kind) for kind in (np.float64, np.float64, np.float64, np.float32, np.int32, np.int32)))
+
+    def put(self, at: int, part: TokenScores) -> None:
+        """Copy the scores of the tokens from place `at` on."""
+        for field in fields(self):
+            values = getattr(part, field.name)
+            getattr(self, field.name)[at : at + len(values)] = values
+
+    def first(self, tokens: int) -> TokenScores:
+        """Those of the first so many tokens, in the same memory."""
+        return TokenScores(*(getattr(self, field.name)[:tokens] for field in fields(self)))
 
 
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -67,27 +67,33 @@ def perplexity(
     check_ids(ids, model.config.vocab_size)
     windows = protocol.windows(len(ids))
     text = torch.tensor(ids)
-    done, losses = _restored(state)
+    total = sum(window.tokens for window in windows)
+    # Filled in place: small arrays that stay would keep the allocator from giving back the large ones between them.
+    losses = np.empty(total)
+    done, tokens = _restored(state, losses)
     saved = time.monotonic()
     try:
         for first, batch in batches(windows):
             if first < done:
                 continue
             on_window(done, len(windows))
-            found = []
+            at = tokens
             for seen in observe(model, text, batch, kv_format=kv_format):
-                found += [negative_log_likelihood(logits, seen.targets[place]).cpu().numpy() for place, logits in logit_chunks(model, seen)]
-            done, losses = done + len(batch), [*losses, *found]
+                for place, logits in logit_chunks(model, seen):
+                    found = negative_log_likelihood(logits, seen.targets[place])
+                    losses[at : at + len(found)] = found.cpu().numpy()
+                    at += len(found)
+            done, tokens = done + len(batch), at
             if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
-                _keep(state, done, losses)
+                _keep(state, done, losses[:tokens])
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        if not losses:
+        if not done:
             raise
         if state is not None:
-            _keep(state, done, losses)
+            _keep(state, done, losses[:tokens])
     on_window(done, len(windows))
-    values = np.concatenate(losses)
+    values = losses[:tokens]
     mean, error = mean_and_stderr(values)
     likely = float(np.exp(mean))
     if done == len(windows) and state is not None:
@@ -96,8 +102,8 @@ def perplexity(
         perplexity=likely,
         stderr=likely * error,  # of exp(mean), by the delta method
         nll=float(values.sum()),
-        tokens=len(values),
-        total_tokens=sum(window.tokens for window in windows),
+        tokens=tokens,
+        total_tokens=total,
         complete=done == len(windows),
         protocol=protocol.name,
         context=protocol.context,
@@ -105,11 +111,15 @@ def perplexity(
     )
 
 
-def _restored(state: RunState | None) -> tuple[int, list[np.ndarray]]:
-    """(windows done, negative log-likelihoods) of a run that was interrupted."""
+def _restored(state: RunState | None, losses: np.ndarray) -> tuple[int, int]:
+    """(windows, tokens) that are done of a run that was interrupted, whose figures go to the beginning of `losses`."""
     kept = None if state is None else state.load()
-    return (0, []) if kept is None else (int(kept["windows"]), [kept["losses"]])
+    if kept is None:
+        return 0, 0
+    tokens = len(kept["losses"])
+    losses[:tokens] = kept["losses"]
+    return int(kept["windows"]), tokens
 
 
-def _keep(state: RunState, done: int, losses: list[np.ndarray]) -> None:
-    state.save({"windows": np.array(done), "losses": np.concatenate(losses)})
+def _keep(state: RunState, done: int, losses: np.ndarray) -> None:
+    state.save({"windows": np.array(done), "losses": losses})

@@ -135,13 +135,14 @@ class Walk:
         return [norm(x, delta)[1][step.rows] for step, (x, delta) in zip(self._steps, streams, strict=True)]
 
     def _scores(self, hidden: list[torch.Tensor], head: torch.Tensor | None) -> TokenScores:
-        found = []
+        found, at = TokenScores.room(sum(len(step.targets) for step in self._steps)), 0
         for step, reference, own in zip(self._steps, self._reference, hidden, strict=True):
             for chunk in _chunks(step):
                 targets = step.targets[chunk]
                 before = Distribution.of(self._logits(reference[chunk], None), targets)
-                found.append(scores(before, Distribution.of(self._logits(own[chunk], head), targets)))
-        return TokenScores.joined(found)
+                found.put(at, scores(before, Distribution.of(self._logits(own[chunk], head), targets)))
+                at += len(targets)
+        return found
 
     def _logits(self, hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
         """[P, V] of [P, D], with another head's weight where one is given."""

@@ -83,15 +83,18 @@ def test_what_is_certain_stays_finite() -> None:
     assert np.isclose(found.kl[0], 4000 + np.log(9), rtol=1e-9)
 
 
-def test_parts_join_in_order() -> None:
+def test_parts_take_their_places() -> None:
     def part(first: int) -> TokenScores:
         values = np.arange(first, first + 3)
         return TokenScores(*(values.astype(kind) for kind in (np.float64, np.float64, np.float64, np.float32, np.int32, np.int32)))
 
-    joined = TokenScores.joined([part(0), part(3)])
-    assert joined.kl.tolist() == [0, 1, 2, 3, 4, 5]
-    assert joined.top.dtype == np.int32
-    assert len(TokenScores.joined([]).kl) == 0
+    whole = TokenScores.room(8)
+    whole.put(3, part(3))
+    whole.put(0, part(0))
+    assert whole.first(6).kl.tolist() == [0, 1, 2, 3, 4, 5]
+    assert whole.first(6).top.tolist() == [0, 1, 2, 3, 4, 5]
+    assert whole.top.dtype == np.int32
+    assert len(whole.first(0).kl) == 0
 
 
 def test_the_standard_error_is_the_textbooks() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from dbrx_q.eval.comparing import compare_checkpoints, open_reference
-from dbrx_q.eval.comparison import Comparison
 from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.texts import load_text
 from dbrx_q.eval.windows import Protocol
@@ -22,31 +21,21 @@ FLOAT32_PERPLEXITY, PRINTED_ERROR = 35.1947, 0.4605
 Q4_0_RATIO, Q4_0_MEAN_KL, Q4_0_P999_KL, Q4_0_TOP = 1.01789, 0.02263, 0.4248, 0.9039
 
 
-@pytest.fixture(scope="module")
-def found(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        gguf = open_source(nano.parent / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf")
-        text = load_text(str(nano.parent / "wikitext2-test.txt"))
-        return compare_checkpoints(open_reference(str(nano)), [gguf], text, Protocol.of(512, half_window=True, limit=200))
+def test_the_figures_are_llama_cpps(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gguf = open_source(nano.parent / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf")
+    text = load_text(str(nano.parent / "wikitext2-test.txt"))
+    found = compare_checkpoints(open_reference(str(nano)), [gguf], text, Protocol.of(512, half_window=True, limit=200))
 
-
-def test_float32_perplexity(found: Comparison) -> None:
     assert found.tokens == 200 * 255
     assert math.isclose(found.reference_perplexity, FLOAT32_PERPLEXITY, rel_tol=1e-4)
     assert round(found.reference_perplexity_stderr, 4) == PRINTED_ERROR
 
-
-def test_quantized_perplexity(found: Comparison) -> None:
     row = found.results[0]
+    assert round(row.bits_per_weight, 2) == 4.81
     assert abs(row.perplexity - Q4_0_RATIO * FLOAT32_PERPLEXITY) < PRINTED_ERROR
     # Pairing takes the text's own spread out, so that the two ratios must agree far better than that.
     assert abs(row.delta_ln_ppl - math.log(Q4_0_RATIO)) < row.delta_ln_ppl_stderr
-
-
-def test_divergence(found: Comparison) -> None:
-    row = found.results[0]
     assert math.isclose(row.mean_kl, Q4_0_MEAN_KL, rel_tol=0.05)
     assert math.isclose(row.p999_kl, Q4_0_P999_KL, rel_tol=0.05)
     assert math.isclose(row.top1_agreement, Q4_0_TOP, abs_tol=0.005)
-    assert round(row.bits_per_weight, 2) == 4.81
