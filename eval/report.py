@@ -15,6 +15,7 @@ from .report_markdown import front, markdown
 from .report_text import short_names
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["FILES", "KEYS", "divergence_plot", "layer_plot", "write_report"]
@@ -22,6 +23,8 @@ __all__ = ["FILES", "KEYS", "divergence_plot", "layer_plot", "write_report"]
 FILES = ("report.md", "report.json", "report.html", "divergence.png", "divergence.svg")
 KEYS = ("reference", "results", "provenance")
 """What the JSON object of a report has at least."""
+
+_LABELLED = 6  # points that have room for names beside them
 
 
 def write_report(found: Comparison, folder: Path) -> None:
@@ -51,6 +54,7 @@ def divergence_plot(found: Comparison) -> Figure:
     best = sorted((row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True) if front(row, rows))
     bits, lowest = [point[0] for point in best], [point[1] for point in best]
     axes.plot(bits, lowest, color=style(5).colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    names = short_names([row.path for row in found.results])
     for number, row, height in zip(shown, rows, heights, strict=True):
         look = style(number)
         axes.errorbar(
@@ -63,13 +67,31 @@ def divergence_plot(found: Comparison) -> Figure:
             capsize=3,
             linestyle="none",
             zorder=3,
+            label=names[number],
         )
+    _spread(axes, [row.bits_per_weight for row in rows])
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("mean KL divergence, nats per token")
-    points = [(row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True)]
-    names = short_names([row.path for row in found.results])
-    label_points(drawing, axes, points, [names[number] for number in shown])
+    if len(rows) > _LABELLED:
+        _legend(axes)
+    else:
+        points = [(row.bits_per_weight, height) for row, height in zip(rows, heights, strict=True)]
+        label_points(drawing, axes, points, [names[number] for number in shown])
     return drawing
+
+
+def _spread(axes: Axes, bits: list[float]) -> None:
+    """A logarithmic x axis where 16 bits would crowd all that are near 4."""
+    if not bits or max(bits) < 2 * min(bits):
+        return
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(bits) / 1.08, max(bits) * 1.15)
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32) if min(bits) / 1.08 <= tick <= max(bits) * 1.15]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def layer_plot(found: Comparison) -> Figure:
@@ -95,7 +117,12 @@ def layer_plot(found: Comparison) -> Figure:
     axes.set_xlabel("layer")
     axes.set_ylabel("error of hidden states, relative")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return drawing
+
+
+def _legend(axes: Axes) -> None:
+    """Names beside the plot, as they are spelled."""
     legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return drawing

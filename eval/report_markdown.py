@@ -60,13 +60,13 @@ def table(found: Comparison) -> str:
     columns += ["max", "top token", "top five", "RMS of dp"]
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 12]
     lines.append(
-        f"| {_safe(found.reference)} | {_safe(found.reference_format)} | {found.reference_bits_per_weight:.2f} | "
+        f"| {_safe(short_names([found.reference])[0])} | {_safe(found.reference_format)} | {found.reference_bits_per_weight:.2f} | "
         f"{found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f} |" + " |" * 10
     )
-    for row in found.results:
+    for row, name in zip(found.results, short_names([row.path for row in found.results]), strict=True):
         kls = (row.mean_kl, row.median_kl, row.p90_kl, row.p99_kl, row.p999_kl, row.max_kl)
         lines.append(
-            f"| {_safe(row.path)}{_part(found, row)} | {_safe(row.format)} | {row.bits_per_weight:.2f} | "
+            f"| {_safe(name)}{_part(found, row)} | {_safe(row.format)} | {row.bits_per_weight:.2f} | "
             f"{row.perplexity:.4f} ± {row.perplexity_stderr:.4f} | "
             f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f} | "
             + " | ".join(four_digits(kl) for kl in kls)
@@ -79,8 +79,8 @@ def layers(found: Comparison) -> str:
     """Agreement of the routers and error of the hidden states, a row per checkpoint and a column per layer."""
     count = len(found.results[0].hidden_error)
     lines = ["| checkpoint | |" + "".join(f" {layer} |" for layer in range(count)), "|---|---|" + "---:|" * count]
-    for row in found.results:
-        lines.append(f"| {_safe(row.path)} | same experts |" + "".join(f" {share:.2%} |" for share in row.router_agreement))
+    for row, name in zip(found.results, short_names([row.path for row in found.results]), strict=True):
+        lines.append(f"| {_safe(name)} | same experts |" + "".join(f" {share:.2%} |" for share in row.router_agreement))
         lines.append("| | error of hidden states |" + "".join(f" {error:.4f} |" for error in row.hidden_error))
     return "\n".join(lines)
 

@@ -257,7 +257,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
     assert Comparison.from_dict(json.loads((tmp_path / "report.json").read_text())) == found
     document = (tmp_path / "report.md").read_text(encoding="utf-8")
-    rows = [line for line in document.splitlines() if line.startswith("| checkpoints/model-0 | int4")]
+    rows = [line for line in document.splitlines() if line.startswith("| model-0 | int4")]
     assert len(rows) == 1
     header = next(line for line in document.splitlines() if line.startswith("| checkpoint | format"))
     assert rows[0].count("|") == header.count("|")
