@@ -30,8 +30,9 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+# A thread for each of the two processes: with more, threads that wait would take the cores from those that work.
 unit: .venv/installed-dev browser
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels/ahead_of_time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels/ahead_of_time
 
 # Chromium, in which the HTML report is tested: the system's, or Debian's where root can install it.
 browser:
