@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from dbrx_q.tokenizer import DbrxTokenizer
 
 from .comparison import Comparison, QuantResult, WorstToken
 from .divergence import Distribution, TokenScores, mean_and_stderr, scores
-from .observe import Observation, batches, check_ids, logit_chunks, observe, sample_interval
+from .observe import Observation, batches, check_ids, chunks, observe, sample_interval
 from .reference import Reference, ReferenceStep
 from .resume import RunState
 from .sources import Source
@@ -35,6 +35,47 @@ _WORST = 10
 _CONTEXT_TOKENS = 40  # that are shown before a token that suffered
 
 
+@dataclass(frozen=True)
+class _LayerSums:
+    """Sums per layer, [L] each.
+
+    same_experts: tokens whose experts are the same set. jaccard: of |A and B| / |A or B| over tokens. error, norm: of the squares of
+    h - h_ref and of h_ref over `sampled` tokens.
+    """
+
+    same_experts: np.ndarray
+    jaccard: np.ndarray
+    error: np.ndarray
+    norm: np.ndarray
+    sampled: np.ndarray
+
+    @classmethod
+    def none(cls, layers: int) -> _LayerSums:
+        """Of no token."""
+        return cls(np.zeros(layers, np.int64), np.zeros(layers), np.zeros(layers), np.zeros(layers), np.zeros(layers, np.int64))
+
+    @classmethod
+    def of(cls, reference: ReferenceStep, seen: Observation) -> _LayerSums:
+        """Of one step."""
+        wanted = reference.states.double()  # [S, L, D]
+        error = (seen.states.double() - wanted).square().sum((0, 2)).numpy()
+        sampled = np.full(wanted.shape[1], len(wanted))
+        return cls(*_expert_agreement(reference.experts, seen.experts), error, wanted.square().sum((0, 2)).numpy(), sampled)
+
+    def plus(self, other: _LayerSums) -> _LayerSums:
+        """Of the tokens of both."""
+        return _LayerSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What counts of a run, replaced as a whole."""
+
+    windows: int
+    tokens: int
+    layers: _LayerSums
+
+
 class Pair:
     """One checkpoint beside the reference, and what has been measured of it so far.
 
@@ -45,20 +86,29 @@ class Pair:
 
     def __init__(self, source: Source, state: RunState | None = None) -> None:
         self.source = source
-        self.windows = self.tokens = 0  # that are done
         self._state = state
         self._room = TokenScores.room(0)
-        layers = source.config.n_layers
-        self.same_experts = np.zeros(layers, np.int64)  # tokens whose experts are the same set, per layer
-        self.jaccard = np.zeros(layers)  # sums over tokens
-        self.error = np.zeros(layers)  # sums of squares over sampled tokens
-        self.norm = np.zeros(layers)
+        self._done = _Done(0, 0, _LayerSums.none(source.config.n_layers))
         kept = None if state is None else state.load()
         if kept is not None:
-            self.windows = int(kept.pop("windows"))
-            self._room = TokenScores(*(kept.pop(field.name) for field in fields(TokenScores)))
-            self.tokens = len(self._room.kl)
-            self.same_experts, self.jaccard, self.error, self.norm = (kept[name] for name in ("same_experts", "jaccard", "error", "norm"))
+            self._room = TokenScores(*(kept[field.name] for field in fields(TokenScores)))
+            layers = _LayerSums(*(kept[field.name] for field in fields(_LayerSums)))
+            self._done = _Done(int(kept["windows"]), len(self._room.kl), layers)
+
+    @property
+    def windows(self) -> int:
+        """Windows that are done."""
+        return self._done.windows
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens that are done."""
+        return self._done.tokens
+
+    @property
+    def layers(self) -> _LayerSums:
+        """Sums over what is done."""
+        return self._done.layers
 
     @property
     def scores(self) -> TokenScores:
@@ -67,30 +117,25 @@ class Pair:
 
     def make_room(self, tokens: int) -> None:
         """For the scores of a whole run: small arrays that stay would keep the allocator from giving back the large ones between them."""
-        done = self.scores
-        self._room = TokenScores.room(tokens)
-        self._room.put(0, done)
+        room = TokenScores.room(tokens)
+        room.put(0, self.scores)
+        self._room = room  # in one step, as what follows: Ctrl-C may come at any
 
     def put(self, at: int, part: TokenScores) -> None:
         """Write scores from token `at` on; they count when `add` is called."""
         self._room.put(at, part)
 
-    def add(self, windows: int, tokens: int, steps: Sequence[tuple[ReferenceStep, Observation]]) -> None:
+    def add(self, windows: int, tokens: int, layers: _LayerSums) -> None:
         """Count one more batch of windows, whose scores have been put."""
-        for reference, seen in steps:
-            same, jaccard = _expert_agreement(reference.experts, seen.experts)
-            self.same_experts, self.jaccard = self.same_experts + same, self.jaccard + jaccard
-            wanted = reference.states.double()
-            self.error = self.error + (seen.states.double() - wanted).square().sum((0, 2)).numpy()
-            self.norm = self.norm + wanted.square().sum((0, 2)).numpy()
-        self.windows, self.tokens = self.windows + windows, self.tokens + tokens
+        self._done = _Done(self.windows + windows, self.tokens + tokens, self.layers.plus(layers))
 
     def keep(self) -> None:
         """Write what is done to where it is found again."""
         if self._state is not None and self.windows:
-            arrays = {field.name: getattr(self.scores, field.name) for field in fields(TokenScores)}
-            layers = {name: getattr(self, name) for name in ("same_experts", "jaccard", "error", "norm")}
-            self._state.save(arrays | layers | {"windows": np.array(self.windows)})
+            done = self._done
+            arrays = {field.name: getattr(self._room.first(done.tokens), field.name) for field in fields(TokenScores)}
+            layers = {field.name: getattr(done.layers, field.name) for field in fields(_LayerSums)}
+            self._state.save(arrays | layers | {"windows": np.array(done.windows)})
 
     def forget(self) -> None:
         """Remove what was kept."""
@@ -149,6 +194,10 @@ def compare(
         if not any(pair.windows for pair in pairs):
             raise
         return False
+    except BaseException:
+        for pair in pairs:
+            pair.keep()
+        raise
     return True
 
 
@@ -163,7 +212,7 @@ def _run(
 ) -> None:
     models = [load(pair.source) for pair in pairs]
     predicted = sum(window.tokens for window in windows)
-    interval = sample_interval(predicted, reference.config.n_layers, reference.config.d_model)
+    interval = sample_interval(windows, reference.config.n_layers, reference.config.d_model)
     for pair in pairs:
         pair.make_room(predicted)
     first, saved = 0, time.monotonic()
@@ -195,21 +244,19 @@ def _run_batch(
     kv_format: str,
 ) -> None:
     runs = [observe(model, text, batch, first=first, interval=interval, kv_format=kv_format) for _, model in pairs]
-    steps: list[list[tuple[ReferenceStep, Observation]]] = [[] for _ in pairs]
+    layers = [_LayerSums.none(reference.config.n_layers) for _ in pairs]
     at = first
     for wanted in reference.steps(text, batch, index=index, first=first, interval=interval):
         seen = [next(run) for run in runs]
-        chunks = [logit_chunks(model, one) for (_, model), one in zip(pairs, seen, strict=True)]
-        for several in zip(*chunks, strict=True):
-            place = several[0][0]
+        for place in chunks(len(seen[0].targets)):
             expected = wanted.distribution(place)
-            for (pair, _), one, (_, logits) in zip(pairs, seen, several, strict=True):
+            for (pair, model), one in zip(pairs, seen, strict=True):
+                logits = model.lm_head(one.hidden[place])
                 pair.put(at + place.start, scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
-        for step, one in zip(steps, seen, strict=True):
-            step.append((wanted, one))
+        layers = [sums.plus(_LayerSums.of(wanted, one)) for sums, one in zip(layers, seen, strict=True)]
         at += len(seen[0].targets)
-    for (pair, _), step in zip(pairs, steps, strict=True):
-        pair.add(len(batch), at - first, step)
+    for (pair, _), sums in zip(pairs, layers, strict=True):
+        pair.add(len(batch), at - first, sums)
 
 
 def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -264,6 +311,7 @@ def summary(
     longest = max(begun, key=lambda pair: pair.tokens).scores
     mean, error = mean_and_stderr(longest.nll_reference)
     positions = np.concatenate([np.arange(window.scored, window.end) for window in windows])
+    firsts = np.concatenate([np.full(window.tokens, window.first) for window in windows])
     return Comparison(
         reference=reference.name,
         reference_format=reference.format,
@@ -279,19 +327,19 @@ def summary(
         total_tokens=len(positions),
         complete=all(pair.windows == len(windows) for pair in pairs),
         approximation=reference.approximation,
-        results=[_result(pair, ids, positions, tokenizer) for pair in begun],
+        results=[_result(pair, ids, positions, firsts, tokenizer) for pair in begun],
         provenance=dict(provenance),
     )
 
 
-def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, tokenizer: DbrxTokenizer) -> QuantResult:
+def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.ndarray, tokenizer: DbrxTokenizer) -> QuantResult:
     found = pair.scores
-    tokens, layers = len(found.kl), pair.source.config.n_layers
+    tokens, layers, sums = len(found.kl), pair.source.config.n_layers, pair.layers
     mean, error = mean_and_stderr(found.nll)
     kl, kl_error = mean_and_stderr(found.kl)
     change, change_error = mean_and_stderr(found.nll - found.nll_reference)
     median, p90, p99, p999 = (float(np.quantile(found.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
-    worst = np.argsort(-found.kl, kind="stable")[:_WORST]
+    worst = np.argsort(-np.nan_to_num(found.kl, nan=np.inf), kind="stable")[:_WORST]
     return QuantResult(
         path=pair.source.name,
         format=pair.source.format,
@@ -311,22 +359,23 @@ def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, tokenizer: Db
         top1_agreement=float((found.top == found.reference_top).mean()),
         top5_agreement=float(found.top5.mean(dtype=np.float64)),
         rms_dp=float(np.sqrt(np.square(np.exp(-found.nll) - np.exp(-found.nll_reference)).mean())),
-        router_agreement=(pair.same_experts / tokens).tolist(),
-        router_jaccard=(pair.jaccard / tokens).tolist(),
-        hidden_error=[float(np.sqrt(pair.error[i] / pair.norm[i])) if pair.norm[i] else 0.0 for i in range(layers)],
+        router_agreement=(sums.same_experts / tokens).tolist(),
+        router_jaccard=(sums.jaccard / tokens).tolist(),
+        hidden_error=[float(np.sqrt(sums.error[i] / sums.norm[i])) if sums.norm[i] else 0.0 for i in range(layers)],
+        hidden_tokens=int(sums.sampled[0]),
         tokens=tokens,
         sha256=pair.source.sha256(),
-        worst_tokens=[_worst(found, int(row), ids, int(positions[row]), tokenizer) for row in worst],
+        worst_tokens=[_worst(found, int(row), ids, int(firsts[row]), int(positions[row]), tokenizer) for row in worst],
     )
 
 
-def _worst(found: TokenScores, row: int, ids: Sequence[int], position: int, tokenizer: DbrxTokenizer) -> WorstToken:
+def _worst(found: TokenScores, row: int, ids: Sequence[int], first: int, position: int, tokenizer: DbrxTokenizer) -> WorstToken:
     def spelled(token: int) -> str:
         return tokenizer.decode([token]) if tokenizer.has_token(token) else f"<{token}>"
 
     return WorstToken(
         position=position,
-        before=tokenizer.decode(ids[max(0, position - _CONTEXT_TOKENS) : position]),
+        before=tokenizer.decode(ids[max(first, position - _CONTEXT_TOKENS) : position]),
         token=spelled(ids[position]),
         kl=float(found.kl[row]),
         reference_top=spelled(int(found.reference_top[row])),

@@ -28,7 +28,8 @@ __all__ = ["compare_checkpoints", "groups", "open_reference"]
 
 def open_reference(path_or_hub_id: str) -> Source | ReferenceFile:
     """What checkpoints are measured against: a checkpoint, or a file that `save_reference` wrote; errors as for the two of them."""
-    return ReferenceFile(Path(path_or_hub_id)) if is_reference_file(Path(path_or_hub_id)) else open_source(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
+    return ReferenceFile(path) if is_reference_file(path) else open_source(path_or_hub_id)
 
 
 def compare_checkpoints(
@@ -42,6 +43,7 @@ def compare_checkpoints(
     kv_format: str = "plain",
     resume: bool = False,
     command: str = "",
+    kept: list[RunState] | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure `sources` against `reference` on `text`.
@@ -56,6 +58,8 @@ def compare_checkpoints(
         kv_format: of the checkpoints' keys and values.
         resume: go on where the same comparison was interrupted.
         command: for the record.
+        kept: filled with the places where figures are kept for `resume`, for a caller that clears them when it has written the figures;
+            None to clear them as soon as all are there.
         on_window: called with (windows done, windows in all), over all checkpoints.
 
     Returns:
@@ -69,11 +73,12 @@ def compare_checkpoints(
     ids = tokenizer.encode(text.text)
     if isinstance(reference, ReferenceFile):
         reference.check_text(text, ids, protocol)
+    named = sources[0].name if isinstance(reference, ReferenceFile) else reference.name
     for source in sources:
         check_same_shape(reference.name, reference.config, source)
         protocol.check(len(ids), source.config, source=text.name)
         if source is not sources[0] or not isinstance(reference, ReferenceFile):
-            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(reference.name, source.name))
+            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(named, source.name))
 
     def load(source: Source) -> DbrxForCausalLM:
         return source.load(dtype=dtype, device=place)
@@ -86,6 +91,8 @@ def compare_checkpoints(
         if not resume:
             state.clear()
         pairs.append(Pair(source, state))
+        if kept is not None:
+            kept.append(state)
     with ExitStack() as stack:
         against: Reference
         if isinstance(reference, ReferenceFile):
@@ -103,9 +110,17 @@ def compare_checkpoints(
             kv_format=kv_format,
             on_window=on_window,
         )
-        where = provenance(place, command) | {"text_sha256": text.sha256, "reference_sha256": against.sha256}
+        where = provenance(place, command) | {
+            "text_sha256": text.sha256,
+            "reference_sha256": against.sha256,
+            "dtype": str(dtype).removeprefix("torch.") if dtype else "each checkpoint's own",
+            "kv": kv_format,
+            "limit": protocol.limit,
+        }
+        if isinstance(reference, ReferenceFile):
+            where["reference_saved_with"] = {name: reference.settings[name] for name in ("dtype", "provenance")}
         found = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=where)
-    if found.complete:
+    if found.complete and kept is None:
         for pair in pairs:
             pair.forget()
     return found

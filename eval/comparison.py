@@ -13,8 +13,8 @@ __all__ = ["Comparison", "QuantResult", "WorstToken"]
 class WorstToken:
     """A predicted token of which the two models disagree most.
 
-    position: in the text. before: text that comes before it. token: its own text. kl: in nats. reference_top, quant_top: what each model
-    held for the likeliest instead. reference_probability, quant_probability: that each gave to the token itself.
+    position: in the text. before: text of its window that comes before it. token: its own text. kl: in nats. reference_top, quant_top: what
+    each model held for the likeliest instead. reference_probability, quant_probability: that each gave to the token itself.
     """
 
     position: int
@@ -38,7 +38,8 @@ class QuantResult:
     top1_agreement: share of tokens for which both hold the same token for the likeliest. top5_agreement: mean share of the reference's five
     likeliest that are among the checkpoint's five. rms_dp: root mean square of the difference of the probability of the token that came.
     router_agreement: per layer, share of tokens whose experts are the same set. router_jaccard: per layer, mean of |A and B| / |A or B|.
-    hidden_error: after every block, |h - h_ref| / |h_ref| over a sample of tokens (root of summed squares over root of summed squares).
+    hidden_error: after every block, |h - h_ref| / |h_ref| over a sample of `hidden_tokens` tokens (root of summed squares over root of
+    summed squares).
     worst_tokens: largest divergence first.
     """
 
@@ -65,6 +66,7 @@ class QuantResult:
     hidden_error: list[float]
     tokens: int
     sha256: str
+    hidden_tokens: int = 0
     worst_tokens: list[WorstToken] = field(default_factory=list)
 
 

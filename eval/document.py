@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dbrx_q.errors import RequestError
@@ -23,15 +24,28 @@ def replace_section(path: Path, begin: str, end: str, text: str) -> None:
     """Replace what stands between the marker lines `begin` and `end` of `path`, in one step; errors as for `check_section`."""
     before, after = _parts(path, begin, end)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise RequestError(f"{path}: a document must be writable; {error.strerror}. Give another") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _parts(path: Path, begin: str, end: str) -> tuple[str, str]:
     """What stands before and after the marker lines."""
     if not path.exists():
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise RequestError(f"{path}: a document must lie in a folder that exists and can be written to; {path.parent} is none")
         return "", "\n"
-    old = path.read_text(encoding="utf-8")
+    try:
+        old = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path}: a document must be UTF-8 text; this file is not. Give another") from None
+    except OSError as error:
+        raise RequestError(f"{path}: a document must be a readable file; {error.strerror}. Give another") from None
     before, found, rest = old.partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:

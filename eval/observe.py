@@ -6,6 +6,7 @@ Dimension letters: `T` tokens of a step, `P` predicted tokens of a step, `S` sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "Progress",
     "batches",
     "check_ids",
+    "chunks",
     "logit_chunks",
     "observe",
     "sample_interval",
@@ -99,10 +101,18 @@ def batches(windows: Sequence[Window]) -> list[tuple[int, list[Window]]]:
     return found
 
 
-def sample_interval(predicted: int, layers: int, width: int) -> int:
-    """Every how many predicted tokens one is sampled, so that the residual streams of all take at most 64 MiB."""
+def sample_interval(windows: Sequence[Window], layers: int, width: int) -> int:
+    """Every how many predicted tokens one is sampled, so that the residual streams of at most 1,024 take at most 64 MiB.
+
+    It has no divisor in common with the predicted tokens of a window: otherwise samples would fall on few places of the windows, and a
+    state that has seen one token is not like others.
+    """
     most = max(16, min(_SAMPLE_TOKENS, _SAMPLE_BYTES // (4 * layers * width)))
-    return max(1, -(-predicted // most))
+    interval = max(1, -(-sum(window.tokens for window in windows) // most))
+    each = windows[len(windows) // 2].tokens
+    while math.gcd(interval, each) != 1:
+        interval += 1
+    return interval
 
 
 @torch.inference_mode()
@@ -188,10 +198,15 @@ def _residual_streams(model: DbrxForCausalLM, rows: torch.Tensor) -> Iterator[li
             handle.remove()
 
 
+def chunks(tokens: int) -> Iterator[slice]:
+    """Places of a step's predicted tokens, at most `LOGIT_TOKENS` together."""
+    for first in range(0, tokens, LOGIT_TOKENS):
+        yield slice(first, min(first + LOGIT_TOKENS, tokens))
+
+
 def logit_chunks(model: DbrxForCausalLM, seen: Observation) -> Iterator[tuple[slice, torch.Tensor]]:
     """(places in the step, float64 logits [at most `LOGIT_TOKENS`, V]), so that no more logits are held at once."""
-    for first in range(0, len(seen.targets), LOGIT_TOKENS):
-        place = slice(first, min(first + LOGIT_TOKENS, len(seen.targets)))
+    for place in chunks(len(seen.targets)):
         yield place, model.lm_head(seen.hidden[place]).double()
 
 

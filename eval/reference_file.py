@@ -102,7 +102,9 @@ class ReferenceFile(Reference):
         self.ids: list[int] = ids.tolist()
         self._digests = self._file.read("window_sha256")
         self._top_k = self.settings["top_k"]
-        if self._top_k is not None:
+        if self._top_k is None:
+            self.approximation = "the reference kept its log-probabilities in float16: divergences below about 0.000001 are its rounding"
+        else:
             self.approximation = (
                 f"the reference kept its {self._top_k} likeliest tokens: divergences count all others as one event and are lower bounds"
             )
@@ -192,7 +194,7 @@ def layout_of(config: DbrxConfig, windows: Sequence[Window], top_k: int | None) 
 
 def interval_of(config: DbrxConfig, windows: Sequence[Window]) -> int:
     """Every how many predicted tokens the residual stream is kept."""
-    return sample_interval(sum(window.tokens for window in windows), config.n_layers, config.d_model)
+    return sample_interval(windows, config.n_layers, config.d_model)
 
 
 def window_digest(rows: Callable[[str, int, int], torch.Tensor], names: Sequence[str], first: int, tokens: int, interval: int) -> bytes:

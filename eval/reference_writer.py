@@ -113,7 +113,7 @@ def save_reference(
     first = done = 0
     with _Writer(_partial(path), header, infos, windows, resume=resume) as writer:
         writer.put("text_ids", 0, text)
-        finished = writer.windows_done()
+        finished = writer.windows_done(interval)
         try:
             for index, batch in batches(windows):
                 if index + len(batch) > finished:
@@ -140,7 +140,7 @@ class _Writer:
         size = max(info.offset + info.nbytes for info in self._infos.values())
         if self._resume and self._path.exists():
             self._fd = os.open(self._path, os.O_RDWR)
-            if os.pread(self._fd, len(self._header), 0) == self._header:
+            if os.pread(self._fd, len(self._header), 0) == self._header and os.fstat(self._fd).st_size == size:
                 return self
             os.close(self._fd)
             raise RequestError(
@@ -155,7 +155,10 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         os.fsync(self._fd)
+        begun = bool(self.rows("window_sha256", 0, len(self._windows)).any())
         os.close(self._fd)
+        if not begun:
+            self._path.unlink(missing_ok=True)  # at its full size it would only be in the way
 
     def put(self, name: str, row: int, rows: torch.Tensor) -> None:
         """Write rows of a tensor from `row` on."""
@@ -179,11 +182,15 @@ class _Writer:
         digest = window_digest(self.rows, list(self._infos), first, tokens, interval)
         self.put("window_sha256", index, torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None])
 
-    def windows_done(self) -> int:
-        """Windows from the first on that are complete."""
-        digests = self.rows("window_sha256", 0, len(self._windows))
-        missing = (digests == 0).all(1).nonzero()
-        return int(missing[0]) if len(missing) else len(self._windows)
+    def windows_done(self, interval: int) -> int:
+        """Windows from the first on whose rows are what their SHA-256 says."""
+        first = 0
+        for index, window in enumerate(self._windows):
+            kept = bytes_of(self.rows("window_sha256", index, 1))
+            if kept == bytes(len(kept)) or kept != window_digest(self.rows, list(self._infos), first, window.tokens, interval):
+                return index
+            first += window.tokens
+        return len(self._windows)
 
     def _put_at(self, offset: int, data: bytes) -> None:
         view, done = memoryview(data), 0

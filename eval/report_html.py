@@ -78,13 +78,12 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
             "perplexity",
             "with its standard error",
             [f"{row.perplexity:.4f} ± {row.perplexity_stderr:.4f}" for row in results],
-            [row.perplexity for row in results],
         ),
         column(
             "change of ln PPL",
             "paired, with its standard error",
             [f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f}" for row in results],
-            [row.delta_ln_ppl for row in results],
+            [abs(row.delta_ln_ppl) for row in results],  # below the reference is as far from it as above
         ),
         kl("median KL", "median_kl"),
         kl("90 % KL", "p90_kl"),

@@ -38,7 +38,10 @@ def command(
     document: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Markdown document whose table is replaced.", show_default=False)
     ] = None,
-    section: Annotated[str, typer.Option(help="Which table of --document: the one between its marker lines of this name.")] = "divergence",
+    section: Annotated[
+        str | None,
+        typer.Option(help="Which table of --document: between its marker lines of this name; divergence unless given.", show_default=False),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
@@ -47,6 +50,7 @@ def command(
 ) -> None:
     """Measure how far checkpoints are from a reference on the same tokens: KL divergence, perplexity, agreement of tokens and experts."""
 
+    from dbrx_q.errors import RequestError
     from dbrx_q.eval.comparing import compare_checkpoints, open_reference
     from dbrx_q.eval.document import check_section, replace_section
     from dbrx_q.eval.provenance import command_line
@@ -54,14 +58,17 @@ def command(
     from dbrx_q.eval.report import FILES, KEYS, write_report
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.report_markdown import layers, table
+    from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
     from dbrx_q.model import check_device
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
+    if section is not None and document is None:
+        raise RequestError(f"a section is one of a document; found --section {section} alone. Give --document, or leave it out")
     if document is not None:
-        check_section(document, *_markers(section))
+        check_section(document, *_markers(section or "divergence"))
     place = check_device(device)
     words = load_text(text)
     against = open_reference(reference)
@@ -70,6 +77,7 @@ def command(
         how = against.protocol
     else:
         how = measuring.protocol_of(protocol, context, stride, limit, against.config)
+    kept: list[RunState] = []
     with output.progress("windows") as on_window:
         found = compare_checkpoints(
             against,
@@ -81,25 +89,29 @@ def command(
             kv_format=kv.value,
             resume=resume,
             command=command_line(),
+            kept=kept,
             on_window=on_window,
         )
-    if out is not None:
-        write_report(found, out)
-    if document is not None and found.complete:
-        replace_section(document, *_markers(section), f"{table(found)}\n\n{layers(found)}")
     if json:
         output.print_json(found.to_dict())
     else:
-        _print(found, out)
+        _print(found)
+    if out is not None:
+        write_report(found, out)
+        output.stderr().print(str(out / "report.html"), markup=False, soft_wrap=True)
     if not found.complete:
-        raise measuring.interrupted(found.tokens, found.total_tokens, kept=True)
+        raise measuring.interrupted(found.tokens, found.total_tokens, kept=any(state.path.exists() for state in kept))
+    if document is not None:
+        replace_section(document, *_markers(section or "divergence"), f"{table(found)}\n\n{layers(found)}")
+    for state in kept:
+        state.clear()
 
 
 def _markers(section: str) -> tuple[str, str]:
     return f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
 
 
-def _print(found: Comparison, out: Path | None) -> None:
+def _print(found: Comparison) -> None:
     tokens = f"{found.tokens:,} tokens predicted" if found.complete else f"the first {found.tokens:,} of {found.total_tokens:,} tokens"
     stride = f", stride {found.stride}" if found.protocol == "strided" else ""
     print(f"reference   {found.reference}  ({found.reference_format}, {found.reference_bits_per_weight:.2f} bits per weight)")
@@ -123,5 +135,3 @@ def _print(found: Comparison, out: Path | None) -> None:
             ("error of hidden states", "  ".join(f"{error:.4f}" for error in row.hidden_error)),
         ):
             print(f"  {name:24}{value}")
-    if out is not None:
-        print(f"\n{out / 'report.html'}")

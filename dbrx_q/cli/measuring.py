@@ -63,6 +63,8 @@ def protocol_of(name: ProtocolName | None, context: int | None, stride: int | No
 
     if name is ProtocolName.strided and stride is None:
         raise RequestError("the strided protocol must have a stride; found none. Give --stride, for example half of --context")
+    if name is ProtocolName.strided and stride == context:
+        raise RequestError(f"strided windows must overlap; found a stride of {stride}, the context. Give a smaller --stride")
     if name is ProtocolName.non_overlapping and stride is not None:
         raise RequestError(f"windows that do not overlap have no stride; found {stride}. Leave --stride out, or name --protocol strided")
     half = name is ProtocolName.half_window

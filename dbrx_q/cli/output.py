@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,17 @@ def example(*lines: str) -> str:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    json.dump(data, sys.stdout, indent=2)
+    """One JSON object on stdout; null for a number that is not finite, for which JSON has no word."""
+    json.dump(_finite(data), sys.stdout, indent=2, allow_nan=False)
     print(flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stderr() -> Console:
