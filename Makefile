@@ -44,7 +44,7 @@ browser:
 
 # Triton's kernels in its interpreter, which is chosen for a whole process.
 interpreter: .venv/installed-dev
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
 
 # Triton's kernels compiled for every chip, without one.
 compiled: .venv/installed-dev
