@@ -31,8 +31,9 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 # A thread for each of the two processes: with more, threads that wait would take the cores from those that work.
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 unit: .venv/installed-dev browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels/ahead_of_time
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels/ahead_of_time
 
 # Chromium, in which the HTML report is tested: the system's, or Debian's where root can install it.
 browser:
@@ -44,7 +45,7 @@ browser:
 
 # Triton's kernels in its interpreter, which is chosen for a whole process.
 interpreter: .venv/installed-dev
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
 
 # Triton's kernels compiled for every chip, without one.
 compiled: .venv/installed-dev

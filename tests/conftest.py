@@ -19,6 +19,11 @@ _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, so that no process waits for another's last test."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def nano() -> Path:
     """The bundled model: plain, bfloat16, trained."""

@@ -135,18 +135,23 @@ def test_a_token_gives_the_same_bits_in_any_small_batch() -> None:
         assert torch.equal(linear(x[:T], weight), alone[:T])
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    weight = packed_weight("int4", 64, 4096, 1024)
-    x = torch.randn(2, 1024)
-    threads = torch.get_num_threads()
-    try:
-        outs = []
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            outs.append(linear(x, weight))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*outs)
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    code = """
+import torch
+from dbrx_q.kernels import int4
+from dbrx_q.kernels.linear import linear
+torch.manual_seed(1)
+weight, x = int4.quantize(torch.randn(4096, 1024), 64), torch.randn(2, 1024)
+outs = []
+for n in (1, 2):
+    torch.set_num_threads(n)
+    outs.append(linear(x, weight))
+    print(torch.get_num_threads())
+print(torch.equal(*outs))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2", "True"]
 
 
 def test_the_first_product_leaves_torchs_threads_as_they_are(tmp_path: Path) -> None:

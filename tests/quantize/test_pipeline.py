@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.kernels import int4, int8, nf4
 from dbrx_q.layout import TensorFormat
+from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize.pipeline import quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+
+
+SCRIPT = Path(sys.executable).with_name("dbrx-q")
 
 
 def small_config(**changes: int) -> DbrxConfig:
@@ -108,14 +113,15 @@ def test_small_blocks_of_rows_and_other_thread_counts_give_the_same_bytes(
 ) -> None:
     first = quantize(source, tmp_path / "a")
     monkeypatch.setattr("dbrx_q.quantize.pipeline._STEP_BYTES", 7 * 4 * 128)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        second = quantize(source, tmp_path / "b")
-    finally:
-        torch.set_num_threads(threads)
+    second = quantize(source, tmp_path / "b")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    for n in ("1", "2"):
+        environment = os.environ | {"OMP_NUM_THREADS": n, "NUMBA_NUM_THREADS": n}
+        subprocess.run([SCRIPT, "quantize", source, tmp_path / n], env=environment, check=True, capture_output=True)
+        assert sha256_of(tmp_path / n / "model-00001-of-00001.safetensors") == sha256_of(
+            tmp_path / "a" / "model-00001-of-00001.safetensors"
+        )
 
 
 def test_memory_is_bounded_by_a_tensor_not_by_the_model(tmp_path: Path) -> None:
