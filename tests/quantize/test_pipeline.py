@@ -22,7 +22,6 @@ from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize.pipeline import quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 
-
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 
 
