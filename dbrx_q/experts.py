@@ -13,7 +13,13 @@ __all__ = ["ExpertStore", "ResidentExpertStore"]
 
 
 class ExpertStore(ABC):
-    """Serves expert weights layer by layer."""
+    """Serves expert weights layer by layer.
+
+    Attributes:
+        renewed: whether a layer's weights are read or decoded again whenever it is reached, so that many tokens should go through at once.
+    """
+
+    renewed = False
 
     @abstractmethod
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:

@@ -240,7 +240,8 @@ def bench_model(
     peak = {name: value - (meter.nbytes if name == where else 0) for name, value in memory.peak().items()}
     peak = {name: max(value, load_peak.get(name, 0)) for name, value in peak.items()}
     known = {"sha256": sha256} if sha256 else {}
-    return replace(result, peak_memory=peak, complete=bool(sha256), provenance=result.provenance | known)
+    complete = len(result.rows) + len(result.first_token) == total
+    return replace(result, peak_memory=peak, complete=complete, provenance=result.provenance | known)
 
 
 def _row(model: DbrxForCausalLM, footprint: Footprint, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:

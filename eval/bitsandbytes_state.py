@@ -59,8 +59,10 @@ def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[s
     values = file.tensors[tensor.name]
     count = math.prod(tensor.shape)
     stored = file_of[f"{tensor.name}.{states[0]}"].read(f"{tensor.name}.{states[0]}")
+    if stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise wrong("the quantization state must be bitsandbytes' JSON in bytes", f"{stored.dtype} {list(stored.shape)}")
     try:
-        state = json.loads(bytes(stored.view(torch.uint8).tolist()))
+        state = json.loads(bytes(stored.tolist()))
         blocks = -(-count // int(state["blocksize"]))
         shape, kind, dtype = list(state["shape"]), state["quant_type"], getattr(torch, state["dtype"])
         nested_blocks = -(-blocks // int(state["nested_blocksize"])) if nested else 0

@@ -22,7 +22,7 @@ from dbrx_q.tokenizer import DbrxTokenizer
 
 from .comparison import Comparison, QuantResult, WorstToken
 from .divergence import Distribution, TokenScores, mean_and_stderr, scores
-from .observe import Observation, batches, check_ids, chunks, observe, sample_interval
+from .observe import Observation, batches, check_ids, chunks, observe, sample_interval, step_tokens
 from .reference import Reference, ReferenceStep
 from .resume import RunState
 from .sources import Source
@@ -216,7 +216,8 @@ def _run(
     for pair in pairs:
         pair.make_room(predicted)
     first, saved = 0, time.monotonic()
-    for index, batch in batches(windows):
+    step = step_tokens([*models, *reference.models])
+    for index, batch in batches(windows, step, [pair.windows for pair in pairs]):
         tokens = sum(window.tokens for window in batch)
         behind = [(pair, model) for pair, model in zip(pairs, models, strict=True) if pair.windows <= index]
         if behind:

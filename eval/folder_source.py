@@ -17,7 +17,7 @@ from dbrx_q.inventory import Inventory, take_inventory
 from dbrx_q.jsonfile import read_json_object
 from dbrx_q.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.loading import eos_ids
-from dbrx_q.manifest import MANIFEST_NAME, sha256_of
+from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.tokenizer import DbrxTokenizer
@@ -25,7 +25,7 @@ from dbrx_q.tokenizer import DbrxTokenizer
 from .bitsandbytes_state import PARTS, QUANT_STATE, check_packed, dequantize
 from .sources import Source
 from .streamed import DecodedSource, Reader
-from .weights_hash import weights_sha256
+from .weights_hash import file_sha256, weights_sha256
 
 __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
 
@@ -65,8 +65,21 @@ class PackedFolder(Source):
         self.format = _matrices_format(inventory)
 
     def sha256(self) -> str:
-        manifest = self.path / MANIFEST_NAME
-        return sha256_of(manifest) if manifest.exists() else weights_sha256(self._shards)
+        """Of the manifest, once every shard is what it says; of the shards where there is none.
+
+        Raises:
+            CheckpointError: a shard differs from the manifest.
+        """
+        manifest = Manifest.read(self.path)
+        if manifest is None:
+            return weights_sha256(self._shards)
+        for shard in self._shards:
+            expected, found = manifest.shards.get(shard.name, {}).get("sha256"), file_sha256(shard)
+            if found != expected:
+                raise CheckpointError(
+                    f"{shard}: a shard must have the SHA-256 of {MANIFEST_NAME}, {expected}; found {found}. Fetch it again"
+                )
+        return sha256_of(self.path / MANIFEST_NAME)
 
     def tokenizer(self) -> DbrxTokenizer:
         return DbrxTokenizer.from_pretrained(self.path)

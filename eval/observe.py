@@ -7,7 +7,7 @@ Dimension letters: `T` tokens of a step, `P` predicted tokens of a step, `S` sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,8 +31,10 @@ __all__ = [
     "observe",
     "sample_interval",
     "step_sizes",
+    "step_tokens",
 ]
 
+_RENEWED_STEP_TOKENS = 32_768  # where each step decodes all experts again: about 6 GB of activations at DBRX's sizes in float32
 STEP_TOKENS = 4096  # tokens that run together: enough to keep matrix units busy, few enough to bound the memory of a long window
 LOGIT_TOKENS = 256  # predicted tokens whose logits are held at once; 100,352 float64 each are 205 MB
 _SAMPLE_BYTES = 64 << 20
@@ -87,13 +89,23 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def batches(windows: Sequence[Window]) -> list[tuple[int, list[Window]]]:
-    """(index of the first, windows that run together): as many as `STEP_TOKENS` hold, at least one."""
+def step_tokens(models: Iterable[DbrxForCausalLM]) -> int:
+    """How many tokens run together through these models: more where the experts of one are decoded again for every step."""
+    stores = [model.transformer.expert_store for model in models]
+    return _RENEWED_STEP_TOKENS if any(store is not None and store.renewed for store in stores) else STEP_TOKENS
+
+
+def batches(windows: Sequence[Window], step: int | None = None, done: Iterable[int] = ()) -> list[tuple[int, list[Window]]]:
+    """(index of the first, windows that run together): as many as `step` tokens hold (`STEP_TOKENS` for None), at least one.
+
+    A batch begins wherever so many windows are `done`, so that a run goes on there though its steps are of another size now.
+    """
     found: list[tuple[int, list[Window]]] = []
+    begins = set(done)
     tokens = 0
     for index, window in enumerate(windows):
         size = window.end - window.first
-        if not found or tokens + size > STEP_TOKENS:
+        if not found or index in begins or tokens + size > (step or STEP_TOKENS):
             found.append((index, []))
             tokens = 0
         found[-1][1].append(window)
@@ -125,7 +137,7 @@ def observe(
     interval: int = 0,
     kv_format: str = "plain",
 ) -> Iterator[Observation]:
-    """Run a batch of windows; a window longer than `STEP_TOKENS` goes in pieces through a KV cache, one observation each.
+    """Run a batch of windows; a single window longer than `STEP_TOKENS` goes in pieces through a KV cache, one observation each.
 
     Args:
         model: a loaded model.
@@ -137,7 +149,7 @@ def observe(
     """
     longest = max(window.end - window.first for window in windows)
     cache = None
-    if kv_format != "plain" or longest > STEP_TOKENS:
+    if kv_format != "plain" or (longest > STEP_TOKENS and len(windows) == 1):
         cache = KVCache(model.config, len(windows), longest, dtype=model.dtype, device=model.device, format=kv_format)
     for pieces in _steps(windows):
         targets = torch.cat([text[piece.predicts] for piece in pieces])

@@ -12,7 +12,7 @@ import torch
 from dbrx_q.model import DbrxForCausalLM
 
 from .divergence import mean_and_stderr, negative_log_likelihood
-from .observe import batches, check_ids, logit_chunks, observe
+from .observe import batches, check_ids, logit_chunks, observe, step_tokens
 from .resume import RunState
 from .windows import Protocol
 
@@ -73,7 +73,7 @@ def perplexity(
     done, tokens = _restored(state, losses)
     saved = time.monotonic()
     try:
-        for first, batch in batches(windows):
+        for first, batch in batches(windows, step_tokens([model]), [done]):
             if first < done:
                 continue
             on_window(done, len(windows))

@@ -51,6 +51,7 @@ class Reference(ABC):
     sha256: str
     config: DbrxConfig
     approximation: str = ""
+    models: Sequence[DbrxForCausalLM] = ()
 
     @abstractmethod
     def steps(self, text: torch.Tensor, windows: Sequence[Window], *, index: int, first: int, interval: int) -> Iterator[ReferenceStep]:
@@ -67,7 +68,7 @@ class ModelReference(Reference):
 
     def __init__(self, source: Source, model: DbrxForCausalLM) -> None:
         self.name, self.format, self.nbytes, self.sha256 = source.name, source.format, source.nbytes, source.sha256()
-        self.bits_per_weight, self.config, self.model = source.bits_per_weight, source.config, model
+        self.bits_per_weight, self.config, self.model, self.models = source.bits_per_weight, source.config, model, [model]
 
     def steps(self, text: torch.Tensor, windows: Sequence[Window], *, index: int, first: int, interval: int) -> Iterator[ReferenceStep]:
         for seen in observe(self.model, text, windows, first=first, interval=interval):

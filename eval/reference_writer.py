@@ -21,7 +21,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.safetensors_file import TensorInfo, safetensors_header
 
 from .divergence import AGREEING
-from .observe import LOGIT_TOKENS, batches, step_sizes
+from .observe import LOGIT_TOKENS, batches, step_sizes, step_tokens
 from .reference import ModelReference
 from .reference_file import KEY, VERSION, bytes_of, digest_of, interval_of, layout_of, window_digest
 from .windows import Protocol, Window
@@ -115,7 +115,7 @@ def save_reference(
         writer.put("text_ids", 0, text)
         finished = writer.windows_done(interval)
         try:
-            for index, batch in batches(windows):
+            for index, batch in batches(windows, step_tokens(reference.models), [finished]):
                 if index + len(batch) > finished:
                     on_window(index, len(windows))
                     _write_batch(writer, reference, text.long(), batch, index, first, interval, top_k)

@@ -7,6 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from weakref import WeakSet
 
 import torch
 
@@ -25,7 +26,7 @@ __all__ = ["DecodedSource", "Reader", "StreamedExpertStore", "available_memory",
 Reader = Callable[[DenseTensor], torch.Tensor]
 """Gives a tensor in the shape of a plain checkpoint."""
 
-# What is left over holds keys and values, activations, logits of a chunk and the tensor that is being decoded.
+# What is left over holds keys and values, activations and the logits of a chunk.
 _SHARE = 0.8
 
 
@@ -47,7 +48,8 @@ class DecodedSource(Source):
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
         if stream is None:
-            stream = streams(self.config, chosen, available_memory(device), source=self.name)
+            due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
+            stream = streams(self.config, chosen, available_memory(device) - due, source=self.name)
         store = StreamedExpertStore(self.config, self.reader, chosen, device) if stream else None
         with self.reader() as read:
             return load_plain_model(self.config, read, dtype=chosen, device=device, eos_token_ids=self.eos_token_ids, expert_store=store)
@@ -60,7 +62,12 @@ class StreamedExpertStore(ExpertStore):
         config: the model's.
         reader: opens the files.
         dtype, device: of the decoded weights.
+
+    Attributes:
+        nbytes: of one layer's experts.
     """
+
+    renewed = True
 
     def __init__(
         self, config: DbrxConfig, reader: Callable[[], AbstractContextManager[Reader]], dtype: torch.dtype, device: torch.device
@@ -71,6 +78,8 @@ class StreamedExpertStore(ExpertStore):
                 self._tensors[tensor.layer].append(tensor)
         self._reader, self._dtype, self._device = reader, dtype, device
         self._held: tuple[int, ExpertWeights] | None = None
+        self.nbytes = _bytes([tensor for tensors in self._tensors[:1] for tensor in tensors], dtype)
+        _stores.add(self)
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         if self._held is None or self._held[0] != index:
@@ -79,6 +88,13 @@ class StreamedExpertStore(ExpertStore):
                 w1, v1, w2 = (oriented(read(t).to(self._dtype).to(self._device), t) for t in self._tensors[index])
             self._held = index, ExpertWeights(w1, v1, w2)
         return self._held[1]
+
+    def due(self, device: torch.device) -> int:
+        """Bytes that the first layer will still take of a device's memory."""
+        return self.nbytes if self._held is None and device == self._device else 0
+
+
+_stores: WeakSet[StreamedExpertStore] = WeakSet()
 
 
 def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
@@ -90,11 +106,12 @@ def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: s
     room = int(_SHARE * available)
     if resident_bytes(config, dtype, stream=False) <= room:
         return False
-    least = resident_bytes(config, dtype, stream=True)
+    widest = max(math.prod(tensor.shape) for tensor in dense_tensors(config))
+    least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * widest  # a tensor is decoded in float32
     if least > room:
         raise RequestError(
-            f"{source}: the decoded weights without experts, and the experts of one layer, must fit in {_SHARE:.0%} of the memory that is "
-            f"free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. Free some, or choose --dtype bfloat16"
+            f"{source}: the decoded weights without experts, the experts of one layer and a tensor on its way must fit in {_SHARE:.0%} of the "
+            f"memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. Free some, or choose --dtype bfloat16"
         )
     return True
 

@@ -70,6 +70,8 @@ def load_text(name_or_path: str) -> Text:
         UnsupportedError: a data set, and `datasets` is not installed.
     """
     path = Path(name_or_path)
+    if not name_or_path:
+        raise RequestError(f"a text must be a file or one of {', '.join(DATA_SETS)}; found an empty name. Check the path")
     if os.path.exists(path):
         text = _read_file(path)
     elif name_or_path in _DATA_SETS:

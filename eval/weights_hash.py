@@ -12,21 +12,23 @@ from pathlib import Path
 from dbrx_q.manifest import sha256_of
 from dbrx_q.user_cache import user_cache
 
-__all__ = ["weights_sha256"]
+__all__ = ["file_sha256", "weights_sha256"]
 
 
 def weights_sha256(files: Sequence[Path]) -> str:
-    """The SHA-256 over "name NUL digest LF" of every file in the order of names, digest being that of the content in hexadecimal.
+    """The SHA-256 of the one file, or over the digests of several in hexadecimal, in the order of their names.
 
-    Digests are kept in the user's cache under a file's real path, size and time of change; a cache that cannot be written keeps none.
+    Names themselves do not count, so that a file that was renamed is the same.
     """
-    whole = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
-        whole.update(f"{path.name}\0{_digest(path)}\n".encode())
-    return whole.hexdigest()
+    digests = [file_sha256(path) for path in sorted(files, key=lambda path: path.name)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    It is kept in the user's cache under the file's real path, size and time of change; a cache that cannot be written keeps none.
+    """
     status = path.stat()
     key = [os.path.realpath(path), status.st_size, status.st_mtime_ns]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()

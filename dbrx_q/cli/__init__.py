@@ -24,6 +24,7 @@ __all__ = ["main", "run"]
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _TYPER_INTERRUPTED = 130
 _NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
+_NO_DEVICE_MEMORY = "not enough memory on the GPU for this; give a shorter context, a smaller batch or --device cpu"
 _AGAIN_SECONDS = 0.005
 _ONE_PRESS_SECONDS = 1.0  # a key that is pressed several times means the same; the first press is being answered
 
@@ -97,6 +98,8 @@ def _dispatch(arguments: list[str]) -> int:
     except MemoryError:
         return _fail(_NO_MEMORY)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; without importing torch
+            return _fail(_NO_DEVICE_MEMORY)
         if "can't allocate memory" not in str(error):  # torch's MemoryError
             raise
         return _fail(_NO_MEMORY)

@@ -218,7 +218,7 @@ def _sizes(option: str, values: list[str] | None, default: int, *, least: int) -
 
     found = []
     for word in (word.strip() for value in values or [str(default)] for word in value.split(",")):
-        if not (word.isascii() and word.isdecimal()) or int(word) < least:
-            raise RequestError(f"{option} must be whole numbers of at least {least}, as 512 or 128,512; found {word!r}")
+        if not (word.isascii() and word.isdecimal() and len(word) < 16) or int(word) < least:
+            raise RequestError(f"{option} must be whole numbers of at least {least}, as 512 or 128,512; found {word!r:.40}")
         found.append(int(word))
     return list(dict.fromkeys(found))

@@ -63,12 +63,12 @@ def protocol_of(name: ProtocolName | None, context: int | None, stride: int | No
 
     if name is ProtocolName.strided and stride is None:
         raise RequestError("the strided protocol must have a stride; found none. Give --stride, for example half of --context")
-    if name is ProtocolName.strided and stride == context:
-        raise RequestError(f"strided windows must overlap; found a stride of {stride}, the context. Give a smaller --stride")
     if name is ProtocolName.non_overlapping and stride is not None:
         raise RequestError(f"windows that do not overlap have no stride; found {stride}. Leave --stride out, or name --protocol strided")
     half = name is ProtocolName.half_window
     context = min(512 if half else 2048, config.max_seq_len) if context is None else context
+    if name is ProtocolName.strided and stride == context:
+        raise RequestError(f"strided windows must overlap; found a stride of {stride}, the context. Give a smaller --stride")
     return Protocol.of(context, stride=stride, half_window=half, limit=limit)
 
 

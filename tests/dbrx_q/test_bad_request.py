@@ -274,3 +274,16 @@ def test_script_explains_and_exits_with_2(small: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(MemoryError(), "not enough memory for this"), (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU")]
+)
+def test_memory_that_runs_out_is_explained(
+    error: Exception, says: str, small: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dbrx_q.inventory.take_inventory", fails)
+    refuse(cli("inspect", small), says)

@@ -244,6 +244,7 @@ def test_an_interruption_before_the_first_row_leaves_nothing(small: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["-p", "9" * 5000], "--n-prompt must be whole numbers of at least 0, as 512 or 128,512; found '999"),
         (["-p", "many"], "--n-prompt must be whole numbers of at least 0, as 512 or 128,512; found 'many'"),
         (["-n", "8,-1"], "--n-gen must be whole numbers of at least 0, as 512 or 128,512; found '-1'"),
         (["-b", "0"], "--batch must be whole numbers of at least 1, as 512 or 128,512; found '0'"),

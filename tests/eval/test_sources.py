@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import bitsandbytes
 import pytest
@@ -212,6 +214,10 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
         setting(f"{ROUTER}.quant_state.bitsandbytes__nf4", torch.full((9,), 255, dtype=torch.uint8)),
         "must be bitsandbytes' JSON; found UnicodeDecodeError",
     ),
+    "no bytes": (
+        setting(f"{ROUTER}.quant_state.bitsandbytes__nf4", torch.tensor(1.0)),
+        r"bitsandbytes' JSON in bytes; found torch.float32 \[\]",
+    ),
     "stray statistics": (setting("transformer.norm_f.absmax", torch.zeros(1)), "transformer.norm_f.absmax is in no DBRX"),
     "no float": (setting("transformer.norm_f.weight", torch.zeros(128, dtype=torch.int8)), r"must be a float \[128\] by.*found int8"),
 }
@@ -263,14 +269,40 @@ def test_experts_are_streamed_where_the_model_would_not_fit() -> None:
     whole = sum(tensor.numel() for tensor in tensors.values()) * 4
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name) * 4
     least = whole - experts * 3 // 4  # all four layers' experts but one's
+    decoded = 4 * max(tensor.numel() for tensor in tensors.values())
     assert resident_bytes(config, torch.float32, stream=False) == whole
     assert resident_bytes(config, torch.float32, stream=True) == least
     assert not streams(config, torch.float32, whole * 5 // 4 + 8, source="x")
     assert streams(config, torch.float32, whole * 5 // 4 - 8, source="x")
-    assert streams(config, torch.float32, least * 5 // 4 + 8, source="x")
+    assert streams(config, torch.float32, (least + decoded) * 5 // 4 + 8, source="x")
     assert not streams(config, torch.bfloat16, whole * 5 // 8 + 8, source="x")
     with pytest.raises(RequestError, match=r"x: the decoded weights.*must fit in 80%.*0\.0 GB are free"):
-        streams(config, torch.float32, least * 5 // 4 - 8, source="x")
+        streams(config, torch.float32, (least + decoded) * 5 // 4 - 8, source="x")
+
+
+def test_a_streamed_model_that_did_not_run_yet_keeps_room_for_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(NANO)
+    assert isinstance(source, streamed.DecodedSource)
+    asked: list[int] = []
+
+    def asks(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
+        asked.append(available)
+        return True
+
+    monkeypatch.setattr(streamed, "_stores", WeakSet())
+    monkeypatch.setattr(streamed, "available_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(streamed, "streams", asks)
+    first = source.load(dtype=torch.float32, device=CPU)
+    layer = 16 * 3 * 256 * 128 * 4
+    second = source.load(dtype=torch.float32, device=CPU)
+    assert asked == [1 << 40, (1 << 40) - layer]
+    first(torch.tensor([[1, 2]]))
+    third = source.load(dtype=torch.float32, device=CPU)
+    assert asked[2] == (1 << 40) - layer  # the second's
+    del second, third
+    gc.collect()
+    source.load(dtype=torch.float32, device=CPU)
+    assert asked[3] == 1 << 40
 
 
 def test_loading_asks_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +347,24 @@ def test_one_layer_is_held_until_another_is_asked_for() -> None:
     assert asked == names[0] + names[1] + names[3] + names[0]
 
 
-def test_hash_of_weights_is_over_names_and_digests(tmp_path: Path) -> None:
+def test_hash_of_weights_is_that_of_the_file_or_of_the_parts_digests(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"two")
     (tmp_path / "a").write_bytes(b"one")
-    lines = "".join(f"{name}\0{hashlib.sha256(data).hexdigest()}\n" for name, data in (("a", b"one"), ("b", b"two")))
-    assert weights_sha256([tmp_path / "b", tmp_path / "a"]) == hashlib.sha256(lines.encode()).hexdigest()
+    one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
+    assert weights_sha256([tmp_path / "b"]) == two
+    assert weights_sha256([tmp_path / "b", tmp_path / "a"]) == hashlib.sha256(f"{one}\n{two}".encode()).hexdigest()
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_refused(quantized_nano: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(quantized_nano, folder)
+    assert open_source(folder).sha256() == open_source(quantized_nano).sha256()
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: a shard must have the SHA-256 of manifest\.json"):
+        open_source(folder).sha256()
 
 
 def test_a_file_is_hashed_once_for_each_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError) as caught:
         load_text(name)
-    assert "wikitext2, wikitext2-tokenized, c4" in str(caught.value) or name == ""
+    assert "wikitext2, wikitext2-tokenized, c4" in str(caught.value)
     assert "Did you mean" not in str(caught.value)
 
 

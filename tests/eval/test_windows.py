@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from dbrx_q.cli.measuring import ProtocolName, protocol_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.eval.observe import batches, step_tokens
+from dbrx_q.eval.sources import open_source
+from dbrx_q.eval.streamed import DecodedSource
 from dbrx_q.eval.windows import Protocol
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
@@ -72,3 +77,29 @@ def test_values_out_of_range_are_refused() -> None:
         Protocol.of(2049).check(10000, config)
     with pytest.raises(RequestError, match=r"book\.txt must fill one window of 200 tokens; it has 150"):
         Protocol.of(200).check(150, config, source="book.txt")
+
+
+@pytest.mark.parametrize("done", [[], [3], [1, 7, 8], [0, 40]])
+def test_batches_begin_where_a_run_goes_on(done: list[int]) -> None:
+    windows = Protocol.of(100).windows(2000)
+    found = batches(windows, 400, done)
+    assert [window for _, batch in found for window in batch] == windows
+    assert [index for index, _ in found] == [sum(len(batch) for _, batch in found[:place]) for place in range(len(found))]
+    assert all(1 <= len(batch) <= 4 for _, batch in found)
+    assert {index for index in done if index < 20} <= {index for index, _ in found}
+    assert batches(windows, 400) == [(index, windows[index : index + 4]) for index in range(0, 20, 4)]
+
+
+def test_more_tokens_go_together_where_experts_are_decoded_for_each_step() -> None:
+    source = open_source(NANO)
+    assert isinstance(source, DecodedSource)
+    whole, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
+    assert step_tokens([whole]) == step_tokens([]) == 4096
+    assert step_tokens([whole, streamed]) == 32_768
+
+
+def test_a_stride_of_the_context_that_was_not_named_is_refused() -> None:
+    config = DbrxConfig.from_pretrained(NANO)
+    with pytest.raises(RequestError, match="strided windows must overlap; found a stride of 2048"):
+        protocol_of(ProtocolName.strided, None, 2048, None, config)
+    assert protocol_of(ProtocolName.strided, None, 1024, None, config).name == "strided"
