@@ -110,8 +110,9 @@ def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: s
     least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * widest  # a tensor is decoded in float32
     if least > room:
         raise RequestError(
-            f"{source}: the decoded weights without experts, the experts of one layer and a tensor on its way must fit in {_SHARE:.0%} of the "
-            f"memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. Free some, or choose --dtype bfloat16"
+            f"{source}: the decoded weights without experts, the experts of one layer and a tensor on its way must fit in "
+            f"{_SHARE:.0%} of the memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
+            "Free some, or choose --dtype bfloat16"
         )
     return True
 
