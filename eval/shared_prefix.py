@@ -4,12 +4,15 @@ Requests are sorted by their tokens. What all contexts of a batch begin with run
 next batch keeps what it begins with too. The trunk is forked to one sequence for each context, and these to one for each continuation,
 all of whose tokens but the last run. The last state of a context predicts the first token of every continuation.
 
+Batches whose answers are known already do not run. What the trunk would hold after them is run when a batch needs it, in the same pieces
+as it would have been, so that every other answer is the same to the last bit.
+
 Dimension letters: `P` places whose next token is asked for, `D` d_model, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,10 +36,14 @@ class Continuation:
 
 @dataclass
 class TokenCounts:
-    """requested: tokens that the requests would run, each by itself. prefilled: tokens that were run."""
+    """requested: tokens that the requests would run, each by itself. prefilled: tokens that were run, also for answers that are kept.
+
+    cut: requests whose contexts were longer than the model's and lost their beginning.
+    """
 
     requested: int = 0
     prefilled: int = 0
+    cut: int = 0
 
 
 @dataclass
@@ -69,14 +76,25 @@ class PrefixScorer:
         self._model, self._batch_size = model, batch_size
         self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=model.device, format=kv_format, grows=True)
         self._held: tuple[int, ...] = ()  # the trunk's tokens
+        self._pieces: list[tuple[int, tuple[int, ...]]] = []  # what ran into the trunk: (place of its first token, tokens)
+        self._known = self._behind = False  # whether the batch's answers are; whether the trunk lacks what did not run for them
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Continuation], *, on_scored: Callable[[int, int], None] | None = None) -> list[tuple[float, bool]]:
+    def score(
+        self,
+        requests: Sequence[Continuation],
+        *,
+        known: Mapping[int, tuple[float, bool]] | None = None,
+        on_scored: Callable[[int, int], None] | None = None,
+        on_answers: Callable[[Mapping[int, tuple[float, bool]]], None] | None = None,
+    ) -> list[tuple[float, bool]]:
         """(sum of the tokens' log-probabilities in nats, whether each token is the most probable one) of every request, in their order.
 
         Args:
             requests: any number.
+            known: answers of the same call that was not finished, by index of the request.
             on_scored: called with (requests done, in all) after every batch.
+            on_answers: called with the answers of every batch, by index of the request, before `on_scored`.
 
         Raises:
             RequestError: a request without context or without tokens, one that the model's context cannot hold, or ids out of range.
@@ -85,9 +103,18 @@ class PrefixScorer:
             self._check(request)
         self._sums, self._greedy = [0.0] * len(requests), [True] * len(requests)
         self._requests = requests
+        known = known or {}
         done = 0
         for batch in self._batches(sorted(range(len(requests)), key=lambda i: requests[i])):
+            self._known = all(i in known for i in batch)
+            if self._behind and not self._known:
+                self._catch_up()
             self._run_batch(batch)
+            if self._known:
+                for i in batch:
+                    self._sums[i], self._greedy[i] = known[i]
+            if on_answers is not None:
+                on_answers({i: (self._sums[i], self._greedy[i]) for i in batch})
             done += len(batch)
             if on_scored is not None:
                 on_scored(done, len(requests))
@@ -121,39 +148,60 @@ class PrefixScorer:
         self.counts.requested += sum(_size(requests[i]) for i in batch)
         contexts = list(dict.fromkeys(requests[i].context for i in batch))  # still in order
         if len(batch) == 1:
-            shared = self._keep(contexts[0][:-1])
-            self._run(self._trunk, [self._whole(batch[0], shared)])
-            self._held = requests[batch[0]].context + requests[batch[0]].tokens[:-1]
+            self._extend(self._whole(batch[0], self._keep(contexts[0][:-1])))
             return
         if len(contexts) == 1:
-            cache, shared = self._trunk, self._keep(contexts[0][:-1])
+            shared = self._keep(contexts[0][:-1])
         else:
             # Of sorted contexts the first and the last differ earliest. The last token of a context always runs, for its state.
             shared = min(_common(contexts[0], contexts[-1]), min(map(len, contexts)) - 1)
             trunk = contexts[0][:shared]
-            self._run(self._trunk, [_Row(trunk[self._keep(trunk) :])])
-            self._held = trunk
+            self._extend(_Row(trunk[self._keep(trunk) :]))
             if len(contexts) == len(batch):
-                cache = self._trunk.forked([0] * len(batch), max(_size(requests[i]) for i in batch))
+                cache = self._fork(self._trunk, [0] * len(batch), max(_size(requests[i]) for i in batch))
                 self._run(cache, [self._whole(i, shared) for i in batch])
                 return
-            cache = self._trunk.forked([0] * len(contexts), max(map(len, contexts)))
         row_of = {context: _Row(context[shared:]) for context in contexts}
         for i in batch:
             row = row_of[requests[i].context]
             row.asked.append((len(row.tokens) - 1, i, requests[i].tokens[0]))
-        self._run(cache, list(row_of.values()))
-        if cache is self._trunk:
-            self._held = contexts[0]
+        if len(contexts) == 1:
+            cache = self._trunk
+            self._extend(row_of[contexts[0]])
+        else:
+            cache = self._fork(self._trunk, [0] * len(contexts), max(map(len, contexts)))
+            self._run(cache, list(row_of.values()))
         longer = [i for i in batch if len(requests[i].tokens) > 1]
         if longer:
             sequences = [contexts.index(requests[i].context) for i in longer]
-            self._run(cache.forked(sequences, max(_size(requests[i]) for i in longer)), [self._rest(i) for i in longer])
+            self._run(self._fork(cache, sequences, max(_size(requests[i]) for i in longer)), [self._rest(i) for i in longer])
+
+    def _fork(self, cache: KVCache, rows: list[int], capacity: int) -> KVCache:
+        return cache if self._known else cache.forked(rows, capacity)
+
+    def _extend(self, row: _Row) -> None:
+        """Append to the trunk."""
+        if self._known:
+            self._trunk.reserve(len(self._held) + len(row.tokens))  # memory grows as it would have
+            self._behind = True
+        self._run(self._trunk, [row])
+        if row.tokens:
+            self._pieces.append((len(self._held), row.tokens))
+            self._held += row.tokens
+
+    def _catch_up(self) -> None:
+        """Run what the trunk lacks, piece by piece: tokens that run together in other numbers differ in their last bits."""
+        for start, tokens in self._pieces:
+            self._trunk.lengths = [start]
+            self._run_model(self._trunk, [_Row(tokens)])
+        self._trunk.lengths = [len(self._held)]
+        self._behind = False
 
     def _keep(self, tokens: tuple[int, ...]) -> int:
         """Cut the trunk down to what `tokens` begin with; how many tokens that are."""
         kept = _common(self._held, tokens)
         self._held = self._held[:kept]
+        self._pieces = [piece for piece in self._pieces if piece[0] < kept]
         self._trunk.lengths = [kept]
         return kept
 
@@ -169,7 +217,13 @@ class PrefixScorer:
         return _Row(tokens[:-1], [(place, i, token) for place, token in enumerate(tokens[1:])])
 
     def _run(self, cache: KVCache, rows: Sequence[_Row]) -> None:
-        """Append each row's tokens to its sequence, and score what is asked; as many tokens together as a step may bring."""
+        """Append each row's tokens to its sequence, and score what is asked; only count them where answers are known."""
+        self.counts.prefilled += sum(len(row.tokens) for row in rows)
+        if not self._known:
+            self._run_model(cache, rows)
+
+    def _run_model(self, cache: KVCache, rows: Sequence[_Row]) -> None:
+        """As many tokens together as a step may bring."""
         model = self._model
         longest = max(len(row.tokens) for row in rows)
         cache.reserve(max(length + len(row.tokens) for length, row in zip(cache.lengths, rows, strict=True)))
@@ -180,7 +234,6 @@ class PrefixScorer:
             ids = torch.tensor([token for piece in pieces for token in piece])
             hidden, _ = model.transformer.run(ids.to(model.device), batch_of(counts, cache.lengths, cache, model.device))  # [T, D]
             cache.advance(counts)
-            self.counts.prefilled += len(ids)
             asked, start = [], -first
             for row, count in zip(rows, counts, strict=True):
                 asked += [(start + place, i, token) for place, i, token in row.asked if first <= place < first + count]

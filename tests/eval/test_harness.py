@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 
 from dbrx_q import DbrxForCausalLM, DbrxTokenizer
 from dbrx_q.errors import RequestError, TokenizerError
+from dbrx_q.eval import harness as harness_module
 from dbrx_q.eval import shared_prefix
 from dbrx_q.eval.harness import HarnessModel
 from dbrx_q.eval.shared_prefix import Continuation, PrefixScorer
@@ -169,6 +170,51 @@ def test_sampling_does_not_depend_on_the_batch(model: DbrxForCausalLM, tokenizer
     assert greedy == adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {"max_gen_toks": 8})]))
 
 
+def test_what_is_drawn_comes_from_the_fifty_likeliest_as_in_transformers(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    options = {"do_sample": True, "temperature": 8.0, "max_gen_toks": 8}
+
+    def drawn(**more: object) -> list[str]:
+        return adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {**options, **more})] * 2))
+
+    assert drawn() == drawn(top_k=50) == drawn(top_k=None)
+    assert drawn() != drawn(top_k=0)
+
+
+def test_prompts_that_begin_alike_run_together(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    asked = requests(
+        "generate_until", [(start + end, {"max_gen_toks": 2}) for end in ("a", "b") for start in (BOOK[:2500], BOOK[2500:5000])]
+    )
+    harness = adapter(model, tokenizer, batch_size=2)
+    found = harness.generate_until(asked)
+    assert harness.counts.prefilled <= harness.counts.requested - 2 * 512
+    assert found == [adapter(model, tokenizer).generate_until([one])[0] for one in asked]
+
+
+def test_contexts_that_lose_their_beginning_are_counted(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+    harness = adapter(model, tokenizer)
+    harness.loglikelihood(requests("loglikelihood", [("It was", " a"), (BOOK[:12000], " and")]))
+    harness.generate_until(requests("generate_until", [("It was", {"max_gen_toks": 1}), (BOOK[:12000], {"max_gen_toks": 1})]))
+    assert harness.counts.cut == 2
+    harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(BOOK[:12000],)]))
+    assert harness.counts.cut == 2  # windows leave nothing out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("done", [1, 4, 7])
+def test_answers_after_known_ones_are_the_same_to_the_last_bit(model: DbrxForCausalLM, batch_size: int, done: int) -> None:
+    header = tuple(range(100, 160))
+    starts = [(*header[: 20 + 7 * i], 200 + i) for i in range(6)]
+    asked = [Continuation(start, (300, 301)[: 1 + i % 2]) for i, start in enumerate(starts)]
+    asked += [Continuation((*starts[3], 5, 6, 7), (300 + i,)) for i in range(4)]
+    batches: list[dict[int, tuple[float, bool]]] = []
+    whole = PrefixScorer(model, batch_size=batch_size)
+    exact = whole.score(asked, on_answers=lambda answers: batches.append(dict(answers)))
+    known = {i: answer for batch in batches[: done if batch_size == 1 else done // 3 + 1] for i, answer in batch.items()}
+    rest = PrefixScorer(model, batch_size=batch_size)
+    assert rest.score(asked, known=known) == exact
+    assert rest.counts == whole.counts
+
+
 def test_an_empty_prompt_begins_with_the_begin_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     options = {"max_gen_toks": 6}
     empty, named = adapter(model, tokenizer).generate_until(requests("generate_until", [("", options), ("<|endoftext|>", options)]))
@@ -193,13 +239,16 @@ def test_chats_end_where_the_next_text_begins(model: DbrxForCausalLM, tokenizer:
         ({"num_beams": 4}, "found 'num_beams'"),
         ({"penalty_alpha": 0.6}, "found 'penalty_alpha'"),
         ({"do_sample": True, "temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": "warm"}, "must be numbers and strings.*'warm'"),
+        ({"do_sample": True, "top_k": "five"}, "must be numbers and strings.*five"),
     ],
 )
 def test_options_that_mean_nothing_here_are_refused(
-    model: DbrxForCausalLM, tokenizer: DbrxTokenizer, options: dict[str, Any], message: str
+    model: DbrxForCausalLM, tokenizer: DbrxTokenizer, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(harness_module, "generate", None)  # the last request is looked at before the first is served
     with pytest.raises(RequestError, match=message):
-        adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", options)]))
+        adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {}), ("It was", options)]))
 
 
 def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
