@@ -34,75 +34,126 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
     from dbrx_q.errors import RequestError
+    from dbrx_q.eval.answers import Answers
     from dbrx_q.eval.provenance import command_line, provenance
+    from dbrx_q.eval.report_folder import write_files
+    from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.tasks import find_tasks, run_tasks
     from dbrx_q.model import check_device
 
     place = check_device(device)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise RequestError(f"{out}: must be a file in a folder that exists. Make the folder, or name another file")
+    if out is not None:
+        _check_out(out)
     source = open_source(path)
     tokenizer = source.tokenizer()
     if chat and tokenizer.chat_template is None:
         raise RequestError(f"{path}: --chat needs a chat template; the checkpoint has none. Leave --chat out")
     chosen = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], tasks_path)
     checkpoint = source.sha256()
-    model = source.load(dtype=measuring.dtype_of(dtype, place), device=place)
-    with output.progress("requests") as on_done:
-        found = run_tasks(
-            chosen,
-            model,
-            tokenizer,
-            name=path,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch,
-            kv_format=kv.value,
-            chat=chat,
-            on_done=on_done,
-        )
+    chosen_dtype = measuring.dtype_of(dtype, place)
+    asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
-    where["versions"]["lm_eval"] = found.harness
+    decides = {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
+    state = RunState(asked | decides | {name: where[name] for name in ("versions", "device", "threads")})
+    if not resume:
+        state.clear()
+    answers = Answers(state)
+    try:
+        with output.progress("requests") as on_done:
+            found = run_tasks(
+                chosen,
+                lambda: source.load(dtype=chosen_dtype, device=place),
+                tokenizer,
+                source.config,
+                name=path,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch,
+                kv_format=kv.value,
+                chat=chat,
+                answers=answers,
+                on_done=on_done,
+            )
+    except KeyboardInterrupt:
+        if not answers.done:
+            raise
+        raise _interrupted(answers.done, answers.total, kept=state.path.exists()) from None
+    where["versions"] |= found.versions
     result = {
         "checkpoint": path,
         "checkpoint_sha256": checkpoint,
         "format": source.format,
         "bits_per_weight": source.bits_per_weight,
-        "tasks": list(chosen.names),
         **found.values,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch": batch,
-        "chat": chat,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kv": kv.value,
+        **asked,
+        "dtype": found.dtype,
         "requested_tokens": found.requested_tokens,
         "prefilled_tokens": found.prefilled_tokens,
+        "cut_contexts": found.cut_contexts,
+        "requests_sha256": found.requests_sha256,
+        "seeds": found.seeds,
         "provenance": where,
     }
-    if out is not None:
-        _write(result, out)
     if json:
         output.print_json(result)
-        return
-    print(found.table())
-    print(
-        f"\n{path}  ({source.format}, {source.bits_per_weight:.3f} bits per weight, sha256 {checkpoint[:16]})\n"
-        f"{found.prefilled_tokens:,} tokens of prompts were computed for {found.requested_tokens:,}: the rest were shared prefixes\n"
-        f"{where['device']}, {str(model.dtype).removeprefix('torch.')}, lm_eval {found.harness}"
-    )
+    else:
+        print(found.table())
+        print(
+            f"\n{path}  ({source.format}, {source.bits_per_weight:.3f} bits per weight, sha256 {checkpoint[:16]})\n"
+            f"{found.prefilled_tokens:,} tokens of prompts were computed for {found.requested_tokens:,}: the rest were shared prefixes\n"
+            f"{where['device']}, {found.dtype}, lm_eval {found.versions['lm_eval']}",
+            flush=True,
+        )
+    if found.cut_contexts:
+        message = (
+            f"the beginning of {found.cut_contexts:,} contexts was left out: they are longer than the model's {source.config.max_seq_len:,}"
+        )
+        output.stderr().print(message, markup=False, soft_wrap=True)
+    if out is not None:
+        write_files(out.parent, {out.name: _encoded(result)})
+    state.clear()
 
 
-def _write(result: dict[str, Any], path: Path) -> None:
-    """All of the file or nothing of it."""
-    import json
+def _check_out(path: Path) -> None:
+    """Refuse what could not be written at the end, and what a former run did not write."""
     import os
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    from dbrx_q.errors import RequestError
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise RequestError(f"{path}: must be a file in a folder that exists. Make the folder, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise RequestError(f"{path}: must be in a folder that can be written to; {path.parent} cannot. Name another file")
+    if path.exists() and not _is_result(path):
+        raise RequestError(f"{path}: only a former result of this command is replaced; this file is none. Name another, or move it")
+
+
+def _is_result(path: Path) -> bool:
+    import json
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"checkpoint_sha256", "tasks", "results", "requested_tokens"} <= data.keys()
+
+
+def _encoded(result: dict[str, Any]) -> bytes:
+    """JSON, with null for a number that is not finite, for which it has no word."""
+    import json
+
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return (json.dumps(finite, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _interrupted(done: int, total: int, *, kept: bool) -> typer.Exit:
+    """Says on stderr how far the run came and whether it can go on; raise what it gives."""
+    how = "the same command with --resume goes on" if kept else "their answers could not be kept for --resume"
+    output.stderr().print(f"dbrx-q: error: interrupted after {done:,} of {total:,} requests; {how}", markup=False, soft_wrap=True)
+    return typer.Exit(2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import torch
 import transformers
 
 from dbrx_q import DbrxTokenizer
+from dbrx_q.eval import harness, shared_prefix
+from dbrx_q.eval.streamed import DecodedSource
 from dbrx_q.eval.weights_hash import weights_sha256
 
 DATA = Path(__file__).parent.parent / "data"
@@ -128,6 +133,21 @@ def own(tmp_path: Path, answers: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that must not be loaded."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(DecodedSource, "load", load)
+
+
 @pytest.fixture
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness without its own 14,000 files, which take longer to read than all tests here."""
@@ -151,6 +171,12 @@ def test_tasks_of_all_kinds(own: Path, expected: dict[str, float], cli: Callable
     assert found["provenance"]["versions"]["lm_eval"]
     assert (found["dtype"], found["batch"], found["tasks"]) == ("float32", 4, list(TASKS))
     assert 0 < found["prefilled_tokens"] < found["requested_tokens"]
+    assert found["cut_contexts"] == 0
+    assert found["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234, "sampling": 1234}
+    assert found["provenance"]["versions"]["datasets"] == version("datasets")
+    lines = (json.dumps(["loglikelihood_rolling", text]) + "\n" for text in TEXTS)
+    assert found["requests_sha256"]["own_text"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert len(set(found["requests_sha256"].values())) == len(TASKS)
 
 
 def test_the_table_and_what_else_is_said(own: Path, expected: dict[str, float], cli: Callable[..., Any]) -> None:
@@ -234,6 +260,7 @@ def test_what_cannot_be_served_is_refused_first(cli: Callable[..., Any], options
     assert message in shown.err
 
 
+@pytest.mark.usefixtures("unloaded")
 def test_a_task_that_asks_what_the_model_cannot_do(own: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
     file = own / "own_answers.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("max_gen_toks: 6", "max_gen_toks: 5000"), encoding="utf-8")
@@ -248,3 +275,144 @@ def test_a_missing_harness_is_named(own: Path, cli: Callable[..., Any], monkeypa
     shown = cli("tasks", NANO, "--tasks", "own_text", "--tasks-path", own)
     assert (shown.code, shown.out) == (2, "")
     assert "pip install 'dbrx_q[tasks]'" in shown.err
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_more_examples_than_a_task_has_are_refused_before_the_model_is_loaded(own: Path, cli: Callable[..., Any]) -> None:
+    with (own / "own_choices.yaml").open("a", encoding="utf-8") as file:
+        file.write("fewshot_split: test\n")
+    shown = cli("tasks", NANO, "--tasks", "own_choices", "--tasks-path", own, "--num-fewshot", 9)
+    assert (shown.code, shown.out) == (2, "")
+    [line] = [line for line in shown.err.splitlines() if line.startswith("dbrx-q: error")]
+    assert "the tasks own_choices must run; ValueError: Sample larger than population" in line
+    assert "Lower --num-fewshot" in line
+    assert "kept" not in line
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_unsafe_tasks_are_refused(own: Path, cli: Callable[..., Any]) -> None:
+    with (own / "own_answers.yaml").open("a", encoding="utf-8") as file:
+        file.write("unsafe_code: true\n")
+    shown = cli("tasks", NANO, "--tasks", "own_answers", "--tasks-path", own)
+    assert (shown.code, shown.out) == (2, "")
+    assert "own_answers is marked unsafe" in shown.err
+
+
+def test_answers_outlive_an_error_of_the_harness(own: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("tasks", NANO, "--tasks", "own_answers", "--tasks-path", own)
+    with monkeypatch.context() as broken:
+        broken.setattr(lm_eval.evaluator, "_process_results", lambda *_: 1 / 0)
+        shown = cli(*options)
+    assert (shown.code, shown.out) == (2, "")
+    assert "the tasks own_answers must run; ZeroDivisionError" in shown.err
+    assert "then --resume goes on" in shown.err
+    monkeypatch.setattr(harness, "generate", None)
+    assert cli(*options, "--resume").code == 0
+
+
+def test_errors_of_our_own_stay_what_they_are(own: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("tasks", NANO, "--tasks", "own_answers", "--tasks-path", own)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_only_a_former_result_is_replaced(cli: Callable[..., Any], tmp_path: Path) -> None:
+    for content in ("my notes", "[]", '{"tasks": []}'):
+        out = tmp_path / "notes.json"
+        out.write_text(content, encoding="utf-8")
+        shown = cli("tasks", NANO, "--tasks", "own_text", "--out", out)
+        assert (shown.code, shown.out) == (2, "")
+        assert "only a former result of this command is replaced" in shown.err
+        assert out.read_text(encoding="utf-8") == content
+
+
+def test_a_full_disk_costs_no_figures(own: Path, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "result.json"
+    options = ("tasks", NANO, "--tasks", "own_text", "--tasks-path", own, "--out", out, "--json")
+
+    def full(path: Path, content: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_bytes", full)
+        shown = cli(*options)
+    assert shown.code == 2
+    assert "No space left on device" in shown.err
+    found = json.loads(shown.out)
+    assert list(tmp_path.glob("*partial")) + list(tmp_path.glob(".*partial")) == []
+    assert not out.exists()
+    monkeypatch.setattr(shared_prefix.PrefixScorer, "_run_model", None)  # nothing is left to run
+    assert cli(*options, "--resume").code == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["results"] == found["results"]
+    assert not list((tmp_path / "user").rglob("*.npz"))
+
+
+def test_what_is_not_a_number_is_null(own: Path, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.HarnessModel, "loglikelihood_rolling", lambda _, requests: [math.nan] * len(requests))
+    out = tmp_path / "result.json"
+    for _ in range(2):  # a former result is replaced
+        shown = cli("tasks", NANO, "--tasks", "own_text", "--tasks-path", own, "--out", out)
+        assert shown.code == 0, shown.err
+    found = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found["results"]["own_text"]["bits_per_byte,none"] is None
+
+
+def test_contexts_that_are_cut_are_counted(own: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "own_answers.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "answer": "x"}) + "\n" for prompt in (BOOK[:12000], "It was")), encoding="utf-8"
+    )
+    shown = cli("tasks", NANO, "--tasks", "own_answers", "--tasks-path", own, "--json")
+    assert json.loads(shown.out)["cut_contexts"] == 1
+    assert "the beginning of 1 contexts was left out" in shown.err
+
+
+@pytest.mark.parametrize("presses", [(2,), (3, 6), (8,)])
+def test_an_interrupted_run_goes_on_to_the_same_digits(
+    own: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, presses: tuple[int, ...]
+) -> None:
+    options = ("tasks", NANO, "--tasks", ",".join(TASKS), "--tasks-path", own, "--batch", 2, "--json")
+    whole = json.loads(cli(*options).out)
+    score, write = shared_prefix.PrefixScorer._run_batch, harness.generate
+    left = 0
+
+    def pressed(then: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return then(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(shared_prefix.PrefixScorer, "_run_batch", pressed(score))
+    monkeypatch.setattr(harness, "generate", pressed(write))
+    before = 0
+    for press in presses:
+        left = press
+        shown = cli(*options, *(["--resume"] if before else []))
+        assert (shown.code, shown.out) == (2, "")
+        [(done, total)] = re.findall(r"interrupted after (\d+) of (\d+) requests; the same command with --resume goes on", shown.err)
+        assert before < int(done) < int(total) == 10 + 2 + 3
+        before = int(done)
+    left = 0
+    shown = cli(*options, "--resume")
+    assert shown.code == 0, shown.err
+    found = json.loads(shown.out)
+    del found["provenance"], whole["provenance"]
+    assert found == whole
+
+
+def test_an_interruption_before_the_first_answer_says_nothing_of_resuming(
+    own: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DecodedSource, "load", press)
+    shown = cli("tasks", NANO, "--tasks", "own_text", "--tasks-path", own)
+    assert (shown.code, shown.out) == (2, "")
+    assert "interrupted; nothing was left half-written" in shown.err
