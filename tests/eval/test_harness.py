@@ -248,7 +248,7 @@ def test_options_that_mean_nothing_here_are_refused(
 ) -> None:
     monkeypatch.setattr(harness_module, "generate", None)  # the last request is looked at before the first is served
     with pytest.raises(RequestError, match=message):
-        adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {}), ("It was", options)]))
+        adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {"do_sample": False}), ("It was", options)]))
 
 
 def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
