@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import UnsupportedError
@@ -32,7 +31,6 @@ __all__ = [
     "label_points",
     "log_axis",
     "render",
-    "save",
     "style",
 ]
 
@@ -187,11 +185,6 @@ def render(drawing: Figure, kind: str) -> bytes:
     with matplotlib.rc_context(_SETTINGS | {"svg.fonttype": "path"}), _quiet():
         drawing.savefig(file, format=kind, dpi=200, facecolor="white", metadata=metadata)
     return file.getvalue()
-
-
-def save(drawing: Figure, path: Path) -> None:
-    """Write a drawing as PNG or SVG, whichever the file's name says."""
-    path.write_bytes(render(drawing, path.suffix.removeprefix(".")))
 
 
 def inline_svg(drawing: Figure, prefix: str, description: str) -> str:

@@ -6,11 +6,13 @@ on any tensor, whether or not a kernel of it is there.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dbrx_q.config import DbrxConfig
@@ -95,13 +97,20 @@ class Sensitivity:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON: None for a figure that is not finite, such as the perplexity of a model that overflows."""
+        found = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        assert isinstance(found, dict)
+        return found
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
-        """What `to_dict` gave."""
-        return cls(**(data | {"units": [UnitResult(**unit) for unit in data["units"]]}))
+        """What `to_dict` gave; NaN for a figure that is None."""
+        units = [UnitResult(**_figures(unit)) for unit in data["units"]]
+        return cls(**(_figures(data) | {"units": units}))
+
+
+def _figures(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in data.items()}
 
 
 def units_of(config: DbrxConfig, by: str) -> list[Unit]:
@@ -189,7 +198,8 @@ def sensitivity(
     found: dict[tuple[int, int], UnitResult] = {}
     total = len(units) * len(formats)
     complete = False
-    perplexity = math.exp(walk.reference_nll())
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(walk.reference_nll()))
     try:
         first = [min(walk.place_of(name) for name in unit.tensors) for unit in units]
         for place in sorted(set(first)):
@@ -224,8 +234,9 @@ def sensitivity(
 def _result(unit: Unit, fmt: TensorFormat, seen: TokenScores, roundings: Sequence[Rounding]) -> UnitResult:
     parameters, nbytes = sum(rounding.parameters for rounding in roundings), sum(rounding.nbytes for rounding in roundings)
     square = sum(rounding.square for rounding in roundings)
-    mean_kl, kl_error = mean_and_stderr(seen.kl)
-    change, change_error = mean_and_stderr(seen.nll - seen.nll_reference)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a model that overflows
+        mean_kl, kl_error = mean_and_stderr(seen.kl)
+        change, change_error = mean_and_stderr(seen.nll - seen.nll_reference)
     saved = 2 * parameters - nbytes
     return UnitResult(
         name=unit.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,14 @@ _WRITTEN = 16  # columns up to which cells have room for their figure
 
 
 def write_report(found: Sensitivity, folder: Path) -> None:
-    """Write `FILES` into `folder`, which is made where missing."""
+    """Write `FILES` into `folder`, which is made where missing.
+
+    Raises:
+        RequestError: a file cannot be written; `folder` is then as it was.
+        UnsupportedError: matplotlib is not installed.
+    """
     contents = (
-        (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
+        (json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n").encode(),
         markdown(found).encode(errors="replace"),
         render(plot(found), "png"),
     )
@@ -42,9 +48,9 @@ def short_name(name: str) -> str:
 
 
 def table(found: Sensitivity) -> list[tuple[str, ...]]:
-    """A head and a row per unit and format, those first that lose most for a byte saved."""
+    """A head and a row per unit and format, those first that lose most for a byte saved; last those of which that is not known."""
     head = ("rounded", "format", "bits per weight", "MB saved", "mean KL", "change of ln PPL", "weight error", "KL per GB saved")
-    units = sorted(found.units, key=lambda unit: -unit.kl_per_saved_byte)
+    units = sorted(found.units, key=lambda unit: (math.isnan(unit.kl_per_saved_byte), -unit.kl_per_saved_byte))
     rows: list[tuple[str, ...]] = [head]
     rows += [
         (
@@ -52,10 +58,10 @@ def table(found: Sensitivity) -> list[tuple[str, ...]]:
             f"{unit.format} g{unit.group_size}",
             f"{unit.bits_per_weight:.3f}",
             f"{unit.saved_bytes / 1e6:.3f}",
-            f"{unit.mean_kl:.3e} ± {unit.mean_kl_stderr:.1e}",
-            f"{unit.delta_ln_ppl:+.3e} ± {unit.delta_ln_ppl_stderr:.1e}",
+            f"{_figure(unit.mean_kl, '.3e')} ± {_figure(unit.mean_kl_stderr, '.1e')}",
+            f"{_figure(unit.delta_ln_ppl, '+.3e')} ± {_figure(unit.delta_ln_ppl_stderr, '.1e')}",
             f"{unit.weight_error:.4f}",
-            f"{unit.kl_per_saved_byte * 1e9:.3e}",
+            _figure(unit.kl_per_saved_byte * 1e9, ".3e"),
         )
         for unit in units
     ]
@@ -100,6 +106,10 @@ def _lines(found: Sensitivity) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
 
 
+def _figure(value: float, spec: str) -> str:
+    return "n/a" if math.isnan(value) else format(value, spec)
+
+
 def _formats(found: Sensitivity) -> list[tuple[str, int]]:
     return list(dict.fromkeys((unit.format, unit.group_size) for unit in found.units))
 
@@ -120,7 +130,7 @@ def _heat_maps(found: Sensitivity) -> Figure:
     drawing, axes = figure(width, 0.7 + 2.3 * len(formats))
     axes.remove()
     panels: list[Axes] = list(drawing.subplots(len(formats), 1, squeeze=False, sharex=True)[:, 0])
-    positive = [unit.mean_kl for unit in found.units if unit.mean_kl > 0] or [1e-6]
+    positive = [unit.mean_kl for unit in found.units if 0 < unit.mean_kl < math.inf] or [1e-6]
     low, high = min(positive), max(positive)
     norm = LogNorm(low, high if high > low else 10 * low)
     image: Any = None
@@ -164,8 +174,8 @@ def _cells(unit: UnitResult, columns: int) -> tuple[slice, int]:
 
 
 def _write(panel: Axes, unit: UnitResult, rows: slice, column: int, norm: Any) -> None:
-    dark = unit.mean_kl > 0 and norm(unit.mean_kl) > 0.5
-    text = f"{unit.mean_kl:.1e}" if unit.mean_kl > 0 else "0"
+    dark = 0 < unit.mean_kl < math.inf and norm(unit.mean_kl) > 0.5
+    text = _figure(unit.mean_kl, ".1e") if unit.mean_kl else "0"
     panel.text(column + 0.5, (rows.start + rows.stop) / 2, text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
 
 
@@ -182,9 +192,17 @@ def _bars(found: Sensitivity) -> Figure:
     floor = log_axis(axes, [unit.mean_kl for unit in found.units])
     bottom = axes.get_ylim()[0]
     share = 0.8 / len(formats)
+
+    def place(unit: UnitResult, number: int) -> float:
+        return names.index(unit.name) - 0.4 + share * (number + 0.5)
+
     for number, fmt in enumerate(formats):
         units = [unit for unit in found.units if (unit.format, unit.group_size) == fmt]
-        places = [names.index(unit.name) - 0.4 + share * (number + 0.5) for unit in units]
+        for unit in (unit for unit in units if not math.isfinite(unit.mean_kl)):
+            text = _figure(unit.mean_kl, ".1e")
+            axes.text(place(unit, number), bottom, text, ha="center", va="bottom", rotation=90, fontsize=7.5, color=INK)
+        units = [unit for unit in units if math.isfinite(unit.mean_kl)]
+        places = [place(unit, number) for unit in units]
         heights = [max(unit.mean_kl, floor) - bottom for unit in units]
         # An error of more than the value itself would reach below the axis.
         errors = [[min(unit.mean_kl_stderr, 0.95 * unit.mean_kl) for unit in units], [unit.mean_kl_stderr for unit in units]]

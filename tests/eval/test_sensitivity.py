@@ -18,8 +18,8 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.eval.divergence import Distribution, TokenScores, scores
 from dbrx_q.eval.observe import logit_chunks, observe
-from dbrx_q.eval.sensitivity import Sensitivity, Unit, check_formats, sensitivity, units_of
-from dbrx_q.eval.sensitivity_report import markdown, plot, short_name, write_report
+from dbrx_q.eval.sensitivity import Sensitivity, Unit, UnitResult, check_formats, sensitivity, units_of
+from dbrx_q.eval.sensitivity_report import markdown, plot, short_name, table, write_report
 from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.walk import Walk
@@ -301,6 +301,49 @@ def test_bars(model: DbrxForCausalLM, ids: list[int]) -> None:
         assert [top for top, zero in zip(tops, shown_as_zero, strict=True) if not zero] == pytest.approx(
             [v for v in expected if v], rel=1e-9
         )
+
+
+def test_a_model_that_overflows(ids: list[int], tmp_path: Path) -> None:
+    """Figures that are no numbers are null in every JSON, and no error."""
+    model = DbrxForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    model.lm_head.weight.data.mul_(1e4)
+    found = measured(model, ids, alone(W2), [TensorFormat("int4", 64)])
+    assert found.perplexity == np.inf
+    assert found.units[0].mean_kl > 1
+    write_report(found, tmp_path)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    data = json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert data == found.to_dict()
+    assert data["perplexity"] is None
+    assert np.isnan(Sensitivity.from_dict(data).perplexity)
+
+
+def test_no_figure_is_no_zero(by_tensor: Sensitivity, tmp_path: Path) -> None:
+    def lost(unit: UnitResult, kl: float) -> UnitResult:
+        return replace(unit, mean_kl=kl, mean_kl_stderr=np.nan, delta_ln_ppl=np.nan, kl_per_saved_byte=kl)
+
+    units = by_tensor.units
+    found = replace(by_tensor, units=[lost(units[0], np.nan), *units[1:-1], lost(units[-1], np.inf)])
+    written = [text.get_text() for panel in plot(found).axes[:2] for text in panel.texts]
+    assert written.count("n/a") == 1
+    assert written.count("inf") == 1
+    assert "0" not in written
+    rows = table(found)[1:]
+    assert (rows[0][4], rows[-1][4]) == ("inf ± n/a", "n/a ± n/a")
+    costs = [float(row[-1]) for row in rows[:-1]]
+    assert costs == sorted(costs, reverse=True)
+    kinds = [replace(unit, name=name) for unit, name in zip(found.units[-2:], ("experts", "head"), strict=True)]
+    (axes,) = plot(replace(found, by="kind", units=kinds)).axes
+    assert [text.get_text() for text in axes.texts] == ["inf"]
+    assert len(axes.patches) == 1
+    nothing = replace(found, units=[lost(units[0], np.nan)])
+    for by in ("tensor", "kind"):
+        write_report(replace(nothing, by=by), tmp_path / by)
+        data = json.loads((tmp_path / by / "sensitivity.json").read_text(encoding="utf-8"))
+        assert data["units"][0]["mean_kl"] is None
 
 
 @pytest.mark.parametrize("kl", [0.0, 1e-3])
