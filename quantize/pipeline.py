@@ -18,13 +18,14 @@ import torch
 
 from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
-from dbrx_q.kernels.linear import PackedFormat
-from dbrx_q.layout import DenseTensor, Part, TensorFormat, oriented, parts_of
+from dbrx_q.kernels.linear import PackedFormat, dequantize
+from dbrx_q.layout import DenseTensor, Part, TensorFormat, kind_of, oriented, parts_of
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.safetensors_file import SafetensorsWriter
 from dbrx_q.staging import check_destination, staged_folder
 
-from .rtn import rtn
+from .calibrated import Calibration
+from .methods import METHODS, Method
 
 __all__ = ["QuantizeReport", "quantize_checkpoint"]
 
@@ -42,6 +43,8 @@ class QuantizeReport:
     shards: int
     relative_error: dict[str, float]
     """Root of the summed squared errors over the summed squares, by packed tensor (by expert: name.index)."""
+    fallbacks: list[tuple[int, int]]
+    """(layer, expert) that too few tokens reached to be calibrated by them alone."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +66,29 @@ def quantize_checkpoint(
     destination: Path,
     recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]],
     *,
+    method: str = "rtn",
+    sequences: torch.Tensor | None = None,
+    about: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> QuantizeReport:
-    """Quantize the plain checkpoint in `source` by rounding to nearest.
+    """Quantize the plain checkpoint in `source`.
 
     Args:
         source: a folder with a plain checkpoint; read lazily.
         destination: a folder that does not exist or is empty.
         recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied.
+        method: one of `methods.METHODS`.
+        sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none.
+        about: what quantization_config shall say of them.
         on_bytes: called with (bytes of weights read so far, in all).
         shard_bytes: a shard is closed before it grows past this, unless one expert alone is larger.
 
     Raises:
         CheckpointError: the source is damaged, or already quantized.
-        FormatError: a tensor that its format cannot hold.
-        RequestError: a destination that is not empty, cannot be written, or has too little room.
+        FormatError: a tensor that its format cannot hold, or a format that the method does not make.
+        RequestError: a calibrated method without sequences, tokens that the model does not know, a destination that is not empty, cannot
+            be written, or has too little room.
     """
     check_destination(destination)
     _check_places(source, destination)
@@ -89,9 +99,36 @@ def quantize_checkpoint(
             formats = dict(recipe(checkpoint))
         except FormatError as error:
             raise FormatError(f"{source}: {error}") from None
+        chosen = _method(method, formats)
+        calibration = _calibration(checkpoint, chosen, method, sequences)
         shards = _shards(_jobs(checkpoint, formats), shard_bytes)
         with staged_folder(destination, sum(job.nbytes for shard in shards for job in shard)) as partial:
-            return _write(checkpoint, formats, shards, partial, on_bytes)
+            rounding = {"rounding": "nearest" if method == "rtn" else method} | ({"calibration": dict(about)} if about else {})
+            return _write(checkpoint, formats, rounding, _Quantizer(checkpoint, chosen, calibration), shards, partial, on_bytes)
+
+
+def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
+    if name not in METHODS:
+        raise RequestError(f"the method must be one of {', '.join(METHODS)}; found {name!r}")
+    for fmt in formats.values():
+        METHODS[name].check(name, fmt)
+    return METHODS[name]
+
+
+def _calibration(checkpoint: Checkpoint, method: Method, name: str, sequences: torch.Tensor | None) -> Calibration | None:
+    if not method.calibrated:
+        return None
+    if sequences is None or not sequences.numel():
+        raise RequestError(
+            f"the method {name} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
+        )
+    config = checkpoint.config
+    if int(sequences.max()) >= config.vocab_size or sequences.shape[1] > config.max_seq_len:
+        raise RequestError(
+            f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
+            f"{int(sequences.max())} and {sequences.shape[1]}. Is the tokenizer this model's?"
+        )
+    return Calibration(config, sequences)
 
 
 def _check_places(source: Path, destination: Path) -> None:
@@ -139,6 +176,8 @@ def _shards(jobs: Iterator[list[_Job]], limit: int) -> list[list[_Job]]:
 def _write(
     checkpoint: Checkpoint,
     formats: Mapping[str, TensorFormat],
+    rounding: Mapping[str, Any],
+    quantizer: _Quantizer,
     shards: list[list[_Job]],
     partial: Path,
     on_bytes: Callable[[int, int], None],
@@ -152,7 +191,7 @@ def _write(
         writer = SafetensorsWriter(partial / name, [(part.name, part.dtype, part.shape) for job in jobs for part in job.parts])
         try:
             for job in jobs:
-                statistics, tensors = _run(checkpoint, job)
+                statistics, tensors = quantizer.run(job)
                 manifest.tensors[job.tensor.name + (f".{job.expert}" if job.expert >= 0 else "")] = statistics
                 for part, tensor in zip(job.parts, tensors, strict=True):
                     writer.write(part.name, tensor)
@@ -165,7 +204,7 @@ def _write(
             raise
     written = sum(job.nbytes for shard in shards for job in shard)
     _write_json(partial / INDEX_NAME, {"metadata": {"total_size": written}, "weight_map": weight_map})
-    _write_json(partial / "config.json", checkpoint.raw_config | {"quantization_config": _quantization_config(formats)})
+    _write_json(partial / "config.json", checkpoint.raw_config | {"quantization_config": _quantization_config(formats, rounding)})
     _copy_other_files(checkpoint.folder, partial)
     for path in sorted(partial.iterdir()):
         if path.name not in manifest.shards and not path.name.startswith("."):
@@ -173,27 +212,55 @@ def _write(
     _write_json(partial / MANIFEST_NAME, manifest.to_dict())
     errors = {name: s["relative_error"] for name, s in manifest.tensors.items() if "relative_error" in s}
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return QuantizeReport(total, written, parameters, len(shards), errors)
+    return QuantizeReport(total, written, parameters, len(shards), errors, quantizer.fallbacks)
 
 
-def _run(checkpoint: Checkpoint, job: _Job) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """(statistics for the manifest, the parts) of one matrix."""
-    name = job.tensor.name
-    if job.fmt is None:
-        values = checkpoint.read(name)
-        return {"root_mean_square": float(values.float().square().mean(dtype=torch.float64).sqrt())}, [values]
-    pieces: list[PackedFormat] = []
-    error = square = 0.0
-    for rows in _row_blocks(checkpoint, job):
-        try:
-            packed, piece_error, piece_square = rtn(rows, job.fmt)
-        except FormatError as problem:
-            raise FormatError(f"{checkpoint.path_of(name)}: tensor {name}: {problem}") from None
-        pieces.append(packed)
-        error, square = error + piece_error, square + piece_square
-    parts = [torch.cat([getattr(piece, part.name.rsplit(".", 1)[1]) for piece in pieces]) for part in job.parts]
-    N, K = job.tensor.matrix
-    return {"root_mean_square": math.sqrt(square / (N * K)), "relative_error": math.sqrt(error / square) if square else 0.0}, parts
+class _Quantizer:
+    """Makes the parts of one matrix after the other, in the order of the file."""
+
+    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None) -> None:
+        self._checkpoint, self._method, self._calibration = checkpoint, method, calibration
+
+    @property
+    def fallbacks(self) -> list[tuple[int, int]]:
+        """(layer, expert) that fell back."""
+        return [] if self._calibration is None else self._calibration.fallbacks
+
+    def run(self, job: _Job) -> tuple[dict[str, float], list[torch.Tensor]]:
+        """(statistics for the manifest, the parts) of one matrix.
+
+        Raises:
+            FormatError: with the file and the tensor.
+        """
+        name = job.tensor.name
+        if job.fmt is None:
+            values = self._checkpoint.read(name)
+            if self._calibration is not None:
+                self._calibration.keep(job.tensor, values)
+            return {"root_mean_square": float(values.float().square().mean(dtype=torch.float64).sqrt())}, [values]
+        moments = None if self._calibration is None else self._calibration.moments(job.tensor, job.expert)
+        pieces: list[PackedFormat] = []
+        error = square = 0.0
+        first = 0
+        follows = self._calibration is not None and (job.expert >= 0 or job.tensor.layer >= 0)
+        originals: list[torch.Tensor] = []
+        for rows in _row_blocks(self._checkpoint, job):
+            try:
+                packed, piece_error, piece_square = self._method.run(rows, job.fmt, moments)
+            except FormatError as problem:
+                raise FormatError(f"{self._checkpoint.path_of(name)}: tensor {name}: {problem}") from None
+            pieces.append(packed)
+            error, square = error + piece_error, square + piece_square
+            if follows:
+                originals.append(rows.float())
+            elif self._calibration is not None and kind_of(name) == "embedding":
+                self._calibration.embed(first, rows, dequantize(packed))
+            first += len(rows)
+        if self._calibration is not None and follows:
+            self._calibration.packed(job.tensor, job.expert, torch.cat(originals), torch.cat([dequantize(piece) for piece in pieces]))
+        parts = [torch.cat([getattr(piece, part.name.rsplit(".", 1)[1]) for piece in pieces]) for part in job.parts]
+        N, K = job.tensor.matrix
+        return {"root_mean_square": math.sqrt(square / (N * K)), "relative_error": math.sqrt(error / square) if square else 0.0}, parts
 
 
 def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:
@@ -208,9 +275,9 @@ def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:
         yield oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
 
 
-def _quantization_config(formats: Mapping[str, TensorFormat]) -> dict[str, Any]:
+def _quantization_config(formats: Mapping[str, TensorFormat], rounding: Mapping[str, Any]) -> dict[str, Any]:
     tensors = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in formats.items()}
-    return {"quant_method": "dbrx_q", "format_version": 1, "rounding": "nearest", "tensors": tensors}
+    return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
 
 
 def _copy_other_files(source: Path, partial: Path) -> None:

@@ -1,0 +1,47 @@
+"""GPTQ: rounding column by column, each error made up for by the columns that are still to come.
+
+Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .grid import Grid
+from .moments import Moments
+
+__all__ = ["gptq"]
+
+_BLOCK = 128  # columns between two products with all that follow
+
+
+def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
+    """Whole numbers u, float32 [N, K], on `grid`, of which (value - weight) H (value - weight)^T is small.
+
+    Frantar et al. 2022, "GPTQ", algorithm 1. Columns come in the order of H's diagonal, the largest first ("act-order"); groups are
+    those of the matrix as it lies, so that the order costs nothing at run time. Rows are independent of each other.
+
+    Args:
+        weight: float32 [N, K], to be approximated.
+        moments: of its inputs.
+        grid: of all groups, chosen before.
+    """
+    K = weight.shape[1]
+    order, factor = moments.order, moments.factor
+    group_of = (order // grid.group_size).tolist()
+    left = weight[:, order].contiguous()
+    steps, scales, low, high = grid.steps, grid.scales.float(), grid.low, grid.high
+    u = torch.empty_like(left)
+    for first in range(0, K, _BLOCK):
+        end = min(first + _BLOCK, K)
+        columns, errors = left[:, first:end], torch.empty_like(left[:, first:end])
+        for i in range(first, end):
+            group, column = group_of[i], columns[:, i - first]
+            chosen = (column / steps[:, group]).round_().clamp_(low[:, group], high[:, group])
+            error = (column - chosen * scales[:, group]) / factor[i, i]
+            columns[:, i - first :].addr_(error, factor[i, i:end], alpha=-1)
+            errors[:, i - first], u[:, i] = error, chosen
+        left[:, end:].addmm_(errors, factor[first:end, end:], alpha=-1)
+    out = torch.empty_like(u)
+    out[:, order] = u
+    return out

@@ -1,0 +1,139 @@
+"""The values that a grouped format offers to each group of a matrix, and how they become a packed weight.
+
+Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.kernels import int4
+from dbrx_q.kernels.groups import check_group_size, check_scales, grouped, steps_of
+from dbrx_q.kernels.int4 import Int4Weight
+from dbrx_q.kernels.int8 import Int8Weight
+from dbrx_q.layout import GROUP_SIZES, TensorFormat
+
+__all__ = ["Grid", "packed", "range_grid", "searched_grid"]
+
+_INT4_LEVELS = 15
+_INT8_LEVEL = 127
+# Of the range of a group; below 0.6 no group of the bundled model was served best.
+_SHARES = [1 - 0.025 * step for step in range(17)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Value = scale * u with a whole number u from low to high, per group; int4: u = code - zero-point, int8: u = code.
+
+    scales: float16 [N, n]. zeros: float32 [N, n], whole numbers 0..15; None for int8. group_size: G.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    group_size: int
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """float32 [N, n]: the scales, 1 where a scale is 0."""
+        return steps_of(self.scales)
+
+    @property
+    def low(self) -> torch.Tensor:
+        """float32 [N, n], the least u."""
+        return torch.full_like(self.scales, -_INT8_LEVEL, dtype=torch.float32) if self.zeros is None else -self.zeros
+
+    @property
+    def high(self) -> torch.Tensor:
+        """float32 [N, n], the largest u."""
+        return torch.full_like(self.scales, _INT8_LEVEL, dtype=torch.float32) if self.zeros is None else _INT4_LEVELS - self.zeros
+
+    def rows(self, first: int, end: int) -> Grid:
+        """The grid of rows first .. end-1."""
+        return Grid(self.scales[first:end], None if self.zeros is None else self.zeros[first:end], self.group_size)
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest u, float32 [N, K], to each element of a weight [N, K]."""
+        steps, low, high = (part.unsqueeze(-1) for part in (self.steps, self.low, self.high))
+        return (grouped(weight.float(), self.group_size) / steps).round().clamp(low, high).flatten(-2)
+
+    def decode(self, u: torch.Tensor) -> torch.Tensor:
+        """float32 [N, K]: the values of u [N, K]."""
+        return (grouped(u, self.group_size) * self.scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def range_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
+    """The grid of rounding to nearest: each group's own range, zero included, as `int4.quantize` and `int8.quantize` cut it.
+
+    Args:
+        weight: [N, K].
+        fmt: int4 or int8.
+
+    Raises:
+        FormatError: the group size is not offered or does not divide K, or a range is too wide for float16 scales.
+    """
+    return _grid(*_ranges(weight, fmt), fmt)
+
+
+def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Tensor | None = None) -> Grid:
+    """Of 17 shares of each group's range, from all of it to six tenths, and of three zero-points for int4, those of the least error.
+
+    The error is the sum of importance * (value - weight)^2 after rounding to nearest, so that far elements are clipped where that serves
+    the others.
+
+    Args:
+        weight: [N, K].
+        fmt: int4 or int8.
+        importance: float32 [K], such as the mean square of what each input brings; None weighs all elements alike.
+
+    Raises:
+        FormatError: as for `range_grid`.
+    """
+    low, high = _ranges(weight, fmt)
+    groups = grouped(weight.float(), fmt.group_size)
+    weights = None if importance is None else grouped(importance.float(), fmt.group_size)
+    best: Grid | None = None
+    least = torch.empty(0)
+    for share in _SHARES:
+        whole = _grid(low * share, high * share, fmt)
+        shifts = (0,) if whole.zeros is None else (0, -1, 1)
+        for shift in shifts:
+            zeros = None if whole.zeros is None else (whole.zeros + shift).clamp(0, _INT4_LEVELS)
+            tried = Grid(whole.scales, zeros, fmt.group_size)
+            error = (tried.decode(tried.round(weight)).view_as(groups) - groups).square()
+            errors = (error if weights is None else error * weights).sum(-1)  # [N, n]
+            if best is None:
+                best, least = tried, errors
+                continue
+            better = errors < least
+            least = torch.where(better, errors, least)
+            kept = None if zeros is None or best.zeros is None else torch.where(better, zeros, best.zeros)
+            best = Grid(torch.where(better, tried.scales, best.scales), kept, fmt.group_size)
+    assert best is not None
+    return best
+
+
+def packed(grid: Grid, u: torch.Tensor) -> Int4Weight | Int8Weight:
+    """The packed weight of whole numbers u [N, K] on a grid."""
+    if grid.zeros is None:
+        return Int8Weight(u.to(torch.int8), grid.scales, grid.group_size)
+    codes = grouped(u, grid.group_size) + grid.zeros.unsqueeze(-1)
+    return Int4Weight(int4.pack(codes.flatten(-2).to(torch.uint8)), grid.scales, int4.pack(grid.zeros.to(torch.uint8)), grid.group_size)
+
+
+def _ranges(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N, n] each: the least and the largest element of every group, zero included."""
+    check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
+    groups = grouped(weight.float(), fmt.group_size)
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, fmt: TensorFormat) -> Grid:
+    if fmt.format == "int8":
+        scales = (torch.maximum(high, -low) / _INT8_LEVEL).half()
+        check_scales(scales)
+        return Grid(scales, None, fmt.group_size)
+    scales = ((high - low) / _INT4_LEVELS).half()
+    check_scales(scales)
+    return Grid(scales, (-low / steps_of(scales)).round().clamp(0, _INT4_LEVELS), fmt.group_size)

@@ -1,0 +1,105 @@
+"""The methods by name: each makes a packed weight of a matrix, those that are calibrated with the moments of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.errors import FormatError
+from dbrx_q.kernels.linear import PackedFormat
+from dbrx_q.layout import TensorFormat
+
+from .gptq import gptq
+from .grid import Grid, packed, range_grid, searched_grid
+from .hqq import hqq_grid
+from .moments import Moments
+from .refine import descend, fit_scales
+from .rtn import rtn
+
+__all__ = ["METHODS", "Method", "Rounded"]
+
+
+Rounded = tuple[PackedFormat, float, float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to round.
+
+    run: (weight [N, K], format, moments or None) to the packed weight, its sum of squared errors and the sum of squares of the weight;
+    rows are independent of each other. calibrated: whether it uses moments; a matrix that has none is rounded with a searched grid then.
+    formats: that it makes. summary: one line.
+    """
+
+    run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
+    calibrated: bool
+    formats: tuple[str, ...]
+    summary: str
+
+    def check(self, name: str, fmt: TensorFormat) -> None:
+        """Refuse a format that it does not make.
+
+        Raises:
+            FormatError: with the method's name.
+        """
+        if fmt.format not in self.formats:
+            raise FormatError(f"{name} makes {' and '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
+
+
+def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    return rtn(weight, fmt)
+
+
+def _rounded(weight: torch.Tensor, grid: Grid, u: torch.Tensor) -> Rounded:
+    wide = weight.float()
+    error = float((grid.decode(u) - wide).square().sum(dtype=torch.float64))
+    return packed(grid, u), error, float(wide.square().sum(dtype=torch.float64))
+
+
+def _clip(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    grid = searched_grid(weight, fmt)
+    return _rounded(weight, grid, grid.round(weight))
+
+
+def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    grid = hqq_grid(weight, fmt)
+    return _rounded(weight, grid, grid.round(weight))
+
+
+def _weighted(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    """Clip search in which each element's error counts by the mean square of its input (the part of AWQ that needs no folding)."""
+    grid = searched_grid(weight, fmt, None if moments is None else moments.hessian.diagonal())
+    return _rounded(weight, grid, grid.round(weight))
+
+
+def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    if moments is None:
+        return _clip(weight, fmt, None)
+    grid = range_grid(weight, fmt)
+    return _rounded(weight, grid, gptq(weight.float(), moments, grid))
+
+
+def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
+    if moments is None:
+        return _clip(weight, fmt, None)
+    target = weight.float() @ moments.transfer
+    grid = range_grid(target, fmt)
+    u = gptq(target, moments, grid)
+    grid = fit_scales(target, moments.damped, grid, u)
+    return _rounded(weight, grid, descend(target, moments.damped, grid, u, sweeps=2))
+
+
+_GROUPED = ("int4", "int8")
+
+METHODS = {
+    "rtn": Method(_rtn, False, ("int4", "int8", "nf4"), "round to nearest"),
+    "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
+    "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
+    "weighted": Method(_weighted, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs"),
+    "gptq": Method(_gptq, True, _GROUPED, "GPTQ with act-order and Hessians weighted by the router"),
+    "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes"),
+}
+"""By the names of the command line."""

@@ -1,0 +1,80 @@
+"""Improving a rounded matrix: scales that fit the whole numbers best, whole numbers that fit the scales best.
+
+Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbrx_q.kernels.groups import grouped
+
+from .grid import Grid
+
+__all__ = ["descend", "fit_scales"]
+
+_BLOCK = 128  # columns between two products with all others
+_ROWS = 256  # whose systems are solved together
+_RIDGE = 1e-6
+
+
+def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor) -> Grid:
+    """The grid with the scales that make the error of `u` least: for each row, linear least squares in its n scales.
+
+    With U [n, K] the row's u, each group's in a row of its own, the scales are (U H U^T)^-1 U H w. A scale that would move by half or
+    more stays, and scales are rounded to float16.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K].
+        grid, u: what is to be improved.
+    """
+    n, G = grid.scales.shape[1], grid.group_size
+    blocks = hessian.view(n, G, n, G).permute(0, 2, 1, 3)  # [n, n, G, G]
+    fitted = []
+    for rows, wanted, old in zip(u.split(_ROWS), weight.split(_ROWS), grid.scales.split(_ROWS), strict=True):
+        each = grouped(rows, G)  # [R, n, G]
+        system = torch.empty(len(rows), n, n)
+        for a in range(n):
+            for b in range(a, n):
+                system[:, a, b] = system[:, b, a] = ((each[:, a] @ blocks[a, b]) * each[:, b]).sum(-1)
+        known = (each * grouped(wanted @ hessian, G)).sum(-1)  # [R, n]
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)
+        found = torch.linalg.solve_ex(system, known)[0]
+        before = old.float()
+        fitted.append(torch.where((found > before / 2) & (found < before * 2), found, before))
+    return Grid(torch.cat(fitted).half(), grid.zeros, G)
+
+
+def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor, *, sweeps: int = 1) -> torch.Tensor:
+    """Better u, float32 [N, K], by coordinate descent: each in turn takes the best place on the grid, all others being as they are.
+
+    The error (value - w) H (value - w)^T of no row grows.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K].
+        grid, u: what is to be improved.
+        sweeps: over all columns.
+    """
+    K, G = weight.shape[1], grid.group_size
+    steps, scales, low, high = grid.steps, grid.scales.float(), grid.low, grid.high
+    u = u.clone()
+    slope = (grid.decode(u) - weight) @ hessian  # half the gradient
+    for _ in range(sweeps):
+        for first in range(0, K, _BLOCK):
+            end = min(first + _BLOCK, K)
+            moved = torch.empty_like(u[:, first:end])
+            for i in range(first, end):
+                group, curve = i // G, hessian[i, i]
+                if curve <= 0:
+                    moved[:, i - first] = 0
+                    continue
+                best = (u[:, i] - slope[:, i] / (curve * steps[:, group])).round_().clamp_(low[:, group], high[:, group])
+                change = (best - u[:, i]) * scales[:, group]
+                u[:, i], moved[:, i - first] = best, change
+                slope[:, first:end].addr_(change, hessian[i, first:end])
+            slope[:, :first].addmm_(moved, hessian[first:end, :first])
+            slope[:, end:].addmm_(moved, hessian[first:end, end:])
+    return u

@@ -1,0 +1,35 @@
+"""The tokens that calibrate: sequences of one length from a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dbrx_q.errors import RequestError
+
+__all__ = ["sequences_of"]
+
+
+def sequences_of(ids: Sequence[int], *, count: int, length: int, seed: int) -> torch.Tensor:
+    """int64 [B, length], B = `count` or as many as the text holds: windows side by side, drawn without repetition, in the text's order.
+
+    Args:
+        ids: the text's tokens.
+        count: how many sequences.
+        length: tokens of each.
+        seed: of the draw.
+
+    Raises:
+        RequestError: a count or length below 1, or a text shorter than one sequence.
+    """
+    if count < 1 or length < 2:
+        raise RequestError(f"calibration must have at least 1 sequence of at least 2 tokens; found {count} of {length}")
+    windows = len(ids) // length
+    if not windows:
+        raise RequestError(
+            f"a calibration text must hold at least one sequence of {length} tokens; found {len(ids)}. Give a longer text, or a smaller "
+            "--length"
+        )
+    drawn = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return torch.tensor(ids[: windows * length]).view(windows, length)[drawn]

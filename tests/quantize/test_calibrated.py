@@ -1,0 +1,162 @@
+"""Calibration layer by layer: its two streams are the two models, and what is fitted with them diverges less."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.comparing import compare_checkpoints, open_reference
+from dbrx_q.eval.sources import open_source
+from dbrx_q.eval.texts import load_text
+from dbrx_q.eval.windows import Protocol
+from dbrx_q.layout import TensorFormat
+from dbrx_q.quantize import pipeline
+from dbrx_q.quantize.calibrated import Calibration
+from dbrx_q.quantize.pipeline import QuantizeReport, quantize_checkpoint
+from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.quantize.sequences import sequences_of
+from dbrx_q.tokenizer import DbrxTokenizer
+
+BOOK = Path(__file__).parent.parent / "data" / "war-of-the-worlds.txt"
+
+
+@pytest.fixture(scope="module")
+def ids(nano: Path) -> list[int]:
+    return DbrxTokenizer.from_pretrained(nano).encode(BOOK.read_text(encoding="utf-8"))
+
+
+def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> QuantizeReport:
+    return quantize_checkpoint(
+        source, destination, lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
+    )
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
+    """Every calibration that is made."""
+    made: list[Calibration] = []
+
+    class Kept(Calibration):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(pipeline, "Calibration", Kept)
+    return made
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_the_streams_are_the_models(nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration], method: str) -> None:
+    sequences = sequences_of(ids, count=12, length=96, seed=1)
+    quantize(nano, tmp_path / "out", sequences, method)
+    (calibration,) = calibrations
+    for folder, stream in ((nano, calibration._entering.original), (tmp_path / "out", calibration._entering.quantized)):
+        model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        hidden = model.transformer(sequences).last_hidden_state.flatten(0, 1)
+        assert (stream - hidden).norm() < 1e-3 * hidden.norm(), folder
+    assert [sum(counts) for counts in calibration.expert_tokens.values()] == [12 * 96 * 4] * 4
+
+
+def test_calibrated_checkpoints_diverge_less(nano: Path, ids: list[int], tmp_path: Path) -> None:
+    """Fitted to the first half of a book, measured on the second."""
+    sequences = sequences_of(ids[: len(ids) // 2], count=32, length=256, seed=0)
+    for method in ("rtn", "best"):
+        quantize(nano, tmp_path / method, sequences, method)
+    text = BOOK.read_text(encoding="utf-8")
+    rest = tmp_path / "rest.txt"
+    rest.write_text(text[len(text) // 2 + 1000 :], encoding="utf-8")
+    sources = [open_source(tmp_path / method) for method in ("rtn", "best")]
+    found = compare_checkpoints(open_reference(str(nano)), sources, load_text(str(rest)), Protocol.of(256, limit=24))
+    nearest, best = (row.mean_kl for row in found.results)
+    assert best < 0.75 * nearest
+    assert len({row.bits_per_weight for row in found.results}) == 1
+
+
+def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration]) -> None:
+    report = quantize(nano, tmp_path / "out", sequences_of(ids, count=6, length=100, seed=0), "gptq")
+    (calibration,) = calibrations
+    few = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
+    assert report.fallbacks == few
+    assert 0 < len(few) < 64
+    errors = report.relative_error
+    fallen, others = (
+        [
+            errors[f"transformer.blocks.{layer}.ffn.experts.mlp.w1.{e}"]
+            for layer in range(4)
+            for e in range(16)
+            if ((layer, e) in few) == whether
+        ]
+        for whether in (True, False)
+    )
+    assert max(fallen) < 1.5 * max(others)  # data of too few tokens would cost more
+
+
+def test_same_input_same_bytes(small: Path, tmp_path: Path) -> None:
+    sequences = torch.arange(4 * 60).view(4, 60)
+    for name in ("a", "b"):
+        quantize(small, tmp_path / name, sequences, "best", about={"seed": 0})
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert (config["rounding"], config["calibration"]) == ("best", {"seed": 0})
+
+
+def test_sequences_are_windows_of_the_text() -> None:
+    ids = list(range(1003))
+    found = sequences_of(ids, count=5, length=100, seed=3)
+    assert found.shape == (5, 100)
+    assert (found.diff() == 1).all()
+    assert (found[:, 0] % 100 == 0).all()
+    assert (found[:, 0].diff() > 0).all()
+    assert torch.equal(found, sequences_of(ids, count=5, length=100, seed=3))
+    assert not torch.equal(found, sequences_of(ids, count=5, length=100, seed=4))
+    assert torch.equal(sequences_of(ids, count=50, length=100, seed=3), torch.arange(1000).view(10, 100))
+    with pytest.raises(RequestError, match="at least one sequence of 2000 tokens; found 1003"):
+        sequences_of(ids, count=5, length=2000, seed=3)
+    with pytest.raises(RequestError, match="at least 1 sequence of at least 2 tokens; found 0 of 100"):
+        sequences_of(ids, count=0, length=100, seed=3)
+
+
+def test_what_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
+    for sequences, says in (
+        (None, "must have a text to calibrate with; found none"),
+        (torch.full((1, 8), 4096), "token ids below 4096 and at most 64 tokens; found 4096 and 8"),
+        (torch.zeros(1, 65, dtype=torch.int64), "found 0 and 65"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            quantize(small, tmp_path / "out", sequences, "best")
+    with pytest.raises(RequestError, match=r"the method must be one of rtn, .*; found 'awful'"):
+        quantize(small, tmp_path / "out", None, "awful")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", nano, out, "--calibration", BOOK, "--sequences", 6, "--length", 128)
+    done = cli(*command, "--recipe", "weighted", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["recipe"] == "weighted"
+    assert found["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
+    assert found["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
+    assert cli("verify", out).code == 0
+    short = tmp_path / "short.txt"
+    short.write_text("The old man")
+    for arguments, says in (
+        (("quantize", nano, tmp_path / "x", "--recipe", "best"), "must have a text to calibrate with"),
+        (("quantize", nano, tmp_path / "x", "--calibration", BOOK), "the recipe rtn takes no calibration"),
+        (("quantize", nano, tmp_path / "x", "--recipe", "best", "--calibration", short), "at least one sequence of 512 tokens"),
+        (("quantize", nano, tmp_path / "x", "--recipe", "best", "--calibration", BOOK, "--format", "nf4"), "best makes int4 and int8"),
+    ):
+        done = cli(*arguments)
+        assert (done.code, done.out) == (2, "")
+        assert says in done.err
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "x").exists()
