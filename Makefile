@@ -11,7 +11,7 @@ OUT := demo-out
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
-.PHONY: demo test lint types unit interpreter compiled browser bench evaluation clean
+.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -74,6 +74,21 @@ evaluation: .venv/installed-dev
 		--text $(WIKITEXT) --context 512 --out $(EVALUATED)/report --document docs/evaluation.md --section divergence
 	$(BIN)/dbrx-q compare $(MODEL) tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf $(GGUF) \
 		--text $(WIKITEXT) --protocol half-window --limit 200 --document docs/evaluation.md --section llama.cpp
+
+# The table of docs/quantization.md. CALIBRATION: WikiText-2's validation text, which is not bundled.
+CALIBRATION :=
+METHODS := $(OUT)/methods
+quantization: .venv/installed-dev
+	@test -f "$(CALIBRATION)" || { echo "Name WikiText-2's validation text: make quantization CALIBRATION=FILE"; exit 2; }
+	rm -rf $(METHODS)
+	for recipe in rtn clip hqq; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe || exit 1; done
+	for recipe in weighted gptq best; do \
+		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe --calibration $(CALIBRATION) || exit 1; done
+	for size in 32 128; do \
+		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-g$$size --recipe best --group-size $$size --calibration $(CALIBRATION) || exit 1; done
+	$(BIN)/dbrx-q compare $(MODEL) $(METHODS)/rtn-g64 $(METHODS)/clip-g64 $(METHODS)/hqq-g64 $(METHODS)/weighted-g64 $(METHODS)/gptq-g64 \
+		$(METHODS)/best-g64 $(METHODS)/best-g32 $(METHODS)/best-g128 --text $(WIKITEXT) --context 512 \
+		--document docs/quantization.md --section methods
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
