@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,20 @@ from dbrx_q.model import DbrxForCausalLM
 
 from .divergence import TokenScores, mean_and_stderr
 from .observe import check_ids
+from .resume import RunState
 from .rounding import Rounding
 from .texts import Text
 from .walk import Walk, packable
 from .windows import Protocol
 
-__all__ = ["BY", "Sensitivity", "Unit", "UnitResult", "check_formats", "sensitivity", "units_of"]
+__all__ = ["BY", "Sensitivity", "Unit", "UnitResult", "Unmeasured", "check_formats", "measurable", "sensitivity", "units_of"]
 
 BY = ("kind", "layer", "tensor")
 """What is rounded at a time."""
 
 _KINDS = ("embedding", "attention", "experts", "head")
 _MATRICES = ("Wqkv", "out_proj", "w1", "v1", "w2")
+_EMBEDDING_FORMAT = "int8"  # the one packed format that a checkpoint's embedding may have
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Unit:
 
     name: str
     tensors: tuple[str, ...]
+
+
+_Part = tuple[Unit, TensorFormat]
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,24 @@ class UnitResult:
 
 
 @dataclass(frozen=True)
+class Unmeasured:
+    """A unit in a format of which there are no figures, and why. name: as `Unit`. format, group_size: as `TensorFormat`."""
+
+    name: str
+    format: str
+    group_size: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """The JSON object of `dbrx-q sensitivity`, for whoever allots bits to tensors; later versions may add fields and rename none.
 
     checkpoint, text: as given; sha256, text_sha256: of the weights and of the text's UTF-8 bytes. by: one of `BY`. dtype: of activations
     and decoded weights. protocol, context: how the text was cut. windows, tokens: of every measurement (tokens: those predicted).
     perplexity: of the model as it is. complete: False where the run was interrupted: units that are there are whole. units: in the
-    model's order; of a unit, formats in the order of their request. provenance: versions, device, command line.
+    model's order; of a unit, formats in the order of their request. provenance: versions, device, command line. skipped: what no
+    checkpoint may hold in that format. failed: what the format could not hold of these weights.
     """
 
     checkpoint: str
@@ -95,6 +111,8 @@ class Sensitivity:
     complete: bool
     units: list[UnitResult]
     provenance: dict[str, Any]
+    skipped: list[Unmeasured] = field(default_factory=list)
+    failed: list[Unmeasured] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None for a figure that is not finite, such as the perplexity of a model that overflows."""
@@ -106,7 +124,8 @@ class Sensitivity:
     def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
         """What `to_dict` gave; NaN for a figure that is None."""
         units = [UnitResult(**_figures(unit)) for unit in data["units"]]
-        return cls(**(_figures(data) | {"units": units}))
+        without = {name: [Unmeasured(**part) for part in data.get(name, [])] for name in ("skipped", "failed")}
+        return cls(**(_figures(data) | {"units": units} | without))
 
 
 def _figures(data: dict[str, Any]) -> dict[str, Any]:
@@ -135,15 +154,33 @@ def units_of(config: DbrxConfig, by: str) -> list[Unit]:
     return [Unit(name, tuple(found[name])) for name in order]
 
 
+def measurable(units: Sequence[Unit], formats: Sequence[TensorFormat]) -> tuple[list[_Part], list[Unmeasured]]:
+    """(what is measured, what is not: units with an embedding in a format that no checkpoint may hold it in), in the units' order."""
+    parts, skipped = [], []
+    for unit in units:
+        for fmt in formats:
+            if fmt.format != _EMBEDDING_FORMAT and any(kind_of(name) == "embedding" for name in unit.tensors):
+                reason = f"the embedding must be {_EMBEDDING_FORMAT} or plain; found {fmt.format}"
+                skipped.append(Unmeasured(unit.name, fmt.format, fmt.group_size, reason))
+            else:
+                parts.append((unit, fmt))
+    return list(dict.fromkeys(parts)), list(dict.fromkeys(skipped))
+
+
 def check_formats(config: DbrxConfig, units: Sequence[Unit], formats: Sequence[TensorFormat]) -> None:
     """Refuse formats that a unit's tensors cannot have.
 
     Raises:
+        RequestError: nothing is left to measure, as units with an embedding are measured in no format but int8.
         FormatError: a group size that is not offered or does not divide a tensor's reduction axis.
     """
+    parts, skipped = measurable(units, formats)
+    if skipped and not parts:
+        found = ", ".join(dict.fromkeys(fmt.format for fmt in formats))
+        raise RequestError(f"the embedding must be {_EMBEDDING_FORMAT} or plain; found {found} and no other part. Add int8, or other parts")
     tensors = {tensor.name: tensor for tensor in packable(config)}
     for fmt in formats:
-        for name in dict.fromkeys(name for unit in units for name in unit.tensors):
+        for name in dict.fromkeys(name for unit, other in parts if other == fmt for name in unit.tensors):
             try:
                 check_group_size(tensors[name].matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
             except FormatError as error:
@@ -163,6 +200,7 @@ def sensitivity(
     text: Text,
     by: str,
     provenance: dict[str, Any],
+    state: RunState | None = None,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
     """Measure every unit in every format. The model's weights are never written to, and are in place again afterwards.
@@ -178,15 +216,19 @@ def sensitivity(
         units: what `units_of` gave.
         formats: what each is rounded to.
         checkpoint: for the record, as sha256, text, by and provenance.
+        state: where every figure is kept as soon as it is there, and found again; None for nowhere. Whoever gives it clears it when the
+            figures are where they shall be.
         on_run: called with (units in a format that are done, in all).
 
     Returns:
-        The figures; of Ctrl-C those of the units that are done, if any are.
+        The figures; of Ctrl-C those of the units that are done, if any are. A unit of which a format cannot hold a tensor is among
+        `failed`, and all others are measured.
 
     Raises:
-        RequestError: a model with packed weights, a text shorter than one window, a context that the model does not have, or ids that it
-            does not know.
-        FormatError: a group size that is not offered or does not divide a tensor's reduction axis.
+        RequestError: a model with packed weights, a text shorter than one window, a context that the model does not have, ids that it
+            does not know, or nothing but embeddings in formats that they cannot have.
+        FormatError: a group size that is not offered or does not divide a tensor's reduction axis, or no unit whose tensors a format can
+            hold.
     """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise RequestError("sensitivity must start from a model with plain weights; found packed ones. Give the checkpoint they come from")
@@ -194,25 +236,39 @@ def sensitivity(
     check_ids(ids, model.config.vocab_size)
     check_formats(model.config, units, formats)
     windows = protocol.windows(len(ids))
-    walk = Walk(model, torch.tensor(ids), windows)
-    found: dict[tuple[int, int], UnitResult] = {}
-    total = len(units) * len(formats)
+    parts, skipped = measurable(units, formats)
+    perplexity, found = _restored(state)
+    failed: dict[_Part, str] = {}
+
+    def report() -> None:
+        on_run(len(found) + len(failed), len(parts))
+
     complete = False
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp(walk.reference_nll()))
     try:
-        first = [min(walk.place_of(name) for name in unit.tensors) for unit in units]
-        for place in sorted(set(first)):
-            walk.go_to(place)
-            for index in (index for index, other in enumerate(first) if other == place):
-                for number, fmt in enumerate(formats):
-                    on_run(len(found), total)
-                    found[index, number] = _result(units[index], fmt, *walk.measure(units[index].tensors, fmt))
+        waiting = [part for part in parts if part not in found]
+        if waiting:
+            report()
+            walk = Walk(model, torch.tensor(ids), windows)
+            with np.errstate(over="ignore"):  # of a model that overflows
+                perplexity = float(np.exp(walk.reference_nll()))
+            for place, together in _by_place(walk, waiting):
+                walk.go_to(place)
+                for unit, fmt in together:
+                    try:
+                        found[unit, fmt] = _result(unit, fmt, *walk.measure(unit.tensors, fmt))
+                    except FormatError as error:
+                        failed[unit, fmt] = str(error)
+                    _keep(state, perplexity, found)
+                    if len(found) + len(failed) < len(parts):
+                        report()
         complete = True
     except KeyboardInterrupt:
         if not found:
             raise
-    on_run(len(found), total)
+        _keep(state, perplexity, found)
+    report()
+    if not found:
+        raise FormatError(next(iter(failed.values())))
     return Sensitivity(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -226,9 +282,34 @@ def sensitivity(
         tokens=sum(window.tokens for window in windows),
         perplexity=perplexity,
         complete=complete,
-        units=[found[key] for key in sorted(found)],
+        units=[found[part] for part in parts if part in found],
         provenance=provenance,
+        skipped=skipped,
+        failed=[Unmeasured(unit.name, fmt.format, fmt.group_size, failed[unit, fmt]) for unit, fmt in parts if (unit, fmt) in failed],
     )
+
+
+def _by_place(walk: Walk, parts: Sequence[_Part]) -> list[tuple[int, list[_Part]]]:
+    """(first place that is changed, parts that begin there), in the model's order."""
+    found: dict[int, list[_Part]] = {}
+    for unit, fmt in parts:
+        found.setdefault(min(walk.place_of(name) for name in unit.tensors), []).append((unit, fmt))
+    return sorted(found.items())
+
+
+def _restored(state: RunState | None) -> tuple[float, dict[_Part, UnitResult]]:
+    """(perplexity of the model as it is, what is done) of a run that did not end."""
+    kept = None if state is None else state.load()
+    if kept is None:
+        return math.nan, {}
+    rows = [UnitResult(**row) for row in json.loads(str(kept["units"]))]
+    return float(kept["perplexity"]), {(Unit(row.name, tuple(row.tensors)), TensorFormat(row.format, row.group_size)): row for row in rows}
+
+
+def _keep(state: RunState | None, perplexity: float, found: Mapping[_Part, UnitResult]) -> None:
+    if state is not None and found:
+        rows = json.dumps([asdict(row) for row in found.values()])
+        state.save({"perplexity": np.array(perplexity), "units": np.array(rows)})
 
 
 def _result(unit: Unit, fmt: TensorFormat, seen: TokenScores, roundings: Sequence[Rounding]) -> UnitResult:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FILES", "KEYS", "markdown", "plot", "short_name", "table", "write_report"]
+__all__ = ["FILES", "KEYS", "markdown", "plot", "short_name", "table", "without_figures", "write_report"]
 
 FILES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 KEYS = ("checkpoint", "units", "provenance")
@@ -68,6 +68,13 @@ def table(found: Sensitivity) -> list[tuple[str, ...]]:
     return rows
 
 
+def without_figures(found: Sensitivity) -> list[str]:
+    """A line for every unit that was not measured in a format, with the reason."""
+    return [
+        f"not measured: {short_name(part.name)} in {part.format} g{part.group_size}: {part.reason}" for part in found.skipped + found.failed
+    ]
+
+
 def markdown(found: Sensitivity) -> str:
     """Results as a Markdown document."""
     return "\n".join(_lines(found)) + "\n"
@@ -99,6 +106,10 @@ def _lines(found: Sensitivity) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in found.provenance.get("versions", {}).items())
     yield f"- on {found.provenance.get('device', '')}, {found.provenance.get('threads', '')} threads; {versions}"
     yield ""
+    notes = without_figures(found)
+    if notes:
+        yield from (f"- {note}" for note in notes)
+        yield ""
     head, *rows = table(found)
     yield "| " + " | ".join(head) + " |"
     yield "|---|---|" + "---:|" * (len(head) - 2)
@@ -111,7 +122,12 @@ def _figure(value: float, spec: str) -> str:
 
 
 def _formats(found: Sensitivity) -> list[tuple[str, int]]:
-    return list(dict.fromkeys((unit.format, unit.group_size) for unit in found.units))
+    """In the order of their request, which a unit that has them all shows: the embedding has int8 alone."""
+    of_unit: dict[str, list[tuple[str, int]]] = {}
+    for unit in found.units:
+        of_unit.setdefault(unit.name, []).append((unit.format, unit.group_size))
+    units = sorted(of_unit.values(), key=len, reverse=True)
+    return list(dict.fromkeys(fmt for formats in units for fmt in formats))
 
 
 def _title(found: Sensitivity) -> str:

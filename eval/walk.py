@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import FormatError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import ExpertWeights
@@ -90,14 +91,21 @@ class Walk:
         return float(np.concatenate(losses).mean())
 
     def measure(self, tensors: Sequence[str], fmt: TensorFormat) -> tuple[TokenScores, list[Rounding]]:
-        """Of the model with some tensors rounded, none of which was passed."""
+        """Of the model with some tensors rounded, none of which was passed.
+
+        Raises:
+            FormatError: a tensor that the format cannot hold, with its name.
+        """
         roundings = []
 
         def weights_at(place: int) -> dict[str, torch.Tensor]:
             weights = {}
             for name in tensors:
                 if self.place_of(name) == place:
-                    weights[name], rounding = rounded(self._weight(name), fmt)
+                    try:
+                        weights[name], rounding = rounded(self._weight(name), fmt)
+                    except FormatError as error:
+                        raise FormatError(f"{name} in {fmt.format}: {error}") from None
                     roundings.append(rounding)
             return weights
 

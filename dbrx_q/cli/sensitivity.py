@@ -52,14 +52,18 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for sensitivity.json, .md and .png.", show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Round one part of a model at a time and measure how far its predictions move: where bits are worth most."""
+    from dataclasses import asdict
+
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.provenance import command_line, provenance
+    from dbrx_q.eval.provenance import command_line, provenance, run_key
     from dbrx_q.eval.report_folder import check_report_folder
-    from dbrx_q.eval.sensitivity import check_formats, sensitivity, units_of
-    from dbrx_q.eval.sensitivity_report import FILES, KEYS, write_report
+    from dbrx_q.eval.resume import RunState
+    from dbrx_q.eval.sensitivity import check_formats, measurable, sensitivity, units_of
+    from dbrx_q.eval.sensitivity_report import FILES, KEYS, without_figures, write_report
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
     from dbrx_q.eval.windows import Protocol
@@ -83,35 +87,57 @@ def command(
     wanted = [TensorFormat(name, group_size) for name in dict.fromkeys(fmt.value for fmt in formats or [RoundedFormat.int4])]
     check_formats(source.config, units, wanted)
     checkpoint = source.sha256()
-    model = source.load(dtype=measuring.dtype_of(dtype, place), device=place)
-    with output.progress("parts") as on_run:
-        found = sensitivity(
-            model,
-            ids,
-            how,
-            units,
-            wanted,
-            checkpoint=path,
-            sha256=checkpoint,
-            text=words,
-            by=by.value,
-            provenance=provenance(place, command_line()),
-            on_run=on_run,
-        )
-    if out is not None:
-        write_report(found, out)
+    chosen = measuring.dtype_of(dtype, place)
+    key = run_key("sensitivity", {}, source.config, checkpoint, ids, how, dtype=chosen, kv_format="plain", device=place)
+    state = RunState(key | {"by": by.value, "formats": [asdict(fmt) for fmt in wanted]})
+    if not resume:
+        state.clear()
+    try:
+        model = source.load(dtype=chosen, device=place)
+        with output.progress("parts") as on_run:
+            found = sensitivity(
+                model,
+                ids,
+                how,
+                units,
+                wanted,
+                checkpoint=path,
+                sha256=checkpoint,
+                text=words,
+                by=by.value,
+                provenance=provenance(place, command_line()),
+                state=state,
+                on_run=on_run,
+            )
+    except Exception:  # whatever it is, it is explained after this
+        if state.path.exists():
+            _say("what was measured is kept: the same command with --resume goes on")
+        raise
     if json:
         output.print_json(found.to_dict())
     else:
-        _print(found, out)
+        _print(found)
+    for note in without_figures(found):
+        _say(note)
+    if out is not None:
+        write_report(found, out)
+        _say(str(out / "sensitivity.md"))
+    total = len(measurable(units, wanted)[0])
     if not found.complete:
-        done, total = len(found.units), len(units) * len(wanted)
-        message = f"dbrx-q: error: interrupted; the figures are those of the {done} of {total} parts that were done"
-        output.stderr().print(message, markup=False, soft_wrap=True)
+        how_on = "the same command with --resume goes on" if state.path.exists() else "they could not be kept for --resume"
+        _say(f"dbrx-q: error: interrupted after {len(found.units)} of {total} parts; the figures are of these alone, and {how_on}")
+        raise typer.Exit(2)
+    state.clear()
+    if found.failed:
+        _say(f"dbrx-q: error: {len(found.failed)} of {total} parts could not be measured; the figures are of all others")
         raise typer.Exit(2)
 
 
-def _print(found: Sensitivity, out: Path | None) -> None:
+def _say(message: str) -> None:
+    output.stderr().print(message, markup=False, soft_wrap=True)
+
+
+def _print(found: Sensitivity) -> None:
     from dbrx_q.eval.sensitivity_report import table
 
     rows = table(found)
@@ -122,8 +148,5 @@ def _print(found: Sensitivity, out: Path | None) -> None:
         ]
         print("  ".join(cells).rstrip())
     part = "" if found.complete else "partial: "
-    print(
-        f"\n{part}{found.windows} windows of {found.context} tokens, {found.tokens:,} predicted; perplexity as it is {found.perplexity:.4f}"
-    )
-    if out is not None:
-        print(out / "sensitivity.md")
+    tokens = f"{found.windows} windows of {found.context} tokens, {found.tokens:,} predicted"
+    print(f"\n{part}{tokens}; perplexity as it is {found.perplexity:.4f}", flush=True)

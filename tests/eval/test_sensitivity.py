@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ import torch
 
 from dbrx_q import DbrxForCausalLM, DbrxTokenizer
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import FormatError, RequestError
+from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.eval.divergence import Distribution, TokenScores, scores
 from dbrx_q.eval.observe import logit_chunks, observe
-from dbrx_q.eval.sensitivity import Sensitivity, Unit, UnitResult, check_formats, sensitivity, units_of
+from dbrx_q.eval.resume import RunState
+from dbrx_q.eval.sensitivity import Sensitivity, Unit, UnitResult, check_formats, measurable, sensitivity, units_of
 from dbrx_q.eval.sensitivity_report import markdown, plot, short_name, table, write_report
 from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.walk import Walk
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.kernels import int4, int8, nf4
-from dbrx_q.layout import TensorFormat, dense_tensors, oriented
+from dbrx_q.layout import TensorFormat, dense_tensors, oriented, tensor_formats
 
 DATA = Path(__file__).parent.parent / "data"
 NANO, BOOK = DATA / "dbrx-nano", DATA / "war-of-the-worlds.txt"
@@ -36,6 +38,11 @@ WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 WQKV, W1, W2 = (
     BLOCK.format(n, m) for n, m in ((0, "norm_attn_norm.attn.Wqkv.weight"), (1, "ffn.experts.mlp.w1"), (2, "ffn.experts.mlp.w2"))
 )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +62,10 @@ def measured(
     formats: Sequence[TensorFormat],
     on_run: Callable[[int, int], None] = lambda done, total: None,
     by: str = "tensor",
+    state: RunState | None = None,
 ) -> Sensitivity:
     record: dict[str, Any] = {"checkpoint": "nano", "sha256": "1" * 64, "text": TEXT, "by": by, "provenance": {"command": "dbrx-q"}}
-    return sensitivity(model, ids, HOW, units, formats, on_run=on_run, **record)
+    return sensitivity(model, ids, HOW, units, formats, state=state, on_run=on_run, **record)
 
 
 def alone(*names: str) -> list[Unit]:
@@ -197,7 +205,7 @@ def test_weights_are_in_place_afterwards(ids: list[int]) -> None:
         assert model.transformer.expert_store is store
 
     units = [*alone(WTE, HEAD), *units_of(model.config, "layer")[2:3]]
-    before = measured(model, ids, units, [TensorFormat("int4", 64)])
+    before = measured(model, ids, units, [TensorFormat("int8", 64)])
     check()
 
     calls = []
@@ -209,11 +217,11 @@ def test_weights_are_in_place_afterwards(ids: list[int]) -> None:
 
     handle = model.transformer.blocks[2].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
-        measured(model, ids, units[2:], [TensorFormat("int4", 64)])
+        measured(model, ids, units[2:], [TensorFormat("int8", 64)])
     handle.remove()
     assert calls[-1], "the weights were not replaced when the error came"
     check()
-    assert measured(model, ids, units, [TensorFormat("int4", 64)]) == before
+    assert measured(model, ids, units, [TensorFormat("int8", 64)]) == before
 
 
 def test_streamed_experts_give_the_same(model: DbrxForCausalLM, ids: list[int]) -> None:
@@ -227,8 +235,10 @@ def test_order_and_progress(model: DbrxForCausalLM, ids: list[int]) -> None:
     seen: list[tuple[int, int]] = []
     formats = [TensorFormat("int8", 64), TensorFormat("int4", 64)]
     found = measured(model, ids, alone(HEAD, W2, WTE), formats, lambda done, total: seen.append((done, total)))
-    assert [(unit.name, unit.format) for unit in found.units] == [(name, f) for name in (HEAD, W2, WTE) for f in ("int8", "int4")]
-    assert seen == [(done, 6) for done in range(7)]
+    assert [(unit.name, unit.format) for unit in found.units] == [(name, f) for name in (HEAD, W2) for f in ("int8", "int4")] + [
+        (WTE, "int8")
+    ]
+    assert seen == [(done, 5) for done in range(6)]
     assert found.complete
     assert Sensitivity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     single = measured(model, ids, alone(W2), formats[1:]).units
@@ -252,6 +262,84 @@ def test_an_interruption_leaves_what_is_done(model: DbrxForCausalLM, ids: list[i
             found = measured(model, ids, alone(W1, W2), formats, press)
             assert not found.complete
             assert found.units == measured(model, ids, alone(W1), formats).units
+
+
+def pressed_once(at: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[int, int], None]:
+    pressed: list[int] = []
+
+    def on_run(done: int, total: int) -> None:
+        if done == at and not pressed:
+            pressed.append(done)
+            raise error
+
+    return on_run
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_was_done_is_not_done_again(model: DbrxForCausalLM, ids: list[int], tmp_path: Path, error: type[BaseException]) -> None:
+    formats = [TensorFormat("int8", 64), TensorFormat("int4", 64)]
+    units = alone(HEAD, WQKV, W2)
+    state = RunState({"run": 1}, tmp_path)
+    if error is KeyboardInterrupt:
+        partial = measured(model, ids, units, formats, pressed_once(3, error), state=state)
+        assert (partial.complete, len(partial.units)) == (False, 3)
+        partial = measured(model, ids, units, formats, pressed_once(3, error), state=state)  # before anything is measured again
+        assert (partial.complete, len(partial.units)) == (False, 3)
+    else:
+        with pytest.raises(error):
+            measured(model, ids, units, formats, pressed_once(3, error), state=state)
+    seen: list[int] = []
+    whole = measured(model, ids, units, formats)
+    assert measured(model, ids, units, formats, lambda done, total: seen.append(done), state=state) == whole
+    assert seen[0] == 3
+    seen.clear()
+    assert measured(model, ids, units, formats, lambda done, total: seen.append(done), state=state) == whole
+    assert seen == [6]
+
+
+def test_a_tensor_that_a_format_cannot_hold(ids: list[int]) -> None:
+    """All others are measured."""
+    model = DbrxForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    before = measured(model, ids, alone(WQKV, W2), [TensorFormat("nf4", 64)])
+    model.get_parameter(W1).data[0, 0] = 1e9
+    with pytest.raises(FormatError, match=r"blocks.1.ffn.experts.mlp.w1 in int4: a group's scale must stay below 65504"):
+        measured(model, ids, alone(W1), [TensorFormat("int4", 64)])
+    model.get_parameter(W1).data[0, 0] = 0.01
+    formats = [TensorFormat("int4", 64), TensorFormat("nf4", 64)]
+    good = measured(model, ids, alone(WQKV, W2), formats)
+    assert good.failed == []
+    model.get_parameter(WQKV).data[0, 0] = 1e9
+    found = measured(model, ids, alone(WQKV, W2), formats)
+    assert [(unit.name, unit.format) for unit in found.units] == [(WQKV, "nf4"), (W2, "int4"), (W2, "nf4")]
+    assert found.complete
+    (failed,) = found.failed
+    assert (failed.name, failed.format, failed.group_size) == (WQKV, "int4", 64)
+    assert "a group's scale must stay below 65504" in failed.reason
+    assert Sensitivity.from_dict(found.to_dict()) == found
+    assert "not measured: blocks.0.Wqkv in int4 g64: " in markdown(found)
+    assert before.failed == []
+
+
+def test_formats_that_no_checkpoint_has(model: DbrxForCausalLM, ids: list[int]) -> None:
+    """A part is measured in a format exactly where a checkpoint may hold it so."""
+    formats = [TensorFormat(name, 64) for name in ("int4", "int8", "nf4")]
+    for tensor in units_of(model.config, "tensor"):
+        for fmt in formats:
+            config = model.config.to_dict()
+            entry = {"format": fmt.format, "group_size": fmt.group_size}
+            config["quantization_config"] = {"quant_method": "dbrx_q", "format_version": 1, "tensors": {tensor.name: entry}}
+            try:
+                allowed = bool(tensor_formats(DbrxConfig.from_dict(config), "test"))
+            except CheckpointError:
+                allowed = False
+            parts, skipped = measurable([tensor], [fmt])
+            assert (len(parts), len(skipped)) == ((1, 0) if allowed else (0, 1))
+    found = measured(model, ids, alone(WTE, W2), [formats[0]])
+    assert [unit.name for unit in found.units] == [W2]
+    assert [(part.name, part.format) for part in found.skipped] == [(WTE, "int4")]
+    assert "not measured: wte in int4 g64: the embedding must be int8 or plain" in markdown(found)
+    with pytest.raises(RequestError, match=r"embedding must be int8 or plain; found int4, nf4 .*int8"):
+        measured(model, ids, alone(WTE), [formats[0], formats[2]])
 
 
 def test_refused(model: DbrxForCausalLM, ids: list[int], quantized_nano: Path) -> None:
@@ -281,7 +369,7 @@ def test_heat_map(by_tensor: Sensitivity) -> None:
     for panel, fmt in zip(panels, ("int4", "int8"), strict=True):
         cells = np.ma.filled(panel.collections[0].get_array(), np.nan)
         expected = np.full((5, 5), np.nan)
-        expected[:, 0], expected[:, 4] = known[WTE, fmt], known[HEAD, fmt]
+        expected[:, 0], expected[:, 4] = known.get((WTE, fmt), np.nan), known[HEAD, fmt]
         expected[0, 1], expected[2, 2], expected[4, 3] = known[WQKV, fmt], known[W1, fmt], known[W2, fmt]
         np.testing.assert_array_equal(cells, expected)
         written = {text.get_text() for text in panel.texts}
@@ -357,7 +445,7 @@ def test_plots_of_one_value(by_tensor: Sensitivity, tmp_path: Path, kl: float) -
 
 def test_markdown(by_tensor: Sensitivity) -> None:
     rows = [line.split(" | ") for line in markdown(by_tensor).splitlines() if " g64 | " in line]
-    assert len(rows) == 10
+    assert len(rows) == 9
     costs = [float(row[-1].rstrip(" |")) for row in rows]
     assert costs == sorted(costs, reverse=True)
     worst = max(by_tensor.units, key=lambda unit: unit.mean_kl / unit.saved_bytes)
@@ -387,32 +475,94 @@ def test_command(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert "Traceback" not in shown.err
 
 
-def test_an_interrupted_command(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_command(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     from dbrx_q.cli import output
 
-    class Progress:
-        def __init__(self, what: str) -> None: ...
+    out = tmp_path / "out"
+    arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "layer", "--context", 64, "--windows", 1, "--json", "--out", out]
+    whole = json.loads(cli(*arguments).out)
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+    press = pressed_once(2, error)
+    seen: list[int] = []
 
-        def __enter__(self) -> Callable[[int, int], None]:
-            return self.on_run
+    @contextmanager
+    def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+        def on_run(done: int, total: int) -> None:
+            seen.append(done)
+            press(done, total)
 
-        def __exit__(self, *_: object) -> None: ...
+        yield on_run
 
-        pressed = False
-
-        def on_run(self, done: int, total: int) -> None:
-            if done == 2 and not self.pressed:
-                self.pressed = True
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(output, "progress", Progress)
-    arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "layer", "--context", 64, "--windows", 1, "--json", "--out", tmp_path]
+    monkeypatch.setattr(output, "progress", progress)
     done = cli(*arguments)
     assert done.code == 2
-    assert "the figures are those of the 2 of 4 parts that were done" in done.err
-    found = Sensitivity.from_dict(json.loads(done.out))
-    assert (found.complete, [unit.name for unit in found.units]) == (False, ["layer 0", "layer 1"])
-    assert json.loads((tmp_path / "sensitivity.json").read_text(encoding="utf-8")) == json.loads(done.out)
+    said = " ".join(done.err.split())
+    if error is KeyboardInterrupt:
+        assert "interrupted after 2 of 4 parts; the figures are of these alone, and the same command with --resume goes on" in said
+        found = Sensitivity.from_dict(json.loads(done.out))
+        assert (found.complete, [unit.name for unit in found.units]) == (False, ["layer 0", "layer 1"])
+        assert json.loads((out / "sensitivity.json").read_text(encoding="utf-8")) == json.loads(done.out)
+    else:
+        assert done.out == ""
+        assert "what was measured is kept: the same command with --resume goes on" in said
+    seen.clear()
+    again = cli(*arguments, "--resume")
+    assert again.code == 0, again.err
+    assert seen == [2, 3, 4]
+    assert {**json.loads(again.out), "provenance": 0} == {**whole, "provenance": 0}
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+
+    press = pressed_once(2, error)
+    assert cli(*arguments).code == 2
+    seen.clear()
+    assert cli(*arguments).code == 0  # without --resume it begins again
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_figures_are_shown_before_files_are_written(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbrx_q.eval import sensitivity_report
+
+    def fail(*_: object) -> None:
+        raise RequestError("a report's folder must be writable; No space left on device. Give another name or make room")
+
+    arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "layer", "--context", 64, "--windows", 1, "--json", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity_report, "write_files", fail)
+        done = cli(*arguments)
+    assert done.code == 2
+    assert "No space left" in done.err
+    found = json.loads(done.out)
+    assert len(found["units"]) == 4
+    again = cli(*arguments, "--resume")
+    assert again.code == 0
+    assert json.loads(again.out)["units"] == found["units"]
+    assert json.loads((tmp_path / "out" / "sensitivity.json").read_text(encoding="utf-8")) == json.loads(again.out)
+
+
+def test_parts_without_figures_are_named(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbrx_q.eval import rounding, walk
+
+    arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "kind", "--context", 64, "--windows", 1]
+    done = cli(*arguments)
+    assert done.code == 0
+    assert "not measured: embedding in int4 g64: the embedding must be int8 or plain" in " ".join(done.err.split())
+    calls: list[int] = []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise FormatError("too wide")
+        return rounding.rounded(*arguments)
+
+    monkeypatch.setattr(walk, "rounded", fail_once)
+    done = cli(*arguments)
+    assert done.code == 2
+    assert "Wqkv.weight in int4: too wide" in done.err
+    assert "1 of 8 parts could not be measured" in " ".join(done.err.split())
+    assert "out_proj" in done.out
 
 
 @pytest.mark.parametrize(
