@@ -35,6 +35,7 @@ __all__ = [
     "pack_parts",
     "parts_of",
     "tensor_formats",
+    "unpacked_experts",
 ]
 
 GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GROUP_SIZES}
@@ -152,6 +153,11 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
         rule = "format must be int4 or int8 with a group size of 32, 64 or 128, or nf4 with 64"
         raise CheckpointError(f"{source}: {name}: {rule}; found {entry!r}")
     return TensorFormat(str(kind), group_size)
+
+
+def unpacked_experts(config: DbrxConfig, formats: Mapping[str, TensorFormat]) -> list[str]:
+    """Expert matrices of any layer that have no format; empty for a checkpoint whose experts are all packed."""
+    return [tensor.name for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats]
 
 
 def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:

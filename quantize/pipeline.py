@@ -19,7 +19,7 @@ import torch
 from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.kernels.linear import PackedFormat, dequantize
-from dbrx_q.layout import DenseTensor, Part, TensorFormat, kind_of, oriented, parts_of
+from dbrx_q.layout import DenseTensor, Part, TensorFormat, kind_of, oriented, parts_of, unpacked_experts
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.safetensors_file import SafetensorsWriter
 from dbrx_q.staging import check_destination, staged_folder
@@ -86,7 +86,8 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: the source is damaged, or already quantized.
-        FormatError: a tensor that its format cannot hold, or a format that the method does not make.
+        FormatError: a recipe without a format for some experts, a tensor that its format cannot hold, or a format that the method does
+            not make.
         RequestError: a calibrated method without sequences, tokens that the model does not know, a destination that is not empty, cannot
             be written, or has too little room.
     """
@@ -99,6 +100,9 @@ def quantize_checkpoint(
             formats = dict(recipe(checkpoint))
         except FormatError as error:
             raise FormatError(f"{source}: {error}") from None
+        left = unpacked_experts(checkpoint.config, formats)
+        if left:
+            raise FormatError(f"{source}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format")
         chosen = _method(method, formats)
         calibration = _calibration(checkpoint, chosen, method, sequences)
         shards = _shards(_jobs(checkpoint, formats), shard_bytes)

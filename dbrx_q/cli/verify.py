@@ -20,7 +20,7 @@ def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Recompute the SHA-256 of every file and compare; exit code 1 where one differs.
+    """Recompute the SHA-256 of every file and compare; exit code 1 where one differs, 2 where experts of some layer are not quantized.
 
     A plain checkpoint has no manifest: its headers are checked against config.json, its shards against the sums that the hub's cache
     keeps, where it came from there, and every sum is printed.
@@ -76,6 +76,23 @@ def command(
         )
     if bad:
         raise typer.Exit(1)
+    if manifest is not None:
+        _check_experts(folder)
+
+
+def _check_experts(folder: Path) -> None:
+    from dbrx_q.config import DbrxConfig
+    from dbrx_q.errors import CheckpointError
+    from dbrx_q.layout import tensor_formats, unpacked_experts
+
+    config = DbrxConfig.from_pretrained(folder)
+    formats = tensor_formats(config, str(folder / "config.json"))
+    left = unpacked_experts(config, formats) if formats else []
+    if left:
+        raise CheckpointError(
+            f"{folder}: the experts of every layer must be quantized; {left[0]} and {len(left) - 1} more are not. "
+            "Quantize the original again"
+        )
 
 
 def _hub_sum(shard: Path) -> str | None:

@@ -361,6 +361,22 @@ def test_verify_names_the_file_that_differs(damage: str, kind: str, quantized_sm
     assert [file["name"] for file in shown["files"] if file["state"] != "ok"] == [path.name]
 
 
+def test_verify_names_experts_that_are_not_quantized(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized_small, folder)
+    config = json.loads((folder / "config.json").read_text())
+    name = "transformer.blocks.0.ffn.experts.mlp.v1"
+    del config["quantization_config"]["tensors"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "config.json").read_bytes()
+    manifest["files"]["config.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = cli("verify", folder)
+    assert done.code == 2
+    assert f"the experts of every layer must be quantized; {name} and 0 more are not" in done.err
+
+
 def test_verify_prints_the_sums_of_a_plain_checkpoint(nano: Path, cli: Callable[..., Any]) -> None:
     done = cli("verify", nano)
     assert done.code == 0

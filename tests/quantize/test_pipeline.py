@@ -15,6 +15,7 @@ import torch
 
 from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.errors import FormatError
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.kernels import int4, int8, nf4
 from dbrx_q.layout import TensorFormat
@@ -153,3 +154,13 @@ def test_memory_is_bounded_by_a_tensor_not_by_the_model(tmp_path: Path) -> None:
     assert model > 12 * tensor
     # One tensor, its result, and the float32 rows that are worked on (64 MB at most).
     assert int(run.stdout) < tensor * (1 + 4.3125 / 16) + (64 << 20) + (16 << 20)
+
+
+def test_a_recipe_that_leaves_experts_out_is_refused(source: Path, tmp_path: Path) -> None:
+    def without(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+        formats = default_recipe(checkpoint.config, TensorFormat("int4", 64))
+        return {name: fmt for name, fmt in formats.items() if ".1.ffn.experts.mlp.w2" not in name}
+
+    with pytest.raises(FormatError, match=r"the experts of every layer; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"):
+        quantize_checkpoint(source, tmp_path / "out", without)
+    assert not list(tmp_path.iterdir())
