@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -206,8 +206,10 @@ def sensitivity(
     """Measure every unit in every format. The model's weights are never written to, and are in place again afterwards.
 
     A unit is run from the first block that it changes, on what the blocks before make of the text: the same to the last bit as a run from
-    the start. Of all windows the residual stream and the last hidden states are held, 3 D numbers a token, and of one block a second copy
-    of the weights that are rounded; experts that are streamed stay so.
+    the start. Memory, beside the model: of all windows 5 D numbers a token (the residual stream and what is added to it, before the block
+    that is reached and where the run is; the last hidden states as they should be), the activations of one step, and of one block a second
+    copy of the weights that are rounded. Experts that are streamed stay so: up to 8 units then run together, with 2 D numbers a token for
+    each, so that experts are decoded once for all of them.
 
     Args:
         model: a model with plain weights.
@@ -251,13 +253,13 @@ def sensitivity(
             walk = Walk(model, torch.tensor(ids), windows)
             with np.errstate(over="ignore"):  # of a model that overflows
                 perplexity = float(np.exp(walk.reference_nll()))
-            for place, together in _by_place(walk, waiting):
+            for place, together in _groups(walk, waiting):
                 walk.go_to(place)
-                for unit, fmt in together:
-                    try:
-                        found[unit, fmt] = _result(unit, fmt, *walk.measure(unit.tensors, fmt))
-                    except FormatError as error:
-                        failed[unit, fmt] = str(error)
+                for part, seen in zip(together, walk.measure([(unit.tensors, fmt) for unit, fmt in together]), strict=True):
+                    if isinstance(seen, FormatError):
+                        failed[part] = str(seen)
+                    else:
+                        found[part] = _result(*part, seen.scores, seen.roundings)
                     _keep(state, perplexity, found)
                     if len(found) + len(failed) < len(parts):
                         report()
@@ -289,12 +291,14 @@ def sensitivity(
     )
 
 
-def _by_place(walk: Walk, parts: Sequence[_Part]) -> list[tuple[int, list[_Part]]]:
-    """(first place that is changed, parts that begin there), in the model's order."""
-    found: dict[int, list[_Part]] = {}
+def _groups(walk: Walk, parts: Sequence[_Part]) -> Iterator[tuple[int, list[_Part]]]:
+    """(first place that is changed, parts that begin there and are measured together), in the model's order."""
+    at: dict[int, list[_Part]] = {}
     for unit, fmt in parts:
-        found.setdefault(min(walk.place_of(name) for name in unit.tensors), []).append((unit, fmt))
-    return sorted(found.items())
+        at.setdefault(min(walk.place_of(name) for name in unit.tensors), []).append((unit, fmt))
+    for place, begin in sorted(at.items()):
+        for first in range(0, len(begin), walk.together):
+            yield place, begin[first : first + walk.together]
 
 
 def _restored(state: RunState | None) -> tuple[float, dict[_Part, UnitResult]]:

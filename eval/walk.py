@@ -6,9 +6,9 @@ its reduction axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from .observe import LOGIT_TOKENS, batches
 from .rounding import Rounding, rounded
 from .windows import Window
 
-__all__ = ["Walk", "packable"]
+__all__ = ["Seen", "Walk", "packable"]
 
 _PACKED_KINDS = ("embedding", "attention", "experts", "head")
+_TOGETHER = 8  # 2 D numbers a token each: of 16 windows of 512 tokens of DBRX in float32 3.2 GB, half of one layer's experts in bfloat16
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
@@ -54,10 +55,32 @@ _Stream = tuple[torch.Tensor, torch.Tensor | None]
 """What enters a block: the residual stream [T, D] and what the block before adds to it [T, D]."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model with rounded weights predicts, beside the model as it is, and what rounding did to each of its tensors."""
+
+    scores: TokenScores
+    roundings: list[Rounding]
+
+
+@dataclass
+class _Run:
+    """A part on its way. error: why it cannot go on."""
+
+    tensors: Sequence[str]
+    fmt: TensorFormat
+    streams: list[_Stream]
+    roundings: list[Rounding] = field(default_factory=list)
+    error: str | None = None
+
+
 class Walk:
     """Goes through the model once with all windows, and from where it stands runs what comes after with other weights.
 
     Places are 0 for the embedding, 1 .. n_layers for the blocks, n_layers + 1 for the norm and the head.
+
+    Attributes:
+        together: parts that are to be measured together: several where experts are decoded again whenever a block is reached.
     """
 
     def __init__(self, model: DbrxForCausalLM, text: torch.Tensor, windows: Sequence[Window]) -> None:
@@ -70,15 +93,20 @@ class Walk:
         self._end = model.config.n_layers + 1
         self._place = 0
         self._streams: list[_Stream] = []
-        self._reference = self._hidden(self._run([], 0, self._end, lambda place: {}))  # [P, D] of every step
+        streams: list[_Stream] = []
+        for place in range(self._end):
+            self._pass(place, streams, {})
+        self._reference = self._hidden(streams)  # [P, D] of every step
+        self.together = _TOGETHER if self._store.renewed else 1
 
     def place_of(self, name: str) -> int:
         """The place that a tensor belongs to."""
         return {_EMBEDDING: 0, _HEAD: self._end}.get(name, self._tensors[name].layer + 1)
 
     def go_to(self, place: int) -> None:
-        """Stand before a place that was not passed yet."""
-        self._streams = self._run(self._streams, self._place, place, lambda place: {})
+        """Stand before a place that was not passed yet. What is interrupted here leaves a walk that stands nowhere."""
+        for passed in range(self._place, place):
+            self._pass(passed, self._streams, {})
         self._place = place
 
     def reference_nll(self) -> float:
@@ -90,27 +118,47 @@ class Walk:
         ]
         return float(np.concatenate(losses).mean())
 
-    def measure(self, tensors: Sequence[str], fmt: TensorFormat) -> tuple[TokenScores, list[Rounding]]:
-        """Of the model with some tensors rounded, none of which was passed.
+    def measure(self, parts: Sequence[tuple[Sequence[str], TensorFormat]]) -> Iterator[Seen | FormatError]:
+        """What every part gives: the model with these tensors, none of which was passed, rounded to this format.
 
-        Raises:
-            FormatError: a tensor that the format cannot hold, with its name.
+        Parts go through the model together, block by block; each takes 2 D numbers a token. FormatError, with the tensor's name, stands for
+        a part of which the format cannot hold a tensor.
         """
-        roundings = []
+        runs = [_Run(tensors, fmt, [*self._streams]) for tensors, fmt in parts]
+        for place in range(self._place, self._end):
+            for run in runs:
+                self._advance(run, place)
+        for run in runs:
+            yield self._seen(run)
 
-        def weights_at(place: int) -> dict[str, torch.Tensor]:
-            weights = {}
-            for name in tensors:
-                if self.place_of(name) == place:
-                    try:
-                        weights[name], rounding = rounded(self._weight(name), fmt)
-                    except FormatError as error:
-                        raise FormatError(f"{name} in {fmt.format}: {error}") from None
-                    roundings.append(rounding)
-            return weights
+    def _advance(self, run: _Run, place: int) -> None:
+        if run.error is None:
+            try:
+                self._pass(place, run.streams, self._rounded(run, place))
+            except FormatError as error:
+                run.error = str(error)
+                run.streams.clear()
 
-        hidden = self._hidden(self._run(self._streams, self._place, self._end, weights_at))
-        return self._scores(hidden, weights_at(self._end).get(_HEAD)), roundings
+    def _seen(self, run: _Run) -> Seen | FormatError:
+        if run.error is None:
+            try:
+                head = self._rounded(run, self._end).get(_HEAD)
+                return Seen(self._scores(self._hidden(run.streams), head), run.roundings)
+            except FormatError as error:
+                run.error = str(error)
+        return FormatError(run.error)
+
+    def _rounded(self, run: _Run, place: int) -> dict[str, torch.Tensor]:
+        """A run's own weights of a place."""
+        weights = {}
+        for name in run.tensors:
+            if self.place_of(name) == place:
+                try:
+                    weights[name], rounding = rounded(self._weight(name), run.fmt)
+                except FormatError as error:
+                    raise FormatError(f"{name} in {run.fmt.format}: {error}") from None
+                run.roundings.append(rounding)
+        return weights
 
     def _weight(self, name: str) -> torch.Tensor:
         """[N, K], or [E, N, K] of all experts."""
@@ -121,26 +169,25 @@ class Walk:
         assert isinstance(weight, torch.Tensor)
         return weight
 
-    def _run(self, streams: list[_Stream], first: int, end: int, weights_at: Callable[[int], Mapping[str, torch.Tensor]]) -> list[_Stream]:
-        """What comes out of places first .. end-1, each with some weights replaced."""
-        for place in range(first, end):
-            weights = weights_at(place)
-            experts = {name: weight for name, weight in weights.items() if self._tensors[name].experts}
-            with _replaced(self._model, {name: weight for name, weight in weights.items() if name not in experts}):
-                if place == 0:
-                    streams = [(self._model.transformer.wte(step.ids, self._model.dtype), None) for step in self._steps]
-                else:
-                    block = self._model.transformer.layers()[place - 1]
-                    store = _OtherExperts(self._store, experts)
-                    streams = [
-                        block(x, delta, step.batch, step.rotation, store)[:2] for step, (x, delta) in zip(self._steps, streams, strict=True)
-                    ]
-        return streams
+    def _pass(self, place: int, streams: list[_Stream], weights: Mapping[str, torch.Tensor]) -> None:
+        """Make of what enters a place what leaves it, with some of its weights replaced.
+
+        Step by step in place, so that what entered is not held beside all that leaves.
+        """
+        experts = {name: weight for name, weight in weights.items() if self._tensors[name].experts}
+        with _replaced(self._model, {name: weight for name, weight in weights.items() if name not in experts}):
+            if place == 0:
+                streams[:] = [(self._model.transformer.wte(step.ids, self._model.dtype), None) for step in self._steps]
+                return
+            block = self._model.transformer.layers()[place - 1]
+            store = _OtherExperts(self._store, experts)
+            for index, step in enumerate(self._steps):
+                streams[index] = block(*streams[index], step.batch, step.rotation, store)[:2]
 
     def _hidden(self, streams: list[_Stream]) -> list[torch.Tensor]:
-        """The last hidden states that predict, [P, D] of every step."""
+        """The last hidden states that predict, [P, D] of every step; `streams` is empty afterwards."""
         norm = self._model.transformer.norm_f
-        return [norm(x, delta)[1][step.rows] for step, (x, delta) in zip(self._steps, streams, strict=True)]
+        return [norm(*streams.pop(0))[1][step.rows] for step in self._steps]
 
     def _scores(self, hidden: list[torch.Tensor], head: torch.Tensor | None) -> TokenScores:
         found, at = TokenScores.room(sum(len(step.targets) for step in self._steps)), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,7 +119,9 @@ def test_a_tensor_gives_the_bits_of_a_whole_run(model: DbrxForCausalLM, ids: lis
     walk = Walk(model, torch.tensor(ids), HOW.windows(len(ids)))
     with torch.inference_mode():
         walk.go_to(walk.place_of(name))
-        seen, _ = walk.measure([name], fmt)
+        (found,) = walk.measure([([name], fmt)])
+    assert not isinstance(found, FormatError)
+    seen = found.scores
     expected = token_scores(model, with_rounded([name], fmt), ids)
     for field in ("kl", "nll", "nll_reference"):
         np.testing.assert_array_equal(getattr(seen, field), getattr(expected, field))
@@ -168,9 +171,10 @@ def test_it_is_what_the_packed_checkpoint_loses(model: DbrxForCausalLM, ids: lis
     from dbrx_q.quantize.pipeline import quantize_checkpoint
 
     fmt = TensorFormat("int4", 64)
-    quantize_checkpoint(NANO, tmp_path / "packed", lambda checkpoint: {W2: fmt})
+    (experts,) = (unit for unit in units_of(model.config, "kind") if unit.name == "experts")
+    quantize_checkpoint(NANO, tmp_path / "packed", lambda checkpoint: dict.fromkeys(experts.tensors, fmt))
     packed = DbrxForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
-    (unit,) = measured(model, ids, alone(W2), [fmt]).units
+    (unit,) = measured(model, ids, [experts], [fmt], by="kind").units
     # A few tokens' fourth expert differs by one rounding of a float32.
     assert unit.mean_kl == pytest.approx(token_scores(model, packed, ids).kl.mean(), rel=1e-3)
 
@@ -230,6 +234,85 @@ def test_streamed_experts_give_the_same(model: DbrxForCausalLM, ids: list[int]) 
     assert measured(streamed, ids, alone(WQKV, W2), formats) == measured(model, ids, alone(WQKV, W2), formats)
 
 
+def test_streamed_experts_are_decoded_once_for_several_parts(
+    model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = open_source(NANO)
+    reader, opened = source.reader, []  # type: ignore[attr-defined] # of a source that is decoded
+
+    def counted() -> Any:
+        opened.append(1)
+        return reader()
+
+    monkeypatch.setattr(source, "reader", counted)
+    streamed = source.load(dtype=torch.float32, device=torch.device("cpu"), stream=True)  # type: ignore[call-arg] # as above
+    units = [unit for unit in units_of(model.config, "tensor") if ".blocks.1." in unit.name]
+    units += [unit for unit in units_of(model.config, "layer") if unit.name == "layer 1"]
+    formats = [TensorFormat("int4", 64)]
+    opened.clear()
+    found = measured(streamed, ids, units, formats)
+    assert len(opened) == 4 + 1 + 3  # all four blocks, the one before these parts, and those from theirs on
+    assert found == measured(model, ids, units, formats)
+
+    weight = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight"
+    state = RunState({"run": 1}, tmp_path)
+    with pytest.raises(OSError, match="pressed"):
+        measured(streamed, ids, units, formats, pressed_once(2, OSError), state=state)
+    assert measured(streamed, ids, units, formats, state=state) == found
+    streamed.get_parameter(weight).data[0, 0] = 1e9
+    broken = measured(streamed, ids, units, formats)
+    assert [part.name for part in broken.failed] == [weight, "layer 1"]
+    assert [unit.name for unit in broken.units] == [unit.name for unit in units if weight not in unit.tensors]
+
+
+def live(tensors: Sequence[weakref.ref[torch.Tensor]]) -> int:
+    return len({found.data_ptr() for tensor in tensors if (found := tensor()) is not None})
+
+
+def test_streams_take_their_own_place(model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers of D a token where the walk stands, two of the run, and one step on its way."""
+    from dbrx_q.eval import observe as observe_module
+
+    monkeypatch.setattr(observe_module, "STEP_TOKENS", 48)
+    steps, seen, most = 8, list[weakref.ref[torch.Tensor]](), [0]
+
+    def watch(module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        seen.extend(weakref.ref(part) for part in output[:2])
+        most[0] = max(most[0], live(seen))
+
+    handles = [block.register_forward_hook(watch) for block in model.transformer.layers()]
+    try:
+        with torch.inference_mode():
+            walk = Walk(model, torch.tensor(ids), Protocol.of(48, limit=steps).windows(len(ids)))
+            walk.go_to(2)
+            assert most[0] <= 2 * steps + 4
+            most[0] = 0
+            list(walk.measure([([W1], TensorFormat("int4", 64))]))
+            assert 4 * steps <= most[0] + 4 <= 4 * steps + 8
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_one_block_is_rounded_at_a_time(model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbrx_q.eval import rounding, walk
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def watched(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, rounding.Rounding]:
+        nonlocal most
+        decoded, what = rounding.rounded(weight, fmt)
+        held.append(weakref.ref(decoded))
+        most = max(most, live(held))
+        return decoded, what
+
+    monkeypatch.setattr(walk, "rounded", watched)
+    (experts,) = (unit for unit in units_of(model.config, "kind") if unit.name == "experts")
+    measured(model, ids, [experts], [TensorFormat("int4", 64)])
+    assert (len(held), most) == (12, 3)
+
+
 def test_order_and_progress(model: DbrxForCausalLM, ids: list[int]) -> None:
     """Units come in the order of their request, whatever the order in which they are measured."""
     seen: list[tuple[int, int]] = []
@@ -270,7 +353,7 @@ def pressed_once(at: int, error: type[BaseException] = KeyboardInterrupt) -> Cal
     def on_run(done: int, total: int) -> None:
         if done == at and not pressed:
             pressed.append(done)
-            raise error
+            raise error("pressed")
 
     return on_run
 
