@@ -23,11 +23,13 @@ from dbrx_q.layers import rotation_of
 from dbrx_q.layout import DenseTensor, kind_of
 
 from .moments import Moments, moments_of
+from .workers import Workers
 
 __all__ = ["Calibration"]
 
 _NORM_EPS = 1e-5
-_PIECE_TOKENS = 4096  # that go through a matrix together
+_PIECE_TOKENS = 4096  # whose activations are held beside the streams
+_TASK_TOKENS = 512  # that one thread multiplies at a time
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Calibration:
     Args:
         config: the model's.
         ids: int64 [B, S], the sequences.
+        workers: that share the work.
         min_tokens: an expert that fewer tokens reach falls back to all tokens, weighted by the router's probability.
 
     Attributes:
@@ -54,8 +57,8 @@ class Calibration:
         fallbacks: (layer, expert) that fell back.
     """
 
-    def __init__(self, config: DbrxConfig, ids: torch.Tensor, *, min_tokens: int = 128) -> None:
-        self._config, self._ids, self._min_tokens = config, ids, min_tokens
+    def __init__(self, config: DbrxConfig, ids: torch.Tensor, workers: Workers, *, min_tokens: int = 128) -> None:
+        self._config, self._ids, self._workers, self._min_tokens = config, ids, workers, min_tokens
         self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), config)
         self.expert_tokens: dict[int, list[int]] = {}
         self.fallbacks: list[tuple[int, int]] = []
@@ -107,8 +110,8 @@ class Calibration:
         if name.endswith(".Wqkv.weight"):
             self._entering = _Streams(self._attend(self._entering.quantized, quantized), self._attend(self._entering.original, original))
         elif name.endswith(".out_proj.weight"):
-            self._stream.quantized += self._entering.quantized @ quantized.T
-            self._stream.original += self._entering.original @ original.T
+            self._stream.quantized += self._multiply(self._entering.quantized, quantized)
+            self._stream.original += self._multiply(self._entering.original, original)
         elif expert >= 0:
             self._expert[name.rsplit(".", 1)[1]] = original, quantized
             if name.endswith(".w2"):
@@ -120,13 +123,18 @@ class Calibration:
     def _attend(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[T, D]: the heads' outputs for normed inputs [T, D]."""
         clip, heads, channels = self._config.attn_config.clip_qkv, self._config.n_heads, self._config.head_dim
-        found = []
-        for tokens in x.split(self._ids.shape[1]):
+
+        def attend(tokens: torch.Tensor) -> torch.Tensor:
             qkv = tokens @ weight.T
             qkv = qkv if clip is None else qkv.clamp(-clip, clip)
             q, k, v = split_and_rotate(qkv, *self._rotation, heads=heads, channels=channels)
-            found.append(attention(q, k.transpose(0, 1), v.transpose(0, 1)).flatten(1))
-        return torch.cat(found)
+            return attention(q, k.transpose(0, 1), v.transpose(0, 1)).flatten(1)
+
+        return torch.cat(self._workers.map(attend, x.split(self._ids.shape[1])))
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T."""
+        return torch.cat(self._workers.map(lambda tokens: tokens @ weight.T, x.split(_TASK_TOKENS)))
 
     def _route(self, layer: int, router: torch.Tensor) -> None:
         ffn = self._config.ffn_config
@@ -141,7 +149,7 @@ class Calibration:
         K = tensor.matrix[1]
         if expert < 0:
             pieces = zip(self._entering.quantized.split(_PIECE_TOKENS), self._entering.original.split(_PIECE_TOKENS), strict=True)
-            return moments_of(((x, y, None) for x, y in pieces), K)
+            return moments_of(((x, y, None) for x, y in pieces), K, self._workers)
         tokens, gates = self._tokens_of(tensor.layer, expert, down=tensor.name.endswith(".w2"))
         if len(tokens) < self._min_tokens:
             return None
@@ -153,7 +161,7 @@ class Calibration:
                     x, y = self._hidden(x, quantized=True), self._hidden(y, quantized=False)
                 yield x, y, gate
 
-        return moments_of(inputs(), K)
+        return moments_of(inputs(), K, self._workers)
 
     def _tokens_of(self, layer: int, expert: int, *, down: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(int64 [t], float32 [t]): the tokens that calibrate an expert, and what its output for each weighs."""
@@ -169,7 +177,7 @@ class Calibration:
     def _hidden(self, x: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         """[t, F]: what enters w2."""
         w1, v1 = (self._expert[name][quantized] for name in ("w1", "v1"))
-        return F.silu(x @ w1.T) * (x @ v1.T)
+        return torch.cat(self._workers.map(lambda tokens: F.silu(tokens @ w1.T) * (tokens @ v1.T), x.split(_TASK_TOKENS)))
 
     def _add_expert(self, expert: int) -> None:
         assert self._routing is not None
@@ -178,4 +186,4 @@ class Calibration:
             tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
             w2 = self._expert["w2"][quantized]
             for some, gate in zip(tokens.split(_PIECE_TOKENS), routing.weights[tokens, rank].split(_PIECE_TOKENS), strict=True):
-                added.index_add_(0, some, (self._hidden(entering[some], quantized=quantized) @ w2.T) * gate[:, None])
+                added.index_add_(0, some, self._multiply(self._hidden(entering[some], quantized=quantized), w2) * gate[:, None])

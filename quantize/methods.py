@@ -30,13 +30,14 @@ class Method:
 
     run: (weight [N, K], format, moments or None) to the packed weight, its sum of squared errors and the sum of squares of the weight;
     rows are independent of each other. calibrated: whether it uses moments; a matrix that has none is rounded with a searched grid then.
-    formats: that it makes. summary: one line.
+    formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads; rtn has threads of its own.
     """
 
     run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
     calibrated: bool
     formats: tuple[str, ...]
     summary: str
+    in_pieces: bool = True
 
     def check(self, name: str, fmt: TensorFormat) -> None:
         """Refuse a format that it does not make.
@@ -95,7 +96,7 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
 _GROUPED = ("int4", "int8")
 
 METHODS = {
-    "rtn": Method(_rtn, False, ("int4", "int8", "nf4"), "round to nearest"),
+    "rtn": Method(_rtn, False, ("int4", "int8", "nf4"), "round to nearest", in_pieces=False),
     "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
     "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
     "weighted": Method(_weighted, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs"),

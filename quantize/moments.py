@@ -11,12 +11,15 @@ from functools import cached_property
 
 import torch
 
+from .workers import Workers
+
 __all__ = ["DAMPING", "Moments", "moments_of"]
 
 DAMPING = 0.01
 """Of the mean of a Hessian's diagonal, added to all of it; more where that does not suffice."""
 
 _MOST_DAMPING = 1e3
+_COLUMNS = 1024  # of a product that one thread makes
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,22 @@ class Moments:
         return float(self.hessian.diagonal().double().mean()) or 1.0
 
 
-def moments_of(pieces: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], K: int) -> Moments:
+def moments_of(pieces: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], K: int, workers: Workers) -> Moments:
     """The moments of pieces (x [T, K], y [T, K], g [T]): inputs of the quantized and of the original model and what their outputs weigh.
 
-    No g weighs all alike. Pieces are added in their order, so that the result does not depend on what is free of memory.
+    No g weighs all alike. Pieces are added in their order.
     """
     hessian, cross, tokens = torch.zeros(K, K), torch.zeros(K, K), 0
+    columns = [slice(first, min(first + _COLUMNS, K)) for first in range(0, K, _COLUMNS)]
     for x, y, g in pieces:
         if g is not None:
             x, y = x * g[:, None], y * g[:, None]
-        hessian.addmm_(x.T, x)
-        cross.addmm_(y.T, x)
+        some = [(into, left, x, place) for into, left in ((hessian, x), (cross, y)) for place in columns]
+        workers.map(_accumulate, some)
         tokens += len(x)
     return Moments(hessian, cross, tokens)
+
+
+def _accumulate(some: tuple[torch.Tensor, torch.Tensor, torch.Tensor, slice]) -> None:
+    into, left, right, place = some
+    into[:, place].addmm_(left.T, right[:, place])

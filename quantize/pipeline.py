@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from dbrx_q.safetensors_file import SafetensorsWriter
 from dbrx_q.staging import check_destination, staged_folder
 
 from .calibrated import Calibration
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Rounded
+from .moments import Moments
+from .workers import Workers
 
 __all__ = ["QuantizeReport", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
+_TASK_ROWS = 2048  # that one thread rounds at a time
 _STEP_BYTES = 64 << 20  # of weights that are read together, where a matrix is not an expert's
 
 
@@ -93,7 +97,7 @@ def quantize_checkpoint(
     """
     check_destination(destination)
     _check_places(source, destination)
-    with Checkpoint(source) as checkpoint:
+    with Checkpoint(source) as checkpoint, ExitStack() as stack:
         if checkpoint.formats:
             raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
         try:
@@ -104,11 +108,12 @@ def quantize_checkpoint(
         if left:
             raise FormatError(f"{source}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format")
         chosen = _method(method, formats)
-        calibration = _calibration(checkpoint, chosen, method, sequences)
+        workers = stack.enter_context(Workers()) if chosen.in_pieces else None
+        calibration = _calibration(checkpoint, chosen, method, sequences, workers)
         shards = _shards(_jobs(checkpoint, formats), shard_bytes)
         with staged_folder(destination, sum(job.nbytes for shard in shards for job in shard)) as partial:
             rounding = {"rounding": "nearest" if method == "rtn" else method} | ({"calibration": dict(about)} if about else {})
-            return _write(checkpoint, formats, rounding, _Quantizer(checkpoint, chosen, calibration), shards, partial, on_bytes)
+            return _write(checkpoint, formats, rounding, _Quantizer(checkpoint, chosen, calibration, workers), shards, partial, on_bytes)
 
 
 def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
@@ -119,8 +124,10 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
     return METHODS[name]
 
 
-def _calibration(checkpoint: Checkpoint, method: Method, name: str, sequences: torch.Tensor | None) -> Calibration | None:
-    if not method.calibrated:
+def _calibration(
+    checkpoint: Checkpoint, method: Method, name: str, sequences: torch.Tensor | None, workers: Workers | None
+) -> Calibration | None:
+    if not method.calibrated or workers is None:
         return None
     if sequences is None or not sequences.numel():
         raise RequestError(
@@ -132,7 +139,7 @@ def _calibration(checkpoint: Checkpoint, method: Method, name: str, sequences: t
             f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
             f"{int(sequences.max())} and {sequences.shape[1]}. Is the tokenizer this model's?"
         )
-    return Calibration(config, sequences)
+    return Calibration(config, sequences, workers)
 
 
 def _check_places(source: Path, destination: Path) -> None:
@@ -222,8 +229,8 @@ def _write(
 class _Quantizer:
     """Makes the parts of one matrix after the other, in the order of the file."""
 
-    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None) -> None:
-        self._checkpoint, self._method, self._calibration = checkpoint, method, calibration
+    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, workers: Workers | None) -> None:
+        self._checkpoint, self._method, self._calibration, self._workers = checkpoint, method, calibration, workers
 
     @property
     def fallbacks(self) -> list[tuple[int, int]]:
@@ -249,22 +256,31 @@ class _Quantizer:
         follows = self._calibration is not None and (job.expert >= 0 or job.tensor.layer >= 0)
         originals: list[torch.Tensor] = []
         for rows in _row_blocks(self._checkpoint, job):
+            begun = len(pieces)
             try:
-                packed, piece_error, piece_square = self._method.run(rows, job.fmt, moments)
+                for packed, piece_error, piece_square in self._round(rows, job.fmt, moments):
+                    pieces.append(packed)
+                    error, square = error + piece_error, square + piece_square
             except FormatError as problem:
                 raise FormatError(f"{self._checkpoint.path_of(name)}: tensor {name}: {problem}") from None
-            pieces.append(packed)
-            error, square = error + piece_error, square + piece_square
             if follows:
                 originals.append(rows.float())
             elif self._calibration is not None and kind_of(name) == "embedding":
-                self._calibration.embed(first, rows, dequantize(packed))
+                self._calibration.embed(first, rows, torch.cat([dequantize(piece) for piece in pieces[begun:]]))
             first += len(rows)
         if self._calibration is not None and follows:
             self._calibration.packed(job.tensor, job.expert, torch.cat(originals), torch.cat([dequantize(piece) for piece in pieces]))
         parts = [torch.cat([getattr(piece, part.name.rsplit(".", 1)[1]) for piece in pieces]) for part in job.parts]
         N, K = job.tensor.matrix
         return {"root_mean_square": math.sqrt(square / (N * K)), "relative_error": math.sqrt(error / square) if square else 0.0}, parts
+
+    def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> list[Rounded]:
+        """Some rows at a time, which are independent of each other."""
+        if self._workers is None:
+            return [self._method.run(rows, fmt, moments)]
+        first, *others = rows.split(_TASK_ROWS)
+        begun = self._method.run(first, fmt, moments)  # alone: it factors the moments for all
+        return [begun, *self._workers.map(lambda some: self._method.run(some, fmt, moments), others)]
 
 
 def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from dbrx_q import DbrxForCausalLM
+from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.comparing import compare_checkpoints, open_reference
 from dbrx_q.eval.sources import open_source
+from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.eval.texts import load_text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.layout import TensorFormat
+from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize import pipeline
 from dbrx_q.quantize.calibrated import Calibration
 from dbrx_q.quantize.pipeline import QuantizeReport, quantize_checkpoint
@@ -106,6 +108,29 @@ def test_same_input_same_bytes(small: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert (config["rounding"], config["calibration"]) == ("best", {"seed": 0})
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    config = DbrxConfig(
+        d_model=256,
+        n_heads=4,
+        n_layers=1,
+        vocab_size=500,
+        attn_config={"kv_n_heads": 2},
+        ffn_config={"ffn_hidden_size": 384, "moe_num_experts": 2, "moe_top_k": 1},
+        torch_dtype="bfloat16",
+    )
+    write_checkpoint(config, tmp_path / "plain")
+    sequences = torch.randint(500, (5, 700), generator=torch.Generator().manual_seed(5))
+    before, shards = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            quantize(tmp_path / "plain", tmp_path / str(n), sequences, "best")
+            shards.append(sha256_of(tmp_path / str(n) / "model-00001-of-00001.safetensors"))
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(shards)) == 1
 
 
 def test_sequences_are_windows_of_the_text() -> None:

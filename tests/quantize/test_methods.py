@@ -15,6 +15,7 @@ from dbrx_q.quantize.hqq import hqq_grid
 from dbrx_q.quantize.methods import METHODS
 from dbrx_q.quantize.moments import DAMPING, Moments, moments_of
 from dbrx_q.quantize.refine import descend, fit_scales
+from dbrx_q.quantize.workers import Workers
 
 N, K = 24, 256
 INT4, INT8 = TensorFormat("int4", 64), TensorFormat("int8", 32)
@@ -32,7 +33,8 @@ def moments() -> Moments:
     mix = torch.randn(K, K, generator=generator) / 8 + torch.eye(K)
     y = torch.randn(2000, K, generator=generator) @ mix
     x = y + 0.1 * torch.randn(2000, K, generator=generator)
-    return moments_of([(x[:700], y[:700], None), (x[700:], y[700:], None)], K)
+    with Workers() as workers:
+        return moments_of([(x[:700], y[:700], None), (x[700:], y[700:], None)], K, workers)
 
 
 def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -150,10 +152,12 @@ def test_transfer_solves_the_least_squares_it_names(weight: torch.Tensor, moment
     assert torch.allclose(same.transfer, torch.eye(K), atol=1e-5)
 
 
-def test_pieces_add_up_and_gates_weigh_squared() -> None:
+def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(4)
     x, y, g = torch.randn(50, 32, generator=generator), torch.randn(50, 32, generator=generator), torch.rand(50, generator=generator)
-    found = moments_of([(x[:20], y[:20], g[:20]), (x[20:], y[20:], g[20:])], 32)
+    monkeypatch.setattr("dbrx_q.quantize.moments._COLUMNS", 13)
+    with Workers() as workers:
+        found = moments_of([(x[:20], y[:20], g[:20]), (x[20:], y[20:], g[20:])], 32, workers)
     weights = g.double() ** 2
     assert torch.allclose(found.hessian.double(), torch.einsum("t,ti,tj->ij", weights, x.double(), x.double()), atol=1e-4)
     assert torch.allclose(found.cross.double(), torch.einsum("t,ti,tj->ij", weights, y.double(), x.double()), atol=1e-4)
@@ -207,3 +211,13 @@ def test_formats_that_a_method_does_not_make() -> None:
     METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
     with pytest.raises(FormatError, match=r"best makes int4 and int8; found nf4\. Choose one of them"):
         METHODS["best"].check("best", TensorFormat("nf4", 64))
+
+
+def test_workers_keep_the_order_and_give_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    with Workers() as workers:
+        assert torch.get_num_threads() == 1
+        assert workers.map(lambda n: (n, torch.get_num_threads()), range(40)) == [(n, 1) for n in range(40)]
+        with pytest.raises(ZeroDivisionError):
+            workers.map(lambda n: 1 // n, [1, 0, 2])
+    assert torch.get_num_threads() == before
