@@ -33,7 +33,7 @@ types: .venv/installed-dev
 # A thread for each of the two processes: with more, threads that wait would take the cores from those that work.
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 unit: .venv/installed-dev browser
-	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels/ahead_of_time
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 --ignore tests/kernels/ahead_of_time
 
 # Chromium, in which the HTML report is tested: the system's, or Debian's where root can install it.
 browser:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from dbrx_q.kernels.cpu_rounding import gptq_block
+
 from .grid import Grid
 from .moments import Moments
 
@@ -28,20 +30,11 @@ def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
     """
     K = weight.shape[1]
     order, factor = moments.order, moments.factor
-    group_of = (order // grid.group_size).tolist()
     left = weight[:, order].contiguous()
-    steps, scales, low, high = grid.steps, grid.scales.float(), grid.low, grid.high
     u = torch.empty_like(left)
     for first in range(0, K, _BLOCK):
         end = min(first + _BLOCK, K)
-        columns, errors = left[:, first:end], torch.empty_like(left[:, first:end])
-        for i in range(first, end):
-            group, column = group_of[i], columns[:, i - first]
-            chosen = (column / steps[:, group]).round_().clamp_(low[:, group], high[:, group])
-            error = (column - chosen * scales[:, group]) / factor[i, i]
-            columns[:, i - first :].addr_(error, factor[i, i:end], alpha=-1)
-            errors[:, i - first], u[:, i] = error, chosen
+        errors = left[:, first:end].contiguous()
+        u[:, order[first:end]] = gptq_block(errors, factor[first:end, first:end], *grid.columns(order[first:end]))
         left[:, end:].addmm_(errors, factor[first:end, end:], alpha=-1)
-    out = torch.empty_like(u)
-    out[:, order] = u
-    return out
+    return u

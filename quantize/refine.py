@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from dbrx_q.kernels.cpu_rounding import descend_block
 from dbrx_q.kernels.groups import grouped
 
 from .grid import Grid
@@ -58,23 +59,15 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Te
         grid, u: what is to be improved.
         sweeps: over all columns.
     """
-    K, G = weight.shape[1], grid.group_size
-    steps, scales, low, high = grid.steps, grid.scales.float(), grid.low, grid.high
+    K = weight.shape[1]
     u = u.clone()
     slope = (grid.decode(u) - weight) @ hessian  # half the gradient
     for _ in range(sweeps):
         for first in range(0, K, _BLOCK):
             end = min(first + _BLOCK, K)
-            moved = torch.empty_like(u[:, first:end])
-            for i in range(first, end):
-                group, curve = i // G, hessian[i, i]
-                if curve <= 0:
-                    moved[:, i - first] = 0
-                    continue
-                best = (u[:, i] - slope[:, i] / (curve * steps[:, group])).round_().clamp_(low[:, group], high[:, group])
-                change = (best - u[:, i]) * scales[:, group]
-                u[:, i], moved[:, i - first] = best, change
-                slope[:, first:end].addr_(change, hessian[i, first:end])
+            codes, block = u[:, first:end].contiguous(), slope[:, first:end].contiguous()
+            moved = descend_block(codes, block, hessian[first:end, first:end], *grid.columns(torch.arange(first, end)))
+            u[:, first:end], slope[:, first:end] = codes, block
             slope[:, :first].addmm_(moved, hessian[first:end, :first])
             slope[:, end:].addmm_(moved, hessian[first:end, end:])
     return u

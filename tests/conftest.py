@@ -19,9 +19,14 @@ _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
+# Files that take half a minute or more. The first two compile the CPU kernels, for this chip and for another: commands that later tests
+# start, and interrupt, find them then.
+FIRST = ["test_generate.py", "test_other_chips.py", "test_compare.py", "test_llama_cpp.py", "test_calibrated.py", "test_interrupt.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first, so that no process waits for another's last test."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Long files first, so that no process waits for another's last test."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

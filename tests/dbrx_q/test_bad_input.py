@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from dbrx_q.manifest import sha256_of
+
 INDEX = "model.safetensors.index.json"
 OUTER, BLOCK = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 ROUTER = "transformer.blocks.0.ffn.router.layer.weight"
@@ -268,6 +270,7 @@ def test_weights_too_wide_for_a_scale_are_named(broken: Path, tmp_path: Path, cl
 def test_scales_must_be_finite(name: str, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = shutil.copytree(quantized_small, tmp_path / "broken")
     shard = poison(folder, name, -1, 0x7E00)
+    edit_json(folder / "manifest.json", lambda manifest: manifest["shards"][shard.name].update(sha256=sha256_of(shard)))
     for command in ("generate", "perplexity"):
         refuse(cli, tmp_path, (str(shard), name, "finite"), *arguments_of(command, folder, tmp_path))
 

@@ -13,8 +13,6 @@ from dbrx_q.decoding import decoder_for
 from dbrx_q.errors import RequestError
 from dbrx_q.sampling import sample
 
-pytestmark = pytest.mark.long
-
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 PROMPTS = ["The old man looked at", "It", "In the year 1898, when the whole of the county had been asked for its view, the", "She said: “"]
 

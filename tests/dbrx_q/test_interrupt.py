@@ -26,8 +26,6 @@ from dbrx_q.layout import TensorFormat
 from dbrx_q.quantize.pipeline import quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 
-pytestmark = pytest.mark.long
-
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 BOOK = Path(__file__).parent.parent / "data" / "war-of-the-worlds.txt"
 MESSAGE = "dbrx-q: error: interrupted; nothing was left half-written"

@@ -26,8 +26,6 @@ from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.safetensors_file import SafetensorsFile
 
-pytestmark = pytest.mark.long
-
 CONTEXT = 256
 PROTOCOL = Protocol.of(CONTEXT)
 CPU = torch.device("cpu")

@@ -17,8 +17,6 @@ from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.texts import load_text
 from dbrx_q.eval.windows import Protocol
 
-pytestmark = pytest.mark.long
-
 FLOAT32_PERPLEXITY, PRINTED_ERROR = 35.1947, 0.4605
 Q4_0_RATIO, Q4_0_MEAN_KL, Q4_0_P999_KL, Q4_0_TOP = 1.01789, 0.02263, 0.4248, 0.9039
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
-
 HERE = Path(__file__).parent
 AVX2 = "+avx,+avx2,+f16c,+fma,+bmi,+bmi2,+sse4.2,+popcnt"
 
