@@ -21,7 +21,7 @@ import torch
 
 from .errors import CheckpointError
 
-__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo", "safetensors_header"]
+__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo", "read_tensor", "safetensors_header"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -38,6 +38,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 _MAX_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
+_HASH_STEP_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,34 @@ class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor and hashes it on the way.
 
     Args:
-        path: the file; must not exist.
+        path: the file; must not exist, unless it is `reopened`.
         tensors: (name, dtype, shape) of all tensors, in the order in which `write` will bring them.
+        reopened: go on with what an earlier writer left at `path`: `keep` takes its tensors, the first `write` cuts off the others.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, reopened: bool = False) -> None:
         self.path = path
         self._waiting = list(reversed(tensors))
         self._hash = hashlib.sha256()
         self.nbytes = 0
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 # closed by close()
-        self._put(safetensors_header(tensors)[0])
+        header, self._infos = safetensors_header(tensors)
+        reopened = reopened and path.exists()
+        self._file = open(path, "r+b" if reopened else "x+b", buffering=0)  # noqa: SIM115 # closed by close()
+        if not reopened or not self._take(len(header), hashlib.sha256(header).hexdigest()):
+            self._put(header)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256, in hexadecimal, of what has been written so far."""
+        return self._hash.hexdigest()
+
+    def keep(self, names: Sequence[str], digest: str) -> bool:
+        """Take the next tensors as an earlier writer left them, if with them the file so far is what had this `digest`; else nothing."""
+        assert [name for name, _, _ in self._waiting[-len(names) :]] == list(reversed(names)), f"{names[0]} is not due"
+        if not self._take(sum(self._infos[name].nbytes for name in names), digest):
+            return False
+        del self._waiting[-len(names) :]
+        return True
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, which must be the one that was announced."""
@@ -214,21 +232,58 @@ class SafetensorsWriter:
     def close(self) -> str:
         """Flush to the disk; the SHA-256 of the file, in hexadecimal."""
         assert not self._waiting, f"{self._waiting[-1][0]} was never written"
+        self._file.truncate(self.nbytes)
         os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close without the checks of `close`, when the file will be removed."""
+        """Close without the checks of `close`: the file will be removed, or reopened."""
         self._file.close()
 
+    def _take(self, length: int, digest: str) -> bool:
+        hashed, left = self._hash.copy(), length
+        self._file.seek(self.nbytes)
+        while left:
+            piece = self._file.read(min(left, _HASH_STEP_BYTES))
+            if not piece:
+                return False
+            hashed.update(piece)
+            left -= len(piece)
+        if hashed.hexdigest() != digest:
+            return False
+        self._hash, self.nbytes = hashed, self.nbytes + length
+        return True
+
     def _put(self, data: bytes | memoryview) -> None:
+        if self._file.seek(0, os.SEEK_CUR) != self.nbytes:
+            self._file.seek(self.nbytes)
+            self._file.truncate()
         view = memoryview(data)
         done = 0
         while done < len(view):
             done += self._file.write(view[done : done + _MAX_READ_BYTES])
         self._hash.update(data)
         self.nbytes += len(view)
+
+
+def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
+    """One tensor of a file that may not be complete yet.
+
+    Raises:
+        CheckpointError: the file is too short.
+    """
+    out = torch.empty(info.shape, dtype=info.dtype)
+    view = _bytes_of(out)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(info.offset)
+        done = 0
+        while done < len(view):
+            n = file.readinto(view[done : done + _MAX_READ_BYTES])
+            if not n:
+                raise CheckpointError(f"{path}: byte {info.offset + done} must be there; the file ends before. Quantize again")
+            done += n
+    return out
 
 
 def _is_sizes(value: object) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from weakref import WeakSet
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.experts import ExpertStore
+from dbrx_q.host_memory import available_bytes
 from dbrx_q.kernels.moe import ExpertWeights
 from dbrx_q.layout import DenseTensor, dense_tensors, oriented
 from dbrx_q.loading import load_plain_model
@@ -127,11 +127,7 @@ def available_memory(device: torch.device) -> int:
     """Bytes that are free on a device: on a GPU by its driver; of the host by Linux's MemAvailable, all of its memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_bytes()
 
 
 def _bytes(tensors: Sequence[DenseTensor], dtype: torch.dtype) -> int:

@@ -31,7 +31,7 @@ from .linear import PackedFormat, dequantize
 from .moe import ExpertWeights
 from .nf4 import Nf4Weight, dequantize_on_cpu
 
-__all__ = ["CpuChoice", "Regime", "choose", "linear", "moe_experts", "warm_up"]
+__all__ = ["CpuChoice", "Regime", "choose", "has_matrix_unit", "linear", "moe_experts", "warm_up"]
 
 _Dotted = Int4Weight | Int8Weight  # the formats that dot products on codes serve
 
@@ -167,8 +167,13 @@ def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: 
     return linear(x, weight[slot])
 
 
+def has_matrix_unit() -> bool:
+    """Whether this chip multiplies matrices of bfloat16 in tiles."""
+    return _cpu_amx.available()
+
+
 def _choice(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
-    chip = {"bfloat16_matmul": has_bfloat16(), "amx": _cpu_amx.available()}
+    chip = {"bfloat16_matmul": has_bfloat16(), "amx": has_matrix_unit()}
     return choose(tokens, weight.shape[-1], x.dtype, **chip, nf4=isinstance(weight, Nf4Weight))
 
 

@@ -21,22 +21,36 @@ from .rtn import rtn
 __all__ = ["METHODS", "Method", "Rounded"]
 
 
-Rounded = tuple[PackedFormat, float, float]
+_SAMPLE_ROWS = 64  # of those that are rounded together, whose outputs are looked at
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Some rows, rounded. error, square: sums of squared errors and of squares of the weight. output_error, output_square: the same of
+    the outputs of a sample of rows on the tokens that calibrate, by the Hessian; 0 without."""
+
+    packed: PackedFormat
+    error: float
+    square: float
+    output_error: float = 0.0
+    output_square: float = 0.0
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to round.
 
-    run: (weight [N, K], format, moments or None) to the packed weight, its sum of squared errors and the sum of squares of the weight;
-    rows are independent of each other. calibrated: whether it uses moments; a matrix that has none is rounded with a searched grid then.
-    formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads; rtn has threads of its own.
+    run: (weight [N, K], format, moments or None) to the rounded rows, which are independent of each other. calibrated: whether it uses
+    moments; a matrix that has none is rounded with a searched grid then. compares: whether it needs the original model's activations
+    beside the quantized one's. formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads;
+    rtn has threads of its own.
     """
 
     run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
     calibrated: bool
     formats: tuple[str, ...]
     summary: str
+    compares: bool = False
     in_pieces: bool = True
 
     def check(self, name: str, fmt: TensorFormat) -> None:
@@ -50,18 +64,30 @@ class Method:
 
 
 def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    return rtn(weight, fmt)
+    return Rounded(*rtn(weight, fmt))
 
 
-def _rounded(weight: torch.Tensor, grid: Grid, u: torch.Tensor) -> Rounded:
-    wide = weight.float()
-    error = float((grid.decode(u) - wide).square().sum(dtype=torch.float64))
-    return packed(grid, u), error, float(wide.square().sum(dtype=torch.float64))
+def _rounded(
+    weight: torch.Tensor, grid: Grid, u: torch.Tensor, moments: Moments | None = None, target: torch.Tensor | None = None
+) -> Rounded:
+    """target: what was aimed at, where that is not the weight."""
+    wide, values = weight.float(), grid.decode(u)
+    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
+    outputs = (0.0, 0.0)
+    if moments is not None:
+        aim = (wide if target is None else target)[:_SAMPLE_ROWS]
+        outputs = _energy(values[:_SAMPLE_ROWS] - aim, moments.hessian), _energy(aim, moments.hessian)
+    return Rounded(packed(grid, u), error, square, *outputs)
+
+
+def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Sum of r H r^T over the rows r."""
+    return float(((rows @ hessian) * rows).sum(dtype=torch.float64))
 
 
 def _clip(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     grid = searched_grid(weight, fmt)
-    return _rounded(weight, grid, grid.round(weight))
+    return _rounded(weight, grid, grid.round(weight), moments)
 
 
 def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
@@ -71,26 +97,26 @@ def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
 
 def _weighted(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     """Clip search in which each element's error counts by the mean square of its input (the part of AWQ that needs no folding)."""
-    grid = searched_grid(weight, fmt, None if moments is None else moments.hessian.diagonal())
-    return _rounded(weight, grid, grid.round(weight))
+    grid = searched_grid(weight, fmt, None if moments is None else moments.importance)
+    return _rounded(weight, grid, grid.round(weight), moments)
 
 
 def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     if moments is None:
         return _clip(weight, fmt, None)
     grid = range_grid(weight, fmt)
-    return _rounded(weight, grid, gptq(weight.float(), moments, grid))
+    return _rounded(weight, grid, gptq(weight.float(), moments, grid), moments)
 
 
 def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
     if moments is None:
         return _clip(weight, fmt, None)
-    target = weight.float() @ moments.transfer
+    target = moments.made_up(weight.float())
     grid = range_grid(target, fmt)
     u = gptq(target, moments, grid)
-    grid = fit_scales(target, moments.damped, grid, u)
-    return _rounded(weight, grid, descend(target, moments.damped, grid, u, sweeps=2))
+    grid = fit_scales(target, moments.hessian, grid, u)
+    return _rounded(weight, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments, target)
 
 
 _GROUPED = ("int4", "int8")
@@ -101,6 +127,6 @@ METHODS = {
     "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
     "weighted": Method(_weighted, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs"),
     "gptq": Method(_gptq, True, _GROUPED, "GPTQ with act-order and Hessians weighted by the router"),
-    "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes"),
+    "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
 }
 """By the names of the command line."""

@@ -1,17 +1,20 @@
 """From a plain checkpoint to a quantized one, tensor by tensor: the memory it takes does not depend on the size of the model.
 
-What is written lies in `DST.partial` until it is complete, and gets its final name in one step.
+What is written lies in `DST.partial` until it is complete, and gets its final name in one step. A run that is killed at any moment is gone
+on with from the last finished tensor, to the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,101 +22,173 @@ import torch
 
 from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
-from dbrx_q.kernels.linear import PackedFormat, dequantize
-from dbrx_q.layout import DenseTensor, Part, TensorFormat, kind_of, oriented, parts_of, unpacked_experts
+from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
+from dbrx_q.jsonfile import read_json_object
+from dbrx_q.layout import TensorFormat, unpacked_experts
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
-from dbrx_q.safetensors_file import SafetensorsWriter
-from dbrx_q.staging import check_destination, staged_folder
+from dbrx_q.safetensors_file import SafetensorsWriter, read_tensor, safetensors_header
+from dbrx_q.staging import MARKER_NAME, check_destination, partial_of, staged_folder
 
-from .calibrated import Calibration
-from .methods import METHODS, Method, Rounded
-from .moments import Moments
+from .calibrated import ORIGINAL, QUANTIZED, Calibration, CalibrationOptions
+from .jobs import Job, shards_of
+from .journal import Entry, Journal
+from .methods import METHODS, Method
+from .plan import RunPlan, plan_run
+from .products import Products
+from .quantizer import Quantizer
+from .records import RunRecord
 from .workers import Workers
 
-__all__ = ["QuantizeReport", "quantize_checkpoint"]
+__all__ = ["Request", "already_there", "plan_checkpoint", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
-_TASK_ROWS = 2048  # that one thread rounds at a time
-_STEP_BYTES = 64 << 20  # of weights that are read together, where a matrix is not an expert's
+_ACTIVATIONS_NAME = ".calibration"
 
 
 @dataclass(frozen=True)
-class QuantizeReport:
-    """What was read and written. bytes_in, bytes_out: of tensors, without headers."""
+class Request:
+    """What is to be made, by which the bytes of the result are decided.
 
-    bytes_in: int
-    bytes_out: int
-    parameters: int
-    shards: int
-    relative_error: dict[str, float]
-    """Root of the summed squared errors over the summed squares, by packed tensor (by expert: name.index)."""
-    fallbacks: list[tuple[int, int]]
-    """(layer, expert) that too few tokens reached to be calibrated by them alone."""
+    recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
+    `methods.METHODS`. sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none. about: what
+    quantization_config shall say of them. options: how they calibrate. shard_bytes: a shard is closed before it grows past this, unless one
+    expert alone is larger.
+    """
+
+    recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]]
+    method: str = "rtn"
+    sequences: torch.Tensor | None = None
+    about: Mapping[str, Any] | None = None
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
+    shard_bytes: int = _SHARD_BYTES
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Stored tensors that come from one matrix. expert: -1 where the tensor is not a stack. fmt: None keeps it as it is."""
+class _Run:
+    """An opened source and what is to become of it."""
 
-    tensor: DenseTensor
-    expert: int
-    fmt: TensorFormat | None
-    parts: tuple[Part, ...]
+    checkpoint: Checkpoint
+    request: Request
+    method: Method
+    formats: dict[str, TensorFormat]
+    shards: list[list[Job]]
+    sides: tuple[str, ...]
+    plan: RunPlan
 
     @property
-    def nbytes(self) -> int:
-        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts)
+    def quantization_config(self) -> dict[str, Any]:
+        tensors = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in self.formats.items()}
+        rounding: dict[str, Any] = {"rounding": "nearest" if self.request.method == "rtn" else self.request.method}
+        if self.request.about:
+            rounding["calibration"] = dict(self.request.about)
+            changed = {k: v for k, v in asdict(self.request.options).items() if v != getattr(CalibrationOptions(), k)}
+            rounding["calibration"] |= changed
+        return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the bytes, for a later run to compare."""
+        source = {path.name: path.stat().st_size for path in self.checkpoint.shards}
+        ids = self.request.sequences
+        return {
+            "source": source,
+            "config": self.checkpoint.raw_config,
+            "quantization_config": self.quantization_config,
+            "sequences": None if ids is None else _digest(ids),
+            "options": asdict(self.request.options),
+            "shard_bytes": self.request.shard_bytes,
+        }
 
 
 def quantize_checkpoint(
     source: Path,
     destination: Path,
-    recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]],
+    request: Request,
     *,
-    method: str = "rtn",
-    sequences: torch.Tensor | None = None,
-    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    memory: int | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
-    shard_bytes: int = _SHARD_BYTES,
-) -> QuantizeReport:
+) -> RunRecord:
     """Quantize the plain checkpoint in `source`.
 
     Args:
         source: a folder with a plain checkpoint; read lazily.
         destination: a folder that does not exist or is empty.
-        recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied.
-        method: one of `methods.METHODS`.
-        sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none.
-        about: what quantization_config shall say of them.
-        on_bytes: called with (bytes of weights read so far, in all).
-        shard_bytes: a shard is closed before it grows past this, unless one expert alone is larger.
+        request: what is to be made.
+        resume: go on with what an earlier run of the same request left unfinished, if one did.
+        memory: bytes that this process may take; activations lie in files where they outgrow it. None for no limit.
+        on_bytes: called with (bytes of weights that are done, in all).
 
     Raises:
         CheckpointError: the source is damaged, or already quantized.
         FormatError: a recipe without a format for some experts, a tensor that its format cannot hold, or a format that the method does
             not make.
-        RequestError: a calibrated method without sequences, tokens that the model does not know, a destination that is not empty, cannot
-            be written, or has too little room.
+        RequestError: a calibrated method without sequences, tokens that the model does not know, too little memory, a destination that is
+            not empty, cannot be written, or has too little room; an earlier run's progress without `resume`, or under another request.
     """
+    started = time.perf_counter()
     check_destination(destination)
     _check_places(source, destination)
-    with Checkpoint(source) as checkpoint, ExitStack() as stack:
-        if checkpoint.formats:
-            raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
-        try:
-            formats = dict(recipe(checkpoint))
-        except FormatError as error:
-            raise FormatError(f"{source}: {error}") from None
-        left = unpacked_experts(checkpoint.config, formats)
-        if left:
-            raise FormatError(f"{source}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format")
-        chosen = _method(method, formats)
-        workers = stack.enter_context(Workers()) if chosen.in_pieces else None
-        calibration = _calibration(checkpoint, chosen, method, sequences, workers)
-        shards = _shards(_jobs(checkpoint, formats), shard_bytes)
-        with staged_folder(destination, sum(job.nbytes for shard in shards for job in shard)) as partial:
-            rounding = {"rounding": "nearest" if method == "rtn" else method} | ({"calibration": dict(about)} if about else {})
-            return _write(checkpoint, formats, rounding, _Quantizer(checkpoint, chosen, calibration, workers), shards, partial, on_bytes)
+    with ExitStack() as stack:
+        run = _open(source, request, memory, stack)
+        journal: list[Journal] = []
+
+        def keep(error: BaseException) -> bool:
+            """What is finished serves a later run, unless that must begin with other formats."""
+            return bool(journal and journal[0].entries) and not isinstance(error, FormatError)
+
+        with staged_folder(destination, run.plan.disk, resume=resume, keep=keep) as partial:
+            journal.append(Journal(partial / MARKER_NAME, run.options))
+            stack.callback(journal[0].close)
+            try:
+                manifest, finished = _write(run, journal[0], partial, on_bytes)
+            except CheckpointError as error:
+                if not journal[0].entries:
+                    raise
+                raise CheckpointError(f"{error}. What is finished is kept in {partial}: --resume goes on") from None
+            _finish(run, manifest, partial)
+    return _record(source, run, journal[0], finished, time.perf_counter() - started)
+
+
+def plan_checkpoint(source: Path, request: Request, *, memory: int | None = None) -> RunPlan:
+    """What `quantize_checkpoint` would do; errors as for that."""
+    with ExitStack() as stack:
+        return _open(source, request, memory, stack).plan
+
+
+def already_there(source: Path, destination: Path, request: Request) -> bool:
+    """Whether the destination is what this request makes: an earlier run of it was killed after its last step, or not at all."""
+    manifest = destination / MANIFEST_NAME
+    if not manifest.exists():
+        return False
+    with ExitStack() as stack:
+        run = _open(source, request, None, stack)
+        same = read_json_object(destination / "config.json").get("quantization_config") == json.loads(json.dumps(run.quantization_config))
+    if same:
+        (destination / MARKER_NAME).unlink(missing_ok=True)
+    return same
+
+
+def _open(source: Path, request: Request, memory: int | None, stack: ExitStack) -> _Run:
+    checkpoint = stack.enter_context(Checkpoint(source))
+    if checkpoint.formats:
+        raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
+    try:
+        formats = dict(request.recipe(checkpoint))
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+    left = unpacked_experts(checkpoint.config, formats)
+    if left:
+        raise FormatError(f"{source}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format")
+    method = _method(request.method, formats)
+    tokens = 0
+    if method.calibrated:
+        tokens = _check_sequences(checkpoint, request).numel()
+    sides = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
+    shards = shards_of(checkpoint, formats, request.shard_bytes)
+    threads, base = torch.get_num_threads(), resident_bytes()
+    plan = plan_run(checkpoint, shards, method, tokens=tokens, sides=len(sides), threads=threads, base=base, memory=memory)
+    return _Run(checkpoint, request, method, formats, shards, sides, plan)
 
 
 def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
@@ -124,188 +199,227 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
     return METHODS[name]
 
 
-def _calibration(
-    checkpoint: Checkpoint, method: Method, name: str, sequences: torch.Tensor | None, workers: Workers | None
-) -> Calibration | None:
-    if not method.calibrated or workers is None:
-        return None
+def _check_sequences(checkpoint: Checkpoint, request: Request) -> torch.Tensor:
+    sequences, config = request.sequences, checkpoint.config
     if sequences is None or not sequences.numel():
         raise RequestError(
-            f"the method {name} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
+            f"the method {request.method} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
         )
-    config = checkpoint.config
     if int(sequences.max()) >= config.vocab_size or sequences.shape[1] > config.max_seq_len:
         raise RequestError(
             f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
             f"{int(sequences.max())} and {sequences.shape[1]}. Is the tokenizer this model's?"
         )
-    return Calibration(config, sequences, workers)
+    return sequences
 
 
 def _check_places(source: Path, destination: Path) -> None:
     target = destination.resolve()
     if target.is_relative_to(source.resolve()):
         raise RequestError(f"{destination}: the destination must lie outside the source {source}. Give another name")
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(destination)
     if source.resolve().is_relative_to(partial):
         raise RequestError(f"{destination}: the result is built in {partial}, which must not hold the source {source}. Give another name")
 
 
-def _jobs(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> Iterator[list[_Job]]:
-    """Jobs in the order of the file; one list is never split between shards, so that one expert is one range of one file."""
-    experts: list[_Job] = []
-    for tensor in checkpoint.tensors.values():
-        fmt = formats.get(tensor.name)
-        if fmt is None:
-            kept = Part(tensor.name, checkpoint.infos[tensor.name].dtype, tensor.shape)
-            yield [_Job(tensor, -1, None, (kept,))]
-        elif not tensor.experts:
-            yield [_Job(tensor, -1, fmt, tuple(parts_of(tensor, fmt)))]
-        else:
-            parts = tuple(parts_of(tensor, fmt))
-            each = len(parts) // tensor.experts
-            experts += [_Job(tensor, e, fmt, parts[e * each : (e + 1) * each]) for e in range(tensor.experts)]
-            if tensor.name.endswith(".w2"):
-                for e in range(tensor.experts):
-                    yield [job for job in experts if job.expert == e]
-                experts = []
-
-
-def _shards(jobs: Iterator[list[_Job]], limit: int) -> list[list[_Job]]:
-    shards: list[list[_Job]] = [[]]
-    size = 0
-    for together in jobs:
-        more = sum(job.nbytes for job in together)
-        if shards[-1] and size + more > limit:
-            shards.append([])
-            size = 0
-        shards[-1] += together
-        size += more
-    return shards
-
-
-def _write(
-    checkpoint: Checkpoint,
-    formats: Mapping[str, TensorFormat],
-    rounding: Mapping[str, Any],
-    quantizer: _Quantizer,
-    shards: list[list[_Job]],
-    partial: Path,
-    on_bytes: Callable[[int, int], None],
-) -> QuantizeReport:
-    total = sum(info.nbytes for info in checkpoint.infos.values())
-    done = 0
+def _write(run: _Run, journal: Journal, partial: Path, on_bytes: Callable[[int, int], None]) -> tuple[Manifest, int]:
+    """All shards, from where an earlier run stopped, and how many tensors that one had finished."""
     manifest = Manifest()
-    weight_map: dict[str, str] = {}
-    for number, jobs in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        writer = SafetensorsWriter(partial / name, [(part.name, part.dtype, part.shape) for job in jobs for part in job.parts])
-        try:
-            for job in jobs:
-                statistics, tensors = quantizer.run(job)
-                manifest.tensors[job.tensor.name + (f".{job.expert}" if job.expert >= 0 else "")] = statistics
-                for part, tensor in zip(job.parts, tensors, strict=True):
-                    writer.write(part.name, tensor)
-                    weight_map[part.name] = name
-                done += checkpoint.infos[job.tensor.name].nbytes // (job.tensor.experts if job.expert >= 0 else 1)
-                on_bytes(done, total)
-            manifest.shards[name] = {"bytes": writer.nbytes, "sha256": writer.close()}
-        except BaseException:
-            writer.abandon()
-            raise
-    written = sum(job.nbytes for shard in shards for job in shard)
-    _write_json(partial / INDEX_NAME, {"metadata": {"total_size": written}, "weight_map": weight_map})
-    _write_json(partial / "config.json", checkpoint.raw_config | {"quantization_config": _quantization_config(formats, rounding)})
-    _copy_other_files(checkpoint.folder, partial)
+    with ExitStack() as stack:
+        quantizer = _quantizer(run, partial, stack)
+        shards = _Shards(run, journal, partial, manifest)
+        stack.callback(shards.abandon)
+        finished = shards.keep()
+        jobs = [job for shard in run.shards for job in shard]
+        _replay(run, quantizer, partial, jobs, finished)
+        done = sum(_bytes_in(run, job) for job in jobs[:finished])
+        # Read ahead and written behind by a thread each. With a calibration the matrices would only take its memory.
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        writer = stack.enter_context(ThreadPoolExecutor(1))
+        ahead = 0 if run.method.calibrated else 1
+        written: Future[None] | None = None
+        for job, blocks in _read_ahead(quantizer, jobs[finished:], reader, ahead):
+            record, notes, parts = quantizer.run(job, blocks)
+            if written is not None:
+                written.result()
+            written = writer.submit(shards.add, job, Entry(record, "", notes), parts)
+            done += _bytes_in(run, job)
+            on_bytes(done, run.plan.bytes_in)
+        if written is not None:
+            written.result()
+        shards.close()
+    shutil.rmtree(partial / _ACTIVATIONS_NAME, ignore_errors=True)
+    return manifest, finished
+
+
+def _quantizer(run: _Run, partial: Path, stack: ExitStack) -> Quantizer:
+    workers = stack.enter_context(Workers()) if run.method.in_pieces else None
+    calibration = None
+    if run.method.calibrated and workers is not None:
+        assert run.request.sequences is not None
+        calibration = Calibration(
+            run.checkpoint.config,
+            run.request.sequences,
+            Products.fastest(workers, run.checkpoint.config.d_model),
+            sides=run.sides,
+            options=run.request.options,
+            folder=partial / _ACTIVATIONS_NAME,
+            in_files=run.plan.in_files,
+        )
+        stack.callback(calibration.close)
+    return Quantizer(run.checkpoint, run.method, calibration, workers)
+
+
+def _replay(run: _Run, quantizer: Quantizer, partial: Path, jobs: list[Job], finished: int) -> None:
+    """Let the calibration go past the tensors that are finished, from the latest snapshot on."""
+    if not run.method.calibrated or not 0 < finished < len(jobs):
+        return
+    layer = quantizer.restore(quantizer.layer_of(jobs[finished]))
+    lying = _lying(run, partial)
+    for job in jobs[:finished]:
+        if quantizer.layer_of(job) >= layer:
+            parts = [read_tensor(*lying[part.name]) for part in job.parts] if job.fmt is not None else []
+            quantizer.replay(job, quantizer.read(job), parts)
+
+
+def _read_ahead(quantizer: Quantizer, jobs: list[Job], reader: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Job, list[torch.Tensor]]]:
+    if not ahead:
+        for job in jobs:
+            yield job, quantizer.read(job)
+        return
+    waiting = [reader.submit(quantizer.read, job) for job in jobs[:ahead]]
+    for n, job in enumerate(jobs):
+        blocks = waiting.pop(0).result()
+        if n + ahead < len(jobs):
+            waiting.append(reader.submit(quantizer.read, jobs[n + ahead]))
+        yield job, blocks
+        del blocks
+
+
+class _Shards:
+    """The files of the result, written in order, with what an earlier run left of them."""
+
+    def __init__(self, run: _Run, journal: Journal, partial: Path, manifest: Manifest) -> None:
+        self._run, self._journal, self._partial, self._manifest = run, journal, partial, manifest
+        self._number = 0
+        self._waiting: list[Job] = []
+        self._writer: SafetensorsWriter | None = None
+
+    def keep(self) -> int:
+        """Take what is as the journal says; the number of tensors that need not be made again."""
+        entries, kept = list(self._journal.entries), 0
+        while kept < len(entries):
+            job = self._next()
+            assert self._writer is not None
+            if not self._writer.keep([part.name for part in job.parts], entries[kept].digest):
+                break
+            self._waiting.pop(0)
+            self._manifest.tensors[job.label] = entries[kept].record.statistics
+            kept += 1
+        self._journal.cut(kept)
+        return kept
+
+    def add(self, job: Job, entry: Entry, parts: list[torch.Tensor]) -> None:
+        """Write the next tensor's parts, then that it is finished."""
+        due = self._next()
+        assert due is job, f"{job.label} came where {due.label} is due"
+        assert self._writer is not None
+        for part, tensor in zip(job.parts, parts, strict=True):
+            self._writer.write(part.name, tensor)
+        self._waiting.pop(0)
+        self._journal.add(Entry(entry.record, self._writer.digest, entry.notes))
+        self._manifest.tensors[job.label] = entry.record.statistics
+
+    def close(self) -> None:
+        """Close the last file; all tensors have come."""
+        assert not self._waiting
+        assert self._number == len(self._run.shards)
+        self._end()
+
+    def abandon(self) -> None:
+        """Let go of an unfinished file."""
+        if self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
+
+    def _next(self) -> Job:
+        if not self._waiting:
+            self._end()
+            self._waiting = list(self._run.shards[self._number])
+            path = self._partial / _shard_name(self._run, self._number)
+            self._writer = SafetensorsWriter(path, _tensors_of(self._waiting), reopened=True)
+            self._number += 1
+        return self._waiting[0]
+
+    def _end(self) -> None:
+        if self._writer is not None:
+            self._manifest.shards[self._writer.path.name] = {"bytes": self._writer.nbytes, "sha256": self._writer.close()}
+            self._writer = None
+
+
+def _finish(run: _Run, manifest: Manifest, partial: Path) -> None:
+    """The small files; each can be written again."""
+    weight_map = {part.name: _shard_name(run, n) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
+    _write_json(partial / INDEX_NAME, {"metadata": {"total_size": run.plan.bytes_out}, "weight_map": weight_map})
+    _write_json(partial / "config.json", run.checkpoint.raw_config | {"quantization_config": run.quantization_config})
+    _copy_other_files(run.checkpoint.folder, partial, manifest)
     for path in sorted(partial.iterdir()):
-        if path.name not in manifest.shards and not path.name.startswith("."):
+        if path.name not in manifest.shards and not path.name.startswith(".") and path.name != MANIFEST_NAME:
             manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _write_json(partial / MANIFEST_NAME, manifest.to_dict())
-    errors = {name: s["relative_error"] for name, s in manifest.tensors.items() if "relative_error" in s}
-    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return QuantizeReport(total, written, parameters, len(shards), errors, quantizer.fallbacks)
 
 
-class _Quantizer:
-    """Makes the parts of one matrix after the other, in the order of the file."""
-
-    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, workers: Workers | None) -> None:
-        self._checkpoint, self._method, self._calibration, self._workers = checkpoint, method, calibration, workers
-
-    @property
-    def fallbacks(self) -> list[tuple[int, int]]:
-        """(layer, expert) that fell back."""
-        return [] if self._calibration is None else self._calibration.fallbacks
-
-    def run(self, job: _Job) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """(statistics for the manifest, the parts) of one matrix.
-
-        Raises:
-            FormatError: with the file and the tensor.
-        """
-        name = job.tensor.name
-        if job.fmt is None:
-            values = self._checkpoint.read(name)
-            if self._calibration is not None:
-                self._calibration.keep(job.tensor, values)
-            return {"root_mean_square": float(values.float().square().mean(dtype=torch.float64).sqrt())}, [values]
-        moments = None if self._calibration is None else self._calibration.moments(job.tensor, job.expert)
-        pieces: list[PackedFormat] = []
-        error = square = 0.0
-        first = 0
-        follows = self._calibration is not None and (job.expert >= 0 or job.tensor.layer >= 0)
-        originals: list[torch.Tensor] = []
-        for rows in _row_blocks(self._checkpoint, job):
-            begun = len(pieces)
-            try:
-                for packed, piece_error, piece_square in self._round(rows, job.fmt, moments):
-                    pieces.append(packed)
-                    error, square = error + piece_error, square + piece_square
-            except FormatError as problem:
-                raise FormatError(f"{self._checkpoint.path_of(name)}: tensor {name}: {problem}") from None
-            if follows:
-                originals.append(rows.float())
-            elif self._calibration is not None and kind_of(name) == "embedding":
-                self._calibration.embed(first, rows, torch.cat([dequantize(piece) for piece in pieces[begun:]]))
-            first += len(rows)
-        if self._calibration is not None and follows:
-            self._calibration.packed(job.tensor, job.expert, torch.cat(originals), torch.cat([dequantize(piece) for piece in pieces]))
-        parts = [torch.cat([getattr(piece, part.name.rsplit(".", 1)[1]) for piece in pieces]) for part in job.parts]
-        N, K = job.tensor.matrix
-        return {"root_mean_square": math.sqrt(square / (N * K)), "relative_error": math.sqrt(error / square) if square else 0.0}, parts
-
-    def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> list[Rounded]:
-        """Some rows at a time, which are independent of each other."""
-        if self._workers is None:
-            return [self._method.run(rows, fmt, moments)]
-        first, *others = rows.split(_TASK_ROWS)
-        begun = self._method.run(first, fmt, moments)  # alone: it factors the moments for all
-        return [begun, *self._workers.map(lambda some: self._method.run(some, fmt, moments), others)]
+def _record(source: Path, run: _Run, journal: Journal, finished: int, seconds: float) -> RunRecord:
+    records = [entry.record for entry in journal.entries]
+    notes = [entry.notes for entry in journal.entries]
+    return RunRecord(
+        source=str(source),
+        method=run.request.method,
+        options=run.quantization_config,
+        bytes_in=run.plan.bytes_in,
+        bytes_out=run.plan.bytes_out,
+        parameters=run.plan.parameters,
+        shards=len(run.shards),
+        records=records,
+        seconds=seconds,
+        resumed_seconds=sum(record.seconds for record in records[:finished]),
+        peak_memory_bytes=peak_memory_bytes(),
+        stream_errors={note["stream_error"][0]: note["stream_error"][1] for note in notes if "stream_error" in note},
+        expert_tokens={note["expert_tokens"][0]: note["expert_tokens"][1] for note in notes if "expert_tokens" in note},
+    )
 
 
-def _row_blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[torch.Tensor]:
-    """The matrix [N, K] of a job: an expert's whole, any other some rows at a time."""
-    name, (N, K) = job.tensor.name, job.tensor.matrix
-    step = max(1, _STEP_BYTES // (2 * K))
-    if job.expert < 0:
-        for first in range(0, N, step):
-            yield checkpoint.read_rows(name, first, min(step, N - first))
-    else:
-        rows = job.tensor.shape[0] // job.tensor.experts
-        yield oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
+def _bytes_in(run: _Run, job: Job) -> int:
+    return run.checkpoint.infos[job.tensor.name].nbytes // max(1, job.tensor.experts if job.expert >= 0 else 1)
 
 
-def _quantization_config(formats: Mapping[str, TensorFormat], rounding: Mapping[str, Any]) -> dict[str, Any]:
-    tensors = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in formats.items()}
-    return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
+def _shard_name(run: _Run, number: int) -> str:
+    return f"model-{number + 1:05d}-of-{len(run.shards):05d}.safetensors"
 
 
-def _copy_other_files(source: Path, partial: Path) -> None:
+def _tensors_of(jobs: list[Job]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [(part.name, part.dtype, part.shape) for job in jobs for part in job.parts]
+
+
+def _lying(run: _Run, partial: Path) -> dict[str, Any]:
+    """Where each stored tensor lies: (file, place)."""
+    found = {}
+    for number, jobs in enumerate(run.shards):
+        for name, info in safetensors_header(_tensors_of(jobs))[1].items():
+            found[name] = partial / _shard_name(run, number), info
+    return found
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _copy_other_files(source: Path, partial: Path, manifest: Manifest) -> None:
     """Tokenizer, generation settings and licence travel with the weights."""
+    made = {INDEX_NAME, "config.json", MANIFEST_NAME, *manifest.shards}
     for path in sorted(source.iterdir()):
         travels = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
-        written = path.name.endswith(".index.json") or path.name == MANIFEST_NAME or (partial / path.name).exists()
-        if path.is_file() and travels and not written:
+        if path.is_file() and travels and not path.name.endswith(".index.json") and path.name not in made:
             shutil.copyfile(path, partial / path.name)
 
 

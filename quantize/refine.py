@@ -31,14 +31,13 @@ def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch
         grid, u: what is to be improved.
     """
     n, G = grid.scales.shape[1], grid.group_size
-    blocks = hessian.view(n, G, n, G).permute(0, 2, 1, 3)  # [n, n, G, G]
     fitted = []
     for rows, wanted, old in zip(u.split(_ROWS), weight.split(_ROWS), grid.scales.split(_ROWS), strict=True):
         each = grouped(rows, G)  # [R, n, G]
         system = torch.empty(len(rows), n, n)
         for a in range(n):
-            for b in range(a, n):
-                system[:, a, b] = system[:, b, a] = ((each[:, a] @ blocks[a, b]) * each[:, b]).sum(-1)
+            products = (each[:, a] @ hessian[a * G : (a + 1) * G, a * G :]).mul_(rows[:, a * G :])
+            system[:, a, a:] = system[:, a:, a] = grouped(products, G).sum(-1)
         known = (each * grouped(wanted @ hessian, G)).sum(-1)  # [R, n]
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)

@@ -39,11 +39,11 @@ def nano() -> Path:
 def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with int4 experts in groups of 64 and the rest int8."""
     from dbrx_q.layout import TensorFormat
-    from dbrx_q.quantize.pipeline import quantize_checkpoint
+    from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
     from dbrx_q.quantize.recipe import default_recipe
 
     folder = tmp_path_factory.mktemp("quantized") / "dbrx-nano-int4"
-    quantize_checkpoint(nano, folder, lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
+    quantize_checkpoint(nano, folder, Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))
     return folder
 
 
@@ -96,9 +96,9 @@ def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` with int4 experts in groups of 64."""
     from dbrx_q.layout import TensorFormat
-    from dbrx_q.quantize.pipeline import quantize_checkpoint
+    from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
     from dbrx_q.quantize.recipe import default_recipe
 
     folder = tmp_path_factory.mktemp("small-quantized") / "dbrx-small-int4"
-    quantize_checkpoint(small, folder, lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
+    quantize_checkpoint(small, folder, Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))
     return folder

@@ -58,6 +58,7 @@ def command(
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.generation import check_request, generate
+    from dbrx_q.host_memory import peak_memory_bytes
     from dbrx_q.hub import resolve_folder
     from dbrx_q.model import DbrxForCausalLM, check_device
     from dbrx_q.sampling import SamplingParams
@@ -106,13 +107,13 @@ def command(
                 "finish_reason": result.finish_reason,
                 "prefill_tokens_per_s": prefill_speed,
                 "decode_tokens_per_s": decode_speed,
-                "peak_memory_bytes": output.peak_memory_bytes(),
+                "peak_memory_bytes": peak_memory_bytes(),
             }
         )
         return
     print(flush=True)
     print(
         f"{result.prompt_tokens} prompt tokens at {prefill_speed:.1f} tokens/s, {len(result.token_ids)} new tokens at "
-        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {output.size(output.peak_memory_bytes())}",
+        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {output.size(peak_memory_bytes())}",
         file=sys.stderr,
     )

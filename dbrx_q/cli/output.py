@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["JSON_HELP", "example", "peak_memory_bytes", "print_json", "progress", "size", "stderr"]
+__all__ = ["JSON_HELP", "example", "parse_size", "print_json", "progress", "size", "stderr"]
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 JSON_HELP = "Print one JSON object on stdout and nothing else."
 
 
@@ -63,9 +65,15 @@ def size(n: float) -> str:
     return f"{n:.2f} TB"
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    import resource
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 96GiB or 64GB.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    Raises:
+        RequestError: another text.
+    """
+    from dbrx_q.errors import RequestError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

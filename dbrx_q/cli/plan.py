@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -14,8 +13,6 @@ from .quantize import Format
 __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --ram 96GiB --context 8192")
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def command(
@@ -50,7 +47,9 @@ def command(
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
-    plan = plan_memory(config, formats, context=context, batch=batch, budget=None if ram is None else _bytes(ram), kv_format=kv.value)
+    plan = plan_memory(
+        config, formats, context=context, batch=batch, budget=None if ram is None else output.parse_size(ram), kv_format=kv.value
+    )
     if json:
         output.print_json(asdict(plan) | {"total": plan.total, "fits": plan.fits})
         return
@@ -60,12 +59,3 @@ def command(
     if plan.budget is not None:
         left = plan.budget - plan.total
         print(f"fits, {output.size(left)} to spare" if left >= 0 else f"does not fit: {-left:,} bytes more are needed")
-
-
-def _bytes(text: str) -> int:
-    from dbrx_q.errors import RequestError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -13,8 +13,12 @@ from . import output
 if TYPE_CHECKING:
     import torch
 
+    from dbrx_q.quantize.plan import RunPlan
+    from dbrx_q.quantize.records import RunRecord
+
 __all__ = ["EXAMPLE", "command"]
 
+_FREE_SHARE = 4  # fifths of the memory that is free
 EXAMPLE = output.example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
 
@@ -37,6 +41,13 @@ class Recipe(str, Enum):
     best = "best"
 
 
+class Activations(str, Enum):
+    """Whose activations enter a layer that is calibrated."""
+
+    quantized = "quantized"
+    original = "original"
+
+
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint to quantize: a folder or a hub id.", show_default=False)],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
@@ -54,65 +65,66 @@ def command(
     sequences: Annotated[int, typer.Option(help="Sequences to calibrate with; fewer where the text is shorter.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draw of sequences from the text.")] = 0,
+    activations: Annotated[
+        Activations, typer.Option(help="Whose activations enter a layer: of the layers before it as quantized, or as they were.")
+    ] = Activations.quantized,
+    all_experts: Annotated[
+        bool, typer.Option(help="Calibrate every expert with all tokens, not with those that are routed to it.")
+    ] = False,
+    act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first (gptq, best).")] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory that may be used, as 24GiB; four fifths of what is free unless given.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted or killed.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be written and what it would take, and stop.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Write a quantized copy of a checkpoint, in memory bounded by one tensor and its result, and by the calibration's activations."""
-    import time
-
+    """Write a quantized copy of a checkpoint; what was finished when it is interrupted or killed is kept for --resume."""
     from dbrx_q.errors import RequestError
+    from dbrx_q.host_memory import available_bytes
     from dbrx_q.hub import resolve_folder
     from dbrx_q.layout import TensorFormat
+    from dbrx_q.quantize.calibrated import CalibrationOptions
     from dbrx_q.quantize.methods import METHODS
-    from dbrx_q.quantize.pipeline import quantize_checkpoint
+    from dbrx_q.quantize.pipeline import Request, already_there, plan_checkpoint, quantize_checkpoint
     from dbrx_q.quantize.recipe import default_recipe
+    from dbrx_q.staging import partial_of
 
-    if calibration is not None and not METHODS[recipe.value].calibrated:
+    method = METHODS[recipe.value]
+    if calibration is not None and not method.calibrated:
         raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
+    if method.compares and activations is Activations.original:
+        raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
     folder = resolve_folder(source, revision=revision)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     experts = TensorFormat(format.value, group_size)
-    started = time.perf_counter()
-    with output.progress("quantizing", unit_bytes=True) as on_bytes:
-        report = quantize_checkpoint(
-            folder,
-            destination,
-            lambda c: default_recipe(c.config, experts),
-            method=recipe.value,
-            sequences=tokens,
-            about=about,
-            on_bytes=on_bytes,
-        )
-    seconds = time.perf_counter() - started
-    before, after = (8 * n / report.parameters for n in (report.bytes_in, report.bytes_out))
-    if json:
-        output.print_json(
-            {
-                "source": str(folder),
-                "destination": str(destination),
-                "format": format.value,
-                "group_size": group_size,
-                "recipe": recipe.value,
-                "calibration": about,
-                "fallbacks": report.fallbacks,
-                "parameters": report.parameters,
-                "bytes_in": report.bytes_in,
-                "bytes_out": report.bytes_out,
-                "bits_per_weight_in": before,
-                "bits_per_weight_out": after,
-                "shards": report.shards,
-                "seconds": seconds,
-            }
-        )
+    request = Request(
+        lambda c: default_recipe(c.config, experts),
+        method=recipe.value,
+        sequences=tokens,
+        about=about,
+        options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
+    )
+    budget = output.parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
+    if dry_run:
+        _show_plan(plan_checkpoint(folder, request, memory=budget), json=json)
         return
-    speed = output.size(report.bytes_in / seconds)
-    print(f"before  {output.size(report.bytes_in):>10}  {before:6.3f} bits per weight  {folder}")
-    print(f"after   {output.size(report.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
-    if about is not None:
-        print(f"calibrated with {about['sequences']} sequences of {length} tokens of {calibration}")
-    if report.fallbacks:
-        print(f"{len(report.fallbacks)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
-    print(f"{report.shards} shard(s) in {seconds:.1f} s, {speed}/s")
+    if resume and already_there(folder, destination, request):
+        output.stderr().print(f"{destination} is complete already", markup=False, soft_wrap=True)
+        return
+    try:
+        with output.progress("quantizing", unit_bytes=True) as on_bytes:
+            run = quantize_checkpoint(folder, destination, request, resume=resume, memory=budget, on_bytes=on_bytes)
+    except KeyboardInterrupt:
+        partial = partial_of(destination)
+        if not partial.exists():
+            raise
+        message = f"interrupted; what is finished is kept in {partial}, and the same command with --resume goes on from there"
+        output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    _show_run(run, destination, json=json)
 
 
 def _calibration(folder: Path, text: str | None, count: int, length: int, seed: int) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
@@ -126,3 +138,68 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     loaded = load_text(text)
     found = sequences_of(DbrxTokenizer.from_pretrained(folder).encode(loaded.text), count=count, length=length, seed=seed)
     return found, {"text_sha256": loaded.sha256, "sequences": len(found), "length": length, "seed": seed}
+
+
+def _show_plan(plan: RunPlan, *, json: bool) -> None:
+    from dataclasses import asdict
+
+    from dbrx_q.quantize.plan import seconds_of
+
+    seconds = seconds_of(plan)
+    bits = 8 * plan.bytes_out / plan.parameters
+    if json:
+        output.print_json(asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": bits, "seconds": seconds})
+        return
+    print(f"reads       {output.size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
+    print(f"writes      {output.size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
+    for kind, each in plan.bits.items():
+        print(f"  {kind:22}{each:6.3f} bits per weight")
+    where = "in files" if plan.in_files else "in memory"
+    print(
+        f"memory      {output.size(plan.peak_memory):>10}  at most"
+        + (f", activations of {output.size(plan.activations)} {where}" if plan.activations else "")
+    )
+    print(f"disk        {output.size(plan.disk):>10}  must be free where it is written")
+    print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
+
+
+def _show_run(run: RunRecord, destination: Path, *, json: bool) -> None:
+    before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
+    fallbacks = sorted({(record.layer, record.expert) for record in run.fallbacks})
+    calibration = run.options.get("calibration")
+    if json:
+        output.print_json(
+            {
+                "source": run.source,
+                "destination": str(destination),
+                "recipe": run.method,
+                "calibration": calibration,
+                "fallbacks": fallbacks,
+                "parameters": run.parameters,
+                "bytes_in": run.bytes_in,
+                "bytes_out": run.bytes_out,
+                "bits_per_weight_in": before,
+                "bits_per_weight_out": after,
+                "shards": run.shards,
+                "seconds": run.seconds,
+                "resumed_seconds": run.resumed_seconds,
+                "peak_memory_bytes": run.peak_memory_bytes,
+            }
+        )
+        return
+    print(f"before  {output.size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
+    print(f"after   {output.size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
+    if calibration is not None:
+        print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
+    if fallbacks:
+        print(f"{len(fallbacks)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
+    earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
+    speed = "" if run.resumed_seconds else f", {output.size(run.bytes_in / run.seconds)}/s"
+    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {output.size(run.peak_memory_bytes)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -106,11 +106,15 @@ def test_disk_full_at_every_file(sync: int, small: Path, tmp_path: Path, cli: Ca
             raise OSError(errno.ENOSPC, "No space left on device")
         real(fd)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    (tmp_path / "out").mkdir()
-    refuse(cli("quantize", small, tmp_path / "out"), str(tmp_path / "out"), "No space left on device", "Nothing was left behind")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        done = cli("quantize", small, tmp_path / "out")
+    refuse(done, str(tmp_path / "out"), "No space left on device", f"What is finished is kept in {tmp_path / 'out.partial'}")
     assert len(calls) == sync + 1
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+    assert not (tmp_path / "out").exists()
+    assert cli("quantize", small, tmp_path / "out", "--resume").code == 0
+    assert cli("verify", tmp_path / "out").code == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_write_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:

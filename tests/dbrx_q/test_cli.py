@@ -24,7 +24,7 @@ from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.layout import TensorFormat
 from dbrx_q.model import DbrxForCausalLM
-from dbrx_q.quantize.pipeline import quantize_checkpoint
+from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 from dbrx_q.staging import MARKER_NAME
 from dbrx_q.tokenizer import DbrxTokenizer
@@ -266,7 +266,7 @@ def test_manifest_holds_the_sums_of_hashlib(quantized_nano: Path, cli: Callable[
 
 def test_small_shards_hold_the_same_tensors(nano: Path, quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder, limit = tmp_path / "shards", 1 << 20
-    report = quantize_checkpoint(nano, folder, recipe, shard_bytes=limit)
+    report = quantize_checkpoint(nano, folder, Request(recipe, shard_bytes=limit))
     shards = shards_of(folder)
     assert len(shards) == report.shards > 3
     assert all(sum(tensor.nbytes for tensor in safetensors.torch.load_file(shard).values()) <= limit for shard in shards)
@@ -278,7 +278,7 @@ def test_small_shards_hold_the_same_tensors(nano: Path, quantized_nano: Path, tm
 
 def test_parts_of_an_expert_lie_back_to_back(nano: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
-    quantize_checkpoint(nano, folder, recipe, shard_bytes=300_000)
+    quantize_checkpoint(nano, folder, Request(recipe, shard_bytes=300_000))
     ranges: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for shard in shards_of(folder):
         for name, entry in header_of(shard).items():

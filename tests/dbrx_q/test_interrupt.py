@@ -22,9 +22,7 @@ import pytest
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.eval.synthetic import write_checkpoint
-from dbrx_q.layout import TensorFormat
-from dbrx_q.quantize.pipeline import quantize_checkpoint
-from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.staging import staged_folder
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 BOOK = Path(__file__).parent.parent / "data" / "war-of-the-worlds.txt"
@@ -81,13 +79,18 @@ class Running:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
-    def check_clean_end(self) -> None:
+    def end(self) -> str:
+        """What it says when it ends cleanly."""
         text = self._rest()
         assert self.process.wait(LIMIT_SECONDS) == 2, text
-        assert text.count(MESSAGE) == 1, text
+        assert text.count("dbrx-q: error: interrupted") == 1, text
         assert "Traceback" not in text
         assert "Exception ignored" not in text
         assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l"), "the cursor stays hidden"
+        return text.replace("\r\n", "\n")
+
+    def check_clean_end(self) -> None:
+        assert MESSAGE in self.end()
 
     def close(self) -> None:
         self.process.kill()
@@ -117,9 +120,9 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 @pytest.mark.parametrize(("phase", "presses"), [("destination made", 1), ("shard grows", 3)])
-def test_quantize_leaves_nothing(phase: str, presses: int, large: Path, tmp_path: Path, start: Callable[..., Running]) -> None:
-    partial = tmp_path / "new" / "out.partial"
-    running = start("quantize", large, tmp_path / "new" / "out")
+def test_quantize_keeps_what_is_finished(phase: str, presses: int, large: Path, tmp_path: Path, start: Callable[..., Running]) -> None:
+    out, partial = tmp_path / "new" / "out", tmp_path / "new" / "out.partial"
+    running = start("quantize", large, out)
     if phase == "destination made":
         running.wait_until(partial.exists)
     else:
@@ -127,8 +130,15 @@ def test_quantize_leaves_nothing(phase: str, presses: int, large: Path, tmp_path
     for _ in range(presses):
         running.interrupt()
         time.sleep(0.002)
-    running.check_clean_end()
-    assert not list(tmp_path.iterdir())
+    text = running.end()
+    if partial.exists():
+        assert f"interrupted; what is finished is kept in {partial}, and the same command with --resume goes on from there" in text
+        assert start("quantize", large, out, "--resume").process.wait(LIMIT_SECONDS) == 0
+        assert start("verify", out).process.wait(LIMIT_SECONDS) == 0
+    else:
+        assert phase == "destination made"
+        assert MESSAGE in text
+        assert not list(tmp_path.iterdir())
 
 
 def test_generate_ends_after_the_text_so_far(large: Path, start: Callable[..., Running]) -> None:
@@ -221,20 +231,21 @@ def test_imports_end_without_a_traceback(library: str, nano: Path, start: Callab
     assert running.process.stdout.read() == b""
 
 
-def test_cleaning_up_is_not_interrupted(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaning_up_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 
     def rmtree(path: Path, *, ignore_errors: bool = False) -> None:
         signal.raise_signal(signal.SIGINT)
         real(path, ignore_errors=ignore_errors)
 
-    def interrupt(done: int, total: int) -> None:
-        assert list(tmp_path.glob("out.partial/*.safetensors"))
-        raise KeyboardInterrupt
+    def fail() -> None:
+        with staged_folder(tmp_path / "out", 10) as partial:
+            (partial / "a").write_text("x")
+            raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(small, tmp_path / "out", lambda c: default_recipe(c.config, TensorFormat("int4", 64)), on_bytes=interrupt)
+        fail()
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGINT) is before

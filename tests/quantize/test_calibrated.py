@@ -21,8 +21,9 @@ from dbrx_q.layout import TensorFormat
 from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize import pipeline
 from dbrx_q.quantize.calibrated import Calibration
-from dbrx_q.quantize.pipeline import QuantizeReport, quantize_checkpoint
+from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.quantize.records import RunRecord
 from dbrx_q.quantize.sequences import sequences_of
 from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -34,10 +35,9 @@ def ids(nano: Path) -> list[int]:
     return DbrxTokenizer.from_pretrained(nano).encode(BOOK.read_text(encoding="utf-8"))
 
 
-def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> QuantizeReport:
-    return quantize_checkpoint(
-        source, destination, lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
-    )
+def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> RunRecord:
+    request = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options)
+    return quantize_checkpoint(source, destination, request)
 
 
 @pytest.fixture
@@ -50,6 +50,10 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
             super().__init__(*arguments, **options)
             made.append(self)
 
+        def close(self) -> None:
+            self.last = {name: side.entering.read(0, side.entering.tokens) for name, side in self._sides.items()}
+            super().close()
+
     monkeypatch.setattr(pipeline, "Calibration", Kept)
     return made
 
@@ -59,7 +63,10 @@ def test_the_streams_are_the_models(nano: Path, ids: list[int], tmp_path: Path, 
     sequences = sequences_of(ids, count=12, length=96, seed=1)
     quantize(nano, tmp_path / "out", sequences, method)
     (calibration,) = calibrations
-    for folder, stream in ((nano, calibration._entering.original), (tmp_path / "out", calibration._entering.quantized)):
+    streams = calibration.last  # type: ignore[attr-defined] # of the class above
+    assert streams.keys() == ({"original", "quantized"} if method == "best" else {"quantized"})
+    for name, stream in streams.items():
+        folder = nano if name == "original" else tmp_path / "out"
         model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
         hidden = model.transformer(sequences).last_hidden_state.flatten(0, 1)
         assert (stream - hidden).norm() < 1e-3 * hidden.norm(), folder
@@ -85,7 +92,8 @@ def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_
     report = quantize(nano, tmp_path / "out", sequences_of(ids, count=6, length=100, seed=0), "gptq")
     (calibration,) = calibrations
     few = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
-    assert report.fallbacks == few
+    assert {(record.layer, record.expert) for record in report.fallbacks} == set(few)
+    assert {record.calibrated_by for record in report.fallbacks} == {"layer"}
     assert 0 < len(few) < 64
     errors = report.relative_error
     fallen, others = (

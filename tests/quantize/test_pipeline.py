@@ -20,7 +20,7 @@ from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.kernels import int4, int8, nf4
 from dbrx_q.layout import TensorFormat
 from dbrx_q.manifest import sha256_of
-from dbrx_q.quantize.pipeline import quantize_checkpoint
+from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
@@ -35,7 +35,7 @@ def small_config(**changes: int) -> DbrxConfig:
 
 def quantize(source: Path, destination: Path, fmt: str = "int4", group_size: int = 64, **options: int) -> dict[str, torch.Tensor]:
     """All tensors of the result, as the safetensors package reads them."""
-    quantize_checkpoint(source, destination, lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options)  # type: ignore[arg-type] # one option
+    quantize_checkpoint(source, destination, Request(lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options))  # type: ignore[arg-type] # one option
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(destination.glob("*.safetensors")):
         tensors |= safetensors.torch.load_file(shard)
@@ -137,13 +137,13 @@ def test_memory_is_bounded_by_a_tensor_not_by_the_model(tmp_path: Path) -> None:
     )
     write_checkpoint(config, tmp_path / "plain")
     measure = (
-        "import sys; from pathlib import Path; from dbrx_q.cli.output import peak_memory_bytes\n"
-        "from dbrx_q.layout import TensorFormat; from dbrx_q.quantize.pipeline import quantize_checkpoint\n"
+        "import sys; from pathlib import Path; from dbrx_q.host_memory import peak_memory_bytes\n"
+        "from dbrx_q.layout import TensorFormat; from dbrx_q.quantize.pipeline import Request, quantize_checkpoint\n"
         "from dbrx_q.quantize.recipe import default_recipe; from dbrx_q.quantize.rtn import rtn; import torch\n"
         "[rtn(torch.ones(512, 1024), TensorFormat(fmt, 64)) for fmt in ('int4', 'int8')]  # compiled code is not the tensors' memory\n"
         "before = peak_memory_bytes()\n"
         "recipe = lambda c: default_recipe(c.config, TensorFormat('int4', 64))\n"
-        "quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), recipe)\n"
+        "quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), Request(recipe))\n"
         "print(peak_memory_bytes() - before)"
     )
     run = subprocess.run(
@@ -162,5 +162,5 @@ def test_a_recipe_that_leaves_experts_out_is_refused(source: Path, tmp_path: Pat
         return {name: fmt for name, fmt in formats.items() if ".1.ffn.experts.mlp.w2" not in name}
 
     with pytest.raises(FormatError, match=r"the experts of every layer; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"):
-        quantize_checkpoint(source, tmp_path / "out", without)
+        quantize_checkpoint(source, tmp_path / "out", Request(without))
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,104 @@
+"""What a run has finished, written down tensor by tensor, so that another can go on from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dbrx_q.errors import RequestError
+
+from .records import TensorRecord
+
+__all__ = ["Entry", "Journal"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished tensor. digest: the SHA-256 of its shard up to its end. notes: what else a later run must know."""
+
+    record: TensorRecord
+    digest: str
+    notes: Mapping[str, Any]
+
+
+class Journal:
+    """Lines of JSON: first the options of the run, then an entry for every tensor that is in its shard.
+
+    An entry is written after the tensor's bytes. Where the power fails, it may reach the disk before them: the digest tells.
+
+    Args:
+        path: the file, which may hold what an earlier run wrote; a torn last line is cut off.
+        options: what decides the bytes of the result.
+
+    Attributes:
+        entries: what earlier runs and this one have finished.
+
+    Raises:
+        RequestError: the file was written under other options.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
+        self._path = path
+        lines = _whole_lines(path)
+        if lines:
+            _check_same(path, json.loads(lines[0]), json.loads(json.dumps(options)))
+        self.entries = [_entry(json.loads(line)) for line in lines[1:]]
+        self._ends = list(accumulate(map(len, lines), initial=0))
+        self._file = open(path, "r+b" if path.exists() else "xb", buffering=0)  # noqa: SIM115 # closed by close()
+        self._cut_at(self._ends[-1])
+        if not lines:
+            self._put(options)
+
+    def cut(self, count: int) -> None:
+        """Forget all entries but the first `count`."""
+        del self.entries[count:], self._ends[count + 2 :]
+        self._cut_at(self._ends[-1])
+
+    def add(self, entry: Entry) -> None:
+        """Write down that a tensor is finished."""
+        self._put({"record": asdict(entry.record), "digest": entry.digest, "notes": dict(entry.notes)})
+        self.entries.append(entry)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _cut_at(self, end: int) -> None:
+        self._file.seek(end)
+        self._file.truncate()
+
+    def _put(self, data: Mapping[str, Any]) -> None:
+        line = json.dumps(data).encode() + b"\n"
+        self._file.write(line)
+        self._ends.append(self._ends[-1] + len(line))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for n, line in enumerate(lines):
+        try:
+            json.loads(line)
+        except ValueError:
+            return lines[:n]
+        if not line.endswith(b"\n"):
+            return lines[:n]
+    return lines
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    return Entry(TensorRecord(**data["record"]), data["digest"], data["notes"])
+
+
+def _check_same(path: Path, before: Any, now: Any, name: str = "options") -> None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *now]:
+            _check_same(path, before.get(key), now.get(key), key)
+    elif before != now:
+        raise RequestError(
+            f"{path.parent}: --resume goes on with the options that the run began with; {name} was {before!r:.100}, found {now!r:.100}. "
+            "Give the same, or remove the folder and begin anew"
+        )

@@ -1,0 +1,76 @@
+"""The large matrix products of calibration, in pieces that do not depend on how many threads make them.
+
+Dimension letters: `T` tokens, `N` rows of a weight, `K` the reduction axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dbrx_q.kernels.cpu import has_matrix_unit
+
+from .workers import Workers
+
+__all__ = ["Products"]
+
+_ROWS, _TOKENS = 2048, 2048  # of a product that one thread makes
+_COLUMNS = 1024  # of a sum of outer products that one thread makes
+_LARGE = 1024  # channels from which bfloat16 pays
+
+
+class Products:
+    """Multiplies with float32 sums.
+
+    Args:
+        workers: that share the work.
+        bfloat16: whether factors are rounded to bfloat16, as DBRX itself has them, for chips with a matrix unit for it.
+    """
+
+    def __init__(self, workers: Workers, *, bfloat16: bool) -> None:
+        self.workers, self.bfloat16 = workers, bfloat16
+
+    @classmethod
+    def fastest(cls, workers: Workers, channels: int) -> Products:
+        """bfloat16 where this chip has a matrix unit and the model so many channels that it pays, otherwise float32."""
+        return cls(workers, bfloat16=channels >= _LARGE and has_matrix_unit())
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T, float32 [T, N], for float32 x [T, K] and a weight [N, K] of any floating dtype."""
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        x = x.to(dtype)
+        out = torch.empty(len(x), len(weight))
+
+        def multiply(place: tuple[slice, slice]) -> None:
+            tokens, rows = place
+            out[tokens, rows] = x[tokens] @ weight[rows].to(dtype).T
+
+        self.workers.map(multiply, [(tokens, rows) for rows in _slices(len(weight), _ROWS) for tokens in _slices(len(x), _TOKENS)])
+        return out
+
+    def add_outer(self, into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, upper: bool = False) -> None:
+        """into [K, K] += left.T @ right for float32 left, right [T, K]; `upper`: what lies above the diagonal is enough."""
+
+        def accumulate(columns: slice) -> None:
+            rows = slice(0, columns.stop if upper else len(into))
+            into[rows, columns].addmm_(left[:, rows].T, right[:, columns])
+
+        with self._rounding():
+            self.workers.map(accumulate, list(_slices(into.shape[1], _COLUMNS))[::-1])
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        if self.bfloat16:
+            torch.set_float32_matmul_precision("medium")  # which is bfloat16 on the CPU
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for first in range(0, length, step):
+        yield slice(first, min(first + step, length))

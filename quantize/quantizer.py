@@ -1,0 +1,150 @@
+"""One matrix after the other, in the order of the file: read, rounded, and told to the calibration."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.errors import FormatError
+from dbrx_q.kernels.linear import PackedFormat, dequantize
+from dbrx_q.layout import TensorFormat, pack_parts
+
+from .calibrated import Calibration, Fit
+from .jobs import Job, read_rows
+from .methods import Method, Rounded
+from .moments import Moments
+from .records import TensorRecord
+from .workers import Workers
+
+__all__ = ["TASK_ROWS", "Quantizer"]
+
+TASK_ROWS = 512
+"""That one thread rounds at a time."""
+
+
+class Quantizer:
+    """Makes the parts of one matrix after the other, in the order of the file.
+
+    Args:
+        checkpoint: the plain one.
+        method: that rounds.
+        calibration: what a calibrated method is fitted to; None without.
+        workers: that round pieces; None for a method that has threads of its own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, workers: Workers | None) -> None:
+        self._checkpoint, self._method, self._calibration, self._workers = checkpoint, method, calibration, workers
+        self._layer = -1
+
+    def read(self, job: Job) -> list[torch.Tensor]:
+        """The matrix of a job, in blocks of rows; a tensor that is kept, whole."""
+        return [self._checkpoint.read(job.tensor.name)] if job.fmt is None else list(read_rows(self._checkpoint, job))
+
+    def run(self, job: Job, blocks: list[torch.Tensor]) -> tuple[TensorRecord, Mapping[str, Any], list[torch.Tensor]]:
+        """(what is said of it, what else a later run must know of it, the parts) of the matrix that `read` gave.
+
+        Raises:
+            FormatError: with the file and the tensor.
+        """
+        started = time.perf_counter()
+        notes = self._begin(job)
+        if job.fmt is None:
+            self._keep(job, blocks[0], notes)
+            square = float(blocks[0].float().square().mean(dtype=torch.float64))
+            return self._record(job, math.sqrt(square), started), notes, blocks
+        fit = Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
+        parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
+        sums = [0.0] * 4
+        first = 0
+        for rows in blocks:
+            try:
+                rounded = self._round(rows, job.fmt, fit.moments)
+            except FormatError as problem:
+                raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
+            for piece in rounded:
+                _place(job, parts, piece.packed, first)
+                first += piece.packed.shape[0]
+                more = piece.error, piece.square, piece.output_error, piece.output_square
+                sums = [a + b for a, b in zip(sums, more, strict=True)]
+        self._told(job, blocks, parts)
+        error, square, output_error, output_square = sums
+        found = {
+            "relative_error": math.sqrt(error / square) if square else 0.0,
+            "output_error": math.sqrt(output_error / output_square) if output_square else None,
+            "tokens": fit.tokens if fit.by else None,
+            "calibrated_by": fit.by,
+        }
+        return self._record(job, math.sqrt(square / job.parameters), started, **found), notes, parts
+
+    def replay(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        """Go on past a matrix that an earlier run has rounded."""
+        notes = self._begin(job)
+        if job.fmt is None:
+            self._keep(job, blocks[0], notes)
+        else:
+            self._told(job, blocks, parts)
+
+    def restore(self, layer: int) -> int:
+        """Go back to the latest snapshot of what enters a layer up to this one; which layer that is, -1 for the beginning of the model."""
+        assert self._calibration is not None
+        return self._calibration.restore(layer) or -1
+
+    def layer_of(self, job: Job) -> int:
+        """-1 for what comes before the layers, their number for what comes after them."""
+        return job.tensor.layer if job.tensor.layer >= 0 or job.kind == "embedding" else self._checkpoint.config.n_layers
+
+    def _begin(self, job: Job) -> dict[str, Any]:
+        """Notes of a tensor, the first of a layer's among them."""
+        layer = self.layer_of(job)
+        if self._calibration is None or layer == self._layer:
+            return {}
+        self._layer = layer
+        error = self._calibration.begin_layer(layer)
+        return {} if error is None or layer < 1 else {"stream_error": [layer - 1, error]}
+
+    def _keep(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
+        if self._calibration is None:
+            return
+        self._calibration.keep(job.tensor, values)
+        if job.kind == "router":
+            notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
+
+    def _told(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        """Let the calibration go on past a packed matrix."""
+        assert job.fmt is not None
+        if self._calibration is None or job.kind == "head":
+            return
+        packed = pack_parts({part.name.rsplit(".", 1)[1]: tensor for part, tensor in zip(job.parts, parts, strict=True)}, job.fmt)
+        if job.kind != "embedding":
+            self._calibration.packed(job.tensor, job.expert, torch.cat(blocks), dequantize(packed))
+            return
+        first = 0
+        for rows in blocks:
+            self._calibration.embed(first, rows, dequantize(packed.rows(first, first + len(rows))))
+            first += len(rows)
+
+    def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> list[Rounded]:
+        """Some rows at a time, which are independent of each other."""
+        if self._workers is None:
+            return [self._method.run(rows, fmt, moments)]
+        first, *others = rows.split(TASK_ROWS)
+        begun = self._method.run(first, fmt, moments)  # alone: it factors the moments for all
+        return [begun, *self._workers.map(lambda some: self._method.run(some, fmt, moments), others)]
+
+    def _record(self, job: Job, root_mean_square: float, started: float, **found: Any) -> TensorRecord:
+        name, layer = job.tensor.name, job.tensor.layer
+        sizes = job.parameters, job.nbytes
+        seconds = time.perf_counter() - started
+        return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **found, seconds=seconds)
+
+
+def _place(job: Job, parts: list[torch.Tensor], packed: PackedFormat, first: int) -> None:
+    """Rows first .. of the parts."""
+    for part, whole in zip(job.parts, parts, strict=True):
+        rows = getattr(packed, part.name.rsplit(".", 1)[1])
+        whole[first : first + len(rows)] = rows
