@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dbrx_q.kernels import int4
+from dbrx_q.kernels import cpu_quantize, cpu_search, int4
 from dbrx_q.kernels.groups import check_group_size, check_scales, grouped, steps_of
 from dbrx_q.kernels.int4 import Int4Weight
 from dbrx_q.kernels.int8 import Int8Weight
 from dbrx_q.layout import GROUP_SIZES, TensorFormat
 
-__all__ = ["Grid", "packed", "range_grid", "searched_grid"]
+__all__ = ["Grid", "levels_of", "packed", "range_grid", "searched_grid", "to_nearest"]
 
 _INT4_LEVELS = 15
 _INT8_LEVEL = 127
@@ -91,28 +91,22 @@ def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Ten
     Raises:
         FormatError: as for `range_grid`.
     """
-    low, high = _ranges(weight, fmt)
-    groups = grouped(weight.float(), fmt.group_size)
-    weights = None if importance is None else grouped(importance.float(), fmt.group_size)
-    best: Grid | None = None
-    least = torch.empty(0)
-    for share in _SHARES:
-        whole = _grid(low * share, high * share, fmt)
-        shifts = (0,) if whole.zeros is None else (0, -1, 1)
-        for shift in shifts:
-            zeros = None if whole.zeros is None else (whole.zeros + shift).clamp(0, _INT4_LEVELS)
-            tried = Grid(whole.scales, zeros, fmt.group_size)
-            error = (tried.decode(tried.round(weight)).view_as(groups) - groups).square()
-            errors = (error if weights is None else error * weights).sum(-1)  # [N, n]
-            if best is None:
-                best, least = tried, errors
-                continue
-            better = errors < least
-            least = torch.where(better, errors, least)
-            kept = None if zeros is None or best.zeros is None else torch.where(better, zeros, best.zeros)
-            best = Grid(torch.where(better, tried.scales, best.scales), kept, fmt.group_size)
-    assert best is not None
-    return best
+    check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
+    scales, zeros = cpu_search.least_squares(weight, fmt.group_size, levels_of(fmt), torch.tensor(_SHARES), importance)
+    check_scales(scales)
+    return Grid(scales, zeros if fmt.format == "int4" else None, fmt.group_size)
+
+
+def levels_of(fmt: TensorFormat) -> int:
+    """The largest code: 15 for int4, whose codes have a zero-point, 127 for int8."""
+    return _INT8_LEVEL if fmt.format == "int8" else _INT4_LEVELS
+
+
+def to_nearest(weight: torch.Tensor, grid: Grid) -> tuple[Int4Weight | Int8Weight, float, float]:
+    """The packed weight of `grid.round(weight)`, its sum of squared errors and the sum of squares of the weight [N, K], in one pass."""
+    if grid.zeros is None:
+        return cpu_quantize.round_int8(weight, grid.scales, grid.group_size)
+    return cpu_quantize.round_int4(weight, grid.scales, grid.zeros, grid.group_size)
 
 
 def packed(grid: Grid, u: torch.Tensor) -> Int4Weight | Int8Weight:

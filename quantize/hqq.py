@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.kernels.groups import grouped, steps_of
-from dbrx_q.layout import TensorFormat
+from dbrx_q.kernels import cpu_search
+from dbrx_q.kernels.groups import check_group_size, check_scales
+from dbrx_q.layout import GROUP_SIZES, TensorFormat
 
-from .grid import Grid, range_grid
+from .grid import Grid, levels_of
 
 __all__ = ["hqq_grid"]
 
 _ITERATIONS = 20
-_NORM = 0.7  # p of the norm that is made small
 _BETA, _GROWTH = 10.0, 1.01  # as published
 
 
@@ -31,30 +31,8 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
     Raises:
         FormatError: as for `grid.range_grid`.
     """
-    groups = grouped(weight.float(), fmt.group_size)  # [N, n, G]
-    grid = best = range_grid(weight, fmt)
-    least = torch.full(grid.scales.shape, torch.inf)
-    beta = _BETA
-    for _ in range(_ITERATIONS):
-        u = grouped(grid.round(weight), fmt.group_size)
-        error = groups - u * grid.scales.float().unsqueeze(-1)
-        cost = error.abs().pow(_NORM).sum(-1)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        zeros = None if grid.zeros is None or best.zeros is None else torch.where(better, grid.zeros, best.zeros)
-        best = Grid(torch.where(better, grid.scales, best.scales), zeros, fmt.group_size)
-        # In units of the step, so that weights of any size are treated alike.
-        unit = steps_of(grid.scales).unsqueeze(-1)
-        threshold = (error.abs() / unit).clamp(min=torch.finfo(torch.float32).eps).pow(_NORM - 1) * unit / beta
-        outlier = error.sign() * (error.abs() - threshold).clamp(min=0)
-        wanted = groups - outlier
-        squares = u.square().sum(-1)
-        scales = torch.where(squares > 0, (u * wanted).sum(-1) / squares, grid.scales.float())
-        scales = torch.where(scales > 0, scales, grid.scales.float()).half()
-        zeros = None
-        if grid.zeros is not None:
-            steps = torch.where(scales == 0, 1.0, scales.float()).unsqueeze(-1)
-            zeros = ((u + grid.zeros.unsqueeze(-1)) - wanted / steps).mean(-1).round().clamp(0, 15)
-        grid = Grid(scales, zeros, fmt.group_size)
-        beta = beta * _GROWTH
-    return best
+    check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
+    betas = torch.tensor([_BETA * _GROWTH**n for n in range(_ITERATIONS)])
+    scales, zeros = cpu_search.half_quadratic(weight, fmt.group_size, levels_of(fmt), betas)
+    check_scales(scales)
+    return Grid(scales, zeros if fmt.format == "int4" else None, fmt.group_size)

@@ -1,0 +1,171 @@
+"""Searched grids against the same search written out with whole tensors, and rounding to a grid against the formats themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from dbrx_q.kernels import cpu_quantize, int4, int8
+from dbrx_q.kernels._cpu_lanes import inverse_power, load, store
+from dbrx_q.kernels.cpu_search import half_quadratic, least_squares
+from dbrx_q.kernels.groups import grouped, steps_of
+
+K = 384
+SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])
+BETAS = torch.tensor([10 * 1.01**n for n in range(20)])
+
+Found = tuple[torch.Tensor, torch.Tensor]
+
+
+def weight(rows: int, *, transposed: bool = False) -> torch.Tensor:
+    """float32 [rows, K] with a group of zeros, one that is too small for float16 scales, and outliers."""
+    shape = (K, rows) if transposed else (rows, K)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) * 0.02
+    made = made.T if transposed else made
+    made[:, ::50] *= 5
+    made[0, :128] = 0
+    made[-1, 128:256] = 1e-9
+    return made
+
+
+def decoded(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: int) -> torch.Tensor:
+    """float32 [N, n, G]: what the elements become."""
+    low, high = (-127, 127) if levels == 127 else (-zeros.unsqueeze(-1), 15 - zeros.unsqueeze(-1))
+    u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round()
+    u = u.clamp(low, high) if levels == 127 else torch.minimum(torch.maximum(u, torch.as_tensor(low)), torch.as_tensor(high))
+    return u * scales.float().unsqueeze(-1)
+
+
+def ranged(x: torch.Tensor, G: int, levels: int, share: float = 1.0) -> Found:
+    groups = grouped(x.float(), G)
+    low, high = groups.amin(-1).clamp(max=0) * share, groups.amax(-1).clamp(min=0) * share
+    if levels == 127:
+        return (torch.maximum(high, -low) / 127).half(), torch.zeros(low.shape)
+    scales = ((high - low) / 15).half()
+    return scales, (-low / steps_of(scales)).round().clamp(0, 15)
+
+
+def plain_least_squares(x: torch.Tensor, G: int, levels: int, importance: torch.Tensor) -> Found:
+    best, least = ranged(x, G, levels), torch.full((len(x), K // G), torch.inf)
+    for share in SHARES.tolist():
+        scales, whole = ranged(x, G, levels, share)
+        for shift in (0,) if levels == 127 else (0, -1, 1):
+            zeros = (whole + shift).clamp(0, 15) if shift else whole
+            errors = ((decoded(x, scales, zeros, G, levels) - grouped(x.float(), G)).square() * grouped(importance, G)).sum(-1)
+            better = errors < least
+            least = torch.where(better, errors, least)
+            best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+    return best
+
+
+def plain_half_quadratic(x: torch.Tensor, G: int, levels: int) -> Found:
+    groups = grouped(x.float(), G)
+    scales, zeros = best = ranged(x, G, levels)
+    least = torch.full(scales.shape, torch.inf)
+    for beta in BETAS.tolist():
+        value = decoded(x, scales, zeros, G, levels)
+        error, unit = groups - value, steps_of(scales).unsqueeze(-1)
+        cost = error.abs().pow(0.7).sum(-1)
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+        u = value / unit
+        threshold = (error.abs() / unit).clamp(min=torch.finfo(torch.float32).eps).pow(-0.3) * unit / beta
+        wanted = groups - error.sign() * (error.abs() - threshold).clamp(min=0)
+        squares = u.square().sum(-1)
+        fitted = torch.where(squares > 0, (u * wanted).sum(-1) / squares, scales.float())
+        scales = torch.where(fitted > 0, fitted, scales.float()).half()
+        if levels == 15:
+            zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, 15)
+    return best
+
+
+def check(x: torch.Tensor, G: int, levels: int, found: Found, expected: Found, power: float, importance: torch.Tensor) -> None:
+    """Nearly all grids are the same, and where a tie goes another way the errors are as small."""
+
+    def errors(grid: Found) -> torch.Tensor:
+        error = decoded(x, *grid, G, levels).double() - grouped(x.double(), G)
+        return (error.abs().pow(power) * grouped(importance.double(), G)).sum(-1)
+
+    assert (found[0] == expected[0]).float().mean() > 0.97
+    assert (found[1] == expected[1]).float().mean() > 0.97
+    assert errors(found).sum() <= errors(expected).sum() * (1 + 1e-4)
+
+
+CASES = pytest.mark.parametrize(("G", "levels"), [(64, 15), (32, 127), (128, 15)])
+SHAPES = pytest.mark.parametrize(("rows", "transposed"), [(48, False), (37, False), (32, True), (5, True)])
+
+
+@CASES
+@SHAPES
+@pytest.mark.parametrize("weighted", [False, True])
+def test_least_squares_is_the_search_of_all(G: int, levels: int, rows: int, transposed: bool, weighted: bool) -> None:
+    x = weight(rows, transposed=transposed).bfloat16() if weighted else weight(rows, transposed=transposed)
+    importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
+    found = least_squares(x, G, levels, SHARES, importance if weighted else None)
+    check(x, G, levels, found, plain_least_squares(x, G, levels, importance), 2, importance)
+
+
+@CASES
+@SHAPES
+def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: int, rows: int, transposed: bool) -> None:
+    x = weight(rows, transposed=transposed)
+    check(x, G, levels, half_quadratic(x, G, levels, BETAS), plain_half_quadratic(x, G, levels), 0.7, torch.ones(K))
+
+
+@pytest.mark.parametrize("search", [least_squares, half_quadratic])
+def test_an_infinite_scale_stays_for_the_caller_to_see(search: Callable[..., Found]) -> None:
+    x = weight(4)
+    x[2, 70] = 3e6
+    scales, _ = search(x, 64, 15, SHARES if search is least_squares else BETAS)
+    assert torch.isinf(scales).nonzero().tolist() == [[2, 1]]
+
+
+def test_neither_layout_nor_pieces_nor_threads_change_a_bit() -> None:
+    x = weight(50).bfloat16()
+    lying = x.T.contiguous().T
+    apart = torch.empty(50, 2 * K, dtype=x.dtype)[:, ::2].copy_(x)
+    for run in (lambda w: least_squares(w, 64, 15, SHARES), lambda w: half_quadratic(w, 64, 15, BETAS)):
+        expected = run(x)
+        with ThreadPoolExecutor(3) as pool:
+            pieces = list(pool.map(run, lying.split(7)))
+        for other in (run(lying), run(apart), run(x.float()), tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))):
+            assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("G", [32, 128])
+def test_rounding_is_the_formats(rows: int, transposed: bool, dtype: torch.dtype, G: int) -> None:
+    x = weight(rows, transposed=transposed).to(dtype)
+    four, eight = int4.quantize(x, G), int8.quantize(x, G)
+    zeros = int4.unpack(four.zeros, K // G)
+    for expected, runs in (
+        (four, (cpu_quantize.quantize_int4(x, G), cpu_quantize.round_int4(x, four.scales, zeros, G))),
+        (eight, (cpu_quantize.quantize_int8(x, G), cpu_quantize.round_int8(x, eight.scales, G))),
+    ):
+        module = int4 if expected is four else int8
+        for found, error, square in runs:
+            for part in ("qweight", "scales", "zeros")[: 3 if expected is four else 2]:
+                assert torch.equal(getattr(found, part), getattr(expected, part)), part
+            value = module.dequantize(expected)  # type: ignore[arg-type] # of its own format
+            assert error == pytest.approx(float((value.double() - x.double()).square().sum()), rel=1e-4)
+            assert square == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+
+
+def test_power() -> None:
+    x = torch.logspace(-30, 30, 16 * 4000, base=2)
+    found = torch.empty_like(x)
+    _powers(x.numpy(), found.numpy())
+    assert (found.double() / x.double().pow(-0.3) - 1).abs().max() < 4e-5
+
+
+@numba.njit  # type: ignore[untyped-decorator] # numba's decorators are not annotated
+def _powers(x: np.ndarray, found: np.ndarray) -> None:
+    for i in range(0, len(x), 16):
+        store(inverse_power(load(x.ctypes.data + 4 * i)), found.ctypes.data + 4 * i)
