@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,10 +12,11 @@ from dbrx_q.kernels import int4, int8
 from dbrx_q.kernels.linear import dequantize
 from dbrx_q.layout import TensorFormat
 from dbrx_q.quantize.gptq import gptq
-from dbrx_q.quantize.grid import Grid, packed, range_grid, searched_grid
+from dbrx_q.quantize.grid import Grid, packed, range_grid, searched_grid, to_nearest
 from dbrx_q.quantize.hqq import hqq_grid
 from dbrx_q.quantize.methods import METHODS
 from dbrx_q.quantize.moments import DAMPING, Moments, moments_of
+from dbrx_q.quantize.products import Products
 from dbrx_q.quantize.refine import descend, fit_scales
 from dbrx_q.quantize.workers import Workers
 
@@ -27,14 +30,26 @@ def weight() -> torch.Tensor:
 
 
 @pytest.fixture
-def moments() -> Moments:
+def products() -> Iterator[Products]:
+    with Workers() as workers:
+        yield Products(workers, bfloat16=False)
+
+
+@pytest.fixture
+def moments(products: Products) -> Moments:
     """Of inputs that depend on each other, as activations do, and differ a little between the two models."""
     generator = torch.Generator().manual_seed(2)
     mix = torch.randn(K, K, generator=generator) / 8 + torch.eye(K)
     y = torch.randn(2000, K, generator=generator) @ mix
     x = y + 0.1 * torch.randn(2000, K, generator=generator)
-    with Workers() as workers:
-        return moments_of([(x[:700], y[:700], None), (x[700:], y[700:], None)], K, workers)
+    return moments_of([(x[:700], y[:700], None), (x[700:], y[700:], None)], K, products)
+
+
+def sums(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [K, K]: H without damping, and C."""
+    hessian = moments.hessian.double()
+    hessian.diagonal().copy_(moments.importance)
+    return hessian, hessian if moments.drift is None else hessian + moments.drift.double()
 
 
 def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -58,6 +73,17 @@ def test_the_range_is_cut_as_the_formats_cut_it(weight: torch.Tensor, fmt: Tenso
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+def test_rounding_to_a_grid_in_one_pass(weight: torch.Tensor, fmt: TensorFormat) -> None:
+    grid = searched_grid(weight, fmt)
+    expected = packed(grid, grid.round(weight))
+    found, error, square = to_nearest(weight, grid)
+    assert torch.equal(found.qweight, expected.qweight)
+    assert torch.equal(dequantize(found), dequantize(expected))
+    assert error == pytest.approx(float((dequantize(expected).double() - weight.double()).square().sum()), rel=1e-4)
+    assert square == pytest.approx(float(weight.double().square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_searched_grid_is_never_worse(weight: torch.Tensor, fmt: TensorFormat, weighted: bool) -> None:
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
@@ -67,7 +93,7 @@ def test_a_searched_grid_is_never_worse(weight: torch.Tensor, fmt: TensorFormat,
         return ((grid.decode(grid.round(weight)) - weight).square() * importance).unflatten(-1, (-1, fmt.group_size)).sum(-1)
 
     searched, whole = searched_grid(weight, fmt, importance if weighted else None), range_grid(weight, fmt)
-    assert (errors(searched) <= errors(whole)).all()
+    assert (errors(searched) <= errors(whole) * (1 + 1e-5)).all()
     if fmt is INT4:  # with 8 bits no element is worth clipping
         assert errors(searched).sum() < 0.97 * errors(whole).sum()
 
@@ -84,7 +110,6 @@ def test_hqq_lets_outliers_be_outliers(weight: torch.Tensor) -> None:
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Column by column with the inverse Hessian of the columns that are left, computed anew for each (OBQ's equations, fixed order)."""
     w, h = weight.double().clone(), hessian.double()
-    h = h + DAMPING * h.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     left = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     u = torch.zeros(N, K)
     while left:
@@ -130,8 +155,8 @@ def test_scales_that_would_run_away_stay(weight: torch.Tensor, moments: Moments)
 def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
     start = grid.round(weight)
-    once, often = (descend(weight, moments.damped, grid, start, sweeps=sweeps) for sweeps in (1, 30))
-    errors = [loss(weight, grid.decode(u), moments.damped) for u in (start, once, often)]
+    once, often = (descend(weight, moments.hessian, grid, start, sweeps=sweeps) for sweeps in (1, 30))
+    errors = [loss(weight, grid.decode(u), moments.hessian) for u in (start, once, often)]
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     assert (errors[2] <= errors[1] * (1 + 1e-6)).all()
     assert ((often >= grid.low.repeat_interleave(64, -1)) & (often <= grid.high.repeat_interleave(64, -1))).all()
@@ -139,69 +164,70 @@ def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments
         for change in (-1, 1):
             other = often.clone()
             other[:, i] = (other[:, i] + change).clamp(grid.low[:, i // 64], grid.high[:, i // 64])
-            assert (loss(weight, grid.decode(other), moments.damped) >= errors[2] * (1 - 1e-5)).all()
+            assert (loss(weight, grid.decode(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
 
 
-def test_transfer_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments) -> None:
-    found = weight.double() @ moments.transfer.double()
-    d = DAMPING * moments.hessian.double().diagonal().mean()
+def test_what_makes_up_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments, products: Products) -> None:
+    found = moments.made_up(weight).double()
+    hessian, cross = sums(moments)
+    d = DAMPING * hessian.diagonal().mean()
     # The gradient of |W' X - W Y|^2 + d |W' - W|^2 with respect to W'.
-    gradient = found @ moments.hessian.double() - weight.double() @ moments.cross.double() + d * (found - weight.double())
-    assert gradient.abs().max() < 1e-4 * (weight.double() @ moments.cross.double()).abs().max()
-    same = Moments(moments.hessian, moments.hessian, 1)
-    assert torch.allclose(same.transfer, torch.eye(K), atol=1e-5)
+    gradient = found @ hessian - weight.double() @ cross + d * (found - weight.double())
+    assert gradient.abs().max() < 1e-4 * (weight.double() @ cross).abs().max()
+    assert (found - weight).norm() > 0.01 * weight.norm()
+    assert torch.equal(Moments(moments.hessian, None, products).made_up(weight), weight)
 
 
-def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch, products: Products) -> None:
     generator = torch.Generator().manual_seed(4)
     x, y, g = torch.randn(50, 32, generator=generator), torch.randn(50, 32, generator=generator), torch.rand(50, generator=generator)
-    monkeypatch.setattr("dbrx_q.quantize.moments._COLUMNS", 13)
-    with Workers() as workers:
-        found = moments_of([(x[:20], y[:20], g[:20]), (x[20:], y[20:], g[20:])], 32, workers)
+    monkeypatch.setattr("dbrx_q.quantize.products._COLUMNS", 13)
+    hessian, cross = sums(moments_of([(x[:20], y[:20], g[:20]), (x[20:], y[20:], g[20:])], 32, products))
     weights = g.double() ** 2
-    assert torch.allclose(found.hessian.double(), torch.einsum("t,ti,tj->ij", weights, x.double(), x.double()), atol=1e-4)
-    assert torch.allclose(found.cross.double(), torch.einsum("t,ti,tj->ij", weights, y.double(), x.double()), atol=1e-4)
-    assert found.tokens == 50
+    assert torch.allclose(hessian, torch.einsum("t,ti,tj->ij", weights, x.double(), x.double()), atol=1e-4)
+    assert torch.allclose(cross, torch.einsum("t,ti,tj->ij", weights, y.double(), x.double()), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["zero", "one token", "dead inputs", "indefinite"])
-def test_damping_recovers(weight: torch.Tensor, moments: Moments, case: str) -> None:
+def test_damping_recovers(weight: torch.Tensor, moments: Moments, products: Products, case: str) -> None:
     hessian = {
         "zero": torch.zeros(K, K),
         "one token": torch.ones(K, K),
-        "dead inputs": moments.hessian * (torch.arange(K) % 3 > 0) * (torch.arange(K) % 3 > 0)[:, None],
+        "dead inputs": sums(moments)[0].float() * (torch.arange(K) % 3 > 0) * (torch.arange(K) % 3 > 0)[:, None],
         "indefinite": moments.hessian - 0.05 * moments.hessian.diagonal().mean() * torch.eye(K),
     }[case]
     if case == "indefinite":
         assert torch.linalg.eigvalsh(hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(K))[0] < 0
-    found = Moments(hessian, hessian, 1)
+    found = Moments(hessian, torch.zeros(K, K), products)
     assert torch.isfinite(found.factor).all()
     for name in ("gptq", "best"):
-        value = dequantize(METHODS[name].run(weight, INT4, found)[0])
+        value = dequantize(METHODS[name].run(weight, INT4, found).packed)
         assert (value - weight).norm() < 0.5 * weight.norm(), name
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_statistics_are_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str) -> None:
-    result, error, square = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
+    found = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
     plain = weight.bfloat16().double()
-    assert error == pytest.approx(float((dequantize(result).double() - plain).square().sum()), rel=1e-4)
-    assert square == pytest.approx(float(plain.square().sum()), rel=1e-4)
+    assert found.error == pytest.approx(float((dequantize(found.packed).double() - plain).square().sum()), rel=1e-4)
+    assert found.square == pytest.approx(float(plain.square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.calibrated])
 def test_rows_are_independent(weight: torch.Tensor, moments: Moments, name: str) -> None:
     run = METHODS[name].run
-    whole, part = dequantize(run(weight, INT4, moments)[0]), dequantize(run(weight[5:9], INT4, moments)[0])
+    whole, part = dequantize(run(weight, INT4, moments).packed), dequantize(run(weight[5:9], INT4, moments).packed)
     assert (whole[5:9] == part).float().mean() > 0.99
 
 
 def test_better_methods_err_less_on_the_inputs(weight: torch.Tensor, moments: Moments) -> None:
     """The aim is what the original gives on its own inputs: |W' X - W Y|^2, but for a constant."""
 
+    hessian, cross = sums(moments)
+
     def aim(name: str) -> float:
-        value = dequantize(METHODS[name].run(weight, INT4, moments)[0]).double()
-        return float(((value @ moments.hessian.double()) * value).sum() - 2 * ((weight.double() @ moments.cross.double()) * value).sum())
+        value = dequantize(METHODS[name].run(weight, INT4, moments).packed).double()
+        return float(((value @ hessian) * value).sum() - 2 * ((weight.double() @ cross) * value).sum())
 
     best, plain, nearest = aim("best"), aim("gptq"), aim("rtn")
     assert best < plain < nearest
