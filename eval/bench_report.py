@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbrx_q.plots import INK, render, style
+
 from .bench_model import ModelBenchmark, SpeedRow
-from .plots import INK, render, style
 from .report_folder import write_files
 
 if TYPE_CHECKING:

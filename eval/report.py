@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dbrx_q.plots import INK, figure, label_points, log_axis, render, style
+
 from .comparison import Comparison
-from .plots import INK, figure, label_points, log_axis, render, style
 from .report_folder import write_files
 from .report_html import html
 from .report_markdown import front, markdown

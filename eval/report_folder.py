@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbrx_q.errors import RequestError
-
-from .plots import check_plot_extra
+from dbrx_q.plots import check_plot_extra
 
 __all__ = ["check_report_folder", "write_files"]
 

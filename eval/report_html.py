@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_q.plots import inline_svg
+
 from .comparison import Comparison, QuantResult, WorstToken
-from .plots import inline_svg
 from .report_markdown import cut, headline
 from .report_text import four_digits, printable, short_names, visible
 

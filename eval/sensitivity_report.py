@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plots import INK, MUTED, figure, log_axis, render, style
+from dbrx_q.plots import INK, MUTED, figure, log_axis, render, style
+
 from .report_folder import write_files
 from .sensitivity import Sensitivity, UnitResult
 

@@ -33,15 +33,19 @@ from .calibrated import ORIGINAL, QUANTIZED, Calibration, CalibrationOptions
 from .jobs import Job, shards_of
 from .journal import Entry, Journal
 from .methods import METHODS, Method
+from .model_card import model_card
 from .plan import RunPlan, plan_run
 from .products import Products
 from .quantizer import Quantizer
 from .records import RunRecord
+from .report import NAME as REPORT_NAME
+from .report import write_report
 from .workers import Workers
 
 __all__ = ["Request", "already_there", "plan_checkpoint", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
+_CARD_NAME = "README.md"
 _ACTIVATIONS_NAME = ".calibration"
 
 
@@ -52,7 +56,7 @@ class Request:
     recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
     `methods.METHODS`. sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none. about: what
     quantization_config shall say of them. options: how they calibrate. shard_bytes: a shard is closed before it grows past this, unless one
-    expert alone is larger.
+    expert alone is larger. source, name: what the model card calls the source and the result; its own names unless given.
     """
 
     recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]]
@@ -61,6 +65,8 @@ class Request:
     about: Mapping[str, Any] | None = None
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     shard_bytes: int = _SHARD_BYTES
+    source: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,9 @@ def quantize_checkpoint(
                 if not journal[0].entries:
                     raise
                 raise CheckpointError(f"{error}. What is finished is kept in {partial}: --resume goes on") from None
-            _finish(run, manifest, partial)
-    return _record(source, run, journal[0], finished, time.perf_counter() - started)
+            record = _record(run, journal[0], finished, time.perf_counter() - started)
+            _finish(run, record, manifest, partial)
+    return record
 
 
 def plan_checkpoint(source: Path, request: Request, *, memory: int | None = None) -> RunPlan:
@@ -357,23 +364,34 @@ class _Shards:
             self._writer = None
 
 
-def _finish(run: _Run, manifest: Manifest, partial: Path) -> None:
-    """The small files; each can be written again."""
+def _finish(run: _Run, record: RunRecord, manifest: Manifest, partial: Path) -> None:
+    """The small files; each can be written again. The report, which tells of this machine and this time, is in no manifest."""
     weight_map = {part.name: _shard_name(run, n) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
     _write_json(partial / INDEX_NAME, {"metadata": {"total_size": run.plan.bytes_out}, "weight_map": weight_map})
     _write_json(partial / "config.json", run.checkpoint.raw_config | {"quantization_config": run.quantization_config})
     _copy_other_files(run.checkpoint.folder, partial, manifest)
+    files = [path.name for path in partial.iterdir()]
+    card = model_card(run.request.name or _name_of(run), record.source, run.checkpoint.config, record, files)
+    (partial / _CARD_NAME).write_text(card, encoding="utf-8")
     for path in sorted(partial.iterdir()):
-        if path.name not in manifest.shards and not path.name.startswith(".") and path.name != MANIFEST_NAME:
+        if path.name not in manifest.shards and not path.name.startswith((".", REPORT_NAME)) and path.name != MANIFEST_NAME:
             manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _write_json(partial / MANIFEST_NAME, manifest.to_dict())
+    write_report(partial, record)
 
 
-def _record(source: Path, run: _Run, journal: Journal, finished: int, seconds: float) -> RunRecord:
+def _name_of(run: _Run) -> str:
+    """As "dbrx-instruct-int4-g64"; where experts have several formats, by the bits of all tensors."""
+    experts = sorted({job.format_name.replace(" ", "-") for shard in run.shards for job in shard if job.expert >= 0})
+    bits = f"{8 * run.plan.bytes_out / run.plan.parameters:.2f}-bits"
+    return f"{Path(run.request.source or run.checkpoint.folder.name).name}-{experts[0] if len(experts) == 1 else bits}"
+
+
+def _record(run: _Run, journal: Journal, finished: int, seconds: float) -> RunRecord:
     records = [entry.record for entry in journal.entries]
     notes = [entry.notes for entry in journal.entries]
     return RunRecord(
-        source=str(source),
+        source=run.request.source or str(run.checkpoint.folder),
         method=run.request.method,
         options=run.quantization_config,
         bytes_in=run.plan.bytes_in,

@@ -24,9 +24,9 @@ from .quantizer import TASK_ROWS
 __all__ = ["RunPlan", "plan_run", "seconds_of"]
 
 _SLACK = 1.1  # what the allocator keeps
-_TEMPORARIES = 10  # float32 copies of the rows that one thread rounds
+_TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
 _PASSES = 10  # copies in memory that reading, rounding to nearest, hashing and writing take the time of
-_MARGIN_BYTES = 64 << 20  # Python's own objects, compiled code
+_MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
 
 
 @dataclass(frozen=True)

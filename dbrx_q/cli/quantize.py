@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from . import output
 if TYPE_CHECKING:
     import torch
 
+    from dbrx_q.checkpoint import Checkpoint
+    from dbrx_q.layout import TensorFormat
     from dbrx_q.quantize.plan import RunPlan
     from dbrx_q.quantize.records import RunRecord
 
@@ -53,6 +56,21 @@ def command(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
     format: Annotated[Format, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = Format.int4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 has 64 alone.")] = 64,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Another format for some tensors, as w2=int8:64 or blocks.0-3.experts=int4:32 or head=plain; repeatable, later rules win.",
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits per weight of the whole checkpoint, for which every tensor gets the format that costs least; with --calibration.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         Recipe,
         typer.Option(
@@ -89,20 +107,19 @@ def command(
     from dbrx_q.quantize.calibrated import CalibrationOptions
     from dbrx_q.quantize.methods import METHODS
     from dbrx_q.quantize.pipeline import Request, already_there, plan_checkpoint, quantize_checkpoint
-    from dbrx_q.quantize.recipe import default_recipe
     from dbrx_q.staging import partial_of
 
     method = METHODS[recipe.value]
-    if calibration is not None and not method.calibrated:
+    if calibration is not None and not method.calibrated and target_bpw is None:
         raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
     if method.compares and activations is Activations.original:
         raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
     folder = resolve_folder(source, revision=revision)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
-    experts = TensorFormat(format.value, group_size)
     request = Request(
-        lambda c: default_recipe(c.config, experts),
+        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens),
         method=recipe.value,
+        source=source,
         sequences=tokens,
         about=about,
         options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
@@ -125,6 +142,29 @@ def command(
         output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     _show_run(run, destination, json=json)
+
+
+def _formats(
+    experts: TensorFormat, rules: Sequence[str], target: float | None, tokens: torch.Tensor | None
+) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
+    """The formats of a checkpoint's tensors, by the options.
+
+    Raises:
+        RequestError: a target without a text to measure errors with.
+    """
+    from dbrx_q.errors import RequestError
+    from dbrx_q.quantize.recipe import allocated_recipe, default_recipe, override
+
+    if target is None:
+        return lambda checkpoint: override(default_recipe(checkpoint.config, experts), checkpoint.config, rules)
+    if tokens is None:
+        raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration FILE")
+
+    def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+        with output.progress("measuring errors") as on_layer:
+            return allocated_recipe(checkpoint, tokens, target, rules=rules, on_layer=on_layer)
+
+    return allocated
 
 
 def _calibration(folder: Path, text: str | None, count: int, length: int, seed: int) -> tuple[torch.Tensor | None, dict[str, Any] | None]:

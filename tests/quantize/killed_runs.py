@@ -24,10 +24,11 @@ from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize.methods import METHODS
 from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.quantize.report import NAME as REPORT_NAME
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if not path.name.startswith(REPORT_NAME)}
 
 
 def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict[str, object]:

@@ -22,6 +22,7 @@ from dbrx_q.layout import TensorFormat
 from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize.pipeline import Request, already_there, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.quantize.report import NAME as REPORT_NAME
 from dbrx_q.safetensors_file import SafetensorsWriter
 from dbrx_q.staging import MARKER_NAME
 
@@ -35,7 +36,11 @@ def request(method: str = "rtn", **changes: Any) -> Request:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(REPORT_NAME)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""The README.md of a quantized checkpoint, as the hub shows it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from dbrx_q.config import DbrxConfig
+
+from .records import RunRecord
+from .report import bits_by_kind, error_table
+
+__all__ = ["model_card"]
+
+_HUB_LICENSES = {
+    "databricks/dbrx-instruct": "databricks-open-model-license",
+    "databricks/dbrx-base": "databricks-open-model-license",
+}
+
+
+def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files: list[str]) -> str:
+    """Markdown with the hub's front matter; the same for the same input, options and seed: no times and no machine.
+
+    Args:
+        name: of the checkpoint, a folder's or the hub's.
+        source: the hub id or folder that it was made from, as it was named.
+        config: the model's.
+        run: what was made.
+        files: names that travel with the checkpoint, for its licence.
+    """
+    bits = 8 * run.bytes_out / run.parameters
+    on_hub = not Path(source).exists() and source.count("/") == 1
+    front = ["---", "library_name: dbrx_q", "pipeline_tag: text-generation"]
+    if on_hub:
+        front += [f"base_model: {source}", "base_model_relation: quantized"]
+    if source in _HUB_LICENSES:
+        front += ["license: other", f"license_name: {_HUB_LICENSES[source]}"]
+    licence = next((file for file in sorted(files) if file.startswith("LICENSE")), None)
+    if licence and source in _HUB_LICENSES:
+        front.append(f"license_link: {licence}")
+    front += ["tags:", "- dbrx", "- mixture-of-experts", "- quantized", "---"]
+    ffn = config.ffn_config
+    about = f"{config.n_layers} layers, {ffn.moe_num_experts} experts of which {ffn.moe_top_k} are active for a token"
+    base = source if on_hub else Path(source).resolve().name
+    lines = [
+        *front,
+        "",
+        f"# {name}",
+        "",
+        f"{base} ({about}) quantized by dbrx_q to {bits:.3f} bits per weight: {run.bytes_out:,} bytes instead of ",
+    ]
+    lines[-1] += f"{run.bytes_in:,}."
+    lines += [
+        "",
+        "```sh",
+        "pip install dbrx_q",
+        f"dbrx-q verify {shlex.quote(name)}",
+        f'dbrx-q generate {shlex.quote(name)} --prompt "..."',
+        "```",
+        "",
+    ]
+    lines += ["```python", "from dbrx_q import DbrxForCausalLM", f'model = DbrxForCausalLM.from_pretrained("{name}")', "```"]
+    lines += ["", "## Formats", "", "| tensors | formats | bits per weight |", "|---|---|---|"]
+    for kind, each in bits_by_kind(run).items():
+        formats = sorted({record.format for record in run.records if record.kind == kind})
+        lines.append(f"| {kind} | {', '.join(formats)} | {each:.3f} |")
+    lines += ["", "## How it was made", "", f"Recipe `{run.method}`."]
+    calibration = run.options.get("calibration")
+    if calibration:
+        lines += ["Calibration: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in calibration.items()) + "."]
+    fallen = sorted({(record.layer, record.expert) for record in run.fallbacks})
+    if fallen:
+        fell = "were reached by too few of its tokens, and calibrated with all of their layer or without"
+        lines += ["", f"{len(fallen)} expert(s) {fell}."]
+    lines += ["", "| matrix | format | relative error, mean | largest |", "|---|---|---|---|"]
+    lines += [f"| {matrix} | {fmt} | {mean:.4f} | {largest:.4f} |" for matrix, fmt, mean, largest, _ in error_table(run)]
+    lines += ["", "`quantization_report.md` says more; `dbrx-q compare` measures what was lost on a text."]
+    return "\n".join(lines) + "\n"
