@@ -82,11 +82,11 @@ quantization: .venv/installed-dev
 	@test -f "$(CALIBRATION)" || { echo "Name WikiText-2's validation text: make quantization CALIBRATION=FILE"; exit 2; }
 	rm -rf $(METHODS)
 	for recipe in rtn clip hqq; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe || exit 1; done
-	for recipe in weighted gptq best; do \
+	for recipe in awq gptq best; do \
 		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe --calibration $(CALIBRATION) || exit 1; done
 	for size in 32 128; do \
 		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-g$$size --recipe best --group-size $$size --calibration $(CALIBRATION) || exit 1; done
-	$(BIN)/dbrx-q compare $(MODEL) $(METHODS)/rtn-g64 $(METHODS)/clip-g64 $(METHODS)/hqq-g64 $(METHODS)/weighted-g64 $(METHODS)/gptq-g64 \
+	$(BIN)/dbrx-q compare $(MODEL) $(METHODS)/rtn-g64 $(METHODS)/clip-g64 $(METHODS)/hqq-g64 $(METHODS)/awq-g64 $(METHODS)/gptq-g64 \
 		$(METHODS)/best-g64 $(METHODS)/best-g32 $(METHODS)/best-g128 --text $(WIKITEXT) --context 512 \
 		--document docs/quantization.md --section methods
 

@@ -83,6 +83,7 @@ class Calibration:
         options: how tokens calibrate.
         folder: where a snapshot is kept of what enters the layer that is worked on; None keeps none.
         in_files: whether activations lie in files in that folder and not in memory.
+        squares: whether the diagonal of Hessians is enough.
 
     Attributes:
         expert_tokens: of every layer, how many tokens reached each expert in the model whose activations calibrate.
@@ -98,9 +99,11 @@ class Calibration:
         options: CalibrationOptions = CalibrationOptions(),
         folder: Path | None = None,
         in_files: bool = False,
+        squares: bool = False,
     ) -> None:
         assert options.activations in sides
         self._config, self._ids, self._products, self._options, self._folder = config, ids, products, options, folder
+        self._squares = squares
         self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), config)
         self.expert_tokens: dict[int, list[int]] = {}
         if folder is not None:
@@ -185,6 +188,22 @@ class Calibration:
             self._fit = key, self._fit_of(tensor, expert)
         return self._fit[1]
 
+    def hidden_importance(self, expert: int, v1: torch.Tensor) -> torch.Tensor | None:
+        """float32 [F], the mean square of what enters an expert's w2, each token weighted as in its Hessian; w1 has come, `v1` is due.
+
+        None where too few tokens reach the expert.
+        """
+        side = self._sides[self._options.activations]
+        tokens, gates, by = self._tokens_of(side, expert)
+        if by == "none":
+            return None
+        found = torch.zeros(len(v1))
+        side.expert["v1"] = v1
+        for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
+            found += self._inputs(side, some, down=True).mul_(gate[:, None]).square_().sum(0)
+        del side.expert["v1"]
+        return found / len(tokens)
+
     def packed(self, tensor: DenseTensor, expert: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
         """Go on past a matrix [N, K] of a block (of one expert): what it was, and what became of it, decoded to float32."""
         name = tensor.name
@@ -244,7 +263,7 @@ class Calibration:
             pieces = (
                 (x, None if other is None else other.entering.read(first, len(x)), None) for first, x in main.entering.pieces(PIECE_TOKENS)
             )
-            return Fit(moments_of(pieces, K, self._products, act_order=self._options.act_order), T, "tokens")
+            return Fit(moments_of(pieces, K, self._products, act_order=self._options.act_order, squares=self._squares), T, "tokens")
         tokens, gates, by = self._tokens_of(main, expert)
         if by == "none":
             return Fit(None, 0, by)
@@ -256,7 +275,7 @@ class Calibration:
                 assert x is not None
                 yield x, y, gate
 
-        return Fit(moments_of(inputs(), K, self._products, act_order=self._options.act_order), len(tokens), by)
+        return Fit(moments_of(inputs(), K, self._products, act_order=self._options.act_order, squares=self._squares), len(tokens), by)
 
     def _inputs(self, side: _Side, tokens: torch.Tensor, down: bool) -> torch.Tensor:
         """What enters an expert's w1 and v1, or its w2."""

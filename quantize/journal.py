@@ -13,7 +13,7 @@ from dbrx_q.errors import RequestError
 
 from .records import TensorRecord
 
-__all__ = ["Entry", "Journal"]
+__all__ = ["Entry", "Journal", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ class Journal:
         line = json.dumps(data).encode() + b"\n"
         self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
+
+
+def options_of(path: Path) -> dict[str, Any] | None:
+    """The options that a journal was begun with; None where there is none."""
+    lines = _whole_lines(path)
+    return dict(json.loads(lines[0])) if lines else None
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.errors import FormatError
-from dbrx_q.kernels.linear import PackedFormat
+from dbrx_q.kernels.linear import PackedFormat, dequantize
 from dbrx_q.layout import TensorFormat
 
 from .gptq import gptq
-from .grid import Grid, packed, range_grid, searched_grid
+from .grid import Grid, packed, searched_grid, to_nearest
 from .hqq import hqq_grid
 from .moments import Moments
 from .refine import descend, fit_scales
@@ -42,7 +42,8 @@ class Method:
 
     run: (weight [N, K], format, moments or None) to the rounded rows, which are independent of each other. calibrated: whether it uses
     moments; a matrix that has none is rounded with a searched grid then. compares: whether it needs the original model's activations
-    beside the quantized one's. formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads;
+    beside the quantized one's. folds: whether the columns of w2 are scaled before, and the rows of v1 inversely. squares: whether the
+    moments' diagonal is enough. formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads;
     rtn has threads of its own.
     """
 
@@ -51,6 +52,8 @@ class Method:
     formats: tuple[str, ...]
     summary: str
     compares: bool = False
+    folds: bool = False
+    squares: bool = False
     in_pieces: bool = True
 
     def check(self, name: str, fmt: TensorFormat) -> None:
@@ -67,56 +70,59 @@ def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
     return Rounded(*rtn(weight, fmt))
 
 
-def _rounded(
-    weight: torch.Tensor, grid: Grid, u: torch.Tensor, moments: Moments | None = None, target: torch.Tensor | None = None
-) -> Rounded:
-    """target: what was aimed at, where that is not the weight."""
+def _nearest(weight: torch.Tensor, grid: Grid, moments: Moments | None = None) -> Rounded:
+    """The nearest values of a grid."""
+    found, error, square = to_nearest(weight, grid)
+    outputs = (0.0, 0.0)
+    if moments is not None and moments.hessian is not None:
+        aim = weight[:_SAMPLE_ROWS].float()
+        outputs = _energies(dequantize(found.rows(0, len(aim))), aim, moments.hessian)
+    return Rounded(found, error, square, *outputs)
+
+
+def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
+    """What was chosen for a target, which may not be the weight itself."""
     wide, values = weight.float(), grid.decode(u)
     error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
-    outputs = (0.0, 0.0)
-    if moments is not None:
-        aim = (wide if target is None else target)[:_SAMPLE_ROWS]
-        outputs = _energy(values[:_SAMPLE_ROWS] - aim, moments.hessian), _energy(aim, moments.hessian)
-    return Rounded(packed(grid, u), error, square, *outputs)
+    return Rounded(packed(grid, u), error, square, *_energies(values[:_SAMPLE_ROWS], target[:_SAMPLE_ROWS], hessian))
 
 
-def _energy(rows: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Sum of r H r^T over the rows r."""
-    return float(((rows @ hessian) * rows).sum(dtype=torch.float64))
+def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
+    """Sums of r H r^T over the rows r of the errors and of what was aimed at."""
+    error, square = (float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in (values - aim, aim))
+    return error, square
 
 
 def _clip(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    grid = searched_grid(weight, fmt)
-    return _rounded(weight, grid, grid.round(weight), moments)
+    return _nearest(weight, searched_grid(weight, fmt))
 
 
 def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    grid = hqq_grid(weight, fmt)
-    return _rounded(weight, grid, grid.round(weight))
+    return _nearest(weight, hqq_grid(weight, fmt))
 
 
-def _weighted(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    """Clip search in which each element's error counts by the mean square of its input (the part of AWQ that needs no folding)."""
-    grid = searched_grid(weight, fmt, None if moments is None else moments.importance)
-    return _rounded(weight, grid, grid.round(weight), moments)
+def _awq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    """Ranges searched with each element's error counting by the mean square of its input (Lin et al. 2023, "AWQ")."""
+    return _nearest(weight, searched_grid(weight, fmt, None if moments is None else moments.importance), moments)
 
 
 def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    if moments is None:
+    if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
-    grid = range_grid(weight, fmt)
-    return _rounded(weight, grid, gptq(weight.float(), moments, grid), moments)
+    wide = weight.float()
+    grid = searched_grid(wide, fmt, moments.stakes)
+    return _fitted(weight, wide, grid, gptq(wide, moments, grid), moments.hessian)
 
 
 def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
-    if moments is None:
+    if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
     target = moments.made_up(weight.float())
-    grid = range_grid(target, fmt)
+    grid = searched_grid(target, fmt, moments.stakes)
     u = gptq(target, moments, grid)
     grid = fit_scales(target, moments.hessian, grid, u)
-    return _rounded(weight, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments, target)
+    return _fitted(weight, target, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments.hessian)
 
 
 _GROUPED = ("int4", "int8")
@@ -125,7 +131,9 @@ METHODS = {
     "rtn": Method(_rtn, False, ("int4", "int8", "nf4"), "round to nearest", in_pieces=False),
     "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
     "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
-    "weighted": Method(_weighted, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs"),
+    "awq": Method(
+        _awq, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True
+    ),
     "gptq": Method(_gptq, True, _GROUPED, "GPTQ with act-order and Hessians weighted by the router"),
     "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
 }

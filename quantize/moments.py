@@ -25,25 +25,26 @@ class Moments:
     """Weighted sums over the tokens that reach a matrix: x enters it in the model that calibrates, y in the original one.
 
     Args:
-        hessian: float32 [K, K], sum of g^2 x x^T; becomes the attribute.
+        hessian: float32 [K, K], sum of g^2 x x^T; becomes the attribute. [K], its diagonal alone, for methods that need no more.
         drift: float32 [K, K], sum of g^2 (y - x) x^T; None where there is no y.
         products: that multiply.
 
     Attributes:
         hessian: with what makes it positive definite: `DAMPING` times the mean of the diagonal is added to all of it, ten times more as
-            long as it has no Cholesky factor. Inputs that are always zero count as if they had the mean.
+            long as it has no Cholesky factor. Inputs that are always zero count as if they had the mean. None for a diagonal alone.
         drift: as given.
         act_order: whether the columns with the largest inputs come first.
     """
 
     def __init__(self, hessian: torch.Tensor, drift: torch.Tensor | None, products: Products, *, act_order: bool = True) -> None:
-        self.hessian, self.drift, self.act_order, self._products = hessian, drift, act_order, products
-        diagonal = hessian.diagonal()
-        self._mean = float(diagonal.double().mean()) or 1.0
-        self.importance = diagonal.clone()
+        self.hessian = hessian if hessian.ndim == 2 else None
+        self.drift, self.act_order, self._products = drift, act_order, products
+        self.importance = hessian.diagonal().clone() if hessian.ndim == 2 else hessian
         """float32 [K], sum of g^2 x^2."""
-        self._added = torch.where(diagonal == 0, self._mean, 0.0)
-        self._damp(DAMPING)
+        self._mean = float(self.importance.double().mean()) or 1.0
+        self._added = torch.where(self.importance == 0, self._mean, 0.0)
+        if self.hessian is not None:
+            self._damp(self.hessian, DAMPING)
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -53,11 +54,23 @@ class Moments:
     @cached_property
     def factor(self) -> torch.Tensor:
         """float32 [K, K]: the upper Cholesky factor of the inverse of the damped Hessian, its rows and columns in `order`."""
+        assert self.hessian is not None
         damping = DAMPING
         while (found := inverse_factor(self.hessian, self.order, self._products.workers)) is None:
             assert damping < _MOST_DAMPING, "a finite Hessian with that much on its diagonal is positive definite"
             damping *= 10
-            self._damp(damping)
+            self._damp(self.hessian, damping)
+        return found
+
+    @cached_property
+    def stakes(self) -> torch.Tensor:
+        """float32 [K]: what a squared error in each column costs once all columns that GPTQ rounds after it have made up for it.
+
+        1 / R[i, i]^2 with R the `factor` (Frantar et al. 2022, "GPTQ", equation 2). It is far from the Hessian's diagonal where inputs
+        depend on each other: an error in an early column is made up for almost for nothing.
+        """
+        found = torch.empty(len(self.order))
+        found[self.order] = self.factor.diagonal().square().reciprocal()
         return found
 
     def made_up(self, weight: torch.Tensor) -> torch.Tensor:
@@ -74,8 +87,8 @@ class Moments:
         made[:, self.order] += change
         return made
 
-    def _damp(self, damping: float) -> None:
-        self.hessian.diagonal().copy_((self.importance.double() + self._added + damping * self._mean).float())
+    def _damp(self, hessian: torch.Tensor, damping: float) -> None:
+        hessian.diagonal().copy_((self.importance.double() + self._added + damping * self._mean).float())
 
 
 def moments_of(
@@ -84,20 +97,26 @@ def moments_of(
     products: Products,
     *,
     act_order: bool = True,
+    squares: bool = False,
 ) -> Moments:
     """The moments of pieces (x [T, K], y [T, K], g [T]): inputs of the two models and what their outputs weigh.
 
-    No y gives no drift, no g weighs all alike. Pieces are added in their order. act_order: as in `Moments`.
+    No y gives no drift, no g weighs all alike. Pieces are added in their order. act_order: as in `Moments`. squares: the Hessian's diagonal
+    is enough.
     """
-    hessian, drift = torch.zeros(K, K), None
+    hessian, drift = torch.zeros(K) if squares else torch.zeros(K, K), None
     for x, y, g in pieces:
         if g is not None:
             x, y = x * g[:, None], None if y is None else y * g[:, None]
+        if squares:
+            hessian += x.square().sum(0)
+            continue
         products.add_outer(hessian, x, x, upper=True)
         if y is not None:
             drift = torch.zeros(K, K) if drift is None else drift
             products.add_outer(drift, y - x, x)
-    _mirror(hessian)
+    if not squares:
+        _mirror(hessian)
     return Moments(hessian, drift, products, act_order=act_order)
 
 

@@ -31,7 +31,7 @@ from dbrx_q.staging import MARKER_NAME, check_destination, partial_of, staged_fo
 
 from .calibrated import ORIGINAL, QUANTIZED, Calibration, CalibrationOptions
 from .jobs import Job, shards_of
-from .journal import Entry, Journal
+from .journal import Entry, Journal, options_of
 from .methods import METHODS, Method
 from .model_card import model_card
 from .plan import RunPlan, plan_run
@@ -56,7 +56,8 @@ class Request:
     recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
     `methods.METHODS`. sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none. about: what
     quantization_config shall say of them. options: how they calibrate. shard_bytes: a shard is closed before it grows past this, unless one
-    expert alone is larger. source, name: what the model card calls the source and the result; its own names unless given.
+    expert alone is larger. measured: what decides a recipe that takes long to make; a run that goes on after one with the same takes its
+    formats. source, name: what the model card calls the source and the result; its own names unless given.
     """
 
     recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]]
@@ -65,6 +66,7 @@ class Request:
     about: Mapping[str, Any] | None = None
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     shard_bytes: int = _SHARD_BYTES
+    measured: Mapping[str, Any] | None = None
     source: str = ""
     name: str = ""
 
@@ -102,6 +104,7 @@ class _Run:
             "quantization_config": self.quantization_config,
             "sequences": None if ids is None else _digest(ids),
             "options": asdict(self.request.options),
+            "measured": self.request.measured,
             "shard_bytes": self.request.shard_bytes,
         }
 
@@ -136,7 +139,7 @@ def quantize_checkpoint(
     check_destination(destination)
     _check_places(source, destination)
     with ExitStack() as stack:
-        run = _open(source, request, memory, stack)
+        run = _open(source, request, memory, stack, partial_of(destination) / MARKER_NAME if resume else None)
         journal: list[Journal] = []
 
         def keep(error: BaseException) -> bool:
@@ -176,12 +179,13 @@ def already_there(source: Path, destination: Path, request: Request) -> bool:
     return same
 
 
-def _open(source: Path, request: Request, memory: int | None, stack: ExitStack) -> _Run:
+def _open(source: Path, request: Request, memory: int | None, stack: ExitStack, begun: Path | None = None) -> _Run:
+    """begun: the journal of an earlier run, if there is one."""
     checkpoint = stack.enter_context(Checkpoint(source))
     if checkpoint.formats:
         raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
     try:
-        formats = dict(request.recipe(checkpoint))
+        formats = _measured_before(request, begun) or dict(request.recipe(checkpoint))
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from None
     left = unpacked_experts(checkpoint.config, formats)
@@ -196,6 +200,14 @@ def _open(source: Path, request: Request, memory: int | None, stack: ExitStack) 
     threads, base = torch.get_num_threads(), resident_bytes()
     plan = plan_run(checkpoint, shards, method, tokens=tokens, sides=len(sides), threads=threads, base=base, memory=memory)
     return _Run(checkpoint, request, method, formats, shards, sides, plan)
+
+
+def _measured_before(request: Request, begun: Path | None) -> dict[str, TensorFormat]:
+    """The formats that an earlier run of the same request has measured; empty where there is none."""
+    before = options_of(begun) if begun is not None and request.measured is not None else None
+    if before is None or before.get("measured") != json.loads(json.dumps(request.measured)):
+        return {}
+    return {name: TensorFormat(entry["format"], entry["group_size"]) for name, entry in before["quantization_config"]["tensors"].items()}
 
 
 def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
@@ -272,9 +284,10 @@ def _quantizer(run: _Run, partial: Path, stack: ExitStack) -> Quantizer:
             options=run.request.options,
             folder=partial / _ACTIVATIONS_NAME,
             in_files=run.plan.in_files,
+            squares=run.method.squares,
         )
         stack.callback(calibration.close)
-    return Quantizer(run.checkpoint, run.method, calibration, workers)
+    return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers)
 
 
 def _replay(run: _Run, quantizer: Quantizer, partial: Path, jobs: list[Job], finished: int) -> None:

@@ -145,7 +145,8 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: i
     if job.fmt is None or not method.calibrated or job.kind == "embedding":
         return weights + logits + passing
     # Hessian, drift and factor of K x K, and twice the factor while it is made in float64; seven copies of a piece of inputs.
-    moments = K * K * (8 + (4 if sides == 2 else 0) + 12) + 4 * piece * K * (4 * sides)
+    squares = 0 if method.squares else K * K * (8 + (4 if sides == 2 else 0) + 12)
+    moments = squares + 4 * piece * K * (4 * sides)
     rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
     return weights + logits + max(passing, moments + rounding)
 
@@ -158,10 +159,8 @@ def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: int
     ffn = config.ffn_config
     here = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
     through = 2.0 * here * N * K * sides * (1.5 if job.expert >= 0 else 1)  # an expert's hidden activations are made twice
-    outer = (
-        0.0
-        if not method.calibrated
-        else 2.0 * here * K * K * sides * (0.5 if job.expert >= 0 and not job.tensor.name.endswith("w2") else 1)
-    )
-    rounding = (2.0 if method.compares else 0.5) * 5 * N * K * K if method.calibrated else 0.0
+    outer = rounding = 0.0
+    if method.calibrated and not method.squares:
+        outer = 2.0 * here * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
+        rounding = (12.0 if method.compares else 3.0) * N * K * K
     return through + outer + rounding

@@ -14,6 +14,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.kernels.linear import PackedFormat, dequantize
 from dbrx_q.layout import TensorFormat, pack_parts
 
+from .awq import column_scales
 from .calibrated import Calibration, Fit
 from .jobs import Job, read_rows
 from .methods import Method, Rounded
@@ -32,14 +33,24 @@ class Quantizer:
 
     Args:
         checkpoint: the plain one.
+        formats: of the tensors that are packed.
         method: that rounds.
         calibration: what a calibrated method is fitted to; None without.
         workers: that round pieces; None for a method that has threads of its own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, method: Method, calibration: Calibration | None, workers: Workers | None) -> None:
-        self._checkpoint, self._method, self._calibration, self._workers = checkpoint, method, calibration, workers
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        formats: Mapping[str, TensorFormat],
+        method: Method,
+        calibration: Calibration | None,
+        workers: Workers | None,
+    ) -> None:
+        self._checkpoint, self._formats, self._method = checkpoint, formats, method
+        self._calibration, self._workers = calibration, workers
         self._layer = -1
+        self._scales: torch.Tensor | None = None
 
     def read(self, job: Job) -> list[torch.Tensor]:
         """The matrix of a job, in blocks of rows; a tensor that is kept, whole."""
@@ -57,6 +68,7 @@ class Quantizer:
             self._keep(job, blocks[0], notes)
             square = float(blocks[0].float().square().mean(dtype=torch.float64))
             return self._record(job, math.sqrt(square), started), notes, blocks
+        blocks = self._folded(job, blocks)
         fit = Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
         parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
         sums = [0.0] * 4
@@ -87,7 +99,7 @@ class Quantizer:
         if job.fmt is None:
             self._keep(job, blocks[0], notes)
         else:
-            self._told(job, blocks, parts)
+            self._told(job, self._folded(job, blocks), parts)
 
     def restore(self, layer: int) -> int:
         """Go back to the latest snapshot of what enters a layer up to this one; which layer that is, -1 for the beginning of the model."""
@@ -113,6 +125,28 @@ class Quantizer:
         self._calibration.keep(job.tensor, values)
         if job.kind == "router":
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
+
+    def _folded(self, job: Job, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The matrix to round: for a method that folds, an expert's v1 and w2 scaled."""
+        if not self._method.folds or self._calibration is None or job.expert < 0 or job.tensor.name.endswith(".w1"):
+            return blocks
+        if job.tensor.name.endswith(".v1"):
+            self._scales = self._column_scales(job, torch.cat(blocks))
+        if self._scales is None:
+            return blocks
+        down = job.tensor.name.endswith(".w2")
+        return [torch.cat(blocks).float() * self._scales if down else torch.cat(blocks).float() / self._scales[:, None]]
+
+    def _column_scales(self, job: Job, v1: torch.Tensor) -> torch.Tensor | None:
+        """Of w2, whose turn comes after v1."""
+        assert self._calibration is not None
+        w2 = self._checkpoint.tensors[job.tensor.name.removesuffix("v1") + "w2"]
+        fmt = self._formats[w2.name]
+        importance = self._calibration.hidden_importance(job.expert, v1)
+        if importance is None:
+            return None
+        (weight,) = read_rows(self._checkpoint, Job(w2, job.expert, fmt, ()))
+        return column_scales(weight, importance, fmt)
 
     def _told(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         """Let the calibration go on past a packed matrix."""

@@ -39,7 +39,7 @@ class Recipe(str, Enum):
     rtn = "rtn"
     clip = "clip"
     hqq = "hqq"
-    weighted = "weighted"
+    awq = "awq"
     gptq = "gptq"
     best = "best"
 
@@ -74,7 +74,7 @@ def command(
     recipe: Annotated[
         Recipe,
         typer.Option(
-            help="How weights are rounded: rtn to nearest, clip and hqq in searched ranges; weighted, gptq and best with --calibration."
+            help="How weights are rounded: rtn to nearest, clip and hqq in searched ranges; awq, gptq and best with --calibration."
         ),
     ] = Recipe.rtn,
     calibration: Annotated[
@@ -120,6 +120,7 @@ def command(
         _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens),
         method=recipe.value,
         source=source,
+        measured=None if target_bpw is None else {"target_bpw": target_bpw, "rules": tensor or [], "calibration": about},
         sequences=tokens,
         about=about,
         options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),

@@ -175,10 +175,10 @@ def test_what_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
 def test_the_command(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
     command = ("quantize", nano, out, "--calibration", BOOK, "--sequences", 6, "--length", 128)
-    done = cli(*command, "--recipe", "weighted", "--json")
+    done = cli(*command, "--recipe", "awq", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found["recipe"] == "weighted"
+    assert found["recipe"] == "awq"
     assert found["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
     assert found["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
     assert cli("verify", out).code == 0

@@ -30,7 +30,7 @@ KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 
 
 def request(method: str = "rtn", **changes: Any) -> Request:
-    sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("weighted", "gptq", "best") else None
+    sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("awq", "gptq", "best") else None
     recipe = changes.pop("recipe", lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
     return Request(recipe, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
 
@@ -88,7 +88,7 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path, method: str, kil
     assert found["begun"] > kills / 2  # the others were killed before the first tensor or after the last
 
 
-@pytest.mark.parametrize("method", ["clip", "gptq", "best"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "best"])
 @pytest.mark.parametrize("tensors", [1, 2, 5, 11, 17, 26, 40, 44, 45])
 def test_goes_on_from_the_last_finished_tensor(source: Path, tmp_path: Path, method: str, tensors: int) -> None:
     whole = tmp_path / "whole"
