@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.backends.backend_agg  # noqa: F401 # which each run draws with
 import torch
 
 from dbrx_q.layout import TensorFormat

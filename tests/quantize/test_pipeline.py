@@ -112,7 +112,7 @@ def test_small_blocks_of_rows_and_other_thread_counts_give_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = quantize(source, tmp_path / "a")
-    monkeypatch.setattr("dbrx_q.quantize.pipeline._STEP_BYTES", 7 * 4 * 128)
+    monkeypatch.setattr("dbrx_q.quantize.jobs._STEP_BYTES", 7 * 4 * 128)
     second = quantize(source, tmp_path / "b")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

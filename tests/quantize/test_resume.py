@@ -175,7 +175,7 @@ def test_a_full_disk_stops_cleanly(source: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "whole", request())
-    damaged = shutil.copytree(source, tmp_path / "damaged")
+    damaged = shutil.copytree(source, tmp_path / "damaged" / source.name)  # the model card names it
     shard = sorted(damaged.glob("*.safetensors"))[-1]
     data = bytearray(shard.read_bytes())
     data[-2:] = b"\xff\x7f"  # NaN
