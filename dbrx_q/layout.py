@@ -1,9 +1,9 @@
 """What a DBRX checkpoint holds, and what it is called: the only place that knows names, orientations and packed parts.
 
 A plain checkpoint has the names of the published one (`transformer.blocks.0.ffn.experts.mlp.w1` ...). In a quantized checkpoint a tensor
-X becomes the parts `X.qweight`, `X.scales` and, for int4, `X.zeros`, or for nf4 `X.qweight` and `X.absmax`; an expert matrix becomes
-such parts per expert, `X.0.qweight`, `X.1.qweight` ..., each with its reduction axis last. One expert's parts lie next to each other in
-the file.
+X becomes the parts `X.qweight`, `X.scales` and, for int4, `X.zeros`, or for nf4 `X.qweight` and `X.absmax`, and for nf4-double also
+`X.nested_absmax` and `X.offset`; an expert matrix becomes such parts per expert, `X.0.qweight`, `X.1.qweight` ..., each with its
+reduction axis last. One expert's parts lie next to each other in the file.
 
 Dimension letters: `E` experts, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis, `G` group size.
 """
@@ -22,7 +22,7 @@ from .kernels import int4, int8, nf4
 from .kernels.int4 import Int4Weight
 from .kernels.int8 import Int8Weight
 from .kernels.linear import PackedFormat
-from .kernels.nf4 import Nf4Weight
+from .kernels.nf4 import Nf4DoubleWeight, Nf4Weight
 
 __all__ = [
     "GROUP_SIZES",
@@ -38,7 +38,7 @@ __all__ = [
     "unpacked_experts",
 ]
 
-GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GROUP_SIZES}
+GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GROUP_SIZES, "nf4-double": nf4.GROUP_SIZES}
 """The formats on offer and their group sizes."""
 
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
@@ -69,6 +69,11 @@ class TensorFormat:
 
     format: str
     group_size: int
+
+    @property
+    def in_memory(self) -> TensorFormat:
+        """What `pack_parts` makes of it, whose parts take more than is stored where scales are decoded."""
+        return TensorFormat("nf4", self.group_size) if self.format == "nf4-double" else self
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
 def _format(name: str, entry: Any, source: str) -> TensorFormat:
     kind, group_size = (entry.get("format"), entry.get("group_size")) if isinstance(entry, Mapping) else (None, None)
     if not isinstance(group_size, int) or group_size not in GROUP_SIZES.get(str(kind), ()):
-        rule = "format must be int4 or int8 with a group size of 32, 64 or 128, or nf4 with 64"
+        rule = "format must be int4 or int8 with a group size of 32, 64 or 128, or nf4 or nf4-double with 64"
         raise CheckpointError(f"{source}: {name}: {rule}; found {entry!r}")
     return TensorFormat(str(kind), group_size)
 
@@ -173,15 +178,22 @@ def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
         elif fmt.format == "nf4":
             yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
             yield Part(f"{prefix}.absmax", torch.float32, (N, groups))
+        elif fmt.format == "nf4-double":
+            yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
+            yield Part(f"{prefix}.absmax", torch.uint8, (N, groups))
+            yield Part(f"{prefix}.nested_absmax", torch.float32, (-(-N * groups // nf4.NESTED_BLOCK),))
+            yield Part(f"{prefix}.offset", torch.float32, (1,))
         else:
             yield Part(f"{prefix}.qweight", torch.int8, (N, K))
             yield Part(f"{prefix}.scales", torch.float16, (N, groups))
 
 
 def pack_parts(parts: Mapping[str, torch.Tensor], fmt: TensorFormat) -> PackedFormat:
-    """A packed weight from its parts by their last name, as `parts_of` gives them."""
+    """A packed weight from its parts by their last name, as `parts_of` gives them, each perhaps with leading axes."""
     if fmt.format == "int4":
         return Int4Weight(parts["qweight"], parts["scales"], parts["zeros"], fmt.group_size)
     if fmt.format == "nf4":
         return Nf4Weight(parts["qweight"], parts["absmax"], fmt.group_size)
+    if fmt.format == "nf4-double":
+        return Nf4DoubleWeight(parts["qweight"], parts["absmax"], parts["nested_absmax"], parts["offset"], fmt.group_size).decoded()
     return Int8Weight(parts["qweight"], parts["scales"], fmt.group_size)

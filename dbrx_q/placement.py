@@ -63,7 +63,7 @@ def plan_memory(
         if fmt is None:
             size = math.prod(tensor.shape) * dtype.itemsize
         else:
-            size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt))
+            size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt.in_memory))
         sizes[kind_of(tensor.name) == "experts"] += size
     shape = batch, config.attn_config.kv_n_heads, context, config.head_dim
     kv = config.n_layers * allocate_kv(kv_format, *shape, dtype, torch.device("meta")).nbytes

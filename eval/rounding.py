@@ -5,12 +5,14 @@ Dimension letters: `N` rows of a matrix, `K` its reduction axis; `...` is any nu
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dbrx_q.kernels import cpu_quantize, int4, int8, nf4
 from dbrx_q.kernels.groups import check_scales
+from dbrx_q.kernels.nf4 import Nf4DoubleWeight
 from dbrx_q.layout import TensorFormat
 
 __all__ = ["Rounding", "rounded"]
@@ -43,14 +45,26 @@ def rounded(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, Roun
     nbytes, error, square = 0, 0.0, 0.0
     step = max(1, _PIECE // K)
     for matrix, target in zip(weight.view(-1, N, K), out.view(-1, N, K), strict=True):
-        for first in range(0, N, step):
-            piece = matrix[first : first + step].cpu()
-            values, packed_bytes = _round(piece, fmt)
+        pieces = matrix.split(step)
+        found = _round_double(pieces, fmt.group_size) if fmt.format == "nf4-double" else (_round(piece.cpu(), fmt) for piece in pieces)
+        for piece, place, (values, packed_bytes) in zip(pieces, target.split(step), found, strict=True):
+            own = piece.cpu()
             nbytes += packed_bytes
-            error += float((values - piece.float()).double().square().sum())
-            square += float(piece.double().square().sum())
-            target[first : first + step] = values
+            error += float((values - own.float()).double().square().sum())
+            square += float(own.double().square().sum())
+            place.copy_(values)
     return out, Rounding(weight.numel(), nbytes, error, square)
+
+
+def _round_double(pieces: Sequence[torch.Tensor], group_size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """As `_round` of every piece of one matrix, whose scales are rounded together; the first has the bytes of all."""
+    packed = [nf4.quantize(piece.cpu(), group_size) for piece in pieces]
+    qweight, absmax = (torch.cat([getattr(some, part) for some in packed]) for part in ("qweight", "absmax"))
+    whole = Nf4DoubleWeight(qweight, *nf4.compress_absmax(absmax), group_size)
+    decoded, first = whole.decoded(), 0
+    for piece in pieces:
+        yield nf4.dequantize(decoded.rows(first, first + len(piece))), 0 if first else whole.nbytes
+        first += len(piece)
 
 
 def _round(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, int]:

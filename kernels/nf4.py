@@ -1,9 +1,10 @@
 """NF4 weights, as bitsandbytes stores them: 4-bit codes of a table of normal quantiles, one float32 scale per block of 64.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E.
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E. With its double quantization the scales
+of a matrix are stored in 8 bits; kernels do not know that form, it is decoded to float32 scales when a checkpoint is loaded.
 
-Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` block size; `...` is any number of leading
-axes, such as the experts of a layer.
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` block size, `S` blocks of 256 scales of a
+matrix, the last one perhaps smaller; `...` is any number of leading axes, such as the experts of a layer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,25 @@ from typing import cast
 
 import torch
 
+from .errors import FormatError
 from .groups import check_group_size, check_weight, grouped
 
-__all__ = ["GROUP_SIZES", "VALUES", "Nf4Weight", "bitsandbytes_functional", "dequantize", "dequantize_on_cpu", "pack", "quantize", "unpack"]
+__all__ = [
+    "GROUP_SIZES",
+    "NESTED_BLOCK",
+    "VALUES",
+    "Nf4DoubleWeight",
+    "Nf4Weight",
+    "bitsandbytes_functional",
+    "compress_absmax",
+    "decode_absmax",
+    "dequantize",
+    "dequantize_on_cpu",
+    "dynamic_map",
+    "pack",
+    "quantize",
+    "unpack",
+]
 
 GROUP_SIZES = (64,)
 # The 16 values of the data type, as float32 holds them.
@@ -43,6 +60,8 @@ VALUES = (
     0.7229568362236023,
     1.0,
 )
+NESTED_BLOCK = 256
+"""Scales that share a scale of their own in double quantization."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,34 @@ class Nf4Weight:
         return Nf4Weight(self.qweight[first:end], self.absmax[first:end], self.group_size)
 
 
+@dataclass(frozen=True)
+class Nf4DoubleWeight:
+    """A weight [..., N, K] with double quantization, as it is stored: 4 + 8/G + 32/(256 G) bits per element and 32 bits a matrix.
+
+    The scales of a matrix, row after row, are cut into blocks of 256; scale = dynamic_map()[absmax] * nested_absmax of its block + offset.
+
+        qweight         uint8 [..., N, K/2]      as of `Nf4Weight`
+        absmax          uint8 [..., N, K/G]      codes of the scales
+        nested_absmax   float32 [..., S]         largest magnitude of (scale - offset) in a block of scales
+        offset          float32 [..., 1]         the scales' mean
+    """
+
+    qweight: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
+    offset: torch.Tensor
+    group_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.qweight.nbytes + self.absmax.nbytes + self.nested_absmax.nbytes + self.offset.nbytes
+
+    def decoded(self) -> Nf4Weight:
+        """The weight as kernels take it."""
+        return Nf4Weight(self.qweight, decode_absmax(self.absmax, self.nested_absmax, self.offset), self.group_size)
+
+
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
     """The nearest code of every element by bitsandbytes.
 
@@ -120,6 +167,59 @@ def dequantize_on_cpu(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
     functional = bitsandbytes_functional()
     state = functional.QuantState(absmax=weight.absmax, shape=weight.shape, dtype=dtype, blocksize=weight.group_size, quant_type="nf4")
     return cast(torch.Tensor, functional.dequantize_4bit(weight.qweight.view(-1, 1), state))
+
+
+def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parts `absmax`, `nested_absmax` and `offset` of an `Nf4DoubleWeight`, by bitsandbytes.
+
+    They have the bits that its `compress_statistics` gives on one thread, whatever the number of threads is here.
+
+    Args:
+        absmax: float32 [N, K/G] on the CPU, the scales of a whole matrix.
+
+    Raises:
+        FormatError: scales too large for float32 to hold their sum.
+    """
+    flat = absmax.reshape(-1)
+    offset = flat.expand(2, -1).mean(1)[:1]  # the sum of a single row is cut by the number of threads, which shows in its last bits
+    if not torch.isfinite(offset).all():
+        raise FormatError("the sum of a matrix' scales must stay below 3.4e38, float32's largest value; found a larger one. Choose nf4")
+    codes, state = bitsandbytes_functional().quantize_blockwise(flat - offset, code=dynamic_map(), blocksize=NESTED_BLOCK)
+    return codes.view(absmax.shape), state.absmax, offset
+
+
+def decode_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The float32 scales [..., N, K/G] that parts of an `Nf4DoubleWeight` stand for, to the bits of bitsandbytes; on the parts' device."""
+    table = dynamic_map().to(absmax.device)
+    out = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+    scales = out.view(-1, absmax.shape[-2] * absmax.shape[-1])
+    for row, codes, nested, mean in zip(
+        scales, absmax.reshape(scales.shape), nested_absmax.view(len(scales), -1), offset.view(-1), strict=True
+    ):
+        torch.mul(table[codes.int()], nested.repeat_interleave(NESTED_BLOCK)[: len(codes)], out=row)
+        row += mean
+    return out
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """float32 [256], ascending: the signed 8-bit type of Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning".
+
+    0, 1, and for e = 0..6 and both signs 10^(e-6) times the middles of 2^e equal parts of [0.1, 1]: to the last bit the
+    `create_dynamic_map()` of bitsandbytes on x86-64, where the ends of a part are rounded to float32, then their mean, then its product.
+    Every step here is exact or rounds once, so that no chip gives other bits.
+    """
+    low = torch.tensor(0.1)
+    width = (1 - low).double()
+    magnitudes = []
+    for e in range(7):
+        parts = 2**e
+        i = torch.arange(parts + 1, dtype=torch.float64)
+        below = i < (parts + 1) // 2
+        ends = torch.where(below, low.double() + width / parts * i, 1 - width / parts * (parts - i)).float()
+        magnitudes.append((ends[:-1] + ends[1:]) / 2 * torch.tensor(10.0 ** (e - 6)))
+    positive = torch.cat(magnitudes)
+    return torch.cat((positive, -positive, torch.tensor([0.0, 1.0]))).sort().values
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
 _GROUPED = ("int4", "int8")
 
 METHODS = {
-    "rtn": Method(_rtn, False, ("int4", "int8", "nf4"), "round to nearest", in_pieces=False),
+    "rtn": Method(_rtn, False, ("int4", "int8", "nf4", "nf4-double"), "round to nearest", in_pieces=False),
     "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
     "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
     "awq": Method(

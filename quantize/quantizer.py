@@ -20,6 +20,7 @@ from .jobs import Job, read_rows
 from .methods import Method, Rounded
 from .moments import Moments
 from .records import TensorRecord
+from .rtn import nf4_double
 from .workers import Workers
 
 __all__ = ["TASK_ROWS", "Quantizer"]
@@ -70,19 +71,10 @@ class Quantizer:
             return self._record(job, math.sqrt(square), started), notes, blocks
         blocks = self._folded(job, blocks)
         fit = Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
-        parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
-        sums = [0.0] * 4
-        first = 0
-        for rows in blocks:
-            try:
-                rounded = self._round(rows, job.fmt, fit.moments)
-            except FormatError as problem:
-                raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
-            for piece in rounded:
-                _place(job, parts, piece.packed, first)
-                first += piece.packed.shape[0]
-                more = piece.error, piece.square, piece.output_error, piece.output_square
-                sums = [a + b for a, b in zip(sums, more, strict=True)]
+        try:
+            parts, sums = _rounded_whole(job, blocks) if job.fmt.format == "nf4-double" else self._rounded(job, blocks, fit.moments)
+        except FormatError as problem:
+            raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
         self._told(job, blocks, parts)
         error, square, output_error, output_square = sums
         found = {
@@ -162,6 +154,20 @@ class Quantizer:
             self._calibration.embed(first, rows, dequantize(packed.rows(first, first + len(rows))))
             first += len(rows)
 
+    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None) -> tuple[list[torch.Tensor], list[float]]:
+        """The parts, and the sums of what `Rounded` says of rows."""
+        assert job.fmt is not None
+        parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
+        sums = [0.0] * 4
+        first = 0
+        for rows in blocks:
+            for piece in self._round(rows, job.fmt, moments):
+                _place(job, parts, piece.packed, first)
+                first += piece.packed.shape[0]
+                more = piece.error, piece.square, piece.output_error, piece.output_square
+                sums = [a + b for a, b in zip(sums, more, strict=True)]
+        return parts, sums
+
     def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> list[Rounded]:
         """Some rows at a time, which are independent of each other."""
         if self._workers is None:
@@ -175,6 +181,13 @@ class Quantizer:
         sizes = job.parameters, job.nbytes
         seconds = time.perf_counter() - started
         return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **found, seconds=seconds)
+
+
+def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+    """As `Quantizer._rounded`, of the format whose rows depend on each other, which one method makes."""
+    assert job.fmt is not None
+    packed, error, square = nf4_double(blocks, job.fmt.group_size)
+    return [getattr(packed, part.name.rsplit(".", 1)[1]) for part in job.parts], [error, square, 0.0, 0.0]
 
 
 def _place(job: Job, parts: list[torch.Tensor], packed: PackedFormat, first: int) -> None:

@@ -35,7 +35,7 @@ _ATTENTION_MATRICES = ("Wqkv", "out_proj")
 _NAMES = (*_EXPERT_MATRICES, "experts", "attention", *_ATTENTION_MATRICES, "embedding", "head")
 _PLAIN = "plain"
 _EMBEDDING_FORMAT = "int8"  # whose rows can be looked up
-_RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>\w+)(?::(?P<group>\d+))?")
+_RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+)(?::(?P<group>\d+))?")
 
 
 def default_recipe(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
@@ -78,7 +78,8 @@ def parse_rules(config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFor
 
     A rule is `NAME=FORMAT`, as `w2=int8:128`, or `blocks.A-B.NAME=FORMAT` for some blocks (`blocks.A.` for one). NAME: w1, v1, w2,
     experts (those three), Wqkv, out_proj, attention (those two), embedding or head. FORMAT: `int4:G` or `int8:G` with the group size,
-    `nf4`, or `plain`, which keeps the tensor as the source has it; experts cannot be plain, and the embedding is int8 or plain.
+    `nf4`, `nf4-double`, or `plain`, which keeps the tensor as the source has it; experts cannot be plain, and the embedding is int8 or
+    plain.
 
     Raises:
         RequestError: a rule that is none, matches no tensor, or gives a tensor a format that it cannot have.

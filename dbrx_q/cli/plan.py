@@ -37,7 +37,7 @@ def command(
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)
     if format is None and group_size is not None:
-        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4, int8 or nf4")
+        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4, int8, nf4 or nf4-double")
     if format is not None:
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")

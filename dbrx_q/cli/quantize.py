@@ -31,6 +31,7 @@ class Format(str, Enum):
     int4 = "int4"
     int8 = "int8"
     nf4 = "nf4"
+    nf4_double = "nf4-double"
 
 
 class Recipe(str, Enum):
@@ -55,7 +56,7 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint to quantize: a folder or a hub id.", show_default=False)],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
     format: Annotated[Format, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = Format.int4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 has 64 alone.")] = 64,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.")] = 64,
     tensor: Annotated[
         list[str] | None,
         typer.Option(

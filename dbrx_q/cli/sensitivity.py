@@ -34,6 +34,7 @@ class RoundedFormat(str, Enum):
     int4 = "int4"
     int8 = "int8"
     nf4 = "nf4"
+    nf4_double = "nf4-double"
 
 
 def command(
