@@ -1,6 +1,7 @@
-"""The sequential parts of rounding with a Hessian, row by row in one pass: each row is independent, so that threads share nothing.
+"""The sequential parts of rounding with a Hessian, sixteen rows of a weight side by side: each row is independent, so that threads share
+nothing.
 
-Dimension letters: `N` rows, `B` columns of a block.
+Dimension letters: `B` columns of a block, `N` rows. Blocks are transposed, [B, N].
 """
 
 from __future__ import annotations
@@ -8,72 +9,91 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from ._cpu_lanes import LANES, fused, larger, load, nearest, smaller, splat, store, where_equal, where_less
+from ._cpu_lanes import VECTOR_BYTES as _VECTOR
 
 __all__ = ["descend_block", "gptq_block"]
 
 
 def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Whole numbers u, float32 [N, B], for the columns of a block in their order; each error is spread over the columns that follow.
-
-    `columns` becomes the errors by which the columns after the block change: what is left is columns - errors @ factor's rows.
-
-    Args:
-        columns: float32 [N, B], contiguous; overwritten.
-        factor: float32 [B, B], the block of the upper Cholesky factor.
-        steps, low, high: float32 [N, B]: value = steps * u, u from low to high; a step of 0 stands for a value of 0.
-    """
-    u = torch.empty_like(columns)
-    _gptq(*(part.numpy() for part in (columns, factor.contiguous(), steps, low, high, u)))
-    return u
+    """As `rounding.gptq_block`, on the CPU: float32, `columns` contiguous."""
+    left, *others = (_padded(part) for part in (columns, steps, low, high))
+    u = torch.empty_like(left)
+    addresses = [part.data_ptr() for part in (left, *others, u)]
+    _gptq(*addresses, factor.contiguous().numpy(), left.shape[1])
+    return _kept(u, (columns, left))
 
 
 def descend_block(
     u: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> torch.Tensor:
-    """float32 [N, B]: by how much the values of a block's columns moved, each in turn to its best place, all others being as they are.
+    """As `rounding.descend_block`, on the CPU: float32, `u` and `slope` contiguous."""
+    codes, slopes, *others = (_padded(part) for part in (u, slope, steps, low, high))
+    moved = torch.empty_like(codes)
+    addresses = [part.data_ptr() for part in (codes, slopes, *others, moved)]
+    _descend(*addresses, hessian.contiguous().numpy(), codes.shape[1])
+    return _kept(moved, (u, codes), (slope, slopes))
 
-    Args:
-        u: float32 [N, B], contiguous; overwritten.
-        slope: float32 [N, B], half the gradient of the error with respect to the block's values, contiguous; overwritten.
-        hessian: float32 [B, B], the block on the diagonal.
-        steps, low, high: as for `gptq_block`.
-    """
-    moved = torch.empty_like(u)
-    _descend(*(part.numpy() for part in (u, slope, hessian.contiguous(), steps, low, high, moved)))
-    return moved
+
+def _padded(part: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros up to a multiple of `LANES`; as it is where it has that many."""
+    return F.pad(part, (0, -part.shape[1] % LANES)).contiguous()
+
+
+def _kept(made: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Without what was padded; parts that change in place are copied back."""
+    for part, padded in changed:
+        if padded is not part:
+            part.copy_(padded[:, : part.shape[1]])
+    return made[:, : changed[0][0].shape[1]]
 
 
 @numba.njit(nogil=True, cache=True)
-def _gptq(columns, factor, steps, low, high, u):
-    N, B = columns.shape
-    for n in range(N):
-        row = columns[n]
+def _gptq(columns, steps, low, high, u, factor, N):
+    B, pitch = len(factor), 4 * N
+    tile = np.empty((B, LANES), np.float32)
+    at = tile.ctypes.data
+    none, one = splat(np.float32(0)), splat(np.float32(1))
+    for first in range(0, pitch, _VECTOR):
         for i in range(B):
-            step = steps[n, i]
-            nearest = np.rint(row[i] / (step if step != 0 else np.float32(1)))
-            chosen = min(max(nearest, low[n, i]), high[n, i])
-            u[n, i] = chosen
-            error = (row[i] - chosen * step) / factor[i, i]
-            row[i] = error
+            store(load(columns + i * pitch + first), at + i * _VECTOR)
+        for i in range(B):
+            here = i * pitch + first
+            step, x = load(steps + here), load(at + i * _VECTOR)
+            chosen = nearest(x / where_equal(step, none, one, step))
+            chosen = smaller(larger(chosen, load(low + here)), load(high + here))
+            store(chosen, u + here)
+            error = fused(none - chosen, step, x) / splat(factor[i, i])
+            store(error, columns + here)
+            minus = none - error
             for j in range(i + 1, B):
-                row[j] -= error * factor[i, j]
+                place = at + j * _VECTOR
+                store(fused(minus, splat(factor[i, j]), load(place)), place)
 
 
 @numba.njit(nogil=True, cache=True)
-def _descend(u, slope, hessian, steps, low, high, moved):
-    N, B = u.shape
-    for n in range(N):
-        row = slope[n]
+def _descend(u, slope, steps, low, high, moved, hessian, N):
+    B, pitch = len(hessian), 4 * N
+    tile = np.empty((B, LANES), np.float32)
+    at = tile.ctypes.data
+    none, one = splat(np.float32(0)), splat(np.float32(1))
+    for first in range(0, pitch, _VECTOR):
         for i in range(B):
-            step, curve = steps[n, i], hessian[i, i]
-            moved[n, i] = 0
-            if curve <= 0 or step == 0:
-                continue
-            best = min(max(np.rint(u[n, i] - row[i] / (curve * step)), low[n, i]), high[n, i])
-            change = (best - u[n, i]) * step
-            if change == 0:
-                continue
-            u[n, i] = best
-            moved[n, i] = change
+            store(load(slope + i * pitch + first), at + i * _VECTOR)
+        for i in range(B):
+            here = i * pitch + first
+            code, step, curve = load(u + here), load(steps + here), splat(hessian[i, i])
+            slant = curve * step
+            best = nearest(code - load(at + i * _VECTOR) / where_equal(slant, none, one, slant))
+            best = smaller(larger(best, load(low + here)), load(high + here))
+            best = where_less(none, curve, where_equal(step, none, code, best), code)
+            change = (best - code) * step
+            store(best, u + here)
+            store(change, moved + here)
             for j in range(B):
-                row[j] += change * hessian[i, j]
+                place = at + j * _VECTOR
+                store(fused(change, splat(hessian[i, j]), load(place)), place)
+        for i in range(B):
+            store(load(at + i * _VECTOR), slope + i * pitch + first)

@@ -198,7 +198,7 @@ class Calibration:
         if by == "none":
             return None
         found = torch.zeros(len(v1))
-        side.expert["v1"] = v1
+        side.expert["v1"] = self._products.prepared(v1)
         for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
             found += self._inputs(side, some, down=True).mul_(gate[:, None]).square_().sum(0)
         del side.expert["v1"]
@@ -208,7 +208,7 @@ class Calibration:
         """Go on past a matrix [N, K] of a block (of one expert): what it was, and what became of it, decoded to float32."""
         name = tensor.name
         for which, side in self._sides.items():
-            weight = quantized if which == QUANTIZED else original
+            weight = self._products.prepared(quantized if which == QUANTIZED else original)
             if name.endswith(".Wqkv.weight"):
                 self._attend(side, weight)
             elif name.endswith(".out_proj.weight"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.kernels.cpu_rounding import gptq_block
+from dbrx_q.kernels.rounding import gptq_block
 
 from .grid import Grid
 from .moments import Moments
@@ -30,11 +30,13 @@ def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
     """
     K = weight.shape[1]
     order, factor = moments.order, moments.factor
-    left = weight[:, order].contiguous()
+    groups, grids = order // grid.group_size, grid.transposed()
+    left = weight.T[order]
     u = torch.empty_like(left)
     for first in range(0, K, _BLOCK):
         end = min(first + _BLOCK, K)
-        errors = left[:, first:end].contiguous()
-        u[:, order[first:end]] = gptq_block(errors, factor[first:end, first:end], *grid.columns(order[first:end]))
-        left[:, end:].addmm_(errors, factor[first:end, end:], alpha=-1)
-    return u
+        errors = left[first:end]
+        u[first:end] = gptq_block(errors, factor[first:end, first:end], *(part[groups[first:end]] for part in grids))
+        left[end:].addmm_(factor[first:end, end:].T, errors, alpha=-1)
+    left[order] = u
+    return left.T.contiguous()

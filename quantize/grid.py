@@ -49,10 +49,10 @@ class Grid:
         """float32 [N, n], the largest u."""
         return torch.full_like(self.scales, _INT8_LEVEL, dtype=torch.float32) if self.zeros is None else _INT4_LEVELS - self.zeros
 
-    def columns(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """float32 [N, B] each: scale, least and largest u of the columns at `places`, int64 [B]."""
-        groups = places // self.group_size
-        return self.scales.float()[:, groups], self.low[:, groups], self.high[:, groups]
+    def transposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float32 [n, N] each: scale, least and largest u of every group."""
+        scales, low, high = (part.T.contiguous() for part in (self.scales.float(), self.low, self.high))
+        return scales, low, high
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest u, float32 [N, K], to each element of a weight [N, K]."""

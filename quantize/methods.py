@@ -21,7 +21,7 @@ from .rtn import rtn
 __all__ = ["METHODS", "Method", "Rounded"]
 
 
-_SAMPLE_ROWS = 64  # of those that are rounded together, whose outputs are looked at
+_SAMPLE_ROWS = 32  # of those that are rounded together, whose outputs are looked at
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Ten
 
 def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
     """Sums of r H r^T over the rows r of the errors and of what was aimed at."""
-    error, square = (float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in (values - aim, aim))
+    rows = torch.cat((values - aim, aim))
+    error, square = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
     return error, square
 
 

@@ -73,6 +73,11 @@ class Moments:
         found[self.order] = self.factor.diagonal().square().reciprocal()
         return found
 
+    def prepare(self) -> None:
+        """Compute what threads would otherwise wait for."""
+        if self.hessian is not None:
+            _ = self.stakes
+
     def made_up(self, weight: torch.Tensor) -> torch.Tensor:
         """float32 [N, K]: the weight that makes up for the errors of what comes before it.
 

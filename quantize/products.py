@@ -37,9 +37,17 @@ class Products:
         """bfloat16 where this chip has a matrix unit and the model so many channels that it pays, otherwise float32."""
         return cls(workers, bfloat16=channels >= _LARGE and has_matrix_unit())
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bfloat16 else torch.float32
+
+    def prepared(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight as its products take it, so that many of them convert it once."""
+        return weight.to(self._dtype)
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T, float32 [T, N], for float32 x [T, K] and a weight [N, K] of any floating dtype."""
-        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        """x @ weight.T, float32 [T, N], for float32 x [T, K] and a weight [N, K] of any floating dtype, best that of `prepared`."""
+        dtype = self._dtype
         x = x.to(dtype)
         out = torch.empty(len(x), len(weight))
 

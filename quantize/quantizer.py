@@ -147,12 +147,23 @@ class Quantizer:
             return
         packed = pack_parts({part.name.rsplit(".", 1)[1]: tensor for part, tensor in zip(job.parts, parts, strict=True)}, job.fmt)
         if job.kind != "embedding":
-            self._calibration.packed(job.tensor, job.expert, torch.cat(blocks), dequantize(packed))
+            self._calibration.packed(job.tensor, job.expert, torch.cat(blocks), self._decoded(packed))
             return
         first = 0
         for rows in blocks:
             self._calibration.embed(first, rows, dequantize(packed.rows(first, first + len(rows))))
             first += len(rows)
+
+    def _decoded(self, packed: PackedFormat) -> torch.Tensor:
+        """float32 [N, K]."""
+        assert self._workers is not None, "what is calibrated is rounded in pieces"
+        out = torch.empty(packed.shape)
+
+        def decode(first: int) -> None:
+            out[first : first + TASK_ROWS] = dequantize(packed.rows(first, min(first + TASK_ROWS, len(out))))
+
+        self._workers.map(decode, range(0, len(out), TASK_ROWS))
+        return out
 
     def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None) -> tuple[list[torch.Tensor], list[float]]:
         """The parts, and the sums of what `Rounded` says of rows."""
@@ -172,9 +183,9 @@ class Quantizer:
         """Some rows at a time, which are independent of each other."""
         if self._workers is None:
             return [self._method.run(rows, fmt, moments)]
-        first, *others = rows.split(TASK_ROWS)
-        begun = self._method.run(first, fmt, moments)  # alone: it factors the moments for all
-        return [begun, *self._workers.map(lambda some: self._method.run(some, fmt, moments), others)]
+        if moments is not None:
+            moments.prepare()
+        return self._workers.map(lambda some: self._method.run(some, fmt, moments), rows.split(TASK_ROWS))
 
     def _record(self, job: Job, root_mean_square: float, started: float, **found: Any) -> TensorRecord:
         name, layer = job.tensor.name, job.tensor.layer

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.kernels.cpu_rounding import descend_block
 from dbrx_q.kernels.groups import grouped
+from dbrx_q.kernels.rounding import descend_block
 
 from .grid import Grid
 
@@ -59,14 +59,14 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Te
         sweeps: over all columns.
     """
     K = weight.shape[1]
-    u = u.clone()
-    slope = (grid.decode(u) - weight) @ hessian  # half the gradient
+    grids, groups = grid.transposed(), torch.arange(K, device=u.device) // grid.group_size
+    slope = hessian @ (grid.decode(u) - weight).T  # half the gradient
+    u = u.T.contiguous()
     for _ in range(sweeps):
         for first in range(0, K, _BLOCK):
             end = min(first + _BLOCK, K)
-            codes, block = u[:, first:end].contiguous(), slope[:, first:end].contiguous()
-            moved = descend_block(codes, block, hessian[first:end, first:end], *grid.columns(torch.arange(first, end)))
-            u[:, first:end], slope[:, first:end] = codes, block
-            slope[:, :first].addmm_(moved, hessian[first:end, :first])
-            slope[:, end:].addmm_(moved, hessian[first:end, end:])
-    return u
+            parts = (part[groups[first:end]] for part in grids)
+            moved = descend_block(u[first:end], slope[first:end], hessian[first:end, first:end], *parts)
+            slope[:first].addmm_(hessian[:first, first:end], moved)
+            slope[end:].addmm_(hessian[end:, first:end], moved)
+    return u.T.contiguous()
