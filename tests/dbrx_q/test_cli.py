@@ -186,16 +186,25 @@ def test_quantized_perplexity_is_near_the_plain_one(nano: Path, quantized_nano: 
     assert quantized / plain < 1.1
 
 
-def test_an_nf4_checkpoint_goes_through_every_command(nano: Path, tmp_path: Path, cli: Callable[..., Any], passage: Path) -> None:
-    folder = tmp_path / "dbrx-nano-nf4"
-    done = cli("quantize", nano, folder, "--format", "nf4", "--json")
-    assert (done.code, json.loads(done.out)["format"], done.err.strip()) == (0, "nf4", "")
-    kinds = json.loads(cli("inspect", folder, "--json").out)["kinds"]
-    assert (kinds["experts"]["format"], kinds["experts"]["bits_per_weight"]) == ("nf4 g64", 4 + 32 / 64)
+# An expert's matrix of the bundled model has 512 scales: two blocks of nested ones, and an offset.
+@pytest.mark.parametrize(("fmt", "bits"), [("nf4", 4 + 32 / 64), ("nf4-double", 4 + 8 / 64 + (2 + 1) * 32 / (256 * 128))])
+def test_an_nf4_checkpoint_goes_through_every_command(
+    fmt: str, bits: float, nano: Path, tmp_path: Path, cli: Callable[..., Any], passage: Path
+) -> None:
+    folder = tmp_path / f"dbrx-nano-{fmt}"
+    done = cli("quantize", nano, folder, "--format", fmt, "--json")
+    assert (done.code, done.err.strip()) == (0, "")
+    inventory = json.loads(cli("inspect", folder, "--json").out)
+    kinds = inventory["kinds"]
+    assert (kinds["experts"]["format"], kinds["experts"]["bits_per_weight"]) == (f"{fmt} g64", bits)
     assert (kinds["attention"]["format"], kinds["attention"]["bits_per_weight"]) == ("int8 g64", 8.25)
-    plans = [json.loads(cli("plan", *arguments, "--json").out) for arguments in ((folder,), (nano, "--format", "nf4"))]
+    assert json.loads(done.out)["bytes_out"] == inventory["bytes"] == sum(tensor.nbytes for tensor in load(folder).values())
+    assert json.loads((folder / "quantization_report.json").read_text())["bytes_out"] == inventory["bytes"]
+    ahead = json.loads(cli("quantize", nano, tmp_path / "ahead", "--format", fmt, "--dry-run", "--json").out)
+    assert (ahead["bytes_out"], ahead["bits"]["experts"]) == (inventory["bytes"], bits)
+    plans = [json.loads(cli("plan", *arguments, "--json").out) for arguments in ((folder,), (nano, "--format", fmt))]
     assert plans[0] == plans[1]
-    assert plans[0]["experts"] == kinds["experts"]["bytes"]
+    assert plans[0]["experts"] == (4 + 32 / 64) * kinds["experts"]["parameters"] / 8  # in memory
     assert json.loads(cli("verify", folder, "--json").out)["ok"] is True
     prompt = "The old man looked at"
     tokenizer = DbrxTokenizer.from_pretrained(folder)
@@ -208,11 +217,12 @@ def test_an_nf4_checkpoint_goes_through_every_command(nano: Path, tmp_path: Path
     assert packed / plain < 1.1
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "nf4-double"])
 @pytest.mark.parametrize("command", ["quantize", "plan"])
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_nf4_has_groups_of_64_alone(command: str, group_size: int, nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_nf4_has_groups_of_64_alone(fmt: str, command: str, group_size: int, nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     places = (nano, tmp_path / "out") if command == "quantize" else (nano,)
-    done = cli(command, *places, "--format", "nf4", "--group-size", group_size)
+    done = cli(command, *places, "--format", fmt, "--group-size", group_size)
     assert (done.code, done.out) == (2, "")
     assert f"must be one of 64; found {group_size}" in done.err
     assert "--group-size" in done.err

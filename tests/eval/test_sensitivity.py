@@ -73,6 +73,13 @@ def alone(*names: str) -> list[Unit]:
     return [Unit(name, (name,)) for name in names]
 
 
+def double_quantized(matrix: torch.Tensor) -> torch.Tensor:
+    """By bitsandbytes alone."""
+    functional = nf4.bitsandbytes_functional()
+    codes, state = functional.quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(codes, state)  # type: ignore[no-any-return] # a tensor
+
+
 def with_rounded(names: Sequence[str], fmt: TensorFormat) -> DbrxForCausalLM:
     """Another copy of the model, with some weights written over."""
     model = DbrxForCausalLM.from_pretrained(NANO, dtype=torch.float32)
@@ -84,8 +91,10 @@ def with_rounded(names: Sequence[str], fmt: TensorFormat) -> DbrxForCausalLM:
                 decoded = int4.dequantize(int4.quantize(matrices, fmt.group_size))
             elif fmt.format == "int8":
                 decoded = int8.dequantize(int8.quantize(matrices, fmt.group_size))
-            else:
+            elif fmt.format == "nf4":
                 decoded = nf4.dequantize(nf4.quantize(matrices, fmt.group_size))
+            else:
+                decoded = torch.stack([double_quantized(matrix) for matrix in matrices])
             matrices.copy_(decoded)
     return model
 
@@ -109,6 +118,7 @@ CASES = {
     "first-block-nf4": (WQKV, TensorFormat("nf4", 64)),
     "w1-int4": (W1, TensorFormat("int4", 128)),
     "w2-int4": (W2, TensorFormat("int4", 32)),
+    "w2-nf4-double": (W2, TensorFormat("nf4-double", 64)),
     "head-int4": (HEAD, TensorFormat("int4", 64)),
 }
 

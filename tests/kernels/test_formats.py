@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,70 @@ def test_nf4_decodes_to_the_bits_of_bitsandbytes(scale: float, dtype: torch.dtyp
 def test_nf4_decodes_subnormal_numbers_in_float32() -> None:
     weight = nf4.quantize(torch.rand(3, 128, generator=torch.Generator().manual_seed(4)) * 1e-39)
     assert torch.equal(nf4.dequantize_on_cpu(weight, torch.float32), nf4.dequantize(weight))
+
+
+def test_the_dynamic_map_is_that_of_bitsandbytes_whatever_the_chip() -> None:
+    """Which has other last bits there on chips without fused multiplication and addition."""
+    found, theirs = nf4.dynamic_map(), nf4.bitsandbytes_functional().create_dynamic_map()
+    assert (found.shape, found.dtype) == ((256,), torch.float32)
+    assert hashlib.sha256(found.numpy().tobytes()).hexdigest() == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    assert (found - theirs).abs().max() <= 2**-24
+    exact = [10 ** (e - 6) * (0.1 + 0.9 * (2 * i + 1) / 2 ** (e + 1)) for e in range(7) for i in range(2**e)]
+    expected = torch.tensor(sorted([0, 1, *exact, *(-value for value in exact)]), dtype=torch.float64)
+    assert ((found.double() - expected).abs() <= 2**-22 * expected.abs()).all()
+
+
+# Scales of a matrix: 3, 21, 256, 400, 33,000 (more than torch sums on one thread).
+SHAPES = [(3, 64), (7, 192), (64, 256), (100, 256), (2200, 960)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["ordinary", "hard", "zero", "constant"])
+def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int], kind: str) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.02
+    if kind == "hard":
+        weight = hard_weight(*shape).float()
+    elif kind != "ordinary":
+        weight = torch.full(shape, 0.0 if kind == "zero" else -0.75)
+    functional, threads = nf4.bitsandbytes_functional(), torch.get_num_threads()
+    packed = nf4.quantize(weight)
+    try:
+        torch.set_num_threads(1)
+        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            double = nf4.Nf4DoubleWeight(packed.qweight, *nf4.compress_absmax(packed.absmax), 64)
+            assert torch.equal(double.qweight.view(-1, 1), codes)
+            assert torch.equal(double.absmax.view(-1), state.absmax)
+            assert torch.equal(double.nested_absmax, state.state2.absmax)
+            assert torch.equal(double.offset, state.offset.view(1)), n
+    finally:
+        torch.set_num_threads(threads)
+    expected = functional.dequantize_4bit(codes, state)
+    assert torch.equal(nf4.dequantize(double.decoded()).view(torch.int32), expected.view(torch.int32))
+    scales = weight.numel() // 64
+    assert double.nbytes == weight.numel() // 2 + scales + 4 * -(-scales // 256) + 4
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)], ids=str)
+def test_double_quantization_is_decoded_matrix_by_matrix(lead: tuple[int, ...]) -> None:
+    weight = torch.randn(*lead, 20, 1024, generator=torch.Generator().manual_seed(6)) * torch.rand(*lead, 1, 1)  # 320 scales each
+    packed = nf4.quantize(weight)
+    parts = [nf4.compress_absmax(absmax) for absmax in packed.absmax.view(-1, 20, 16)]
+    absmax, nested, offset = (torch.stack(part).view(*lead, *part[0].shape) for part in zip(*parts, strict=True))
+    found = nf4.decode_absmax(absmax, nested, offset)
+    assert found.shape == packed.absmax.shape
+    each = [nf4.decode_absmax(*part) for part in parts]
+    assert torch.equal(found.view(-1, 20, 16), torch.stack(each))
+    error = (found - packed.absmax).view(-1, 320)
+    for change, scales in zip(error, packed.absmax.view(-1, 320), strict=True):
+        largest = (scales - scales.mean()).abs().max()
+        assert 0 < change.abs().max() <= 0.9 / 64 / 2 * 1.01 * largest + 1e-7  # half of the map's widest step
+
+
+def test_scales_whose_sum_is_infinite_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"must stay below 3\.4e38"):
+        nf4.compress_absmax(torch.full((2, 2), 3e38))
 
 
 def test_bitsandbytes_is_imported_late_quietly_and_without_the_hub(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ RULES = [
     "blocks.2.w1=nf4",
     "blocks.3.w2=int4:128",
     "attention=int4:64",
+    "blocks.0.out_proj=nf4-double",
     "blocks.1-2.out_proj=plain",
     "blocks.3.Wqkv=nf4",
     "head=int4:32",
@@ -77,7 +78,7 @@ def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., 
     outcome = cli("inspect", checkpoint, "--json")
     found = json.loads(outcome.out)["kinds"]
     assert set(found["experts"]["format"].split(" + ")) == {"int4 g128", "int4 g32", "int8 g64", "int8 g128", "nf4 g64", "int8 g32"}
-    assert set(found["attention"]["format"].split(" + ")) == {"int4 g64", "bfloat16", "nf4 g64"}
+    assert set(found["attention"]["format"].split(" + ")) == {"int4 g64", "bfloat16", "nf4 g64", "nf4-double g64"}
     assert found["head"]["format"] == "int4 g32"
     plan = json.loads(cli("plan", checkpoint, "--json").out)
     assert plan["experts"] == found["experts"]["bytes"]
@@ -111,6 +112,8 @@ def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
         ("w2=int5:64", "must be one of int4:32"),
         ("w2=int4", "must be one of int4:32"),
         ("w2=int4:16", "must be one of int4:32"),
+        ("w2=nf4-double:32", "nf4, nf4-double or plain; found 'nf4-double:32'"),
+        ("embedding=nf4-double", "int8 or plain"),
         ("head=plain:64", "must be one of int4:32"),
         ("blocks.2-4.w2=int8:64", "within 0-3"),
         ("blocks.3-2.w2=int8:64", "within 0-3"),
