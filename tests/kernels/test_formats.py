@@ -153,7 +153,7 @@ def test_the_dynamic_map_is_that_of_bitsandbytes_whatever_the_chip() -> None:
     assert ((found.double() - expected).abs() <= 2**-22 * expected.abs()).all()
 
 
-# Scales of a matrix: 3, 21, 256, 400, 33,000 (more than torch sums on one thread).
+# Scales of a matrix: 3, 21, 256, 400, 33,000.
 SHAPES = [(3, 64), (7, 192), (64, 256), (100, 256), (2200, 960)]
 
 
@@ -183,6 +183,19 @@ def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int]
     assert torch.equal(nf4.dequantize(double.decoded()).view(torch.int32), expected.view(torch.int32))
     scales = weight.numel() // 64
     assert double.nbytes == weight.numel() // 2 + scales + 4 * -(-scales // 256) + 4
+
+
+def test_the_offset_does_not_depend_on_the_number_of_threads() -> None:
+    generator, threads = torch.Generator().manual_seed(7), torch.get_num_threads()
+    matrices = [torch.rand(400, 100, generator=generator) for _ in range(12)]  # of half of which another order gives another last bit
+    try:
+        torch.set_num_threads(1)
+        expected = [float(matrix.view(-1).mean()) for matrix in matrices]
+        for n in (2, 3, 8):
+            torch.set_num_threads(n)
+            assert [float(nf4.compress_absmax(matrix)[2]) for matrix in matrices] == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)], ids=str)
