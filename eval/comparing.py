@@ -13,6 +13,7 @@ from dbrx_q.model import DbrxForCausalLM
 
 from .compare import Pair, check_same_shape, compare, summary
 from .comparison import Comparison
+from .folder_source import PackedFolder
 from .provenance import provenance, run_key
 from .reference import ModelReference, Reference
 from .reference_file import ReferenceFile, is_reference_file
@@ -153,7 +154,7 @@ def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
 
 
 def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:
-    """Bytes of a loaded model, but for what a few scales more or less take."""
+    """Bytes of a loaded model."""
     if isinstance(source, DecodedSource):
         return resident_bytes(source.config, dtype or source.stored_dtype, stream=False)
-    return source.nbytes
+    return source.loaded_bytes if isinstance(source, PackedFolder) else source.nbytes

@@ -19,6 +19,7 @@ from dbrx_q.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.loading import eos_ids
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.placement import plan_memory
 from dbrx_q.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -53,7 +54,11 @@ def open_folder(name: str, folder: Path) -> Source:
 
 
 class PackedFolder(Source):
-    """A checkpoint that dbrx_q quantized; its weights stay packed in memory."""
+    """A checkpoint that dbrx_q quantized; its weights stay packed in memory.
+
+    Attributes:
+        loaded_bytes: what the weights take there.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.path = name, folder
@@ -61,6 +66,8 @@ class PackedFolder(Source):
             self.config = checkpoint.config
             inventory = take_inventory(checkpoint)
             self._shards = checkpoint.shards
+            plan = plan_memory(checkpoint.config, checkpoint.formats, context=1)
+        self.loaded_bytes = plan.dense + plan.experts
         self.nbytes, self.parameters = inventory.total.bytes, inventory.total.parameters
         self.format = _matrices_format(inventory)
 

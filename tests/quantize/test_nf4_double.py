@@ -13,6 +13,7 @@ import torch
 from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.errors import FormatError
+from dbrx_q.eval.folder_source import PackedFolder
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.inventory import take_inventory
 from dbrx_q.kernels import nf4
@@ -108,6 +109,7 @@ def test_bits_are_those_stored_and_memory_is_that_of_decoded_scales(made: Path) 
     model = DbrxForCausalLM.from_pretrained(made)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert plan.dense + plan.experts == held
+    assert PackedFolder(made.name, made).loaded_bytes == held
 
 
 def test_all_parts_of_an_expert_lie_back_to_back(made: Path) -> None:
