@@ -36,18 +36,7 @@ __all__ = ["group_ranges", "half_quadratic", "least_squares", "range_scale_and_z
 def least_squares(
     weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales float16 [N, n], zeros float32 [N, n]): each group's range or a share of it, with three zero-points, of the least error.
-
-    The error is the sum of importance * (value - weight)^2 after rounding to nearest. Of equal ones the first is taken; an infinite first
-    scale stays.
-
-    Args:
-        weight: [N, K] on the CPU, finite.
-        group_size: a multiple of 16; divides K.
-        levels: 15 for codes from 0 with a zero-point, 127 for codes from -127 without: zeros are 0 then.
-        shares: float32 [S], in the order in which they are tried.
-        importance: float32 [K]; None weighs all elements alike.
-    """
+    """As `grid_search.least_squares`, on the CPU."""
     weight, place = as_it_lies(weight)
     scales, zeros = _empty_grid(weight, group_size)
     each = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
@@ -56,13 +45,7 @@ def least_squares(
 
 
 def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales float16 [N, n], zeros float32 [N, n]): each group's range at first, then fitted once for every beta but the last; of all,
-    those of the least sum of |value - weight|^0.7. An infinite first scale stays.
-
-    Args:
-        weight, group_size, levels: as for `least_squares`.
-        betas: float32 [S], by which an element counts as an outlier (see `quantize/hqq.py`).
-    """
+    """As `grid_search.half_quadratic`, on the CPU."""
     weight, place = as_it_lies(weight)
     scales, zeros = _empty_grid(weight, group_size)
     _half_quadratic(*place, group_size, levels, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())

@@ -49,11 +49,11 @@ class Activations:
         return out
 
     def write(self, first: int, values: torch.Tensor) -> None:
-        """Replace rows first .. by values [n, D]."""
+        """Replace rows first .. by values [n, D], which may lie on any device."""
         if self._memory is not None:
             self._memory[first : first + len(values)] = values
         else:
-            _write(self._fd, values.contiguous(), first * self.channels * 4)
+            _write(self._fd, values.cpu().contiguous(), first * self.channels * 4)
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows [n, D] of the tokens, int64 [n], ascending."""
@@ -65,11 +65,11 @@ class Activations:
         return out
 
     def add(self, tokens: torch.Tensor, values: torch.Tensor) -> None:
-        """Add values [n, D] to the rows of tokens, int64 [n], ascending and no token twice."""
+        """Add values [n, D], on any device, to the rows of tokens, int64 [n], ascending and no token twice."""
         if self._memory is not None:
-            self._memory.index_add_(0, tokens, values)
+            self._memory.index_add_(0, tokens, values.cpu())
             return
-        sums = self.gather(tokens) + values
+        sums = self.gather(tokens) + values.cpu()
         for into, first, count in _runs(tokens):
             _write(self._fd, sums[into : into + count], first * self.channels * 4)
 

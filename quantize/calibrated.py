@@ -9,6 +9,7 @@ Dimension letters: `B` sequences, `S` tokens of one, `T` = B S tokens, `D` d_mod
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class Calibration:
         folder: where a snapshot is kept of what enters the layer that is worked on; None keeps none.
         in_files: whether activations lie in files in that folder and not in memory.
         squares: whether the diagonal of Hessians is enough.
+        kept_tokens: of an expert that no more tokens than these reach, what enters w2 is kept from its moments until it is passed on.
 
     Attributes:
         expert_tokens: of every layer, how many tokens reached each expert in the model whose activations calibrate.
@@ -100,10 +102,12 @@ class Calibration:
         folder: Path | None = None,
         in_files: bool = False,
         squares: bool = False,
+        kept_tokens: int = 0,
     ) -> None:
         assert options.activations in sides
         self._config, self._ids, self._products, self._options, self._folder = config, ids, products, options, folder
-        self._squares = squares
+        self._squares, self._kept_tokens = squares, kept_tokens
+        self._hidden_pieces: list[torch.Tensor] = []
         self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), config)
         self.expert_tokens: dict[int, list[int]] = {}
         if folder is not None:
@@ -114,13 +118,28 @@ class Calibration:
             return Activations(ids.numel(), config.d_model, path)
 
         self._sides = {side: _Side(activations(side, "stream"), activations(side, "entering"), {}) for side in sides}
-        self._fit: tuple[tuple[str, int], Fit] | None = None
+        self._fit: tuple[tuple[str, int, torch.device | None], Fit] | None = None
 
     def close(self) -> None:
         """Let go of all activations."""
         for side in self._sides.values():
             side.stream.close()
             side.entering.close()
+
+    @property
+    def models(self) -> int:
+        """That run."""
+        return len(self._sides)
+
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """While this lasts, the CPU multiplies: a GPU had too little memory."""
+        self._hidden_pieces.clear()
+        before, self._products, self._fit = self._products, self._products.on_cpu(), None
+        try:
+            yield
+        finally:
+            self._products = before
 
     def begin_layer(self, layer: int) -> float | None:
         """Before the first matrix of a layer (of the head: n_layers) a snapshot is taken, which replaces the last one.
@@ -182,9 +201,9 @@ class Calibration:
         if kind_of(tensor.name) == "embedding":
             return Fit(None, 0, "")
         shares = "down" if tensor.name.endswith(".w2") else "up"
-        key = (f"{tensor.layer} {shares}" if expert >= 0 else tensor.name, expert)
+        key = (f"{tensor.layer} {shares}" if expert >= 0 else tensor.name, expert, self._products.device)
         if self._fit is None or self._fit[0] != key:
-            self._fit = None  # before the next are made
+            self._fit = None  # before the next ones are made
             self._fit = key, self._fit_of(tensor, expert)
         return self._fit[1]
 
@@ -197,12 +216,13 @@ class Calibration:
         tokens, gates, by = self._tokens_of(side, expert)
         if by == "none":
             return None
-        found = torch.zeros(len(v1))
+        found = torch.zeros(len(v1), device=self._products.place)
         side.expert["v1"] = self._products.prepared(v1)
         for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
-            found += self._inputs(side, some, down=True).mul_(gate[:, None]).square_().sum(0)
+            hidden = self._inputs(side, some, down=True)
+            found += hidden.mul_(gate[:, None].to(hidden.device)).square_().sum(0).to(found.device)
         del side.expert["v1"]
-        return found / len(tokens)
+        return found.cpu() / len(tokens)
 
     def packed(self, tensor: DenseTensor, expert: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
         """Go on past a matrix [N, K] of a block (of one expert): what it was, and what became of it, decoded to float32."""
@@ -215,7 +235,7 @@ class Calibration:
                 side.stream.fill(
                     PIECE_TOKENS,
                     lambda first, n, side=side, weight=weight: (  # type: ignore[misc] # mypy cannot infer a lambda with defaults
-                        side.stream.read(first, n) + self._products.linear(side.entering.read(first, n), weight)
+                        side.stream.read(first, n) + self._products.linear(side.entering.read(first, n), weight).cpu()
                     ),
                 )
             elif expert >= 0:
@@ -232,12 +252,15 @@ class Calibration:
         clip, heads, channels, S = self._config.attn_config.clip_qkv, self._config.n_heads, self._config.head_dim, self._ids.shape[1]
 
         def attend(qkv: torch.Tensor) -> torch.Tensor:
-            q, k, v = split_and_rotate(qkv, *self._rotation, heads=heads, channels=channels)
+            cos, sin = (angles.to(qkv.device) for angles in self._rotation)
+            q, k, v = split_and_rotate(qkv, cos, sin, heads=heads, channels=channels)
             return attention(q, k.transpose(0, 1), v.transpose(0, 1)).flatten(1)
 
         def outputs(first: int, n: int) -> torch.Tensor:
             qkv = self._products.linear(side.entering.read(first, n), weight)
             qkv = qkv if clip is None else qkv.clamp_(-clip, clip)
+            if qkv.device.type != "cpu":
+                return torch.cat([attend(some).cpu() for some in qkv.split(S)])
             return torch.cat(self._products.workers.map(attend, qkv.split(S)))
 
         side.entering.fill(max(1, PIECE_TOKENS // S) * S, outputs)
@@ -268,11 +291,14 @@ class Calibration:
         if by == "none":
             return Fit(None, 0, by)
         down = tensor.name.endswith(".w2")
+        kept = down and by == "tokens" and not self._options.all_experts and len(tokens) <= self._kept_tokens
 
         def inputs() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
             for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
                 x, y = (None if side is None else self._inputs(side, some, down) for side in (main, other))
                 assert x is not None
+                if kept:
+                    self._hidden_pieces.append(x.to(self._products.dtype))
                 yield x, y, gate
 
         return Fit(moments_of(inputs(), K, self._products, act_order=self._options.act_order, squares=self._squares), len(tokens), by)
@@ -297,12 +323,13 @@ class Calibration:
     def _hidden(self, side: _Side, x: torch.Tensor) -> torch.Tensor:
         """[t, F]: what enters w2."""
         gate = F.silu(self._products.linear(x, side.expert["w1"]), inplace=True)
-        return gate.mul_(self._products.linear(x, side.expert["v1"]))
+        return gate.mul_(self._products.linear(x, side.expert["v1"]).to(gate.device))
 
     def _add_expert(self, side: _Side, expert: int) -> None:
         """The expert's share goes into the stream at once: what enters the others is apart from it."""
         routing = self._routing(side)
         tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
+        kept = self._hidden_pieces if side is self._sides[self._options.activations] else []
         for some, gate in zip(tokens.split(PIECE_TOKENS), routing.weights[tokens, rank].split(PIECE_TOKENS), strict=True):
-            hidden = self._hidden(side, side.entering.gather(some))
-            side.stream.add(some, self._products.linear(hidden, side.expert["w2"]).mul_(gate[:, None]))
+            hidden = kept.pop(0) if kept else self._hidden(side, side.entering.gather(some))
+            side.stream.add(some, self._products.linear(hidden, side.expert["w2"]).cpu().mul_(gate[:, None]))

@@ -30,6 +30,8 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, workers: Workers)
     """
     backwards = order.flip(0)
     K = len(order)
+    if hessian.device.type != "cpu":
+        return _at_once(hessian[backwards][:, backwards].double())
     a = torch.empty(K, K, dtype=torch.float64)
     for rows in _blocks(K):
         a[rows] = hessian[backwards[rows]][:, backwards].double()
@@ -39,6 +41,16 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, workers: Workers)
     factor = torch.empty(K, K)
     for rows in _blocks(K):
         factor[K - rows.stop : K - rows.start] = a[rows].tril(rows.start).flip(0, 1).float()
+    return factor if bool(torch.isfinite(factor.diagonal()).all()) else None
+
+
+def _at_once(a: torch.Tensor) -> torch.Tensor | None:
+    """As `inverse_factor`, of a matrix whose rows and columns are in order, the last first; by the libraries of a GPU."""
+    lower, failed = torch.linalg.cholesky_ex(a)
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(a), dtype=a.dtype, device=a.device), upper=False)
+    factor = inverse.flip(0, 1).float()
     return factor if bool(torch.isfinite(factor.diagonal()).all()) else None
 
 

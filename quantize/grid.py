@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dbrx_q.kernels import cpu_quantize, cpu_search, int4
+from dbrx_q.kernels import cpu_quantize, int4
+from dbrx_q.kernels.grid_search import least_squares
 from dbrx_q.kernels.groups import check_group_size, check_scales, grouped, steps_of
 from dbrx_q.kernels.int4 import Int4Weight
 from dbrx_q.kernels.int8 import Int8Weight
@@ -92,7 +93,7 @@ def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Ten
         FormatError: as for `range_grid`.
     """
     check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
-    scales, zeros = cpu_search.least_squares(weight, fmt.group_size, levels_of(fmt), torch.tensor(_SHARES), importance)
+    scales, zeros = least_squares(weight, fmt.group_size, levels_of(fmt), torch.tensor(_SHARES), importance)
     check_scales(scales)
     return Grid(scales, zeros if fmt.format == "int4" else None, fmt.group_size)
 
@@ -104,6 +105,10 @@ def levels_of(fmt: TensorFormat) -> int:
 
 def to_nearest(weight: torch.Tensor, grid: Grid) -> tuple[Int4Weight | Int8Weight, float, float]:
     """The packed weight of `grid.round(weight)`, its sum of squared errors and the sum of squares of the weight [N, K], in one pass."""
+    if weight.device.type != "cpu":
+        wide, u = weight.float(), grid.round(weight)
+        error, square = (float(part.square().sum(dtype=torch.float64)) for part in (grid.decode(u) - wide, wide))
+        return packed(grid, u), error, square
     if grid.zeros is None:
         return cpu_quantize.round_int8(weight, grid.scales, grid.group_size)
     return cpu_quantize.round_int4(weight, grid.scales, grid.zeros, grid.group_size)

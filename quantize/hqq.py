@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.kernels import cpu_search
+from dbrx_q.kernels.grid_search import half_quadratic
 from dbrx_q.kernels.groups import check_group_size, check_scales
 from dbrx_q.layout import GROUP_SIZES, TensorFormat
 
@@ -33,6 +33,6 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
     """
     check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
     betas = torch.tensor([_BETA * _GROWTH**n for n in range(_ITERATIONS)])
-    scales, zeros = cpu_search.half_quadratic(weight, fmt.group_size, levels_of(fmt), betas)
+    scales, zeros = half_quadratic(weight, fmt.group_size, levels_of(fmt), betas)
     check_scales(scales)
     return Grid(scales, zeros if fmt.format == "int4" else None, fmt.group_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.errors import FormatError
-from dbrx_q.kernels.linear import PackedFormat, dequantize
+from dbrx_q.kernels.linear import PackedFormat
 from dbrx_q.layout import TensorFormat
 
 from .gptq import gptq
@@ -21,7 +21,7 @@ from .rtn import rtn
 __all__ = ["METHODS", "Method", "Rounded"]
 
 
-_SAMPLE_ROWS = 32  # of those that are rounded together, whose outputs are looked at
+_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # outputs of each 16th row are looked at, of fewer where those were less than 32
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,22 @@ def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
     return Rounded(*rtn(weight, fmt))
 
 
-def _nearest(weight: torch.Tensor, grid: Grid, moments: Moments | None = None) -> Rounded:
+def _nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
     """The nearest values of a grid."""
-    found, error, square = to_nearest(weight, grid)
-    outputs = (0.0, 0.0)
-    if moments is not None and moments.hessian is not None:
-        aim = weight[:_SAMPLE_ROWS].float()
-        outputs = _energies(dequantize(found.rows(0, len(aim))), aim, moments.hessian)
-    return Rounded(found, error, square, *outputs)
+    return Rounded(*to_nearest(weight, grid))
 
 
 def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
     """What was chosen for a target, which may not be the weight itself."""
     wide, values = weight.float(), grid.decode(u)
     error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
-    return Rounded(packed(grid, u), error, square, *_energies(values[:_SAMPLE_ROWS], target[:_SAMPLE_ROWS], hessian))
+    return Rounded(packed(grid, u), error, square, *_energies(values, target, hessian))
 
 
 def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
-    """Sums of r H r^T over the rows r of the errors and of what was aimed at."""
+    """Sums of r H r^T over a sample of the rows r of the errors and of what was aimed at."""
+    step = max(1, min(_SAMPLE_STEP, len(aim) // _SAMPLE_ROWS))
+    values, aim = values[::step], aim[::step]
     rows = torch.cat((values - aim, aim))
     error, square = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
     return error, square
@@ -104,7 +101,7 @@ def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
 
 def _awq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     """Ranges searched with each element's error counting by the mean square of its input (Lin et al. 2023, "AWQ")."""
-    return _nearest(weight, searched_grid(weight, fmt, None if moments is None else moments.importance), moments)
+    return _nearest(weight, searched_grid(weight, fmt, None if moments is None else moments.importance))
 
 
 def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:

@@ -42,14 +42,15 @@ class Moments:
         self.importance = hessian.diagonal().clone() if hessian.ndim == 2 else hessian
         """float32 [K], sum of g^2 x^2."""
         self._mean = float(self.importance.double().mean()) or 1.0
-        self._added = torch.where(self.importance == 0, self._mean, 0.0)
+        self._added = torch.where(self.importance == 0, self._mean, 0.0).double()
         if self.hessian is not None:
             self._damp(self.hessian, DAMPING)
 
     @cached_property
     def order(self) -> torch.Tensor:
         """int64 [K]: the columns with the largest inputs first, the lower one of equals; as they lie without act-order."""
-        return self.importance.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(self.importance))
+        columns = torch.arange(len(self.importance), device=self.importance.device)
+        return self.importance.argsort(descending=True, stable=True) if self.act_order else columns
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -69,7 +70,7 @@ class Moments:
         1 / R[i, i]^2 with R the `factor` (Frantar et al. 2022, "GPTQ", equation 2). It is far from the Hessian's diagonal where inputs
         depend on each other: an error in an early column is made up for almost for nothing.
         """
-        found = torch.empty(len(self.order))
+        found = torch.empty_like(self.importance)
         found[self.order] = self.factor.diagonal().square().reciprocal()
         return found
 
@@ -106,11 +107,13 @@ def moments_of(
 ) -> Moments:
     """The moments of pieces (x [T, K], y [T, K], g [T]): inputs of the two models and what their outputs weigh.
 
-    No y gives no drift, no g weighs all alike. Pieces are added in their order. act_order: as in `Moments`. squares: the Hessian's diagonal
-    is enough.
+    No y gives no drift, no g weighs all alike. Pieces are added in their order, where the results of `products` lie.
+    act_order: as in `Moments`. squares: the Hessian's diagonal is enough.
     """
-    hessian, drift = torch.zeros(K) if squares else torch.zeros(K, K), None
+    place = products.place
+    hessian, drift = torch.zeros(K if squares else (K, K), device=place), None
     for x, y, g in pieces:
+        x, y, g = x.to(place), None if y is None else y.to(place), None if g is None else g.to(place)
         if g is not None:
             x, y = x * g[:, None], None if y is None else y * g[:, None]
         if squares:
@@ -118,7 +121,7 @@ def moments_of(
             continue
         products.add_outer(hessian, x, x, upper=True)
         if y is not None:
-            drift = torch.zeros(K, K) if drift is None else drift
+            drift = torch.zeros(K, K, device=place) if drift is None else drift
             products.add_outer(drift, y - x, x)
     if not squares:
         _mirror(hessian)

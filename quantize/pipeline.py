@@ -29,6 +29,7 @@ from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.safetensors_file import SafetensorsWriter, read_tensor, safetensors_header
 from dbrx_q.staging import MARKER_NAME, check_destination, partial_of, staged_folder
 
+from .accelerator import Accelerator
 from .calibrated import ORIGINAL, QUANTIZED, Calibration, CalibrationOptions
 from .jobs import Job, shards_of
 from .journal import Entry, Journal, options_of
@@ -55,7 +56,8 @@ class Request:
 
     recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
     `methods.METHODS`. sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none. about: what
-    quantization_config shall say of them. options: how they calibrate. shard_bytes: a shard is closed before it grows past this, unless one
+    quantization_config shall say of them. options: how they calibrate. accelerator: a GPU that multiplies and rounds, whose results are not
+    the CPU's to the last bit. shard_bytes: a shard is closed before it grows past this, unless one
     expert alone is larger. measured: what decides a recipe that takes long to make; a run that goes on after one with the same takes its
     formats. source, name: what the model card calls the source and the result; its own names unless given.
     """
@@ -65,6 +67,7 @@ class Request:
     sequences: torch.Tensor | None = None
     about: Mapping[str, Any] | None = None
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
+    accelerator: Accelerator | None = None
     shard_bytes: int = _SHARD_BYTES
     measured: Mapping[str, Any] | None = None
     source: str = ""
@@ -105,6 +108,7 @@ class _Run:
             "sequences": None if ids is None else _digest(ids),
             "options": asdict(self.request.options),
             "measured": self.request.measured,
+            "accelerator": None if self.request.accelerator is None else [self.request.accelerator.name, self.request.accelerator.memory],
             "shard_bytes": self.request.shard_bytes,
         }
 
@@ -273,21 +277,23 @@ def _write(run: _Run, journal: Journal, partial: Path, on_bytes: Callable[[int, 
 
 def _quantizer(run: _Run, partial: Path, stack: ExitStack) -> Quantizer:
     workers = stack.enter_context(Workers()) if run.method.in_pieces else None
+    accelerator = run.request.accelerator
     calibration = None
     if run.method.calibrated and workers is not None:
         assert run.request.sequences is not None
         calibration = Calibration(
             run.checkpoint.config,
             run.request.sequences,
-            Products.fastest(workers, run.checkpoint.config.d_model),
+            Products.fastest(workers, run.checkpoint.config.d_model, None if accelerator is None else accelerator.device),
             sides=run.sides,
             options=run.request.options,
             folder=partial / _ACTIVATIONS_NAME,
             in_files=run.plan.in_files,
             squares=run.method.squares,
+            kept_tokens=run.plan.kept_tokens if accelerator is None else 0,
         )
         stack.callback(calibration.close)
-    return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers)
+    return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers, accelerator)
 
 
 def _replay(run: _Run, quantizer: Quantizer, partial: Path, jobs: list[Job], finished: int) -> None:
@@ -403,6 +409,7 @@ def _name_of(run: _Run) -> str:
 def _record(run: _Run, journal: Journal, finished: int, seconds: float) -> RunRecord:
     records = [entry.record for entry in journal.entries]
     notes = [entry.notes for entry in journal.entries]
+    accelerator = run.request.accelerator
     return RunRecord(
         source=run.request.source or str(run.checkpoint.folder),
         method=run.request.method,
@@ -415,6 +422,8 @@ def _record(run: _Run, journal: Journal, finished: int, seconds: float) -> RunRe
         seconds=seconds,
         resumed_seconds=sum(record.seconds for record in records[:finished]),
         peak_memory_bytes=peak_memory_bytes(),
+        device="cpu" if accelerator is None else accelerator.name,
+        peak_device_bytes=0 if accelerator is None else accelerator.peak_bytes,
         stream_errors={note["stream_error"][0]: note["stream_error"][1] for note in notes if "stream_error" in note},
         expert_tokens={note["expert_tokens"][0]: note["expert_tokens"][1] for note in notes if "expert_tokens" in note},
     )

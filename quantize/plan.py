@@ -19,6 +19,7 @@ from dbrx_q.errors import RequestError
 from .calibrated import PIECE_TOKENS
 from .jobs import Job
 from .methods import Method
+from .products import fastest_dtype
 from .quantizer import TASK_ROWS
 
 __all__ = ["RunPlan", "plan_run", "seconds_of"]
@@ -26,6 +27,7 @@ __all__ = ["RunPlan", "plan_run", "seconds_of"]
 _SLACK = 1.1  # what the allocator keeps
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
 _PASSES = 10  # copies in memory that reading, rounding to nearest, hashing and writing take the time of
+_UNEVEN = 1.5  # times the mean of an expert's tokens
 _MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
 
 
@@ -33,7 +35,8 @@ _MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
 class RunPlan:
     """bytes_in, bytes_out: of tensors. parameters: of the model. bits: kind of tensor to bits per weight, as written. base: bytes of this
     process before. working: the most that tensors take beside the activations. activations: bytes of all streams of tokens, 0 without
-    calibration. in_files: whether those lie on the disk. disk: bytes that the destination's disk must have free. flops: of products, about.
+    calibration. in_files: whether those lie on the disk. kept_tokens: of an expert, whose hidden activations there is memory to keep. disk:
+    bytes that the destination's disk must have free. flops: of products, about.
     """
 
     bytes_in: int
@@ -44,6 +47,7 @@ class RunPlan:
     working: int
     activations: int
     in_files: bool
+    kept_tokens: int
     disk: int
     flops: float
 
@@ -96,6 +100,11 @@ def plan_run(
             f"{memory:,}. Give more, or another method"
         )
     in_files = bool(activations) and memory is not None and base + working + activations > memory
+    kept_tokens = int(_UNEVEN * tokens * config.ffn_config.moe_top_k / config.ffn_config.moe_num_experts) if not method.squares else 0
+    hidden = kept_tokens * config.ffn_config.ffn_hidden_size * fastest_dtype(config.d_model).itemsize
+    if memory is not None and base + working + activations + hidden > memory:
+        kept_tokens = hidden = 0
+    working += hidden
     bytes_out = sum(job.nbytes for job in jobs)
     disk = bytes_out + (activations if in_files else 0) + (activations if snapshots and tokens else 0)
     return RunPlan(
@@ -107,6 +116,7 @@ def plan_run(
         working=working,
         activations=activations,
         in_files=in_files,
+        kept_tokens=kept_tokens,
         disk=disk,
         flops=sum(_flops(config, job, method, tokens, sides) for job in jobs) if tokens else 0.0,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.kernels.linear import PackedFormat, dequantize
 from dbrx_q.layout import TensorFormat, pack_parts
 
+from .accelerator import Accelerator
 from .awq import column_scales
 from .calibrated import Calibration, Fit
 from .jobs import Job, read_rows
@@ -28,6 +30,8 @@ __all__ = ["TASK_ROWS", "Quantizer"]
 TASK_ROWS = 512
 """That one thread rounds at a time."""
 
+_Made = tuple[list[torch.Tensor], list[float]]
+
 
 class Quantizer:
     """Makes the parts of one matrix after the other, in the order of the file.
@@ -38,6 +42,7 @@ class Quantizer:
         method: that rounds.
         calibration: what a calibrated method is fitted to; None without.
         workers: that round pieces; None for a method that has threads of its own.
+        accelerator: that rounds what fits into its memory; None for the CPU alone.
     """
 
     def __init__(
@@ -47,9 +52,10 @@ class Quantizer:
         method: Method,
         calibration: Calibration | None,
         workers: Workers | None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self._checkpoint, self._formats, self._method = checkpoint, formats, method
-        self._calibration, self._workers = calibration, workers
+        self._calibration, self._workers, self._accelerator = calibration, workers, accelerator
         self._layer = -1
         self._scales: torch.Tensor | None = None
 
@@ -70,9 +76,8 @@ class Quantizer:
             square = float(blocks[0].float().square().mean(dtype=torch.float64))
             return self._record(job, math.sqrt(square), started), notes, blocks
         blocks = self._folded(job, blocks)
-        fit = Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
         try:
-            parts, sums = _rounded_whole(job, blocks) if job.fmt.format == "nf4-double" else self._rounded(job, blocks, fit.moments)
+            fit, parts, sums, device = self._made(job, blocks)
         except FormatError as problem:
             raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
         self._told(job, blocks, parts)
@@ -82,6 +87,7 @@ class Quantizer:
             "output_error": math.sqrt(output_error / output_square) if output_square else None,
             "tokens": fit.tokens if fit.by else None,
             "calibrated_by": fit.by,
+            "device": device,
         }
         return self._record(job, math.sqrt(square / job.parameters), started, **found), notes, parts
 
@@ -165,22 +171,52 @@ class Quantizer:
         self._workers.map(decode, range(0, len(out), TASK_ROWS))
         return out
 
-    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None) -> tuple[list[torch.Tensor], list[float]]:
-        """The parts, and the sums of what `Rounded` says of rows."""
+    def _made(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
+        """(what it is fitted to, the parts, sums of what `Rounded` says of rows, where that was done)."""
+        accelerator, device = self._accelerator, "cpu"
+        where: AbstractContextManager[None] = nullcontext()
+        if accelerator is not None and self._method.in_pieces:
+            rows = accelerator.rows(job, self._method, sides=self._calibration.models if self._calibration else 1)
+            if rows:
+                try:
+                    fit = self._fit(job)
+                    return fit, *self._rounded(job, blocks, fit.moments, rows), str(accelerator.device)
+                except torch.OutOfMemoryError:
+                    device = f"cpu: {accelerator.device} ran out of memory"
+            else:
+                device = f"cpu: {accelerator.device} has too little memory"
+            fit = Fit(None, 0, "")  # lets go of what lies there
+            torch.cuda.empty_cache()  # nothing where torch has begun nothing there
+            if self._calibration is not None:
+                where = self._calibration.on_cpu()
+        with where:
+            fit = self._fit(job)
+            if job.fmt is not None and job.fmt.format == "nf4-double":
+                return fit, *_rounded_whole(job, blocks), device
+            return fit, *self._rounded(job, blocks, fit.moments, 0), device
+
+    def _fit(self, job: Job) -> Fit:
+        return Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
+
+    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None, on_accelerator: int) -> _Made:
+        """The parts, and the sums of what `Rounded` says of rows; on_accelerator: how many rows that gets at a time, 0 for the CPU."""
         assert job.fmt is not None
         parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
         sums = [0.0] * 4
         first = 0
         for rows in blocks:
-            for piece in self._round(rows, job.fmt, moments):
+            for piece in self._round(rows, job.fmt, moments, on_accelerator):
                 _place(job, parts, piece.packed, first)
                 first += piece.packed.shape[0]
                 more = piece.error, piece.square, piece.output_error, piece.output_square
                 sums = [a + b for a, b in zip(sums, more, strict=True)]
         return parts, sums
 
-    def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> list[Rounded]:
+    def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None, on_accelerator: int) -> Iterable[Rounded]:
         """Some rows at a time, which are independent of each other."""
+        if on_accelerator and self._accelerator is not None:
+            place = self._accelerator.device
+            return (self._method.run(some.to(place), fmt, moments) for some in rows.split(on_accelerator))
         if self._workers is None:
             return [self._method.run(rows, fmt, moments)]
         if moments is not None:
@@ -194,7 +230,7 @@ class Quantizer:
         return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **found, seconds=seconds)
 
 
-def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _Made:
     """As `Quantizer._rounded`, of the format whose rows depend on each other, which one method makes."""
     assert job.fmt is not None
     packed, error, square = nf4_double(blocks, job.fmt.group_size)

@@ -56,7 +56,8 @@ class RunRecord:
     parameters: of the model. shards: files of weights. records: in the order of the file. stream_errors: layer to the relative error
     of what leaves it, |quantized - original| / |original| on the calibration's tokens; empty where only one of the models was run.
     expert_tokens: layer to the number of the calibration's tokens that reach each expert. seconds: of this run. resumed_seconds: of
-    tensors that earlier runs had finished. peak_memory_bytes: resident, of this process.
+    tensors that earlier runs had finished. peak_memory_bytes: resident, of this process. device: "cpu" or the name of the GPU that
+    was used beside it; peak_device_bytes: of tensors there.
     """
 
     source: str
@@ -70,6 +71,8 @@ class RunRecord:
     seconds: float
     resumed_seconds: float
     peak_memory_bytes: int
+    device: str = "cpu"
+    peak_device_bytes: int = 0
     stream_errors: dict[int, float] = field(default_factory=dict)
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from .grid import Grid
 __all__ = ["descend", "fit_scales"]
 
 _BLOCK = 128  # columns between two products with all others
-_ROWS = 256  # whose systems are solved together
+_ROWS, _ROWS_ON_GPU = 256, 2048  # whose systems are solved together
 _RIDGE = 1e-6
 
 
@@ -31,10 +31,10 @@ def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch
         grid, u: what is to be improved.
     """
     n, G = grid.scales.shape[1], grid.group_size
-    fitted = []
-    for rows, wanted, old in zip(u.split(_ROWS), weight.split(_ROWS), grid.scales.split(_ROWS), strict=True):
+    fitted, some = [], _ROWS if u.device.type == "cpu" else _ROWS_ON_GPU
+    for rows, wanted, old in zip(u.split(some), weight.split(some), grid.scales.split(some), strict=True):
         each = grouped(rows, G)  # [R, n, G]
-        system = torch.empty(len(rows), n, n)
+        system = torch.empty(len(rows), n, n, device=u.device)
         for a in range(n):
             products = (each[:, a] @ hessian[a * G : (a + 1) * G, a * G :]).mul_(rows[:, a * G :])
             system[:, a, a:] = system[:, a:, a] = grouped(products, G).sum(-1)

@@ -95,6 +95,13 @@ def command(
         str | None,
         typer.Option(help="Host memory that may be used, as 24GiB; four fifths of what is free unless given.", show_default=False),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda or cuda:N to multiply and round on a GPU; what does not fit there is done by the CPU.")
+    ] = "cpu",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="GPU memory that may be used, as 20GiB; nine tenths of what it has unless given.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted or killed.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be written and what it would take, and stop.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -105,6 +112,7 @@ def command(
     from dbrx_q.host_memory import available_bytes
     from dbrx_q.hub import resolve_folder
     from dbrx_q.layout import TensorFormat
+    from dbrx_q.quantize.accelerator import open_accelerator
     from dbrx_q.quantize.calibrated import CalibrationOptions
     from dbrx_q.quantize.methods import METHODS
     from dbrx_q.quantize.pipeline import Request, already_there, plan_checkpoint, quantize_checkpoint
@@ -115,6 +123,7 @@ def command(
         raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
     if method.compares and activations is Activations.original:
         raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
+    accelerator = open_accelerator(device, None if device_memory is None else output.parse_size(device_memory))
     folder = resolve_folder(source, revision=revision)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = Request(
@@ -125,6 +134,7 @@ def command(
         sequences=tokens,
         about=about,
         options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
+        accelerator=accelerator,
     )
     budget = output.parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     if dry_run:
@@ -226,6 +236,8 @@ def _show_run(run: RunRecord, destination: Path, *, json: bool) -> None:
                 "seconds": run.seconds,
                 "resumed_seconds": run.resumed_seconds,
                 "peak_memory_bytes": run.peak_memory_bytes,
+                "device": run.device,
+                "peak_device_bytes": run.peak_device_bytes,
             }
         )
         return
@@ -237,7 +249,8 @@ def _show_run(run: RunRecord, destination: Path, *, json: bool) -> None:
         print(f"{len(fallbacks)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
     earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
     speed = "" if run.resumed_seconds else f", {output.size(run.bytes_in / run.seconds)}/s"
-    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {output.size(run.peak_memory_bytes)}")
+    there = f", on {run.device} {output.size(run.peak_device_bytes)}" if run.device != "cpu" else ""
+    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {output.size(run.peak_memory_bytes)}{there}")
 
 
 def _duration(seconds: float) -> str:

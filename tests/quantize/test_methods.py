@@ -247,3 +247,14 @@ def test_workers_keep_the_order_and_give_the_threads_back() -> None:
         with pytest.raises(ZeroDivisionError):
             workers.map(lambda n: 1 // n, [1, 0, 2])
     assert torch.get_num_threads() == before
+
+
+def test_stakes_are_what_an_error_costs_once_later_columns_made_up_for_it(moments: Moments) -> None:
+    """The Schur complement: of all w with w[i] = 1, zero before i in the order and free after it, the least w H w^T."""
+    hessian = moments.hessian.double()[moments.order][:, moments.order]
+    found = moments.stakes[moments.order]
+    for i in (0, 5, K // 2, K - 2, K - 1):
+        later = hessian[i + 1 :, i + 1 :]
+        made_up = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
+        assert found[i] == pytest.approx(float(hessian[i, i] - made_up), rel=1e-4)
+    assert found[0] < 0.5 * hessian[0, 0]

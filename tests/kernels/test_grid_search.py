@@ -1,4 +1,4 @@
-"""Searched grids against the same search written out with whole tensors, and rounding to a grid against the formats themselves."""
+"""Searched grids in compiled code against the search with whole tensors, and rounding to a grid against the formats themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from dbrx_q.kernels import cpu_quantize, int4, int8
 from dbrx_q.kernels._cpu_lanes import inverse_power, load, store
-from dbrx_q.kernels.cpu_search import half_quadratic, least_squares
+from dbrx_q.kernels.grid_search import half_quadratic, half_quadratic_reference, least_squares, least_squares_reference
 from dbrx_q.kernels.groups import grouped, steps_of
 
 K = 384
@@ -41,50 +41,6 @@ def decoded(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, 
     return u * scales.float().unsqueeze(-1)
 
 
-def ranged(x: torch.Tensor, G: int, levels: int, share: float = 1.0) -> Found:
-    groups = grouped(x.float(), G)
-    low, high = groups.amin(-1).clamp(max=0) * share, groups.amax(-1).clamp(min=0) * share
-    if levels == 127:
-        return (torch.maximum(high, -low) / 127).half(), torch.zeros(low.shape)
-    scales = ((high - low) / 15).half()
-    return scales, (-low / steps_of(scales)).round().clamp(0, 15)
-
-
-def plain_least_squares(x: torch.Tensor, G: int, levels: int, importance: torch.Tensor) -> Found:
-    best, least = ranged(x, G, levels), torch.full((len(x), K // G), torch.inf)
-    for share in SHARES.tolist():
-        scales, whole = ranged(x, G, levels, share)
-        for shift in (0,) if levels == 127 else (0, -1, 1):
-            zeros = (whole + shift).clamp(0, 15) if shift else whole
-            errors = ((decoded(x, scales, zeros, G, levels) - grouped(x.float(), G)).square() * grouped(importance, G)).sum(-1)
-            better = errors < least
-            least = torch.where(better, errors, least)
-            best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
-    return best
-
-
-def plain_half_quadratic(x: torch.Tensor, G: int, levels: int) -> Found:
-    groups = grouped(x.float(), G)
-    scales, zeros = best = ranged(x, G, levels)
-    least = torch.full(scales.shape, torch.inf)
-    for beta in BETAS.tolist():
-        value = decoded(x, scales, zeros, G, levels)
-        error, unit = groups - value, steps_of(scales).unsqueeze(-1)
-        cost = error.abs().pow(0.7).sum(-1)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
-        u = value / unit
-        threshold = (error.abs() / unit).clamp(min=torch.finfo(torch.float32).eps).pow(-0.3) * unit / beta
-        wanted = groups - error.sign() * (error.abs() - threshold).clamp(min=0)
-        squares = u.square().sum(-1)
-        fitted = torch.where(squares > 0, (u * wanted).sum(-1) / squares, scales.float())
-        scales = torch.where(fitted > 0, fitted, scales.float()).half()
-        if levels == 15:
-            zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, 15)
-    return best
-
-
 def check(x: torch.Tensor, G: int, levels: int, found: Found, expected: Found, power: float, importance: torch.Tensor) -> None:
     """Nearly all grids are the same, and where a tie goes another way the errors are as small."""
 
@@ -108,14 +64,14 @@ def test_least_squares_is_the_search_of_all(G: int, levels: int, rows: int, tran
     x = weight(rows, transposed=transposed).bfloat16() if weighted else weight(rows, transposed=transposed)
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
     found = least_squares(x, G, levels, SHARES, importance if weighted else None)
-    check(x, G, levels, found, plain_least_squares(x, G, levels, importance), 2, importance)
+    check(x, G, levels, found, least_squares_reference(x, G, levels, SHARES, importance), 2, importance)
 
 
 @CASES
 @SHAPES
 def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: int, rows: int, transposed: bool) -> None:
     x = weight(rows, transposed=transposed)
-    check(x, G, levels, half_quadratic(x, G, levels, BETAS), plain_half_quadratic(x, G, levels), 0.7, torch.ones(K))
+    check(x, G, levels, half_quadratic(x, G, levels, BETAS), half_quadratic_reference(x, G, levels, BETAS), 0.7, torch.ones(K))
 
 
 @pytest.mark.parametrize("search", [least_squares, half_quadratic])

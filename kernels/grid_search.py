@@ -1,0 +1,119 @@
+"""Grids for the groups of a weight, searched for: in compiled code on the CPU, with whole tensors on other devices.
+
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import cpu_search
+from .groups import grouped, steps_of
+
+__all__ = ["half_quadratic", "half_quadratic_reference", "least_squares", "least_squares_reference"]
+
+_Grid = tuple[torch.Tensor, torch.Tensor]
+_PIECE_ELEMENTS = 1 << 24  # searched together where whole tensors are: ten times their 4 bytes is taken
+
+
+def least_squares(
+    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+) -> _Grid:
+    """(scales float16 [N, n], zeros float32 [N, n]): each group's range or a share of it, with three zero-points, of the least error.
+
+    The error is the sum of importance * (value - weight)^2 after rounding to nearest. Of equal ones the first is taken; an infinite first
+    scale stays.
+
+    Args:
+        weight: [N, K], finite.
+        group_size: a multiple of 16; divides K.
+        levels: 15 for codes from 0 with a zero-point, 127 for codes from -127 without: zeros are 0 then.
+        shares: float32 [S] on the CPU, in the order in which they are tried.
+        importance: float32 [K]; None weighs all elements alike.
+    """
+    if weight.device.type == "cpu":
+        return cpu_search.least_squares(weight, group_size, levels, shares, importance)
+    return _in_pieces(weight, lambda rows: least_squares_reference(rows, group_size, levels, shares, importance))
+
+
+def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> _Grid:
+    """(scales float16 [N, n], zeros float32 [N, n]): each group's range at first, then fitted once for every beta but the last; of all,
+    those of the least sum of |value - weight|^0.7. An infinite first scale stays.
+
+    Args:
+        weight, group_size, levels: as for `least_squares`.
+        betas: float32 [S] on the CPU, by which an element counts as an outlier (see `quantize/hqq.py`).
+    """
+    if weight.device.type == "cpu":
+        return cpu_search.half_quadratic(weight, group_size, levels, betas)
+    return _in_pieces(weight, lambda rows: half_quadratic_reference(rows, group_size, levels, betas))
+
+
+def least_squares_reference(
+    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+) -> _Grid:
+    """`least_squares` with whole tensors, on any device."""
+    groups = grouped(weight.float(), group_size)
+    each = None if importance is None else grouped(importance.float(), group_size)
+    best = _of_ranges(groups, levels)
+    least = _squares(groups, *best, levels, each)
+    for share in shares.tolist():
+        scales, whole = _of_ranges(groups, levels, share)
+        for shift in (0,) if levels == 127 else (0, -1, 1):
+            zeros = (whole + shift).clamp(0, levels) if shift else whole
+            error = _squares(groups, scales, zeros, levels, each)
+            best, least = _better(error, least, (scales, zeros), best)
+    return best
+
+
+def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> _Grid:
+    """`half_quadratic` with whole tensors, on any device."""
+    groups = grouped(weight.float(), group_size)
+    scales, zeros = best = _of_ranges(groups, levels)
+    least = torch.full_like(zeros, torch.inf)
+    for beta in betas.tolist():
+        u = _rounded(groups, scales, zeros, levels)
+        error, unit = groups - u * scales.float().unsqueeze(-1), steps_of(scales).unsqueeze(-1)
+        best, least = _better(error.abs().pow(0.7).sum(-1), least, (scales, zeros), best)
+        threshold = (error.abs() / unit).clamp(min=torch.finfo(torch.float32).eps).pow(-0.3) * unit / beta
+        wanted = groups - error.sign() * (error.abs() - threshold).clamp(min=0)
+        squares = u.square().sum(-1)
+        fitted = torch.where(squares > 0, (u * wanted).sum(-1) / squares, scales.float())
+        scales = torch.where(fitted > 0, fitted, scales.float()).half()
+        if levels != 127:
+            zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, levels)
+    return best
+
+
+def _in_pieces(weight: torch.Tensor, search: Callable[[torch.Tensor], _Grid]) -> _Grid:
+    found = [search(rows) for rows in weight.split(max(1, _PIECE_ELEMENTS // weight.shape[1]))]
+    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
+
+
+def _of_ranges(groups: torch.Tensor, levels: int, share: float = 1.0) -> _Grid:
+    """The grid of a share of each group's range, zero included; groups [N, n, G]."""
+    low, high = groups.amin(-1).clamp(max=0) * share, groups.amax(-1).clamp(min=0) * share
+    if levels == 127:
+        return (torch.maximum(high, -low) / levels).half(), torch.zeros_like(low)
+    scales = ((high - low) / levels).half()
+    return scales, (-low / steps_of(scales)).round().clamp(0, levels)
+
+
+def _rounded(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: int) -> torch.Tensor:
+    """The nearest whole numbers of the grid, float32 [N, n, G]."""
+    low = torch.full_like(zeros, -levels) if levels == 127 else -zeros
+    high = torch.full_like(zeros, levels) if levels == 127 else levels - zeros
+    return (groups / steps_of(scales).unsqueeze(-1)).round_().clamp_(low.unsqueeze(-1), high.unsqueeze(-1))
+
+
+def _squares(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: int, each: torch.Tensor | None) -> torch.Tensor:
+    error = (_rounded(groups, scales, zeros, levels) * scales.float().unsqueeze(-1)).sub_(groups).square_()
+    return (error if each is None else error.mul_(each)).sum(-1)
+
+
+def _better(error: torch.Tensor, least: torch.Tensor, tried: _Grid, best: _Grid) -> tuple[_Grid, torch.Tensor]:
+    less = error < least
+    found = torch.where(less, tried[0], best[0]), torch.where(less, tried[1], best[1])
+    return found, torch.where(less, error, least)
