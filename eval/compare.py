@@ -367,6 +367,7 @@ def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.nd
         tokens=tokens,
         sha256=pair.source.sha256(),
         worst_tokens=[_worst(found, int(row), ids, int(firsts[row]), int(positions[row]), tokenizer) for row in worst],
+        quantize_seconds=pair.source.quantize_seconds,
     )
 
 

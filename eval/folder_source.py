@@ -30,6 +30,7 @@ from .weights_hash import file_sha256, weights_sha256
 
 __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
 
+_REPORT_NAME = "quantization_report.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What transformers 5 writes into rope_parameters of every DBRX, whatever its attn_config says.
 _WRONG_THETA = 10000.0
@@ -70,6 +71,7 @@ class PackedFolder(Source):
         self.loaded_bytes = plan.dense + plan.experts
         self.nbytes, self.parameters = inventory.total.bytes, inventory.total.parameters
         self.format = _matrices_format(inventory)
+        self.quantize_seconds = _quantize_seconds(folder)
 
     def sha256(self) -> str:
         """Of the manifest, once every shard is what it says; of the shards where there is none.
@@ -95,6 +97,15 @@ class PackedFolder(Source):
         if stream:
             raise RequestError(f"{self.name}: only decoded experts can be streamed; these stay packed. Leave stream out")
         return DbrxForCausalLM.from_pretrained(self.path, dtype=dtype, device=device)
+
+
+def _quantize_seconds(folder: Path) -> float | None:
+    """By the quantizer's report; None without one that can be read."""
+    try:
+        report = read_json_object(folder / _REPORT_NAME)
+        return float(report["seconds"]) + float(report["resumed_seconds"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
 
 
 class TransformersFolder(DecodedSource):

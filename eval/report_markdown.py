@@ -58,10 +58,12 @@ def table(found: Comparison) -> str:
     """The figures of all checkpoints, a row each, the reference's first."""
     columns = ["checkpoint", "format", "bits per weight", "perplexity", "change of ln PPL", "mean KL", "median", "90 %", "99 %", "99.9 %"]
     columns += ["max", "top token", "top five", "RMS of dp"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 12]
+    timed = any(row.quantize_seconds is not None for row in found.results)
+    columns += ["quantized in"] if timed else []
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * (len(columns) - 2)]
     lines.append(
         f"| {_safe(short_names([found.reference])[0])} | {_safe(found.reference_format)} | {found.reference_bits_per_weight:.2f} | "
-        f"{found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f} |" + " |" * 10
+        f"{found.reference_perplexity:.4f} ± {found.reference_perplexity_stderr:.4f} |" + " |" * (len(columns) - 4)
     )
     for row, name in zip(found.results, short_names([row.path for row in found.results]), strict=True):
         kls = (row.mean_kl, row.median_kl, row.p90_kl, row.p99_kl, row.p999_kl, row.max_kl)
@@ -71,6 +73,7 @@ def table(found: Comparison) -> str:
             f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f} | "
             + " | ".join(four_digits(kl) for kl in kls)
             + f" | {row.top1_agreement:.2%} | {row.top5_agreement:.2%} | {row.rms_dp:.2%} |"
+            + ("" if not timed else " |" if row.quantize_seconds is None else f" {row.quantize_seconds:.1f} s |")
         )
     return "\n".join(lines)
 

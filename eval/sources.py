@@ -27,6 +27,7 @@ class Source(ABC):
         format: of its weights, such as "bfloat16", "int4 g64 + int8 g64", "GGUF Q4_0", "bitsandbytes nf4 + bfloat16 experts".
         nbytes: of all tensors as stored, with scales and zero-points.
         parameters: of the plain model.
+        quantize_seconds: what quantizing took, by the report beside the checkpoint; None where there is none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source(ABC):
     format: str
     nbytes: int
     parameters: int
+    quantize_seconds: float | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -18,7 +18,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.eval.comparison import Comparison, QuantResult, WorstToken
 from dbrx_q.eval.report import FILES, KEYS, write_report
 from dbrx_q.eval.report_folder import check_report_folder, write_files
-from dbrx_q.eval.report_markdown import front
+from dbrx_q.eval.report_markdown import front, table
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
@@ -308,3 +308,12 @@ def test_a_report_that_cannot_be_finished_leaves_the_former_one(tmp_path: Path, 
             write_files(folder, {"report.md": b"new", "report.json": b"new"})
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == {"report.md": b"old", "report.json": b"old"}
     assert not (tmp_path / "new").exists()
+
+
+def test_what_quantizing_took_has_a_column_where_it_is_known() -> None:
+    plain = table(comparison([result(0), result(1)])).splitlines()
+    assert not any("quantized in" in line for line in plain)
+    timed = table(comparison([replace(result(0), quantize_seconds=2.345), result(1)])).splitlines()
+    assert timed[0] == plain[0] + " quantized in |"
+    assert timed[3] == plain[3] + " 2.3 s |"
+    assert len({line.count("|") for line in timed}) == 1
