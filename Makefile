@@ -47,7 +47,7 @@ browser:
 interpreter: .venv/installed-dev
 	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
 
-# Triton's kernels compiled for every chip, without one.
+# Triton's kernels compiled for a chip of each kind, without one.
 compiled: .venv/installed-dev
 	$(BIN)/pytest -n 2 tests/kernels/ahead_of_time
 

@@ -39,7 +39,8 @@ def descend_block(
 
 def _padded(part: torch.Tensor) -> torch.Tensor:
     """With rows of zeros up to a multiple of `LANES`; as it is where it has that many."""
-    return F.pad(part, (0, -part.shape[1] % LANES)).contiguous()
+    missing = -part.shape[1] % LANES
+    return F.pad(part, (0, missing)) if missing else part.contiguous()
 
 
 def _kept(made: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
