@@ -202,7 +202,17 @@ def _open(source: Path, request: Request, memory: int | None, stack: ExitStack, 
     sides = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
     shards = shards_of(checkpoint, formats, request.shard_bytes)
     threads, base = torch.get_num_threads(), resident_bytes()
-    plan = plan_run(checkpoint, shards, method, tokens=tokens, sides=len(sides), threads=threads, base=base, memory=memory)
+    plan = plan_run(
+        checkpoint,
+        shards,
+        method,
+        tokens=tokens,
+        sides=len(sides),
+        threads=threads,
+        base=base,
+        memory=memory,
+        accelerator=request.accelerator,
+    )
     return _Run(checkpoint, request, method, formats, shards, sides, plan)
 
 

@@ -16,6 +16,7 @@ from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 
+from .accelerator import Accelerator
 from .calibrated import PIECE_TOKENS
 from .jobs import Job
 from .methods import Method
@@ -36,7 +37,8 @@ class RunPlan:
     """bytes_in, bytes_out: of tensors. parameters: of the model. bits: kind of tensor to bits per weight, as written. base: bytes of this
     process before. working: the most that tensors take beside the activations. activations: bytes of all streams of tokens, 0 without
     calibration. in_files: whether those lie on the disk. kept_tokens: of an expert, whose hidden activations there is memory to keep. disk:
-    bytes that the destination's disk must have free. flops: of products, about.
+    bytes that the destination's disk must have free. flops: of products, about. matrices: that are packed; accelerated: those of them that
+    a GPU rounds.
     """
 
     bytes_in: int
@@ -50,6 +52,8 @@ class RunPlan:
     kept_tokens: int
     disk: int
     flops: float
+    matrices: int
+    accelerated: int
 
     @property
     def peak_memory(self) -> int:
@@ -67,6 +71,7 @@ def plan_run(
     threads: int,
     base: int,
     memory: int | None,
+    accelerator: Accelerator | None = None,
     snapshots: bool = True,
 ) -> RunPlan:
     """The plan of a run.
@@ -80,6 +85,7 @@ def plan_run(
         threads: that work.
         base: bytes that this process has now.
         memory: bytes that it may have; None for no limit.
+        accelerator: the GPU that rounds what fits there.
         snapshots: whether a run can be resumed within the model.
 
     Raises:
@@ -119,6 +125,8 @@ def plan_run(
         kept_tokens=kept_tokens,
         disk=disk,
         flops=sum(_flops(config, job, method, tokens, sides) for job in jobs) if tokens else 0.0,
+        matrices=sum(job.fmt is not None for job in jobs),
+        accelerated=sum(accelerator.rows(job, method, sides=sides) > 0 for job in jobs) if accelerator is not None else 0,
     )
 
 

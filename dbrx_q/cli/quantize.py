@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from dbrx_q.checkpoint import Checkpoint
     from dbrx_q.layout import TensorFormat
+    from dbrx_q.quantize.accelerator import Accelerator
     from dbrx_q.quantize.plan import RunPlan
     from dbrx_q.quantize.records import RunRecord
 
@@ -138,7 +139,7 @@ def command(
     )
     budget = output.parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     if dry_run:
-        _show_plan(plan_checkpoint(folder, request, memory=budget), json=json)
+        _show_plan(plan_checkpoint(folder, request, memory=budget), accelerator, json=json)
         return
     if resume and already_there(folder, destination, request):
         output.stderr().print(f"{destination} is complete already", markup=False, soft_wrap=True)
@@ -192,7 +193,7 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     return found, {"text_sha256": loaded.sha256, "sequences": len(found), "length": length, "seed": seed}
 
 
-def _show_plan(plan: RunPlan, *, json: bool) -> None:
+def _show_plan(plan: RunPlan, accelerator: Accelerator | None, *, json: bool) -> None:
     from dataclasses import asdict
 
     from dbrx_q.quantize.plan import seconds_of
@@ -211,6 +212,9 @@ def _show_plan(plan: RunPlan, *, json: bool) -> None:
         f"memory      {output.size(plan.peak_memory):>10}  at most"
         + (f", activations of {output.size(plan.activations)} {where}" if plan.activations else "")
     )
+    if accelerator is not None:
+        where = f"at most on {accelerator.name}, which rounds {plan.accelerated:,} of {plan.matrices:,} matrices"
+        print(f"GPU memory  {output.size(accelerator.memory):>10}  {where}")
     print(f"disk        {output.size(plan.disk):>10}  must be free where it is written")
     print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
 
