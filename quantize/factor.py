@@ -46,11 +46,12 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, workers: Workers)
 
 def _at_once(a: torch.Tensor) -> torch.Tensor | None:
     """As `inverse_factor`, of a matrix whose rows and columns are in order, the last first; by the libraries of a GPU."""
+    K, place = len(a), a.device
     lower, failed = torch.linalg.cholesky_ex(a)
     if failed:
         return None
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(a), dtype=a.dtype, device=a.device), upper=False)
-    factor = inverse.flip(0, 1).float()
+    del a  # three such matrices at a time
+    factor = torch.linalg.solve_triangular(lower, torch.eye(K, dtype=lower.dtype, device=place), upper=False).float().flip(0, 1)
     return factor if bool(torch.isfinite(factor.diagonal()).all()) else None
 
 

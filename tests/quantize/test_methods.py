@@ -11,6 +11,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.kernels import int4, int8
 from dbrx_q.kernels.linear import dequantize
 from dbrx_q.layout import TensorFormat
+from dbrx_q.quantize import factor
 from dbrx_q.quantize.gptq import gptq
 from dbrx_q.quantize.grid import Grid, packed, range_grid, searched_grid, to_nearest
 from dbrx_q.quantize.hqq import hqq_grid
@@ -258,3 +259,20 @@ def test_stakes_are_what_an_error_costs_once_later_columns_made_up_for_it(moment
         made_up = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
         assert found[i] == pytest.approx(float(hessian[i, i] - made_up), rel=1e-4)
     assert found[0] < 0.5 * hessian[0, 0]
+
+
+@pytest.mark.parametrize("blocks", [32, 100])
+def test_the_factor_in_blocks_and_at_once(moments: Moments, monkeypatch: pytest.MonkeyPatch, products: Products, blocks: int) -> None:
+    """At once, as on a GPU; and either is of the inverse."""
+    assert moments.hessian is not None
+    monkeypatch.setattr(factor, "_BLOCK", blocks)
+    order = moments.order
+    found = factor.inverse_factor(moments.hessian, order, products.workers)
+    backwards = order.flip(0)
+    at_once = factor._at_once(moments.hessian[backwards][:, backwards].double())
+    assert found is not None
+    assert at_once is not None
+    assert torch.allclose(found, at_once, rtol=1e-5, atol=1e-6 * float(found.abs().max()))
+    inverse = torch.linalg.inv(moments.hessian.double()[order][:, order])
+    assert torch.allclose(at_once.double().T @ at_once.double(), inverse, atol=1e-5 * float(inverse.abs().max()))
+    assert factor._at_once(-moments.hessian.double()) is None
