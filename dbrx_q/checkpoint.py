@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -14,7 +15,7 @@ from .jsonfile import read_json_object
 from .layout import DenseTensor, TensorFormat, dense_tensors, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "check_finite", "open_shards"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "open_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -29,13 +30,69 @@ _INFINITY = {
 _FINITE_STEP = 1 << 18  # elements looked at together, twice: half a MB of bfloat16, so that they stay in cache
 
 
+class Shard(Protocol):
+    """A safetensors file whose header is known, as `SafetensorsFile`; the file itself may come when it is read."""
+
+    path: Path
+    size: int
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor `name`."""
+
+    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows first .. first+count-1 of the tensor `name`."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+_AnyShard = TypeVar("_AnyShard", bound=Shard)
+
+
+class ShardSource(Protocol):
+    """Where a checkpoint comes from that is not a folder with all its files: its shards are fetched as they are read.
+
+    Attributes:
+        folder: holds the small files, config.json and the index among them.
+        commit: the version of the files; another has another.
+        storage: the folder that fetched shards lie in; it need not exist.
+    """
+
+    folder: Path
+    commit: str
+    storage: Path
+
+    def open_all(self, names: Sequence[str]) -> Sequence[Shard]:
+        """The shards of these file names, by their headers."""
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say from which shard each of the next pieces of work reads, in order."""
+
+    def done(self) -> None:
+        """The next piece of work that was expected reads no more: a shard that none of the later ones reads may go."""
+
+    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
+        """(bytes to fetch for such work, bytes of disk that fetched shards take at most meanwhile); those that are there not counted."""
+
+    def stop(self) -> None:
+        """Let nobody wait for a shard that has not come, until shards are opened again."""
+
+    def close(self, *, keep: bool) -> None:
+        """End the use of it; keep: whether what was fetched to be deleted after use stays for a later run."""
+
+
 class Checkpoint:
     """An open checkpoint; use it as a context manager.
 
     Every tensor that the configuration calls for is there with its shape and dtype, and nothing else is, before anything is read.
 
+    Args:
+        place: the folder that it lies in, or what its shards are fetched from.
+
     Attributes:
-        folder: where it lies.
+        folder: where it lies; the small files alone where its shards are fetched.
+        source: what its shards are fetched from; None for a folder.
         config: its `DbrxConfig`.
         raw_config: config.json as it is, with the keys that inference ignores.
         formats: the packed tensors and their formats; empty for a plain checkpoint.
@@ -47,8 +104,9 @@ class Checkpoint:
         ConfigError: config.json is of another model or holds a value that no DBRX can have.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: Path | ShardSource) -> None:
+        self.source = None if isinstance(place, Path) else place
+        self.folder = folder = place if isinstance(place, Path) else place.folder
         self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
         quantization = self.raw_config.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
@@ -57,7 +115,7 @@ class Checkpoint:
         self.formats: dict[str, TensorFormat] = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors: dict[str, DenseTensor] = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
-            self._file_of = open_shards(folder, stack)
+            self._file_of: Mapping[str, Shard] = open_shards(folder, stack) if self.source is None else _fetched_shards(self.source, stack)
             self.infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._file_of.items()}
             self._check_tensors()
             self._open_files = stack.pop_all()
@@ -72,6 +130,25 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The safetensors files, by name."""
         return sorted({file.path for file in self._file_of.values()})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the safetensors files, by their names."""
+        return {file.path.name: file.size for file in self._file_of.values()}
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say which stored tensor each of the next pieces of work reads, in order; see `ShardSource.expect`."""
+        if self.source is not None:
+            self.source.expect([self._file_of[name].path.name for name in names])
+
+    def done(self) -> None:
+        """The next piece of work that was expected reads no more."""
+        if self.source is not None:
+            self.source.done()
+
+    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
+        """As `ShardSource.to_fetch`, for work that reads these stored tensors; nothing for a folder."""
+        return (0, 0) if self.source is None else self.source.to_fetch([self._file_of[name].path.name for name in names])
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """A stored tensor by its stored name, read into `into` where it is given.
@@ -127,22 +204,38 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
     Raises:
         CheckpointError: a file is missing or damaged, or the index names other tensors than the shards hold.
     """
+    if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
+        raise CheckpointError(f"{folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names")
+    return _by_tensor(folder, lambda names: [stack.enter_context(SafetensorsFile(folder / name)) for name in names])
+
+
+def _fetched_shards(source: ShardSource, stack: ExitStack) -> dict[str, Shard]:
+    """As `open_shards`."""
+
+    def opened(names: Sequence[str]) -> Sequence[Shard]:
+        shards = source.open_all(names)
+        for shard in shards:
+            stack.callback(shard.close)
+        return shards
+
+    stack.callback(source.stop)
+    return _by_tensor(source.folder, opened)
+
+
+def _by_tensor(folder: Path, opened: Callable[[Sequence[str]], Sequence[_AnyShard]]) -> dict[str, _AnyShard]:
+    """The shards that the index names, or the only one, checked against each other; `opened` gives them by their names."""
     index = folder / INDEX_NAME
     if not index.exists():
-        if not (folder / SINGLE_NAME).exists():
-            raise CheckpointError(
-                f"{folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names"
-            )
-        file = stack.enter_context(SafetensorsFile(folder / SINGLE_NAME))
+        (file,) = opened([SINGLE_NAME])
         return dict.fromkeys(file.tensors, file)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
-    files = {}
-    for shard in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
-        files[shard] = stack.enter_context(SafetensorsFile(folder / shard))
+    files = dict(zip(shards, opened(shards), strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name} is missing, which {INDEX_NAME} places here. Fetch the shard again")

@@ -9,13 +9,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DbrxError, RequestError
 
-__all__ = ["resolve_file", "resolve_folder"]
+__all__ = ["SMALL_FILES", "check_push", "fetched", "hub_errors", "is_on_hub", "push", "resolve_file", "resolve_folder"]
 
+_COMMIT_MESSAGE = "Quantized by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+"""Of a repository, besides its weights."""
 # Weights in other containers (.bin is a pickle) and the repository's pictures are never fetched.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
+_WANTED = ["*.safetensors", *SMALL_FILES]
 
 
 def resolve_folder(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
@@ -31,8 +34,8 @@ def resolve_folder(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
         return local
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(path_or_hub_id):
-        return Path(_fetched(lambda: snapshot_download(str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED)))
+    with hub_errors(path_or_hub_id):
+        return Path(fetched(lambda: snapshot_download(str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED)))
 
 
 def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -46,8 +49,61 @@ def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision:
         return resolve_folder(local) / name
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(path_or_hub_id):
-        return Path(_fetched(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
+    with hub_errors(path_or_hub_id):
+        return Path(fetched(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
+
+
+def is_on_hub(path_or_hub_id: str | os.PathLike[str]) -> bool:
+    """Whether it names a repository and no folder here.
+
+    Raises:
+        CheckpointError: it can name neither.
+    """
+    return _local(path_or_hub_id) is None
+
+
+def check_push(repository: str, *, private: bool = True) -> None:
+    """Make the repository unless it exists, so that a push will not fail hours later for want of a right.
+
+    Raises:
+        RequestError: no token, a token that the hub refuses or that may not write there, or a name that is no hub id.
+    """
+    from huggingface_hub import HfApi
+
+    if not _HUB_ID.fullmatch(repository):
+        raise RequestError(f"--push must name a repository as owner/name; found {repository!r}")
+    api = HfApi()
+    try:
+        who = api.whoami()
+        own = [str(who["name"]), *(str(each["name"]) for each in who.get("orgs", []))]
+        if repository.split("/")[0] not in own:
+            raise RequestError(f"{repository}: the token must belong to its owner; found one of {', '.join(own)}. Push to one of these")
+        api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"{repository}: pushing must be allowed before the work begins; the hub says: {_first_line(error)}. "
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+        ) from None
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a finished checkpoint; the address of the commit. What the hub has already is not sent again.
+
+    Raises:
+        RequestError: it failed; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        return fetched(lambda: str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=_COMMIT_MESSAGE).commit_url))
+    except Exception as error:
+        raise RequestError(
+            f"{folder}: complete, but pushing it to {repository} failed: {_first_line(error)}. Push it again with "
+            f"`hf upload {repository} {folder}`, or give the same command with --resume"
+        ) from None
 
 
 def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
@@ -60,7 +116,7 @@ def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _fetched(fetch: Callable[[], str]) -> str:
+def fetched(fetch: Callable[[], str]) -> str:
     """What `fetch` returns, from a thread: the client itself would answer Ctrl-C only when the files under way have come."""
     results: list[str] = []
     errors: list[BaseException] = []
@@ -79,11 +135,11 @@ def _fetched(fetch: Callable[[], str]) -> str:
     return results[0]
 
 
-class _hub_errors:  # noqa: N801 # used as a with statement, like a function
-    """Turns what the hub client raises into a CheckpointError that says what to do."""
+class hub_errors:  # noqa: N801 # used as a with statement, like a function
+    """Turns what the hub client raises into a CheckpointError that says what to do. file: that is fetched of a repository that is there."""
 
-    def __init__(self, repository: str | os.PathLike[str]) -> None:
-        self.repository = os.fspath(repository)
+    def __init__(self, repository: str | os.PathLike[str], file: str = "") -> None:
+        self.repository, self.file = os.fspath(repository), file
 
     def __enter__(self) -> None:
         import logging
@@ -99,13 +155,24 @@ class _hub_errors:  # noqa: N801 # used as a with statement, like a function
 
         set_verbosity(self.verbosity)
         # The client raises its own HfHubHTTPError, but also OSError, ValueError and its HTTP library's errors.
+        if isinstance(error, DbrxError):
+            return
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CheckpointError(
                 f"{self.repository}: the hub's cache has no room for it; free some, or set HF_HOME to another disk"
             ) from None
+        if isinstance(error, Exception) and self.file:
+            raise CheckpointError(
+                f"{self.repository}: the hub must give {self.file}; it did not ({_first_line(error)}). Check the network and try again"
+            ) from None
         if isinstance(error, Exception):
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first_line = _first_line(error)
             raise CheckpointError(
                 f"{self.repository}: no such folder here, and the hub did not give a repository of that name ({first_line}). "
                 "Check the name, the network and, for a gated repository, the token"
             ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

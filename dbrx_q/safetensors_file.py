@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 
 from .errors import CheckpointError
 
-__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo", "read_tensor", "safetensors_header"]
+__all__ = ["SafetensorsFile", "SafetensorsWriter", "TensorInfo", "parse_header", "read_tensor", "safetensors_header"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -60,6 +60,7 @@ class SafetensorsFile:
 
     Attributes:
         path: the file.
+        size: its bytes.
         tensors: name to `TensorInfo`, in the order of the file.
         metadata: what the header says of the file itself.
 
@@ -80,7 +81,7 @@ class SafetensorsFile:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: a shard must be a regular file; found a folder, a pipe or a device")
             self.size = status.st_size
-            self.tensors = self._read_header()
+            self.tensors, self.metadata = parse_header(path, self.size, lambda at, length: os.pread(self._fd, length, at))
         except BaseException:
             os.close(self._fd)
             raise
@@ -125,50 +126,61 @@ class SafetensorsFile:
                 )
             done += n
 
-    def _read_header(self) -> dict[str, TensorInfo]:
-        prefix = os.pread(self._fd, 8, 0)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(self.size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{self.path}: a safetensors header must fit in its file; found a header of {length} bytes in a file of {self.size}. "
-                "The file is truncated or of another kind: fetch it again"
-            )
-        try:
-            header = json.loads(os.pread(self._fd, length, 8).decode("utf-8"))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            found = {name: self._entry(name, entry, 8 + length) for name, entry in entries.items()}
-            self.metadata = {str(name): str(value) for name, value in header.get("__metadata__", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: not a safetensors header; {error}. Fetch the file again") from None
-        self._check_bytes(found, 8 + length)
-        return dict(sorted(found.items(), key=lambda item: item[1].offset))
 
-    def _entry(self, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-        dtype = _DTYPES.get(str(entry["dtype"]))
-        if dtype is None:
-            raise CheckpointError(f"{self.path}: {name}: dtype must be one of {', '.join(_DTYPES)}; found {entry['dtype']!r}")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
-            raise CheckpointError(f"{self.path}: {name}: shape and data_offsets must be lists of sizes; found {shape!r} and {offsets!r}")
-        info = TensorInfo(dtype, tuple(shape), data_start + offsets[0])
-        if info.nbytes != offsets[1] - offsets[0]:
-            raise CheckpointError(
-                f"{self.path}: {name}: {shape} {entry['dtype']} takes {info.nbytes} bytes; the header gives {offsets[1] - offsets[0]}"
-            )
-        return info
+def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(the tensors in the order of the file, what the header says of the file itself), as `SafetensorsFile` has them.
 
-    def _check_bytes(self, found: dict[str, TensorInfo], data_start: int) -> None:
-        end = data_start
-        for name, info in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-            if info.offset != end:
-                raise CheckpointError(
-                    f"{self.path}: {name}: tensors must lie back to back; found byte {info.offset} where {end} ends the last"
-                )
-            end += info.nbytes
-        if end != self.size:
-            raise CheckpointError(
-                f"{self.path}: the header describes {end} bytes and the file has {self.size}; it is truncated or damaged: fetch it again"
-            )
+    Args:
+        path: the file's name in messages.
+        size: bytes of the file.
+        read: gives the bytes at (first byte, how many), fewer where the file ends.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is not a safetensors header.
+    """
+    prefix = read(0, 8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path}: a safetensors header must fit in its file; found a header of {length} bytes in a file of {size}. "
+            "The file is truncated or of another kind: fetch it again"
+        )
+    try:
+        header = json.loads(read(8, length).decode("utf-8"))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
+        metadata = {str(name): str(value) for name, value in header.get("__metadata__", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a safetensors header; {error}. Fetch the file again") from None
+    _check_bytes(path, size, found, 8 + length)
+    return dict(sorted(found.items(), key=lambda item: item[1].offset)), metadata
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    dtype = _DTYPES.get(str(entry["dtype"]))
+    if dtype is None:
+        raise CheckpointError(f"{path}: {name}: dtype must be one of {', '.join(_DTYPES)}; found {entry['dtype']!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{path}: {name}: shape and data_offsets must be lists of sizes; found {shape!r} and {offsets!r}")
+    info = TensorInfo(dtype, tuple(shape), data_start + offsets[0])
+    if info.nbytes != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            f"{path}: {name}: {shape} {entry['dtype']} takes {info.nbytes} bytes; the header gives {offsets[1] - offsets[0]}"
+        )
+    return info
+
+
+def _check_bytes(path: Path, size: int, found: dict[str, TensorInfo], data_start: int) -> None:
+    end = data_start
+    for name, info in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise CheckpointError(f"{path}: {name}: tensors must lie back to back; found byte {info.offset} where {end} ends the last")
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path}: the header describes {end} bytes and the file has {size}; it is truncated or damaged: fetch it again"
+        )
 
 
 def safetensors_header(

@@ -27,7 +27,7 @@ from dbrx_q.kernels.moe import Routing, route
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import split_and_rotate
 from dbrx_q.layers import rotation_of
-from dbrx_q.layout import TensorFormat, dense_tensors, kind_of, oriented
+from dbrx_q.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, oriented
 
 from .products import Products
 from .rtn import rtn
@@ -124,15 +124,25 @@ class _Measurement:
     def run(self, on_layer: Callable[[int, int], None]) -> OutputErrors:
         layers = self._config.n_layers
         on_layer(0, layers)
+        tensors = dense_tensors(self._config)
+        self._checkpoint.expect([tensor.name for tensor in tensors])
         self._embed()
+        self._passed(tensors, -1)
         rerouting = []
         for layer in range(layers):
             block = f"transformer.blocks.{layer}"
             self._attend(f"{block}.norm_attn_norm")
             rerouting.append(self._route_and_expand(block))
+            self._passed(tensors, layer)
             on_layer(layer + 1, layers)
         self._finish()
         return OutputErrors({name: self._errors[name] for name, formats in self._candidates.items() if formats}, rerouting)
+
+    def _passed(self, tensors: Sequence[DenseTensor], layer: int) -> None:
+        """Of a layer all has been read (before the first one, of the embedding): what was fetched for it may go."""
+        for tensor in tensors:
+            if tensor.layer == layer and (layer >= 0 or kind_of(tensor.name) == "embedding"):
+                self._checkpoint.done()
 
     def _embed(self) -> None:
         name = "transformer.wte.weight"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint import INDEX_NAME, Checkpoint
+from dbrx_q.checkpoint import INDEX_NAME, Checkpoint, ShardSource
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.jsonfile import read_json_object
@@ -99,7 +99,7 @@ class _Run:
     @property
     def options(self) -> dict[str, Any]:
         """What decides the bytes, for a later run to compare."""
-        source = {path.name: path.stat().st_size for path in self.checkpoint.shards}
+        source = dict(self.checkpoint.sizes) | ({"commit": self.checkpoint.source.commit} if self.checkpoint.source else {})
         ids = self.request.sequences
         return {
             "source": source,
@@ -114,7 +114,7 @@ class _Run:
 
 
 def quantize_checkpoint(
-    source: Path,
+    source: Path | ShardSource,
     destination: Path,
     request: Request,
     *,
@@ -125,7 +125,7 @@ def quantize_checkpoint(
     """Quantize the plain checkpoint in `source`.
 
     Args:
-        source: a folder with a plain checkpoint; read lazily.
+        source: a folder with a plain checkpoint, or what its shards are fetched from; read lazily.
         destination: a folder that does not exist or is empty.
         request: what is to be made.
         resume: go on with what an earlier run of the same request left unfinished, if one did.
@@ -164,13 +164,13 @@ def quantize_checkpoint(
     return record
 
 
-def plan_checkpoint(source: Path, request: Request, *, memory: int | None = None) -> RunPlan:
+def plan_checkpoint(source: Path | ShardSource, request: Request, *, memory: int | None = None) -> RunPlan:
     """What `quantize_checkpoint` would do; errors as for that."""
     with ExitStack() as stack:
         return _open(source, request, memory, stack).plan
 
 
-def already_there(source: Path, destination: Path, request: Request) -> bool:
+def already_there(source: Path | ShardSource, destination: Path, request: Request) -> bool:
     """Whether the destination is what this request makes: an earlier run of it was killed after its last step, or not at all."""
     manifest = destination / MANIFEST_NAME
     if not manifest.exists():
@@ -183,18 +183,20 @@ def already_there(source: Path, destination: Path, request: Request) -> bool:
     return same
 
 
-def _open(source: Path, request: Request, memory: int | None, stack: ExitStack, begun: Path | None = None) -> _Run:
+def _open(source: Path | ShardSource, request: Request, memory: int | None, stack: ExitStack, begun: Path | None = None) -> _Run:
     """begun: the journal of an earlier run, if there is one."""
     checkpoint = stack.enter_context(Checkpoint(source))
     if checkpoint.formats:
-        raise CheckpointError(f"{source}: the source must be a plain checkpoint; this one is quantized. Give the original")
+        raise CheckpointError(f"{checkpoint.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
     try:
         formats = _measured_before(request, begun) or dict(request.recipe(checkpoint))
     except FormatError as error:
-        raise FormatError(f"{source}: {error}") from None
+        raise FormatError(f"{checkpoint.folder}: {error}") from None
     left = unpacked_experts(checkpoint.config, formats)
     if left:
-        raise FormatError(f"{source}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format")
+        raise FormatError(
+            f"{checkpoint.folder}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format"
+        )
     method = _method(request.method, formats)
     tokens = 0
     if method.calibrated:
@@ -246,8 +248,9 @@ def _check_sequences(checkpoint: Checkpoint, request: Request) -> torch.Tensor:
     return sequences
 
 
-def _check_places(source: Path, destination: Path) -> None:
+def _check_places(source: Path | ShardSource, destination: Path) -> None:
     target = destination.resolve()
+    source = source if isinstance(source, Path) else source.storage
     if target.is_relative_to(source.resolve()):
         raise RequestError(f"{destination}: the destination must lie outside the source {source}. Give another name")
     partial = partial_of(destination)
@@ -264,18 +267,22 @@ def _write(run: _Run, journal: Journal, partial: Path, on_bytes: Callable[[int, 
         stack.callback(shards.abandon)
         finished = shards.keep()
         jobs = [job for shard in run.shards for job in shard]
-        _replay(run, quantizer, partial, jobs, finished)
+        replayed = _replayed(run, quantizer, jobs, finished)
+        run.checkpoint.expect([job.tensor.name for job in (*replayed, *jobs[finished:])])
+        _replay(run, quantizer, partial, replayed)
         done = sum(_bytes_in(run, job) for job in jobs[:finished])
         # Read ahead and written behind by a thread each. With a calibration the matrices would only take its memory.
         reader = stack.enter_context(ThreadPoolExecutor(1))
         writer = stack.enter_context(ThreadPoolExecutor(1))
+        if run.checkpoint.source is not None:
+            stack.callback(run.checkpoint.source.stop)  # first, so that no thread waits for what is on its way
         ahead = 0 if run.method.calibrated else 1
         written: Future[None] | None = None
         for job, blocks in _read_ahead(quantizer, jobs[finished:], reader, ahead):
             record, notes, parts = quantizer.run(job, blocks)
             if written is not None:
                 written.result()
-            written = writer.submit(shards.add, job, Entry(record, "", notes), parts)
+            written = writer.submit(_put_down, run, shards, job, Entry(record, "", notes), parts)
             done += _bytes_in(run, job)
             on_bytes(done, run.plan.bytes_in)
         if written is not None:
@@ -283,6 +290,11 @@ def _write(run: _Run, journal: Journal, partial: Path, on_bytes: Callable[[int, 
         shards.close()
     shutil.rmtree(partial / _ACTIVATIONS_NAME, ignore_errors=True)
     return manifest, finished
+
+
+def _put_down(run: _Run, shards: _Shards, job: Job, entry: Entry, parts: list[torch.Tensor]) -> None:
+    shards.add(job, entry, parts)
+    run.checkpoint.done()
 
 
 def _quantizer(run: _Run, partial: Path, stack: ExitStack) -> Quantizer:
@@ -306,16 +318,20 @@ def _quantizer(run: _Run, partial: Path, stack: ExitStack) -> Quantizer:
     return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers, accelerator)
 
 
-def _replay(run: _Run, quantizer: Quantizer, partial: Path, jobs: list[Job], finished: int) -> None:
-    """Let the calibration go past the tensors that are finished, from the latest snapshot on."""
+def _replayed(run: _Run, quantizer: Quantizer, jobs: list[Job], finished: int) -> list[Job]:
+    """Of the finished tensors those that the calibration must go past again: from its latest snapshot on."""
     if not run.method.calibrated or not 0 < finished < len(jobs):
-        return
+        return []
     layer = quantizer.restore(quantizer.layer_of(jobs[finished]))
-    lying = _lying(run, partial)
-    for job in jobs[:finished]:
-        if quantizer.layer_of(job) >= layer:
-            parts = [read_tensor(*lying[part.name]) for part in job.parts] if job.fmt is not None else []
-            quantizer.replay(job, quantizer.read(job), parts)
+    return [job for job in jobs[:finished] if quantizer.layer_of(job) >= layer]
+
+
+def _replay(run: _Run, quantizer: Quantizer, partial: Path, jobs: list[Job]) -> None:
+    lying = _lying(run, partial) if jobs else {}
+    for job in jobs:
+        parts = [read_tensor(*lying[part.name]) for part in job.parts] if job.fmt is not None else []
+        quantizer.replay(job, quantizer.read(job), parts)
+        run.checkpoint.done()
 
 
 def _read_ahead(quantizer: Quantizer, jobs: list[Job], reader: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Job, list[torch.Tensor]]]:

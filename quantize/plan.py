@@ -38,7 +38,7 @@ class RunPlan:
     process before. working: the most that tensors take beside the activations. activations: bytes of all streams of tokens, 0 without
     calibration. in_files: whether those lie on the disk. kept_tokens: of an expert, whose hidden activations there is memory to keep. disk:
     bytes that the destination's disk must have free. flops: of products, about. matrices: that are packed; accelerated: those of them that
-    a GPU rounds.
+    a GPU rounds. fetch: bytes to be fetched from the hub. fetch_disk: that what was fetched takes at most.
     """
 
     bytes_in: int
@@ -54,6 +54,8 @@ class RunPlan:
     flops: float
     matrices: int
     accelerated: int
+    fetch: int
+    fetch_disk: int
 
     @property
     def peak_memory(self) -> int:
@@ -112,6 +114,7 @@ def plan_run(
         kept_tokens = hidden = 0
     working += hidden
     bytes_out = sum(job.nbytes for job in jobs)
+    fetch, fetch_disk = checkpoint.to_fetch([job.tensor.name for job in jobs])
     disk = bytes_out + (activations if in_files else 0) + (activations if snapshots and tokens else 0)
     return RunPlan(
         bytes_in=sum(info.nbytes for info in checkpoint.infos.values()),
@@ -124,6 +127,8 @@ def plan_run(
         in_files=in_files,
         kept_tokens=kept_tokens,
         disk=disk,
+        fetch=fetch,
+        fetch_disk=fetch_disk,
         flops=sum(_flops(config, job, method, tokens, sides) for job in jobs) if tokens else 0.0,
         matrices=sum(job.fmt is not None for job in jobs),
         accelerated=sum(accelerator.rows(job, method, sides=sides) > 0 for job in jobs) if accelerator is not None else 0,

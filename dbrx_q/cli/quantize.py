@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dbrx_q.quantize.accelerator import Accelerator
     from dbrx_q.quantize.plan import RunPlan
     from dbrx_q.quantize.records import RunRecord
+    from dbrx_q.remote_shards import RemoteShards
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -103,6 +104,14 @@ def command(
         str | None,
         typer.Option(help="GPU memory that may be used, as 20GiB; nine tenths of what it has unless given.", show_default=False),
     ] = None,
+    low_disk: Annotated[
+        bool, typer.Option(help="Delete each shard from the hub as soon as it was used; --target-bpw then fetches all of them twice.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Repository on the hub to upload the result to; made if need be.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option(help="Make that repository public; private unless given.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted or killed.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would be written and what it would take, and stop.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -111,7 +120,8 @@ def command(
     """Write a quantized copy of a checkpoint; what was finished when it is interrupted or killed is kept for --resume."""
     from dbrx_q.errors import RequestError
     from dbrx_q.host_memory import available_bytes
-    from dbrx_q.hub import resolve_folder
+    from dbrx_q.hub import check_push
+    from dbrx_q.hub import push as upload
     from dbrx_q.layout import TensorFormat
     from dbrx_q.quantize.accelerator import open_accelerator
     from dbrx_q.quantize.calibrated import CalibrationOptions
@@ -125,12 +135,18 @@ def command(
     if method.compares and activations is Activations.original:
         raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
     accelerator = open_accelerator(device, None if device_memory is None else output.parse_size(device_memory))
-    folder = resolve_folder(source, revision=revision)
+    if public and push is None:
+        raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
+    place = _opened(source, revision, destination.with_name(f"{destination.name}.source") if low_disk else None)
+    folder = place if isinstance(place, Path) else place.folder
+    if push is not None and not dry_run:
+        check_push(push, private=not public)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = Request(
         _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens),
         method=recipe.value,
         source=source,
+        name=push or "",
         measured=None if target_bpw is None else {"target_bpw": target_bpw, "rules": tensor or [], "calibration": about},
         sequences=tokens,
         about=about,
@@ -138,23 +154,47 @@ def command(
         accelerator=accelerator,
     )
     budget = output.parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
-    if dry_run:
-        _show_plan(plan_checkpoint(folder, request, memory=budget), accelerator, json=json)
-        return
-    if resume and already_there(folder, destination, request):
-        output.stderr().print(f"{destination} is complete already", markup=False, soft_wrap=True)
-        return
+    partial, run = partial_of(destination), None
     try:
-        with output.progress("quantizing", unit_bytes=True) as on_bytes:
-            run = quantize_checkpoint(folder, destination, request, resume=resume, memory=budget, on_bytes=on_bytes)
+        if dry_run:
+            _show_plan(plan_checkpoint(place, request, memory=budget), accelerator, json=json)
+            return
+        if resume and already_there(place, destination, request):
+            output.stderr().print(f"{destination} is complete already", markup=False, soft_wrap=True)
+        else:
+            with output.progress("quantizing", unit_bytes=True) as on_bytes:
+                run = quantize_checkpoint(place, destination, request, resume=resume, memory=budget, on_bytes=on_bytes)
     except KeyboardInterrupt:
-        partial = partial_of(destination)
         if not partial.exists():
             raise
         message = f"interrupted; what is finished is kept in {partial}, and the same command with --resume goes on from there"
         output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    _show_run(run, destination, json=json)
+    finally:
+        if not isinstance(place, Path):
+            place.close(keep=partial.exists())
+    if run is not None:
+        _show_run(run, destination, json=json)
+    if push is not None:
+        output.stderr().print(f"uploading {destination} to {push}", markup=False, soft_wrap=True)
+        output.stderr().print(f"uploaded: {upload(destination, push)}", markup=False, soft_wrap=True)
+
+
+def _opened(source: str, revision: str | None, storage: Path | None) -> Path | RemoteShards:
+    """A folder, or a repository of which no weights have been fetched.
+
+    Raises:
+        RequestError: a folder whose files shall be deleted.
+    """
+    from dbrx_q.errors import RequestError
+    from dbrx_q.hub import is_on_hub, resolve_folder
+    from dbrx_q.remote_shards import RemoteShards
+
+    if is_on_hub(source):
+        return RemoteShards(source, revision=revision, storage=storage)
+    if storage is not None:
+        raise RequestError(f"--low-disk deletes what was fetched from the hub; found the folder {source}, whose files stay. Leave it out")
+    return resolve_folder(source)
 
 
 def _formats(
@@ -215,6 +255,8 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, *, json: bool) ->
     if accelerator is not None:
         where = f"at most on {accelerator.name}, which rounds {plan.accelerated:,} of {plan.matrices:,} matrices"
         print(f"GPU memory  {output.size(accelerator.memory):>10}  {where}")
+    if plan.fetch:
+        print(f"downloads   {output.size(plan.fetch):>10}  which take at most {output.size(plan.fetch_disk)} of disk at a time")
     print(f"disk        {output.size(plan.disk):>10}  must be free where it is written")
     print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
 
