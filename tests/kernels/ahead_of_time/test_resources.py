@@ -20,7 +20,8 @@ from dbrx_q.eval.kernel_shapes import usual_launches
 from dbrx_q.kernels.launch import CHIPS, Launch
 
 WRITE_ONLY = ("qkv_kernel",)  # stores codes of the KV cache and reads none
-# What compiles for sm_86 does for sm_89, which has as much memory and more instructions; sm_80 has more memory. `bench resources` takes them all.
+# What compiles for sm_86 does for sm_89, which has as much memory and more instructions, and sm_80 has more memory: `bench resources` takes
+# them all.
 CHIPS_TESTED = ("sm_86", "sm_90", "sm_120", "gfx1100")
 
 
