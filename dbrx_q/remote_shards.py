@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, RequestError
 from .hub import SMALL_FILES, fetched, hub_errors
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
 
@@ -22,6 +22,7 @@ __all__ = ["RemoteShard", "RemoteShards"]
 
 _HEADER_BYTES = 100_000  # asked for at first: enough for the headers of a model of this size
 _CONNECTIONS = 8
+_MARKER_NAME = ".dbrx_q-fetched"  # in a folder whose shards are ours to delete
 
 
 class RemoteShards:
@@ -39,11 +40,14 @@ class RemoteShards:
 
     Raises:
         CheckpointError: no repository that can be reached, or one without safetensors.
+        RequestError: a storage that holds something else.
     """
 
     def __init__(self, repository: str, *, revision: str | None = None, storage: Path | None = None) -> None:
         from huggingface_hub import HfApi, snapshot_download
 
+        if storage is not None and storage.exists() and not (storage / _MARKER_NAME).is_file():
+            raise RequestError(f"{storage}: what is fetched goes here and is deleted, but this was made by something else. Move it away")
         self.repository, self._own = repository, storage
         with hub_errors(repository):
             self.commit = str(HfApi().model_info(repository, revision=revision or "main").sha)
@@ -106,7 +110,7 @@ class RemoteShards:
     def close(self, *, keep: bool) -> None:
         """End the use of it; keep: whether what was fetched to be deleted after use stays for a later run."""
         self.stop()
-        if self._own is not None and not keep:
+        if self._own is not None and not keep and (self._own / _MARKER_NAME).is_file():
             shutil.rmtree(self._own, ignore_errors=True)
 
     def lying(self, name: str) -> Path | None:
@@ -149,6 +153,9 @@ class RemoteShards:
     def _get(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
+        if self._own is not None:
+            self._own.mkdir(parents=True, exist_ok=True)
+            (self._own / _MARKER_NAME).touch()
         return self.lying(name) or Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self._own))
 
 

@@ -21,7 +21,8 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _
 
 # Files that take half a minute or more. The first two compile the CPU kernels, for this chip and for another: commands that later tests
 # start, and interrupt, find them then.
-FIRST = ["test_generate.py", "test_other_chips.py", "test_compare.py", "test_llama_cpp.py", "test_calibrated.py", "test_interrupt.py"]
+FIRST = ["test_generate.py", "test_other_chips.py", "test_resume.py", "test_memory.py", "test_compare.py", "test_llama_cpp.py"]
+FIRST += ["test_hub.py", "test_calibrated.py", "test_interrupt.py", "test_report.py", "test_command.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -137,7 +137,7 @@ def command(
     accelerator = open_accelerator(device, None if device_memory is None else output.parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
-    place = _opened(source, revision, destination.with_name(f"{destination.name}.source") if low_disk else None)
+    place = _opened(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
     folder = place if isinstance(place, Path) else place.folder
     if push is not None and not dry_run:
         check_push(push, private=not public)

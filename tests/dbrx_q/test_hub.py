@@ -300,6 +300,17 @@ def test_low_disk_goes_on_with_what_is_missing(hub: type[Hub], many: list[str], 
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 
+def test_low_disk_leaves_a_folder_of_somebody_else_alone(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
+    mine = tmp_path / "out.source" / many[0]
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk"))
+    assert (code, out) == (2, "")
+    assert "made by something else. Move it away" in err
+    assert [path.name for path in mine.parent.iterdir()] == [many[0]]
+    assert mine.read_text() == "mine"
+
+
 def test_low_disk_leaves_folders_alone(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     done = cli("quantize", nano, tmp_path / "out", "--low-disk")
     assert (done.code, done.out) == (2, "")
