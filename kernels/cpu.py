@@ -20,7 +20,6 @@ from functools import cache
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from . import _cpu_amx, _cpu_int4, _cpu_int8
 from ._cpu_activations import Activations, quantize_activations
@@ -28,12 +27,12 @@ from ._cpu_vector import has_bfloat16
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .linear import PackedFormat, dequantize
-from .moe import ExpertWeights
 from .nf4 import Nf4Weight, dequantize_on_cpu
 
-__all__ = ["CpuChoice", "Regime", "choose", "has_matrix_unit", "linear", "moe_experts", "warm_up"]
+__all__ = ["CpuChoice", "Dotted", "Regime", "choice_for", "choose", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
 
-_Dotted = Int4Weight | Int8Weight  # the formats that dot products on codes serve
+Dotted = Int4Weight | Int8Weight
+"""The formats that dot products on codes serve."""
 
 _BLOCK = 128  # the compiled kernels want a multiple of it along the reduction axis
 
@@ -89,7 +88,7 @@ _TILE_ROWS = 1024
 def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
     weight = weight.contiguous()
-    choice = _choice(x.shape[0], x, weight)
+    choice = choice_for(x.shape[0], x, weight)
     if isinstance(weight, Nf4Weight):
         with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
             return _tiled(x.to(choice.tile_dtype), weight, choice)
@@ -98,36 +97,7 @@ def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     if choice.regime is Regime.AMX:
         _use_threads(weight.shape.numel())
         return _cpu_amx.matmul(x, weight)
-    return _matvec(_quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
-
-
-def moe_experts(
-    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None = None
-) -> torch.Tensor:
-    """float32 y [T, D]; see `dbrx_q.kernels.moe.moe_experts`."""
-    A = experts.shape[1]
-    by_expert = experts.flatten().argsort(stable=True)  # [P], pairs in the order of their experts
-    tokens, scale = by_expert // A, weights.flatten()[by_expert].float()  # [P]
-    counts = experts.flatten().bincount().tolist()
-    slots = range(layer.n_experts) if layer.slots is None else layer.slots.tolist()
-    few: list[tuple[int, int, int]] = []
-    y = torch.zeros(x.shape, dtype=torch.float32)
-    first = 0
-    for e, count in enumerate(counts):
-        slot = slots[e]
-        if slot < 0:
-            if missing is not None:
-                missing[e] += count
-        elif count and _matvec_serves(layer, count, x):
-            few.append((slot, first, first + count))
-        elif count:
-            chosen = tokens[first : first + count]
-            h = F.silu(_dense_or_tiled(x[chosen], layer.w1, slot)) * _dense_or_tiled(x[chosen], layer.v1, slot)  # [tokens of e, F]
-            y.index_add_(0, chosen, _dense_or_tiled(h, layer.w2, slot).float() * scale[first : first + count, None])
-        first += count
-    if few:
-        _add_few(y, x, tokens, scale, few, layer)
-    return y
+    return matvec(quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
 
 
 def warm_up(weight: PackedFormat, dtype: torch.dtype) -> None:
@@ -137,56 +107,24 @@ def warm_up(weight: PackedFormat, dtype: torch.dtype) -> None:
         linear(torch.zeros(tokens, weight.shape[-1], dtype=dtype), few)
 
 
-def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
-    weights = layer.w1, layer.v1, layer.w2
-    return all(isinstance(w, _Dotted) and _choice(count, x, w).regime is Regime.MATVEC for w in weights)
-
-
-def _add_few(
-    y: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, scale: torch.Tensor, few: list[tuple[int, int, int]], layer: ExpertWeights
-) -> None:
-    """Add to y [T, D] the share of experts with few tokens; `few` holds (slot, first pair, end of pairs)."""
-    assert isinstance(layer.w1, _Dotted)
-    assert isinstance(layer.v1, _Dotted)
-    assert isinstance(layer.w2, _Dotted)
-    pairs = torch.cat([torch.arange(first, end) for _, first, end in few])
-    chosen = np.array([e for e, _, _ in few])
-    offsets = np.cumsum([0] + [end - first for _, first, end in few])
-    tokens, scale = tokens[pairs], scale[pairs]
-    gate_x = _take(_quantized(x, layer.w1), tokens)
-    same = type(layer.w1) is type(layer.v1) and layer.w1.group_size == layer.v1.group_size
-    up_x = gate_x if same else _take(_quantized(x, layer.v1), tokens)
-    h = F.silu(_matvec(gate_x, layer.w1, chosen, offsets)) * _matvec(up_x, layer.v1, chosen, offsets)  # [P, F]
-    down = _matvec(_quantized(h, layer.w2), layer.w2, chosen, offsets)  # [P, D]
-    y.index_add_(0, tokens, down * scale[:, None])
-
-
-def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: int) -> torch.Tensor:
-    if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight[slot])
-    return linear(x, weight[slot])
-
-
 def has_matrix_unit() -> bool:
     """Whether this chip multiplies matrices of bfloat16 in tiles."""
     return _cpu_amx.available()
 
 
-def _choice(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
+def choice_for(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
+    """`choose` on this chip, for `tokens` rows like those of `x`."""
     chip = {"bfloat16_matmul": has_bfloat16(), "amx": has_matrix_unit()}
     return choose(tokens, weight.shape[-1], x.dtype, **chip, nf4=isinstance(weight, Nf4Weight))
 
 
-def _quantized(x: torch.Tensor, weight: _Dotted) -> Activations:
+def quantized(x: torch.Tensor, weight: Dotted) -> Activations:
+    """`x` [T, K] as dot products with `weight` take it."""
     _use_threads(x.numel() * 4)
     return quantize_activations(x, sums_of=weight.group_size if isinstance(weight, Int4Weight) else 0)
 
 
-def _take(x: Activations, rows: torch.Tensor) -> Activations:
-    return Activations(x.codes[rows], x.scales[rows], x.sums[rows])
-
-
-def _matvec(x: Activations, weight: _Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+def matvec(x: Activations, weight: Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
     """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` go through weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
     N, groups = weight.shape[-2], weight.scales.shape[-1]
     out = torch.empty(x.codes.shape[0], N)
@@ -227,7 +165,7 @@ def _tile_order(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     return x
 
 
-def _decode(some: _Dotted, tile: torch.Tensor) -> None:
+def _decode(some: Dotted, tile: torch.Tensor) -> None:
     """Decode into `tile` [rows, K], bfloat16 or float32."""
     rows, K = tile.shape
     if K % _BLOCK:

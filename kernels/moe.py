@@ -113,9 +113,9 @@ _Implementation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeig
 
 
 def _implementations() -> dict[Backend, _Implementation]:
-    from . import cpu
+    from . import cpu_moe
 
-    return {Backend.REFERENCE: moe_experts_reference, Backend.CPU: cpu.moe_experts, Backend.TRITON: _triton}
+    return {Backend.REFERENCE: moe_experts_reference, Backend.CPU: cpu_moe.moe_experts, Backend.TRITON: _triton}
 
 
 def _triton(

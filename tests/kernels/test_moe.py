@@ -9,6 +9,7 @@ import torch
 
 from dbrx_q.kernels import int4, int8
 from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.cpu_moe import ExpertOutputs
 from dbrx_q.kernels.linear import Weight
 from dbrx_q.kernels.moe import ExpertWeights, moe_experts, route
 
@@ -186,3 +187,16 @@ def _plain(weight: Weight) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
         return weight
     return (int4 if isinstance(weight, int4.Int4Weight) else int8).dequantize(weight)  # type: ignore[arg-type] # each with its own
+
+
+@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[3], FORMATS[5]], ids=lambda formats: "+".join(formats))
+@pytest.mark.parametrize("T", [1, 40])
+def test_experts_in_any_order_and_company_give_the_same_bits(formats: tuple[str, str, str], T: int) -> None:
+    layer = layer_in(formats)
+    x, experts, weights = inputs(T, torch.float32 if "plain" in formats else torch.bfloat16)
+    together = moe_experts(x, experts, weights, layer)
+    outputs = ExpertOutputs(x, experts)
+    order = list(outputs.counts)[::-1]
+    for some in (order[:1], order[1:3], order[3:]):
+        outputs.add(layer, {e: e for e in some})
+    assert torch.equal(outputs.total(weights).to(x.dtype), together)
