@@ -14,6 +14,7 @@ import torch
 from .config import DbrxConfig
 from .decoding import decoder_for
 from .errors import RequestError
+from .kv_cache import KVCache
 from .model import DbrxForCausalLM
 from .sampling import SamplingParams, sample
 from .tokenizer import DbrxTokenizer
@@ -26,7 +27,8 @@ class Generation:
     """What was generated for one prompt.
 
     token_ids: the new tokens, without the end token. text: their text, up to a stop string; empty without a tokenizer.
-    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context" (the model's context is full).
+    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens), "context" (the model's context is full) or "memory" (the budget
+    that the model was loaded with has no room for more keys and values).
     prefilled_tokens: of the prompt, those that were run; the others begin an earlier prompt of the batch too.
     decode_steps: tokens that were computed one at a time, an end token included. prefill_seconds, decode_seconds: of the whole batch,
     up to the first token and after it.
@@ -132,7 +134,7 @@ def _steps(
     texts = [_GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
     unspoken = _without_a_token(model, tokenizer)
-    capacities = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
+    capacities = _capacities(model, prompts, max_new_tokens, kv_format)
     with decoder_for(model, capacities, kv_format) as decoder:
         started = time.perf_counter()
         logits = {i: decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)}  # of [V]
@@ -152,9 +154,10 @@ def _steps(
                 else:
                     result.token_ids.append(token)
                     new = texts[i].push(token)
-                    full = len(prompts[i]) + len(result.token_ids) >= model.config.max_seq_len
+                    held = len(prompts[i]) + len(result.token_ids)
                     done = len(result.token_ids) >= max_new_tokens
-                    result.finish_reason = "stop" if texts[i].stopped else "length" if done else "context" if full else ""
+                    full = "context" if held >= model.config.max_seq_len else "memory" if held >= capacities[i] else ""
+                    result.finish_reason = "stop" if texts[i].stopped else "length" if done else full
                 if result.finish_reason:
                     new += texts[i].flush()
                     result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
@@ -162,6 +165,31 @@ def _steps(
                 yield i, new
             going = {i: results[i].token_ids[-1] for i in logits if not results[i].finish_reason}
             logits = decoder.step(going) if going else {}
+
+
+def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, kv_format: str) -> list[int]:
+    """Tokens that every sequence has room for: what is asked for, cut to the same length where the model's budget holds less.
+
+    Raises:
+        RequestError: a prompt alone takes more.
+    """
+    wanted = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
+    if model.kv_budget is None or not wanted:
+        return wanted
+    each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
+    room = model.kv_budget // each
+    cut = max(wanted)
+    while sum(min(tokens, cut) for tokens in wanted) > room:
+        over = sum(min(tokens, cut) for tokens in wanted) - room
+        cut -= max(1, over // len(wanted))
+    found = [min(tokens, cut) for tokens in wanted]
+    for i, (prompt, capacity) in enumerate(zip(prompts, found, strict=True)):
+        if len(prompt) >= capacity:
+            raise RequestError(
+                f"the prompts must leave room in the KV cache, for which {model.kv_budget:,} bytes are kept; prompt {i} has {len(prompt)} "
+                f"tokens and room for {max(0, capacity)}. Load the model with a longer context or a larger batch, or shorten it"
+            )
+    return found
 
 
 def _without_a_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from .experts import ExpertStore
 from .kernels.attention import IMPLEMENTATIONS, Sequences, attention, cached_attention
 from .kernels.int8 import Int8Weight, gather_rows
 from .kernels.linear import PackedFormat, Weight, linear
-from .kernels.moe import ExpertWeights, moe_experts, route
+from .kernels.moe import ExpertWeights, route
 from .kernels.norm import add_norm
 from .kernels.qkv import split_and_rotate, store_qkv
 from .kv_cache import KVCache
@@ -205,8 +205,7 @@ class DbrxFFN(nn.Module):
     def forward(self, x: torch.Tensor, store: ExpertStore) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, D], float32 router logits [T, E])."""
         routing = route(x, self.router.layer.weight, self.top_k, self.norm_order)
-        weights = store.layer(self.index, routing.experts)
-        return moe_experts(x, routing.experts, routing.weights, weights), routing.logits
+        return store.forward(self.index, x, routing), routing.logits
 
 
 class DbrxBlock(nn.Module):

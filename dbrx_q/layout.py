@@ -31,6 +31,7 @@ __all__ = [
     "TensorFormat",
     "dense_tensors",
     "kind_of",
+    "matrix_parts",
     "oriented",
     "pack_parts",
     "parts_of",
@@ -167,25 +168,25 @@ def unpacked_experts(config: DbrxConfig, formats: Mapping[str, TensorFormat]) ->
 
 def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
     """The parts that `tensor` becomes in `fmt`, expert by expert."""
+    for prefix in [f"{tensor.name}.{e}" for e in range(tensor.experts)] if tensor.experts else [tensor.name]:
+        for part in matrix_parts(tensor, fmt):
+            yield Part(f"{prefix}.{part.name}", part.dtype, part.shape)
+
+
+def matrix_parts(tensor: DenseTensor, fmt: TensorFormat) -> list[Part]:
+    """The parts of one matrix (of one expert's matrix) of `tensor` in `fmt`, by their last names."""
     N, K = tensor.matrix
     groups = K // fmt.group_size
-    prefixes = [f"{tensor.name}.{e}" for e in range(tensor.experts)] if tensor.experts else [tensor.name]
-    for prefix in prefixes:
-        if fmt.format == "int4":
-            yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
-            yield Part(f"{prefix}.scales", torch.float16, (N, groups))
-            yield Part(f"{prefix}.zeros", torch.uint8, (N, (groups + 1) // 2))
-        elif fmt.format == "nf4":
-            yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
-            yield Part(f"{prefix}.absmax", torch.float32, (N, groups))
-        elif fmt.format == "nf4-double":
-            yield Part(f"{prefix}.qweight", torch.uint8, (N, K // 2))
-            yield Part(f"{prefix}.absmax", torch.uint8, (N, groups))
-            yield Part(f"{prefix}.nested_absmax", torch.float32, (-(-N * groups // nf4.NESTED_BLOCK),))
-            yield Part(f"{prefix}.offset", torch.float32, (1,))
-        else:
-            yield Part(f"{prefix}.qweight", torch.int8, (N, K))
-            yield Part(f"{prefix}.scales", torch.float16, (N, groups))
+    if fmt.format == "int8":
+        return [Part("qweight", torch.int8, (N, K)), Part("scales", torch.float16, (N, groups))]
+    codes = Part("qweight", torch.uint8, (N, K // 2))
+    if fmt.format == "int4":
+        return [codes, Part("scales", torch.float16, (N, groups)), Part("zeros", torch.uint8, (N, (groups + 1) // 2))]
+    if fmt.format == "nf4":
+        return [codes, Part("absmax", torch.float32, (N, groups))]
+    blocks = -(-N * groups // nf4.NESTED_BLOCK)
+    nested = Part("nested_absmax", torch.float32, (blocks,)), Part("offset", torch.float32, (1,))
+    return [codes, Part("absmax", torch.uint8, (N, groups)), *nested]
 
 
 def pack_parts(parts: Mapping[str, torch.Tensor], fmt: TensorFormat) -> PackedFormat:

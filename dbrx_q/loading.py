@@ -2,40 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .budget import DEFAULT_CONTEXT, Budget, check_fits
 from .checkpoint import Checkpoint
 from .config import DbrxConfig
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
+from .experts.files import ExpertFiles
+from .experts.host import HostExpertStore, NextRouter
+from .experts.policies import make_policy
+from .experts.reader import ExpertReader, reads_faster_directly
+from .experts.trace import Trace
 from .host_memory import empty_host
+from .hub import resolve_folder
 from .jsonfile import read_json_object
+from .kernels.attention import IMPLEMENTATIONS
 from .kernels.backend import Backend, pick
 from .kernels.cpu import warm_up
 from .kernels.launch import chip_of
 from .kernels.linear import PackedFormat
 from .layers import PackedWeight
-from .layout import DenseTensor, TensorFormat, dense_tensors, pack_parts, parts_of
-from .model import DbrxForCausalLM
+from .layout import DenseTensor, TensorFormat, dense_tensors, matrix_parts, pack_parts, parts_of
+from .model import DbrxForCausalLM, check_device
+from .placement import Placement, Request, place
 from .tuning import load_tuning
 
-__all__ = ["eos_ids", "load_model", "load_plain_model"]
+__all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained", "plan_of"]
 
 _CPU = torch.device("cpu")
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU) -> DbrxForCausalLM:
-    """The model in `folder`, whole on `device`; errors as for `DbrxForCausalLM.from_pretrained`."""
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    budget: Budget | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> DbrxForCausalLM:
+    """`DbrxForCausalLM.from_pretrained` with all that can be said of memory."""
+    place = check_device(device) if budget is None or not budget.rig.cards else check_device("cuda:0")
+    triton = pick(place) is Backend.TRITON
+    implementation = attn_implementation or ("triton" if triton else "sdpa")
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
+    if implementation == "triton" and not triton:
+        raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
+    folder = resolve_folder(path_or_hub_id, revision=revision, token=token)
+    model = load_model(folder, dtype=dtype, device=place, budget=budget)
+    for block in model.transformer.layers():
+        block.norm_attn_norm.attn.implementation = implementation
+    return model
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
+) -> DbrxForCausalLM:
+    """The model in `folder`, whole on `device`, or as a budget's plan has it; errors as for `DbrxForCausalLM.from_pretrained`."""
     with Checkpoint(folder) as checkpoint:
-        chosen = dtype or getattr(torch, checkpoint.config.torch_dtype or "bfloat16")
-        model = _empty(checkpoint.config, chosen, device)
+        config = checkpoint.config
+        chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
+        plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder))
+        if plan is not None and plan.cards:
+            if not plan.resident or len(plan.cards) > 1:
+                raise UnsupportedError("experts on GPUs beside other places are not offered by this version; give one GPU that holds all")
+            device = torch.device(plan.cards[0].device)
+        tiered = budget is not None and plan is not None and not plan.resident
+        model = _empty(config, chosen, device)
         products: dict[TensorFormat, PackedFormat] = {}
         for tensor in checkpoint.tensors.values():
             fmt = checkpoint.formats.get(tensor.name)
+            if tensor.experts and tiered:
+                if fmt is not None:
+                    products.setdefault(fmt, _one_row(tensor, fmt))
+                continue
             if fmt is None:
                 _put(model, tensor.name, _dense(checkpoint, tensor, chosen, device))
                 continue
@@ -43,10 +92,30 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
             _put(model, tensor.name, PackedWeight(weight))
             if tensor.name != "transformer.wte.weight":  # whose rows are looked up
                 products[fmt] = weight[0] if tensor.experts else weight
+        files = ExpertFiles(checkpoint, chosen) if tiered else None
     if pick(device) is Backend.CPU:
         for weight in products.values():
             warm_up(weight, chosen)
-    return _ready(model, device, eos_ids(folder), None)
+    store = None
+    if files is not None and plan is not None and budget is not None:
+        store = _tiered_store(model, files, plan, budget)
+    model = _ready(model, device, eos_ids(folder), store)
+    if plan is not None:
+        model.placement, model.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
+    return model
+
+
+def plan_of(config: DbrxConfig, formats: Mapping[str, TensorFormat], budget: Budget, source: str) -> Placement:
+    """The plan that `load_model` follows.
+
+    Raises:
+        RequestError: it does not fit.
+    """
+    context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
+    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.dtype)
+    plan = place(config, formats, budget.rig, request)
+    check_fits(plan, source)
+    return plan
 
 
 def load_plain_model(
@@ -108,6 +177,30 @@ def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence
     model.transformer.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     return model
+
+
+def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget) -> HostExpertStore:
+    """A store with the plan's slots, full of experts."""
+    config = model.config
+    L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
+    profile = None if budget.profile is None else Trace.read(budget.profile).check(config).counts()
+    policies = {kind: make_policy(budget.policy, L, E, profile) for kind in plan.host.slots}
+    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()] if budget.prefetch else None
+    on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
+    direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
+    store = HostExpertStore(files, ExpertReader(files, direct=direct), slots=dict(plan.host.slots), policies=policies, routers=routers)
+    try:
+        store.fill(profile)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _one_row(tensor: DenseTensor, fmt: TensorFormat) -> PackedFormat:
+    """A weight [1, K] like those of `tensor`."""
+    parts = matrix_parts(tensor, fmt.in_memory)
+    return pack_parts({part.name: torch.zeros(1, *part.shape[1:], dtype=part.dtype) for part in parts}, fmt.in_memory)
 
 
 def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -10,9 +10,10 @@ where a sequence begins.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,10 +21,14 @@ from torch import nn
 from .config import DbrxConfig
 from .errors import RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
-from .kernels.attention import IMPLEMENTATIONS, Sequences
+from .experts.policies import DEFAULT_POLICY
+from .kernels.attention import Sequences
 from .kernels.backend import Backend, pick
 from .kv_cache import KVCache
 from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, rotation_of
+
+if TYPE_CHECKING:
+    from .placement import Placement
 
 __all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput", "batch_of", "check_device"]
 
@@ -83,6 +88,11 @@ class DbrxModel(nn.Module):
         own = all(block.norm_attn_norm.attn.implementation == "triton" for block in self.layers())
         return own and pick(self.device) is Backend.TRITON
 
+    @property
+    def store(self) -> ExpertStore:
+        """The expert store; of a model that was not loaded one that has the parameters as they are."""
+        return self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
+
     def layers(self) -> list[DbrxBlock]:
         """The blocks, with their type."""
         return [block for block in self.blocks if isinstance(block, DbrxBlock)]
@@ -124,7 +134,7 @@ class DbrxModel(nn.Module):
         """
         x = self.wte(ids, self.dtype)  # [T, D]
         rotation = rotation_of(batch.positions, self.config)
-        store = self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
+        store = self.store
         delta, router_logits = None, []
         for block in self.blocks:
             x, delta, logits = block(x, delta, batch, rotation, store)
@@ -187,6 +197,8 @@ class DbrxForCausalLM(nn.Module):
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
         self.decoder: object | None = None  # what generation on a GPU keeps from one request to the next
+        self.placement: Placement | None = None  # the plan that it was loaded by
+        self.kv_budget: int | None = None  # bytes of keys and values that requests may take; None without a limit
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -200,6 +212,15 @@ class DbrxForCausalLM(nn.Module):
         """Where the model computes."""
         return self.transformer.device
 
+    @property
+    def expert_store(self) -> ExpertStore:
+        """Where the experts live; `expert_store.stats()` says what they were asked for."""
+        return self.transformer.store
+
+    def close(self) -> None:
+        """Give up what the expert store holds open; the model computes no longer where experts lie on disk."""
+        self.transformer.store.close()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -207,8 +228,13 @@ class DbrxForCausalLM(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: str | dict[str, object] | None = None,
-        max_memory: dict[int | str, int | str] | None = None,
+        device_map: str | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        context: int | None = None,
+        batch_size: int = 1,
+        kv_format: str = "plain",
+        cache_policy: str = DEFAULT_POLICY,
+        prefetch: bool = True,
         attn_implementation: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -219,35 +245,44 @@ class DbrxForCausalLM(nn.Module):
             path_or_hub_id: a folder, or an `owner/name` of the hub.
             device: None or "cpu"; or "cuda" (also of a ROCm build), which then holds the whole model.
             dtype: of activations and unquantized weights; None takes the checkpoint's `torch_dtype`. bfloat16 or float16 on a GPU.
-            device_map: not offered by this version.
-            max_memory: not offered by this version.
+            device_map: "auto" places the model as `dbrx-q plan` says: where not all experts fit into the memory that computes, it is a
+                cache of them, filled from the next larger memory or from disk. None puts all on `device`.
+            max_memory: with "auto", bytes or sizes such as "22GiB" that may be taken, by index of a GPU and for "cpu"; None for what is
+                free.
+            context, batch_size, kv_format: with "auto", what keys and values are kept room for: tokens of a sequence (None for 4096, or
+                the model's context where that is shorter), sequences together, and their format.
+            cache_policy: with "auto", which expert gives way: "least-stale", "lru" or "lfu".
+            prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router foresees them.
             attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
             revision: branch, tag or commit on the hub.
             token: for a gated repository.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
+            RequestError: arguments that contradict each other, or memory that cannot hold the least that works, with what would.
             UnsupportedError: an argument that this version does not offer.
         """
-        from .hub import resolve_folder
-        from .loading import load_model
+        from .budget import Budget, rig_of
+        from .loading import load_pretrained
 
+        if device_map not in (None, "auto"):
+            raise UnsupportedError(f"device_map must be 'auto' or None; found {device_map!r}")
+        if device_map is None and max_memory is not None:
+            raise RequestError(f"max_memory needs device_map='auto'; found {max_memory!r} alone")
+        if device_map is not None and device is not None:
+            raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
+        budget = None
         if device_map is not None:
-            raise UnsupportedError(f"device_map is not offered by this version; found {device_map!r}. Leave it out and name one device")
-        if max_memory is not None:
-            raise UnsupportedError(f"max_memory is not offered by this version; found {max_memory!r}. Leave it out")
-        place = check_device(device)
-        triton = pick(place) is Backend.TRITON
-        implementation = attn_implementation or ("triton" if triton else "sdpa")
-        if implementation not in IMPLEMENTATIONS:
-            raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
-        if implementation == "triton" and not triton:
-            raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
-        folder = resolve_folder(path_or_hub_id, revision=revision, token=token)
-        model = load_model(folder, dtype=_as_dtype(dtype), device=place)
-        for block in model.transformer.layers():
-            block.norm_attn_norm.attn.implementation = implementation
-        return model
+            budget = Budget(rig_of(max_memory), context, batch_size, kv_format, policy=cache_policy, prefetch=prefetch)
+        return load_pretrained(
+            path_or_hub_id,
+            budget=budget,
+            device=device,
+            dtype=_as_dtype(dtype),
+            attn_implementation=attn_implementation,
+            revision=revision,
+            token=token,
+        )
 
     @torch.inference_mode()
     def forward(

@@ -1,74 +1,302 @@
-"""What a model takes in memory, from its configuration alone: no weight is read, none need be downloaded.
+"""Where a model's bytes lie: a plan from its configuration alone, which the loader follows. No weight is read, none need be downloaded.
 
-Dimension letters: `B` sequences, `L` tokens of context, `T` tokens that run together, `D` d_model, `F` ffn hidden, `A` active experts.
+Every card holds the attention and the experts of a contiguous range of layers, its own keys and values, and a cache of experts; the host
+holds as many of the other experts as its budget allows, the disk the rest. Without a card the host is the device that computes.
+
+Dimension letters: `L` layers, `T` tokens that run together, `D` d_model, `F` ffn hidden, `A` active experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
 
 import torch
 
 from .config import DbrxConfig
+from .experts.slots import ExpertKind, expert_kinds
 from .kernels.kv import allocate_kv
-from .layout import TensorFormat, dense_tensors, kind_of, parts_of
+from .layout import TensorFormat, dense_tensors, parts_of
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["PREFILL_TOKENS", "Card", "DevicePlan", "Placement", "Request", "Rig", "place"]
 
-_INTERPRETER_BYTES = 400 << 20  # Python, torch, numba and their compiled code: 350 to 390 MB resident, seen on Linux
-_PREFILL_TOKENS = 512  # as in `decoding.py`, on the CPU
+PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory."""
+
+# Of a card: the driver's context, compiled kernels, and what the allocator cannot use. Of a desktop besides: what its windows take.
+_CARD_RESERVE = 600 << 20
+_DESKTOP_RESERVE = 1200 << 20
+# What it is worth, in time, that one card holds all of its experts and another none.
+_SPREAD_WEIGHT = 0.3
+_STAGED_EXPERTS = 4  # pinned buffers on the way from host memory to a card
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of host memory by kind. budget: what may be used, None where none was given."""
+class Card:
+    """A GPU. memory: bytes that may be used, the reserve included. desktop: whether it shows one. bandwidth: of its memory, link: from the
+    host, both in bytes/s; of a 24 GB consumer card and of PCIe 4.0 x16 unless they are measured."""
 
-    dense: int
-    experts: int
-    kv_cache: int
-    workspace: int
-    interpreter: int
+    memory: int
+    desktop: bool = False
+    bandwidth: float = 900e9
+    link: float = 25e9
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that are left to the driver, and to the desktop."""
+        return _CARD_RESERVE + (_DESKTOP_RESERVE if self.desktop else 0)
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A machine. ram: bytes of host memory that the model may take, None for as many as it wants; what Python and its libraries take comes
+    on top. host_bandwidth, disk_bandwidth: bytes/s."""
+
+    ram: int | None = None
+    cards: tuple[Card, ...] = ()
+    host_bandwidth: float = 60e9
+    disk_bandwidth: float = 5e9
+
+
+@dataclass(frozen=True)
+class Request:
+    """What memory is to be kept for. context: tokens of a sequence. batch: sequences together. kv_format: "plain", "int8" or "int4".
+    step_tokens: tokens that one forward pass brings at most; None for a prefill step. dtype: of activations; None for the checkpoint's."""
+
+    context: int
+    batch: int = 1
+    kv_format: str = "plain"
+    step_tokens: int | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """One device. budget: bytes that may be used, None without a limit. layers: (first, end) of those that it computes. slots: room for
+    experts of each kind. dense: bytes of all other weights, of which every token reads `dense_read`; the other fields are bytes, too."""
+
+    device: str
     budget: int | None
+    layers: tuple[int, int]
+    dense: int = 0
+    experts: int = 0
+    kv_cache: int = 0
+    workspace: int = 0
+    reserve: int = 0
+    slots: Mapping[ExpertKind, int] = field(default_factory=dict)
+    dense_read: int = 0
 
     @property
     def total(self) -> int:
-        """Everything."""
-        return self.dense + self.experts + self.kv_cache + self.workspace + self.interpreter
+        """All bytes."""
+        return self.dense + self.experts + self.kv_cache + self.workspace + self.reserve
+
+    @property
+    def n_slots(self) -> int:
+        """Experts that can lie here."""
+        return sum(self.slots.values())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything lies.
+
+    cards: by index. host: its memory. experts: how many the model has. expert_bytes: of all of them in memory. disk_experts: how many lie
+    in no memory when all slots are full. shortfall: bytes that the worst device lacks for the least that can work; 0 where it fits.
+    short_of: that device.
+    """
+
+    cards: tuple[DevicePlan, ...]
+    host: DevicePlan
+    experts: int
+    expert_bytes: int
+    disk_experts: int
+    shortfall: int = 0
+    short_of: str = ""
+
+    @property
+    def devices(self) -> tuple[DevicePlan, ...]:
+        """All, the host last."""
+        return *self.cards, self.host
 
     @property
     def fits(self) -> bool:
-        """Whether the budget holds everything."""
-        return self.budget is None or self.total <= self.budget
+        """Whether the model can run so."""
+        return self.shortfall == 0
+
+    @property
+    def resident(self) -> bool:
+        """Whether every expert lies on the device that computes it."""
+        return sum(plan.n_slots for plan in self.cards or (self.host,)) == self.experts
 
 
-def plan_memory(
-    config: DbrxConfig,
-    formats: Mapping[str, TensorFormat],
-    *,
-    context: int,
-    batch: int = 1,
-    budget: int | None = None,
-    kv_format: str = "plain",
-) -> MemoryPlan:
-    """The host memory of a model whose tensors are packed as `formats` says, with room for `batch` sequences of `context` tokens.
+def place(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, request: Request) -> Placement:
+    """A plan for a model whose tensors are packed as `formats` says.
 
-    `kv_format` is that of the KV cache: "plain" in the model's dtype, "int8" or "int4".
+    It never fails: a plan that does not fit says by how much.
     """
-    dtype = getattr(torch, config.torch_dtype or "bfloat16")
-    sizes = {True: 0, False: 0}
-    for tensor in dense_tensors(config):
-        fmt = formats.get(tensor.name)
-        if fmt is None:
-            size = math.prod(tensor.shape) * dtype.itemsize
-        else:
-            size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt.in_memory))
-        sizes[kind_of(tensor.name) == "experts"] += size
-    shape = batch, config.attn_config.kv_n_heads, context, config.head_dim
-    kv = config.n_layers * allocate_kv(kv_format, *shape, dtype, torch.device("meta")).nbytes
-    T, A = min(_PREFILL_TOKENS, batch * context), config.ffn_config.moe_top_k
-    # Residual stream, norms, q/k/v and the routed sum in float32, and gate and up of every active pair.
-    workspace = T * 4 * (8 * config.d_model + A * (config.d_model + 2 * config.ffn_config.ffn_hidden_size))
-    workspace += 4 * batch * config.vocab_size
-    return MemoryPlan(sizes[False], sizes[True], kv, workspace, _INTERPRETER_BYTES, budget)
+    model = _Sizes.of(config, formats, request)
+    if not rig.cards:
+        return _on_host(model, rig)
+    layers, count = config.n_layers, len(rig.cards)
+    if layers < count:  # the last cards stay empty
+        return _on_cards(model, rig, [min(c + 1, layers) for c in range(count)])
+    found: dict[tuple[int, ...], Placement] = {}
+
+    def badness(ends: tuple[int, ...]) -> tuple[float, ...]:
+        if ends not in found:
+            found[ends] = _on_cards(model, rig, ends)
+        return _badness(model, rig, found[ends])
+
+    return found[_best_split(layers, rig.cards, badness)]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a model by what they are for. kinds, dense, kv: by layer. workspace: of activations on the host and on a card."""
+
+    kinds: list[ExpertKind]
+    n_experts: int
+    top_k: int
+    dense: list[int]
+    embedding: int
+    head: int
+    kv: int
+    host_workspace: int
+    card_workspace: int
+
+    @classmethod
+    def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: Request) -> _Sizes:
+        dtype = request.dtype or getattr(torch, config.torch_dtype or "bfloat16")
+        dense, embedding, head = [0] * config.n_layers, 0, 0
+        for tensor in dense_tensors(config):
+            if tensor.experts:
+                continue
+            fmt = formats.get(tensor.name)
+            if fmt is None:
+                size = math.prod(tensor.shape) * dtype.itemsize
+            else:
+                size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt.in_memory))
+            if tensor.layer >= 0:
+                dense[tensor.layer] += size
+            elif ".wte." in tensor.name:
+                embedding += size
+            else:
+                head += size
+        shape = request.batch, config.attn_config.kv_n_heads, request.context, config.head_dim
+        kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
+        tokens = {kind: min(request.step_tokens or limit, request.batch * request.context) for kind, limit in PREFILL_TOKENS.items()}
+        host, card = (_workspace(config, tokens[kind], request.batch, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
+        ffn = config.ffn_config
+        kinds = expert_kinds(config, formats, dtype)
+        return cls(kinds, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
+
+
+def _workspace(config: DbrxConfig, T: int, batch: int, width: int) -> int:
+    """Residual stream, norms, q/k/v and the routed sum, gate and up of every active pair, and the logits."""
+    D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
+    return T * width * (8 * D + A * (D + 2 * F)) + 4 * batch * config.vocab_size
+
+
+def _on_host(model: _Sizes, rig: Rig) -> Placement:
+    layers = len(model.kinds)
+    dense = sum(model.dense) + model.embedding + model.head
+    kv = layers * model.kv
+    wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
+    room = None if rig.ram is None else rig.ram - dense - kv - model.host_workspace
+    slots, short = _slots(wanted, room)
+    read = dense - model.embedding
+    host = DevicePlan("cpu", rig.ram, (0, layers), dense, _bytes(slots), kv, model.host_workspace, 0, slots, read)
+    return _placement((), host, wanted, short, "cpu")
+
+
+def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
+    """With layers ends[c - 1] .. ends[c] - 1 on card c."""
+    cards, short, worst, held = [], 0, "", 0
+    wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
+    for c, (card, first, end) in enumerate(zip(rig.cards, (0, *ends), ends, strict=False)):
+        dense = sum(model.dense[first:end])
+        dense += model.embedding if c == 0 else 0
+        dense += model.head if c == len(rig.cards) - 1 else 0
+        kv = (end - first) * model.kv
+        own = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds[first:end]).items()})
+        slots, missing = _slots(own, card.memory - card.reserve - dense - kv - model.card_workspace)
+        if missing > short:
+            short, worst = missing, f"cuda:{c}"
+        held += sum(slots.values())
+        read = dense - (model.embedding if c == 0 else 0)
+        reserve, work = card.reserve, model.card_workspace
+        cards.append(DevicePlan(f"cuda:{c}", card.memory, (first, end), dense, _bytes(slots), kv, work, reserve, slots, read))
+    workspace = model.host_workspace if held < sum(wanted.values()) else 0
+    staging = _STAGED_EXPERTS * max(kind.nbytes for kind in wanted) if workspace else 0
+    left = wanted - Counter({kind: sum(plan.slots.get(kind, 0) for plan in cards) for kind in wanted})
+    host_slots: dict[ExpertKind, int] = {}
+    if left:
+        host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging)
+        if missing > short:
+            short, worst = missing, "cpu"
+    host = DevicePlan("cpu", rig.ram, (0, 0), 0, _bytes(host_slots), 0, workspace + staging, 0, host_slots)
+    return _placement(tuple(cards), host, wanted, short, worst)
+
+
+def _placement(cards: tuple[DevicePlan, ...], host: DevicePlan, wanted: Mapping[ExpertKind, int], short: int, worst: str) -> Placement:
+    held = sum(plan.n_slots for plan in (*cards, host))
+    total = sum(wanted.values())
+    return Placement(cards, host, total, _bytes(wanted), max(0, total - held), short, worst if short else "")
+
+
+def _slots(wanted: Mapping[ExpertKind, int], room: int | None) -> tuple[dict[ExpertKind, int], int]:
+    """(slots of each kind, bytes that are missing for one of each): in each kind the same share of what is wanted."""
+    if room is None or _bytes(wanted) <= room:
+        return dict(wanted), 0
+    least = dict.fromkeys(wanted, 1)
+    if _bytes(least) > room:
+        return least, _bytes(least) - room
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        share = (low + high) / 2
+        slots = {kind: max(1, int(share * count)) for kind, count in wanted.items()}
+        low, high = (share, high) if _bytes(slots) <= room else (low, share)
+    slots = {kind: max(1, int(low * count)) for kind, count in wanted.items()}
+    for kind in sorted(wanted, key=lambda kind: -kind.nbytes):  # what rounding left over
+        slots[kind] = min(wanted[kind], slots[kind] + (room - _bytes(slots)) // kind.nbytes)
+    return slots, 0
+
+
+def _bytes(slots: Mapping[ExpertKind, int]) -> int:
+    return sum(kind.nbytes * count for kind, count in slots.items())
+
+
+def _best_split(layers: int, cards: Sequence[Card], badness: Callable[[tuple[int, ...]], tuple[float, ...]]) -> tuple[int, ...]:
+    """Where the layers of every card end: from shares by size, ends are moved as long as that makes it better."""
+    count = len(cards)
+    sizes = [max(1, card.memory - card.reserve) for card in cards]
+    ends = [round(layers * sum(sizes[: c + 1]) / sum(sizes)) for c in range(count)]
+    best = tuple(max(c + 1, min(end, layers - count + c + 1)) for c, end in enumerate(ends))
+    while True:
+        near = [best]
+        for first, end in combinations(range(count), 2):  # cards first .. end - 1 end one or more layers later or earlier
+            for step in (1, -1, 2, -2, 4, -4):
+                moved = tuple(at + step if first <= c < end else at for c, at in enumerate(best))
+                if all(low < high for low, high in pairwise((0, *moved))):
+                    near.append(moved)
+        better = min(near, key=badness)
+        if badness(better) >= badness(best):
+            return best
+        best = better
+
+
+def _badness(model: _Sizes, rig: Rig, plan: Placement) -> tuple[float, float]:
+    """Of plans that fit the fastest is the best, and of almost equally fast ones the one whose cards hold the most equal shares.
+
+    Chance makes hits grow evenly with slots, so that it is all one where they are; on text the first slots of a layer hit more often than
+    the last ones.
+    """
+    from .speed import expected_seconds
+
+    shares = [card.n_slots / ((card.layers[1] - card.layers[0]) * model.n_experts) for card in plan.cards]
+    seconds = expected_seconds(plan, rig, n_experts=model.n_experts, top_k=model.top_k)
+    return plan.shortfall, seconds * (1 + _SPREAD_WEIGHT * (max(shares) - min(shares)))

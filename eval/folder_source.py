@@ -19,7 +19,7 @@ from dbrx_q.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.loading import eos_ids
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.model import DbrxForCausalLM
-from dbrx_q.placement import plan_memory
+from dbrx_q.placement import Request, Rig, place
 from dbrx_q.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -67,7 +67,7 @@ class PackedFolder(Source):
             self.config = checkpoint.config
             inventory = take_inventory(checkpoint)
             self._shards = checkpoint.shards
-            plan = plan_memory(checkpoint.config, checkpoint.formats, context=1)
+            plan = place(checkpoint.config, checkpoint.formats, Rig(), Request(context=1)).host
         self.loaded_bytes = plan.dense + plan.experts
         self.nbytes, self.parameters = inventory.total.bytes, inventory.total.parameters
         self.format = _matrices_format(inventory)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..sizes import format_size
 from . import measuring, output
 from .generate import DEVICE_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
@@ -120,7 +121,7 @@ def _print(found: Comparison) -> None:
     if found.approximation:
         print(f"note        {found.approximation}")
     for row in found.results:
-        print(f"\n{row.path}  ({row.format}, {row.bits_per_weight:.3f} bits per weight, {output.size(row.bytes)})")
+        print(f"\n{row.path}  ({row.format}, {row.bits_per_weight:.3f} bits per weight, {format_size(row.bytes)})")
         for name, value in (
             ("perplexity", f"{row.perplexity:.4f} +- {row.perplexity_stderr:.4f}"),
             ("change of ln PPL", f"{row.delta_ln_ppl:.6f} +- {row.delta_ln_ppl_stderr:.6f}"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import output
+from ..sizes import format_size
+from . import budgets, output
+from .budgets import Policy
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -33,6 +36,7 @@ class KvFormat(str, Enum):
 
 
 DEVICE_HELP = "cpu, or cuda or cuda:N for a GPU that holds the whole model."
+CONTEXT_HELP = "With --ram or --gpu, tokens that keys and values are kept room for; the prompt's and --max-new-tokens unless given."
 KV_HELP = "Format of the KV cache; plain is the activations' dtype."
 
 
@@ -52,15 +56,25 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    ram: Annotated[str | None, typer.Option(help=budgets.RAM_HELP, show_default=False)] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help=budgets.GPU_HELP, show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default=False)] = None,
+    policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
+    prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
+    stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
+    import torch
+
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.generation import check_request, generate
     from dbrx_q.host_memory import peak_memory_bytes
     from dbrx_q.hub import resolve_folder
-    from dbrx_q.model import DbrxForCausalLM, check_device
+    from dbrx_q.loading import load_pretrained
+    from dbrx_q.model import check_device
     from dbrx_q.sampling import SamplingParams
     from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -77,8 +91,17 @@ def command(
         ids = tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
         ids = tokenizer.encode(prompt)
-    check_request(DbrxConfig.from_pretrained(folder), [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
-    model = DbrxForCausalLM.from_pretrained(folder, device=place, dtype=None if dtype is Dtype.auto else dtype.value)
+    config = DbrxConfig.from_pretrained(folder)
+    check_request(config, [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
+    if context is not None and ram is None and not gpu:
+        raise RequestError(f"--context needs a budget that keys and values are part of; found {context}. Add --ram or --gpu")
+    room = min(len(ids) + max_new_tokens, config.max_seq_len) if context is None else context
+    budget = budgets.budget_of(
+        ram, gpu, context=room, kv_format=kv.value, step_tokens=len(ids), policy=policy, profile=profile, prefetch=prefetch
+    )
+    chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    model = load_pretrained(folder, budget=budget, device=place, dtype=chosen)
+    loaded = model.expert_store.stats()
 
     def show(_: int, text: str) -> None:
         sys.stdout.write(text)
@@ -98,6 +121,7 @@ def command(
     decoded = result.decode_steps
     prefill_speed = result.prompt_tokens / result.prefill_seconds
     decode_speed = decoded / result.decode_seconds if decoded else 0.0
+    did = model.expert_store.stats() - loaded
     if json:
         output.print_json(
             {
@@ -108,12 +132,18 @@ def command(
                 "prefill_tokens_per_s": prefill_speed,
                 "decode_tokens_per_s": decode_speed,
                 "peak_memory_bytes": peak_memory_bytes(),
+                **({"experts": did.as_dict()} if stats else {}),
             }
         )
         return
     print(flush=True)
     print(
         f"{result.prompt_tokens} prompt tokens at {prefill_speed:.1f} tokens/s, {len(result.token_ids)} new tokens at "
-        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {output.size(peak_memory_bytes())}",
+        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {format_size(peak_memory_bytes())}",
         file=sys.stderr,
     )
+    if result.finish_reason == "memory":
+        print("the KV cache that the budget holds is full; give --context or more memory to go on", file=sys.stderr)
+    if stats:
+        for line in did.lines():
+            print(line, file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["JSON_HELP", "example", "parse_size", "print_json", "progress", "size", "stderr"]
+__all__ = ["JSON_HELP", "example", "print_json", "progress", "stderr"]
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 JSON_HELP = "Print one JSON object on stdout and nothing else."
 
 
@@ -54,26 +52,3 @@ def progress(what: str, *, unit_bytes: bool = False) -> Iterator[Callable[[int, 
     with Progress(TextColumn(what), BarColumn(), *columns, TimeRemainingColumn(), console=stderr(), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def size(n: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 96GiB or 64GB.
-
-    Raises:
-        RequestError: another text.
-    """
-    from dbrx_q.errors import RequestError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import output
+from ..sizes import format_size, parse_size
+from . import budgets, output
 from .generate import KV_HELP, KvFormat
 from .quantize import Format
 
+if TYPE_CHECKING:
+    from dbrx_q.placement import Placement
+    from dbrx_q.speed import SpeedBounds
+
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --ram 96GiB --context 8192")
+EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
+
+_KINDS = ("dense", "experts", "kv_cache", "workspace", "reserve")
 
 
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    ram: Annotated[str | None, typer.Option(help="Memory that may be used, as 96GiB.", show_default=False)] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help=budgets.PLANNED_GPU_HELP, show_default=False)] = None,
+    ram: Annotated[str | None, typer.Option(help=f"{budgets.RAM_HELP} As much as it wants unless given.", show_default=False)] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
+    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
     group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
+    disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Say what a model takes in memory on the CPU before any weight is downloaded; reads config.json alone."""
-    from dataclasses import asdict
-
+    """Say where a model would lie on a rig and how fast that can be, before any weight is downloaded; reads config.json alone."""
+    from dbrx_q.advice import advice
+    from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.layout import TensorFormat, tensor_formats
-    from dbrx_q.placement import plan_memory
+    from dbrx_q.placement import Request, Rig, place
     from dbrx_q.quantize.recipe import default_recipe
+    from dbrx_q.speed import speed_bounds
 
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)
@@ -42,20 +53,68 @@ def command(
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
         formats = default_recipe(config, TensorFormat(format.value, 64 if group_size is None else group_size))
-    context = min(4096, config.max_seq_len) if context is None else context
+    context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
-    plan = plan_memory(
-        config, formats, context=context, batch=batch, budget=None if ram is None else output.parse_size(ram), kv_format=kv.value
+    rig = Rig(
+        None if ram is None else parse_size(ram), budgets.planned_cards(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth)
     )
+    request = Request(context, batch, kv.value)
+    plan = place(config, formats, rig, request)
+    ffn = config.ffn_config
+    bounds = speed_bounds(plan, rig, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
+    sentence = advice(config, formats, rig, request)
     if json:
-        output.print_json(asdict(plan) | {"total": plan.total, "fits": plan.fits})
+        output.print_json(_as_dict(plan, bounds) | {"advice": sentence})
         return
-    for name in ("experts", "dense", "kv_cache", "workspace", "interpreter"):
-        print(f"{name:12}{output.size(getattr(plan, name)):>12}")
-    print(f"{'total':12}{output.size(plan.total):>12}")
-    if plan.budget is not None:
-        left = plan.budget - plan.total
-        print(f"fits, {output.size(left)} to spare" if left >= 0 else f"does not fit: {-left:,} bytes more are needed")
+    _print(plan, bounds)
+    print(sentence)
+
+
+def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
+    def device(found: Any) -> dict[str, Any]:
+        bytes_of = {kind: getattr(found, kind) for kind in (*_KINDS, "total")}
+        return {"device": found.device, "budget": found.budget, "layers": list(found.layers), **bytes_of, "expert_slots": found.n_slots}
+
+    terms = [
+        {"path": t.path, "what": t.what, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in bounds.terms
+    ]
+    return {
+        "fits": plan.fits,
+        "shortfall": plan.shortfall,
+        "short_of": plan.short_of,
+        "devices": [device(found) for found in plan.devices],
+        "experts": plan.experts,
+        "expert_bytes": plan.expert_bytes,
+        "disk_experts": plan.disk_experts,
+        "hit_rate": bounds.hit_rate,
+        "tokens_per_second": {"lower": bounds.lower, "expected": bounds.expected, "upper": bounds.upper},
+        "per_token": terms,
+    }
+
+
+def _print(plan: Placement, bounds: SpeedBounds) -> None:
+    devices = [found for found in plan.devices if found.total or found.layers[1] > found.layers[0]]
+    print(f"{'':12}" + "".join(f"{found.device:>14}" for found in devices))
+    for kind in _KINDS:
+        if any(getattr(found, kind) for found in devices):
+            print(f"{kind:12}" + "".join(f"{format_size(getattr(found, kind)):>14}" for found in devices))
+    print(f"{'total':12}" + "".join(f"{format_size(found.total):>14}" for found in devices))
+    print(f"{'budget':12}" + "".join(f"{'none' if found.budget is None else format_size(found.budget):>14}" for found in devices))
+    print(f"{'layers':12}" + "".join(f"{f'{found.layers[0]}-{found.layers[1] - 1}' if found.layers[1] else '':>14}" for found in devices))
+    print(f"{'experts held':12}" + "".join(f"{found.n_slots:>14}" for found in devices))
+    rest = f"; {plan.disk_experts} lie on disk alone" if plan.disk_experts else ""
+    print(f"of {plan.experts} experts ({format_size(plan.expert_bytes)}){rest}")
+    if not plan.fits:
+        print(f"does not fit: {plan.shortfall:,} bytes more are needed on {plan.short_of}")
+        return
+    print(f"fits; expected hit rate {bounds.hit_rate:.1%} (experts chosen by chance; the policies of the cache do better on text)")
+    for term in bounds.terms:
+        rate = f"{format_size(term.nbytes)} / {format_size(term.bandwidth)}/s"
+        print(f"  {term.what} ({term.path}): {rate} = {1000 * term.seconds:.2f} ms a token")
+    print(
+        f"tokens/s at batch 1: {bounds.expected:.2f} expected; at least {bounds.lower:.2f} (every request misses, nothing overlaps), "
+        f"at most {bounds.upper:.2f} (every slot hits, everything overlaps)"
+    )

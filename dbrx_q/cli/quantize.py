@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..sizes import format_size, parse_size
 from . import output
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def command(
         raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
     if method.compares and activations is Activations.original:
         raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
-    accelerator = open_accelerator(device, None if device_memory is None else output.parse_size(device_memory))
+    accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
     place = _opened(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
@@ -153,7 +154,7 @@ def command(
         options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
         accelerator=accelerator,
     )
-    budget = output.parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
+    budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     partial, run = partial_of(destination), None
     try:
         if dry_run:
@@ -243,21 +244,21 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, *, json: bool) ->
     if json:
         output.print_json(asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": bits, "seconds": seconds})
         return
-    print(f"reads       {output.size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
-    print(f"writes      {output.size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
+    print(f"reads       {format_size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
+    print(f"writes      {format_size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
     for kind, each in plan.bits.items():
         print(f"  {kind:22}{each:6.3f} bits per weight")
     where = "in files" if plan.in_files else "in memory"
     print(
-        f"memory      {output.size(plan.peak_memory):>10}  at most"
-        + (f", activations of {output.size(plan.activations)} {where}" if plan.activations else "")
+        f"memory      {format_size(plan.peak_memory):>10}  at most"
+        + (f", activations of {format_size(plan.activations)} {where}" if plan.activations else "")
     )
     if accelerator is not None:
         where = f"at most on {accelerator.name}, which rounds {plan.accelerated:,} of {plan.matrices:,} matrices"
-        print(f"GPU memory  {output.size(accelerator.memory):>10}  {where}")
+        print(f"GPU memory  {format_size(accelerator.memory):>10}  {where}")
     if plan.fetch:
-        print(f"downloads   {output.size(plan.fetch):>10}  which take at most {output.size(plan.fetch_disk)} of disk at a time")
-    print(f"disk        {output.size(plan.disk):>10}  must be free where it is written")
+        print(f"downloads   {format_size(plan.fetch):>10}  which take at most {format_size(plan.fetch_disk)} of disk at a time")
+    print(f"disk        {format_size(plan.disk):>10}  must be free where it is written")
     print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
 
 
@@ -287,16 +288,16 @@ def _show_run(run: RunRecord, destination: Path, *, json: bool) -> None:
             }
         )
         return
-    print(f"before  {output.size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
-    print(f"after   {output.size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
+    print(f"before  {format_size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
+    print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
     if calibration is not None:
         print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
     if fallbacks:
         print(f"{len(fallbacks)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
     earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
-    speed = "" if run.resumed_seconds else f", {output.size(run.bytes_in / run.seconds)}/s"
-    there = f", on {run.device} {output.size(run.peak_device_bytes)}" if run.device != "cpu" else ""
-    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {output.size(run.peak_memory_bytes)}{there}")
+    speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
+    there = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""
+    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {format_size(run.peak_memory_bytes)}{there}")
 
 
 def _duration(seconds: float) -> str:

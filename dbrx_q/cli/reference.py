@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..sizes import format_size
 from . import measuring, output
 from .generate import DEVICE_HELP, Dtype
 from .measuring import ProtocolName
@@ -71,4 +72,4 @@ def command(
             {"path": str(destination), "bytes": size, "tokens": total, "protocol": how.name, "context": how.context, "top_k": top_k}
         )
         return
-    print(f"{destination}  {output.size(size)}, {total:,} tokens predicted, {how.name}, context {how.context}")
+    print(f"{destination}  {format_size(size)}, {total:,} tokens predicted, {how.name}, context {how.context}")

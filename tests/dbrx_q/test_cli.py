@@ -204,7 +204,7 @@ def test_an_nf4_checkpoint_goes_through_every_command(
     assert (ahead["bytes_out"], ahead["bits"]["experts"]) == (inventory["bytes"], bits)
     plans = [json.loads(cli("plan", *arguments, "--json").out) for arguments in ((folder,), (nano, "--format", fmt))]
     assert plans[0] == plans[1]
-    assert plans[0]["experts"] == (4 + 32 / 64) * kinds["experts"]["parameters"] / 8  # in memory
+    assert plans[0]["expert_bytes"] == (4 + 32 / 64) * kinds["experts"]["parameters"] / 8  # in memory
     assert json.loads(cli("verify", folder, "--json").out)["ok"] is True
     prompt = "The old man looked at"
     tokenizer = DbrxTokenizer.from_pretrained(folder)

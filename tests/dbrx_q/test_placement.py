@@ -1,36 +1,255 @@
-"""The memory plan: weights to the byte, from config.json alone."""
+"""Where a model lies, from its configuration alone: bytes against the real ones, and rigs of every size."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dbrx_q import KVCache
+from dbrx_q import DbrxConfig, KVCache
+from dbrx_q.advice import advice
 from dbrx_q.checkpoint import Checkpoint
-from dbrx_q.cli import run
 from dbrx_q.kernels.kv import KV_FORMATS
-from dbrx_q.placement import plan_memory
+from dbrx_q.layout import TensorFormat
+from dbrx_q.placement import Card, Placement, Request, Rig, place
+from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.speed import hit_rate, speed_bounds
+
+DBRX = DbrxConfig(
+    d_model=6144,
+    n_heads=48,
+    n_layers=40,
+    max_seq_len=32768,
+    vocab_size=100352,
+    attn_config={"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0},
+    ffn_config={"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    torch_dtype="bfloat16",
+)
+INT4 = default_recipe(DBRX, TensorFormat("int4", 64))
+EXPERT = 3 * 6144 * 10752 * (4 + 16 / 64 + 4 / 64) / 8
+GIB = 1 << 30
+
+
+def card(gib: int, *, desktop: bool = False) -> Card:
+    return Card(gib * GIB, desktop)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rig: cards by GiB, negative for one that shows a desktop, and GiB of RAM."""
+
+    cards: tuple[int, ...]
+    ram: int
+
+    @property
+    def rig(self) -> Rig:
+        return Rig(self.ram * GIB, tuple(card(abs(gib), desktop=gib < 0) for gib in self.cards))
+
+    def __str__(self) -> str:
+        names = [f"{abs(gib)}desktop" if gib < 0 else str(gib) for gib in self.cards]
+        return f"{'+'.join(names) or 'cpu'}-ram{self.ram}"
+
+
+RIGS = [(24,), (24, 24), (24, 24, 24), (24, 24, 24, 24), (24, 12), (12, 24), (24, -24)]
+CASES = [Case(cards, ram) for cards in RIGS for ram in (32, 64, 128)] + [Case((), ram) for ram in (32, 64, 128)]
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
 def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano: Path, quantized: bool, kv_format: str) -> None:
     with Checkpoint(quantized_nano if quantized else nano) as checkpoint:
-        plan = plan_memory(checkpoint.config, checkpoint.formats, context=300, batch=2, kv_format=kv_format)
-        assert plan.dense + plan.experts == sum(info.nbytes for info in checkpoint.infos.values())
-        assert plan.kv_cache == KVCache(checkpoint.config, 2, 300, dtype=torch.bfloat16, format=kv_format).nbytes
+        plan = place(checkpoint.config, checkpoint.formats, Rig(), Request(300, 2, kv_format))
+        assert plan.host.dense + plan.host.experts == sum(info.nbytes for info in checkpoint.infos.values())
+        assert plan.host.kv_cache == KVCache(checkpoint.config, 2, 300, dtype=torch.bfloat16, format=kv_format).nbytes
+        assert plan.resident
 
 
-def test_a_plan_for_what_quantize_would_write(nano: Path, quantized_nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", str(nano), "--format", "int4", "--context", "2048", "--json"]) == 0
-    ahead = json.loads(capsys.readouterr().out)
-    assert run(["plan", str(quantized_nano), "--json", "--ram", "1GiB", "--context", "2048"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (ahead["dense"], ahead["experts"]) == (found["dense"], found["experts"])
-    assert found["fits"]
-    assert run(["plan", str(quantized_nano), "--ram", "100MB", "--context", "2048"]) == 0
-    short = found["total"] - 100_000_000
-    assert f"does not fit: {short:,} bytes more are needed" in capsys.readouterr().out
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_byte_of_every_rig_is_accounted_for(case: Case) -> None:
+    request = Request(8192)
+    plan = place(DBRX, INT4, case.rig, request)
+    whole = place(DBRX, INT4, Rig(), request)
+    assert plan.fits
+    for device in plan.devices:
+        assert device.budget is not None
+        assert device.total <= device.budget
+        assert device.experts == pytest.approx(device.n_slots * EXPERT)
+    assert sum(device.dense for device in plan.devices) == whole.host.dense
+    assert sum(device.kv_cache for device in plan.devices) == whole.host.kv_cache
+    assert sum(device.n_slots for device in plan.devices) + plan.disk_experts == 640
+    assert plan.expert_bytes == pytest.approx(640 * EXPERT)
+    if plan.disk_experts:  # then no device has room for one more
+        assert all((device.budget or 0) - device.total < EXPERT for device in plan.devices if device.layers != (0, 0) or device.n_slots)
+    ends = [end for layers in (device.layers for device in plan.cards) for end in layers]
+    assert ends == sorted(ends)
+    assert not plan.cards or (ends[0], ends[-1]) == (0, 40)
+    for first, second in zip(plan.cards, plan.cards[1:], strict=False):
+        assert first.layers[1] == second.layers[0]
+    for device, spec in zip(plan.cards, case.rig.cards, strict=True):
+        assert device.reserve == spec.reserve
+        assert spec.reserve >= (1 << 30 if spec.desktop else 500 << 20)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.cards], ids=str)
+def test_no_card_ends_with_all_the_offloaded_layers(case: Case) -> None:
+    """Every card holds about the same share of its layers' experts, and gives a layer away to nobody who would be faster."""
+    plan = place(DBRX, INT4, case.rig, Request(8192))
+    shares = [device.n_slots / (16 * (device.layers[1] - device.layers[0])) for device in plan.cards]
+    assert max(shares) - min(shares) <= 0.12  # a layer of 40 more or less
+    bounds = speed_bounds(plan, case.rig, n_experts=16, top_k=4)
+    assert 0 < bounds.lower <= bounds.expected * 1.0000001 <= bounds.upper * 1.0000002
+    assert bounds.expected == pytest.approx(1 / sum(term.seconds for term in bounds.terms))
+
+
+@pytest.mark.parametrize("case", [Case((24, 24), 64), Case((24, 12), 64), Case((24, -24), 128), Case((24, 24, 24), 32)], ids=str)
+def test_the_split_is_the_best_of_all(case: Case) -> None:
+    from itertools import combinations
+
+    from dbrx_q import placement
+
+    request = Request(8192)
+    model = placement._Sizes.of(DBRX, INT4, request)
+    every = [placement._on_cards(model, case.rig, (*ends, 40)) for ends in combinations(range(1, 40), len(case.cards) - 1)]
+    least = min(placement._badness(model, case.rig, plan) for plan in every)
+    assert placement._badness(model, case.rig, place(DBRX, INT4, case.rig, request)) == least
+
+
+def test_more_of_anything_is_never_slower() -> None:
+    def expected(rig: Rig, request: Request) -> float:
+        return speed_bounds(place(DBRX, INT4, rig, request), rig, n_experts=16, top_k=4).expected
+
+    base, request = Case((24,), 32).rig, Request(8192)
+    now = expected(base, request)
+    assert expected(replace(base, ram=64 * GIB), request) > now
+    assert expected(replace(base, cards=(*base.cards, card(24))), request) > now
+    assert expected(base, replace(request, kv_format="int4")) > now
+    assert expected(base, replace(request, context=1024)) > now
+    assert expected(replace(base, disk_bandwidth=1e10), request) > now
+    assert expected(Case((-24,), 32).rig, request) < now
+
+
+def test_the_arithmetic_of_a_token() -> None:
+    """All-miss over 25 GB/s, and from 60 GB/s of host memory."""
+    rig = Rig(128 * GIB, (card(24),))
+    bounds = speed_bounds(place(DBRX, INT4, rig, Request(8192)), rig, n_experts=16, top_k=4)
+    dense = next(term for term in bounds.terms if "every token" in term.what)
+    assert bounds.lower == pytest.approx(1 / (dense.seconds + 160 * EXPERT / 25e9))
+    held = place(DBRX, INT4, rig, Request(8192)).cards[0].n_slots
+    assert bounds.hit_rate == pytest.approx(held / 640)
+    missed = 160 * (1 - held / 640) * EXPERT
+    assert bounds.expected == pytest.approx(1 / (dense.seconds + 160 * held / 640 * EXPERT / 900e9 + missed / 60e9))
+    cpu = Rig(32 * GIB)
+    plan = place(DBRX, INT4, cpu, Request(8192))
+    share = plan.host.n_slots / 640
+    seconds = plan.host.dense_read / 60e9 + 160 * EXPERT * (share / 60e9 + (1 - share) / 5e9)
+    assert speed_bounds(plan, cpu, n_experts=16, top_k=4).expected == pytest.approx(1 / seconds)
+    assert hit_rate(plan, 16) == pytest.approx(share)
+
+
+def test_formats_that_differ_share_the_room_evenly() -> None:
+    formats = dict(INT4)
+    for name in formats:
+        if ".blocks.7.ffn" in name:
+            formats[name] = TensorFormat("int8", 64)
+    plan = place(DBRX, formats, Rig(32 * GIB), Request(4096))
+    counts = sorted(plan.host.slots.values())
+    assert len(counts) == 2
+    assert abs(counts[0] / 16 - counts[1] / 624) < 0.07  # an expert of 16 more or less
+    assert plan.host.total <= 32 * GIB
+    assert 32 * GIB - plan.host.total < min(kind.nbytes for kind in plan.host.slots)
+
+
+def test_more_cards_than_layers(nano: Path) -> None:
+    config = DbrxConfig.from_pretrained(nano)
+    plan = place(config, {}, Rig(None, tuple(card(24) for _ in range(6))), Request(64))
+    assert [device.layers for device in plan.cards] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (4, 4)]
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_fits_instead() -> None:
+    rig = Rig(64 * GIB, (card(8),))
+    plan = place(DBRX, INT4, rig, Request(32768))
+    assert not plan.fits
+    assert plan.short_of == "cuda:0"
+    least = replace(rig, cards=(Card(8 * GIB + plan.shortfall),))
+    assert place(DBRX, INT4, least, Request(32768)).fits
+    assert not place(DBRX, INT4, replace(rig, cards=(Card(8 * GIB + plan.shortfall - 1),)), Request(32768)).fits
+    sentence = advice(DBRX, INT4, rig, Request(32768))
+    assert f"{8 * GIB + plan.shortfall:,} bytes for cuda:0" in sentence
+    assert "--kv int4" in sentence
+    assert place(DBRX, INT4, rig, Request(32768, kv_format="int4")).fits
+    assert ("--context 16384" in sentence) == place(DBRX, INT4, rig, Request(16384)).fits
+
+
+@pytest.mark.parametrize(
+    ("rig", "most"),
+    [(Rig(32 * GIB, (card(24),)), "another card"), (Rig(16 * GIB), "34.36 GB more of RAM"), (Case((24, 24, 24, 24), 64).rig, "Neither")],
+)
+def test_advice_names_what_helps_most(rig: Rig, most: str) -> None:
+    sentence = advice(DBRX, INT4, rig, Request(8192))
+    assert most in sentence
+    if "instead of" in sentence:
+        better, now = (float(part) for part in sentence.split("(")[1].replace(" tokens/s expected instead of", "").rstrip(").").split())
+        assert better > now
+        assert math.isclose(now, speed_bounds(place(DBRX, INT4, rig, Request(8192)), rig, n_experts=16, top_k=4).expected, abs_tol=0.06)
+
+
+def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callable[..., Any]) -> None:
+    ahead = json.loads(cli("plan", nano, "--format", "int4", "--context", 2048, "--json").out)
+    found = json.loads(cli("plan", quantized_nano, "--json", "--context", 2048).out)
+    assert ahead == found
+    assert (found["fits"], found["disk_experts"], found["devices"][0]["device"]) == (True, 0, "cpu")
+    tight = json.loads(cli("plan", quantized_nano, "--ram", "10MB", "--context", 512, "--json").out)
+    assert tight["fits"]
+    assert tight["devices"][0]["total"] <= 10_000_000
+    assert 0 < tight["disk_experts"] < 64
+    assert tight["hit_rate"] == (64 - tight["disk_experts"]) / 64
+    shown = cli("plan", quantized_nano, "--ram", "10MB", "--context", 512).out
+    assert f"{tight['disk_experts']} lie on disk alone" in shown
+    assert "ms a token" in shown
+    assert tight["advice"] in shown
+    short = cli("plan", quantized_nano, "--ram", "1MB", "--context", 512)
+    missing = json.loads(cli("plan", quantized_nano, "--ram", "1MB", "--context", 512, "--json").out)["shortfall"]
+    assert f"does not fit: {missing:,} bytes more are needed on cpu" in short.out
+    assert f"The least that works is {1_000_000 + missing:,} bytes for cpu" in short.out
+
+
+def test_cards_of_the_command(nano: Path, cli: Callable[..., Any]) -> None:
+    done = cli("plan", nano, "--gpu", "24GiB", "--gpu", "12GiB,desktop,link=16GB,bandwidth=500GB", "--json")
+    devices = json.loads(done.out)["devices"]
+    assert [device["device"] for device in devices] == ["cuda:0", "cuda:1", "cpu"]
+    assert devices[1]["reserve"] > devices[0]["reserve"]
+    for bad, message in (
+        (("--gpu", "24GiB,fast"), "found 'fast'"),
+        (("--gpu", "24GiB,link=0"), "must be more than nothing"),
+        (("--gpu", "big"), "a size must be a number with a unit"),
+        (("--gpu", "auto", "--gpu", "24GiB"), "goes with no other --gpu"),
+        (("--disk-bandwidth", "0"), "must be more than nothing"),
+        (("--context", "9999"), "--context must be from 1 to the model's 2048 tokens"),
+        (("--batch", "0"), "--batch must be at least 1"),
+    ):
+        refused = cli("plan", nano, *bad)
+        assert (refused.code, refused.out) == (2, "")
+        assert message in refused.err
+
+
+def test_a_plan_is_quick() -> None:
+    """Four cards have 9,139 splits; few are looked at."""
+    from dbrx_q import placement
+
+    seen: list[tuple[int, ...]] = []
+    real = placement._on_cards
+
+    def counted(model: Any, rig: Rig, ends: Any) -> Placement:
+        seen.append(tuple(ends))
+        return real(model, rig, ends)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(placement, "_on_cards", counted)
+        place(DBRX, INT4, Case((24, 24, 24, 24), 64).rig, Request(8192))
+    assert len(seen) < 1500

@@ -20,7 +20,8 @@ from dbrx_q.kernels import nf4
 from dbrx_q.layers import PackedWeight
 from dbrx_q.layout import DenseTensor, TensorFormat, oriented, parts_of
 from dbrx_q.manifest import Manifest, sha256_of
-from dbrx_q.placement import plan_memory
+from dbrx_q.placement import Request as MemoryRequest
+from dbrx_q.placement import Rig, place
 from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe, override
 from dbrx_q.quantize.report import NAME as REPORT_NAME
@@ -104,7 +105,7 @@ def test_bits_are_those_stored_and_memory_is_that_of_decoded_scales(made: Path) 
         experts = take_inventory(checkpoint).kinds["experts"]
         bits = 4 + 8 / 64 + (2 + 1) * 32 / (192 * 128)  # codes, scales, and of 384 scales two nested ones and an offset
         assert (experts.format, experts.bits_per_weight) == ("nf4-double g64", bits)
-        plan = plan_memory(checkpoint.config, checkpoint.formats, context=10)
+        plan = place(checkpoint.config, checkpoint.formats, Rig(), MemoryRequest(context=10)).host
     assert plan.experts == (4 + 32 / 64) * experts.parameters / 8
     model = DbrxForCausalLM.from_pretrained(made)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

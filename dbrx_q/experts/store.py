@@ -1,4 +1,4 @@
-"""Where the experts live: a model asks an expert store for the experts of a layer and does not know more."""
+"""The interface of expert stores, and the one that holds everything."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from .kernels.moe import ExpertWeights
+from ..kernels.moe import ExpertWeights, Routing, moe_experts
+from .stats import ExpertStats
 
 __all__ = ["ExpertStore", "ResidentExpertStore"]
 
 
 class ExpertStore(ABC):
-    """Serves expert weights layer by layer.
+    """Runs the experts of a layer, wherever they lie.
+
+    Dimension letters: `T` tokens, `A` active experts of a token, `D` d_model.
 
     Attributes:
         renewed: whether a layer's weights are read or decoded again whenever it is reached, so that many tokens should go through at once.
@@ -24,6 +27,17 @@ class ExpertStore(ABC):
     @abstractmethod
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         """Weights of layer `index` in which every expert of `experts`, int64 [T, A], is present; valid until the next call."""
+
+    def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """What the experts of layer `index` make of the tokens `x` [T, D]: [T, D] in their dtype."""
+        return moe_experts(x, routing.experts, routing.weights, self.layer(index, routing.experts))
+
+    def stats(self) -> ExpertStats:
+        """What was asked for and what it took, since the model was loaded; zeros where all experts are at hand."""
+        return ExpertStats()
+
+    def close(self) -> None:  # noqa: B027 # most have nothing to give up
+        """Give up files and threads; the store serves no longer."""
 
 
 class ResidentExpertStore(ExpertStore):

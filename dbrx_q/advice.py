@@ -1,0 +1,62 @@
+"""What would help a placement most, and what fits where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from .config import DbrxConfig
+from .layout import TensorFormat
+from .placement import Card, Placement, Request, Rig, place
+from .sizes import format_size
+from .speed import expected_seconds
+
+__all__ = ["advice"]
+
+_MORE_RAM = 32 << 30
+_NEW_CARD = Card(24 << 30)
+_NOTICEABLE = 1.02
+
+
+def advice(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, request: Request) -> str:
+    """One sentence: of more memory, a smaller KV cache, a shorter context or another card, what makes it fit, or faster."""
+    plan = place(config, formats, rig, request)
+    found = [(what, place(config, formats, *change), change[0]) for what, change in _changes(rig, request)]
+    if not plan.fits:
+        fitting = [what for what, other, _ in found if other.fits]
+        least = [f"{budget} for {name}" for name, budget in _least(plan)]
+        also = (
+            f"fits instead: {', or '.join(fitting)}"
+            if fitting
+            else "none of a smaller KV cache, a shorter context or another card makes it fit"
+        )
+        return f"The least that works is {' and '.join(least)}; {also}."
+    now = 1 / _seconds(plan, config, rig)
+    rated = sorted(((1 / _seconds(other, config, its), what) for what, other, its in found if other.fits), reverse=True)
+    if not rated or rated[0][0] < _NOTICEABLE * now:
+        return "Neither more memory, nor a smaller KV cache, nor another card would make it noticeably faster."
+    best, what = rated[0]
+    return f"What would help most: {what} ({best:.1f} tokens/s expected instead of {now:.1f})."
+
+
+def _seconds(plan: Placement, config: DbrxConfig, rig: Rig) -> float:
+    return expected_seconds(plan, rig, n_experts=config.ffn_config.moe_num_experts, top_k=config.ffn_config.moe_top_k)
+
+
+def _changes(rig: Rig, request: Request) -> Iterator[tuple[str, tuple[Rig, Request]]]:
+    for kv_format in ("int8", "int4"):
+        if request.kv_format == "plain" or (request.kv_format, kv_format) == ("int8", "int4"):
+            yield f"--kv {kv_format}", (rig, replace(request, kv_format=kv_format))
+    if request.context >= 2:
+        yield f"--context {request.context // 2}", (rig, replace(request, context=request.context // 2))
+    if rig.ram is not None:
+        yield f"{format_size(_MORE_RAM)} more of RAM", (replace(rig, ram=rig.ram + _MORE_RAM), request)
+    another = replace(rig.cards[-1], desktop=False) if rig.cards else _NEW_CARD
+    yield f"another card of {format_size(another.memory)}", (replace(rig, cards=(*rig.cards, another)), request)
+
+
+def _least(plan: Placement) -> Iterator[tuple[str, str]]:
+    """(device, smallest budget) of the device that is short."""
+    for device in plan.devices:
+        if device.device == plan.short_of:
+            yield device.device, f"{(device.budget or 0) + plan.shortfall:,} bytes"

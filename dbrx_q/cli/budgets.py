@@ -1,0 +1,130 @@
+"""What the commands that load a model share: the options that say how much memory it may take."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..sizes import parse_size
+
+if TYPE_CHECKING:
+    from dbrx_q.budget import Budget
+    from dbrx_q.placement import Card
+
+__all__ = [
+    "GPU_HELP",
+    "PLANNED_GPU_HELP",
+    "POLICY_HELP",
+    "PREFETCH_HELP",
+    "PROFILE_HELP",
+    "RAM_HELP",
+    "Policy",
+    "budget_of",
+    "planned_cards",
+    "rate",
+]
+
+RAM_HELP = "Host memory that the model may take, as 64GiB: weights, KV cache and workspace; Python and its libraries take 0.4 GB besides."
+GPU_HELP = "Memory of a GPU that may be taken, as 22GiB; once for each GPU, or auto for all that is free on all."
+PLANNED_GPU_HELP = (
+    "Memory of a GPU, as 24GiB; once for each, or auto for this machine's. After commas: desktop for one that shows a desktop, "
+    "link=25GB and bandwidth=900GB for bytes a second from the host and of its memory."
+)
+POLICY_HELP = "With --ram or --gpu, which expert gives way to another; static pins what --profile used most."
+PROFILE_HELP = "A trace of a text, by `dbrx-q trace`, whose most used experts are held first."
+PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router foresees them."
+
+
+class Policy(str, Enum):
+    """Cache policies."""
+
+    least_stale = "least-stale"
+    lru = "lru"
+    lfu = "lfu"
+    static = "static"
+
+
+def budget_of(
+    ram: str | None,
+    gpu: list[str] | None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    kv_format: str = "plain",
+    step_tokens: int | None = None,
+    policy: Policy = Policy.least_stale,
+    profile: Path | None = None,
+    prefetch: bool = True,
+) -> Budget | None:
+    """What the options allow; None where neither --ram nor --gpu was given.
+
+    Raises:
+        RequestError: a size that is none, a GPU that is not there, or options that need --ram or --gpu.
+    """
+    from dbrx_q.budget import Budget, rig_of
+    from dbrx_q.errors import RequestError
+
+    if ram is None and not gpu:
+        if policy is not Policy.least_stale or profile is not None or not prefetch:
+            raise RequestError("--policy, --profile and --no-prefetch need a cache of experts; add --ram or --gpu")
+        return None
+    limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
+    if gpu and _is_auto(gpu):
+        rig = rig_of(None)
+        limits |= {i: card.memory for i, card in enumerate(rig.cards)}
+        if not rig.cards:
+            raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
+    else:
+        limits |= {i: parse_size(size) for i, size in enumerate(gpu or ())}
+    return Budget(rig_of(limits), context, batch, kv_format, step_tokens, policy.value, profile, prefetch)
+
+
+def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:
+    """The cards of a rig, which need not be this machine's.
+
+    Raises:
+        RequestError: what is no size, or a property that no card has.
+    """
+    from dbrx_q.budget import rig_of
+    from dbrx_q.errors import RequestError
+    from dbrx_q.placement import Card
+
+    if gpu and _is_auto(gpu):
+        return rig_of(None).cards
+    cards = []
+    for text in gpu or ():
+        size, *rest = text.split(",")
+        card = {"memory": parse_size(size)}
+        for item in rest:
+            name, _, value = item.partition("=")
+            if name in ("link", "bandwidth") and value:
+                card[name] = rate(value)  # type: ignore[assignment] # bytes are whole numbers, rates are not
+            elif item == "desktop":
+                card["desktop"] = True
+            else:
+                raise RequestError(f"--gpu takes a size, and after commas desktop, link=25GB or bandwidth=900GB; found {item!r}")
+        cards.append(Card(**card))  # type: ignore[arg-type] # by name
+    return tuple(cards)
+
+
+def rate(text: str) -> float:
+    """Bytes a second of a size such as 25GB.
+
+    Raises:
+        RequestError: what is no size, or nothing.
+    """
+    from dbrx_q.errors import RequestError
+
+    found = parse_size(text.removesuffix("/s"))
+    if found <= 0:
+        raise RequestError(f"a bandwidth must be more than nothing; found {text!r}")
+    return float(found)
+
+
+def _is_auto(gpu: list[str]) -> bool:
+    from dbrx_q.errors import RequestError
+
+    if "auto" in gpu and len(gpu) > 1:
+        raise RequestError(f"--gpu auto takes all GPUs and goes with no other --gpu; found {', '.join(gpu)}")
+    return gpu == ["auto"]

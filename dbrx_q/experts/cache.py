@@ -1,0 +1,174 @@
+"""Which expert lies in which slot: decisions without bytes, so that a store and a simulation come to the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .policies import CachePolicy
+from .stats import CacheStats
+
+__all__ = ["Assignment", "ExpertCache", "Group", "serve"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An expert is to be loaded into a slot. evicted: (layer, expert) that lay there, None for nobody. urgent: it is needed now."""
+
+    layer: int
+    expert: int
+    slot: int
+    evicted: tuple[int, int] | None
+    urgent: bool
+
+
+class ExpertCache:
+    """A fixed number of slots and what lies in them.
+
+    Args:
+        slots: how many; at least one.
+        policy: says what goes when all are full.
+    """
+
+    def __init__(self, slots: int, policy: CachePolicy) -> None:
+        assert slots >= 1, "a cache must hold an expert"
+        self.slots, self._policy = slots, policy
+        total = policy.layers * policy.experts
+        self._slot = np.full(total, -1)
+        self._held = np.zeros(total, bool)
+        self._shielded = np.zeros(total, bool)  # must stay for now
+        self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
+        self._free = list(range(slots))[::-1]
+        self._predicted: tuple[int, frozenset[int]] | None = None
+        self.stats = CacheStats()
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        """Where an expert lies; -1 for nowhere."""
+        return int(self._slot[self._key(layer, expert)])
+
+    def fill(self, order: Sequence[tuple[int, int]]) -> list[Assignment]:
+        """Give the free slots to these (layer, expert), as far as they reach."""
+        chosen = [(layer, expert) for layer, expert in order if self.slot_of(layer, expert) < 0][: len(self._free)]
+        return [self._take(layer, expert, True) for layer, expert in chosen]
+
+    def visit(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """A forward pass reaches a layer of which it needs these experts, in ascending order: (those that lie here, those that don't)."""
+        self._policy.enter(layer)
+        self._shielded[:] = False
+        present = [e for e in experts if self._held[self._key(layer, e)]]
+        brought = [e for e in present if self._foreseen_only[self._key(layer, e)]]
+        predicted = self._predicted[1] if self._predicted is not None and self._predicted[0] == layer else None
+        self._predicted = None
+        self.stats += CacheStats(
+            hits=len(present) - len(brought),
+            prefetch_hits=len(brought),
+            misses=len(experts) - len(present),
+            foreseen=0 if predicted is None else len(predicted.intersection(experts)),
+            needed_after=0 if predicted is None else len(experts),
+        )
+        for key in (self._key(layer, e) for e in experts):
+            self._policy.use(key)
+            self._foreseen_only[key] = False
+            self._shielded[key] = self._held[key]
+        return present, [e for e in experts if e not in set(present)]
+
+    def assign(self, layer: int, expert: int) -> Assignment | None:
+        """A slot for an expert that the layer needs; None while all must stay."""
+        taken = self._assign(layer, expert, urgent=True)
+        if taken is not None:
+            self._shielded[self._key(layer, expert)] = True
+        return taken
+
+    def served(self, layer: int, experts: Sequence[int]) -> None:
+        """These were computed: their slots may go to others."""
+        self._shielded[[self._key(layer, e) for e in experts]] = False
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> list[Assignment]:
+        """Slots for what a later layer is foreseen to need, the likeliest first; what is needed now, and what is foreseen, stays."""
+        self._predicted = layer, frozenset(experts)
+        keys = [self._key(layer, e) for e in experts]
+        spared = [key for key in keys if self._held[key] and not self._shielded[key]]
+        self._shielded[spared] = True
+        found = []
+        for expert, key in zip(experts, keys, strict=True):
+            if self._held[key]:
+                continue
+            taken = self._assign(layer, expert, urgent=False)
+            if taken is None:
+                break
+            self._foreseen_only[key] = self._shielded[key] = True
+            spared.append(key)
+            found.append(taken)
+        self._shielded[spared] = False
+        self.stats += CacheStats(prefetches=len(found))
+        return found
+
+    def keep_only(self, arrived: Collection[tuple[int, int]]) -> None:
+        """Forget every (layer, expert) but these, also where a change was broken off in the middle."""
+        kept = {self._key(*place) for place in arrived if self.slot_of(*place) >= 0}
+        for key in range(len(self._slot)):
+            if key not in kept:
+                self._slot[key], self._held[key], self._foreseen_only[key] = -1, False, False
+        self._free = sorted(set(range(self.slots)) - {int(self._slot[key]) for key in kept}, reverse=True)
+        self._shielded[:] = False
+
+    def _assign(self, layer: int, expert: int, *, urgent: bool) -> Assignment | None:
+        """A slot for an expert that is not there; None while everything must stay."""
+        if self._free:
+            return self._take(layer, expert, urgent)
+        candidates = np.flatnonzero(self._held & ~self._shielded)
+        if not candidates.size:
+            return None
+        victim = int(candidates[self._policy.worth()[candidates].argmin()])
+        slot = int(self._slot[victim])
+        self._slot[victim], self._held[victim], self._foreseen_only[victim] = -1, False, False
+        self._free.append(slot)
+        self.stats += CacheStats(evictions=1)
+        return self._take(layer, expert, urgent, divmod(victim, self._policy.experts))
+
+    def _take(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
+        key, slot = self._key(layer, expert), self._free.pop()
+        self._slot[key], self._held[key] = slot, True
+        return Assignment(layer, expert, slot, evicted, urgent)
+
+    def _key(self, layer: int, expert: int) -> int:
+        return layer * self._policy.experts + expert
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts of the layer that are to be computed next, together."""
+
+    experts: tuple[int, ...]
+
+
+def serve(
+    cache: ExpertCache, layer: int, needed: Sequence[int], foreseen: Sequence[int] = (), next_cache: ExpertCache | None = None
+) -> Iterator[Assignment | Group]:
+    """What is to be done, in order, so that a forward pass gets the experts of a layer.
+
+    An `Assignment` is to be begun; a `Group` is to be computed, once its experts arrived, before the next step is asked for. What lies
+    here comes first. Loads are begun as soon as slots can be had, those that were foreseen after all that are needed.
+
+    Args:
+        cache: of this layer's experts.
+        layer: its index.
+        needed: its experts, in ascending order.
+        foreseen: experts that the next layer will likely need, the likeliest first.
+        next_cache: of the next layer's experts.
+    """
+    present, waiting = cache.visit(layer, needed)
+    groups = [Group(tuple(present))] if present else []
+    groups += [Group((expert,)) for expert in waiting]
+    ahead = list(foreseen)
+    for group in groups:
+        while waiting and (taken := cache.assign(layer, waiting[0])) is not None:
+            del waiting[0]
+            yield taken
+        if not waiting and ahead and next_cache is not None:
+            yield from next_cache.prefetch(layer + 1, ahead)
+            ahead = []
+        yield group
+        cache.served(layer, group.experts)

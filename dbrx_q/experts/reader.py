@@ -1,0 +1,340 @@
+"""Threads that bring experts from disk into slots."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..checkpoint import check_finite
+from ..errors import CheckpointError
+from ..host_memory import available_bytes
+from .files import ExpertFiles
+from .slots import ExpertSlots
+
+__all__ = ["ExpertReader", "Load", "reads_faster_directly", "supports_direct"]
+
+# MB a piece: 1, 4, 16 with 4 threads.
+_PIECE_BYTES = 4 << 20
+_THREADS = 4
+_ALIGN = 4096  # what O_DIRECT wants of addresses, offsets and lengths on any disk in use
+_MEASURED = 8  # experts, of some 100 MB each
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class Load:
+    """An expert on its way into a slot.
+
+    Attributes:
+        nbytes: read from disk for it.
+    """
+
+    def __init__(self, pieces: int, nbytes: int, finish: Callable[[], None]) -> None:
+        self.nbytes = nbytes
+        self._left, self._finish = pieces, finish
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it came to an end, good or bad."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Return when the expert is in its slot.
+
+        Raises:
+            CheckpointError: it could not be read, or what was read is damaged.
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Return when nothing is written to the slot any more, whatever came of it."""
+        self._done.wait()
+
+    def piece_done(self, error: BaseException | None) -> None:
+        """A thread is through with a piece."""
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            last = self._left == 0
+        if last:
+            try:
+                if self._error is None:
+                    self._finish()
+            except BaseException as problem:  # whoever waits must hear of it
+                self._error = problem
+            self._done.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the other pieces need not be read."""
+        return self._error is not None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    load: Load
+    path: Path
+    offset: int
+    into: list[np.ndarray]
+
+
+class ExpertReader:
+    """Reads experts by a few threads, those that somebody waits for first.
+
+    Args:
+        files: where the experts lie.
+        direct: read past the page cache (O_DIRECT), which then keeps no second copy of what the slots hold.
+        threads: how many read at once.
+
+    Raises:
+        CheckpointError: a file cannot be opened.
+    """
+
+    def __init__(self, files: ExpertFiles, *, direct: bool = False, threads: int = _THREADS) -> None:
+        self._files, self.direct = files, direct
+        self._fds: dict[Path, int] = {}
+        self._urgent: deque[_Piece] = deque()
+        self._early: deque[_Piece] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._checked: set[tuple[int, int]] = set()
+        self._busy, self._busy_since, self._busy_seconds, self._bytes = 0, 0.0, 0.0, 0
+        try:
+            for path in files.paths:
+                self._fds[path] = os.open(path, os.O_RDONLY | (_O_DIRECT if direct else 0))
+        except OSError as error:
+            self._close_files()
+            raise CheckpointError(f"{error.filename}: shard must be readable; {error.strerror}") from None
+        self._threads = [threading.Thread(target=self._work, name=f"expert-reader-{i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        with self._changed:
+            return self._bytes
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which at least one thread read."""
+        with self._changed:
+            return self._busy_seconds + (time.perf_counter() - self._busy_since if self._busy else 0.0)
+
+    def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
+        """Begin to bring an expert into a slot, which nobody else may write to or read until it is there."""
+        kind = self._files.kinds[layer]
+        stored = slots.views(slot) if kind.as_stored else [torch.empty(part.shape, dtype=part.dtype) for part in kind.stored]
+        extents = self._files.extents(layer, expert)
+        views = [_bytes_of(piece) for piece in stored]
+        wanted: list[tuple[Path, int, list[np.ndarray]]] = []
+        first = 0
+        for extent in extents:
+            own = views[first : first + extent.pieces]
+            first += extent.pieces
+            for at in range(0, extent.nbytes, _PIECE_BYTES):
+                wanted.append((extent.path, extent.offset + at, _cut(own, at, min(_PIECE_BYTES, extent.nbytes - at))))
+
+        def finish() -> None:
+            if (layer, expert) not in self._checked:
+                for part, piece in zip(kind.stored, stored, strict=True):
+                    name = f"transformer.blocks.{layer}.ffn.experts.mlp.{part.matrix}.{expert}.{part.name}".rstrip(".")
+                    check_finite(piece, name, extents[0].path)
+                self._checked.add((layer, expert))
+            if not kind.as_stored:
+                slots.put(slot, stored)
+
+        load = Load(len(wanted), sum(extent.nbytes for extent in extents), finish)
+        with self._changed:
+            closed = self._closed
+            if not closed:
+                queue = self._urgent if urgent else self._early
+                queue.extend(_Piece(load, *piece) for piece in wanted)
+                self._changed.notify_all()
+        for _ in wanted if closed else ():
+            load.piece_done(_AbandonedError())
+        return load
+
+    def hurry(self, load: Load) -> None:
+        """Somebody waits for it now."""
+        with self._changed:
+            moved = [piece for piece in self._early if piece.load is load]
+            if moved:
+                self._early = deque(piece for piece in self._early if piece.load is not load)
+                self._urgent.extend(moved)
+                self._changed.notify_all()
+
+    def abandon(self, load: Load) -> None:
+        """Nobody waits for it any more: what is not being read is not read."""
+        with self._changed:
+            for name in ("_early", "_urgent"):
+                queue: deque[_Piece] = getattr(self, name)
+                dropped = [piece for piece in queue if piece.load is load]
+                if dropped:
+                    setattr(self, name, deque(piece for piece in queue if piece.load is not load))
+                    for _ in dropped:
+                        load.piece_done(_AbandonedError())
+
+    def close(self) -> None:
+        """End the threads and close the files; loads that did not begin fail."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            waiting = [*self._urgent, *self._early]
+            self._urgent.clear()
+            self._early.clear()
+            self._changed.notify_all()
+        for piece in waiting:
+            piece.load.piece_done(_AbandonedError())
+        for thread in self._threads:
+            thread.join()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+    def _work(self) -> None:
+        buffer = np.frombuffer(mmap.mmap(-1, _PIECE_BYTES + 2 * _ALIGN), np.uint8) if self.direct else None
+        while True:
+            with self._changed:
+                while not (self._urgent or self._early or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                piece = (self._urgent or self._early).popleft()
+                if not self._busy:
+                    self._busy_since = time.perf_counter()
+                self._busy += 1
+            error: BaseException | None = None
+            try:
+                if not piece.load.failed:
+                    self._read(piece, buffer)
+            except BaseException as problem:  # whoever waits must hear of it, and the thread must live on
+                error = problem
+            with self._changed:
+                self._busy -= 1
+                if not self._busy:
+                    self._busy_seconds += time.perf_counter() - self._busy_since
+                self._bytes += sum(view.nbytes for view in piece.into) if error is None else 0
+            piece.load.piece_done(error)
+
+    def _read(self, piece: _Piece, buffer: np.ndarray | None) -> None:
+        length = sum(view.nbytes for view in piece.into)
+        if buffer is None:
+            _read_fully(self._fds[piece.path], piece.into, piece.offset, length, piece.path)
+            return
+        first = piece.offset // _ALIGN * _ALIGN
+        end = -(-(piece.offset + length) // _ALIGN) * _ALIGN
+        _read_fully(self._fds[piece.path], [buffer[: end - first]], first, piece.offset + length - first, piece.path)
+        at = piece.offset - first
+        for view in piece.into:
+            view[:] = buffer[at : at + view.nbytes]
+            at += view.nbytes
+
+
+class _AbandonedError(CheckpointError):
+    """A load that nobody waits for."""
+
+    def __init__(self) -> None:
+        super().__init__("the expert store was closed; load the model again")
+
+
+def reads_faster_directly(files: ExpertFiles, *, uncached_bytes: int) -> bool:
+    """Whether experts should be read past the page cache.
+
+    Where free memory can hold all that is read again and again (`uncached_bytes`), the page cache is one more tier and serves. Elsewhere it
+    would hold little of it, and the way that is faster for what lies on disk alone is taken, as measured on experts that nobody has read.
+    """
+    if not supports_direct(files.paths[0]) or available_bytes() >= uncached_bytes:
+        return False
+    return _seconds_of(files, direct=True) < _seconds_of(files, direct=False)
+
+
+def _seconds_of(files: ExpertFiles, *, direct: bool) -> float:
+    """To read some experts that no cache holds, by as many threads as a store has."""
+    places = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
+    step = max(1, len(places) // _MEASURED)
+    chosen = places[int(direct) :: 2 * step][:_MEASURED]
+    if hasattr(os, "posix_fadvise"):
+        for place in chosen:
+            for extent in files.extents(*place):
+                with open(extent.path, "rb", buffering=0) as file:
+                    os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
+    reader = ExpertReader(files, direct=direct)
+    try:
+        kind = files.kinds[chosen[0][0]]
+        slots = ExpertSlots(kind, 1, torch.device("cpu"))
+        started = time.perf_counter()
+        for place in (place for place in chosen if files.kinds[place[0]] == kind):
+            reader.load(*place, slots, 0, urgent=True).wait()
+        return time.perf_counter() - started
+    finally:
+        reader.close()
+
+
+def supports_direct(path: Path) -> bool:
+    """Whether the file's disk can be read past the page cache."""
+    if not _O_DIRECT:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | _O_DIRECT)
+    except OSError:
+        return False
+    try:
+        with mmap.mmap(-1, _ALIGN) as page:
+            os.preadv(fd, [page], 0)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _read_fully(fd: int, views: Sequence[np.ndarray], offset: int, wanted: int, path: Path) -> None:
+    """Read at least `wanted` bytes from `offset` on into the views, one after the other."""
+    done, room = 0, sum(view.nbytes for view in views)
+    while done < wanted:
+        try:
+            n = os.preadv(fd, [view.data for view in _cut(views, done, room - done)], offset + done)
+        except OSError as error:
+            # Past the page cache, a read that ended between two blocks, at the end of the file, cannot be gone on with.
+            n, problem = (0, "") if error.errno == errno.EINVAL and done else (-1, error.strerror)
+            if n < 0:
+                raise CheckpointError(f"{path}: read failed at byte {offset + done}; {problem}") from None
+        if n == 0:
+            raise CheckpointError(
+                f"{path}: the file became shorter while it was read; byte {offset + done} is gone. Fetch or quantize it again"
+            )
+        done += n
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _cut(views: Sequence[np.ndarray], first: int, length: int) -> list[np.ndarray]:
+    """Bytes first .. first + length - 1 of the views, which follow one another."""
+    found, at = [], 0
+    for view in views:
+        low, high = max(first - at, 0), min(first + length - at, view.nbytes)
+        if low < high:
+            found.append(view[low:high])
+        at += view.nbytes
+    return found

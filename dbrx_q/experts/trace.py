@@ -1,0 +1,96 @@
+"""A trace: which experts every token of a text chose, and which were foreseen.
+
+Dimension letters: `N` tokens, `L` layers, `A` active experts of a token, `E` experts.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DbrxConfig
+from ..errors import RequestError
+
+__all__ = ["Trace"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """experts: uint8 [N, L, A], ascending. foreseen: uint8 [N, L, A], what the router of a layer chose from the input of the layer before,
+    best first; the first layer's are its own experts, which nothing foresees. steps: int64, the tokens of every forward pass, in order;
+    they add up to N. n_experts: E."""
+
+    experts: np.ndarray
+    foreseen: np.ndarray
+    steps: np.ndarray
+    n_experts: int
+
+    def write(self, path: Path) -> None:
+        """As a compressed .npz.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.savez_compressed(
+                    file, version=_VERSION, experts=self.experts, foreseen=self.foreseen, steps=self.steps, n_experts=self.n_experts
+                )
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RequestError(f"{path}: a trace must be written there; {error.strerror}. Choose another --out") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """What `write` wrote.
+
+        Raises:
+            RequestError: the file is missing, or no trace.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if int(data["version"]) != _VERSION:
+                    raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
+                trace = cls(data["experts"], data["foreseen"], data["steps"], int(data["n_experts"]))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {error}") from None
+        shape = trace.experts.shape
+        sound = len(shape) == 3 and trace.foreseen.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
+        if not sound or (trace.experts.size and int(trace.experts.max()) >= trace.n_experts):
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not belong together")
+        return trace
+
+    def check(self, config: DbrxConfig) -> Trace:
+        """This trace, where it is of such a model.
+
+        Raises:
+            RequestError: it is of another.
+        """
+        ffn = config.ffn_config
+        wanted = config.n_layers, ffn.moe_top_k, ffn.moe_num_experts
+        found = (*self.experts.shape[1:], self.n_experts)
+        if found != wanted:
+            raise RequestError(
+                "a trace must have the model's {} layers, {} active experts and {} experts; found {}, {} and {}. "
+                "Record one of this model".format(*wanted, *found)
+            )
+        return self
+
+    def counts(self) -> np.ndarray:
+        """float64 [L, E]: how many tokens chose each expert."""
+        L = self.experts.shape[1]
+        return np.stack([np.bincount(self.experts[:, layer].ravel(), minlength=self.n_experts) for layer in range(L)]).astype(np.float64)
+
+    def passes(self, *, one_by_one: bool) -> list[slice]:
+        """The tokens of every forward pass: as recorded, or one token each."""
+        if one_by_one:
+            return [slice(i, i + 1) for i in range(len(self.experts))]
+        ends = np.cumsum(self.steps).tolist()
+        return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
