@@ -28,7 +28,7 @@ class Budget:
     """A machine, and how a model is to use it.
 
     rig: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the model's
-    context where that is shorter. step_tokens: tokens of one forward pass at most; None for a prefill step. policy: which expert gives way,
+    context where that is shorter. step_tokens, logit_rows: as of `placement.Request`. policy: which expert gives way,
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router foresees them. direct: whether experts are read past the page cache; None for
     whichever is measured to be faster. dtype: of activations; None for the checkpoint's.
@@ -39,6 +39,7 @@ class Budget:
     batch: int = 1
     kv_format: str = "plain"
     step_tokens: int | None = None
+    logit_rows: int | None = None
     policy: str = DEFAULT_POLICY
     profile: Path | None = None
     prefetch: bool = True

@@ -112,7 +112,7 @@ def plan_of(config: DbrxConfig, formats: Mapping[str, TensorFormat], budget: Bud
         RequestError: it does not fit.
     """
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
-    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.dtype)
+    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype)
     plan = place(config, formats, budget.rig, request)
     check_fits(plan, source)
     return plan

@@ -64,12 +64,14 @@ class Rig:
 @dataclass(frozen=True)
 class Request:
     """What memory is to be kept for. context: tokens of a sequence. batch: sequences together. kv_format: "plain", "int8" or "int4".
-    step_tokens: tokens that one forward pass brings at most; None for a prefill step. dtype: of activations; None for the checkpoint's."""
+    step_tokens: tokens that one forward pass brings at most; None for a prefill step. logit_rows: of how many tokens logits are held at
+    once; None for one of each sequence. dtype: of activations; None for the checkpoint's."""
 
     context: int
     batch: int = 1
     kv_format: str = "plain"
     step_tokens: int | None = None
+    logit_rows: int | None = None
     dtype: torch.dtype | None = None
 
 
@@ -189,16 +191,17 @@ class _Sizes:
         shape = request.batch, config.attn_config.kv_n_heads, request.context, config.head_dim
         kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
         tokens = {kind: min(request.step_tokens or limit, request.batch * request.context) for kind, limit in PREFILL_TOKENS.items()}
-        host, card = (_workspace(config, tokens[kind], request.batch, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
+        rows = request.batch if request.logit_rows is None else request.logit_rows
+        host, card = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
         ffn = config.ffn_config
         kinds = expert_kinds(config, formats, dtype)
         return cls(kinds, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
 
 
-def _workspace(config: DbrxConfig, T: int, batch: int, width: int) -> int:
+def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:
     """Residual stream, norms, q/k/v and the routed sum, gate and up of every active pair, and the logits."""
     D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
-    return T * width * (8 * D + A * (D + 2 * F)) + 4 * batch * config.vocab_size
+    return T * width * (8 * D + A * (D + 2 * F)) + 4 * logit_rows * config.vocab_size
 
 
 def _on_host(model: _Sizes, rig: Rig) -> Placement:

@@ -16,7 +16,7 @@ from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.inventory import Inventory, take_inventory
 from dbrx_q.jsonfile import read_json_object
 from dbrx_q.layout import DenseTensor, dense_tensors, kind_of
-from dbrx_q.loading import eos_ids
+from dbrx_q.loading import eos_ids, load_pretrained
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.placement import Request, Rig, place
@@ -96,7 +96,7 @@ class PackedFolder(Source):
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         if stream:
             raise RequestError(f"{self.name}: only decoded experts can be streamed; these stay packed. Leave stream out")
-        return DbrxForCausalLM.from_pretrained(self.path, dtype=dtype, device=device)
+        return load_pretrained(self.path, budget=self.budget, dtype=dtype, device=device)
 
 
 def _quantize_seconds(folder: Path) -> float | None:

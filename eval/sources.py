@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dbrx_q.budget import Budget
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
 from dbrx_q.hub import resolve_folder
@@ -28,6 +29,7 @@ class Source(ABC):
         nbytes: of all tensors as stored, with scales and zero-points.
         parameters: of the plain model.
         quantize_seconds: what quantizing took, by the report beside the checkpoint; None where there is none.
+        budget: what its model may take of the machine; None for as much as it wants of the device that it is loaded to.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Source(ABC):
     nbytes: int
     parameters: int
     quantize_seconds: float | None = None
+    budget: Budget | None = None
 
     @property
     def bits_per_weight(self) -> float:

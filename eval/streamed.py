@@ -48,11 +48,19 @@ class DecodedSource(Source):
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
         if stream is None:
-            due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
-            stream = streams(self.config, chosen, available_memory(device) - due, source=self.name)
+            stream = streams(self.config, chosen, self._available(device), source=self.name)
         store = StreamedExpertStore(self.config, self.reader, chosen, device) if stream else None
         with self.reader() as read:
             return load_plain_model(self.config, read, dtype=chosen, device=device, eos_token_ids=self.eos_token_ids, expert_store=store)
+
+    def _available(self, device: torch.device) -> int:
+        """Bytes that the model may take."""
+        if self.budget is None:
+            due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
+            return available_memory(device) - due
+        if self.budget.rig.cards:
+            raise RequestError(f"{self.name}: weights that are decoded when they are loaded go to one --device; found --gpu. Leave it out")
+        return available_memory(device) if self.budget.rig.ram is None else self.budget.rig.ram
 
 
 class StreamedExpertStore(ExpertStore):

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ..sizes import parse_size
 
 if TYPE_CHECKING:
     from dbrx_q.budget import Budget
+    from dbrx_q.eval.sources import Source
     from dbrx_q.placement import Card
 
 __all__ = [
-    "GPU_HELP",
     "PLANNED_GPU_HELP",
     "POLICY_HELP",
     "PREFETCH_HELP",
     "PROFILE_HELP",
-    "RAM_HELP",
+    "Gpu",
     "Policy",
+    "Ram",
     "budget_of",
+    "give",
     "planned_cards",
     "rate",
 ]
@@ -34,6 +38,10 @@ PLANNED_GPU_HELP = (
 POLICY_HELP = "With --ram or --gpu, which expert gives way to another; static pins what --profile used most."
 PROFILE_HELP = "A trace of a text, by `dbrx-q trace`, whose most used experts are held first."
 PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router foresees them."
+
+
+Ram = Annotated[str | None, typer.Option(metavar="SIZE", help=RAM_HELP, show_default=False)]
+Gpu = Annotated[list[str] | None, typer.Option(metavar="SIZE", help=GPU_HELP, show_default=False)]
 
 
 class Policy(str, Enum):
@@ -77,7 +85,19 @@ def budget_of(
             raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
     else:
         limits |= {i: parse_size(size) for i, size in enumerate(gpu or ())}
-    return Budget(rig_of(limits), context, batch, kv_format, step_tokens, policy.value, profile, prefetch)
+    return Budget(rig_of(limits), context, batch, kv_format, step_tokens, policy=policy.value, profile=profile, prefetch=prefetch)
+
+
+def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int, kv_format: str = "plain") -> None:
+    """Let a checkpoint that is measured on windows of `context` tokens take what the options allow; errors as for `budget_of`."""
+    from dataclasses import replace
+
+    from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS
+
+    batch = max(1, STEP_TOKENS // context)
+    found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS))
+    if found is not None:  # logits are held in float32 and in float64
+        source.budget = replace(found, logit_rows=3 * LOGIT_TOKENS)
 
 
 def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:

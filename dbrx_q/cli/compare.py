@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..sizes import format_size
-from . import measuring, output
+from . import budgets, measuring, output
+from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
@@ -45,6 +46,8 @@ def command(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ram: Ram = None,
+    gpu: Gpu = None,
     kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -78,6 +81,8 @@ def command(
         how = against.protocol
     else:
         how = measuring.protocol_of(protocol, context, stride, limit, against.config)
+    for source in [*sources, *([] if isinstance(against, ReferenceFile) else [against])]:
+        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value)
     kept: list[RunState] = []
     with output.progress("windows") as on_window:
         found = compare_checkpoints(

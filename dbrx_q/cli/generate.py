@@ -11,7 +11,7 @@ import typer
 
 from ..sizes import format_size
 from . import budgets, output
-from .budgets import Policy
+from .budgets import Gpu, Policy, Ram
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -56,8 +56,8 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    ram: Annotated[str | None, typer.Option(help=budgets.RAM_HELP, show_default=False)] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help=budgets.GPU_HELP, show_default=False)] = None,
+    ram: Ram = None,
+    gpu: Gpu = None,
     context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default=False)] = None,
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from . import measuring, output
+from . import budgets, measuring, output
+from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
@@ -24,6 +25,8 @@ def command(
     limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help=measuring.LIMIT_HELP, show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ram: Ram = None,
+    gpu: Gpu = None,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -50,6 +53,7 @@ def command(
     state = RunState(key)
     if not resume:
         state.clear()
+    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value)
     model = source.load(dtype=chosen, device=place)
     with output.progress("windows") as on_window:
         result = perplexity(model, ids, how, kv_format=kv.value, state=state, on_window=on_window)

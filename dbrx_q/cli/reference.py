@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..sizes import format_size
-from . import measuring, output
+from . import budgets, measuring, output
+from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype
 from .measuring import ProtocolName
 
@@ -39,6 +40,8 @@ def command(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ram: Ram = None,
+    gpu: Gpu = None,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -60,6 +63,7 @@ def command(
     if destination.suffix != ".safetensors":
         raise RequestError(f"{destination}: a saved reference is a .safetensors file; found the ending {destination.suffix!r}. Change it")
     check_destination(destination, source.config, len(ids), how, top_k)
+    budgets.give(source, ram, gpu, context=how.context)
     reference = ModelReference(source, source.load(dtype=measuring.dtype_of(dtype, place), device=place))
     about = {"text": text, "text_sha256": words.sha256, "provenance": provenance(place, command_line())}
     with output.progress("windows") as on_window:

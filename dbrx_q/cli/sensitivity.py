@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import measuring, output
+from . import budgets, measuring, output
+from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for sensitivity.json, .md and .png.", show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ram: Ram = None,
+    gpu: Gpu = None,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -94,6 +97,7 @@ def command(
     if not resume:
         state.clear()
     try:
+        budgets.give(source, ram, gpu, context=how.context)
         model = source.load(dtype=chosen, device=place)
         with output.progress("parts") as on_run:
             found = sensitivity(

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import measuring, output
+from . import budgets, measuring, output
+from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["EXAMPLE", "command"]
@@ -33,11 +34,14 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what --json prints here too.", show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ram: Ram = None,
+    gpu: Gpu = None,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
+    from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.answers import Answers
     from dbrx_q.eval.provenance import command_line, provenance
@@ -57,6 +61,7 @@ def command(
     chosen = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], tasks_path)
     checkpoint = source.sha256()
     chosen_dtype = measuring.dtype_of(dtype, place)
+    budgets.give(source, ram, gpu, context=min(DEFAULT_CONTEXT, source.config.max_seq_len), kv_format=kv.value)
     asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
     decides = {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
