@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -72,6 +73,7 @@ def load_model(
         config = checkpoint.config
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
         plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder))
+        profile = None if budget is None or budget.profile is None else Trace.read(budget.profile).check(config).counts()
         if plan is not None and plan.cards:
             if not plan.resident or len(plan.cards) > 1:
                 raise UnsupportedError("experts on GPUs beside other places are not offered by this version; give one GPU that holds all")
@@ -98,7 +100,7 @@ def load_model(
             warm_up(weight, chosen)
     store = None
     if files is not None and plan is not None and budget is not None:
-        store = _tiered_store(model, files, plan, budget)
+        store = _tiered_store(model, files, plan, budget, profile)
     model = _ready(model, device, eos_ids(folder), store)
     if plan is not None:
         model.placement, model.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
@@ -179,11 +181,12 @@ def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence
     return model
 
 
-def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget) -> HostExpertStore:
+def _tiered_store(
+    model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget, profile: np.ndarray | None
+) -> HostExpertStore:
     """A store with the plan's slots, full of experts."""
     config = model.config
     L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
-    profile = None if budget.profile is None else Trace.read(budget.profile).check(config).counts()
     policies = {kind: make_policy(budget.policy, L, E, profile) for kind in plan.host.slots}
     routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()] if budget.prefetch else None
     on_disk = plan.disk_experts * plan.expert_bytes // plan.experts

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .placement import DevicePlan, Placement, Rig
 
-__all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "speed_bounds"]
+__all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "speed_bounds", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,19 @@ def expected_seconds(placement: Placement, rig: Rig, *, n_experts: int, top_k: i
     return sum(term.seconds for term in _terms(placement, rig, n_experts, top_k, lambda share: share, max))
 
 
+def tokens_per_second(placement: Placement, rig: Rig, miss_rate: float, *, requests: float, top_k: int) -> float:
+    """As the expected figure, with loads that were counted in place of chance.
+
+    Args:
+        placement, rig: what lies where, and bandwidths.
+        miss_rate: experts brought over experts asked for, on every device.
+        requests: experts asked for in a layer for every token: `top_k` in decoding, fewer where tokens go together.
+        top_k: active experts.
+    """
+    terms = _terms(placement, rig, 0, top_k, lambda share: 1 - miss_rate, max)
+    return 1 / sum(term.seconds * (requests / top_k if "expert" in term.what else 1.0) for term in terms)
+
+
 def _terms(
     placement: Placement,
     rig: Rig,
@@ -114,4 +127,4 @@ def _terms(
 
 def _share(plan: DevicePlan, n_experts: int) -> float:
     layers = plan.layers[1] - plan.layers[0]
-    return plan.n_slots / (layers * n_experts) if layers else 0.0
+    return plan.n_slots / (layers * n_experts) if layers * n_experts else 0.0

@@ -122,7 +122,7 @@ def _fail(message: str) -> int:
 def _app() -> typer.Typer:
     import typer
 
-    from . import bench, compare, generate, inspect, perplexity, plan, quantize, reference, sensitivity, tasks, verify
+    from . import bench, compare, generate, inspect, perplexity, plan, quantize, reference, sensitivity, simulate, tasks, trace, verify
 
     app = typer.Typer(
         name="dbrx-q",
@@ -133,7 +133,7 @@ def _app() -> typer.Typer:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for module in (quantize, inspect, verify, plan, generate, perplexity, compare, reference, sensitivity, tasks):
+    for module in (quantize, inspect, verify, plan, generate, perplexity, compare, reference, sensitivity, tasks, trace, simulate):
         app.command(name=module.__name__.rsplit(".", 1)[1], epilog=module.EXAMPLE)(module.command)
     app.add_typer(bench.app, name="bench")
     return app

@@ -41,8 +41,12 @@ class ExpertCache:
         self._shielded = np.zeros(total, bool)  # must stay for now
         self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
         self._free = list(range(slots))[::-1]
-        self._predicted: tuple[int, frozenset[int]] | None = None
-        self.stats = CacheStats()
+        self._hits = self._prefetch_hits = self._misses = self._prefetches = self._evictions = 0
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters since it was made."""
+        return CacheStats(self._hits, self._prefetch_hits, self._misses, self._prefetches, self._evictions)
 
     def slot_of(self, layer: int, expert: int) -> int:
         """Where an expert lies; -1 for nowhere."""
@@ -59,15 +63,9 @@ class ExpertCache:
         self._shielded[:] = False
         present = [e for e in experts if self._held[self._key(layer, e)]]
         brought = [e for e in present if self._foreseen_only[self._key(layer, e)]]
-        predicted = self._predicted[1] if self._predicted is not None and self._predicted[0] == layer else None
-        self._predicted = None
-        self.stats += CacheStats(
-            hits=len(present) - len(brought),
-            prefetch_hits=len(brought),
-            misses=len(experts) - len(present),
-            foreseen=0 if predicted is None else len(predicted.intersection(experts)),
-            needed_after=0 if predicted is None else len(experts),
-        )
+        self._hits += len(present) - len(brought)
+        self._prefetch_hits += len(brought)
+        self._misses += len(experts) - len(present)
         for key in (self._key(layer, e) for e in experts):
             self._policy.use(key)
             self._foreseen_only[key] = False
@@ -87,7 +85,6 @@ class ExpertCache:
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Assignment]:
         """Slots for what a later layer is foreseen to need, the likeliest first; what is needed now, and what is foreseen, stays."""
-        self._predicted = layer, frozenset(experts)
         keys = [self._key(layer, e) for e in experts]
         spared = [key for key in keys if self._held[key] and not self._shielded[key]]
         self._shielded[spared] = True
@@ -102,7 +99,7 @@ class ExpertCache:
             spared.append(key)
             found.append(taken)
         self._shielded[spared] = False
-        self.stats += CacheStats(prefetches=len(found))
+        self._prefetches += len(found)
         return found
 
     def keep_only(self, arrived: Collection[tuple[int, int]]) -> None:
@@ -125,7 +122,7 @@ class ExpertCache:
         slot = int(self._slot[victim])
         self._slot[victim], self._held[victim], self._foreseen_only[victim] = -1, False, False
         self._free.append(slot)
-        self.stats += CacheStats(evictions=1)
+        self._evictions += 1
         return self._take(layer, expert, urgent, divmod(victim, self._policy.experts))
 
     def _take(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
@@ -145,7 +142,7 @@ class Group:
 
 
 def serve(
-    cache: ExpertCache, layer: int, needed: Sequence[int], foreseen: Sequence[int] = (), next_cache: ExpertCache | None = None
+    cache: ExpertCache, layer: int, needed: Sequence[int], ahead: Sequence[int] = (), next_cache: ExpertCache | None = None
 ) -> Iterator[Assignment | Group]:
     """What is to be done, in order, so that a forward pass gets the experts of a layer.
 
@@ -156,19 +153,18 @@ def serve(
         cache: of this layer's experts.
         layer: its index.
         needed: its experts, in ascending order.
-        foreseen: experts that the next layer will likely need, the likeliest first.
+        ahead: experts of the next layer to fetch before they are needed, the likeliest first.
         next_cache: of the next layer's experts.
     """
     present, waiting = cache.visit(layer, needed)
     groups = [Group(tuple(present))] if present else []
     groups += [Group((expert,)) for expert in waiting]
-    ahead = list(foreseen)
     for group in groups:
         while waiting and (taken := cache.assign(layer, waiting[0])) is not None:
             del waiting[0]
             yield taken
         if not waiting and ahead and next_cache is not None:
             yield from next_cache.prefetch(layer + 1, ahead)
-            ahead = []
+            ahead = ()
         yield group
         cache.served(layer, group.experts)

@@ -15,6 +15,7 @@ from ..kernels.cpu_moe import ExpertOutputs
 from ..kernels.moe import ExpertWeights, Routing, route
 from .cache import Assignment, ExpertCache, serve
 from .files import ExpertFiles
+from .foresight import Foresight
 from .policies import CachePolicy
 from .reader import ExpertReader, Load
 from .slots import ExpertKind, ExpertSlots
@@ -69,6 +70,7 @@ class HostExpertStore(ExpertStore):
         self._pools = {
             kind: _Pool(ExpertSlots(kind, count, torch.device("cpu")), ExpertCache(count, policies[kind])) for kind, count in slots.items()
         }
+        self._foresight = Foresight(len(files.kinds), files.n_experts)
         self._compute_seconds = self._wait_seconds = 0.0
 
     @property
@@ -99,10 +101,11 @@ class HostExpertStore(ExpertStore):
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         outputs = ExpertOutputs(x, routing.experts)
         pool = self._pool(index)
-        foreseen = self._foresee(index, x)
-        following = self._pool(index + 1).cache if foreseen else None
+        needed = list(outputs.counts)
+        ahead = self._ahead(index, x, needed)
+        following = self._pool(index + 1).cache if ahead else None
         with self._intact():
-            for step in serve(pool.cache, index, list(outputs.counts), foreseen, following):
+            for step in serve(pool.cache, index, needed, ahead, following):
                 if isinstance(step, Assignment):
                     self._begin(step)
                     continue
@@ -132,7 +135,9 @@ class HostExpertStore(ExpertStore):
 
     def stats(self) -> ExpertStats:
         cache = sum((pool.cache.stats for pool in self._pools.values()), CacheStats())
-        return ExpertStats(cache, self._reader.bytes_read, self._compute_seconds, self._wait_seconds, self._reader.busy_seconds)
+        foresight, reader = self._foresight, self._reader
+        times = self._compute_seconds, self._wait_seconds, reader.busy_seconds
+        return ExpertStats(cache, foresight.foreseen, foresight.needed, reader.bytes_read, *times)
 
     def close(self) -> None:
         self._reader.close()
@@ -140,14 +145,15 @@ class HostExpertStore(ExpertStore):
     def _pool(self, layer: int) -> _Pool:
         return self._pools[self._files.kinds[layer]]
 
-    def _foresee(self, index: int, x: torch.Tensor) -> list[int]:
-        """The experts that the next layer will likely need, those of most tokens first."""
-        if self._routers is None or index + 1 >= len(self._routers):
+    def _ahead(self, index: int, x: torch.Tensor, needed: list[int]) -> list[int]:
+        """The experts of the next layer to fetch, after a look at how the last guess came true."""
+        if self._routers is None:
+            return []
+        self._foresight.judge(index, needed)
+        if index + 1 >= len(self._routers) or not len(x):
             return []
         router = self._routers[index + 1]
-        chosen = route(x, router.weight, router.top_k, None).experts.flatten().bincount()
-        order = chosen.argsort(descending=True, stable=True).tolist()
-        return [e for e in order if chosen[e]]
+        return self._foresight.guess(index + 1, route(x, router.weight, router.top_k, None).experts.numpy())
 
     def _begin(self, assignment: Assignment) -> None:
         pool = self._pool(assignment.layer)

@@ -15,7 +15,6 @@ class CacheStats:
 
     hits: requests for an expert that was there. prefetch_hits: for one that was there, or on its way, since it was foreseen. misses: all
     others. prefetches: experts brought, or begun to be, because they were foreseen. evictions: experts that gave their slot to another.
-    foreseen, needed_after: of the layers for which experts were foreseen, how many requests had been foreseen, and how many there were.
     """
 
     hits: int = 0
@@ -23,8 +22,6 @@ class CacheStats:
     misses: int = 0
     prefetches: int = 0
     evictions: int = 0
-    foreseen: int = 0
-    needed_after: int = 0
 
     @property
     def requests(self) -> int:
@@ -35,11 +32,6 @@ class CacheStats:
     def hit_rate(self) -> float:
         """Share of requests that needed no load of their own; 1 without requests."""
         return 1 - self.misses / self.requests if self.requests else 1.0
-
-    @property
-    def prefetch_accuracy(self) -> float:
-        """Share of requests that the router of their layer foresaw from the input of the layer before; 0 without any."""
-        return self.foreseen / self.needed_after if self.needed_after else 0.0
 
     def __add__(self, other: CacheStats) -> CacheStats:
         return CacheStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -52,22 +44,30 @@ class CacheStats:
 class ExpertStats:
     """What an expert store did; times in seconds.
 
-    cache: of the memory that computes. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in which
-    products waited for bytes. read_seconds: in which at least one read was under way.
+    cache: of the memory that computes. foreseen, foreseeable: of the requests for which there were guesses, how many had been guessed,
+    followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
+    which products waited for bytes. read_seconds: in which at least one read was under way.
     """
 
     cache: CacheStats = CacheStats()
+    foreseen: int = 0
+    foreseeable: int = 0
     disk_bytes: int = 0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     read_seconds: float = 0.0
+
+    @property
+    def prefetch_accuracy(self) -> float:
+        """Share of requests that the router of their layer foresaw from the input of the layer before; 0 without any."""
+        return self.foreseen / self.foreseeable if self.foreseeable else 0.0
 
     def __sub__(self, other: ExpertStats) -> ExpertStats:
         return ExpertStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, float]:
         """Every counter and rate by name."""
-        rates = {"requests": self.cache.requests, "hit_rate": self.cache.hit_rate, "prefetch_accuracy": self.cache.prefetch_accuracy}
+        rates = {"requests": self.cache.requests, "hit_rate": self.cache.hit_rate, "prefetch_accuracy": self.prefetch_accuracy}
         times = {name: value for name, value in asdict(self).items() if name != "cache"}
         return asdict(self.cache) | rates | times
 
@@ -80,7 +80,7 @@ class ExpertStats:
         return [
             f"experts: {cache.requests} requests, {cache.hit_rate:.1%} hits ({cache.prefetch_hits} by prefetch), {cache.misses} misses, "
             f"{cache.evictions} evictions",
-            f"prefetch: {cache.prefetches} experts fetched early, {cache.prefetch_accuracy:.1%} of what was needed was foreseen",
+            f"prefetch: {cache.prefetches} experts fetched early; {self.prefetch_accuracy:.1%} of what was needed was foreseen",
             f"disk: {format_size(self.disk_bytes)} read{rate}",
             f"time: {self.compute_seconds:.2f} s in products of experts, {self.wait_seconds:.2f} s waiting for them, "
             f"{self.read_seconds:.2f} s in which the disk was read",

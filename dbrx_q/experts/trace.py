@@ -5,9 +5,11 @@ Dimension letters: `N` tokens, `L` layers, `A` active experts of a token, `E` ex
 
 from __future__ import annotations
 
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +25,17 @@ _VERSION = 1
 class Trace:
     """experts: uint8 [N, L, A], ascending. foreseen: uint8 [N, L, A], what the router of a layer chose from the input of the layer before,
     best first; the first layer's are its own experts, which nothing foresees. steps: int64, the tokens of every forward pass, in order;
-    they add up to N. n_experts: E."""
+    they add up to N. config: config.json of the checkpoint, which says how large its experts are."""
 
     experts: np.ndarray
     foreseen: np.ndarray
     steps: np.ndarray
-    n_experts: int
+    config: dict[str, Any]
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return DbrxConfig.from_dict(self.config).ffn_config.moe_num_experts
 
     def write(self, path: Path) -> None:
         """As a compressed .npz.
@@ -40,7 +47,12 @@ class Trace:
         try:
             with open(partial, "wb") as file:
                 np.savez_compressed(
-                    file, version=_VERSION, experts=self.experts, foreseen=self.foreseen, steps=self.steps, n_experts=self.n_experts
+                    file,
+                    version=_VERSION,
+                    config=json.dumps(self.config),
+                    experts=self.experts,
+                    foreseen=self.foreseen,
+                    steps=self.steps,
                 )
             partial.replace(path)
         except OSError as error:
@@ -58,14 +70,14 @@ class Trace:
             with np.load(path, allow_pickle=False) as data:
                 if int(data["version"]) != _VERSION:
                     raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
-                trace = cls(data["experts"], data["foreseen"], data["steps"], int(data["n_experts"]))
+                trace = cls(data["experts"], data["foreseen"], data["steps"], json.loads(str(data["config"])))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {error}") from None
         shape = trace.experts.shape
         sound = len(shape) == 3 and trace.foreseen.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
-        if not sound or (trace.experts.size and int(trace.experts.max()) >= trace.n_experts):
+        if not sound or max(int(trace.experts.max(initial=0)), int(trace.foreseen.max(initial=0))) >= trace.n_experts:
             raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not belong together")
-        return trace
+        return trace.check(DbrxConfig.from_dict(trace.config, source=str(path)))
 
     def check(self, config: DbrxConfig) -> Trace:
         """This trace, where it is of such a model.

@@ -18,7 +18,6 @@ from dbrx_q.budget import Budget
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.experts import ResidentExpertStore
-from dbrx_q.experts.cache import Assignment, ExpertCache, serve
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.experts.host import HostExpertStore, NextRouter
 from dbrx_q.experts.policies import make_policy
@@ -377,20 +376,3 @@ def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> 
     with pytest.raises(RequestError, match="it uses 6 and the budget holds 5"):
         store.layer(2, torch.arange(6)[None])
     store.close()
-
-
-def test_a_simulation_takes_the_steps_of_the_store(quantized_nano: Path) -> None:
-    """The cache alone, given what the model chose, comes to the store's counters."""
-    model = load_model(quantized_nano)
-    store = store_over(quantized_nano, model, 9, policy="lru", prefetch=False)
-    own, model.transformer.expert_store = model.transformer.expert_store, store
-    cache = ExpertCache(9, make_policy("lru", 4, 16))
-    for token in (5, 9, 300, 9, 5):
-        logits = model(torch.tensor([[token]]), output_router_logits=True).router_logits
-        assert logits is not None
-        for layer, scores in enumerate(logits):
-            chosen = sorted(scores[0].sort(descending=True, stable=True).indices[:4].tolist())
-            assert any(not isinstance(step, Assignment) for step in serve(cache, layer, chosen))
-    assert cache.stats == store.stats().cache
-    store.close()
-    model.transformer.expert_store = own

@@ -1,0 +1,62 @@
+"""The report of a simulation of expert caches: Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+
+from dbrx_q.experts.sweep import Sweep
+from dbrx_q.plots import figure, render, style
+
+__all__ = ["FILES", "KEYS", "files", "markdown"]
+
+FILES = ("simulation.json", "simulation.md", "simulation.png", "simulation.svg")
+KEYS = ("rows", "curve", "slots")
+
+
+def markdown(found: Sweep) -> str:
+    """The table of all policies."""
+    how = "one by one" if found.one_by_one else "in the steps of the recording"
+    lines = [
+        f"{found.tokens:,} tokens, {how}; {found.slots} slots for {found.experts} experts ({found.slots / found.experts:.0%})",
+        "",
+        "| policy | prefetch | hits | misses | prefetched | experts brought a token | foreseen | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found.rows:
+        name = f"{row.policy} (the bound: it knows the future)" if row.policy == found.bound else row.policy
+        foreseen = f"{row.accuracy:.1%}" if row.prefetch else ""
+        lines.append(
+            f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | {row.loads:.2f} | "
+            f"{foreseen} | {row.tokens_per_second:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def files(found: Sweep) -> dict[str, bytes]:
+    """The report's files by name."""
+    drawing, axes = figure()
+    for number, policy in enumerate(dict.fromkeys(point.policy for point in found.curve)):
+        points = [point for point in found.curve if point.policy == policy]
+        look = style(number)
+        label = f"{policy} (bound)" if policy == found.bound else policy
+        shares = [100 * point.share for point in points]
+        axes.plot(
+            shares,
+            [100 * point.hit_rate for point in points],
+            label=label,
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
+            markersize=5,
+        )
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("experts that have a slot, %")
+    axes.set_ylabel("requests that hit, %")
+    axes.legend(frameon=False, fontsize=9)
+    return {
+        "simulation.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
+        "simulation.md": markdown(found).encode(),
+        "simulation.png": render(drawing, "png"),
+        "simulation.svg": render(drawing, "svg"),
+    }

@@ -1,0 +1,200 @@
+"""Traces, and simulations that come to the counters of the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM, KVCache
+from dbrx_q.budget import Budget
+from dbrx_q.errors import RequestError
+from dbrx_q.experts.foresight import Foresight, by_promise
+from dbrx_q.experts.policies import make_policy
+from dbrx_q.experts.simulate import simulate
+from dbrx_q.experts.trace import Trace
+from dbrx_q.loading import load_model
+from dbrx_q.placement import Rig
+from dbrx_q.tracing import record
+
+IDS = [(7 * i * i + 3) % 4000 for i in range(36)]
+
+
+@pytest.fixture(scope="module")
+def model(quantized_nano: Path) -> DbrxForCausalLM:
+    return DbrxForCausalLM.from_pretrained(quantized_nano)
+
+
+@pytest.fixture(scope="module")
+def saved(model: DbrxForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "trace.npz"
+    record(model, IDS, context=24, step=1).write(path)
+    return path
+
+
+def run(model: DbrxForCausalLM, context: int, step: int) -> None:
+    """The same text in the same steps."""
+    for first in range(0, len(IDS), context):
+        window = IDS[first : first + context]
+        cache = KVCache(model.config, 1, context, dtype=model.dtype)
+        for at in range(0, len(window), step):
+            model(torch.tensor([window[at : at + step]]), None, cache, True)
+
+
+@pytest.mark.parametrize("step", [1, 16])
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale", "static"])
+def test_a_simulation_comes_to_the_counters_of_the_store(
+    model: DbrxForCausalLM, quantized_nano: Path, tmp_path: Path, policy: str, prefetch: bool, step: int
+) -> None:
+    trace = record(model, IDS, context=24, step=step)
+    profile = None
+    if policy == "static":
+        profile = tmp_path / "profile.npz"
+        trace.write(profile)
+    for ram in (1_850_000, 2_900_000) if policy == "least-stale" else (2_500_000,):
+        budget = Budget(Rig(ram), context=24, step_tokens=16, policy=policy, prefetch=prefetch, profile=profile)
+        small = load_model(quantized_nano, budget=budget)
+        assert small.placement is not None
+        slots = small.placement.host.n_slots
+        assert 0 < slots < 64
+        run(small, 24, step)
+        counts = None if profile is None else trace.counts()
+        expected = simulate(
+            trace,
+            trace.passes(one_by_one=False),
+            [0] * 4,
+            [slots],
+            lambda _, counts=counts: make_policy(policy, 4, 16, counts),  # type: ignore[misc] # bound to this turn's
+            prefetch=prefetch,
+            fill=counts,
+        )
+        found = small.expert_store.stats()
+        assert (found.cache, found.foreseen, found.foreseeable) == (expected.cache, expected.foreseen, expected.foreseeable)
+        assert found.cache.misses > 0
+        assert (found.cache.prefetches > 0) == (prefetch and slots > 4)
+        small.close()
+
+
+def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path) -> None:
+    trace = Trace.read(saved)
+    assert trace.experts.shape == trace.foreseen.shape == (36, 4, 4)
+    assert trace.steps.tolist() == [1] * 36
+    logits = model(torch.tensor([IDS[:24]]), output_router_logits=True).router_logits
+    assert logits is not None
+    for layer, scores in enumerate(logits):
+        chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
+        assert (chosen == trace.experts[:24, layer]).all(1).mean() > 0.95  # one by one, products round in another order
+    assert trace.counts().sum() == 36 * 4 * 4
+    assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(one_by_one=False)] == [(0, 24), (24, 36)]
+    assert len(replace(trace, steps=np.array([24, 12])).passes(one_by_one=True)) == 36
+    whole = record(model, IDS, context=24, step=512)
+    assert whole.steps.tolist() == [24, 12]
+
+
+def test_guesses_are_ordered_by_promise_and_followed_while_they_come_true() -> None:
+    assert by_promise(np.array([[3, 1, 0, 2]]), 5) == [3, 1, 0, 2]
+    assert by_promise(np.array([[3, 1], [1, 4], [1, 0]]), 5) == [1, 3, 0, 4]
+    foresight = Foresight(2, 4, least_precision=0.5)
+    assert foresight.guess(1, np.array([[2, 0]])) == [2, 0]
+    foresight.judge(1, [1, 2])
+    assert foresight.guess(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
+    foresight.judge(1, [1, 2])
+    assert foresight.guess(1, np.array([[2, 0]])) == [2]
+    assert foresight.guess(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
+    foresight.judge(0, [2])  # another layer's
+    foresight.judge(1, [0, 2])
+    assert (foresight.foreseen, foresight.needed) == (4, 6)
+
+
+def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    text, trace, out = tmp_path / "text.txt", tmp_path / "trace.npz", tmp_path / "out"
+    text.write_text("The old man looked at the sea, and the sea looked back at him. " * 10)
+    done = cli("trace", quantized_nano, "--text", text, "--out", trace, "--tokens", 80, "--json")
+    assert (done.code, json.loads(done.out)["tokens"]) == (0, 80)
+    found = json.loads(cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 60, "--json").out)
+    rates = {(row["policy"], row["prefetch"]): row["hit_rate"] for row in found["rows"]}
+    assert len(rates) == 10
+    assert max(rate for (_, prefetch), rate in rates.items() if not prefetch) == rates["belady", False]
+    assert (
+        found["slots"]
+        == json.loads(cli("plan", quantized_nano, "--ram", "3MiB", "--context", 64, "--json").out)["devices"][0]["expert_slots"]
+    )
+    drawn = cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 20, "--out", out)
+    assert drawn.code == 0
+    assert "| least-stale | yes |" in drawn.out
+    assert {path.name for path in out.iterdir()} == {"simulation.json", "simulation.md", "simulation.png", "simulation.svg"}
+    cards = json.loads(cli("simulate", trace, "--gpu", "1GiB", "--gpu", "1GiB", "--ram", "1GiB", "--tokens", 20, "--json").out)
+    assert cards["slots"] == 64
+    used = cli(
+        "generate", quantized_nano, "--prompt", "The old", "--max-new-tokens", 4, "--ram", "3MiB", "--profile", trace, "--policy", "static"
+    )
+    assert used.code == 0
+    assert used.out == cli("generate", quantized_nano, "--prompt", "The old", "--max-new-tokens", 4).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trace", "MODEL", "--text", "TEXT", "--out", "x.txt"), "a trace is an .npz file; found the ending '.txt'"),
+        (("trace", "MODEL", "--text", "TEXT", "--out", "no/where/x.npz"), "the folder of a trace must exist"),
+        (("trace", "MODEL", "--text", "TEXT", "--out", "x.npz", "--step", "0"), "--step must be at least 1"),
+        (("trace", "MODEL", "--text", "TEXT", "--out", "x.npz", "--context", "99999"), "--context must be from 1 to"),
+        (("simulate", "TEXT", "--ram", "3MiB"), "must be a trace that `dbrx-q trace` wrote"),
+        (("simulate", "nothing.npz", "--ram", "3MiB"), "must be a trace that `dbrx-q trace` wrote"),
+        (("simulate", "TRACE", "--ram", "1MB"), "bytes are missing on cpu"),
+        (("simulate", "TRACE", "--ram", "3MiB", "--context", "64", "--tokens", "0"), "at least 1 token; found 0"),
+        (("generate", "MODEL", "--prompt", "a", "--policy", "lru"), "need a cache of experts; add --ram or --gpu"),
+        (("generate", "MODEL", "--prompt", "a", "--context", "100"), "Add --ram or --gpu"),
+        (("generate", "MODEL", "--prompt", "a", "--ram", "3MiB", "--policy", "static"), "Record one with `dbrx-q trace`"),
+        (("generate", "MODEL", "--prompt", "a", "--ram", "3MiB", "--profile", "TEXT"), "must be a trace"),
+        (("generate", "MODEL", "--prompt", "a", "--gpu", "24GiB"), "GPU 0 must be one that torch sees"),
+        (("generate", "MODEL", "--prompt", "a", "--gpu", "auto"), "it sees none"),
+        (("perplexity", "MODEL", "--text", "TEXT", "--ram", "1MB", "--context", "64"), "must hold"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    arguments: tuple[str, ...],
+    message: str,
+    quantized_nano: Path,
+    saved: Path,
+    tmp_path: Path,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text("some words to measure on, " * 60)
+    places = {"MODEL": quantized_nano, "TEXT": tmp_path / "text.txt", "TRACE": saved}
+    done = cli(*(places.get(argument, argument) for argument in arguments))
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_trace_of_another_model_is_refused(saved: Path, tmp_path: Path, quantized_small: Path, model: DbrxForCausalLM) -> None:
+    with pytest.raises(RequestError, match="the model's 1 layers, 2 active experts and 4 experts; found 4, 4 and 16"):
+        load_model(quantized_small, budget=Budget(Rig(1 << 20), context=8, step_tokens=4, profile=saved))
+    trace = Trace.read(saved)
+    for broken in (
+        replace(trace, steps=np.array([3])),
+        replace(trace, experts=trace.experts + 200),
+        replace(trace, foreseen=trace.foreseen[:5]),
+    ):
+        broken.write(tmp_path / "broken.npz")
+        with pytest.raises(RequestError, match="its arrays do not belong together"):
+            Trace.read(tmp_path / "broken.npz")
+    for arguments, message in (
+        ({"context": 0, "step": 1}, "context"),
+        ({"context": 8, "step": 0}, "a step must be"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            record(model, IDS, **arguments)
+    with pytest.raises(RequestError, match="the text is empty"):
+        record(model, [], context=8, step=1)
