@@ -78,7 +78,7 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
         found = small.expert_store.stats()
         assert (found.cache, found.foreseen, found.foreseeable) == (expected.cache, expected.foreseen, expected.foreseeable)
         assert found.cache.misses > 0
-        assert (found.cache.prefetches > 0) == (prefetch and slots > 4)
+        assert (found.cache.prefetches > 0) == (prefetch and slots > 10)
         small.close()
 
 
@@ -86,16 +86,18 @@ def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path)
     trace = Trace.read(saved)
     assert trace.experts.shape == trace.foreseen.shape == (36, 4, 4)
     assert trace.steps.tolist() == [1] * 36
-    logits = model(torch.tensor([IDS[:24]]), output_router_logits=True).router_logits
-    assert logits is not None
-    for layer, scores in enumerate(logits):
-        chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
-        assert (chosen == trace.experts[:24, layer]).all(1).mean() > 0.95  # one by one, products round in another order
     assert trace.counts().sum() == 36 * 4 * 4
     assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(one_by_one=False)] == [(0, 24), (24, 36)]
     assert len(replace(trace, steps=np.array([24, 12])).passes(one_by_one=True)) == 36
     whole = record(model, IDS, context=24, step=512)
     assert whole.steps.tolist() == [24, 12]
+    cache = KVCache(model.config, 1, 24, dtype=model.dtype)
+    logits = model(torch.tensor([IDS[:24]]), None, cache, True, output_router_logits=True).router_logits
+    assert logits is not None
+    for layer, scores in enumerate(logits):
+        chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
+        assert (chosen == whole.experts[:24, layer]).all()
+    assert (whole.foreseen[:, 3, 0, None] == whole.experts[:, 3]).any(1).mean() > 0.8  # the first guess of the last layer
 
 
 def test_guesses_are_ordered_by_promise_and_followed_while_they_come_true() -> None:
