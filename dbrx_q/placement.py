@@ -17,6 +17,7 @@ from itertools import combinations, pairwise
 import torch
 
 from .config import DbrxConfig
+from .experts.reader import staging_bytes
 from .experts.slots import ExpertKind, expert_kinds
 from .kernels.kv import allocate_kv
 from .layout import TensorFormat, dense_tensors, parts_of
@@ -194,7 +195,9 @@ class _Sizes:
         rows = request.batch if request.logit_rows is None else request.logit_rows
         host, card = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
         ffn = config.ffn_config
-        kinds = expert_kinds(config, formats, dtype)
+        stored = getattr(torch, config.torch_dtype or "bfloat16")
+        plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
+        kinds = expert_kinds(config, formats, dtype, plain)
         return cls(kinds, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
 
 
@@ -209,10 +212,15 @@ def _on_host(model: _Sizes, rig: Rig) -> Placement:
     dense = sum(model.dense) + model.embedding + model.head
     kv = layers * model.kv
     wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
-    room = None if rig.ram is None else rig.ram - dense - kv - model.host_workspace
+    workspace = model.host_workspace
+    room = None if rig.ram is None else rig.ram - dense - kv - workspace
     slots, short = _slots(wanted, room)
+    if slots != wanted and room is not None:
+        staging = staging_bytes(wanted)
+        slots, short = _slots(wanted, room - staging)
+        workspace += staging
     read = dense - model.embedding
-    host = DevicePlan("cpu", rig.ram, (0, layers), dense, _bytes(slots), kv, model.host_workspace, 0, slots, read)
+    host = DevicePlan("cpu", rig.ram, (0, layers), dense, _bytes(slots), kv, workspace, 0, slots, read)
     return _placement((), host, wanted, short, "cpu")
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import output
+from . import budgets, output
+from .budgets import Policy
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["app"]
@@ -120,6 +121,50 @@ def synthetic(
     if layers < 1:
         raise RequestError(f"--layers must be at least 1; found {layers}")
     write_checkpoint(dbrx_layer_config(layers), destination, seed=seed)
+
+
+@app.command(epilog=output.example("dbrx-q bench offload dbrx-int4 --share 25 --share 50 --out results"))
+def offload(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
+    share: Annotated[list[float] | None, typer.Option(metavar="PERCENT", help="Experts that have a slot in memory. [25, 50, 75]")] = None,
+    gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to decode, the rows tg; 0 for none.")] = 24,
+    prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of a prompt, the rows pp; 0 for none.")] = 512,
+    policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
+    page_cache: Annotated[bool, typer.Option("--page-cache", help="Read through the page cache, not past it.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for offload.json and offload.md.")] = None,
+    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+) -> None:
+    """Speed with experts on disk, beside what the bytes that are missed and the disk's bandwidth allow, measured in the same run."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.eval.bench_offload import FILES, KEYS, bench_offload, files, markdown
+    from dbrx_q.eval.provenance import command_line
+    from dbrx_q.eval.report_folder import check_report_folder, write_files
+    from dbrx_q.hub import resolve_folder
+
+    shares = share or [25.0, 50.0, 75.0]
+    if not all(0 < percent < 100 for percent in shares):
+        raise RequestError(f"--share must be above 0 and below 100 percent; found {', '.join(f'{percent:g}' for percent in shares)}")
+    if policy is Policy.static:
+        raise RequestError("random tokens have no profile; found --policy static. Choose another")
+    if out is not None:
+        check_report_folder(out, FILES, KEYS)
+    with output.progress("rows") as on_row:
+        found = bench_offload(
+            resolve_folder(path),
+            [percent / 100 for percent in shares],
+            tokens=gen,
+            prompt=prompt,
+            policy=policy.value,
+            direct=False if page_cache else None,
+            command=command_line(),
+            on_row=on_row,
+        )
+    if json:
+        output.print_json(found.to_dict())
+    else:
+        print(markdown(found), end="")
+    if out is not None:
+        write_files(out, files(found))
 
 
 @app.command(epilog=output.example("dbrx-q bench kernels --out results", "dbrx-q bench kernels --model /tmp/dbrx-2-layers-int4 --json"))

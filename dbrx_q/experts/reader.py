@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,10 @@ from ..checkpoint import check_finite
 from ..errors import CheckpointError
 from ..host_memory import available_bytes
 from .files import ExpertFiles
-from .slots import ExpertSlots
+from .slots import ExpertKind, ExpertSlots
 
-__all__ = ["ExpertReader", "Load", "reads_faster_directly", "supports_direct"]
+__all__ = ["ExpertReader", "Load", "reads_faster_directly", "staging_bytes", "supports_direct"]
 
-# MB a piece: 1, 4, 16 with 4 threads.
 _PIECE_BYTES = 4 << 20
 _THREADS = 4
 _ALIGN = 4096  # what O_DIRECT wants of addresses, offsets and lengths on any disk in use
@@ -31,16 +30,25 @@ _MEASURED = 8  # experts, of some 100 MB each
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
+def staging_bytes(kinds: Iterable[ExpertKind]) -> int:
+    """Host memory that reading takes beside the slots, at most: a buffer for each thread, and experts that are decoded on the way in."""
+    decoded = max((kind.stored_nbytes for kind in kinds if not kind.as_stored), default=0)
+    largest = max((kind.stored_nbytes for kind in kinds), default=0)
+    return _THREADS * (min(_PIECE_BYTES, largest) + 2 * _ALIGN + decoded)
+
+
 class Load:
     """An expert on its way into a slot.
 
-    Attributes:
-        nbytes: read from disk for it.
+    Args:
+        pieces: in how many it is read.
+        begin: gives the memory that it is read into, when the first piece is.
+        finish: is given that memory when the last piece is there.
     """
 
-    def __init__(self, pieces: int, nbytes: int, finish: Callable[[], None]) -> None:
-        self.nbytes = nbytes
-        self._left, self._finish = pieces, finish
+    def __init__(self, pieces: int, begin: Callable[[], list[torch.Tensor]], finish: Callable[[list[torch.Tensor]], None]) -> None:
+        self._left, self._begin, self._finish = pieces, begin, finish
+        self._stored: list[torch.Tensor] | None = None
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -64,6 +72,13 @@ class Load:
         """Return when nothing is written to the slot any more, whatever came of it."""
         self._done.wait()
 
+    def views(self) -> list[np.ndarray]:
+        """The bytes of every stored piece of the expert."""
+        with self._lock:
+            if self._stored is None:
+                self._stored = self._begin()
+            return [_bytes_of(piece) for piece in self._stored]
+
     def piece_done(self, error: BaseException | None) -> None:
         """A thread is through with a piece."""
         with self._lock:
@@ -72,10 +87,11 @@ class Load:
             last = self._left == 0
         if last:
             try:
-                if self._error is None:
-                    self._finish()
+                if self._error is None and self._stored is not None:
+                    self._finish(self._stored)
             except BaseException as problem:  # whoever waits must hear of it
                 self._error = problem
+            self._stored = None
             self._done.set()
 
     @property
@@ -86,10 +102,14 @@ class Load:
 
 @dataclass(frozen=True)
 class _Piece:
+    """Bytes offset .. offset + nbytes - 1 of a file, which are bytes first .. of the stored pieces `own` of an expert."""
+
     load: Load
     path: Path
     offset: int
-    into: list[np.ndarray]
+    nbytes: int
+    own: slice
+    first: int
 
 
 class ExpertReader:
@@ -137,19 +157,12 @@ class ExpertReader:
 
     def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
         """Begin to bring an expert into a slot, which nobody else may write to or read until it is there."""
-        kind = self._files.kinds[layer]
-        stored = slots.views(slot) if kind.as_stored else [torch.empty(part.shape, dtype=part.dtype) for part in kind.stored]
-        extents = self._files.extents(layer, expert)
-        views = [_bytes_of(piece) for piece in stored]
-        wanted: list[tuple[Path, int, list[np.ndarray]]] = []
-        first = 0
-        for extent in extents:
-            own = views[first : first + extent.pieces]
-            first += extent.pieces
-            for at in range(0, extent.nbytes, _PIECE_BYTES):
-                wanted.append((extent.path, extent.offset + at, _cut(own, at, min(_PIECE_BYTES, extent.nbytes - at))))
+        kind, extents = self._files.kinds[layer], self._files.extents(layer, expert)
 
-        def finish() -> None:
+        def begin() -> list[torch.Tensor]:
+            return slots.views(slot) if kind.as_stored else [torch.empty(part.shape, dtype=part.dtype) for part in kind.stored]
+
+        def finish(stored: list[torch.Tensor]) -> None:
             if (layer, expert) not in self._checked:
                 for part, piece in zip(kind.stored, stored, strict=True):
                     name = f"transformer.blocks.{layer}.ffn.experts.mlp.{part.matrix}.{expert}.{part.name}".rstrip(".")
@@ -158,14 +171,20 @@ class ExpertReader:
             if not kind.as_stored:
                 slots.put(slot, stored)
 
-        load = Load(len(wanted), sum(extent.nbytes for extent in extents), finish)
+        cuts, first = [], 0
+        for extent in extents:
+            own = slice(first, first + extent.pieces)
+            first = own.stop
+            cuts += [(extent, own, at) for at in range(0, extent.nbytes, _PIECE_BYTES)]
+        load = Load(len(cuts), begin, finish)
+        pieces = [_Piece(load, extent.path, extent.offset + at, min(_PIECE_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts]
         with self._changed:
             closed = self._closed
             if not closed:
                 queue = self._urgent if urgent else self._early
-                queue.extend(_Piece(load, *piece) for piece in wanted)
+                queue.extend(pieces)
                 self._changed.notify_all()
-        for _ in wanted if closed else ():
+        for _ in pieces if closed else ():
             load.piece_done(_AbandonedError())
         return load
 
@@ -232,19 +251,19 @@ class ExpertReader:
                 self._busy -= 1
                 if not self._busy:
                     self._busy_seconds += time.perf_counter() - self._busy_since
-                self._bytes += sum(view.nbytes for view in piece.into) if error is None else 0
+                self._bytes += piece.nbytes if error is None else 0
             piece.load.piece_done(error)
 
     def _read(self, piece: _Piece, buffer: np.ndarray | None) -> None:
-        length = sum(view.nbytes for view in piece.into)
+        into = _cut(piece.load.views()[piece.own], piece.first, piece.nbytes)
         if buffer is None:
-            _read_fully(self._fds[piece.path], piece.into, piece.offset, length, piece.path)
+            _read_fully(self._fds[piece.path], into, piece.offset, piece.nbytes, piece.path)
             return
         first = piece.offset // _ALIGN * _ALIGN
-        end = -(-(piece.offset + length) // _ALIGN) * _ALIGN
-        _read_fully(self._fds[piece.path], [buffer[: end - first]], first, piece.offset + length - first, piece.path)
+        end = -(-(piece.offset + piece.nbytes) // _ALIGN) * _ALIGN
+        _read_fully(self._fds[piece.path], [buffer[: end - first]], first, piece.offset + piece.nbytes - first, piece.path)
         at = piece.offset - first
-        for view in piece.into:
+        for view in into:
             view[:] = buffer[at : at + view.nbytes]
             at += view.nbytes
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -39,13 +39,13 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """How the experts of a layer lie on disk and in memory; experts of one kind can take each other's place.
+    """How the experts of a layer lie on disk and in memory; those that lie alike in memory can take each other's place.
 
     formats: of w1, v1 and w2 as stored, None for plain ones. stored: the pieces on disk, in their order there. parts: those in memory.
     """
 
     formats: tuple[TensorFormat | None, ...]
-    stored: tuple[ExpertPart, ...]
+    stored: tuple[ExpertPart, ...] = field(compare=False)
     parts: tuple[ExpertPart, ...]
 
     @property

@@ -1,0 +1,227 @@
+"""Decoding and prefill with experts on disk, beside what the bytes that are missed and the disk's bandwidth allow."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.budget import Budget
+from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.decoding import decoder_for
+from dbrx_q.errors import RequestError
+from dbrx_q.experts.files import ExpertFiles
+from dbrx_q.experts.host import HostExpertStore
+from dbrx_q.experts.reader import ExpertReader, supports_direct
+from dbrx_q.experts.slots import ExpertSlots
+from dbrx_q.loading import load_model
+from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.placement import Request, Rig, place
+from dbrx_q.sizes import format_size
+
+from .provenance import provenance
+
+__all__ = ["FILES", "KEYS", "OffloadBenchmark", "OffloadRow", "bench_offload", "disk_bandwidth", "files", "markdown"]
+
+FILES = ("offload.json", "offload.md")
+KEYS = ("path", "rows", "provenance")
+_SEED = 1
+_LINK_SECONDS = 1.5
+_UNCOUNTED_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class OffloadRow:
+    """One budget. share: of the experts that have a slot. prefill: whether a prompt was run, or tokens were decoded. prefetch: whether
+    experts were fetched ahead. hit_rate: of requests. needed_bytes: of experts that were needed and came from disk, a token; read_bytes:
+    all that was read. link: bytes/s that the disk gave alone, before and after. bound: tokens/s = link / needed_bytes. of_bound:
+    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token."""
+
+    share: float
+    slots: int
+    prefill: bool
+    prefetch: bool
+    tokens: int
+    tokens_per_second: float
+    hit_rate: float
+    needed_bytes: float
+    read_bytes: float
+    link: float
+    bound: float
+    of_bound: float
+    compute_seconds: float
+    wait_seconds: float
+
+
+@dataclass
+class OffloadBenchmark:
+    """All rows of a run. direct: whether the page cache was passed by."""
+
+    path: str
+    experts: int
+    expert_bytes: int
+    direct: bool
+    policy: str
+    provenance: dict[str, Any]
+    rows: list[OffloadRow] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def bench_offload(
+    folder: Path,
+    shares: Sequence[float],
+    *,
+    tokens: int = 24,
+    prompt: int = 512,
+    policy: str,
+    prefetch: Sequence[bool] = (True, False),
+    direct: bool | None = None,
+    command: str = "",
+    on_row: Callable[[int, int], None] = lambda done, total: None,
+) -> OffloadBenchmark:
+    """Load a checkpoint with slots for a share of its experts and time it on random tokens.
+
+    Args:
+        folder: a checkpoint, best quantized and of DBRX's own dimensions.
+        shares: of the experts, each between 0 and 1.
+        tokens: to decode for each row; 0 for none.
+        prompt: tokens of a prompt; 0 for none.
+        policy: which expert gives way.
+        prefetch: with and without, in this order.
+        direct: whether to read past the page cache; None for yes where the disk can be read so.
+        command: that is noted with the results.
+        on_row: called with (rows done, rows in all).
+
+    Raises:
+        RequestError: a share or a number of tokens that is none.
+        CheckpointError: the checkpoint is damaged.
+    """
+    for share in shares:
+        if not 0 < share < 1:
+            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}")
+    if tokens < 0 or prompt < 0 or tokens + prompt == 0:
+        raise RequestError(f"tokens to decode and of a prompt must be 0 or more, and one of them more; found {tokens} and {prompt}")
+    with Checkpoint(folder) as checkpoint:
+        config, formats = checkpoint.config, checkpoint.formats
+        files = ExpertFiles(checkpoint, getattr(torch, config.torch_dtype or "bfloat16"))
+    by = supports_direct(files.paths[0]) if direct is None else direct
+    whole = place(config, formats, Rig(), Request(tokens + prompt + _UNCOUNTED_TOKENS))
+    about = provenance(torch.device("cpu"), command)
+    result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, by, policy, about)
+    kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
+    total = len(shares) * len(prefetch) * len(kinds)
+    for share in shares:
+        ram = whole.host.total - whole.host.experts + int(share * whole.host.experts)
+        budget = Budget(Rig(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
+        for ahead in prefetch:
+            model = load_model(folder, budget=replace(budget, prefetch=ahead))
+            with closing(model):
+                for prefill in kinds:
+                    count = prompt if prefill else tokens
+                    result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=ahead, direct=by))
+                    on_row(len(result.rows), total)
+    return result
+
+
+def disk_bandwidth(files: ExpertFiles, *, direct: bool, seconds: float = _LINK_SECONDS) -> float:
+    """Bytes/s of experts in random order, two under way at a time, by the threads that a store has."""
+    places = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
+    random.Random(_SEED).shuffle(places)
+    kind = files.kinds[places[0][0]]
+    places = [where for where in places if files.kinds[where[0]] == kind]
+    with closing(ExpertReader(files, direct=direct)) as reader:
+        slots = ExpertSlots(kind, 2, torch.device("cpu"))
+        loads = [reader.load(*places[i % len(places)], slots, i, urgent=True) for i in range(2)]
+        started, number = time.perf_counter(), 2
+        while time.perf_counter() - started < seconds:
+            loads[number % 2].wait()
+            loads[number % 2] = reader.load(*places[number % len(places)], slots, number % 2, urgent=True)
+            number += 1
+        for load in loads:
+            load.wait()
+        return reader.bytes_read / (time.perf_counter() - started)
+
+
+def markdown(found: OffloadBenchmark) -> str:
+    """The rows as a table."""
+    how = "past the page cache" if found.direct else "through the page cache"
+    about = found.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"# Experts on disk: {Path(found.path).name}",
+        "",
+        f"{about['device']}, {about['threads']} threads; {versions}. `{about['command']}`",
+        "",
+        f"{found.experts} experts of {format_size(found.expert_bytes)}, read {how}; policy {found.policy}. The bound is what the disk's "
+        "bandwidth, measured before and after each row, allows for the experts that were needed and not there.",
+        "",
+        "| experts held | test | prefetch | hits | needed from disk, a token | read, a token | disk | tokens/s | bound | of the bound |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found.rows:
+        test = f"pp{row.tokens}" if row.prefill else f"tg{row.tokens}"
+        lines.append(
+            f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
+            f"{format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | {row.tokens_per_second:.2f} | "
+            f"{row.bound:.2f} | {row.of_bound:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def files(found: OffloadBenchmark) -> dict[str, bytes]:
+    """The report's files by name."""
+    return {"offload.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(), "offload.md": markdown(found).encode()}
+
+
+def _row(
+    model: DbrxForCausalLM, files: ExpertFiles, share: float, *, prefill: bool, tokens: int, prefetch: bool, direct: bool
+) -> OffloadRow:
+    store = model.expert_store
+    assert isinstance(store, HostExpertStore)
+    generator = torch.Generator().manual_seed(_SEED)
+    ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
+    links = [disk_bandwidth(files, direct=direct)]
+    with decoder_for(model, [len(ids)], "plain") as decoder:
+        decoder.prefill(0, ids[:1])
+        if prefill:
+            before, started = store.stats(), time.perf_counter()
+            decoder.prefill(0, ids[1 : 1 + tokens])
+        else:
+            decoder.step({0: ids[1]})
+            before, started = store.stats(), time.perf_counter()
+            for token in ids[2:]:
+                decoder.step({0: token})
+        seconds = time.perf_counter() - started
+    did = store.stats() - before
+    links.append(disk_bandwidth(files, direct=direct))
+    link = statistics.mean(links)
+    needed = (did.cache.misses + did.cache.prefetch_hits) * (files.nbytes / len(files.kinds) / files.n_experts) / tokens
+    bound = link / needed if needed else float("inf")
+    slots = model.placement.host.n_slots if model.placement is not None else 0
+    return OffloadRow(
+        share=share,
+        slots=slots,
+        prefill=prefill,
+        prefetch=prefetch,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        hit_rate=did.cache.hit_rate,
+        needed_bytes=needed,
+        read_bytes=did.disk_bytes / tokens,
+        link=link,
+        bound=bound,
+        of_bound=tokens / seconds / bound,
+        compute_seconds=did.compute_seconds / tokens,
+        wait_seconds=did.wait_seconds / tokens,
+    )

@@ -1,0 +1,102 @@
+"""Memory: a model larger than its budget generates the same, stays below the budget, and takes what the plan says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbrx_q import DbrxConfig, KVCache, generate
+from dbrx_q.budget import Budget
+from dbrx_q.eval.synthetic import write_checkpoint
+from dbrx_q.experts.host import HostExpertStore
+from dbrx_q.layout import TensorFormat
+from dbrx_q.loading import load_model
+from dbrx_q.placement import Rig
+from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
+from dbrx_q.quantize.recipe import default_recipe
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from dbrx_q import generate
+from dbrx_q.budget import Budget
+from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
+from dbrx_q.loading import load_model
+from dbrx_q.placement import Rig
+
+warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "direct"
+prompt = list(range(2, 130))
+
+def run(folder, ram):
+    model = load_model(folder, budget=Budget(Rig(ram), context=160, step_tokens=128, direct=direct))
+    found = generate(model, [prompt], max_new_tokens=16)[0].token_ids
+    stats = model.expert_store.stats()
+    model.close()
+    return found, stats
+
+run(warm, 4 << 20)  # compiled code and threads are not the model's memory
+before = resident_bytes()
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far
+tokens, stats = run(folder, ram)
+print(json.dumps({"tokens": tokens, "grown": peak_memory_bytes() - before, "misses": stats.cache.misses, "read": stats.disk_bytes}))
+"""
+RAM = 44 << 20
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """90 MB at 4 bits, of which the budget holds half."""
+    folder = tmp_path_factory.mktemp("large")
+    config = DbrxConfig(
+        d_model=768,
+        n_heads=12,
+        n_layers=4,
+        max_seq_len=512,
+        vocab_size=1024,
+        attn_config={"kv_n_heads": 4},
+        ffn_config={"ffn_hidden_size": 1024, "moe_num_experts": 16, "moe_top_k": 4},
+        torch_dtype="bfloat16",
+    )
+    write_checkpoint(config, folder / "plain")
+    quantize_checkpoint(
+        folder / "plain", folder / "int4", Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
+    )
+    shutil.rmtree(folder / "plain")
+    yield folder / "int4"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("way", ["direct", "page-cache"])
+def test_a_model_of_twice_the_budget_stays_below_it(large: Path, quantized_nano: Path, way: str) -> None:
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    assert size > 1.8 * RAM
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(quantized_nano), str(large), str(RAM), way], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
+    assert found["misses"] > 0
+    assert found["read"] > size
+    assert found["grown"] <= RAM
+    assert found["grown"] > RAM / 2
+
+
+def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:
+    model = load_model(large, budget=Budget(Rig(RAM), context=160, batch=2, step_tokens=128))
+    plan, store = model.placement, model.expert_store
+    assert plan is not None
+    assert isinstance(store, HostExpertStore)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
+    cache = KVCache(model.config, 2, 160, dtype=torch.bfloat16)
+    for planned, measured in ((plan.host.dense, held), (plan.host.experts, store.nbytes), (plan.host.kv_cache, cache.nbytes)):
+        assert measured == pytest.approx(planned, rel=0.03)
+    assert RAM - plan.host.total < plan.expert_bytes / plan.experts  # the budget is used
+    model.close()
