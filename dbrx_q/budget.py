@@ -10,6 +10,7 @@ import torch
 
 from .errors import RequestError
 from .experts.policies import DEFAULT_POLICY
+from .experts.split import MissPolicy
 from .host_memory import available_bytes
 from .placement import Card, Placement, Rig
 from .sizes import format_size, parse_size
@@ -31,7 +32,8 @@ class Budget:
     context where that is shorter. step_tokens, logit_rows: as of `placement.Request`. policy: which expert gives way,
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router foresees them. direct: whether experts are read past the page cache; None for
-    whichever is measured to be faster. dtype: of activations; None for the checkpoint's.
+    whichever is measured to be faster. miss_policy: how an expert is served that is not on its card. devices: the cards; None for cuda:0,
+    cuda:1 ... dtype: of activations; None for the checkpoint's.
     """
 
     rig: Rig
@@ -44,7 +46,14 @@ class Budget:
     profile: Path | None = None
     prefetch: bool = True
     direct: bool | None = None
+    miss_policy: MissPolicy = MissPolicy.hybrid
+    devices: tuple[torch.device, ...] | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def cards(self) -> tuple[torch.device, ...]:
+        """The devices of the rig's cards, in their order."""
+        return tuple(torch.device("cuda", i) for i in range(len(self.rig.cards))) if self.devices is None else self.devices
 
 
 def rig_of(max_memory: Mapping[int | str, int | str] | None) -> Rig:

@@ -27,7 +27,7 @@ _CAPACITY_STEP = 1024  # tokens; so that requests of like length share one cache
 class DecodeStep:
     """One token for each of `size` sequences of `cache`.
 
-    On a CUDA device that holds every expert the step is captured when it is made, and replayed; elsewhere it is computed each time.
+    On a CUDA device that holds the whole model the step is captured when it is made, and replayed; elsewhere it is computed each time.
 
     Args:
         model: a loaded model.
@@ -46,7 +46,8 @@ class DecodeStep:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        if device.type == "cuda" and isinstance(model.transformer.expert_store, ResidentExpertStore):
+        whole = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
+        if device.type == "cuda" and whole:
             self._capture()
 
     @property
@@ -115,7 +116,7 @@ class BatchDecoder:
 
     def __init__(self, model: DbrxForCausalLM, sequences: int, capacity: int, kv_format: str) -> None:
         self._model = model
-        self.cache = KVCache(model.config, sequences, capacity, dtype=model.dtype, device=model.device, format=kv_format)
+        self.cache = KVCache(model.config, sequences, capacity, dtype=model.dtype, device=model.transformer.devices, format=kv_format)
         self._steps: dict[int, DecodeStep] = {}
 
     @classmethod

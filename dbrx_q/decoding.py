@@ -102,7 +102,8 @@ class _Separate(Decoder):
     def __init__(self, model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> None:
         super().__init__(model)
         self._caches = [
-            KVCache(model.config, 1, capacity, dtype=model.dtype, device=model.device, format=kv_format) for capacity in capacities
+            KVCache(model.config, 1, capacity, dtype=model.dtype, device=model.transformer.devices, format=kv_format)
+            for capacity in capacities
         ]
 
     def _cache(self, index: int) -> KVCache:

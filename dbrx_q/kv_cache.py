@@ -24,7 +24,7 @@ class KVCache:
         batch_size: B.
         capacity: L, at most the model's `max_seq_len`.
         dtype: of the model's activations, and of plain keys and values.
-        device: where they lie.
+        device: where they lie; or one for each layer.
         grows: whether `reserve` may make room for more than L tokens.
         format: "plain", or "int8" or "int4" with scales per token and head.
 
@@ -43,7 +43,7 @@ class KVCache:
         capacity: int,
         *,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device] = "cpu",
         grows: bool = False,
         format: str = "plain",
     ) -> None:
@@ -54,7 +54,8 @@ class KVCache:
         if format not in KV_FORMATS:
             raise RequestError(f"the format of a KV cache must be one of {', '.join(KV_FORMATS)}; found {format!r}")
         shape = batch_size, config.attn_config.kv_n_heads, capacity, config.head_dim
-        self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, torch.device(device)) for _ in range(config.n_layers)]
+        places = [torch.device(device)] * config.n_layers if isinstance(device, (torch.device, str)) else device
+        self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, place) for place in places]
         self.lengths = [0] * batch_size
         self.capacity = capacity
         self._limit = config.max_seq_len if grows else capacity

@@ -7,7 +7,7 @@ Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,14 @@ class Batch:
     positions: torch.Tensor
     rows: torch.Tensor
     cache: KVCache | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; keys and values stay where their layers are."""
+        if self.positions.device == device:
+            return self
+        rows = None if self.sequences.rows is None else self.sequences.rows.to(device)
+        sequences = replace(self.sequences, starts=self.sequences.starts.to(device), lengths=self.sequences.lengths.to(device), rows=rows)
+        return Batch(sequences, self.positions.to(device), self.rows.to(device), self.cache)
 
 
 class PackedWeight(nn.Module):
@@ -215,6 +223,11 @@ class DbrxBlock(nn.Module):
         super().__init__()
         self.norm_attn_norm = DbrxNormAttentionNorm(config, layer)
         self.ffn = DbrxFFN(config, layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.norm_attn_norm.norm_1.weight.device
 
     def forward(
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation, store: ExpertStore

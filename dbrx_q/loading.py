@@ -16,10 +16,16 @@ from .checkpoint import Checkpoint
 from .config import DbrxConfig
 from .errors import CheckpointError, RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
+from .experts.calibrate import measure_rates
+from .experts.card import CardExperts, CardExpertStore
 from .experts.files import ExpertFiles
 from .experts.host import HostExpertStore, NextRouter
-from .experts.policies import make_policy
+from .experts.link import make_link
+from .experts.policies import CachePolicy, make_policy
 from .experts.reader import ExpertReader, reads_faster_directly
+from .experts.slots import ExpertKind
+from .experts.split import MissRates
+from .experts.tier import HostTier
 from .experts.trace import Trace
 from .host_memory import empty_host
 from .hub import resolve_folder
@@ -30,7 +36,7 @@ from .kernels.cpu import warm_up
 from .kernels.launch import chip_of
 from .kernels.linear import PackedFormat
 from .layers import PackedWeight
-from .layout import DenseTensor, TensorFormat, dense_tensors, matrix_parts, pack_parts, parts_of
+from .layout import DenseTensor, TensorFormat, dense_tensors, kind_of, matrix_parts, pack_parts, parts_of
 from .model import DbrxForCausalLM, check_device
 from .placement import Placement, Request, place
 from .tuning import load_tuning
@@ -51,7 +57,7 @@ def load_pretrained(
     token: str | None = None,
 ) -> DbrxForCausalLM:
     """`DbrxForCausalLM.from_pretrained` with all that can be said of memory."""
-    place = check_device(device) if budget is None or not budget.rig.cards else check_device("cuda:0")
+    place = check_device(device) if budget is None or not budget.rig.cards else budget.cards[0]
     triton = pick(place) is Backend.TRITON
     implementation = attn_implementation or ("triton" if triton else "sdpa")
     if implementation not in IMPLEMENTATIONS:
@@ -74,11 +80,10 @@ def load_model(
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
         plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder))
         profile = None if budget is None or budget.profile is None else Trace.read(budget.profile).check(config).counts()
-        if plan is not None and plan.cards:
-            if not plan.resident or len(plan.cards) > 1:
-                raise UnsupportedError("experts on GPUs beside other places are not offered by this version; give one GPU that holds all")
-            device = torch.device(plan.cards[0].device)
+        cards = budget.cards if budget is not None else ()
         tiered = budget is not None and plan is not None and not plan.resident
+        device_of = _devices_of(config, plan, cards, device)
+        device = device_of(config.n_layers)
         model = _empty(config, chosen, device)
         products: dict[TensorFormat, PackedFormat] = {}
         for tensor in checkpoint.tensors.values():
@@ -87,17 +92,19 @@ def load_model(
                 if fmt is not None:
                     products.setdefault(fmt, _one_row(tensor, fmt))
                 continue
+            there = device_of(_layer_of(tensor, config))
             if fmt is None:
-                _put(model, tensor.name, _dense(checkpoint, tensor, chosen, device))
+                _put(model, tensor.name, _dense(checkpoint, tensor, chosen, there))
                 continue
-            weight = _packed(checkpoint, tensor, fmt, device)
+            weight = _packed(checkpoint, tensor, fmt, there)
             _put(model, tensor.name, PackedWeight(weight))
             if tensor.name != "transformer.wte.weight":  # whose rows are looked up
                 products[fmt] = weight[0] if tensor.experts else weight
         files = ExpertFiles(checkpoint, chosen) if tiered else None
-    if pick(device) is Backend.CPU:
+    if pick(device) is Backend.CPU or tiered:
         for weight in products.values():
-            warm_up(weight, chosen)
+            if weight.device.type == "cpu":
+                warm_up(weight, chosen)
     store = None
     if files is not None and plan is not None and budget is not None:
         store = _tiered_store(model, files, plan, budget, profile)
@@ -181,19 +188,58 @@ def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence
     return model
 
 
-def _tiered_store(
-    model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget, profile: np.ndarray | None
-) -> HostExpertStore:
+def _devices_of(
+    config: DbrxConfig, plan: Placement | None, cards: Sequence[torch.device], device: torch.device
+) -> Callable[[int], torch.device]:
+    """The device of each layer by its index, -1 being the embedding and `n_layers` the head."""
+    if plan is None or not plan.cards:
+        return lambda layer: device
+    of = [card for card, there in zip(cards, plan.cards, strict=True) for _ in range(*there.layers)]
+    return lambda layer: of[min(max(layer, 0), config.n_layers - 1)]
+
+
+def _layer_of(tensor: DenseTensor, config: DbrxConfig) -> int:
+    """The layer whose device a tensor lies on: the embedding with the first, norm and head with the last."""
+    return tensor.layer if tensor.layer >= 0 or kind_of(tensor.name) == "embedding" else config.n_layers
+
+
+def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget, profile: np.ndarray | None) -> ExpertStore:
     """A store with the plan's slots, full of experts."""
     config = model.config
     L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
-    policies = {kind: make_policy(budget.policy, L, E, profile) for kind in plan.host.slots}
+
+    def policies(slots: Mapping[ExpertKind, int]) -> dict[ExpertKind, CachePolicy]:
+        return {kind: make_policy(budget.policy, L, E, profile) for kind in slots}
+
     routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()] if budget.prefetch else None
     on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
     direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
-    store = HostExpertStore(files, ExpertReader(files, direct=direct), slots=dict(plan.host.slots), policies=policies, routers=routers)
+    # Where all experts fit onto cards, one at a time passes through host memory all the same.
+    room = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in set(files.kinds)}
+    tier = HostTier(files, ExpertReader(files, direct=direct), slots=room, policies=policies(room))
+    store: HostExpertStore | CardExpertStore
+    if not plan.cards:
+        store = HostExpertStore(tier, routers=routers)
+    else:
+        cards = [
+            CardExperts(
+                device,
+                there.layers,
+                tier,
+                make_link(device),
+                slots=there.slots,
+                policies=policies(there.slots),
+                miss_policy=budget.miss_policy,
+                rates=MissRates(budget.rig.host_bandwidth, spec.link),
+            )
+            for device, there, spec in zip(budget.cards, plan.cards, budget.rig.cards, strict=True)
+            if there.n_slots
+        ]
+        store = CardExpertStore(cards, tier, routers=routers)
     try:
-        store.fill(profile)
+        (tier if isinstance(store, HostExpertStore) else store).fill(profile)
+        for card in store.cards if isinstance(store, CardExpertStore) else ():
+            card.rates = measure_rates(card, tier, model.dtype)
     except BaseException:
         store.close()
         raise

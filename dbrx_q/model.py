@@ -22,6 +22,7 @@ from .config import DbrxConfig
 from .errors import RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
 from .experts.policies import DEFAULT_POLICY
+from .experts.split import MissPolicy
 from .kernels.attention import Sequences
 from .kernels.backend import Backend, pick
 from .kv_cache import KVCache
@@ -79,8 +80,13 @@ class DbrxModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Where the last layer and the head compute; of a model on one device, the model."""
         return self.norm_f.weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where each layer computes."""
+        return [block.device for block in self.layers()]
 
     @property
     def steps_together(self) -> bool:
@@ -133,10 +139,15 @@ class DbrxModel(nn.Module):
         Nothing of it waits for the device, so that a CUDA graph can hold it; `batch.cache.lengths` are left to the caller.
         """
         x = self.wte(ids, self.dtype)  # [T, D]
+        batch = batch.to(x.device)
         rotation = rotation_of(batch.positions, self.config)
         store = self.store
         delta, router_logits = None, []
-        for block in self.blocks:
+        for block in self.layers():
+            if block.device != x.device:  # the next card's layers begin; tokens cross, 2 D bytes each
+                batch = batch.to(block.device)
+                rotation = rotation_of(batch.positions, self.config)
+                x, delta = x.to(block.device), None if delta is None else delta.to(block.device)
             x, delta, logits = block(x, delta, batch, rotation, store)
             router_logits.append(logits)
         return self.norm_f(x, delta)[1], router_logits
@@ -167,7 +178,7 @@ class DbrxModel(nn.Module):
         if longest > self.config.max_seq_len:
             raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
         if cache is None and use_cache:
-            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.device, grows=True)
+            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.devices, grows=True)
         if cache is not None:
             cache.reserve(longest)
         return batch_of(counts, past, cache, self.device), rows
@@ -234,6 +245,7 @@ class DbrxForCausalLM(nn.Module):
         batch_size: int = 1,
         kv_format: str = "plain",
         cache_policy: str = DEFAULT_POLICY,
+        miss_policy: str = "hybrid",
         prefetch: bool = True,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -252,6 +264,8 @@ class DbrxForCausalLM(nn.Module):
             context, batch_size, kv_format: with "auto", what keys and values are kept room for: tokens of a sequence (None for 4096, or
                 the model's context where that is shorter), sequences together, and their format.
             cache_policy: with "auto", which expert gives way: "least-stale", "lru" or "lfu".
+            miss_policy: with "auto" and GPUs, how an expert is served that is not on its card: computed by the CPU ("cpu"), copied
+                ("copy"), or the mix of both that ends first ("hybrid").
             prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router foresees them.
             attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
             revision: branch, tag or commit on the hub.
@@ -273,7 +287,15 @@ class DbrxForCausalLM(nn.Module):
             raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
         budget = None
         if device_map is not None:
-            budget = Budget(rig_of(max_memory), context, batch_size, kv_format, policy=cache_policy, prefetch=prefetch)
+            budget = Budget(
+                rig_of(max_memory),
+                context,
+                batch_size,
+                kv_format,
+                policy=cache_policy,
+                prefetch=prefetch,
+                miss_policy=_miss_policy(miss_policy),
+            )
         return load_pretrained(
             path_or_hub_id,
             budget=budget,
@@ -326,6 +348,12 @@ def check_device(device: str | torch.device | None) -> torch.device:
             )
         place = torch.device("cuda", index)
     return place
+
+
+def _miss_policy(name: str) -> MissPolicy:
+    if name not in list(MissPolicy):
+        raise RequestError(f"miss_policy must be 'cpu', 'copy' or 'hybrid'; found {name!r}")
+    return MissPolicy(name)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 
 from .config import DbrxConfig
 from .experts.reader import staging_bytes
-from .experts.slots import ExpertKind, expert_kinds
+from .experts.slots import ExpertKind, expert_kinds, first_slots
 from .kernels.kv import allocate_kv
 from .layout import TensorFormat, dense_tensors, parts_of
 
@@ -78,8 +78,12 @@ class Request:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One device. budget: bytes that may be used, None without a limit. layers: (first, end) of those that it computes. slots: room for
-    experts of each kind. dense: bytes of all other weights, of which every token reads `dense_read`; the other fields are bytes, too."""
+    """One device; bytes where nothing else is said.
+
+    budget: that may be used, None without a limit. layers: (first, end) of those that it computes. dense: all weights but experts, of which
+    every token reads `dense_read`. experts: of its slots. slots: how many for experts of each kind, of which `scratch` stay free for what
+    is copied while it runs.
+    """
 
     device: str
     budget: int | None
@@ -91,6 +95,7 @@ class DevicePlan:
     reserve: int = 0
     slots: Mapping[ExpertKind, int] = field(default_factory=dict)
     dense_read: int = 0
+    scratch: int = 0
 
     @property
     def total(self) -> int:
@@ -226,7 +231,8 @@ def _on_host(model: _Sizes, rig: Rig) -> Placement:
 
 def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
     """With layers ends[c - 1] .. ends[c] - 1 on card c."""
-    cards, short, worst, held = [], 0, "", 0
+    cards, short, worst = [], 0, ""
+    held: Counter[ExpertKind] = Counter()
     wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
     for c, (card, first, end) in enumerate(zip(rig.cards, (0, *ends), ends, strict=False)):
         dense = sum(model.dense[first:end])
@@ -237,13 +243,15 @@ def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
         slots, missing = _slots(own, card.memory - card.reserve - dense - kv - model.card_workspace)
         if missing > short:
             short, worst = missing, f"cuda:{c}"
-        held += sum(slots.values())
         read = dense - (model.embedding if c == 0 else 0)
         reserve, work = card.reserve, model.card_workspace
-        cards.append(DevicePlan(f"cuda:{c}", card.memory, (first, end), dense, _bytes(slots), kv, work, reserve, slots, read))
-    workspace = model.host_workspace if held < sum(wanted.values()) else 0
+        filled = Counter({kind: first_slots(count, own[kind]) for kind, count in slots.items()})
+        scratch = sum(slots.values()) - sum(filled.values())
+        held += filled
+        cards.append(DevicePlan(f"cuda:{c}", card.memory, (first, end), dense, _bytes(slots), kv, work, reserve, slots, read, scratch))
+    left = wanted - held
+    workspace = model.host_workspace if left else 0
     staging = _STAGED_EXPERTS * max(kind.nbytes for kind in wanted) if workspace else 0
-    left = wanted - Counter({kind: sum(plan.slots.get(kind, 0) for plan in cards) for kind in wanted})
     host_slots: dict[ExpertKind, int] = {}
     if left:
         host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging)
@@ -254,7 +262,7 @@ def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
 
 
 def _placement(cards: tuple[DevicePlan, ...], host: DevicePlan, wanted: Mapping[ExpertKind, int], short: int, worst: str) -> Placement:
-    held = sum(plan.n_slots for plan in (*cards, host))
+    held = sum(plan.n_slots - plan.scratch for plan in (*cards, host))
     total = sum(wanted.values())
     return Placement(cards, host, total, _bytes(wanted), max(0, total - held), short, worst if short else "")
 

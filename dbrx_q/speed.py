@@ -108,7 +108,7 @@ def _terms(
             Term("disk", "experts that miss", requests * (1 - hit) * mean, rig.disk_bandwidth),
         ]
         return [term for term in found if term.nbytes]
-    off_cards = placement.experts - sum(plan.n_slots for plan in placement.cards)
+    off_cards = placement.experts - sum(plan.n_slots - plan.scratch for plan in placement.cards)
     on_disk = placement.disk_experts / off_cards if off_cards else 0.0
     found = []
     for plan, card in zip(placement.cards, rig.cards, strict=True):

@@ -51,7 +51,7 @@ def record(
     try:
         for first in range(0, len(ids), context):
             window = ids[first : first + context]
-            cache = KVCache(config, 1, len(window), dtype=model.dtype, device=model.device)
+            cache = KVCache(config, 1, len(window), dtype=model.dtype, device=model.transformer.devices)
             for at in range(0, len(window), step):
                 some = window[at : at + step]
                 model.transformer(torch.tensor([some]), None, cache, True, False)

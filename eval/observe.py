@@ -150,7 +150,7 @@ def observe(
     longest = max(window.end - window.first for window in windows)
     cache = None
     if kv_format != "plain" or (longest > STEP_TOKENS and len(windows) == 1):
-        cache = KVCache(model.config, len(windows), longest, dtype=model.dtype, device=model.device, format=kv_format)
+        cache = KVCache(model.config, len(windows), longest, dtype=model.dtype, device=model.transformer.devices, format=kv_format)
     for pieces in _steps(windows):
         targets = torch.cat([text[piece.predicts] for piece in pieces])
         tokens = torch.cat([text[piece.first : piece.end] for piece in pieces])

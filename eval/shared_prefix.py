@@ -74,7 +74,7 @@ class PrefixScorer:
             raise RequestError(f"a batch must hold at least 1 request; found {batch_size}")
         self.counts = TokenCounts()
         self._model, self._batch_size = model, batch_size
-        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=model.device, format=kv_format, grows=True)
+        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=model.transformer.devices, format=kv_format, grows=True)
         self._held: tuple[int, ...] = ()  # the trunk's tokens
         self._pieces: list[tuple[int, tuple[int, ...]]] = []  # what ran into the trunk: (place of its first token, tokens)
         self._known = self._behind = False  # whether the batch's answers are; whether the trunk lacks what did not run for them

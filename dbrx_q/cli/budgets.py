@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from dbrx_q.placement import Card
 
 __all__ = [
+    "MISS_HELP",
     "PLANNED_GPU_HELP",
     "POLICY_HELP",
     "PREFETCH_HELP",
     "PROFILE_HELP",
     "Gpu",
+    "MissPolicyName",
     "Policy",
     "Ram",
     "budget_of",
@@ -36,6 +38,7 @@ PLANNED_GPU_HELP = (
     "link=25GB and bandwidth=900GB for bytes a second from the host and of its memory."
 )
 POLICY_HELP = "With --ram or --gpu, which expert gives way to another; static pins what --profile used most."
+MISS_HELP = "With --gpu, an expert that is not on its card: computed by the CPU where it lies, copied, or whichever mix ends first."
 PROFILE_HELP = "A trace of a text, by `dbrx-q trace`, whose most used experts are held first."
 PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router foresees them."
 
@@ -53,6 +56,14 @@ class Policy(str, Enum):
     static = "static"
 
 
+class MissPolicyName(str, Enum):
+    """How an expert is served that is not on its card."""
+
+    hybrid = "hybrid"
+    cpu = "cpu"
+    copy = "copy"
+
+
 def budget_of(
     ram: str | None,
     gpu: list[str] | None,
@@ -64,6 +75,7 @@ def budget_of(
     policy: Policy = Policy.least_stale,
     profile: Path | None = None,
     prefetch: bool = True,
+    miss_policy: MissPolicyName = MissPolicyName.hybrid,
 ) -> Budget | None:
     """What the options allow; None where neither --ram nor --gpu was given.
 
@@ -72,7 +84,10 @@ def budget_of(
     """
     from dbrx_q.budget import Budget, rig_of
     from dbrx_q.errors import RequestError
+    from dbrx_q.experts.split import MissPolicy
 
+    if not gpu and miss_policy is not MissPolicyName.hybrid:
+        raise RequestError(f"--miss-policy is for experts that are not on their card; found {miss_policy.value} without --gpu")
     if ram is None and not gpu:
         if policy is not Policy.least_stale or profile is not None or not prefetch:
             raise RequestError("--policy, --profile and --no-prefetch need a cache of experts; add --ram or --gpu")
@@ -85,7 +100,17 @@ def budget_of(
             raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
     else:
         limits |= {i: parse_size(size) for i, size in enumerate(gpu or ())}
-    return Budget(rig_of(limits), context, batch, kv_format, step_tokens, policy=policy.value, profile=profile, prefetch=prefetch)
+    return Budget(
+        rig_of(limits),
+        context,
+        batch,
+        kv_format,
+        step_tokens,
+        policy=policy.value,
+        profile=profile,
+        prefetch=prefetch,
+        miss_policy=MissPolicy(miss_policy.value),
+    )
 
 
 def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int, kv_format: str = "plain") -> None:

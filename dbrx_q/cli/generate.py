@@ -11,7 +11,7 @@ import typer
 
 from ..sizes import format_size
 from . import budgets, output
-from .budgets import Gpu, Policy, Ram
+from .budgets import Gpu, MissPolicyName, Policy, Ram
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -62,6 +62,7 @@ def command(
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
     prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
+    miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
     stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -97,7 +98,15 @@ def command(
         raise RequestError(f"--context needs a budget that keys and values are part of; found {context}. Add --ram or --gpu")
     room = min(len(ids) + max_new_tokens, config.max_seq_len) if context is None else context
     budget = budgets.budget_of(
-        ram, gpu, context=room, kv_format=kv.value, step_tokens=len(ids), policy=policy, profile=profile, prefetch=prefetch
+        ram,
+        gpu,
+        context=room,
+        kv_format=kv.value,
+        step_tokens=len(ids),
+        policy=policy,
+        profile=profile,
+        prefetch=prefetch,
+        miss_policy=miss_policy,
     )
     chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     model = load_pretrained(folder, budget=budget, device=place, dtype=chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,9 @@ class ExpertCache:
     Args:
         slots: how many; at least one.
         policy: says what goes when all are full.
+
+    Attributes:
+        kept_elsewhere: gives bool [L * E], the experts that alone may be evicted, since they lie in another memory, too; None for any.
     """
 
     def __init__(self, slots: int, policy: CachePolicy) -> None:
@@ -38,15 +41,31 @@ class ExpertCache:
         total = policy.layers * policy.experts
         self._slot = np.full(total, -1)
         self._held = np.zeros(total, bool)
+        self._pinned = np.zeros(total, bool)  # must stay until they are unpinned
         self._shielded = np.zeros(total, bool)  # must stay for now
         self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
         self._free = list(range(slots))[::-1]
+        self.kept_elsewhere: Callable[[], np.ndarray] | None = None
         self._hits = self._prefetch_hits = self._misses = self._prefetches = self._evictions = 0
 
     @property
     def stats(self) -> CacheStats:
         """Counters since it was made."""
         return CacheStats(self._hits, self._prefetch_hits, self._misses, self._prefetches, self._evictions)
+
+    @property
+    def held(self) -> np.ndarray:
+        """bool [L * E]: experts that have a slot."""
+        return self._held
+
+    @property
+    def free_slot(self) -> int | None:
+        """A slot that nobody lies in; None where all are taken."""
+        return self._free[-1] if self._free else None
+
+    def pin(self, layer: int, expert: int, *, pinned: bool) -> None:
+        """Whether an expert must keep its slot."""
+        self._pinned[self._key(layer, expert)] = pinned
 
     def slot_of(self, layer: int, expert: int) -> int:
         """Where an expert lies; -1 for nowhere."""
@@ -71,6 +90,12 @@ class ExpertCache:
             self._foreseen_only[key] = False
             self._shielded[key] = self._held[key]
         return present, [e for e in experts if e not in set(present)]
+
+    def bypass(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts that the layer needs and that are not here are served elsewhere: they count, and get no slot."""
+        self._misses += len(experts)
+        for expert in experts:
+            self._policy.use(self._key(layer, expert))
 
     def assign(self, layer: int, expert: int) -> Assignment | None:
         """A slot for an expert that the layer needs; None while all must stay."""
@@ -110,12 +135,16 @@ class ExpertCache:
                 self._slot[key], self._held[key], self._foreseen_only[key] = -1, False, False
         self._free = sorted(set(range(self.slots)) - {int(self._slot[key]) for key in kept}, reverse=True)
         self._shielded[:] = False
+        self._pinned[:] = False
 
     def _assign(self, layer: int, expert: int, *, urgent: bool) -> Assignment | None:
         """A slot for an expert that is not there; None while everything must stay."""
         if self._free:
             return self._take(layer, expert, urgent)
-        candidates = np.flatnonzero(self._held & ~self._shielded)
+        free_to_go = self._held & ~self._shielded & ~self._pinned
+        if self.kept_elsewhere is not None:
+            free_to_go &= self.kept_elsewhere()
+        candidates = np.flatnonzero(free_to_go)
         if not candidates.size:
             return None
         victim = int(candidates[self._policy.worth()[candidates].argmin()])

@@ -17,9 +17,11 @@ from ..kernels.linear import Weight
 from ..kernels.moe import ExpertWeights
 from ..layout import DenseTensor, TensorFormat, dense_tensors, matrix_parts, pack_parts
 
-__all__ = ["ExpertKind", "ExpertPart", "ExpertSlots", "expert_kinds"]
+__all__ = ["ExpertKind", "ExpertPart", "ExpertSlots", "expert_kinds", "first_slots"]
 
 MATRICES = ("w1", "v1", "w2")
+# Slots of a card that are left empty at first: where every expert lies in one memory only, a card can give up none but what it copied.
+_SCRATCH_SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ def expert_kinds(
                 parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in matrix_parts(tensor, fmt.in_memory)]
         kinds.append(ExpertKind(tuple(formats.get(tensor.name) for tensor in layer), tuple(stored), tuple(parts)))
     return kinds
+
+
+def first_slots(slots: int, experts: int) -> int:
+    """How many of a card's slots are filled at first, of those for one kind of which its layers have so many experts."""
+    return slots if slots >= experts else max(0, slots - _SCRATCH_SLOTS)
 
 
 class ExpertSlots:

@@ -47,6 +47,9 @@ class ExpertStats:
     cache: of the memory that computes. foreseen, foreseeable: of the requests for which there were guesses, how many had been guessed,
     followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
     which products waited for bytes. read_seconds: in which at least one read was under way.
+
+    Of cards. host: of the host's memory under them. on_cpu: misses that the CPU computed. link_bytes: that travelled to cards.
+    link_seconds: in which links were busy, together.
     """
 
     cache: CacheStats = CacheStats()
@@ -56,11 +59,18 @@ class ExpertStats:
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     read_seconds: float = 0.0
+    host: CacheStats = CacheStats()
+    on_cpu: int = 0
+    link_bytes: int = 0
+    link_seconds: float = 0.0
 
     @property
     def prefetch_accuracy(self) -> float:
         """Share of requests that the router of their layer foresaw from the input of the layer before; 0 without any."""
         return self.foreseen / self.foreseeable if self.foreseeable else 0.0
+
+    def __add__(self, other: ExpertStats) -> ExpertStats:
+        return ExpertStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def __sub__(self, other: ExpertStats) -> ExpertStats:
         return ExpertStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
@@ -68,8 +78,8 @@ class ExpertStats:
     def as_dict(self) -> dict[str, float]:
         """Every counter and rate by name."""
         rates = {"requests": self.cache.requests, "hit_rate": self.cache.hit_rate, "prefetch_accuracy": self.prefetch_accuracy}
-        times = {name: value for name, value in asdict(self).items() if name != "cache"}
-        return asdict(self.cache) | rates | times
+        others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host")}
+        return asdict(self.cache) | rates | others | {f"host_{name}": value for name, value in asdict(self.host).items()}
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -77,10 +87,18 @@ class ExpertStats:
         if not cache.requests:
             return ["experts: all at hand"]
         rate = f", {format_size(self.disk_bytes / self.read_seconds)}/s while reading" if self.read_seconds else ""
+        found = []
+        if self.host.requests:
+            speed = f", {format_size(self.link_bytes / self.link_seconds)}/s while copying" if self.link_seconds else ""
+            found = [
+                f"misses: {self.on_cpu} computed by the CPU; {format_size(self.link_bytes)} copied to cards{speed}",
+                f"host memory: {self.host.requests} requests, {self.host.hit_rate:.1%} hits, {self.host.evictions} evictions",
+            ]
         return [
             f"experts: {cache.requests} requests, {cache.hit_rate:.1%} hits ({cache.prefetch_hits} by prefetch), {cache.misses} misses, "
             f"{cache.evictions} evictions",
             f"prefetch: {cache.prefetches} experts fetched early; {self.prefetch_accuracy:.1%} of what was needed was foreseen",
+            *found,
             f"disk: {format_size(self.disk_bytes)} read{rate}",
             f"time: {self.compute_seconds:.2f} s in products of experts, {self.wait_seconds:.2f} s waiting for them, "
             f"{self.read_seconds:.2f} s in which the disk was read",

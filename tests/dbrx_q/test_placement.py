@@ -82,7 +82,8 @@ def test_every_byte_of_every_rig_is_accounted_for(case: Case) -> None:
         assert device.experts == pytest.approx(device.n_slots * EXPERT)
     assert sum(device.dense for device in plan.devices) == whole.host.dense
     assert sum(device.kv_cache for device in plan.devices) == whole.host.kv_cache
-    assert sum(device.n_slots for device in plan.devices) + plan.disk_experts == 640
+    assert sum(device.n_slots - device.scratch for device in plan.devices) + plan.disk_experts == 640
+    assert all(device.scratch in (0, 2) for device in plan.cards)
     assert plan.expert_bytes == pytest.approx(640 * EXPERT)
     if plan.disk_experts:  # then no device has room for one more
         assert all((device.budget or 0) - device.total < EXPERT for device in plan.devices if device.layers != (0, 0) or device.n_slots)

@@ -23,6 +23,7 @@ from dbrx_q.experts.host import HostExpertStore, NextRouter
 from dbrx_q.experts.policies import make_policy
 from dbrx_q.experts.reader import ExpertReader, reads_faster_directly, supports_direct
 from dbrx_q.experts.slots import ExpertKind, ExpertSlots
+from dbrx_q.experts.tier import HostTier
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model, load_pretrained
 from dbrx_q.placement import Rig
@@ -77,9 +78,8 @@ def store_over(
     policies = {kind: make_policy(policy, config.n_layers, config.ffn_config.moe_num_experts) for kind in set(files.kinds)}
     routers = [NextRouter(block.ffn.router.layer.weight, config.ffn_config.moe_top_k) for block in model.transformer.layers()]
     counts = {kind: slots if isinstance(slots, int) else slots(kind) for kind in policies}
-    return HostExpertStore(
-        files, ExpertReader(files, direct=direct), slots=counts, policies=policies, routers=routers if prefetch else None
-    )
+    tier = HostTier(files, ExpertReader(files, direct=direct), slots=counts, policies=policies)
+    return HostExpertStore(tier, routers=routers if prefetch else None)
 
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
@@ -113,7 +113,7 @@ def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype:
     expected = logits_of(model)
     for slots, policy, prefetch in SETTINGS:
         store = store_over(folder, model, slots, policy=policy, prefetch=prefetch, direct=slots == 5 and supports_direct(folder))
-        store.fill()
+        store.tier.fill()
         model.transformer.expert_store = store
         found = logits_of(model)
         store.close()

@@ -96,7 +96,7 @@ def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:
     assert isinstance(store, HostExpertStore)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
     cache = KVCache(model.config, 2, 160, dtype=torch.bfloat16)
-    for planned, measured in ((plan.host.dense, held), (plan.host.experts, store.nbytes), (plan.host.kv_cache, cache.nbytes)):
+    for planned, measured in ((plan.host.dense, held), (plan.host.experts, store.tier.nbytes), (plan.host.kv_cache, cache.nbytes)):
         assert measured == pytest.approx(planned, rel=0.03)
     assert RAM - plan.host.total < plan.expert_bytes / plan.experts  # the budget is used
     model.close()

@@ -1,0 +1,401 @@
+"""The expert store of cards: a cache of experts on each, host memory under them, disk under that.
+
+A layer's experts are served in this order: copies of missed ones begin; what lies on the card is computed there; the CPU computes its
+share of the missed ones where they lie; then what was copied. What the next layer is foreseen to need is copied meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..errors import RequestError
+from ..kernels.cpu_moe import ExpertOutputs
+from ..kernels.moe import ExpertWeights, Routing, moe_experts
+from .cache import Assignment, ExpertCache
+from .foresight import Foresight
+from .host import NextRouter
+from .link import Arrival, Link
+from .policies import CachePolicy
+from .slots import ExpertKind, ExpertSlots, first_slots
+from .split import MissPolicy, MissRates, split_misses
+from .stats import CacheStats, ExpertStats
+from .store import ExpertStore
+from .tier import HostTier, Place, fill_order
+
+__all__ = ["CardExpertStore", "CardExperts"]
+
+_FEW_TOKENS = 64
+
+
+class CardExperts:
+    """The experts of one card's layers.
+
+    Args:
+        device: the card.
+        layers: (first, end) of the layers that it computes.
+        tier: host memory under it.
+        link: the way there; closed with the card.
+        slots, policies: of each kind of its layers' experts.
+        miss_policy: how missed experts are served.
+        rates: of the CPU and of the link, which the split follows.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: tuple[int, int],
+        tier: HostTier,
+        link: Link,
+        *,
+        slots: Mapping[ExpertKind, int],
+        policies: Mapping[ExpertKind, CachePolicy],
+        miss_policy: MissPolicy,
+        rates: MissRates,
+    ) -> None:
+        self.device, self.layers, self.link = device, layers, link
+        self._tier, self._miss_policy, self.rates = tier, miss_policy, rates
+        self._pools = {kind: (ExpertSlots(kind, count, device), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
+        self._coming: dict[Place, Arrival] = {}  # copies of what was foreseen
+        self._used: dict[tuple[ExpertKind, int], torch.cuda.Event] = {}  # when the card has read a slot for the last time
+        self._seen = 0, 0.0  # bytes and seconds of the link that the rates know
+        self.on_cpu = 0
+        self.compute_seconds = self.wait_seconds = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slots.nbytes for slots, _ in self._pools.values())
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters of all slots."""
+        return sum((cache.stats for _, cache in self._pools.values()), CacheStats())
+
+    def holds(self) -> list[Place]:
+        """Every (layer, expert) that has a slot."""
+        found = np.any([cache.held for _, cache in self._pools.values()], axis=0)
+        return [divmod(int(key), self._tier.n_experts) for key in np.flatnonzero(found)]
+
+    def keep_what_is_nowhere_else(self) -> None:
+        """Evict from now on only what lies in host memory, too."""
+        for _, cache in self._pools.values():
+            cache.kept_elsewhere = self._tier.held
+
+    def choose(self, worth: np.ndarray | None) -> list[tuple[Assignment, ExpertKind]]:
+        """Slots for the likeliest experts; the last ones stay free for what is copied first."""
+        order = [place for place in fill_order(self._tier.n_layers, self._tier.n_experts, worth) if self._own(place[0])]
+        found = []
+        for kind, (slots, cache) in self._pools.items():
+            own = [place for place in order if self._tier.kind(place[0]) == kind]
+            found += [(assignment, kind) for assignment in cache.fill(own[: first_slots(slots.count, len(own))])]
+        return found
+
+    def put(self, assignment: Assignment, kind: ExpertKind, sources: Sequence[torch.Tensor]) -> Arrival:
+        """Copy an expert into its slot."""
+        slots, _ = self._pools[kind]
+        after = self._used.get((kind, assignment.slot))
+        return self.link.copy(sources, slots.views(assignment.slot), after=after, urgent=assignment.urgent)
+
+    def forward(
+        self, index: int, x: torch.Tensor, routing: Routing, foresight: Foresight | None, following: NextRouter | None
+    ) -> torch.Tensor:
+        """What the experts of layer `index` make of the tokens `x` [T, D] on this card.
+
+        following: the router of the next layer, where this card computes that, too.
+        """
+        total = _PairSum(x, routing) if self.device.type == "cpu" else _PartialSum(x, routing)
+        needed = list(total.counts)
+        if foresight is not None:
+            foresight.judge(index, needed)
+        ahead = [] if foresight is None or following is None else following.foresee(foresight, index + 1, x)
+        try:
+            self._serve(index, total, needed, ahead)
+        except BaseException:
+            self._forget()
+            raise
+        return total.result()
+
+    def free_slot(self, layer: int) -> int | None:
+        """A slot for the experts of a layer that nobody lies in; None where all are taken."""
+        return self._pools[self._tier.kind(layer)][1].free_slot
+
+    def slot_views(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """The memory of a slot for the experts of a layer."""
+        return self._pools[self._tier.kind(layer)][0].views(slot)
+
+    def close(self) -> None:
+        """End the link's thread."""
+        self.link.close()
+
+    def _serve(self, index: int, total: _Sum, needed: list[int], ahead: list[int]) -> None:
+        kind = self._tier.kind(index)
+        cache = self._pools[kind][1]
+        missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
+        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy)
+        present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
+        cache.bypass(index, on_cpu)
+        self._land(index)
+        sent = {e: self._copy_if_here(index, e) for e in copied}
+        self._on_card(total, index, present)
+        absent = [e for e in ahead if self._pools[self._tier.kind(index + 1)][1].slot_of(index + 1, e) < 0]
+        with closing(self._tier.serve(index, sorted(missed), absent)) as groups:
+            for experts in groups:
+                here = [e for e in experts if e in set(on_cpu)]
+                self._on_host(total, index, here)
+                going = {e: arrival for e in experts if (arrival := sent.get(e)) is not None}
+                for e in [e for e in experts if e in sent and e not in going]:
+                    while (arrival := self._copy(index, e)) is None and going:  # a slot is free when another copy was computed
+                        self._arrive(total, index, going)
+                    if arrival is None:
+                        self._on_host(total, index, [e])
+                    else:
+                        going[e] = arrival
+                while going:
+                    self._arrive(total, index, going)
+        self._fetch_ahead(index + 1, absent)
+        sent_bytes, busy = self.link.bytes_copied, self.link.busy_seconds
+        self.rates.saw(link_bytes=sent_bytes - self._seen[0], link_seconds=busy - self._seen[1])
+        self._seen = sent_bytes, busy
+
+    def _on_host(self, total: _Sum, index: int, experts: Sequence[int]) -> None:
+        """Let the CPU compute experts where they lie in host memory."""
+        if not experts:
+            return
+        started = time.perf_counter()
+        total.add_host(self._tier.slots(index).weights, {e: self._tier.slot_of(index, e) for e in experts})
+        seconds = time.perf_counter() - started
+        self.compute_seconds += seconds
+        self.on_cpu += len(experts)
+        if all(total.counts[e] == 1 for e in experts):
+            self.rates.saw(cpu_bytes=len(experts) * self._tier.kind(index).nbytes, cpu_seconds=seconds)
+
+    def _arrive(self, total: _Sum, index: int, going: dict[int, Arrival]) -> None:
+        """Compute the expert whose copy was begun first."""
+        expert = next(iter(going))
+        self._await(going[expert])
+        self._on_card(total, index, [expert])
+        del going[expert]
+
+    def _copy_if_here(self, index: int, expert: int) -> Arrival | None:
+        """Begin a copy at once where host memory holds the expert and a slot can be had."""
+        return self._copy(index, expert) if self._tier.has(index, expert) else None
+
+    def _copy(self, index: int, expert: int) -> Arrival | None:
+        kind = self._tier.kind(index)
+        assignment = self._pools[kind][1].assign(index, expert)
+        if assignment is None:
+            return None
+        self._drop_coming(assignment)
+        return self.put(assignment, kind, self._tier.slots(index).views(self._tier.slot_of(index, expert)))
+
+    def _on_card(self, total: _Sum, index: int, experts: Sequence[int]) -> None:
+        """Compute experts whose bytes are in their slots, or are certain to be there when the card gets to it."""
+        if not experts:
+            return
+        kind = self._tier.kind(index)
+        slots, cache = self._pools[kind]
+        where = {e: cache.slot_of(index, e) for e in experts}
+        started = time.perf_counter()
+        total.add_card(slots.weights, where)
+        self.compute_seconds += time.perf_counter() - started
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self._used |= {(kind, slot): event for slot in where.values()}
+        cache.served(index, experts)
+
+    def _fetch_ahead(self, layer: int, experts: list[int]) -> None:
+        """Copy what the next layer is foreseen to need and host memory holds; it stays there until it has left."""
+        here = [e for e in experts if self._tier.has(layer, e)]
+        if not here:
+            return
+        kind = self._tier.kind(layer)
+        for assignment in self._pools[kind][1].prefetch(layer, here):
+            self._drop_coming(assignment)
+            self._tier.pin(layer, assignment.expert, pinned=True)
+            sources = self._tier.slots(layer).views(self._tier.slot_of(layer, assignment.expert))
+            self._coming[layer, assignment.expert] = self.put(assignment, kind, sources)
+
+    def _land(self, layer: int) -> None:
+        """Let the layer see what was copied ahead for it, needed or not."""
+        for place in [place for place in self._coming if place[0] == layer]:
+            arrival = self._coming.pop(place)
+            self.link.hurry(arrival)
+            self._await(arrival)
+            self._tier.pin(*place, pinned=False)
+
+    def _drop_coming(self, assignment: Assignment) -> None:
+        """What was copied ahead and is evicted before it was used must have landed before its slot is written again."""
+        if assignment.evicted is not None and assignment.evicted in self._coming:
+            self._coming.pop(assignment.evicted).settle()
+            self._tier.pin(*assignment.evicted, pinned=False)
+
+    def _await(self, arrival: Arrival) -> None:
+        started = time.perf_counter()
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                arrival.wait()
+        else:
+            arrival.wait()
+        self.wait_seconds += time.perf_counter() - started
+
+    def _forget(self) -> None:
+        """After an error nothing is believed to lie on the card: it comes again."""
+        for place, arrival in self._coming.items():
+            arrival.settle()
+            self._tier.pin(*place, pinned=False)
+        self._coming.clear()
+        self.link.settle()
+        for _, cache in self._pools.values():
+            cache.keep_only(())
+
+    def _own(self, layer: int) -> bool:
+        return self.layers[0] <= layer < self.layers[1]
+
+
+class CardExpertStore(ExpertStore):
+    """Experts of a model whose layers are split over cards.
+
+    Args:
+        cards: in the order of their layers.
+        tier: host memory under them; closed with the store.
+        routers: of every layer; None for no prefetch.
+    """
+
+    def __init__(self, cards: Sequence[CardExperts], tier: HostTier, *, routers: Sequence[NextRouter] | None = None) -> None:
+        self.cards, self.tier, self._routers = tuple(cards), tier, routers
+        self._foresight = None if routers is None else Foresight(tier.n_layers, tier.n_experts)
+
+    def fill(self, worth: np.ndarray | None = None) -> None:
+        """Bring the likeliest experts onto the cards, then the others into host memory.
+
+        Raises:
+            CheckpointError: an expert cannot be read, or is damaged.
+        """
+        held = []
+        for card in self.cards:
+            arrivals = []
+            for assignment, kind in card.choose(worth):
+                place = assignment.layer, assignment.expert
+                with closing(self.tier.serve(assignment.layer, [assignment.expert])) as groups:
+                    for _ in groups:
+                        sources = self.tier.slots(place[0]).views(self.tier.slot_of(*place))
+                        arrival = card.put(assignment, kind, sources)
+                        arrival.settle()
+                        arrivals.append(arrival)
+                held.append(place)
+            for arrival in arrivals:
+                arrival.wait()
+        self.tier.forget()  # what passed through on its way to a card
+        self.tier.fill(worth, last=held)
+        here = self.tier.held()
+        every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
+        if all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every):
+            for card in self.cards:
+                card.keep_what_is_nowhere_else()
+
+    def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        card = self._card(index)
+        following = self._routers[index + 1] if self._routers is not None and index + 1 < card.layers[1] else None
+        return card.forward(index, x, routing, self._foresight, following)
+
+    def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
+        raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")
+
+    def stats(self) -> ExpertStats:
+        foresight, reader = self._foresight, self.tier.reader
+        return ExpertStats(
+            cache=sum((card.stats for card in self.cards), CacheStats()),
+            foreseen=foresight.foreseen if foresight is not None else 0,
+            foreseeable=foresight.needed if foresight is not None else 0,
+            disk_bytes=reader.bytes_read,
+            compute_seconds=sum(card.compute_seconds for card in self.cards),
+            wait_seconds=sum(card.wait_seconds for card in self.cards) + self.tier.wait_seconds,
+            read_seconds=reader.busy_seconds,
+            host=self.tier.stats,
+            on_cpu=sum(card.on_cpu for card in self.cards),
+            link_bytes=sum(card.link.bytes_copied for card in self.cards),
+            link_seconds=sum(card.link.busy_seconds for card in self.cards),
+        )
+
+    def close(self) -> None:
+        for card in self.cards:
+            card.close()
+        self.tier.close()
+
+    def _card(self, layer: int) -> CardExperts:
+        return next(card for card in self.cards if card.layers[0] <= layer < card.layers[1])
+
+
+class _Sum:
+    """What a layer's experts make of its tokens, wherever each of them is computed."""
+
+    counts: dict[int, int]
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        """Experts whose matrices lie in these slots of the card."""
+        raise NotImplementedError
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        """Experts whose matrices lie in these slots of host memory."""
+        raise NotImplementedError
+
+    def result(self) -> torch.Tensor:
+        """[T, D] in the tokens' dtype, once all were added."""
+        raise NotImplementedError
+
+
+class _PairSum(_Sum):
+    """Of a card that is host memory: pair by pair, so that the bits are those of a model whose experts all lie together."""
+
+    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
+        self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
+        self.counts = self._outputs.counts
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        self._outputs.add(weights, slots)
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        self._outputs.add(weights, slots)
+
+    def result(self) -> torch.Tensor:
+        return self._outputs.total(self._weights).to(self._dtype)
+
+
+class _PartialSum(_Sum):
+    """Of a GPU: one launch for all that lies there, one for each copy, and what the CPU computed added at the end, in float32."""
+
+    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
+        self._x, self._routing = x, routing
+        self._chosen = routing.experts.cpu()  # the only wait for the card in a layer
+        counts = self._chosen.flatten().bincount().tolist()
+        self.counts = {e: count for e, count in enumerate(counts) if count}
+        self._parts: list[torch.Tensor] = []
+        # Before anything is launched: later the copy would wait for it.
+        self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
+        self._host: ExpertOutputs | None = None
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        n_experts = self._routing.logits.shape[1]
+        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=True)
+        layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
+        self._parts.append(moe_experts(self._x, self._routing.experts, self._routing.weights, layer))
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        if self._host is None:
+            self._host = ExpertOutputs(self._x.cpu() if self._on_host is None else self._on_host, self._chosen)
+        self._host.add(weights, slots)
+
+    def result(self) -> torch.Tensor:
+        total = torch.zeros(self._x.shape, dtype=torch.float32, device=self._x.device)
+        for part in self._parts:
+            total += part
+        if self._host is not None:
+            total += self._host.total(self._routing.weights.cpu()).to(total.device)
+        return total.to(self._x.dtype)

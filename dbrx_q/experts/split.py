@@ -1,0 +1,74 @@
+"""Which of the missed experts the CPU computes where they lie, and which travel to the card.
+
+With m experts of b bytes missed, k of them on the CPU, both ends take max(k b / cpu, (m - k) b / link) seconds; the k for which that is
+least is taken. Few tokens cost the CPU one read of an expert; more cost it products, while the link carries the same bytes for any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["MissPolicy", "MissRates", "split_misses"]
+
+# Tokens of an expert that the CPU multiplies in one read of it: dot products lose from 5 on with a matrix unit (see `kernels/cpu.py`).
+_TOKENS_A_READ = 4
+_NEWEST = 0.1  # weight of the last measurement
+
+
+class MissPolicy(str, Enum):
+    """How a missed expert is served."""
+
+    cpu = "cpu"
+    copy = "copy"
+    hybrid = "hybrid"
+
+
+@dataclass
+class MissRates:
+    """Bytes/s of experts: cpu, that the CPU computes with; link, that travel to the card; both while the other is busy, since both read
+    the same memory."""
+
+    cpu: float
+    link: float
+
+    def saw(self, *, cpu_bytes: float = 0, cpu_seconds: float = 0, link_bytes: float = 0, link_seconds: float = 0) -> None:
+        """Correct the rates by what a piece of work took; zeros say nothing."""
+        if cpu_bytes and cpu_seconds:
+            self.cpu += _NEWEST * (cpu_bytes / cpu_seconds - self.cpu)
+        if link_bytes and link_seconds:
+            self.link += _NEWEST * (link_bytes / link_seconds - self.link)
+
+    def cpu_seconds(self, nbytes: int, tokens: int) -> float:
+        """That the CPU takes for an expert with so many tokens."""
+        return nbytes / self.cpu * reads(tokens)
+
+
+def reads(tokens: int) -> int:
+    """How many reads of an expert the CPU's products with so many tokens are worth."""
+    return max(1, -(-tokens // _TOKENS_A_READ))
+
+
+def split_misses(missed: Mapping[int, int], nbytes: int, rates: MissRates, policy: MissPolicy) -> tuple[list[int], list[int]]:
+    """(experts for the CPU, experts to copy), each in ascending order.
+
+    Args:
+        missed: tokens of every missed expert.
+        nbytes: of one expert.
+        rates: of both ways.
+        policy: one way for all, or the split whose slower half ends first; the copy of a few more among equals, since what is copied stays.
+    """
+    if policy is MissPolicy.cpu:
+        return sorted(missed), []
+    if policy is MissPolicy.copy:
+        return [], sorted(missed)
+    cheapest = sorted(missed, key=lambda e: (missed[e], e))  # the CPU takes those with the fewest tokens
+    best, least = 0, len(missed) * nbytes / rates.link
+    seconds = 0.0
+    for k, expert in enumerate(cheapest, 1):
+        seconds += rates.cpu_seconds(nbytes, missed[expert])
+        slower = max(seconds, (len(missed) - k) * nbytes / rates.link)
+        if slower < least:
+            best, least = k, slower
+    return sorted(cheapest[:best]), sorted(cheapest[best:])

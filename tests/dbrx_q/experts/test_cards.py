@@ -1,0 +1,269 @@
+"""Layers split over cards, here two pieces of host memory: the code of GPUs, and the bits of a model in one place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_q import DbrxForCausalLM, KVCache, generate
+from dbrx_q.budget import Budget
+from dbrx_q.errors import CheckpointError, DbrxError, RequestError
+from dbrx_q.experts.card import CardExpertStore
+from dbrx_q.experts.link import Link, make_link
+from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
+from dbrx_q.loading import load_model
+from dbrx_q.placement import Card, Rig, place
+
+CPU = torch.device("cpu")
+TIMEOUT = 60
+RESERVE = Card(0).reserve
+PROMPT = list(range(5, 45))
+
+
+def cards(*megabytes: float, ram: float, **options: Any) -> Budget:
+    """Two cards of so much memory beside what is reserved of a real one, which the planner takes off."""
+    rig = Rig(int(ram * 1e6), tuple(Card(int(size * 1e6) + RESERVE) for size in megabytes))
+    return Budget(rig, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, **options)
+
+
+def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
+    cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
+    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    for token in (7, 300, 7, 41, 9, 300):
+        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(quantized_nano: Path) -> list[torch.Tensor]:
+    return logits_of(load_model(quantized_nano))
+
+
+@pytest.fixture
+def loaded(quantized_nano: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
+    """Loads models that are closed in the end."""
+    opened: list[DbrxForCausalLM] = []
+
+    def load(budget: Budget, folder: Path = quantized_nano) -> DbrxForCausalLM:
+        opened.append(load_model(folder, budget=budget))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
+
+
+# Of the 64 experts of 53 kB: everything in memory, and not; hardly a slot on the cards; one card; three of unequal size.
+RIGS = {
+    "in memory": ((2.3, 2.0), 4.0),
+    "on disk": ((2.3, 2.0), 1.4),
+    "few slots": ((1.4, 1.1), 1.4),
+    "one card": ((3.2,), 1.6),
+    "three": ((1.5, 2.2, 1.2), 1.5),
+}
+
+
+@pytest.mark.parametrize("rig", RIGS)
+@pytest.mark.parametrize("miss_policy", list(MissPolicy))
+def test_any_split_gives_the_same_bits(
+    rig: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor]
+) -> None:
+    sizes, ram = RIGS[rig]
+    for policy, prefetch in (("least-stale", True), ("lru", True), ("lfu", False)):
+        model = loaded(cards(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
+        plan, store = model.placement, model.expert_store
+        assert plan is not None
+        assert isinstance(store, CardExpertStore)
+        assert [card.layers for card in store.cards] == [device.layers for device in plan.cards]
+        assert (plan.disk_experts == 0) == (rig == "in memory")
+        before = store.stats()
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True)), (policy, prefetch)
+        did = store.stats() - before
+        assert did.cache.misses > 0
+        assert did.host.requests == did.cache.misses
+        assert (did.disk_bytes == 0) == (rig == "in memory")
+        if miss_policy is MissPolicy.cpu:
+            assert did.on_cpu == did.cache.misses
+        if miss_policy is MissPolicy.copy:
+            assert did.on_cpu == 0
+            assert did.link_bytes >= did.cache.misses * store.tier.kind(0).nbytes
+        model.close()
+
+
+def test_the_memory_of_every_card_is_the_plans(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4))
+    plan, store = model.placement, model.expert_store
+    assert plan is not None
+    assert isinstance(store, CardExpertStore)
+    assert [card.nbytes for card in store.cards] == [device.experts for device in plan.cards]
+    assert store.tier.nbytes == plan.host.experts
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
+    assert held == sum(device.dense for device in plan.cards)
+    cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
+    assert cache.nbytes == sum(device.kv_cache for device in plan.cards)
+
+
+def test_all_on_cards_is_simply_resident(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor]) -> None:
+    model = loaded(cards(9.0, 9.0, ram=1.0))
+    assert not isinstance(model.expert_store, CardExpertStore)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4))
+    prompts = [PROMPT[:7], PROMPT[3:20]]
+    wanted = [found.token_ids for found in generate(load_model(quantized_nano), prompts, max_new_tokens=12)]
+    assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
+    shown = "\n".join(model.expert_store.stats().lines())
+    assert "host memory:" in shown
+    assert "copied to cards" in shown
+
+
+def test_a_reader_that_fails_under_cards(
+    quantized_nano: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor]
+) -> None:
+    copy = Path(shutil.copytree(quantized_nano, tmp_path / "copy"))
+    model = loaded(cards(1.4, 1.1, ram=1.4), copy)
+    [shard] = copy.glob("*.safetensors")
+    whole = shard.read_bytes()
+    os.truncate(shard, 100)
+    error = ends(lambda: logits_of(model))
+    assert isinstance(error, CheckpointError)
+    assert "became shorter" in str(error)
+    shard.write_bytes(whole)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_link_that_fails_and_an_interruption(
+    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4, miss_policy=MissPolicy.copy))
+    store = model.expert_store
+    assert isinstance(store, CardExpertStore)
+    real = Link.copy
+    for problem in (RuntimeError("the bus is gone"), KeyboardInterrupt()):
+        for good in (0, 3, 8):
+            calls: list[int] = []
+
+            def copy(*arguments: Any, calls: list[int] = calls, good: int = good, problem: Any = problem, **options: Any) -> Any:
+                calls.append(1)
+                if len(calls) > good:
+                    raise problem
+                return real(*arguments, **options)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Link, "copy", copy)
+                assert ends(lambda: logits_of(model)) is problem
+            assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_closed_store_of_cards_says_so(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    model = loaded(cards(1.4, 1.1, ram=1.4))
+    model.close()
+    error = ends(lambda: logits_of(model))
+    assert isinstance(error, DbrxError)
+    assert "closed" in str(error)
+
+
+def test_a_copy_that_somebody_waits_for_comes_first() -> None:
+    link = make_link(CPU)
+    gate, order = threading.Event(), []
+    real = link._send
+
+    def send(job: Any) -> Any:
+        gate.wait(TIMEOUT)
+        order.append(int(job.sources[0][0]))
+        return real(job)
+
+    link._send = send  # type: ignore[method-assign] # to see the order
+    target = torch.zeros(4, 1)
+    arrivals = [link.copy([torch.full((1,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(4)]
+    link.hurry(arrivals[2])
+    gate.set()
+    for arrival in arrivals:
+        arrival.wait()
+    assert order == [0, 3, 2, 1]
+    assert target[:, 0].tolist() == [0, 1, 2, 3]
+    assert link.bytes_copied == 16
+    link.close()
+
+
+def ends(action: Callable[[], Any]) -> BaseException | None:
+    """What an action raises; it must end."""
+    found: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            action()
+            found.append(None)
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive(), "it hangs"
+    return found[0]
+
+
+@given(
+    st.dictionaries(st.integers(0, 15), st.integers(1, 40), max_size=16),
+    st.floats(1e9, 1e11),
+    st.floats(1e9, 1e11),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_split_ends_as_early_as_any(missed: dict[int, int], cpu: float, link: float) -> None:
+    rates, nbytes = MissRates(cpu, link), 10**8
+
+    def seconds(on_cpu: list[int]) -> float:
+        return max(sum(rates.cpu_seconds(nbytes, missed[e]) for e in on_cpu), (len(missed) - len(on_cpu)) * nbytes / link)
+
+    on_cpu, copied = split_misses(missed, nbytes, rates, MissPolicy.hybrid)
+    assert sorted(on_cpu + copied) == sorted(missed)
+    by_tokens = sorted(missed, key=lambda e: missed[e])
+    assert seconds(on_cpu) == pytest.approx(min(seconds(by_tokens[:k]) for k in range(len(missed) + 1)))
+    assert split_misses(missed, nbytes, rates, MissPolicy.cpu) == (sorted(missed), [])
+    assert split_misses(missed, nbytes, rates, MissPolicy.copy) == ([], sorted(missed))
+    one = max(sum(rates.cpu_seconds(nbytes, tokens) for tokens in missed.values()), 0)
+    assert seconds(on_cpu) <= min(one, len(missed) * nbytes / link) * 1.0000001
+
+
+def test_rates_follow_what_is_seen() -> None:
+    rates = MissRates(10.0, 20.0)
+    for _ in range(60):
+        rates.saw(cpu_bytes=100, cpu_seconds=5)
+    assert rates.cpu == pytest.approx(20, rel=0.02)
+    assert rates.link == 20
+    rates.saw(link_bytes=0, link_seconds=0)
+    assert rates.link == 20
+
+
+def test_what_does_not_fit_on_a_card_is_refused(quantized_nano: Path) -> None:
+    budget = cards(0.3, 2.0, ram=4.0)
+    with pytest.raises(RequestError, match=r"cuda:0 must hold [\d,]+ bytes .* at least"):
+        load_model(quantized_nano, budget=budget)
+    with pytest.raises(RequestError, match="the host must hold"):
+        load_model(quantized_nano, budget=replace(budget, rig=replace(cards(2.3, 2.0, ram=0.2).rig)))
+    with pytest.raises(RequestError, match="miss_policy must be 'cpu', 'copy' or 'hybrid'; found 'gpu'"):
+        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", miss_policy="gpu")
+
+
+def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path) -> None:
+    model = load_model(quantized_nano)
+    from dbrx_q.checkpoint import Checkpoint
+    from dbrx_q.placement import Request
+
+    with Checkpoint(quantized_nano) as checkpoint:
+        plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=4.0).rig, Request(64, step_tokens=40))
+    assert [device.scratch for device in plan.cards] == [2, 2]
+    assert sum(device.n_slots for device in plan.devices) == 64 + 4
