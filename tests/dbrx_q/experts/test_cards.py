@@ -79,7 +79,9 @@ def test_any_split_gives_the_same_bits(
     rig: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor]
 ) -> None:
     sizes, ram = RIGS[rig]
-    for policy, prefetch in (("least-stale", True), ("lru", True), ("lfu", False)):
+    every = [("least-stale", True), ("lru", True), ("lfu", False)]
+    turn = (list(RIGS).index(rig) + list(MissPolicy).index(miss_policy)) % len(every)
+    for policy, prefetch in every if rig == "few slots" else every[turn : turn + 1]:
         model = loaded(cards(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
         plan, store = model.placement, model.expert_store
         assert plan is not None

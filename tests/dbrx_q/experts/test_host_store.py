@@ -111,7 +111,7 @@ def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype:
     model = load_model(folder, dtype=dtype)
     assert isinstance(model.transformer.expert_store, ResidentExpertStore)
     expected = logits_of(model)
-    for slots, policy, prefetch in SETTINGS:
+    for slots, policy, prefetch in SETTINGS if dtype == torch.bfloat16 else SETTINGS[::3]:
         store = store_over(folder, model, slots, policy=policy, prefetch=prefetch, direct=slots == 5 and supports_direct(folder))
         store.tier.fill()
         model.transformer.expert_store = store
