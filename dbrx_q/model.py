@@ -125,7 +125,7 @@ class DbrxModel(nn.Module):
             RequestError: token ids out of range, a mask of another shape, or more tokens than the context holds.
         """
         batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
-        ids = (input_ids.flatten() if rows is None else input_ids.flatten()[rows]).to(self.device)
+        ids = input_ids.flatten() if rows is None else input_ids.flatten()[rows]
         x, router_logits = self.run(ids, batch)
         if batch.cache is not None:
             batch.cache.advance(list(batch.sequences.counts))
@@ -138,7 +138,7 @@ class DbrxModel(nn.Module):
 
         Nothing of it waits for the device, so that a CUDA graph can hold it; `batch.cache.lengths` are left to the caller.
         """
-        x = self.wte(ids, self.dtype)  # [T, D]
+        x = self.wte(ids.to(self.devices[0]), self.dtype)  # [T, D]
         batch = batch.to(x.device)
         rotation = rotation_of(batch.positions, self.config)
         store = self.store

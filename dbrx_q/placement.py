@@ -17,6 +17,7 @@ from itertools import combinations, pairwise
 import torch
 
 from .config import DbrxConfig
+from .experts.link import PINNED_BYTES
 from .experts.reader import staging_bytes
 from .experts.slots import ExpertKind, expert_kinds, first_slots
 from .kernels.kv import allocate_kv
@@ -32,7 +33,6 @@ _CARD_RESERVE = 600 << 20
 _DESKTOP_RESERVE = 1200 << 20
 # What it is worth, in time, that one card holds all of its experts and another none.
 _SPREAD_WEIGHT = 0.3
-_STAGED_EXPERTS = 4  # pinned buffers on the way from host memory to a card
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
         cards.append(DevicePlan(f"cuda:{c}", card.memory, (first, end), dense, _bytes(slots), kv, work, reserve, slots, read, scratch))
     left = wanted - held
     workspace = model.host_workspace if left else 0
-    staging = _STAGED_EXPERTS * max(kind.nbytes for kind in wanted) if workspace else 0
+    staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
     if left:
         host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging)

@@ -373,7 +373,7 @@ class _PartialSum(_Sum):
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         self._x, self._routing = x, routing
-        self._chosen = routing.experts.cpu()  # the only wait for the card in a layer
+        self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the card in a layer
         counts = self._chosen.flatten().bincount().tolist()
         self.counts = {e: count for e, count in enumerate(counts) if count}
         self._parts: list[torch.Tensor] = []
@@ -383,7 +383,8 @@ class _PartialSum(_Sum):
 
     def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         n_experts = self._routing.logits.shape[1]
-        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=True)
+        on_gpu = self._x.device.type == "cuda"
+        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
         layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
         self._parts.append(moe_experts(self._x, self._routing.experts, self._routing.weights, layer))
 
@@ -397,5 +398,5 @@ class _PartialSum(_Sum):
         for part in self._parts:
             total += part
         if self._host is not None:
-            total += self._host.total(self._routing.weights.cpu()).to(total.device)
+            total += self._host.total(self._weights).to(total.device)
         return total.to(self._x.dtype)

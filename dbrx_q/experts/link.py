@@ -13,10 +13,13 @@ import torch
 
 from ..errors import DbrxError
 
-__all__ = ["Arrival", "Link", "make_link"]
+__all__ = ["PINNED_BYTES", "Arrival", "Link", "make_link"]
 
 _RING_BUFFERS = 4
 _RING_BYTES = 16 << 20  # of one pinned buffer: long enough for the bus to reach its speed
+
+PINNED_BYTES = _RING_BUFFERS * _RING_BYTES
+"""Host memory that the link of a GPU keeps."""
 
 
 class Arrival:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.budget import Budget
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
-from dbrx_q.experts.card import CardExpertStore
-from dbrx_q.experts.link import Link, make_link
+from dbrx_q.experts.card import CardExpertStore, _PartialSum
+from dbrx_q.experts.link import PINNED_BYTES, Link, make_link
 from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
+from dbrx_q.kernels.moe import moe_experts, route
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Card, Rig, place
 
@@ -32,7 +33,7 @@ PROMPT = list(range(5, 45))
 
 def cards(*megabytes: float, ram: float, **options: Any) -> Budget:
     """Two cards of so much memory beside what is reserved of a real one, which the planner takes off."""
-    rig = Rig(int(ram * 1e6), tuple(Card(int(size * 1e6) + RESERVE) for size in megabytes))
+    rig = Rig(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Card(int(size * 1e6) + RESERVE) for size in megabytes))
     return Budget(rig, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, **options)
 
 
@@ -238,6 +239,23 @@ def test_a_split_ends_as_early_as_any(missed: dict[int, int], cpu: float, link: 
     assert split_misses(missed, nbytes, rates, MissPolicy.copy) == ([], sorted(missed))
     one = max(sum(rates.cpu_seconds(nbytes, tokens) for tokens in missed.values()), 0)
     assert seconds(on_cpu) <= min(one, len(missed) * nbytes / link) * 1.0000001
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int) -> None:
+    """What a GPU does, on the CPU: partial sums of some experts here and the others there."""
+    model = load_model(quantized_nano)
+    layer = model.transformer.layers()[1].ffn.experts.mlp.weights()
+    x = torch.randn(T, 128, generator=torch.Generator().manual_seed(T))
+    routing = route(x, torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), 4, 1.0)
+    total = _PartialSum(x, routing)
+    every = list(total.counts)
+    total.add_card(layer, {e: e for e in every[::2]})
+    total.add_host(layer, {e: e for e in every[1::2][:2]})
+    total.add_card(layer, {e: e for e in every[1::2][2:]})
+    whole = moe_experts(x, routing.experts, routing.weights, layer)
+    torch.testing.assert_close(total.result(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+    assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
 
 
 def test_rates_follow_what_is_seen() -> None:
