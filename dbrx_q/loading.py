@@ -181,9 +181,9 @@ def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> Dbrx
 
 def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> DbrxForCausalLM:
     layers = model.transformer.layers()
-    for place in {device, *model.transformer.devices}:
-        if place.type == "cuda":
-            load_tuning(chip_of(place))
+    for used in {device, *model.transformer.devices}:
+        if used.type == "cuda":
+            load_tuning(chip_of(used))
     model.transformer.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     return model
