@@ -15,7 +15,7 @@ from .host_memory import available_bytes
 from .placement import Card, Placement, Rig
 from .sizes import format_size, parse_size
 
-__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "rig_of"]
+__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "rig_of"]
 
 DEFAULT_CONTEXT = 4096
 """Tokens that keys and values are kept room for unless the user says otherwise."""
@@ -116,6 +116,23 @@ def check_fits(placement: Placement, source: str) -> None:
         f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget or 0:,} "
         "bytes. Give more, or shorten the context"
     )
+
+
+def check_free(placement: Placement, cards: Sequence[torch.device], source: str) -> None:
+    """Refuse a plan for memory that is not free any more.
+
+    Raises:
+        RequestError: with what is free on the device that is short, and the budget that would do.
+    """
+    for plan, device in [*zip(placement.cards, cards, strict=True), (placement.host, torch.device("cpu"))]:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        wanted = plan.total - (plan.reserve if device.type == "cuda" else 0)
+        if wanted > free:
+            name = "host memory" if plan.device == "cpu" else plan.device
+            raise RequestError(
+                f"{source}: the plan takes {format_size(wanted)} of {name}, of which {format_size(free)} are free now: another program "
+                f"took the rest. Free some, or give at most {free:,} bytes"
+            )
 
 
 def _free_host() -> int:

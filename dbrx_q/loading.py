@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .budget import DEFAULT_CONTEXT, Budget, check_fits
+from .budget import DEFAULT_CONTEXT, Budget, check_fits, check_free
 from .checkpoint import Checkpoint
 from .config import DbrxConfig
 from .errors import CheckpointError, RequestError, UnsupportedError
@@ -118,12 +118,13 @@ def plan_of(config: DbrxConfig, formats: Mapping[str, TensorFormat], budget: Bud
     """The plan that `load_model` follows.
 
     Raises:
-        RequestError: it does not fit.
+        RequestError: it does not fit, or not into what is free now.
     """
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
     request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype)
     plan = place(config, formats, budget.rig, request)
     check_fits(plan, source)
+    check_free(plan, budget.cards, source)
     return plan
 
 

@@ -18,18 +18,32 @@ from dbrx_q.budget import Budget
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.decoding import decoder_for
 from dbrx_q.errors import RequestError
+from dbrx_q.experts.calibrate import measure_rates
+from dbrx_q.experts.card import CardExpertStore
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.experts.host import HostExpertStore
-from dbrx_q.experts.reader import ExpertReader, supports_direct
+from dbrx_q.experts.reader import ExpertReader, staging_bytes, supports_direct
 from dbrx_q.experts.slots import ExpertSlots
+from dbrx_q.experts.split import MissPolicy
 from dbrx_q.loading import load_model
 from dbrx_q.model import DbrxForCausalLM
-from dbrx_q.placement import Request, Rig, place
+from dbrx_q.placement import Card, Request, Rig, place
 from dbrx_q.sizes import format_size
 
 from .provenance import provenance
 
-__all__ = ["FILES", "KEYS", "OffloadBenchmark", "OffloadRow", "bench_offload", "disk_bandwidth", "files", "markdown"]
+__all__ = [
+    "FILES",
+    "KEYS",
+    "CardRow",
+    "OffloadBenchmark",
+    "OffloadRow",
+    "bench_card",
+    "bench_offload",
+    "disk_bandwidth",
+    "files",
+    "markdown",
+]
 
 FILES = ("offload.json", "offload.md")
 KEYS = ("path", "rows", "provenance")
@@ -61,9 +75,30 @@ class OffloadRow:
     wait_seconds: float
 
 
+@dataclass(frozen=True)
+class CardRow:
+    """One budget of a card over host memory. miss_policy: how misses were served. needed_bytes: of experts that were needed and not on the
+    card, a token. cpu, link: bytes/s of experts that the CPU computed and the link carried, at the same time for "hybrid", alone for the
+    others. bound: tokens/s = (cpu + link) / needed_bytes. on_cpu: misses that the CPU computed, of all."""
+
+    share: float
+    slots: int
+    miss_policy: str
+    prefetch: bool
+    tokens: int
+    tokens_per_second: float
+    hit_rate: float
+    needed_bytes: float
+    cpu: float
+    link: float
+    bound: float
+    of_bound: float
+    on_cpu: float
+
+
 @dataclass
 class OffloadBenchmark:
-    """All rows of a run. direct: whether the page cache was passed by."""
+    """All rows of a run. direct: whether the page cache was passed by. cards: rows of a card over host memory."""
 
     path: str
     experts: int
@@ -72,6 +107,7 @@ class OffloadBenchmark:
     policy: str
     provenance: dict[str, Any]
     rows: list[OffloadRow] = field(default_factory=list)
+    cards: list[CardRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -107,9 +143,7 @@ def bench_offload(
         RequestError: a share or a number of tokens that is none.
         CheckpointError: the checkpoint is damaged.
     """
-    for share in shares:
-        if not 0 < share < 1:
-            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}")
+    _check_shares(shares)
     if tokens < 0 or prompt < 0 or tokens + prompt == 0:
         raise RequestError(f"tokens to decode and of a prompt must be 0 or more, and one of them more; found {tokens} and {prompt}")
     with Checkpoint(folder) as checkpoint:
@@ -122,7 +156,7 @@ def bench_offload(
     kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
     total = len(shares) * len(prefetch) * len(kinds)
     for share in shares:
-        ram = whole.host.total - whole.host.experts + int(share * whole.host.experts)
+        ram = whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds)
         budget = Budget(Rig(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
         for ahead in prefetch:
             model = load_model(folder, budget=replace(budget, prefetch=ahead))
@@ -132,6 +166,88 @@ def bench_offload(
                     result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=ahead, direct=by))
                     on_row(len(result.rows), total)
     return result
+
+
+def bench_card(
+    folder: Path,
+    shares: Sequence[float],
+    device: torch.device,
+    *,
+    tokens: int = 24,
+    policy: str,
+    prefetch: Sequence[bool] = (True, False),
+    on_row: Callable[[int, int], None] = lambda done, total: None,
+) -> list[CardRow]:
+    """Decode with a share of the experts on a card and the others in host memory, by every miss policy; errors as for `bench_offload`."""
+    _check_shares(shares)
+    if tokens < 1:
+        raise RequestError(f"tokens to decode must be at least 1; found {tokens}")
+    with Checkpoint(folder) as checkpoint:
+        config, formats = checkpoint.config, checkpoint.formats
+    context = tokens + _UNCOUNTED_TOKENS
+    request = Request(context, step_tokens=_UNCOUNTED_TOKENS)
+    one = place(config, formats, Rig(None, (Card(1 << 50),)), request).cards[0]
+    rows: list[CardRow] = []
+    for share in shares:
+        rig = Rig(None, (Card(one.total - one.experts + int(share * one.experts)),))
+        for miss_policy in MissPolicy:
+            for ahead in prefetch:
+                budget = Budget(rig, context, step_tokens=_UNCOUNTED_TOKENS, policy=policy, prefetch=ahead)
+                model = load_model(folder, budget=replace(budget, miss_policy=miss_policy, devices=(device,)))
+                with closing(model):
+                    rows.append(_card_row(model, share, miss_policy, tokens=tokens, prefetch=ahead))
+                    on_row(len(rows), len(shares) * len(MissPolicy) * len(prefetch))
+    return rows
+
+
+def _card_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, tokens: int, prefetch: bool) -> CardRow:
+    store, plan = model.expert_store, model.placement
+    assert isinstance(store, CardExpertStore)
+    assert plan is not None
+    [card] = store.cards
+    which = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
+    rates = [measure_rates(card, store.tier, model.dtype, **which)]
+    generator = torch.Generator().manual_seed(_SEED)
+    ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
+    with decoder_for(model, [len(ids)], "plain") as decoder:
+        decoder.prefill(0, ids[:1])
+        decoder.step({0: ids[1]})
+        before, started = store.stats(), _now(model.device)
+        for token in ids[2:]:
+            decoder.step({0: token})
+        seconds = _now(model.device) - started
+    did = store.stats() - before
+    both = [rate.cpu * which["cpu"] + rate.link * which["link"] for rate in rates]
+    each = plan.expert_bytes / plan.experts
+    needed = (did.cache.misses + did.cache.prefetch_hits) * each / tokens
+    bound = statistics.mean(both) / needed if needed else float("inf")
+    return CardRow(
+        share=share,
+        slots=plan.cards[0].n_slots,
+        miss_policy=miss_policy.value,
+        prefetch=prefetch,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        hit_rate=did.cache.hit_rate,
+        needed_bytes=needed,
+        cpu=rates[0].cpu if which["cpu"] else 0.0,
+        link=rates[0].link if which["link"] else 0.0,
+        bound=bound,
+        of_bound=tokens / seconds / bound,
+        on_cpu=did.on_cpu / did.cache.misses if did.cache.misses else 0.0,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_shares(shares: Sequence[float]) -> None:
+    for share in shares:
+        if not 0 < share < 1:
+            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}")
 
 
 def disk_bandwidth(files: ExpertFiles, *, direct: bool, seconds: float = _LINK_SECONDS) -> float:
@@ -175,6 +291,20 @@ def markdown(found: OffloadBenchmark) -> str:
             f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
             f"{format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | {row.tokens_per_second:.2f} | "
             f"{row.bound:.2f} | {row.of_bound:.1%} |"
+        )
+    if found.cards:
+        lines += [
+            "",
+            "A card over host memory; the bound is what the CPU computed and the link carried, at once for hybrid, of what was missed.",
+            "",
+            "| experts held | misses | prefetch | hits | needed, a token | CPU | link | by the CPU | tokens/s | bound | of the bound |",
+            "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+    for card in found.cards:
+        lines.append(
+            f"| {card.slots} ({card.share:.0%}) | {card.miss_policy} | {'yes' if card.prefetch else 'no'} | {card.hit_rate:.1%} | "
+            f"{format_size(card.needed_bytes)} | {format_size(card.cpu)}/s | {format_size(card.link)}/s | {card.on_cpu:.0%} | "
+            f"{card.tokens_per_second:.2f} | {card.bound:.2f} | {card.of_bound:.1%} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -134,9 +134,14 @@ def offload(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for offload.json and offload.md.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Speed with experts on disk, beside what the bytes that are missed and the disk's bandwidth allow, measured in the same run."""
+    """Speed with experts on disk, beside what the bytes that are missed and the disk's bandwidth allow, measured in the same run.
+
+    Where there is a GPU also with experts in host memory under it, by every miss policy.
+    """
+    import torch
+
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench_offload import FILES, KEYS, bench_offload, files, markdown
+    from dbrx_q.eval.bench_offload import FILES, KEYS, bench_card, bench_offload, files, markdown
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder, write_files
     from dbrx_q.hub import resolve_folder
@@ -159,6 +164,11 @@ def offload(
             command=command_line(),
             on_row=on_row,
         )
+    if gen and torch.cuda.is_available():
+        with output.progress("rows on the GPU") as on_row:
+            shares_of_one = [percent / 100 for percent in shares]
+            device = torch.device("cuda", 0)
+            found.cards = bench_card(resolve_folder(path), shares_of_one, device, tokens=gen, policy=policy.value, on_row=on_row)
     if json:
         output.print_json(found.to_dict())
     else:

@@ -18,21 +18,20 @@ _SECONDS = 0.3
 _LEAST_TURNS = 3
 
 
-def measure_rates(card: CardExperts, tier: HostTier, dtype: torch.dtype) -> MissRates:
+def measure_rates(card: CardExperts, tier: HostTier, dtype: torch.dtype, *, cpu: bool = True, link: bool = True) -> MissRates:
     """Rates of a card whose tier is full; those that the card was made with where there is nothing to measure with.
 
     Args:
         card: gets copies of an expert into a free slot.
         tier: holds experts of the card's layers.
         dtype: of activations.
+        cpu, link: which of the two work; both, unless one is to be measured alone.
     """
     places = [(layer, e) for layer in range(*card.layers) for e in range(tier.n_experts) if tier.has(layer, e)]
-    if not places:
-        return card.rates
-    layer, expert = places[0]
-    slot = card.free_slot(layer)
+    slot = card.free_slot(places[0][0]) if places else None
     if slot is None:
         return card.rates
+    layer, expert = places[0]
     host, kind = tier.slots(layer), tier.kind(layer)
     own = tier.slot_of(layer, expert)
     x, chosen = torch.ones(1, host.weights.w1.shape[-1], dtype=dtype), torch.tensor([[expert]])  # w1 is [S, F, D]
@@ -42,15 +41,19 @@ def measure_rates(card: CardExperts, tier: HostTier, dtype: torch.dtype) -> Miss
 
     compute()  # compiled code
     copies: list[Arrival] = []
+    sent, busy = card.link.bytes_copied, card.link.busy_seconds
     turns, started = 0, time.perf_counter()
-    link_bytes, link_seconds = card.link.bytes_copied, card.link.busy_seconds
     while turns < _LEAST_TURNS or time.perf_counter() - started < _SECONDS:
-        while sum(not copy.done for copy in copies) < 2:  # the link is never idle
+        while link and sum(not copy.done for copy in copies) < 2:  # the link is never idle
             copies.append(card.link.copy(host.views(own), card.slot_views(layer, slot), urgent=True))
-        compute()
+        if cpu:
+            compute()
+        else:
+            copies[0].settle()
+            del copies[0]
         turns += 1
     seconds = time.perf_counter() - started
     for copy in copies:
         copy.settle()
-    sent, busy = card.link.bytes_copied - link_bytes, card.link.busy_seconds - link_seconds
-    return MissRates(turns * kind.nbytes / seconds, sent / busy if busy else card.rates.link)
+    sent, busy = card.link.bytes_copied - sent, card.link.busy_seconds - busy
+    return MissRates(turns * kind.nbytes / seconds if cpu else 0.0, sent / busy if busy else 0.0)

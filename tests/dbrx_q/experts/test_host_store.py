@@ -333,6 +333,13 @@ def test_a_budget_that_cannot_work_names_the_smallest_that_can(quantized_nano: P
         load_model(quantized_nano, budget=replace(budget, rig=Rig(least - 1)))
 
 
+def test_memory_that_another_program_took(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbrx_q.budget.available_bytes", lambda: 1_800_000)
+    with pytest.raises(RequestError, match=r"of host memory, of which 1\.80 MB are free now: .* at most 1,800,000 bytes"):
+        load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
+    load_model(quantized_nano, budget=Budget(Rig(1_800_000), context=10, step_tokens=8)).close()
+
+
 def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:
     load = DbrxForCausalLM.from_pretrained
     for max_memory, message in (
