@@ -16,16 +16,14 @@ from .checkpoint import Checkpoint
 from .config import DbrxConfig
 from .errors import CheckpointError, RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
+from .experts.build import Parts, build_store
 from .experts.calibrate import measure_rates
-from .experts.card import CardExperts, CardExpertStore
+from .experts.card import CardExpertStore
 from .experts.files import ExpertFiles
-from .experts.host import HostExpertStore, NextRouter
 from .experts.link import make_link
-from .experts.policies import CachePolicy, make_policy
+from .experts.policies import make_policy
 from .experts.reader import ExpertReader, reads_faster_directly
-from .experts.slots import ExpertKind
-from .experts.split import MissRates
-from .experts.tier import HostTier
+from .experts.tiered import NextRouter
 from .experts.trace import Trace
 from .host_memory import empty_host
 from .hub import resolve_folder
@@ -210,38 +208,17 @@ def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, b
     config = model.config
     L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
 
-    def policies(slots: Mapping[ExpertKind, int]) -> dict[ExpertKind, CachePolicy]:
-        return {kind: make_policy(budget.policy, L, E, profile) for kind in slots}
-
-    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()] if budget.prefetch else None
     on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
     direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
-    # Where all experts fit onto cards, one at a time passes through host memory all the same.
-    room = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in set(files.kinds)}
-    tier = HostTier(files, ExpertReader(files, direct=direct), slots=room, policies=policies(room))
-    store: HostExpertStore | CardExpertStore
-    if not plan.cards:
-        store = HostExpertStore(tier, routers=routers)
-    else:
-        cards = [
-            CardExperts(
-                device,
-                there.layers,
-                tier,
-                make_link(device),
-                slots=there.slots,
-                policies=policies(there.slots),
-                miss_policy=budget.miss_policy,
-                rates=MissRates(budget.rig.host_bandwidth, spec.link),
-            )
-            for device, there, spec in zip(budget.cards, plan.cards, budget.rig.cards, strict=True)
-            if there.n_slots
-        ]
-        store = CardExpertStore(cards, tier, routers=routers)
+    parts = Parts(
+        files, ExpertReader(files, direct=direct), budget.cards, make_link, lambda layers, under: make_policy(budget.policy, L, E, profile)
+    )
+    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
+    store = build_store(parts, plan, budget.rig, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
     try:
-        (tier if isinstance(store, HostExpertStore) else store).fill(profile)
+        store.fill(profile)
         for card in store.cards if isinstance(store, CardExpertStore) else ():
-            card.rates = measure_rates(card, tier, model.dtype)
+            card.rates = measure_rates(card, store.tier, model.dtype)
     except BaseException:
         store.close()
         raise

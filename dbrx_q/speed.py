@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .experts.stats import ExpertStats
 from .placement import DevicePlan, Placement, Rig
 
-__all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "speed_bounds", "tokens_per_second"]
+__all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "simulated_seconds", "speed_bounds"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,21 @@ def expected_seconds(placement: Placement, rig: Rig, *, n_experts: int, top_k: i
     return sum(term.seconds for term in _terms(placement, rig, n_experts, top_k, lambda share: share, max))
 
 
-def tokens_per_second(placement: Placement, rig: Rig, miss_rate: float, *, requests: float, top_k: int) -> float:
-    """As the expected figure, with loads that were counted in place of chance.
-
-    Args:
-        placement, rig: what lies where, and bandwidths.
-        miss_rate: experts brought over experts asked for, on every device.
-        requests: experts asked for in a layer for every token: `top_k` in decoding, fewer where tokens go together.
-        top_k: active experts.
-    """
-    terms = _terms(placement, rig, 0, top_k, lambda share: 1 - miss_rate, max)
-    return 1 / sum(term.seconds * (requests / top_k if "expert" in term.what else 1.0) for term in terms)
+def simulated_seconds(did: ExpertStats, placement: Placement, rig: Rig, *, tokens: int) -> float:
+    """What a rig's bandwidths take for what a store counted: weights and hits from memory, then misses over the link and by the CPU at
+    once, then what comes from disk; of several cards, which compute one after the other, the mean card by layers."""
+    each = placement.expert_bytes / placement.experts
+    if not placement.cards:
+        read = tokens * placement.host.dense_read + did.cache.requests * each
+        return read / rig.host_bandwidth + did.disk_bytes / rig.disk_bandwidth
+    layers = sum(plan.layers[1] - plan.layers[0] for plan in placement.cards)
+    shares = [(plan.layers[1] - plan.layers[0]) / layers for plan in placement.cards]
+    slow = sum(share / card.bandwidth for share, card in zip(shares, rig.cards, strict=True))
+    link = sum(share / card.link for share, card in zip(shares, rig.cards, strict=True))
+    dense = sum(plan.dense_read / card.bandwidth for plan, card in zip(placement.cards, rig.cards, strict=True))
+    on_card = did.cache.requests - did.on_cpu
+    missed = max(did.link_bytes * link, did.on_cpu * each / rig.host_bandwidth)
+    return tokens * dense + on_card * each * slow + missed + did.disk_bytes / rig.disk_bandwidth
 
 
 def _terms(

@@ -6,6 +6,7 @@ import json
 
 from dbrx_q.experts.sweep import Sweep
 from dbrx_q.plots import figure, render, style
+from dbrx_q.sizes import format_size
 
 __all__ = ["FILES", "KEYS", "files", "markdown"]
 
@@ -17,17 +18,18 @@ def markdown(found: Sweep) -> str:
     """The table of all policies."""
     how = "one by one" if found.one_by_one else "in the steps of the recording"
     lines = [
-        f"{found.tokens:,} tokens, {how}; {found.slots} slots for {found.experts} experts ({found.slots / found.experts:.0%})",
+        f"{found.tokens:,} tokens, {how}; {found.slots} slots for {found.experts} experts ({found.slots / found.experts:.0%})"
+        + (f"; misses: {found.miss_policy}" if found.miss_policy else ""),
         "",
-        "| policy | prefetch | hits | misses | prefetched | experts brought a token | foreseen | tokens/s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| policy | prefetch | hits | misses | prefetched | brought, a token | by the CPU | from disk, a token | foreseen | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found.rows:
         name = f"{row.policy} (the bound: it knows the future)" if row.policy == found.bound else row.policy
         foreseen = f"{row.accuracy:.1%}" if row.prefetch else ""
         lines.append(
-            f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | {row.loads:.2f} | "
-            f"{foreseen} | {row.tokens_per_second:.2f} |"
+            f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | "
+            f"{row.brought:.2f} | {row.on_cpu:.2f} | {format_size(row.disk_bytes)} | {foreseen} | {row.tokens_per_second:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ import typer
 
 from ..sizes import parse_size
 from . import budgets, output
+from .budgets import MissPolicyName
 from .generate import KV_HELP, KvFormat
 
 __all__ = ["EXAMPLE", "command"]
@@ -24,6 +25,7 @@ def command(
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     tokens: Annotated[int, typer.Option(help="Tokens from the start of the trace.")] = 256,
     recorded: Annotated[bool, typer.Option("--recorded", help="In the steps of the recording, not token by token.")] = False,
+    miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
     host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
     disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the table, the figures as JSON, and the plot.")] = None,
@@ -35,6 +37,7 @@ def command(
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.report_folder import check_report_folder, write_files
     from dbrx_q.eval.simulation_report import FILES, KEYS, files, markdown
+    from dbrx_q.experts.split import MissPolicy
     from dbrx_q.experts.sweep import sweep
     from dbrx_q.experts.trace import Trace
     from dbrx_q.placement import Request, Rig
@@ -50,7 +53,16 @@ def command(
     rig = Rig(limit, budgets.planned_cards(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth))
     request = Request(context, 1, kv.value)
     with output.progress("runs") as on_run:
-        found = sweep(trace, rig, request, tokens=tokens, one_by_one=not recorded, curve=out is not None, on_run=on_run)
+        found = sweep(
+            trace,
+            rig,
+            request,
+            tokens=tokens,
+            one_by_one=not recorded,
+            miss_policy=MissPolicy(miss_policy.value),
+            curve=out is not None,
+            on_run=on_run,
+        )
     if json:
         output.print_json(found.to_dict())
     else:

@@ -9,28 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..errors import RequestError
-from ..kernels.cpu_moe import ExpertOutputs
-from ..kernels.moe import ExpertWeights, Routing, moe_experts
+from ..kernels.moe import ExpertWeights
 from .cache import Assignment, ExpertCache
-from .foresight import Foresight
-from .host import NextRouter
 from .link import Arrival, Link
 from .policies import CachePolicy
 from .slots import ExpertKind, ExpertSlots, first_slots
 from .split import MissPolicy, MissRates, split_misses
 from .stats import CacheStats, ExpertStats
-from .store import ExpertStore
+from .sums import ExpertSum
 from .tier import HostTier, Place, fill_order
+from .tiered import NextRouter, TieredExpertStore
 
 __all__ = ["CardExpertStore", "CardExperts"]
-
-_FEW_TOKENS = 64
 
 
 class CardExperts:
@@ -102,24 +97,13 @@ class CardExperts:
         after = self._used.get((kind, assignment.slot))
         return self.link.copy(sources, slots.views(assignment.slot), after=after, urgent=assignment.urgent)
 
-    def forward(
-        self, index: int, x: torch.Tensor, routing: Routing, foresight: Foresight | None, following: NextRouter | None
-    ) -> torch.Tensor:
-        """What the experts of layer `index` make of the tokens `x` [T, D] on this card.
-
-        following: the router of the next layer, where this card computes that, too.
-        """
-        total = _PairSum(x, routing) if self.device.type == "cpu" else _PartialSum(x, routing)
-        needed = list(total.counts)
-        if foresight is not None:
-            foresight.judge(index, needed)
-        ahead = [] if foresight is None or following is None else following.foresee(foresight, index + 1, x)
+    def serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+        """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this card's, meanwhile."""
         try:
             self._serve(index, total, needed, ahead)
         except BaseException:
             self._forget()
             raise
-        return total.result()
 
     def free_slot(self, layer: int) -> int | None:
         """A slot for the experts of a layer that nobody lies in; None where all are taken."""
@@ -133,7 +117,7 @@ class CardExperts:
         """End the link's thread."""
         self.link.close()
 
-    def _serve(self, index: int, total: _Sum, needed: list[int], ahead: list[int]) -> None:
+    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         kind = self._tier.kind(index)
         cache = self._pools[kind][1]
         missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
@@ -163,7 +147,7 @@ class CardExperts:
         self.rates.saw(link_bytes=sent_bytes - self._seen[0], link_seconds=busy - self._seen[1])
         self._seen = sent_bytes, busy
 
-    def _on_host(self, total: _Sum, index: int, experts: Sequence[int]) -> None:
+    def _on_host(self, total: ExpertSum, index: int, experts: Sequence[int]) -> None:
         """Let the CPU compute experts where they lie in host memory."""
         if not experts:
             return
@@ -175,7 +159,7 @@ class CardExperts:
         if all(total.counts[e] == 1 for e in experts):
             self.rates.saw(cpu_bytes=len(experts) * self._tier.kind(index).nbytes, cpu_seconds=seconds)
 
-    def _arrive(self, total: _Sum, index: int, going: dict[int, Arrival]) -> None:
+    def _arrive(self, total: ExpertSum, index: int, going: dict[int, Arrival]) -> None:
         """Compute the expert whose copy was begun first."""
         expert = next(iter(going))
         self._await(going[expert])
@@ -194,7 +178,7 @@ class CardExperts:
         self._drop_coming(assignment)
         return self.put(assignment, kind, self._tier.slots(index).views(self._tier.slot_of(index, expert)))
 
-    def _on_card(self, total: _Sum, index: int, experts: Sequence[int]) -> None:
+    def _on_card(self, total: ExpertSum, index: int, experts: Sequence[int]) -> None:
         """Compute experts whose bytes are in their slots, or are certain to be there when the card gets to it."""
         if not experts:
             return
@@ -259,18 +243,19 @@ class CardExperts:
         return self.layers[0] <= layer < self.layers[1]
 
 
-class CardExpertStore(ExpertStore):
+class CardExpertStore(TieredExpertStore):
     """Experts of a model whose layers are split over cards.
 
     Args:
-        cards: in the order of their layers.
-        tier: host memory under them; closed with the store.
-        routers: of every layer; None for no prefetch.
+        cards: in the order of their layers; closed with the store.
+        tier, prefetch, routers: as of `TieredExpertStore`.
     """
 
-    def __init__(self, cards: Sequence[CardExperts], tier: HostTier, *, routers: Sequence[NextRouter] | None = None) -> None:
-        self.cards, self.tier, self._routers = tuple(cards), tier, routers
-        self._foresight = None if routers is None else Foresight(tier.n_layers, tier.n_experts)
+    def __init__(
+        self, cards: Sequence[CardExperts], tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None
+    ) -> None:
+        super().__init__(tier, prefetch=prefetch, routers=routers)
+        self.cards = tuple(cards)
 
     def fill(self, worth: np.ndarray | None = None) -> None:
         """Bring the likeliest experts onto the cards, then the others into host memory.
@@ -300,20 +285,16 @@ class CardExpertStore(ExpertStore):
             for card in self.cards:
                 card.keep_what_is_nowhere_else()
 
-    def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        card = self._card(index)
-        following = self._routers[index + 1] if self._routers is not None and index + 1 < card.layers[1] else None
-        return card.forward(index, x, routing, self._foresight, following)
-
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")
 
     def stats(self) -> ExpertStats:
-        foresight, reader = self._foresight, self.tier.reader
+        reader = self.tier.reader
+        foreseen, foreseeable = self._guessed()
         return ExpertStats(
             cache=sum((card.stats for card in self.cards), CacheStats()),
-            foreseen=foresight.foreseen if foresight is not None else 0,
-            foreseeable=foresight.needed if foresight is not None else 0,
+            foreseen=foreseen,
+            foreseeable=foreseeable,
             disk_bytes=reader.bytes_read,
             compute_seconds=sum(card.compute_seconds for card in self.cards),
             wait_seconds=sum(card.wait_seconds for card in self.cards) + self.tier.wait_seconds,
@@ -327,76 +308,13 @@ class CardExpertStore(ExpertStore):
     def close(self) -> None:
         for card in self.cards:
             card.close()
-        self.tier.close()
+        super().close()
+
+    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+        self._card(index).serve(index, total, needed, ahead)
+
+    def _follows(self, index: int) -> bool:
+        return index + 1 < self._card(index).layers[1]
 
     def _card(self, layer: int) -> CardExperts:
         return next(card for card in self.cards if card.layers[0] <= layer < card.layers[1])
-
-
-class _Sum:
-    """What a layer's experts make of its tokens, wherever each of them is computed."""
-
-    counts: dict[int, int]
-
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Experts whose matrices lie in these slots of the card."""
-        raise NotImplementedError
-
-    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Experts whose matrices lie in these slots of host memory."""
-        raise NotImplementedError
-
-    def result(self) -> torch.Tensor:
-        """[T, D] in the tokens' dtype, once all were added."""
-        raise NotImplementedError
-
-
-class _PairSum(_Sum):
-    """Of a card that is host memory: pair by pair, so that the bits are those of a model whose experts all lie together."""
-
-    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
-        self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
-        self.counts = self._outputs.counts
-
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        self._outputs.add(weights, slots)
-
-    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        self._outputs.add(weights, slots)
-
-    def result(self) -> torch.Tensor:
-        return self._outputs.total(self._weights).to(self._dtype)
-
-
-class _PartialSum(_Sum):
-    """Of a GPU: one launch for all that lies there, one for each copy, and what the CPU computed added at the end, in float32."""
-
-    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
-        self._x, self._routing = x, routing
-        self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the card in a layer
-        counts = self._chosen.flatten().bincount().tolist()
-        self.counts = {e: count for e, count in enumerate(counts) if count}
-        self._parts: list[torch.Tensor] = []
-        # Before anything is launched: later the copy would wait for it.
-        self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
-        self._host: ExpertOutputs | None = None
-
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        n_experts = self._routing.logits.shape[1]
-        on_gpu = self._x.device.type == "cuda"
-        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
-        layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
-        self._parts.append(moe_experts(self._x, self._routing.experts, self._routing.weights, layer))
-
-    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        if self._host is None:
-            self._host = ExpertOutputs(self._x.cpu() if self._on_host is None else self._on_host, self._chosen)
-        self._host.add(weights, slots)
-
-    def result(self) -> torch.Tensor:
-        total = torch.zeros(self._x.shape, dtype=torch.float32, device=self._x.device)
-        for part in self._parts:
-            total += part
-        if self._host is not None:
-            total += self._host.total(self._weights).to(total.device)
-        return total.to(self._x.dtype)

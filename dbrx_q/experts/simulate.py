@@ -1,28 +1,28 @@
-"""Replaying a trace through the caches of a store, without weights."""
+"""Replaying a trace through the stores that a model would have, with slots that take no memory and experts that are there at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from .cache import ExpertCache, serve
-from .foresight import Foresight
+from ..kernels.moe import ExpertWeights
+from ..placement import Placement, Rig
+from .build import Parts, build_store
+from .link import Arrival, Link
 from .policies import CachePolicy
-from .stats import CacheStats
+from .reader import Load
+from .slots import ExpertKind, ExpertSlots
+from .split import MissPolicy, MissRates
+from .stats import ExpertStats
+from .sums import ExpertSum
 from .trace import Trace
 
-__all__ = ["Simulation", "simulate", "visits_of"]
+__all__ = ["simulate", "visits_of"]
 
-
-@dataclass(frozen=True)
-class Simulation:
-    """What the caches were asked for. foreseen, foreseeable: as of `ExpertStats`."""
-
-    cache: CacheStats
-    foreseen: int
-    foreseeable: int
+_NOWHERE = torch.device("meta")
 
 
 def visits_of(trace: Trace, passes: Sequence[slice]) -> list[tuple[int, list[int]]]:
@@ -36,41 +36,137 @@ def visits_of(trace: Trace, passes: Sequence[slice]) -> list[tuple[int, list[int
 def simulate(
     trace: Trace,
     passes: Sequence[slice],
-    pool_of: Sequence[int],
-    slots: Sequence[int],
-    policy: Callable[[int], CachePolicy],
+    kinds: list[ExpertKind],
+    plan: Placement,
+    rig: Rig,
+    policy: Callable[[Sequence[int], bool], CachePolicy],
     *,
     prefetch: bool,
-    fill: np.ndarray | None = None,
-) -> Simulation:
-    """The counters that a store with these slots comes to.
+    miss_policy: MissPolicy = MissPolicy.hybrid,
+    worth: np.ndarray | None = None,
+) -> ExpertStats:
+    """What the store of a plan counts; of "hybrid" with the rig's bandwidths, which a store measures.
 
     Args:
         trace: what every token chose.
         passes: the tokens of every forward pass, as `Trace.passes` gives them.
-        pool_of: by layer, which cache its experts share.
-        slots: of each cache.
-        policy: gives one for the cache of this index.
-        prefetch: whether experts are fetched ahead.
-        fill: [L, E], how likely each expert is, for what lies in the slots at first; None for the same number of each layer.
+        kinds: of every layer's experts.
+        plan, rig: where they lie.
+        policy: as of `Parts`.
+        prefetch: whether experts are brought before they are needed.
+        miss_policy: how misses of cards are served.
+        worth: [L, E], how likely each expert is, for what lies in the slots at first; None for the same number of each layer.
     """
     L, E = trace.experts.shape[1], trace.n_experts
-    caches = [ExpertCache(count, policy(i)) for i, count in enumerate(slots)]
-    order = [(layer, e) for e in range(E) for layer in range(L)]
-    if fill is not None:
-        order.sort(key=lambda place: -float(fill[place]))
-    for i, cache in enumerate(caches):
-        cache.fill([place for place in order if pool_of[place[0]] == i])
-    foresight = Foresight(L, E)
-    visits = iter(visits_of(trace, passes))
+    reader = _NoReader(kinds)
+    devices = [_NOWHERE] * len(plan.cards)
+    parts = Parts(_Places(kinds, E), reader, devices, lambda _: _NoLink(), policy, rates=_Rates, memory=_NOWHERE)
+    store = build_store(parts, plan, rig, prefetch=prefetch, miss_policy=miss_policy)
+    store.fill(worth)
+    before = store.stats()
     for tokens in passes:
         for layer in range(L):
-            _, needed = next(visits)
-            ahead: list[int] = []
-            if prefetch:
-                foresight.judge(layer, needed)
-                if layer + 1 < L:
-                    ahead = foresight.guess(layer + 1, trace.foreseen[tokens, layer + 1])
-            for _ in serve(caches[pool_of[layer]], layer, needed, ahead, caches[pool_of[layer + 1]] if ahead else None):
-                pass
-    return Simulation(sum((cache.stats for cache in caches), CacheStats()), foresight.foreseen, foresight.needed)
+            chosen = trace.experts[tokens, layer]
+            guesses = trace.foreseen[tokens, layer + 1] if prefetch and layer + 1 < L else None
+            store.run(layer, _Counted(chosen), guesses)
+    did = store.stats() - before
+    store.close()
+    return did
+
+
+@dataclass
+class _Places:
+    kinds: list[ExpertKind]
+    n_experts: int
+
+
+class _Counted(ExpertSum):
+    """Needs experts and computes nothing."""
+
+    def __init__(self, chosen: np.ndarray) -> None:
+        if len(chosen) == 1:
+            self.counts = dict.fromkeys(chosen[0].tolist(), 1)
+        else:
+            experts, counts = np.unique(chosen, return_counts=True)
+            self.counts = dict(zip(experts.tolist(), counts.tolist(), strict=True))
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        pass
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        pass
+
+    def result(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _NoReader:
+    """Has read an expert as soon as it is asked for."""
+
+    busy_seconds = 0.0
+
+    def __init__(self, kinds: list[ExpertKind]) -> None:
+        self._kinds = kinds
+        self.bytes_read = 0
+
+    def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
+        self.bytes_read += self._kinds[layer].stored_nbytes
+        load = Load(1, list, lambda _: None)
+        load.piece_done(None)
+        return load
+
+    def hurry(self, load: Load) -> None:
+        pass
+
+    def abandon(self, load: Load) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _NoLink(Link):
+    """Has copied as soon as it is asked to."""
+
+    def __init__(self) -> None:
+        self._copied = 0
+
+    @property
+    def bytes_copied(self) -> int:
+        return self._copied
+
+    @property
+    def busy_seconds(self) -> float:
+        return 0.0
+
+    def copy(
+        self,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        *,
+        after: torch.cuda.Event | None = None,
+        urgent: bool,
+    ) -> Arrival:
+        arrival = Arrival(sum(source.nbytes for source in sources))
+        self._copied += arrival.nbytes
+        arrival.finish(None, None)
+        return arrival
+
+    def hurry(self, arrival: Arrival) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _send(self, job: object) -> None:
+        raise NotImplementedError
+
+
+class _Rates(MissRates):
+    """Nothing is measured."""
+
+    def saw(self, *, cpu_bytes: float = 0, cpu_seconds: float = 0, link_bytes: float = 0, link_seconds: float = 0) -> None:
+        pass

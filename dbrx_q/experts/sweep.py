@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ import torch
 from ..config import DbrxConfig
 from ..errors import RequestError
 from ..layout import tensor_formats
-from ..placement import Placement, Request, Rig, place
-from ..speed import tokens_per_second
-from .policies import POLICIES, Belady, CachePolicy, make_policy
+from ..placement import DevicePlan, Placement, Request, Rig, place
+from ..speed import simulated_seconds
+from .policies import DEFAULT_POLICY, POLICIES, Belady, CachePolicy, make_policy
 from .simulate import simulate, visits_of
+from .slots import ExpertKind, expert_kinds
+from .split import MissPolicy
+from .stats import ExpertStats
 from .trace import Trace
 
 __all__ = ["Point", "Row", "Sweep", "sweep"]
@@ -25,15 +29,18 @@ BOUND = "belady"
 
 @dataclass(frozen=True)
 class Row:
-    """A policy with the rig's slots. hit_rate: of requests for an expert. loads: experts brought, a token. accuracy: share of what was
-    needed that was foreseen. tokens_per_second: what the rig's bandwidths allow, one path after the other."""
+    """A policy with the rig's slots. hit_rate: of requests for an expert. brought: experts that came into slots where they are computed, a
+    token; on_cpu: misses of cards that the CPU computed, a token; disk_bytes: read, a token. accuracy: share of what was needed that
+    was foreseen. tokens_per_second: what the rig's bandwidths allow (`speed.simulated_seconds`)."""
 
     policy: str
     prefetch: bool
     hit_rate: float
     misses: int
     prefetches: int
-    loads: float
+    brought: float
+    on_cpu: float
+    disk_bytes: float
     accuracy: float
     tokens_per_second: float
 
@@ -49,13 +56,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """tokens: simulated. one_by_one: whether as decoding takes them, or in the steps of the recording. slots: on the rig. bound: the name
-    of the policy that knows the future."""
+    """tokens: simulated. one_by_one: whether as decoding takes them, or in the steps of the recording. slots: where experts are computed.
+    miss_policy: of cards, empty without one. bound: the name of the policy that knows the future."""
 
     tokens: int
     one_by_one: bool
     slots: int
     experts: int
+    miss_policy: str
     rows: tuple[Row, ...]
     curve: tuple[Point, ...]
     bound: str = BOUND
@@ -72,6 +80,7 @@ def sweep(
     *,
     tokens: int | None = None,
     one_by_one: bool = True,
+    miss_policy: MissPolicy = MissPolicy.hybrid,
     curve: bool = True,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sweep:
@@ -85,6 +94,7 @@ def sweep(
         request: what keys and values take.
         tokens: so many from the start of the trace; None for all.
         one_by_one: whether every token is a forward pass, as in decoding.
+        miss_policy: how misses of cards are served.
         curve: whether other sizes are simulated as well.
         on_run: called with (runs done, runs in all).
 
@@ -103,13 +113,25 @@ def sweep(
     passes = [some for some in trace.passes(one_by_one=one_by_one) if tokens is None or some.stop <= tokens]
     if not passes:
         raise RequestError(f"a simulation must take a whole step of the recording; the first has {trace.passes(one_by_one=False)[0].stop}")
-    pool_of, slots, sizes = _pools(plan, config)
-    L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
+    L, E = config.n_layers, config.ffn_config.moe_num_experts
+    kinds = expert_kinds(config, tensor_formats(config, "the trace"), getattr(torch, config.torch_dtype or "bfloat16"))
     profile, visits = trace.counts(), visits_of(trace, passes)
     names = (*POLICIES, BOUND)
 
-    def policy(name: str) -> Callable[[int], CachePolicy]:
-        return lambda _: Belady(L, E, visits) if name == BOUND else make_policy(name, L, E, profile)
+    def policy(name: str) -> Callable[[Sequence[int], bool], CachePolicy]:
+        def make(layers: Sequence[int], under: bool) -> CachePolicy:
+            if name != BOUND:
+                return make_policy(name, L, E, profile)
+            if under:  # what will be missed above is not known
+                return make_policy(DEFAULT_POLICY, L, E)
+            own = set(layers)
+            return Belady(L, E, [visit for visit in visits if visit[0] in own])
+
+        return make
+
+    def run(name: str, plan: Placement, *, prefetch: bool) -> ExpertStats:
+        worth = profile if name == "static" else None
+        return simulate(trace, passes, kinds, plan, rig, policy(name), prefetch=prefetch, miss_policy=miss_policy, worth=worth)
 
     total = 2 * len(names) + (len(names) * len(_SHARES) if curve else 0)
     rows: list[Row] = []
@@ -117,37 +139,31 @@ def sweep(
     count = passes[-1].stop
     for name in names:
         for prefetch in (False, True):
-            fill = profile if name == "static" else None
-            found = simulate(trace, passes, pool_of, slots, policy(name), prefetch=prefetch, fill=fill)
-            cache, loads = found.cache, found.cache.misses + found.cache.prefetches
-            accuracy = found.foreseen / found.foreseeable if found.foreseeable else 0.0
-            speed = tokens_per_second(plan, rig, loads / max(1, cache.requests), requests=cache.requests / count / L, top_k=A)
-            rows.append(Row(name, prefetch, cache.hit_rate, cache.misses, cache.prefetches, loads / count, accuracy, speed))
+            found = run(name, plan, prefetch=prefetch)
+            cache = found.cache
+            speed = count / simulated_seconds(found, plan, rig, tokens=count)
+            each = plan.expert_bytes / plan.experts
+            brought = (found.link_bytes / each if plan.cards else cache.misses + cache.prefetches) / count
+            disk = found.disk_bytes / count
+            accuracy = found.prefetch_accuracy
+            row = Row(name, prefetch, cache.hit_rate, cache.misses, cache.prefetches, brought, found.on_cpu / count, disk, accuracy, speed)
+            rows.append(row)
             on_run(len(rows), total)
     for name in names if curve else ():
         for share in _SHARES:
-            some = [max(1, round(share * size)) for size in sizes]
-            found = simulate(trace, passes, pool_of, some, policy(name), prefetch=False, fill=profile if name == "static" else None)
-            points.append(Point(name, share, found.cache.hit_rate))
+            points.append(Point(name, share, run(name, _with_share(plan, kinds, E, share), prefetch=False).cache.hit_rate))
             on_run(len(rows) + len(points), total)
-    return Sweep(count, one_by_one, sum(slots), plan.experts, tuple(rows), tuple(points))
+    slots = sum(device.n_slots for device in plan.cards or (plan.host,))
+    return Sweep(count, one_by_one, slots, plan.experts, miss_policy.value if plan.cards else "", tuple(rows), tuple(points))
 
 
-def _pools(plan: Placement, config: DbrxConfig) -> tuple[list[int], list[int], Sequence[int]]:
-    """(by layer the cache that its experts share, slots of each cache, experts that share each cache)."""
-    from .slots import expert_kinds
+def _with_share(plan: Placement, kinds: list[ExpertKind], n_experts: int, share: float) -> Placement:
+    """The plan with slots for this share of the experts on every device that computes."""
 
-    kinds = expert_kinds(config, tensor_formats(config, "the trace"), getattr(torch, config.torch_dtype or "bfloat16"))
-    devices = plan.cards or (plan.host,)
-    index: dict[tuple[str, object], int] = {}
-    pool_of: list[int] = []
-    slots: list[int] = []
-    for device in devices:
-        for layer in range(*device.layers):
-            key = device.device, kinds[layer]
-            if key not in index:
-                index[key] = len(index)
-                slots.append(device.slots[kinds[layer]])
-            pool_of.append(index[key])
-    sizes = [pool_of.count(i) * config.ffn_config.moe_num_experts for i in range(len(slots))]
-    return pool_of, slots, sizes
+    def scaled(device: DevicePlan) -> DevicePlan:
+        wanted = Counter(kinds[slice(*device.layers)])
+        return replace(device, slots={kind: max(1, round(share * count * n_experts)) for kind, count in wanted.items()})
+
+    if not plan.cards:
+        return replace(plan, host=scaled(plan.host))
+    return replace(plan, cards=tuple(scaled(card) for card in plan.cards))

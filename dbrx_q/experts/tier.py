@@ -6,21 +6,54 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from .cache import Assignment, ExpertCache, serve
-from .files import ExpertFiles
 from .policies import CachePolicy
-from .reader import ExpertReader, Load
+from .reader import Load
 from .slots import ExpertKind, ExpertSlots
 from .stats import CacheStats
 
-__all__ = ["HostTier", "Place"]
+__all__ = ["HOST", "ExpertPlaces", "HostTier", "Place", "Reader", "fill_order"]
+
+HOST = torch.device("cpu")
 
 Place = tuple[int, int]
 """(layer, expert)."""
+
+
+class ExpertPlaces(Protocol):
+    """Which experts there are. kinds: of every layer's. n_experts: of each layer."""
+
+    kinds: list[ExpertKind]
+    n_experts: int
+
+
+class Reader(Protocol):
+    """What brings experts from disk, as `ExpertReader`."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which something was read."""
+
+    def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
+        """Begin to bring an expert into a slot."""
+
+    def hurry(self, load: Load) -> None:
+        """Somebody waits for it now."""
+
+    def abandon(self, load: Load) -> None:
+        """Nobody waits for it any more."""
+
+    def close(self) -> None:
+        """Bring nothing more."""
 
 
 @dataclass
@@ -41,18 +74,23 @@ class HostTier:
         reader: brings them; closed with the tier.
         slots: how many slots experts of each kind get.
         policies: what goes when slots are full, one for each kind; each may serve one cache only.
+        memory: where the slots lie; "meta" for a simulation.
 
     Attributes:
         wait_seconds: in which somebody waited for an expert.
     """
 
     def __init__(
-        self, files: ExpertFiles, reader: ExpertReader, *, slots: Mapping[ExpertKind, int], policies: Mapping[ExpertKind, CachePolicy]
+        self,
+        files: ExpertPlaces,
+        reader: Reader,
+        *,
+        slots: Mapping[ExpertKind, int],
+        policies: Mapping[ExpertKind, CachePolicy],
+        memory: torch.device = HOST,
     ) -> None:
         self._files, self._reader = files, reader
-        self._pools = {
-            kind: _Pool(ExpertSlots(kind, count, torch.device("cpu")), ExpertCache(count, policies[kind])) for kind, count in slots.items()
-        }
+        self._pools = {kind: _Pool(ExpertSlots(kind, count, memory), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
         self.wait_seconds = 0.0
 
     @property
@@ -76,7 +114,7 @@ class HostTier:
         return sum((pool.cache.stats for pool in self._pools.values()), CacheStats())
 
     @property
-    def reader(self) -> ExpertReader:
+    def reader(self) -> Reader:
         """What brings experts from disk."""
         return self._reader
 

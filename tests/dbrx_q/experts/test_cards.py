@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.budget import Budget
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
-from dbrx_q.experts.card import CardExpertStore, _PartialSum
+from dbrx_q.experts.card import CardExpertStore
 from dbrx_q.experts.link import PINNED_BYTES, Link, make_link
 from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
+from dbrx_q.experts.sums import PartialSum
 from dbrx_q.kernels.moe import moe_experts, route
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Card, Rig, place
@@ -248,7 +249,7 @@ def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int)
     layer = model.transformer.layers()[1].ffn.experts.mlp.weights()
     x = torch.randn(T, 128, generator=torch.Generator().manual_seed(T))
     routing = route(x, torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), 4, 1.0)
-    total = _PartialSum(x, routing)
+    total = PartialSum(x, routing)
     every = list(total.counts)
     total.add_card(layer, {e: e for e in every[::2]})
     total.add_host(layer, {e: e for e in every[1::2][:2]})

@@ -19,11 +19,12 @@ from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.experts.files import ExpertFiles
-from dbrx_q.experts.host import HostExpertStore, NextRouter
+from dbrx_q.experts.host import HostExpertStore
 from dbrx_q.experts.policies import make_policy
 from dbrx_q.experts.reader import ExpertReader, reads_faster_directly, supports_direct
 from dbrx_q.experts.slots import ExpertKind, ExpertSlots
 from dbrx_q.experts.tier import HostTier
+from dbrx_q.experts.tiered import NextRouter
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model, load_pretrained
 from dbrx_q.placement import Rig
@@ -79,7 +80,7 @@ def store_over(
     routers = [NextRouter(block.ffn.router.layer.weight, config.ffn_config.moe_top_k) for block in model.transformer.layers()]
     counts = {kind: slots if isinstance(slots, int) else slots(kind) for kind in policies}
     tier = HostTier(files, ExpertReader(files, direct=direct), slots=counts, policies=policies)
-    return HostExpertStore(tier, routers=routers if prefetch else None)
+    return HostExpertStore(tier, prefetch=prefetch, routers=routers)
 
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
@@ -113,7 +114,7 @@ def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype:
     expected = logits_of(model)
     for slots, policy, prefetch in SETTINGS if dtype == torch.bfloat16 else SETTINGS[::3]:
         store = store_over(folder, model, slots, policy=policy, prefetch=prefetch, direct=slots == 5 and supports_direct(folder))
-        store.tier.fill()
+        store.fill()
         model.transformer.expert_store = store
         found = logits_of(model)
         store.close()

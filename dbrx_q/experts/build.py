@@ -1,0 +1,75 @@
+"""The store that a plan calls for: made here for a model and for a simulation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..placement import Placement, Rig
+from .card import CardExperts, CardExpertStore
+from .host import HostExpertStore
+from .link import Link
+from .policies import CachePolicy
+from .slots import ExpertKind
+from .split import MissPolicy, MissRates
+from .tier import HOST, ExpertPlaces, HostTier, Reader
+from .tiered import NextRouter
+
+__all__ = ["Parts", "build_store"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a store is made of.
+
+    places: of all experts. reader: brings them from disk. devices: of the cards. link: makes the way to one. memory: where host slots lie.
+    policy: gives one for the slots that the experts of these layers share, under cards or not. rates: of misses, by the link's bandwidth.
+    """
+
+    places: ExpertPlaces
+    reader: Reader
+    devices: Sequence[torch.device]
+    link: Callable[[torch.device], Link]
+    policy: Callable[[Sequence[int], bool], CachePolicy]
+    rates: Callable[[float, float], MissRates] = MissRates
+    memory: torch.device = HOST
+
+
+def build_store(
+    parts: Parts,
+    plan: Placement,
+    rig: Rig,
+    *,
+    prefetch: bool,
+    miss_policy: MissPolicy,
+    routers: Sequence[NextRouter] | None = None,
+) -> HostExpertStore | CardExpertStore:
+    """An empty store with the plan's slots; the caller fills and closes it."""
+    kinds = parts.places.kinds
+
+    def policies(slots: Mapping[ExpertKind, int], layers: range, *, under: bool) -> dict[ExpertKind, CachePolicy]:
+        return {kind: parts.policy([layer for layer in layers if kinds[layer] == kind], under) for kind in slots}
+
+    # Where all experts fit onto cards, one at a time passes through host memory all the same.
+    room = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in dict.fromkeys(kinds)}
+    every = policies(room, range(len(kinds)), under=bool(plan.cards))
+    tier = HostTier(parts.places, parts.reader, slots=room, policies=every, memory=parts.memory)
+    if not plan.cards:
+        return HostExpertStore(tier, prefetch=prefetch, routers=routers)
+    cards = [
+        CardExperts(
+            device,
+            there.layers,
+            tier,
+            parts.link(device),
+            slots=there.slots,
+            policies=policies(there.slots, range(*there.layers), under=False),
+            miss_policy=miss_policy,
+            rates=parts.rates(rig.host_bandwidth, spec.link),
+        )
+        for device, there, spec in zip(parts.devices, plan.cards, rig.cards, strict=True)
+        if there.n_slots
+    ]
+    return CardExpertStore(cards, tier, prefetch=prefetch, routers=routers)

@@ -1,0 +1,97 @@
+"""What a layer's experts make of its tokens, wherever each of them is computed.
+
+Dimension letters: `T` tokens, `D` d_model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from ..kernels.cpu_moe import ExpertOutputs
+from ..kernels.moe import ExpertWeights, Routing, moe_experts
+
+__all__ = ["ExpertSum", "PairSum", "PartialSum", "sum_for"]
+
+_FEW_TOKENS = 64
+
+
+def sum_for(x: torch.Tensor, routing: Routing) -> ExpertSum:
+    """For the tokens `x` [T, D] on their device."""
+    return PairSum(x, routing) if x.device.type == "cpu" else PartialSum(x, routing)
+
+
+class ExpertSum(ABC):
+    """Collects experts until all came.
+
+    Attributes:
+        counts: how many tokens chose an expert, for those that any chose, in ascending order.
+    """
+
+    counts: dict[int, int]
+
+    @abstractmethod
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        """Experts whose matrices lie in these slots of the device that computes."""
+
+    @abstractmethod
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        """Experts whose matrices lie in these slots of host memory."""
+
+    @abstractmethod
+    def result(self) -> torch.Tensor:
+        """[T, D] in the tokens' dtype, once all were added."""
+
+
+class PairSum(ExpertSum):
+    """In host memory: pair by pair, so that the bits are those of a model whose experts all lie together."""
+
+    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
+        self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
+        self.counts = self._outputs.counts
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        self._outputs.add(weights, slots)
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        self._outputs.add(weights, slots)
+
+    def result(self) -> torch.Tensor:
+        return self._outputs.total(self._weights).to(self._dtype)
+
+
+class PartialSum(ExpertSum):
+    """Of a GPU: one launch for all that lies there, one for each copy, and what the CPU computed added at the end, in float32."""
+
+    def __init__(self, x: torch.Tensor, routing: Routing) -> None:
+        self._x, self._routing = x, routing
+        self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the card in a layer
+        counts = self._chosen.flatten().bincount().tolist()
+        self.counts = {e: count for e, count in enumerate(counts) if count}
+        self._parts: list[torch.Tensor] = []
+        # Before anything is launched: later the copy would wait for it.
+        self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
+        self._host: ExpertOutputs | None = None
+
+    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        n_experts = self._routing.logits.shape[1]
+        on_gpu = self._x.device.type == "cuda"
+        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
+        layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
+        self._parts.append(moe_experts(self._x, self._routing.experts, self._routing.weights, layer))
+
+    def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+        if self._host is None:
+            self._host = ExpertOutputs(self._x.cpu() if self._on_host is None else self._on_host, self._chosen)
+        self._host.add(weights, slots)
+
+    def result(self) -> torch.Tensor:
+        total = torch.zeros(self._x.shape, dtype=torch.float32, device=self._x.device)
+        for part in self._parts:
+            total += part
+        if self._host is not None:
+            total += self._host.total(self._weights).to(total.device)
+        return total.to(self._x.dtype)
