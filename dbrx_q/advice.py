@@ -47,6 +47,8 @@ def _changes(rig: Rig, request: Request) -> Iterator[tuple[str, tuple[Rig, Reque
     for kv_format in ("int8", "int4"):
         if request.kv_format == "plain" or (request.kv_format, kv_format) == ("int8", "int4"):
             yield f"--kv {kv_format}", (rig, replace(request, kv_format=kv_format))
+    if request.low_bit:
+        yield "no --degraded", (rig, replace(request, low_bit=None))
     if request.context >= 2:
         yield f"--context {request.context // 2}", (rig, replace(request, context=request.context // 2))
     if rig.ram is not None:

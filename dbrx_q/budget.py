@@ -33,7 +33,8 @@ class Budget:
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router foresees them. direct: whether experts are read past the page cache; None for
     whichever is measured to be faster. miss_policy: how an expert is served that is not on its card. devices: the cards; None for cuda:0,
-    cuda:1 ... dtype: of activations; None for the checkpoint's.
+    cuda:1 ... dtype: of activations; None for the checkpoint's. degraded: whether the low-bit copy that the checkpoint carries answers for
+    experts on disk. upgrade: with that, as of `LowBitCopy`.
     """
 
     rig: Rig
@@ -49,6 +50,8 @@ class Budget:
     miss_policy: MissPolicy = MissPolicy.hybrid
     devices: tuple[torch.device, ...] | None = None
     dtype: torch.dtype | None = None
+    degraded: bool = False
+    upgrade: bool = True
 
     @property
     def cards(self) -> tuple[torch.device, ...]:
@@ -113,6 +116,7 @@ def check_fits(placement: Placement, source: str) -> None:
     raise RequestError(
         f"{source}: {'the host' if short.device == 'cpu' else short.device} must hold {least:,} bytes ({format_size(least)}) at least: "
         f"{format_size(short.dense)} of weights that every token reads, {format_size(short.kv_cache)} of KV cache, "
+        f"{f'{format_size(short.low_bit)} of a low-bit copy, ' if short.low_bit else ''}"
         f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget or 0:,} "
         "bytes. Give more, or shorten the context"
     )

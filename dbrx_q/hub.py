@@ -19,10 +19,14 @@ SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README
 """Of a repository, besides its weights."""
 # Weights in other containers (.bin is a pickle) and the repository's pictures are never fetched.
 _WANTED = ["*.safetensors", *SMALL_FILES]
+_LOW_BIT = "low-bit/*"  # see `low_bit.py`
 
 
-def resolve_folder(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first.
+def resolve_folder(
+    path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, low_bit: bool = False
+) -> Path:
+    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first, with the low-bit copy that it carries only if
+    `low_bit` says so.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
@@ -34,8 +38,15 @@ def resolve_folder(path_or_hub_id: str | os.PathLike[str], *, revision: str | No
         return local
     from huggingface_hub import snapshot_download
 
+    without = None if low_bit else [_LOW_BIT]
     with hub_errors(path_or_hub_id):
-        return Path(fetched(lambda: snapshot_download(str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED)))
+        return Path(
+            fetched(
+                lambda: snapshot_download(
+                    str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=without
+                )
+            )
+        )
 
 
 def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision: str | None = None, token: str | None = None) -> Path:

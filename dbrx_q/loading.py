@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from .kernels.launch import chip_of
 from .kernels.linear import PackedFormat
 from .layers import PackedWeight
 from .layout import DenseTensor, TensorFormat, dense_tensors, kind_of, matrix_parts, pack_parts, parts_of
+from .low_bit import open_low_bit
 from .model import DbrxForCausalLM, check_device
 from .placement import Placement, Request, place
 from .tuning import load_tuning
@@ -62,7 +64,7 @@ def load_pretrained(
         raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
     if implementation == "triton" and not triton:
         raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
-    folder = resolve_folder(path_or_hub_id, revision=revision, token=token)
+    folder = resolve_folder(path_or_hub_id, revision=revision, token=token, low_bit=budget is not None and budget.degraded)
     model = load_model(folder, dtype=dtype, device=place, budget=budget)
     for block in model.transformer.layers():
         block.norm_attn_norm.attn.implementation = implementation
@@ -73,10 +75,13 @@ def load_model(
     folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
 ) -> DbrxForCausalLM:
     """The model in `folder`, whole on `device`, or as a budget's plan has it; errors as for `DbrxForCausalLM.from_pretrained`."""
-    with Checkpoint(folder) as checkpoint:
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint(folder))
         config = checkpoint.config
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
-        plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder))
+        low_bit = opened.enter_context(open_low_bit(checkpoint)) if budget is not None and budget.degraded else None
+        its = None if low_bit is None else low_bit.formats
+        plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder), its)
         profile = None if budget is None or budget.profile is None else Trace.read(budget.profile).check(config).counts()
         cards = budget.cards if budget is not None else ()
         tiered = budget is not None and plan is not None and not plan.resident
@@ -99,27 +104,41 @@ def load_model(
             if tensor.name != "transformer.wte.weight":  # whose rows are looked up
                 products[fmt] = weight[0] if tensor.experts else weight
         files = ExpertFiles(checkpoint, chosen) if tiered else None
+        low_bit_files = None
+        if low_bit is not None and plan is not None and plan.host.low_bit:
+            low_bit_files = ExpertFiles(low_bit, chosen)
+            products |= {
+                fmt: _one_row(low_bit.tensors[name], fmt) for name, fmt in low_bit.formats.items() if low_bit.tensors[name].experts
+            }
     if pick(device) is Backend.CPU or tiered:
         for weight in products.values():
             if weight.device.type == "cpu":
                 warm_up(weight, chosen)
     store = None
     if files is not None and plan is not None and budget is not None:
-        store = _tiered_store(model, files, plan, budget, profile)
+        store = _tiered_store(model, files, plan, budget, profile, low_bit_files)
     model = _ready(model, device, eos_ids(folder), store)
     if plan is not None:
         model.placement, model.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
     return model
 
 
-def plan_of(config: DbrxConfig, formats: Mapping[str, TensorFormat], budget: Budget, source: str) -> Placement:
+def plan_of(
+    config: DbrxConfig,
+    formats: Mapping[str, TensorFormat],
+    budget: Budget,
+    source: str,
+    low_bit: Mapping[str, TensorFormat] | None = None,
+) -> Placement:
     """The plan that `load_model` follows.
+
+    low_bit: formats of the copy that the checkpoint carries, where it is to answer.
 
     Raises:
         RequestError: it does not fit, or not into what is free now.
     """
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
-    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype)
+    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, low_bit)
     plan = place(config, formats, budget.rig, request)
     check_fits(plan, source)
     check_free(plan, budget.cards, source)
@@ -203,7 +222,14 @@ def _layer_of(tensor: DenseTensor, config: DbrxConfig) -> int:
     return tensor.layer if tensor.layer >= 0 or kind_of(tensor.name) == "embedding" else config.n_layers
 
 
-def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, budget: Budget, profile: np.ndarray | None) -> ExpertStore:
+def _tiered_store(
+    model: DbrxForCausalLM,
+    files: ExpertFiles,
+    plan: Placement,
+    budget: Budget,
+    profile: np.ndarray | None,
+    low_bit: ExpertFiles | None,
+) -> ExpertStore:
     """A store with the plan's slots, full of experts."""
     config = model.config
     L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
@@ -211,7 +237,13 @@ def _tiered_store(model: DbrxForCausalLM, files: ExpertFiles, plan: Placement, b
     on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
     direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
     parts = Parts(
-        files, ExpertReader(files, direct=direct), budget.cards, make_link, lambda layers, under: make_policy(budget.policy, L, E, profile)
+        files,
+        ExpertReader(files, direct=direct),
+        budget.cards,
+        make_link,
+        lambda layers, under: make_policy(budget.policy, L, E, profile),
+        low_bit=None if low_bit is None else (low_bit, ExpertReader(low_bit, direct=direct)),
+        upgrade=budget.upgrade,
     )
     routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
     store = build_store(parts, plan, budget.rig, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)

@@ -247,6 +247,7 @@ class DbrxForCausalLM(nn.Module):
         cache_policy: str = DEFAULT_POLICY,
         miss_policy: str = "hybrid",
         prefetch: bool = True,
+        degraded: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -267,6 +268,7 @@ class DbrxForCausalLM(nn.Module):
             miss_policy: with "auto" and GPUs, how an expert is served that is not on its card: computed by the CPU ("cpu"), copied
                 ("copy"), or the mix of both that ends first ("hybrid").
             prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router foresees them.
+            degraded: with "auto", whether the low-bit copy that the checkpoint carries answers for experts on disk.
             attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
             revision: branch, tag or commit on the hub.
             token: for a gated repository.
@@ -283,6 +285,8 @@ class DbrxForCausalLM(nn.Module):
             raise UnsupportedError(f"device_map must be 'auto' or None; found {device_map!r}")
         if device_map is None and max_memory is not None:
             raise RequestError(f"max_memory needs device_map='auto'; found {max_memory!r} alone")
+        if device_map is None and degraded:
+            raise RequestError("degraded needs device_map='auto': with all experts in memory there is no miss to answer. Leave it out")
         if device_map is not None and device is not None:
             raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
         budget = None
@@ -295,6 +299,7 @@ class DbrxForCausalLM(nn.Module):
                 policy=cache_policy,
                 prefetch=prefetch,
                 miss_policy=_miss_policy(miss_policy),
+                degraded=degraded,
             )
         return load_pretrained(
             path_or_hub_id,

@@ -19,7 +19,7 @@ import torch
 from .config import DbrxConfig
 from .experts.link import PINNED_BYTES
 from .experts.reader import staging_bytes
-from .experts.slots import ExpertKind, expert_kinds, first_slots
+from .experts.slots import SCRATCH_SLOTS, ExpertKind, expert_kinds, first_slots
 from .kernels.kv import allocate_kv
 from .layout import TensorFormat, dense_tensors, parts_of
 
@@ -66,7 +66,8 @@ class Rig:
 class Request:
     """What memory is to be kept for. context: tokens of a sequence. batch: sequences together. kv_format: "plain", "int8" or "int4".
     step_tokens: tokens that one forward pass brings at most; None for a prefill step. logit_rows: of how many tokens logits are held at
-    once; None for one of each sequence. dtype: of activations; None for the checkpoint's."""
+    once; None for one of each sequence. dtype: of activations; None for the checkpoint's. low_bit: formats of a low-bit copy of the
+    experts, which answers for those on disk; None without one."""
 
     context: int
     batch: int = 1
@@ -74,6 +75,7 @@ class Request:
     step_tokens: int | None = None
     logit_rows: int | None = None
     dtype: torch.dtype | None = None
+    low_bit: Mapping[str, TensorFormat] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class DevicePlan:
 
     budget: that may be used, None without a limit. layers: (first, end) of those that it computes. dense: all weights but experts, of which
     every token reads `dense_read`. experts: of its slots. slots: how many for experts of each kind, of which `scratch` stay free for what
-    is copied while it runs.
+    is copied while it runs. low_bit, low_bit_slots: the same of a low-bit copy, whole in host memory, passing through on a card.
     """
 
     device: str
@@ -90,17 +92,19 @@ class DevicePlan:
     layers: tuple[int, int]
     dense: int = 0
     experts: int = 0
+    low_bit: int = 0
     kv_cache: int = 0
     workspace: int = 0
     reserve: int = 0
     slots: Mapping[ExpertKind, int] = field(default_factory=dict)
+    low_bit_slots: Mapping[ExpertKind, int] = field(default_factory=dict)
     dense_read: int = 0
     scratch: int = 0
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.dense + self.experts + self.kv_cache + self.workspace + self.reserve
+        return self.dense + self.experts + self.low_bit + self.kv_cache + self.workspace + self.reserve
 
     @property
     def n_slots(self) -> int:
@@ -164,9 +168,11 @@ def place(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, req
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of a model by what they are for. kinds, dense, kv: by layer. workspace: of activations on the host and on a card."""
+    """Bytes of a model by what they are for. kinds, dense, kv: by layer; low_bit: the kinds of a low-bit copy, none without. workspace: of
+    activations on the host and on a card."""
 
     kinds: list[ExpertKind]
+    low_bit: list[ExpertKind]
     n_experts: int
     top_k: int
     dense: list[int]
@@ -203,7 +209,8 @@ class _Sizes:
         stored = getattr(torch, config.torch_dtype or "bfloat16")
         plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
         kinds = expert_kinds(config, formats, dtype, plain)
-        return cls(kinds, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
+        low_bit = expert_kinds(config, request.low_bit, dtype) if request.low_bit else []
+        return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
 
 
 def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:
@@ -216,49 +223,96 @@ def _on_host(model: _Sizes, rig: Rig) -> Placement:
     layers = len(model.kinds)
     dense = sum(model.dense) + model.embedding + model.head
     kv = layers * model.kv
-    wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
+    wanted = _every(model.kinds, model)
     workspace = model.host_workspace
+    low_bit: Counter[ExpertKind] = Counter()
     room = None if rig.ram is None else rig.ram - dense - kv - workspace
     slots, short = _slots(wanted, room)
     if slots != wanted and room is not None:
-        staging = staging_bytes(wanted)
-        slots, short = _slots(wanted, room - staging)
+        low_bit = _every(model.low_bit, model)
+        staging = staging_bytes([*wanted, *low_bit])
+        slots, short = _slots(wanted, room - staging - _bytes(low_bit))
         workspace += staging
-    read = dense - model.embedding
-    host = DevicePlan("cpu", rig.ram, (0, layers), dense, _bytes(slots), kv, workspace, 0, slots, read)
+    host = DevicePlan(
+        "cpu",
+        rig.ram,
+        (0, layers),
+        dense=dense,
+        experts=_bytes(slots),
+        low_bit=_bytes(low_bit),
+        kv_cache=kv,
+        workspace=workspace,
+        slots=slots,
+        low_bit_slots=low_bit,
+        dense_read=dense - model.embedding,
+    )
     return _placement((), host, wanted, short, "cpu")
 
 
 def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
-    """With layers ends[c - 1] .. ends[c] - 1 on card c."""
+    """With layers ends[c - 1] .. ends[c] - 1 on card c, and a low-bit copy where experts are left on disk."""
+    plan = _split(model, rig, ends, low_bit=False)
+    return _split(model, rig, ends, low_bit=True) if plan.disk_experts and model.low_bit else plan
+
+
+def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Placement:
     cards, short, worst = [], 0, ""
     held: Counter[ExpertKind] = Counter()
-    wanted = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds).items()})
+    wanted = _every(model.kinds, model)
     for c, (card, first, end) in enumerate(zip(rig.cards, (0, *ends), ends, strict=False)):
         dense = sum(model.dense[first:end])
         dense += model.embedding if c == 0 else 0
         dense += model.head if c == len(rig.cards) - 1 else 0
         kv = (end - first) * model.kv
-        own = Counter({kind: count * model.n_experts for kind, count in Counter(model.kinds[first:end]).items()})
-        slots, missing = _slots(own, card.memory - card.reserve - dense - kv - model.card_workspace)
+        own = _every(model.kinds[first:end], model)
+        passing = dict.fromkeys(model.low_bit[first:end] if low_bit else (), SCRATCH_SLOTS)
+        slots, missing = _slots(own, card.memory - card.reserve - dense - kv - model.card_workspace - _bytes(passing))
         if missing > short:
             short, worst = missing, f"cuda:{c}"
-        read = dense - (model.embedding if c == 0 else 0)
-        reserve, work = card.reserve, model.card_workspace
         filled = Counter({kind: first_slots(count, own[kind]) for kind, count in slots.items()})
-        scratch = sum(slots.values()) - sum(filled.values())
         held += filled
-        cards.append(DevicePlan(f"cuda:{c}", card.memory, (first, end), dense, _bytes(slots), kv, work, reserve, slots, read, scratch))
+        cards.append(
+            DevicePlan(
+                f"cuda:{c}",
+                card.memory,
+                (first, end),
+                dense=dense,
+                experts=_bytes(slots),
+                low_bit=_bytes(passing),
+                kv_cache=kv,
+                workspace=model.card_workspace,
+                reserve=card.reserve,
+                slots=slots,
+                low_bit_slots=passing,
+                dense_read=dense - (model.embedding if c == 0 else 0),
+                scratch=sum(slots.values()) - sum(filled.values()),
+            )
+        )
     left = wanted - held
+    whole = _every(model.low_bit if low_bit else (), model)
     workspace = model.host_workspace if left else 0
-    staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) if workspace else 0
+    staging = len(cards) * PINNED_BYTES + staging_bytes([*wanted, *whole]) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
     if left:
-        host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging)
+        host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging - _bytes(whole))
         if missing > short:
             short, worst = missing, "cpu"
-    host = DevicePlan("cpu", rig.ram, (0, 0), 0, _bytes(host_slots), 0, workspace + staging, 0, host_slots)
+    host = DevicePlan(
+        "cpu",
+        rig.ram,
+        (0, 0),
+        experts=_bytes(host_slots),
+        low_bit=_bytes(whole),
+        workspace=workspace + staging,
+        slots=host_slots,
+        low_bit_slots=whole,
+    )
     return _placement(tuple(cards), host, wanted, short, worst)
+
+
+def _every(kinds: Sequence[ExpertKind], model: _Sizes) -> Counter[ExpertKind]:
+    """How many experts of each kind the layers have whose experts are of these kinds."""
+    return Counter({kind: count * model.n_experts for kind, count in Counter(kinds).items()})
 
 
 def _placement(cards: tuple[DevicePlan, ...], host: DevicePlan, wanted: Mapping[ExpertKind, int], short: int, worst: str) -> Placement:

@@ -6,6 +6,9 @@ expected     experts are chosen by chance, so that the share of requests that hi
              from the host's memory, by the faster of the link and the memory itself, or from disk; one after the other.
 lower bound  every request misses, and comes over the link alone (from disk without one); one after the other.
 upper bound  every request hits that has a slot to hit; misses come over the link and are computed by the CPU at once; everything overlaps.
+
+A low-bit copy answers in place of the disk: its bytes come from the host's memory. On a CPU that is faster than a hit, so that the bounds
+change their places.
 """
 
 from __future__ import annotations
@@ -47,9 +50,18 @@ class SpeedBounds:
 
 def speed_bounds(placement: Placement, rig: Rig, *, n_experts: int, top_k: int) -> SpeedBounds:
     """The three figures for layers of `n_experts` experts, `top_k` of which are active."""
+
+    def fewest(share: float) -> float:
+        return float(share == 1)
+
+    def most(share: float) -> float:
+        return min(1.0, share * n_experts / top_k)
+
+    if placement.host.low_bit and not placement.cards:
+        fewest, most = most, fewest
     expected = _terms(placement, rig, n_experts, top_k, lambda share: share, max)
-    worst = _terms(placement, rig, n_experts, top_k, lambda share: float(share == 1), lambda link, host: link)
-    best = _terms(placement, rig, n_experts, top_k, lambda share: min(1.0, share * n_experts / top_k), lambda link, host: link + host)
+    worst = _terms(placement, rig, n_experts, top_k, fewest, lambda link, host: link)
+    best = _terms(placement, rig, n_experts, top_k, most, lambda link, host: link + host)
     busy: dict[str, float] = {}
     for term in best:  # one sequence passes through the cards one after the other
         path = term.path.split(" of ")[0]
@@ -103,6 +115,7 @@ def _terms(
     """hits: the share of requests that hit, by the share of experts that have slots. of_host: the bandwidth of misses that lie in host
     memory, by the link's and the memory's."""
     mean = placement.expert_bytes / placement.experts
+    low_bit = placement.host.low_bit / placement.experts
     if not placement.cards:
         plan, memory = placement.host, rig.host_bandwidth
         requests = (plan.layers[1] - plan.layers[0]) * top_k
@@ -110,7 +123,9 @@ def _terms(
         found = [
             Term("host memory", "weights that every token reads", plan.dense_read, memory),
             Term("host memory", "experts that hit", requests * hit * mean, memory),
-            Term("disk", "experts that miss", requests * (1 - hit) * mean, rig.disk_bandwidth),
+            Term("host memory", "low-bit copies of experts that miss", requests * (1 - hit) * low_bit, memory)
+            if low_bit
+            else Term("disk", "experts that miss", requests * (1 - hit) * mean, rig.disk_bandwidth),
         ]
         return [term for term in found if term.nbytes]
     off_cards = placement.experts - sum(plan.n_slots - plan.scratch for plan in placement.cards)
@@ -119,13 +134,16 @@ def _terms(
     for plan, card in zip(placement.cards, rig.cards, strict=True):
         requests = (plan.layers[1] - plan.layers[0]) * top_k
         hit = hits(_share(plan, n_experts))
-        missed = requests * (1 - hit) * mean
-        name = plan.device
+        missed = requests * (1 - hit)
+        name, to_card = plan.device, of_host(card.link, rig.host_bandwidth)
+        path = f"host memory and link of {name}"
         found += [
             Term(f"memory of {name}", "weights that every token reads", plan.dense_read, card.bandwidth),
             Term(f"memory of {name}", "experts that hit", requests * hit * mean, card.bandwidth),
-            Term(f"host memory and link of {name}", "experts that miss", missed * (1 - on_disk), of_host(card.link, rig.host_bandwidth)),
-            Term("disk", f"experts of {name} that miss and lie on disk", missed * on_disk, rig.disk_bandwidth),
+            Term(path, "experts that miss", missed * (1 - on_disk) * mean, to_card),
+            Term(path, "low-bit copies of experts on disk", missed * on_disk * low_bit, to_card)
+            if low_bit
+            else Term("disk", f"experts of {name} that miss and lie on disk", missed * on_disk * mean, rig.disk_bandwidth),
         ]
     return [term for term in found if term.nbytes]
 

@@ -17,6 +17,7 @@ import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -24,7 +25,7 @@ from .comparison import Comparison, QuantResult, WorstToken
 from .divergence import Distribution, TokenScores, mean_and_stderr, scores
 from .observe import Observation, batches, check_ids, chunks, observe, sample_interval, step_tokens
 from .reference import Reference, ReferenceStep
-from .resume import RunState
+from .resume import RunState, kept_requests, restored_requests
 from .sources import Source
 from .windows import Protocol, Window
 
@@ -74,6 +75,7 @@ class _Done:
     windows: int
     tokens: int
     layers: _LayerSums
+    served: ExpertStats
 
 
 class Pair:
@@ -88,12 +90,12 @@ class Pair:
         self.source = source
         self._state = state
         self._room = TokenScores.room(0)
-        self._done = _Done(0, 0, _LayerSums.none(source.config.n_layers))
+        self._done = _Done(0, 0, _LayerSums.none(source.config.n_layers), ExpertStats())
         kept = None if state is None else state.load()
         if kept is not None:
             self._room = TokenScores(*(kept[field.name] for field in fields(TokenScores)))
             layers = _LayerSums(*(kept[field.name] for field in fields(_LayerSums)))
-            self._done = _Done(int(kept["windows"]), len(self._room.kl), layers)
+            self._done = _Done(int(kept["windows"]), len(self._room.kl), layers, restored_requests(kept))
 
     @property
     def windows(self) -> int:
@@ -125,9 +127,14 @@ class Pair:
         """Write scores from token `at` on; they count when `add` is called."""
         self._room.put(at, part)
 
-    def add(self, windows: int, tokens: int, layers: _LayerSums) -> None:
-        """Count one more batch of windows, whose scores have been put."""
-        self._done = _Done(self.windows + windows, self.tokens + tokens, self.layers.plus(layers))
+    @property
+    def served(self) -> ExpertStats:
+        """What was asked of the experts for what is done."""
+        return self._done.served
+
+    def add(self, windows: int, tokens: int, layers: _LayerSums, served: ExpertStats) -> None:
+        """Count one more batch of windows, whose scores have been put, and what its experts were asked for."""
+        self._done = _Done(self.windows + windows, self.tokens + tokens, self.layers.plus(layers), self.served + served)
 
     def keep(self) -> None:
         """Write what is done to where it is found again."""
@@ -135,7 +142,7 @@ class Pair:
             done = self._done
             arrays = {field.name: getattr(self._room.first(done.tokens), field.name) for field in fields(TokenScores)}
             layers = {field.name: getattr(done.layers, field.name) for field in fields(_LayerSums)}
-            self._state.save(arrays | layers | {"windows": np.array(done.windows)})
+            self._state.save(arrays | layers | {"windows": np.array(done.windows)} | kept_requests(done.served))
 
     def forget(self) -> None:
         """Remove what was kept."""
@@ -244,6 +251,7 @@ def _run_batch(
     interval: int,
     kv_format: str,
 ) -> None:
+    before = [model.expert_store.stats() for _, model in pairs]
     runs = [observe(model, text, batch, first=first, interval=interval, kv_format=kv_format) for _, model in pairs]
     layers = [_LayerSums.none(reference.config.n_layers) for _ in pairs]
     at = first
@@ -256,8 +264,8 @@ def _run_batch(
                 pair.put(at + place.start, scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
         layers = [sums.plus(_LayerSums.of(wanted, one)) for sums, one in zip(layers, seen, strict=True)]
         at += len(seen[0].targets)
-    for (pair, _), sums in zip(pairs, layers, strict=True):
-        pair.add(len(batch), at - first, sums)
+    for (pair, model), sums, earlier in zip(pairs, layers, before, strict=True):
+        pair.add(len(batch), at - first, sums, model.expert_store.stats() - earlier)
 
 
 def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -340,10 +348,12 @@ def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.nd
     kl, kl_error = mean_and_stderr(found.kl)
     change, change_error = mean_and_stderr(found.nll - found.nll_reference)
     median, p90, p99, p999 = (float(np.quantile(found.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
+    degraded = pair.served.degraded_share
     worst = np.argsort(-np.nan_to_num(found.kl, nan=np.inf), kind="stable")[:_WORST]
     return QuantResult(
         path=pair.source.name,
-        format=pair.source.format,
+        format=pair.source.format + (f", {degraded:.1%} of requests answered by the low-bit copy" if degraded else ""),
+        degraded=degraded,
         bits_per_weight=pair.source.bits_per_weight,
         bytes=pair.source.nbytes,
         perplexity=float(np.exp(mean)),

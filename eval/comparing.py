@@ -87,7 +87,7 @@ def compare_checkpoints(
     known = _identity(reference)
     pairs = []
     for source in sources:
-        key = run_key("compare", known, source.config, source.sha256(), ids, protocol, dtype=dtype, kv_format=kv_format, device=place)
+        key = run_key("compare", known, source, source.sha256(), ids, protocol, dtype=dtype, kv_format=kv_format, device=place)
         state = RunState(key)
         if not resume:
             state.clear()

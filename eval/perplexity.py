@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.model import DbrxForCausalLM
 
 from .divergence import mean_and_stderr, negative_log_likelihood
 from .observe import batches, check_ids, logit_chunks, observe, step_tokens
-from .resume import RunState
+from .resume import RunState, kept_requests, restored_requests
 from .windows import Protocol
 
 __all__ = ["PerplexityResult", "perplexity"]
@@ -24,6 +25,8 @@ _SAVE_SECONDS = 30.0
 @dataclass(frozen=True)
 class PerplexityResult:
     """perplexity: exp(nll / tokens). stderr: its standard error. nll: total, in nats. tokens: predicted. protocol: how windows lie.
+
+    degraded: share of the requests for experts that a low-bit copy answered.
 
     complete: False where the run was interrupted and the figures are of the first `tokens` of `total_tokens` predicted tokens.
     """
@@ -37,6 +40,7 @@ class PerplexityResult:
     protocol: str
     context: int
     stride: int
+    degraded: float = 0.0
 
 
 def perplexity(
@@ -70,7 +74,8 @@ def perplexity(
     total = sum(window.tokens for window in windows)
     # Filled in place: small arrays that stay would keep the allocator from giving back the large ones between them.
     losses = np.empty(total)
-    done, tokens = _restored(state, losses)
+    done, tokens, served = _restored(state, losses)
+    before = served - model.expert_store.stats()
     saved = time.monotonic()
     try:
         for first, batch in batches(windows, step_tokens([model]), [done]):
@@ -85,13 +90,13 @@ def perplexity(
                     at += len(found)
             done, tokens = done + len(batch), at
             if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
-                _keep(state, done, losses[:tokens])
+                _keep(state, done, losses[:tokens], before + model.expert_store.stats())
                 saved = time.monotonic()
     except KeyboardInterrupt:
         if not done:
             raise
         if state is not None:
-            _keep(state, done, losses[:tokens])
+            _keep(state, done, losses[:tokens], before + model.expert_store.stats())
     on_window(done, len(windows))
     values = losses[:tokens]
     mean, error = mean_and_stderr(values)
@@ -108,18 +113,19 @@ def perplexity(
         protocol=protocol.name,
         context=protocol.context,
         stride=protocol.stride,
+        degraded=(before + model.expert_store.stats()).degraded_share,
     )
 
 
-def _restored(state: RunState | None, losses: np.ndarray) -> tuple[int, int]:
-    """(windows, tokens) that are done of a run that was interrupted, whose figures go to the beginning of `losses`."""
+def _restored(state: RunState | None, losses: np.ndarray) -> tuple[int, int, ExpertStats]:
+    """(windows, tokens, requests for experts) that are done of an interrupted run, whose figures go to the beginning of `losses`."""
     kept = None if state is None else state.load()
     if kept is None:
-        return 0, 0
+        return 0, 0, ExpertStats()
     tokens = len(kept["losses"])
     losses[:tokens] = kept["losses"]
-    return int(kept["windows"]), tokens
+    return int(kept["windows"]), tokens, restored_requests(kept)
 
 
-def _keep(state: RunState, done: int, losses: np.ndarray) -> None:
-    state.save({"windows": np.array(done), "losses": losses})
+def _keep(state: RunState, done: int, losses: np.ndarray, served: ExpertStats) -> None:
+    state.save({"windows": np.array(done), "losses": losses} | kept_requests(served))

@@ -10,14 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dbrx_q.config import DbrxConfig
-
 from .windows import Protocol
+
+if TYPE_CHECKING:
+    from .sources import Source
 
 __all__ = ["command_line", "ids_sha256", "provenance", "run_key"]
 
@@ -48,7 +49,7 @@ def ids_sha256(ids: Sequence[int]) -> str:
 def run_key(
     kind: str,
     reference: Mapping[str, Any],
-    config: DbrxConfig,
+    source: Source,
     checkpoint: str,
     ids: Sequence[int],
     protocol: Protocol,
@@ -62,7 +63,7 @@ def run_key(
     Args:
         kind: what is measured.
         reference: what it is measured against; empty for nothing.
-        config: of the checkpoint.
+        source: the checkpoint.
         checkpoint: its SHA-256.
         ids: the text's tokens.
         protocol: how the text is cut.
@@ -74,7 +75,8 @@ def run_key(
     return {
         "kind": kind,
         "reference": dict(reference),
-        "config": config.to_dict(),
+        "config": source.config.to_dict(),
+        "degraded": str(source.budget) if source.budget is not None and source.budget.degraded else "",
         "checkpoint": checkpoint,
         "ids": ids_sha256(ids),
         "protocol": asdict(protocol),

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dbrx_q.experts.stats import CacheStats, ExpertStats
 from dbrx_q.user_cache import user_cache
 
-__all__ = ["RunState"]
+__all__ = ["RunState", "kept_requests", "restored_requests"]
 
 
 class RunState:
@@ -60,3 +61,14 @@ class RunState:
         """Forget what was kept."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+def kept_requests(served: ExpertStats) -> dict[str, np.ndarray]:
+    """What is kept of an expert store's counters: requests, and those that a low-bit copy answered."""
+    return {"requests": np.array([served.cache.requests, served.degraded])}
+
+
+def restored_requests(kept: Mapping[str, np.ndarray]) -> ExpertStats:
+    """Counters with what `kept_requests` kept."""
+    requests, degraded = (int(count) for count in kept["requests"])
+    return ExpertStats(cache=CacheStats(hits=requests - degraded, misses=degraded), degraded=degraded)

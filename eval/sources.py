@@ -71,9 +71,10 @@ class Source(ABC):
         """
 
 
-def open_source(path_or_hub_id: str | os.PathLike[str]) -> Source:
+def open_source(path_or_hub_id: str | os.PathLike[str], *, low_bit: bool = False) -> Source:
     """The checkpoint at a path: a folder that is plain or quantized by dbrx_q, one that transformers saved (plain, or in 4 bits through
-    bitsandbytes), a GGUF file (of a split one, any part); or a hub id of such a folder.
+    bitsandbytes), a GGUF file (of a split one, any part); or a hub id of such a folder, with the low-bit copy that it carries only if
+    `low_bit` says so.
 
     Raises:
         CheckpointError: nothing there, a file that is damaged, or of another model.
@@ -89,7 +90,7 @@ def open_source(path_or_hub_id: str | os.PathLike[str]) -> Source:
         if not is_gguf(path):
             raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
         return GgufSource(name, path)
-    folder = resolve_folder(path_or_hub_id)
+    folder = resolve_folder(path_or_hub_id, low_bit=low_bit)
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():
         raise CheckpointError(

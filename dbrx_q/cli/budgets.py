@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from dbrx_q.placement import Card
 
 __all__ = [
+    "DEGRADED_HELP",
     "MISS_HELP",
     "PLANNED_GPU_HELP",
     "POLICY_HELP",
     "PREFETCH_HELP",
     "PROFILE_HELP",
+    "Degraded",
     "Gpu",
     "MissPolicyName",
     "Policy",
@@ -43,6 +45,13 @@ PROFILE_HELP = "A trace of a text, by `dbrx-q trace`, whose most used experts ar
 PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router foresees them."
 
 
+DEGRADED_HELP = (
+    "With --ram or --gpu, let the low-bit copy that the checkpoint carries (`quantize --low-bit`) answer for experts on disk: faster, and "
+    "less exact."
+)
+
+
+Degraded = Annotated[bool, typer.Option("--degraded", help=DEGRADED_HELP)]
 Ram = Annotated[str | None, typer.Option(metavar="SIZE", help=RAM_HELP, show_default=False)]
 Gpu = Annotated[list[str] | None, typer.Option(metavar="SIZE", help=GPU_HELP, show_default=False)]
 
@@ -76,6 +85,7 @@ def budget_of(
     profile: Path | None = None,
     prefetch: bool = True,
     miss_policy: MissPolicyName = MissPolicyName.hybrid,
+    degraded: bool = False,
 ) -> Budget | None:
     """What the options allow; None where neither --ram nor --gpu was given.
 
@@ -91,6 +101,8 @@ def budget_of(
     if ram is None and not gpu:
         if policy is not Policy.least_stale or profile is not None or not prefetch:
             raise RequestError("--policy, --profile and --no-prefetch need a cache of experts; add --ram or --gpu")
+        if degraded:
+            raise RequestError("--degraded answers for experts that memory does not hold; found no limit to memory. Add --ram or --gpu")
         return None
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
     if gpu and _is_auto(gpu):
@@ -110,19 +122,27 @@ def budget_of(
         profile=profile,
         prefetch=prefetch,
         miss_policy=MissPolicy(miss_policy.value),
+        degraded=degraded,
     )
 
 
-def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int, kv_format: str = "plain") -> None:
-    """Let a checkpoint that is measured on windows of `context` tokens take what the options allow; errors as for `budget_of`."""
+def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int, kv_format: str = "plain", degraded: bool = False) -> None:
+    """Let a checkpoint that is measured on windows of `context` tokens take what the options allow; errors as for `budget_of`.
+
+    degraded: whether its low-bit copy answers; what memory holds at full bits then stays, so that figures repeat.
+    """
     from dataclasses import replace
 
+    from dbrx_q.errors import RequestError
+    from dbrx_q.eval.folder_source import PackedFolder
     from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS
 
+    if degraded and not isinstance(source, PackedFolder):
+        raise RequestError(f"{source.name}: --degraded is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
     batch = max(1, STEP_TOKENS // context)
-    found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS))
+    found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS), degraded=degraded)
     if found is not None:  # logits are held in float32 and in float64
-        source.budget = replace(found, logit_rows=3 * LOGIT_TOKENS)
+        source.budget = replace(found, logit_rows=3 * LOGIT_TOKENS, upgrade=False)
 
 
 def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:

@@ -48,6 +48,7 @@ def command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
     gpu: Gpu = None,
+    degraded: Annotated[bool, typer.Option("--degraded", help=f"{budgets.DEGRADED_HELP} Of every QUANT, not of REF.")] = False,
     kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -76,13 +77,15 @@ def command(
     place = check_device(device)
     words = load_text(text)
     against = open_reference(reference)
-    sources = [open_source(quant) for quant in quants]
+    sources = [open_source(quant, low_bit=degraded) for quant in quants]
     if isinstance(against, ReferenceFile) and (protocol, context, stride, limit) == (None, None, None, None):
         how = against.protocol
     else:
         how = measuring.protocol_of(protocol, context, stride, limit, against.config)
-    for source in [*sources, *([] if isinstance(against, ReferenceFile) else [against])]:
-        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value)
+    for source in sources:
+        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, degraded=degraded)
+    if not isinstance(against, ReferenceFile):
+        budgets.give(against, ram, gpu, context=how.context)
     kept: list[RunState] = []
     with output.progress("windows") as on_window:
         found = compare_checkpoints(

@@ -11,7 +11,7 @@ import typer
 
 from ..sizes import format_size
 from . import budgets, output
-from .budgets import Gpu, MissPolicyName, Policy, Ram
+from .budgets import Degraded, Gpu, MissPolicyName, Policy, Ram
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -63,6 +63,7 @@ def command(
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
     prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
     miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
+    degraded: Degraded = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -85,7 +86,7 @@ def command(
         raise RequestError("--system needs --chat; add it, or put the text into --prompt")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     place = check_device(device)
-    folder = resolve_folder(path)
+    folder = resolve_folder(path, low_bit=degraded)
     tokenizer = DbrxTokenizer.from_pretrained(folder)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -107,6 +108,7 @@ def command(
         profile=profile,
         prefetch=prefetch,
         miss_policy=miss_policy,
+        degraded=degraded,
     )
     chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     model = load_pretrained(folder, budget=budget, device=place, dtype=chosen)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import Degraded, Gpu, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
@@ -27,6 +27,7 @@ def command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
     gpu: Gpu = None,
+    degraded: Degraded = False,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -43,17 +44,17 @@ def command(
 
     place = check_device(device)
     words = load_text(text)
-    source = open_source(path)
+    source = open_source(path, low_bit=degraded)
     ids = source.tokenizer().encode(words.text)
     how = measuring.protocol_of(protocol, context, stride, limit, source.config)
     how.check(len(ids), source.config, source=text)
     chosen = measuring.dtype_of(dtype, place)
     checkpoint = source.sha256()
-    key = run_key("perplexity", {}, source.config, checkpoint, ids, how, dtype=chosen, kv_format=kv.value, device=place)
+    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, degraded=degraded)
+    key = run_key("perplexity", {}, source, checkpoint, ids, how, dtype=chosen, kv_format=kv.value, device=place)
     state = RunState(key)
     if not resume:
         state.clear()
-    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value)
     model = source.load(dtype=chosen, device=place)
     with output.progress("windows") as on_window:
         result = perplexity(model, ids, how, kv_format=kv.value, state=state, on_window=on_window)
@@ -68,5 +69,7 @@ def command(
         apart = f", stride {result.stride}" if result.protocol == "strided" else ""
         cut = f"{result.protocol}, context {result.context}{apart}"
         print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {cut})")
+        if degraded:
+            print(f"the low-bit copy answered {result.degraded:.1%} of the requests for experts")
     if not result.complete:
         raise measuring.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())

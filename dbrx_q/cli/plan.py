@@ -19,7 +19,9 @@ __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
 
-_KINDS = ("dense", "experts", "kv_cache", "workspace", "reserve")
+DEGRADED_HELP = "Plan for the low-bit copy that the checkpoint carries, or that --low-bit names, to answer for experts on disk."
+
+_KINDS = ("dense", "experts", "low_bit", "kv_cache", "workspace", "reserve")
 
 
 def command(
@@ -31,6 +33,10 @@ def command(
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
     group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
+    degraded: Annotated[bool, typer.Option("--degraded", help=DEGRADED_HELP)] = False,
+    low_bit: Annotated[
+        Format | None, typer.Option(help="With --format and --degraded, the format of the low-bit copy.", show_default=False)
+    ] = None,
     host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
     disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -41,6 +47,7 @@ def command(
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.layout import TensorFormat, tensor_formats
+    from dbrx_q.low_bit import carried_formats, check_low_bit
     from dbrx_q.placement import Request, Rig, place
     from dbrx_q.quantize.recipe import default_recipe
     from dbrx_q.speed import speed_bounds
@@ -53,6 +60,14 @@ def command(
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
         formats = default_recipe(config, TensorFormat(format.value, 64 if group_size is None else group_size))
+    if low_bit is not None and (format is None or not degraded):
+        raise RequestError(f"--low-bit goes with --format and --degraded; found {low_bit.value} without. Add them, or leave it out")
+    copy = None
+    if low_bit is not None:
+        copy = default_recipe(config, TensorFormat(low_bit.value, 64))
+        check_low_bit(config, formats, copy, path)
+    elif degraded:
+        copy = carried_formats(path, config, formats)
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
@@ -61,7 +76,7 @@ def command(
     rig = Rig(
         None if ram is None else parse_size(ram), budgets.planned_cards(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth)
     )
-    request = Request(context, batch, kv.value)
+    request = Request(context, batch, kv.value, low_bit=copy)
     plan = place(config, formats, rig, request)
     ffn = config.ffn_config
     bounds = speed_bounds(plan, rig, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
@@ -100,7 +115,7 @@ def _print(plan: Placement, bounds: SpeedBounds) -> None:
     print(f"{'':12}" + "".join(f"{found.device:>14}" for found in devices))
     for kind in _KINDS:
         if any(getattr(found, kind) for found in devices):
-            print(f"{kind:12}" + "".join(f"{format_size(getattr(found, kind)):>14}" for found in devices))
+            print(f"{kind.replace('_', ' '):12}" + "".join(f"{format_size(getattr(found, kind)):>14}" for found in devices))
     print(f"{'total':12}" + "".join(f"{format_size(found.total):>14}" for found in devices))
     print(f"{'budget':12}" + "".join(f"{'none' if found.budget is None else format_size(found.budget):>14}" for found in devices))
     print(f"{'layers':12}" + "".join(f"{f'{found.layers[0]}-{found.layers[1] - 1}' if found.layers[1] else '':>14}" for found in devices))

@@ -94,6 +94,13 @@ def command(
         bool, typer.Option(help="Calibrate every expert with all tokens, not with those that are routed to it.")
     ] = False,
     act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first (gptq, best).")] = True,
+    low_bit: Annotated[
+        Format | None,
+        typer.Option(
+            help="Also write a low-bit copy, by the same recipe, for `--degraded`; it lies in DST/low-bit and is a checkpoint by itself.",
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Host memory that may be used, as 24GiB; four fifths of what is free unless given.", show_default=False),
@@ -119,11 +126,14 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Write a quantized copy of a checkpoint; what was finished when it is interrupted or killed is kept for --resume."""
+    from dataclasses import replace
+
     from dbrx_q.errors import RequestError
     from dbrx_q.host_memory import available_bytes
     from dbrx_q.hub import check_push
     from dbrx_q.hub import push as upload
     from dbrx_q.layout import TensorFormat
+    from dbrx_q.low_bit import LOW_BIT_FOLDER
     from dbrx_q.quantize.accelerator import open_accelerator
     from dbrx_q.quantize.calibrated import CalibrationOptions
     from dbrx_q.quantize.methods import METHODS
@@ -144,7 +154,7 @@ def command(
         check_push(push, private=not public)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = Request(
-        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens),
+        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens, low_bit),
         method=recipe.value,
         source=source,
         name=push or "",
@@ -154,28 +164,33 @@ def command(
         options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
         accelerator=accelerator,
     )
+    requests = [(destination, request)]
+    if low_bit is not None:
+        small = _formats(TensorFormat(low_bit.value, 64), [], None, None)
+        requests.append((destination / LOW_BIT_FOLDER, replace(request, recipe=small, measured=None, name="")))
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
-    partial, run = partial_of(destination), None
+    runs: dict[Path, RunRecord] = {}
     try:
         if dry_run:
-            _show_plan(plan_checkpoint(place, request, memory=budget), accelerator, json=json)
+            _show_plans([plan_checkpoint(place, some, memory=budget) for _, some in requests], accelerator, json=json)
             return
-        if resume and already_there(place, destination, request):
-            output.stderr().print(f"{destination} is complete already", markup=False, soft_wrap=True)
-        else:
+        for folder, some in requests:
+            if resume and already_there(place, folder, some):
+                output.stderr().print(f"{folder} is complete already", markup=False, soft_wrap=True)
+                continue
             with output.progress("quantizing", unit_bytes=True) as on_bytes:
-                run = quantize_checkpoint(place, destination, request, resume=resume, memory=budget, on_bytes=on_bytes)
+                runs[folder] = quantize_checkpoint(place, folder, some, resume=resume, memory=budget, on_bytes=on_bytes)
     except KeyboardInterrupt:
-        if not partial.exists():
+        left = [partial_of(folder) for folder, _ in requests if partial_of(folder).exists()]
+        if not left:
             raise
-        message = f"interrupted; what is finished is kept in {partial}, and the same command with --resume goes on from there"
+        message = f"interrupted; what is finished is kept in {left[0]}, and the same command with --resume goes on from there"
         output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     finally:
         if not isinstance(place, Path):
-            place.close(keep=partial.exists())
-    if run is not None:
-        _show_run(run, destination, json=json)
+            place.close(keep=any(partial_of(folder).exists() for folder, _ in requests))
+    _show_runs(runs, json=json)
     if push is not None:
         output.stderr().print(f"uploading {destination} to {push}", markup=False, soft_wrap=True)
         output.stderr().print(f"uploaded: {upload(destination, push)}", markup=False, soft_wrap=True)
@@ -199,24 +214,31 @@ def _opened(source: str, revision: str | None, storage: Path | None) -> Path | R
 
 
 def _formats(
-    experts: TensorFormat, rules: Sequence[str], target: float | None, tokens: torch.Tensor | None
+    experts: TensorFormat, rules: Sequence[str], target: float | None, tokens: torch.Tensor | None, low_bit: Format | None = None
 ) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
-    """The formats of a checkpoint's tensors, by the options.
+    """The formats of a checkpoint's tensors, by the options; those of the low-bit copy that it is to carry must be smaller.
 
     Raises:
         RequestError: a target without a text to measure errors with.
     """
     from dbrx_q.errors import RequestError
+    from dbrx_q.layout import TensorFormat
+    from dbrx_q.low_bit import check_low_bit
     from dbrx_q.quantize.recipe import allocated_recipe, default_recipe, override
 
+    def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
+        if low_bit is not None:
+            check_low_bit(checkpoint.config, formats, default_recipe(checkpoint.config, TensorFormat(low_bit.value, 64)), "--low-bit")
+        return formats
+
     if target is None:
-        return lambda checkpoint: override(default_recipe(checkpoint.config, experts), checkpoint.config, rules)
+        return lambda checkpoint: checked(checkpoint, override(default_recipe(checkpoint.config, experts), checkpoint.config, rules))
     if tokens is None:
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration FILE")
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with output.progress("measuring errors") as on_layer:
-            return allocated_recipe(checkpoint, tokens, target, rules=rules, on_layer=on_layer)
+            return checked(checkpoint, allocated_recipe(checkpoint, tokens, target, rules=rules, on_layer=on_layer))
 
     return allocated
 
@@ -234,16 +256,28 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     return found, {"text_sha256": loaded.sha256, "sequences": len(found), "length": length, "seed": seed}
 
 
-def _show_plan(plan: RunPlan, accelerator: Accelerator | None, *, json: bool) -> None:
+def _show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, json: bool) -> None:
+    """Of the checkpoint, and of the low-bit copy that it is to carry."""
     from dataclasses import asdict
 
     from dbrx_q.quantize.plan import seconds_of
 
-    seconds = seconds_of(plan)
-    bits = 8 * plan.bytes_out / plan.parameters
+    seconds = [seconds_of(plan) for plan in plans]
+    bits = [8 * plan.bytes_out / plan.parameters for plan in plans]
     if json:
-        output.print_json(asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": bits, "seconds": seconds})
+        shown = [
+            asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": each, "seconds": time}
+            for plan, each, time in zip(plans, bits, seconds, strict=True)
+        ]
+        output.print_json(shown[0] | ({"low_bit": shown[1]} if shown[1:] else {}))
         return
+    for n, plan in enumerate(plans):
+        if n:
+            print("\nlow-bit copy:")
+        _show_plan(plan, accelerator, bits[n], seconds[n])
+
+
+def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:
     print(f"reads       {format_size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
     print(f"writes      {format_size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
     for kind, each in plan.bits.items():
@@ -262,32 +296,44 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, *, json: bool) ->
     print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
 
 
-def _show_run(run: RunRecord, destination: Path, *, json: bool) -> None:
-    before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
-    fallbacks = sorted({(record.layer, record.expert) for record in run.fallbacks})
-    calibration = run.options.get("calibration")
-    if json:
-        output.print_json(
-            {
-                "source": run.source,
-                "destination": str(destination),
-                "recipe": run.method,
-                "calibration": calibration,
-                "fallbacks": fallbacks,
-                "parameters": run.parameters,
-                "bytes_in": run.bytes_in,
-                "bytes_out": run.bytes_out,
-                "bits_per_weight_in": before,
-                "bits_per_weight_out": after,
-                "shards": run.shards,
-                "seconds": run.seconds,
-                "resumed_seconds": run.resumed_seconds,
-                "peak_memory_bytes": run.peak_memory_bytes,
-                "device": run.device,
-                "peak_device_bytes": run.peak_device_bytes,
-            }
-        )
+def _show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
+    """Of the checkpoint, and of its low-bit copy, where they were made."""
+    if json and runs:
+        first, *rest = (_as_dict(run, folder) for folder, run in runs.items())
+        output.print_json(first | ({"low_bit": rest[0]} if rest else {}))
         return
+    for folder, run in runs.items():
+        _show_run(run, folder)
+
+
+def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
+    return {
+        "source": run.source,
+        "destination": str(destination),
+        "recipe": run.method,
+        "calibration": run.options.get("calibration"),
+        "fallbacks": _fallbacks(run),
+        "parameters": run.parameters,
+        "bytes_in": run.bytes_in,
+        "bytes_out": run.bytes_out,
+        "bits_per_weight_in": 8 * run.bytes_in / run.parameters,
+        "bits_per_weight_out": 8 * run.bytes_out / run.parameters,
+        "shards": run.shards,
+        "seconds": run.seconds,
+        "resumed_seconds": run.resumed_seconds,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "device": run.device,
+        "peak_device_bytes": run.peak_device_bytes,
+    }
+
+
+def _fallbacks(run: RunRecord) -> list[tuple[int, int]]:
+    return sorted({(record.layer, record.expert) for record in run.fallbacks})
+
+
+def _show_run(run: RunRecord, destination: Path) -> None:
+    before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
+    fallbacks, calibration = _fallbacks(run), run.options.get("calibration")
     print(f"before  {format_size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
     print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
     if calibration is not None:

@@ -92,7 +92,7 @@ def command(
     check_formats(source.config, units, wanted)
     checkpoint = source.sha256()
     chosen = measuring.dtype_of(dtype, place)
-    key = run_key("sensitivity", {}, source.config, checkpoint, ids, how, dtype=chosen, kv_format="plain", device=place)
+    key = run_key("sensitivity", {}, source, checkpoint, ids, how, dtype=chosen, kv_format="plain", device=place)
     state = RunState(key | {"by": by.value, "formats": [asdict(fmt) for fmt in wanted]})
     if not resume:
         state.clear()

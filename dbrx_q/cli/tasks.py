@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import Degraded, Gpu, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["EXAMPLE", "command"]
@@ -36,6 +36,7 @@ def command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
     gpu: Gpu = None,
+    degraded: Degraded = False,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -54,17 +55,19 @@ def command(
     place = check_device(device)
     if out is not None:
         _check_out(out)
-    source = open_source(path)
+    source = open_source(path, low_bit=degraded)
     tokenizer = source.tokenizer()
     if chat and tokenizer.chat_template is None:
         raise RequestError(f"{path}: --chat needs a chat template; the checkpoint has none. Leave --chat out")
     chosen = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], tasks_path)
     checkpoint = source.sha256()
     chosen_dtype = measuring.dtype_of(dtype, place)
-    budgets.give(source, ram, gpu, context=min(DEFAULT_CONTEXT, source.config.max_seq_len), kv_format=kv.value)
+    context = min(DEFAULT_CONTEXT, source.config.max_seq_len)
+    budgets.give(source, ram, gpu, context=context, kv_format=kv.value, degraded=degraded)
     asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
-    decides = {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
+    decides: dict[str, Any] = {"degraded": str(source.budget)} if degraded else {}
+    decides |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
     state = RunState(asked | decides | {name: where[name] for name in ("versions", "device", "threads")})
     if not resume:
         state.clear()

@@ -11,11 +11,11 @@ from ..placement import Placement, Rig
 from .card import CardExperts, CardExpertStore
 from .host import HostExpertStore
 from .link import Link
-from .policies import CachePolicy
+from .policies import CachePolicy, Lru
 from .slots import ExpertKind
 from .split import MissPolicy, MissRates
 from .tier import HOST, ExpertPlaces, HostTier, Reader
-from .tiered import NextRouter
+from .tiered import LowBitCopy, NextRouter
 
 __all__ = ["Parts", "build_store"]
 
@@ -26,6 +26,7 @@ class Parts:
 
     places: of all experts. reader: brings them from disk. devices: of the cards. link: makes the way to one. memory: where host slots lie.
     policy: gives one for the slots that the experts of these layers share, under cards or not. rates: of misses, by the link's bandwidth.
+    low_bit: places and reader of a low-bit copy, where the plan has one. upgrade: as of `LowBitCopy`.
     """
 
     places: ExpertPlaces
@@ -35,6 +36,8 @@ class Parts:
     policy: Callable[[Sequence[int], bool], CachePolicy]
     rates: Callable[[float, float], MissRates] = MissRates
     memory: torch.device = HOST
+    low_bit: tuple[ExpertPlaces, Reader] | None = None
+    upgrade: bool = True
 
 
 def build_store(
@@ -56,8 +59,20 @@ def build_store(
     room = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in dict.fromkeys(kinds)}
     every = policies(room, range(len(kinds)), under=bool(plan.cards))
     tier = HostTier(parts.places, parts.reader, slots=room, policies=every, memory=parts.memory)
+    low_bit = None
+    if parts.low_bit is not None:
+        places, reader = parts.low_bit
+        L, E = len(kinds), places.n_experts
+        whole = HostTier(
+            places,
+            reader,
+            slots=plan.host.low_bit_slots,
+            policies={kind: Lru(L, E) for kind in plan.host.low_bit_slots},
+            memory=parts.memory,
+        )
+        low_bit = LowBitCopy(whole, parts.upgrade)
     if not plan.cards:
-        return HostExpertStore(tier, prefetch=prefetch, routers=routers)
+        return HostExpertStore(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
     cards = [
         CardExperts(
             device,
@@ -68,8 +83,10 @@ def build_store(
             policies=policies(there.slots, range(*there.layers), under=False),
             miss_policy=miss_policy,
             rates=parts.rates(rig.host_bandwidth, spec.link),
+            low_bit=low_bit,
+            low_bit_slots=there.low_bit_slots,
         )
         for device, there, spec in zip(parts.devices, plan.cards, rig.cards, strict=True)
         if there.n_slots
     ]
-    return CardExpertStore(cards, tier, prefetch=prefetch, routers=routers)
+    return CardExpertStore(cards, tier, prefetch=prefetch, routers=routers, low_bit=low_bit)

@@ -104,6 +104,14 @@ class ExpertCache:
             self._shielded[self._key(layer, expert)] = True
         return taken
 
+    def upgrade(self, layer: int, expert: int) -> Assignment | None:
+        """A slot for an expert that was served elsewhere, if it is worth more than the one that would go; None else."""
+        key, victim = self._key(layer, expert), None if self._free else self._victim()
+        worth = self._policy.worth()
+        if not self._free and (victim is None or worth[victim] >= worth[key]):
+            return None
+        return self._assign(layer, expert, urgent=False)
+
     def served(self, layer: int, experts: Sequence[int]) -> None:
         """These were computed: their slots may go to others."""
         self._shielded[[self._key(layer, e) for e in experts]] = False
@@ -141,18 +149,22 @@ class ExpertCache:
         """A slot for an expert that is not there; None while everything must stay."""
         if self._free:
             return self._take(layer, expert, urgent)
-        free_to_go = self._held & ~self._shielded & ~self._pinned
-        if self.kept_elsewhere is not None:
-            free_to_go &= self.kept_elsewhere()
-        candidates = np.flatnonzero(free_to_go)
-        if not candidates.size:
+        victim = self._victim()
+        if victim is None:
             return None
-        victim = int(candidates[self._policy.worth()[candidates].argmin()])
         slot = int(self._slot[victim])
         self._slot[victim], self._held[victim], self._foreseen_only[victim] = -1, False, False
         self._free.append(slot)
         self._evictions += 1
         return self._take(layer, expert, urgent, divmod(victim, self._policy.experts))
+
+    def _victim(self) -> int | None:
+        """Who goes next; None while everything must stay."""
+        free_to_go = self._held & ~self._shielded & ~self._pinned
+        if self.kept_elsewhere is not None:
+            free_to_go &= self.kept_elsewhere()
+        candidates = np.flatnonzero(free_to_go)
+        return int(candidates[self._policy.worth()[candidates].argmin()]) if candidates.size else None
 
     def _take(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
         key, slot = self._key(layer, expert), self._free.pop()

@@ -1,7 +1,8 @@
 """The expert store of cards: a cache of experts on each, host memory under them, disk under that.
 
 A layer's experts are served in this order: copies of missed ones begin; what lies on the card is computed there; the CPU computes its
-share of the missed ones where they lie; then what was copied. What the next layer is foreseen to need is copied meanwhile.
+share of the missed ones where they lie; then what was copied. What the next layer is foreseen to need is copied meanwhile. Where there is a
+low-bit copy it takes the place of experts that lie on disk, and is computed and copied like the others.
 """
 
 from __future__ import annotations
@@ -9,23 +10,42 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from ..errors import RequestError
 from ..kernels.moe import ExpertWeights
-from .cache import Assignment, ExpertCache
+from .cache import Assignment
 from .link import Arrival, Link
-from .policies import CachePolicy
-from .slots import ExpertKind, ExpertSlots, first_slots
+from .policies import CachePolicy, Lru
+from .slots import ExpertKind, first_slots
 from .split import MissPolicy, MissRates, split_misses
 from .stats import CacheStats, ExpertStats
+from .stock import Stock
 from .sums import ExpertSum
 from .tier import HostTier, Place, fill_order
-from .tiered import NextRouter, TieredExpertStore
+from .tiered import LowBitCopy, NextRouter, TieredExpertStore
 
 __all__ = ["CardExpertStore", "CardExperts"]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Experts of a layer that one stock serves: those on the card, those that the CPU computes, and the copies of the others, None for
+    one that has not begun."""
+
+    stock: Stock
+    present: list[int]
+    on_cpu: list[int]
+    copies: dict[int, Arrival | None]
+
+    @property
+    def missed(self) -> list[int]:
+        """Those that are not on the card, in ascending order."""
+        return sorted([*self.on_cpu, *self.copies])
 
 
 class CardExperts:
@@ -39,6 +59,8 @@ class CardExperts:
         slots, policies: of each kind of its layers' experts.
         miss_policy: how missed experts are served.
         rates: of the CPU and of the link, which the split follows.
+        low_bit: answers for what lies on disk.
+        low_bit_slots: of each kind of its experts, for copies of them on the card.
     """
 
     def __init__(
@@ -52,50 +74,59 @@ class CardExperts:
         policies: Mapping[ExpertKind, CachePolicy],
         miss_policy: MissPolicy,
         rates: MissRates,
+        low_bit: LowBitCopy | None = None,
+        low_bit_slots: Mapping[ExpertKind, int] = MappingProxyType({}),
     ) -> None:
         self.device, self.layers, self.link = device, layers, link
         self._tier, self._miss_policy, self.rates = tier, miss_policy, rates
-        self._pools = {kind: (ExpertSlots(kind, count, device), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
+        self._full = Stock(device, tier, slots, policies)
+        self._low_bit: Stock | None = None
+        self._upgrade = False
+        if low_bit is not None:
+            L, E = tier.n_layers, tier.n_experts
+            self._low_bit = Stock(device, low_bit.tier, low_bit_slots, {kind: Lru(L, E) for kind in low_bit_slots})
+            self._upgrade = low_bit.upgrade
         self._coming: dict[Place, Arrival] = {}  # copies of what was foreseen
-        self._used: dict[tuple[ExpertKind, int], torch.cuda.Event] = {}  # when the card has read a slot for the last time
         self._seen = 0, 0.0  # bytes and seconds of the link that the rates know
-        self.on_cpu = 0
+        self.on_cpu = self.degraded = 0
         self.compute_seconds = self.wait_seconds = 0.0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(slots.nbytes for slots, _ in self._pools.values())
+        return sum(stock.nbytes for stock in self._stocks)
+
+    @property
+    def _stocks(self) -> list[Stock]:
+        return [self._full] if self._low_bit is None else [self._full, self._low_bit]
 
     @property
     def stats(self) -> CacheStats:
-        """Counters of all slots."""
-        return sum((cache.stats for _, cache in self._pools.values()), CacheStats())
+        """Counters of the slots for experts at their full bits."""
+        return sum((cache.stats for _, cache in self._full.pools.values()), CacheStats())
 
     def holds(self) -> list[Place]:
         """Every (layer, expert) that has a slot."""
-        found = np.any([cache.held for _, cache in self._pools.values()], axis=0)
+        found = np.any([cache.held for _, cache in self._full.pools.values()], axis=0)
         return [divmod(int(key), self._tier.n_experts) for key in np.flatnonzero(found)]
 
     def keep_what_is_nowhere_else(self) -> None:
         """Evict from now on only what lies in host memory, too."""
-        for _, cache in self._pools.values():
+        for _, cache in self._full.pools.values():
             cache.kept_elsewhere = self._tier.held
 
     def choose(self, worth: np.ndarray | None) -> list[tuple[Assignment, ExpertKind]]:
         """Slots for the likeliest experts; the last ones stay free for what is copied first."""
         order = [place for place in fill_order(self._tier.n_layers, self._tier.n_experts, worth) if self._own(place[0])]
         found = []
-        for kind, (slots, cache) in self._pools.items():
+        for kind, (slots, cache) in self._full.pools.items():
             own = [place for place in order if self._tier.kind(place[0]) == kind]
             found += [(assignment, kind) for assignment in cache.fill(own[: first_slots(slots.count, len(own))])]
         return found
 
     def put(self, assignment: Assignment, kind: ExpertKind, sources: Sequence[torch.Tensor]) -> Arrival:
         """Copy an expert into its slot."""
-        slots, _ = self._pools[kind]
-        after = self._used.get((kind, assignment.slot))
-        return self.link.copy(sources, slots.views(assignment.slot), after=after, urgent=assignment.urgent)
+        return self._put(self._full, assignment, kind, sources)
 
     def serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this card's, meanwhile."""
@@ -107,83 +138,111 @@ class CardExperts:
 
     def free_slot(self, layer: int) -> int | None:
         """A slot for the experts of a layer that nobody lies in; None where all are taken."""
-        return self._pools[self._tier.kind(layer)][1].free_slot
+        return self._full.cache(layer).free_slot
 
     def slot_views(self, layer: int, slot: int) -> list[torch.Tensor]:
         """The memory of a slot for the experts of a layer."""
-        return self._pools[self._tier.kind(layer)][0].views(slot)
+        return self._full.slots(layer).views(slot)
 
     def close(self) -> None:
         """End the link's thread."""
         self.link.close()
 
     def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        kind = self._tier.kind(index)
-        cache = self._pools[kind][1]
-        missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
-        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy)
-        present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
-        cache.bypass(index, on_cpu)
-        self._land(index)
-        sent = {e: self._copy_if_here(index, e) for e in copied}
-        self._on_card(total, index, present)
-        absent = [e for e in ahead if self._pools[self._tier.kind(index + 1)][1].slot_of(index + 1, e) < 0]
-        with closing(self._tier.serve(index, sorted(missed), absent)) as groups:
-            for experts in groups:
-                here = [e for e in experts if e in set(on_cpu)]
-                self._on_host(total, index, here)
-                going = {e: arrival for e in experts if (arrival := sent.get(e)) is not None}
-                for e in [e for e in experts if e in sent and e not in going]:
-                    while (arrival := self._copy(index, e)) is None and going:  # a slot is free when another copy was computed
-                        self._arrive(total, index, going)
-                    if arrival is None:
-                        self._on_host(total, index, [e])
-                    else:
-                        going[e] = arrival
-                while going:
-                    self._arrive(total, index, going)
+        degraded = self._on_disk(index, needed)
+        batches = [self._begin(self._full, index, total, [e for e in needed if e not in set(degraded)])]
+        if self._low_bit is not None and degraded:
+            batches.append(self._begin(self._low_bit, index, total, degraded))
+        for batch in batches:
+            self._on_card(total, batch.stock, index, batch.present)
+        absent = [e for e in ahead if self._full.cache(index + 1).slot_of(index + 1, e) < 0]
+        for batch in batches:
+            self._finish(batch, index, total, absent if self._low_bit is None else [])
+        if degraded:
+            self._full.cache(index).bypass(index, degraded)
+            self._tier.pass_over(index, degraded, upgrade=self._upgrade)
+            self.degraded += len(degraded)
         self._fetch_ahead(index + 1, absent)
         sent_bytes, busy = self.link.bytes_copied, self.link.busy_seconds
         self.rates.saw(link_bytes=sent_bytes - self._seen[0], link_seconds=busy - self._seen[1])
         self._seen = sent_bytes, busy
 
-    def _on_host(self, total: ExpertSum, index: int, experts: Sequence[int]) -> None:
+    def _on_disk(self, index: int, needed: Sequence[int]) -> list[int]:
+        """Which of these experts the low-bit copy answers for."""
+        if self._low_bit is None:
+            return []
+        cache = self._full.cache(index)
+        return [e for e in needed if cache.slot_of(index, e) < 0 and not self._tier.ready(index, e)]
+
+    def _begin(self, stock: Stock, index: int, total: ExpertSum, needed: Sequence[int]) -> _Batch:
+        """Decide how a stock serves the experts of a layer, and begin the copies that can begin."""
+        kind, cache = stock.tier.kind(index), stock.cache(index)
+        missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
+        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy)
+        present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
+        cache.bypass(index, on_cpu)
+        if stock is self._full:
+            self._land(index)
+        # Those that host memory does not hold begin when they have come from disk.
+        copies = {e: self._copy(stock, index, e) if stock.tier.has(index, e) else None for e in copied}
+        return _Batch(stock, present, on_cpu, copies)
+
+    def _finish(self, batch: _Batch, index: int, total: ExpertSum, ahead: Sequence[int]) -> None:
+        """Add a batch's experts that are not on the card yet; those of `ahead` come from disk into host memory meanwhile."""
+        stock = batch.stock
+        with closing(stock.tier.serve(index, batch.missed, ahead)) as groups:
+            for experts in groups:
+                self._on_host(total, stock, index, [e for e in experts if e in set(batch.on_cpu)])
+                going = {e: arrival for e in experts if (arrival := batch.copies.get(e)) is not None}
+                for e in [e for e in experts if e in batch.copies and e not in going]:
+                    while (arrival := self._copy(stock, index, e)) is None and going:  # a slot is free when another copy was computed
+                        self._arrive(total, stock, index, going)
+                    if arrival is None:
+                        self._on_host(total, stock, index, [e])
+                    else:
+                        going[e] = arrival
+                while going:
+                    self._arrive(total, stock, index, going)
+
+    def _on_host(self, total: ExpertSum, stock: Stock, index: int, experts: Sequence[int]) -> None:
         """Let the CPU compute experts where they lie in host memory."""
         if not experts:
             return
+        tier = stock.tier
         started = time.perf_counter()
-        total.add_host(self._tier.slots(index).weights, {e: self._tier.slot_of(index, e) for e in experts})
+        total.add_host(tier.slots(index).weights, {e: tier.slot_of(index, e) for e in experts})
         seconds = time.perf_counter() - started
         self.compute_seconds += seconds
         self.on_cpu += len(experts)
         if all(total.counts[e] == 1 for e in experts):
-            self.rates.saw(cpu_bytes=len(experts) * self._tier.kind(index).nbytes, cpu_seconds=seconds)
+            self.rates.saw(cpu_bytes=len(experts) * tier.kind(index).nbytes, cpu_seconds=seconds)
 
-    def _arrive(self, total: ExpertSum, index: int, going: dict[int, Arrival]) -> None:
+    def _arrive(self, total: ExpertSum, stock: Stock, index: int, going: dict[int, Arrival]) -> None:
         """Compute the expert whose copy was begun first."""
         expert = next(iter(going))
         self._await(going[expert])
-        self._on_card(total, index, [expert])
+        self._on_card(total, stock, index, [expert])
         del going[expert]
 
-    def _copy_if_here(self, index: int, expert: int) -> Arrival | None:
-        """Begin a copy at once where host memory holds the expert and a slot can be had."""
-        return self._copy(index, expert) if self._tier.has(index, expert) else None
-
-    def _copy(self, index: int, expert: int) -> Arrival | None:
-        kind = self._tier.kind(index)
-        assignment = self._pools[kind][1].assign(index, expert)
+    def _copy(self, stock: Stock, index: int, expert: int) -> Arrival | None:
+        """Begin to copy an expert of host memory; None where no slot can be had."""
+        assignment = stock.cache(index).assign(index, expert)
         if assignment is None:
             return None
-        self._drop_coming(assignment)
-        return self.put(assignment, kind, self._tier.slots(index).views(self._tier.slot_of(index, expert)))
+        if stock is self._full:
+            self._drop_coming(assignment)
+        sources = stock.tier.slots(index).views(stock.tier.slot_of(index, expert))
+        return self._put(stock, assignment, stock.tier.kind(index), sources)
 
-    def _on_card(self, total: ExpertSum, index: int, experts: Sequence[int]) -> None:
+    def _put(self, stock: Stock, assignment: Assignment, kind: ExpertKind, sources: Sequence[torch.Tensor]) -> Arrival:
+        after = stock.used.get((kind, assignment.slot))
+        return self.link.copy(sources, stock.pools[kind][0].views(assignment.slot), after=after, urgent=assignment.urgent)
+
+    def _on_card(self, total: ExpertSum, stock: Stock, index: int, experts: Sequence[int]) -> None:
         """Compute experts whose bytes are in their slots, or are certain to be there when the card gets to it."""
         if not experts:
             return
-        kind = self._tier.kind(index)
-        slots, cache = self._pools[kind]
+        slots, cache = stock.slots(index), stock.cache(index)
         where = {e: cache.slot_of(index, e) for e in experts}
         started = time.perf_counter()
         total.add_card(slots.weights, where)
@@ -191,7 +250,7 @@ class CardExperts:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-            self._used |= {(kind, slot): event for slot in where.values()}
+            stock.used |= {(slots.kind, slot): event for slot in where.values()}
         cache.served(index, experts)
 
     def _fetch_ahead(self, layer: int, experts: list[int]) -> None:
@@ -200,7 +259,7 @@ class CardExperts:
         if not here:
             return
         kind = self._tier.kind(layer)
-        for assignment in self._pools[kind][1].prefetch(layer, here):
+        for assignment in self._full.cache(layer).prefetch(layer, here):
             self._drop_coming(assignment)
             self._tier.pin(layer, assignment.expert, pinned=True)
             sources = self._tier.slots(layer).views(self._tier.slot_of(layer, assignment.expert))
@@ -236,8 +295,9 @@ class CardExperts:
             self._tier.pin(*place, pinned=False)
         self._coming.clear()
         self.link.settle()
-        for _, cache in self._pools.values():
-            cache.keep_only(())
+        for stock in self._stocks:
+            for _, cache in stock.pools.values():
+                cache.keep_only(())
 
     def _own(self, layer: int) -> bool:
         return self.layers[0] <= layer < self.layers[1]
@@ -248,13 +308,19 @@ class CardExpertStore(TieredExpertStore):
 
     Args:
         cards: in the order of their layers; closed with the store.
-        tier, prefetch, routers: as of `TieredExpertStore`.
+        tier, prefetch, routers, low_bit: as of `TieredExpertStore`.
     """
 
     def __init__(
-        self, cards: Sequence[CardExperts], tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None
+        self,
+        cards: Sequence[CardExperts],
+        tier: HostTier,
+        *,
+        prefetch: bool,
+        routers: Sequence[NextRouter] | None = None,
+        low_bit: LowBitCopy | None = None,
     ) -> None:
-        super().__init__(tier, prefetch=prefetch, routers=routers)
+        super().__init__(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
         self.cards = tuple(cards)
 
     def fill(self, worth: np.ndarray | None = None) -> None:
@@ -279,6 +345,7 @@ class CardExpertStore(TieredExpertStore):
                 arrival.wait()
         self.tier.forget()  # what passed through on its way to a card
         self.tier.fill(worth, last=held)
+        self._fill_low_bit()
         here = self.tier.held()
         every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
         if all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every):
@@ -303,6 +370,7 @@ class CardExpertStore(TieredExpertStore):
             on_cpu=sum(card.on_cpu for card in self.cards),
             link_bytes=sum(card.link.bytes_copied for card in self.cards),
             link_seconds=sum(card.link.busy_seconds for card in self.cards),
+            degraded=sum(card.degraded for card in self.cards),
         )
 
     def close(self) -> None:

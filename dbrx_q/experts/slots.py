@@ -17,11 +17,11 @@ from ..kernels.linear import Weight
 from ..kernels.moe import ExpertWeights
 from ..layout import DenseTensor, TensorFormat, dense_tensors, matrix_parts, pack_parts
 
-__all__ = ["ExpertKind", "ExpertPart", "ExpertSlots", "expert_kinds", "first_slots"]
+__all__ = ["MATRICES", "SCRATCH_SLOTS", "ExpertKind", "ExpertPart", "ExpertSlots", "expert_kinds", "first_slots"]
 
 MATRICES = ("w1", "v1", "w2")
-# Slots of a card that are left empty at first: where every expert lies in one memory only, a card can give up none but what it copied.
-_SCRATCH_SLOTS = 2
+SCRATCH_SLOTS = 2
+"""Slots of a card that are left empty at first: where every expert lies in one memory only, a card can give up none but what it copied."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def expert_kinds(
 
 def first_slots(slots: int, experts: int) -> int:
     """How many of a card's slots are filled at first, of those for one kind of which its layers have so many experts."""
-    return slots if slots >= experts else max(0, slots - _SCRATCH_SLOTS)
+    return slots if slots >= experts else max(0, slots - SCRATCH_SLOTS)
 
 
 class ExpertSlots:

@@ -46,7 +46,7 @@ class ExpertStats:
 
     cache: of the memory that computes. foreseen, foreseeable: of the requests for which there were guesses, how many had been guessed,
     followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
-    which products waited for bytes. read_seconds: in which at least one read was under way.
+    which products waited for bytes. read_seconds: in which at least one read was under way. degraded: misses that a low-bit copy answered.
 
     Of cards. host: of the host's memory under them. on_cpu: misses that the CPU computed. link_bytes: that travelled to cards.
     link_seconds: in which links were busy, together.
@@ -63,6 +63,12 @@ class ExpertStats:
     on_cpu: int = 0
     link_bytes: int = 0
     link_seconds: float = 0.0
+    degraded: int = 0
+
+    @property
+    def degraded_share(self) -> float:
+        """Share of requests that a low-bit copy answered; 0 without requests."""
+        return self.degraded / self.cache.requests if self.cache.requests else 0.0
 
     @property
     def prefetch_accuracy(self) -> float:
@@ -77,7 +83,12 @@ class ExpertStats:
 
     def as_dict(self) -> dict[str, float]:
         """Every counter and rate by name."""
-        rates = {"requests": self.cache.requests, "hit_rate": self.cache.hit_rate, "prefetch_accuracy": self.prefetch_accuracy}
+        rates = {
+            "requests": self.cache.requests,
+            "hit_rate": self.cache.hit_rate,
+            "prefetch_accuracy": self.prefetch_accuracy,
+            "degraded_share": self.degraded_share,
+        }
         others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host")}
         return asdict(self.cache) | rates | others | {f"host_{name}": value for name, value in asdict(self.host).items()}
 
@@ -88,9 +99,11 @@ class ExpertStats:
             return ["experts: all at hand"]
         rate = f", {format_size(self.disk_bytes / self.read_seconds)}/s while reading" if self.read_seconds else ""
         found = []
+        if self.degraded:
+            found.append(f"low-bit copy: answered {self.degraded} misses, {self.degraded_share:.1%} of all requests")
         if self.host.requests:
             speed = f", {format_size(self.link_bytes / self.link_seconds)}/s while copying" if self.link_seconds else ""
-            found = [
+            found += [
                 f"misses: {self.on_cpu} computed by the CPU; {format_size(self.link_bytes)} copied to cards{speed}",
                 f"host memory: {self.host.requests} requests, {self.host.hit_rate:.1%} hits, {self.host.evictions} evictions",
             ]

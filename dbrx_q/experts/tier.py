@@ -21,6 +21,8 @@ __all__ = ["HOST", "ExpertPlaces", "HostTier", "Place", "Reader", "fill_order"]
 
 HOST = torch.device("cpu")
 
+_UPGRADES = 2  # experts on their way at most when one more is asked for that nobody waits for: enough to keep the disk busy
+
 Place = tuple[int, int]
 """(layer, expert)."""
 
@@ -164,6 +166,22 @@ class HostTier:
                     self._arrive(pool, (layer, expert))
                 yield step.experts
 
+    def pass_over(self, layer: int, experts: Sequence[int], *, upgrade: bool) -> None:
+        """A low-bit copy answered for experts that a layer needs, after the others were served; they count as misses.
+
+        upgrade: whether those that are worth it are brought for the next time, as far as the disk has nothing else to do.
+        """
+        pool = self._pool(layer)
+        pool.cache.bypass(layer, experts)
+        if not upgrade:
+            return
+        with self._intact():
+            for expert in experts:
+                if sum(not load.done for load in pool.loads.values()) >= _UPGRADES:
+                    return
+                if pool.cache.slot_of(layer, expert) < 0 and (taken := pool.cache.upgrade(layer, expert)) is not None:
+                    self._begin(taken)
+
     def gather(self, layer: int, needed: Sequence[int]) -> None:
         """Bring these experts of a layer, which has slots for all of them; they stay until the layer is served again."""
         pool = self._pool(layer)
@@ -192,6 +210,11 @@ class HostTier:
     def has(self, layer: int, expert: int) -> bool:
         """Whether an expert's bytes are here."""
         return (layer, expert) in self._pool(layer).arrived
+
+    def ready(self, layer: int, expert: int) -> bool:
+        """Whether an expert can be served without a wait."""
+        place, pool = (layer, expert), self._pool(layer)
+        return place in pool.arrived or (place in pool.loads and pool.loads[place].done)
 
     def held(self) -> np.ndarray:
         """bool [L * E]: experts that have a slot."""

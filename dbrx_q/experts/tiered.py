@@ -1,4 +1,4 @@
-"""What the stores over tiers share: foreseeing what the next layer needs."""
+"""What the stores over tiers share: foreseeing what the next layer needs, and a low-bit copy that answers for what lies on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .store import ExpertStore
 from .sums import ExpertSum, sum_for
 from .tier import HostTier
 
-__all__ = ["NextRouter", "TieredExpertStore"]
+__all__ = ["LowBitCopy", "NextRouter", "TieredExpertStore"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,19 @@ class NextRouter:
     top_k: int
 
 
+@dataclass(frozen=True)
+class LowBitCopy:
+    """A copy of all experts at fewer bits, which answers for those that lie on disk.
+
+    tier: host memory that holds all of it once it is filled. upgrade: whether experts that it answered for are brought at their full bits
+    for the next time, while the disk has nothing else to do. Which of the two answers then depends on how fast the disk is; without, what
+    memory holds at full bits never changes, and a run repeats.
+    """
+
+    tier: HostTier
+    upgrade: bool = True
+
+
 class TieredExpertStore(ExpertStore):
     """A store that brings experts from tier to tier.
 
@@ -33,10 +46,13 @@ class TieredExpertStore(ExpertStore):
         tier: host memory over disk; closed with the store.
         prefetch: whether experts are brought before they are needed.
         routers: of every layer, which foresee them; None where `run` is given the guesses.
+        low_bit: answers for what lies on disk, from which nothing is then prefetched: a layer is too short for that. None to wait for it.
     """
 
-    def __init__(self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None) -> None:
-        self.tier = tier
+    def __init__(
+        self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None, low_bit: LowBitCopy | None = None
+    ) -> None:
+        self.tier, self.low_bit = tier, low_bit
         self._foresight = Foresight(tier.n_layers, tier.n_experts) if prefetch else None
         self._routers = routers
 
@@ -71,9 +87,17 @@ class TieredExpertStore(ExpertStore):
             CheckpointError: an expert cannot be read, or is damaged.
         """
         self.tier.fill(worth)
+        self._fill_low_bit()
 
     def close(self) -> None:
         self.tier.close()
+        if self.low_bit is not None:
+            self.low_bit.tier.close()
+
+    def _fill_low_bit(self) -> None:
+        if self.low_bit is not None:
+            self.low_bit.tier.fill()
+            self.low_bit.tier.close()  # nothing is left to be read
 
     def _follows(self, index: int) -> bool:
         """Whether what is brought for the next layer goes to the same place."""

@@ -1,0 +1,48 @@
+"""A card's slots for one copy of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .cache import ExpertCache
+from .policies import CachePolicy
+from .slots import ExpertKind, ExpertSlots
+from .tier import HostTier
+
+__all__ = ["Stock"]
+
+
+class Stock:
+    """A card's slots for one copy of the experts, and the host memory that fills them.
+
+    Args:
+        device: the card.
+        tier: the host memory.
+        slots, policies: of each kind of experts.
+
+    Attributes:
+        pools: slots and who lies in them, by kind.
+        used: when the card has read a slot for the last time.
+    """
+
+    def __init__(
+        self, device: torch.device, tier: HostTier, slots: Mapping[ExpertKind, int], policies: Mapping[ExpertKind, CachePolicy]
+    ) -> None:
+        self.tier = tier
+        self.pools = {kind: (ExpertSlots(kind, count, device), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
+        self.used: dict[tuple[ExpertKind, int], torch.cuda.Event] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slots.nbytes for slots, _ in self.pools.values())
+
+    def slots(self, layer: int) -> ExpertSlots:
+        """For the experts of a layer."""
+        return self.pools[self.tier.kind(layer)][0]
+
+    def cache(self, layer: int) -> ExpertCache:
+        """Who lies in them."""
+        return self.pools[self.tier.kind(layer)][1]
