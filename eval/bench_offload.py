@@ -57,7 +57,8 @@ class OffloadRow:
     """One budget. share: of the experts that have a slot. prefill: whether a prompt was run, or tokens were decoded. prefetch: whether
     experts were fetched ahead. hit_rate: of requests. needed_bytes: of experts that were needed and came from disk, a token; read_bytes:
     all that was read. link: bytes/s that the disk gave alone, before and after. bound: tokens/s = link / needed_bytes. of_bound:
-    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token."""
+    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. degraded: share of the requests that a low-bit
+    copy answered, which the bound has come from disk as well."""
 
     share: float
     slots: int
@@ -73,6 +74,7 @@ class OffloadRow:
     of_bound: float
     compute_seconds: float
     wait_seconds: float
+    degraded: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def bench_offload(
     policy: str,
     prefetch: Sequence[bool] = (True, False),
     direct: bool | None = None,
+    degraded: bool = False,
     command: str = "",
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> OffloadBenchmark:
@@ -136,11 +139,12 @@ def bench_offload(
         policy: which expert gives way.
         prefetch: with and without, in this order.
         direct: whether to read past the page cache; None for yes where the disk can be read so.
+        degraded: whether to run with the low-bit copy, too, in the same memory as without it and without prefetch.
         command: that is noted with the results.
         on_row: called with (rows done, rows in all).
 
     Raises:
-        RequestError: a share or a number of tokens that is none.
+        RequestError: a share or a number of tokens that is none, or a share in whose place the low-bit copy does not fit.
         CheckpointError: the checkpoint is damaged.
     """
     _check_shares(shares)
@@ -154,12 +158,13 @@ def bench_offload(
     about = provenance(torch.device("cpu"), command)
     result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, by, policy, about)
     kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
-    total = len(shares) * len(prefetch) * len(kinds)
+    ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if degraded else [])
+    total = len(shares) * len(ways) * len(kinds)
     for share in shares:
         ram = whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds)
         budget = Budget(Rig(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
-        for ahead in prefetch:
-            model = load_model(folder, budget=replace(budget, prefetch=ahead))
+        for ahead, copied in ways:
+            model = load_model(folder, budget=replace(budget, prefetch=ahead, degraded=copied))
             with closing(model):
                 for prefill in kinds:
                     count = prompt if prefill else tokens
@@ -280,17 +285,19 @@ def markdown(found: OffloadBenchmark) -> str:
         f"{about['device']}, {about['threads']} threads; {versions}. `{about['command']}`",
         "",
         f"{found.experts} experts of {format_size(found.expert_bytes)}, read {how}; policy {found.policy}. The bound is what the disk's "
-        "bandwidth, measured before and after each row, allows for the experts that were needed and not there.",
+        "bandwidth, measured before and after each row, allows for the experts that were needed and not there, even if a low-bit "
+        "copy answered.",
         "",
-        "| experts held | test | prefetch | hits | needed from disk, a token | read, a token | disk | tokens/s | bound | of the bound |",
-        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| experts held | test | prefetch | hits | low-bit copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
+        "| of the bound |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found.rows:
         test = f"pp{row.tokens}" if row.prefill else f"tg{row.tokens}"
         lines.append(
             f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
-            f"{format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | {row.tokens_per_second:.2f} | "
-            f"{row.bound:.2f} | {row.of_bound:.1%} |"
+            f"{row.degraded:.1%} | {format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | "
+            f"{row.tokens_per_second:.2f} | {row.bound:.2f} | {row.of_bound:.1%} |"
         )
     if found.cards:
         lines += [
@@ -354,4 +361,5 @@ def _row(
         of_bound=tokens / seconds / bound,
         compute_seconds=did.compute_seconds / tokens,
         wait_seconds=did.wait_seconds / tokens,
+        degraded=did.degraded_share,
     )

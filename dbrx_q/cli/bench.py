@@ -131,6 +131,7 @@ def offload(
     prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of a prompt, the rows pp; 0 for none.")] = 512,
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
     page_cache: Annotated[bool, typer.Option("--page-cache", help="Read through the page cache, not past it.")] = False,
+    degraded: Annotated[bool, typer.Option("--degraded", help="Also with the low-bit copy, in the same memory.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for offload.json and offload.md.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -155,12 +156,13 @@ def offload(
         check_report_folder(out, FILES, KEYS)
     with output.progress("rows") as on_row:
         found = bench_offload(
-            resolve_folder(path),
+            resolve_folder(path, low_bit=degraded),
             [percent / 100 for percent in shares],
             tokens=gen,
             prompt=prompt,
             policy=policy.value,
             direct=False if page_cache else None,
+            degraded=degraded,
             command=command_line(),
             on_row=on_row,
         )

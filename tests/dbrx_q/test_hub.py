@@ -25,6 +25,7 @@ import pytest
 from dbrx_q import DbrxConfig
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.layout import TensorFormat
+from dbrx_q.low_bit import LOW_BIT_FOLDER
 from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 
@@ -50,7 +51,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         self.asked.append(path)
-        files = {file.name: file for file in self.folder.iterdir()}
+        files = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
         if path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._json({"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/") and self.asked.count(path) == 1:
@@ -62,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
             self._json({"type": "user", "name": "acme", "orgs": [{"name": "acme-labs"}]})
         elif path == "/api/whoami-v2":
             self._reply(401, b'{"error":"Invalid username or password."}')
-        elif path.startswith(f"/{REPOSITORY}/resolve/") and (file := files.get(path.rsplit("/", 1)[1])):
+        elif path.startswith(f"/{REPOSITORY}/resolve/") and (file := files.get(path.split("/", 5)[5])):
             self._file(file)
         else:
             self._reply(404, b"{}", **{"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -78,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
             self._reply(500, b"broken")
             return
         if self.command == "GET":
-            self.whole.append(file.name)
+            self.whole.append(file.relative_to(self.folder).as_posix())
         self._reply(200, data, **headers)
 
     def do_POST(self) -> None:
@@ -239,6 +240,24 @@ def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
     names = sorted(path.name for path in hub.folder.glob("*.safetensors"))
     assert len(names) == 6
     return names
+
+
+def test_a_low_bit_copy_is_fetched_for_those_who_want_it(small: Path, hub: type[Hub], tmp_path: Path) -> None:
+    hub.folder = tmp_path / "served" / "dbrx-nano"
+    for folder, fmt in ((hub.folder, "int8"), (hub.folder / LOW_BIT_FOLDER, "int4")):
+        recipe = default_recipe(DbrxConfig.from_pretrained(small), TensorFormat(fmt, 64))
+        quantize_checkpoint(small, folder, Request(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
+    [shard] = hub.folder.glob("*.safetensors")
+    code, _, err = finish(start(hub.address, tmp_path, "plan", REPOSITORY, "--degraded", "--ram", "1GiB"))
+    assert code == 0, err
+    assert weights_sent(hub) == []
+    prompt = ("generate", REPOSITORY, "--prompt", "The", "--max-new-tokens", 2)
+    code, _, err = finish(start(hub.address, tmp_path, *prompt))
+    assert code == 0, err
+    assert weights_sent(hub) == [shard.name]
+    code, _, err = finish(start(hub.address, tmp_path, *prompt, "--ram", "1GiB", "--degraded"))
+    assert code == 0, err
+    assert weights_sent(hub) == [shard.name, f"{LOW_BIT_FOLDER}/{shard.name}"]
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -69,3 +69,14 @@ def test_shares_that_are_none(quantized_nano: Path) -> None:
         bench_card(quantized_nano, [1.5], torch.device("cpu"), policy="lru")
     with pytest.raises(RequestError, match="at least 1; found 0"):
         bench_card(quantized_nano, [0.5], torch.device("cpu"), tokens=0, policy="lru")
+
+
+def test_beside_it_a_low_bit_copy(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = tmp_path / "int8"
+    assert cli("quantize", nano, folder, "--format", "int8", "--low-bit", "int4").code == 0
+    found = bench_offload(folder, [0.8], tokens=4, prompt=0, policy="lru", prefetch=[False], degraded=True)
+    without, row = found.rows
+    assert without.degraded == 0
+    assert 0 < row.degraded <= 1 - row.hit_rate
+    assert row.slots < without.slots  # the copy takes the memory of some
+    assert f"| {row.degraded:.1%} |" in markdown(found)
