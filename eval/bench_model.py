@@ -16,7 +16,6 @@ import torch
 from dbrx_q.config import DbrxConfig
 from dbrx_q.decoding import Decoder, decoder_for
 from dbrx_q.errors import RequestError
-from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.generation import generate
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.sampling import SamplingParams, sample
@@ -54,7 +53,9 @@ class SpeedRow:
     mean, median, stdev: of `samples`, one for each repeat; the sample standard deviation, 0 of one.
     bandwidth, matmul_rate: medians of `Rates`, measured before each repeat.
     bytes_per_token, flops_per_token: `decode_need` or `prefill_need`. bytes_per_second: bytes_per_token * median.
-    ceiling: tokens/s that these rates allow. bound: what sets it, "bandwidth" or "matmul". of_ceiling: median / ceiling.
+    ceiling: tokens/s that these rates allow with all weights at hand. bound: what sets it, "bandwidth" or "matmul". of_ceiling: median /
+    ceiling. hit_rate, degraded: shares of the requests for experts that found them where they are computed, and that a low-bit copy
+    answered; 1 and 0 where all lie there.
     """
 
     name: str
@@ -74,6 +75,8 @@ class SpeedRow:
     ceiling: float
     bound: str
     of_ceiling: float
+    hit_rate: float = 1.0
+    degraded: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class FirstToken:
 class ModelBenchmark:
     """One run. Memory in bytes, by device: "host", "cuda:0" ...
 
-    bytes, parameters, bits_per_weight: of the checkpoint as stored. weight_bytes: of the weights in memory.
+    bytes, parameters, bits_per_weight: of the checkpoint as stored. weight_bytes: of the weights in memory, of experts as many as it holds.
     load_seconds: until the model can run; files come from the page cache where they are in it.
     loaded_memory, load_peak_memory: growth of the memory in use, and of its peak, by loading.
     peak_memory: growth of the peak by loading and all rows; what measures the ceilings is left out.
@@ -195,7 +198,7 @@ def bench_model(
     started = _now(device)
     model = source.load(dtype=dtype, device=device)
     load_seconds = _now(device) - started
-    if not isinstance(model.transformer.expert_store, ResidentExpertStore):
+    if model.expert_store.renewed:
         raise RequestError(
             f"{source.name}: speed is that of weights in memory; decoded, these do not fit. Free some, or choose --dtype bfloat16"
         )
@@ -207,7 +210,7 @@ def bench_model(
         bytes=source.nbytes,
         parameters=source.parameters,
         bits_per_weight=source.bits_per_weight,
-        weight_bytes=sum(footprint.nbytes.values()),
+        weight_bytes=_weight_bytes(model, footprint),
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=kv_format,
@@ -237,6 +240,8 @@ def bench_model(
     except KeyboardInterrupt:
         if not result.rows:
             raise
+    finally:
+        model.close()
     peak = {name: value - (meter.nbytes if name == where else 0) for name, value in memory.peak().items()}
     peak = {name: max(value, load_peak.get(name, 0)) for name, value in peak.items()}
     known = {"sha256": sha256} if sha256 else {}
@@ -248,9 +253,11 @@ def _row(model: DbrxForCausalLM, footprint: Footprint, test: SpeedTest, kv_forma
     measure, need_of = (_prefill_seconds, prefill_need) if test.kind == "pp" else (_decode_seconds, decode_need)
     measure(model, test, kv_format)  # compiles, fills caches
     seconds, rates = [], []
+    before = model.expert_store.stats()
     for _ in range(repeats):
         rates.append(meter.measure())
         seconds.append(measure(model, test, kv_format))
+    served = model.expert_store.stats() - before
     samples = [test.batch * test.tokens / each for each in seconds]
     median = statistics.median(samples)
     seen = Rates(statistics.median(rate.bandwidth for rate in rates), statistics.median(rate.matmul for rate in rates))
@@ -271,7 +278,18 @@ def _row(model: DbrxForCausalLM, footprint: Footprint, test: SpeedTest, kv_forma
         ceiling=allowed,
         bound=bound,
         of_ceiling=median / allowed,
+        hit_rate=served.cache.hit_rate,
+        degraded=served.degraded_share,
     )
+
+
+def _weight_bytes(model: DbrxForCausalLM, footprint: Footprint) -> int:
+    """Of what lies in memory."""
+    plan = model.placement
+    if plan is None or plan.resident:
+        return sum(footprint.nbytes.values())
+    dense = sum(nbytes for kind, nbytes in footprint.nbytes.items() if kind != "experts")
+    return dense + sum(there.experts + there.low_bit for there in plan.devices)
 
 
 def _prefill_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> float:

@@ -64,6 +64,9 @@ def markdown(result: ModelBenchmark) -> str:
         f"large {result.dtype} matmul, measured in turn with each row, allow for the bytes and operations of a token.",
         "",
     ]
+    for row in (row for row in result.rows if row.hit_rate < 1):
+        copy = f", and {_share(row.degraded)} were answered by the low-bit copy" if row.degraded else ""
+        lines += [f"{row.name}: {_share(row.hit_rate)} of the requests for experts found them where they are computed{copy}.", ""]
     if result.first_token:
         lines += ["| prompt | time to first token |", "|---|---|"]
         lines += [f"| {row.prompt_tokens} tokens | {_time(row.seconds)} ± {_time(row.stdev)} |" for row in result.first_token]

@@ -87,7 +87,8 @@ class CeilingMeter:
 class Footprint:
     """What a model is made of, as far as speed goes.
 
-    nbytes, parameters: by kind of tensor; bytes as they lie in memory. kv_bytes: of one token in the KV cache of all layers.
+    nbytes, parameters: by kind of tensor; bytes as they lie in memory, of all experts even where it holds a part of them. kv_bytes: of one
+    token in the KV cache of all layers.
     """
 
     config: DbrxConfig
@@ -101,7 +102,9 @@ class Footprint:
         config = model.config
         nbytes, parameters = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            nbytes[kind_of(name)] += tensor.nbytes
+            nbytes[kind_of(name)] += 0 if tensor.is_meta else tensor.nbytes
+        if model.placement is not None:
+            nbytes["experts"] = model.placement.expert_bytes
         for dense in dense_tensors(config):
             parameters[kind_of(dense.name)] += math.prod(dense.shape)
         layer = allocate_kv(kv_format, 1, config.attn_config.kv_n_heads, 1, config.head_dim, model.dtype, torch.device("meta"))

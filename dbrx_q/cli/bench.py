@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import budgets, output
-from .budgets import Policy
+from .budgets import Degraded, Gpu, Policy, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["app"]
@@ -51,6 +51,9 @@ def model(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
+    ram: Ram = None,
+    gpu: Gpu = None,
+    degraded: Degraded = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for bench.json, bench.md, bench.png and bench.svg.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -65,6 +68,7 @@ def model(
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench_model import bench_model, check_tests, speed_tests
     from dbrx_q.eval.bench_report import FILES, KEYS, markdown, write_report
+    from dbrx_q.eval.folder_source import PackedFolder
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.sources import open_source
@@ -81,8 +85,13 @@ def model(
     place = check_device(device)
     if out is not None:
         check_report_folder(out, FILES, KEYS)
-    source = open_source(path)
+    source = open_source(path, low_bit=degraded)
     check_tests(tests, source.config)
+    longest = max(test.depth + test.tokens + (test.kind == "pp") for test in tests)  # one token follows a prompt
+    widest = max(test.batch for test in tests)
+    source.budget = budgets.budget_of(ram, gpu, context=longest, batch=widest, kv_format=kv.value, degraded=degraded)
+    if source.budget is not None and not isinstance(source, PackedFolder):
+        raise RequestError(f"{path}: --ram and --gpu measure what dbrx_q quantized; this is {source.format}. Leave them out")
     with output.progress("rows") as report:
         result = bench_model(
             source,

@@ -287,6 +287,28 @@ def test_weights_that_are_decoded_layer_by_layer_are_refused(nano_gguf: Path, mo
         bench_model(source, [SpeedTest("pp", 4)], device=CPU, repeats=1)
 
 
+def test_experts_that_memory_does_not_hold(quantized_nano: Path, nano: Path, cli: Callable[..., Any]) -> None:
+    sizes = ("-p", 8, "-n", 4, "-r", 1)
+    done = cli("bench", quantized_nano, *sizes, "--ram", "3MiB", "--json")
+    assert done.code == 0
+    result = ModelBenchmark.from_dict(json.loads(done.out))
+    footprint = Footprint.of(DbrxForCausalLM.from_pretrained(quantized_nano), "plain")
+    assert result.weight_bytes < 3 << 20 < sum(footprint.nbytes.values())
+    for row in result.rows:
+        assert 0 <= row.hit_rate < 1
+        assert (
+            row.bytes_per_token
+            == (prefill_need if row.kind == "pp" else decode_need)(footprint, batch=1, depth=0, tokens=row.tokens).nbytes
+        )
+    assert "of the requests for experts found them" in markdown(result)
+    whole = ModelBenchmark.from_dict(json.loads(cli("bench", quantized_nano, *sizes, "--json").out))
+    assert [row.hit_rate for row in whole.rows] == [1, 1]
+    assert "requests for experts" not in markdown(whole)
+    refused = cli("bench", nano, *sizes, "--ram", "30MiB")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--ram and --gpu measure what dbrx_q quantized; this is bfloat16" in refused.err
+
+
 def test_help_tells_how_a_model_is_measured(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert "dbrx-q bench PATH" in cli("bench", "--help").out
