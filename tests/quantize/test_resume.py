@@ -22,6 +22,7 @@ from dbrx_q.layout import TensorFormat
 from dbrx_q.manifest import sha256_of
 from dbrx_q.quantize.pipeline import Request, already_there, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.quantize.records import RunRecord
 from dbrx_q.quantize.report import NAME as REPORT_NAME
 from dbrx_q.safetensors_file import SafetensorsWriter
 from dbrx_q.staging import MARKER_NAME
@@ -88,11 +89,29 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path, method: str, kil
     assert found["begun"] > kills / 2  # the others were killed before the first tensor or after the last
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "best"])
-@pytest.mark.parametrize("tensors", [1, 2, 5, 11, 17, 26, 40, 44, 45])
-def test_goes_on_from_the_last_finished_tensor(source: Path, tmp_path: Path, method: str, tensors: int) -> None:
-    whole = tmp_path / "whole"
-    run = quantize_checkpoint(source, whole, request(method))
+@pytest.fixture(scope="module")
+def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunRecord, Path]]:
+    """What a run that nobody stops makes by a method, made once."""
+    made: dict[str, tuple[RunRecord, Path]] = {}
+
+    def make(method: str) -> tuple[RunRecord, Path]:
+        if method not in made:
+            whole = tmp_path_factory.mktemp("at-once") / method
+            made[method] = quantize_checkpoint(source, whole, request(method)), whole
+        return made[method]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors"),
+    [(method, tensors) for method in ("awq", "gptq") for tensors in (1, 11, 26, 45)]
+    + [("best", n) for n in (1, 2, 5, 11, 17, 26, 40, 44, 45)],
+)
+def test_goes_on_from_the_last_finished_tensor(
+    source: Path, at_once: Callable[[str], tuple[RunRecord, Path]], tmp_path: Path, method: str, tensors: int
+) -> None:
+    run, whole = at_once(method)
     assert len(run.records) == 45
     partial = begun(source, tmp_path / "out", request(method), tensors)
     finished = len((partial / MARKER_NAME).read_text().splitlines()) - 1
