@@ -230,7 +230,7 @@ def _on_host(model: _Sizes, rig: Rig) -> Placement:
     slots, short = _slots(wanted, room)
     if slots != wanted and room is not None:
         low_bit = _every(model.low_bit, model)
-        staging = staging_bytes([*wanted, *low_bit])
+        staging = staging_bytes(wanted) + staging_bytes(low_bit)  # each is read by threads of its own
         slots, short = _slots(wanted, room - staging - _bytes(low_bit))
         workspace += staging
     host = DevicePlan(
@@ -291,7 +291,7 @@ def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Pl
     left = wanted - held
     whole = _every(model.low_bit if low_bit else (), model)
     workspace = model.host_workspace if left else 0
-    staging = len(cards) * PINNED_BYTES + staging_bytes([*wanted, *whole]) if workspace else 0
+    staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) + staging_bytes(whole) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
     if left:
         host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging - _bytes(whole))

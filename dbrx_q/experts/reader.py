@@ -31,9 +31,15 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def staging_bytes(kinds: Iterable[ExpertKind]) -> int:
-    """Host memory that reading takes beside the slots, at most: a buffer for each thread, and experts that are decoded on the way in."""
-    decoded = max((kind.stored_nbytes for kind in kinds if not kind.as_stored), default=0)
-    largest = max((kind.stored_nbytes for kind in kinds), default=0)
+    """Host memory that reading takes beside the slots, at most: a buffer for each thread, and experts that are decoded on the way in.
+
+    0 without kinds.
+    """
+    all_kinds = list(kinds)
+    if not all_kinds:
+        return 0
+    decoded = max((kind.stored_nbytes for kind in all_kinds if not kind.as_stored), default=0)
+    largest = max(kind.stored_nbytes for kind in all_kinds)
     return _THREADS * (min(_PIECE_BYTES, largest) + 2 * _ALIGN + decoded)
 
 

@@ -14,10 +14,12 @@ import torch
 
 from dbrx_q import DbrxConfig, KVCache, generate
 from dbrx_q.budget import Budget
+from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.experts.host import HostExpertStore
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model
+from dbrx_q.low_bit import LOW_BIT_FOLDER
 from dbrx_q.placement import Rig
 from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
@@ -31,28 +33,31 @@ from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Rig
 
-warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "direct"
+warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] != "page-cache"
+degraded = sys.argv[4] == "degraded"
 prompt = list(range(2, 130))
 
-def run(folder, ram):
-    model = load_model(folder, budget=Budget(Rig(ram), context=160, step_tokens=128, direct=direct))
+def run(folder, ram, degraded):
+    budget = Budget(Rig(ram), context=160, step_tokens=128, direct=direct, degraded=degraded)
+    model = load_model(folder, budget=budget)
     found = generate(model, [prompt], max_new_tokens=16)[0].token_ids
     stats = model.expert_store.stats()
     model.close()
     return found, stats
 
-run(warm, 4 << 20)  # compiled code and threads are not the model's memory
+run(warm, 4 << 20, False)  # compiled code and threads are not the model's memory
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far
-tokens, stats = run(folder, ram)
-print(json.dumps({"tokens": tokens, "grown": peak_memory_bytes() - before, "misses": stats.cache.misses, "read": stats.disk_bytes}))
+tokens, stats = run(folder, ram, degraded)
+counters = {"misses": stats.cache.misses, "read": stats.disk_bytes, "degraded": stats.degraded}
+print(json.dumps({"tokens": tokens, "grown": peak_memory_bytes() - before} | counters))
 """
 RAM = 44 << 20
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """90 MB at 4 bits, of which the budget holds half."""
+    """90 MB at 4 bits, of which the budget holds half; beside it the same at 8 bits, which carries it."""
     folder = tmp_path_factory.mktemp("large")
     config = DbrxConfig(
         d_model=768,
@@ -68,6 +73,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     quantize_checkpoint(
         folder / "plain", folder / "int4", Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
     )
+    int8 = default_recipe(config, TensorFormat("int8", 64))
+    quantize_checkpoint(folder / "plain", folder / "int8", Request(lambda _: int8))
+    (folder / "int8" / LOW_BIT_FOLDER).symlink_to(folder / "int4")
     shutil.rmtree(folder / "plain")
     yield folder / "int4"
     shutil.rmtree(folder)
@@ -87,6 +95,23 @@ def test_a_model_of_twice_the_budget_stays_below_it(large: Path, quantized_nano:
     assert found["read"] > size
     assert found["grown"] <= RAM
     assert found["grown"] > RAM / 2
+
+
+def test_a_low_bit_copy_lies_within_the_budget(large: Path, quantized_nano: Path) -> None:
+    folder = large.with_name("int8")
+    copy = sum(info.nbytes for name, info in Checkpoint(folder / LOW_BIT_FOLDER).infos.items() if ".experts." in name)
+    budget = RAM + copy
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 1.2 * budget
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(quantized_nano), str(folder), str(budget), "degraded"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["degraded"] > 0
+    assert copy < found["grown"] <= budget
 
 
 def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:
