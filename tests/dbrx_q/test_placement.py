@@ -31,7 +31,7 @@ DBRX = DbrxConfig(
     ffn_config={"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     torch_dtype="bfloat16",
 )
-INT4 = default_recipe(DBRX, TensorFormat("int4", 64))
+INT4, INT8 = (default_recipe(DBRX, TensorFormat(name, 64)) for name in ("int4", "int8"))
 EXPERT = 3 * 6144 * 10752 * (4 + 16 / 64 + 4 / 64) / 8
 GIB = 1 << 30
 
@@ -254,3 +254,18 @@ def test_a_plan_is_quick() -> None:
         patched.setattr(placement, "_on_cards", counted)
         place(DBRX, INT4, Case((24, 24, 24, 24), 64).rig, Request(8192))
     assert len(seen) < 1500
+
+
+def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
+    for cards in ((), (card(24), card(24))):
+        rig = Rig(80 * GIB, cards)
+        plans = [place(DBRX, INT8, rig, Request(4096, low_bit=copy)) for copy in (None, INT4)]
+        without, with_copy = (speed_bounds(plan, rig, n_experts=16, top_k=4) for plan in plans)
+        assert any(term.path == "disk" for term in without.terms)
+        assert not any(term.path == "disk" for term in with_copy.terms)
+        assert with_copy.lower <= with_copy.expected <= with_copy.upper
+        assert with_copy.expected > 1.5 * without.expected
+        [copies] = [term for term in with_copy.terms if "low-bit" in term.what][:1]
+        assert copies.nbytes > 0
+        assert plans[1].host.low_bit == pytest.approx(640 * EXPERT)
+        assert plans[1].host.total <= 80 * GIB

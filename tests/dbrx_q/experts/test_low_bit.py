@@ -34,10 +34,9 @@ from dbrx_q.kernels.moe import ExpertWeights, Routing
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model
 from dbrx_q.low_bit import LOW_BIT_FOLDER
-from dbrx_q.placement import Card, Request, Rig, place
+from dbrx_q.placement import Card, Rig
 from dbrx_q.quantize import pipeline
 from dbrx_q.quantize.recipe import default_recipe
-from dbrx_q.speed import speed_bounds
 
 CPU = torch.device("cpu")
 TIMEOUT = 60
@@ -264,32 +263,6 @@ def test_all_experts_in_memory_need_no_copy(carrying: Path, loaded: Callable[...
         assert model.placement is not None
         assert model.placement.host.low_bit == 0
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), logits_of(load_model(carrying)), strict=True))
-
-
-def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
-    config = DbrxConfig(
-        d_model=6144,
-        n_heads=48,
-        n_layers=40,
-        max_seq_len=32768,
-        vocab_size=100352,
-        attn_config={"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0},
-        ffn_config={"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
-        torch_dtype="bfloat16",
-    )
-    int8, int4 = (default_recipe(config, TensorFormat(name, 64)) for name in ("int8", "int4"))
-    for cards in ((), (Card(24 << 30), Card(24 << 30))):
-        rig = Rig(80 << 30, cards)
-        plans = [place(config, int8, rig, Request(4096, low_bit=copy)) for copy in (None, int4)]
-        without, with_copy = (speed_bounds(plan, rig, n_experts=16, top_k=4) for plan in plans)
-        assert any(term.path == "disk" for term in without.terms)
-        assert not any(term.path == "disk" for term in with_copy.terms)
-        assert with_copy.lower <= with_copy.expected <= with_copy.upper
-        assert with_copy.expected > 1.5 * without.expected
-        [copies] = [term for term in with_copy.terms if "low-bit" in term.what][:1]
-        assert copies.nbytes > 0
-        assert plans[1].host.low_bit == pytest.approx(640 * 3 * 6144 * 10752 * (4 + 16 / 64 + 4 / 64) / 8)
-        assert plans[1].host.total <= rig.ram  # type: ignore[operator] # it has a limit
 
 
 def test_the_cost_is_measured_and_repeats(carrying: Path, cli: Cli) -> None:
