@@ -106,10 +106,7 @@ def budget_of(
         return None
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
     if gpu and _is_auto(gpu):
-        rig = rig_of(None)
-        limits |= {i: card.memory for i, card in enumerate(rig.cards)}
-        if not rig.cards:
-            raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
+        limits |= {i: card.memory for i, card in enumerate(_all_cards())}
     else:
         limits |= {i: parse_size(size) for i, size in enumerate(gpu or ())}
     return Budget(
@@ -151,12 +148,11 @@ def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:
     Raises:
         RequestError: what is no size, or a property that no card has.
     """
-    from dbrx_q.budget import rig_of
     from dbrx_q.errors import RequestError
     from dbrx_q.placement import Card
 
     if gpu and _is_auto(gpu):
-        return rig_of(None).cards
+        return _all_cards()
     cards = []
     for text in gpu or ():
         size, *rest = text.split(",")
@@ -185,6 +181,16 @@ def rate(text: str) -> float:
     if found <= 0:
         raise RequestError(f"a bandwidth must be more than nothing; found {text!r}")
     return float(found)
+
+
+def _all_cards() -> tuple[Card, ...]:
+    from dbrx_q.budget import rig_of
+    from dbrx_q.errors import RequestError
+
+    cards = rig_of(None).cards
+    if not cards:
+        raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
+    return cards
 
 
 def _is_auto(gpu: list[str]) -> bool:

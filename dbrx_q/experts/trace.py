@@ -72,7 +72,8 @@ class Trace:
                     raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
                 trace = cls(data["experts"], data["foreseen"], data["steps"], json.loads(str(data["config"])))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {error}") from None
+            found = error.strerror if isinstance(error, OSError) else "its contents are other"
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {found}. Record one with that command") from None
         shape = trace.experts.shape
         sound = len(shape) == 3 and trace.foreseen.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
         if not sound or max(int(trace.experts.max(initial=0)), int(trace.foreseen.max(initial=0))) >= trace.n_experts:

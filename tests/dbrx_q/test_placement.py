@@ -220,7 +220,8 @@ def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callab
     assert f"The least that works is {1_000_000 + missing:,} bytes for cpu" in short.out
 
 
-def test_cards_of_the_command(nano: Path, cli: Callable[..., Any]) -> None:
+def test_cards_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = cli("plan", nano, "--gpu", "24GiB", "--gpu", "12GiB,desktop,link=16GB,bandwidth=500GB", "--json")
     devices = json.loads(done.out)["devices"]
     assert [device["device"] for device in devices] == ["cuda:0", "cuda:1", "cpu"]
@@ -230,6 +231,7 @@ def test_cards_of_the_command(nano: Path, cli: Callable[..., Any]) -> None:
         (("--gpu", "24GiB,link=0"), "must be more than nothing"),
         (("--gpu", "big"), "a size must be a number with a unit"),
         (("--gpu", "auto", "--gpu", "24GiB"), "goes with no other --gpu"),
+        (("--gpu", "auto"), "--gpu auto takes the GPUs that torch sees; it sees none"),
         (("--disk-bandwidth", "0"), "must be more than nothing"),
         (("--context", "9999"), "--context must be from 1 to the model's 2048 tokens"),
         (("--batch", "0"), "--batch must be at least 1"),
