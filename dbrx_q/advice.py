@@ -24,7 +24,7 @@ def advice(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, re
     found = [(what, place(config, formats, *change), change[0]) for what, change in _changes(rig, request)]
     if not plan.fits:
         fitting = [what for what, other, _ in found if other.fits]
-        least = [f"{budget} for {name}" for name, budget in _least(plan)]
+        least = [f"{short.total:,} bytes for {short.device}" for short in plan.short]
         also = (
             f"fits instead: {', or '.join(fitting)}"
             if fitting
@@ -55,10 +55,3 @@ def _changes(rig: Rig, request: Request) -> Iterator[tuple[str, tuple[Rig, Reque
         yield f"{format_size(_MORE_RAM)} more of RAM", (replace(rig, ram=rig.ram + _MORE_RAM), request)
     another = replace(rig.cards[-1], desktop=False) if rig.cards else _NEW_CARD
     yield f"another card of {format_size(another.memory)}", (replace(rig, cards=(*rig.cards, another)), request)
-
-
-def _least(plan: Placement) -> Iterator[tuple[str, str]]:
-    """(device, smallest budget) of the device that is short."""
-    for device in plan.devices:
-        if device.device == plan.short_of:
-            yield device.device, f"{(device.budget or 0) + plan.shortfall:,} bytes"

@@ -111,15 +111,14 @@ def check_fits(placement: Placement, source: str) -> None:
     """
     if placement.fits:
         return
-    short = next(plan for plan in placement.devices if plan.device == placement.short_of)
-    least = (short.budget or 0) + placement.shortfall
-    raise RequestError(
-        f"{source}: {'the host' if short.device == 'cpu' else short.device} must hold {least:,} bytes ({format_size(least)}) at least: "
+    parts = [
+        f"{'the host' if short.device == 'cpu' else short.device} must hold {short.total:,} bytes ({format_size(short.total)}) at least: "
         f"{format_size(short.dense)} of weights that every token reads, {format_size(short.kv_cache)} of KV cache, "
         f"{f'{format_size(short.low_bit)} of a low-bit copy, ' if short.low_bit else ''}"
-        f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget or 0:,} "
-        "bytes. Give more, or shorten the context"
-    )
+        f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget:,} bytes"
+        for short in placement.short
+    ]
+    raise RequestError(f"{source}: {'; '.join(parts)}. Give more, or shorten the context")
 
 
 def check_free(placement: Placement, cards: Sequence[torch.device], source: str) -> None:

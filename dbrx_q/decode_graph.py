@@ -77,7 +77,7 @@ class DecodeStep:
             self._on_host[place] = torch.tensor(values)
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._model.device))
         if self._graph is None:
             return self._compute()
         self._graph.replay()
@@ -129,7 +129,7 @@ class BatchDecoder:
         else:
             del kept  # its memory goes before more is taken
             roomy = min(model.config.max_seq_len, -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP)
-            decoder = cls(model, sequences, roomy, kv_format)
+            decoder = cls(model, sequences, roomy if model.kv_budget is None else capacity, kv_format)
         decoder.cache.lengths = [0] * len(decoder.cache.lengths)
         try:
             yield decoder

@@ -22,11 +22,9 @@ from .decode_graph import BatchDecoder
 from .kernels.backend import Backend, pick
 from .kv_cache import KVCache
 from .model import DbrxForCausalLM
+from .placement import PREFILL_TOKENS
 
 __all__ = ["Decoder", "decode_one_token", "decoder_for", "prefill"]
-
-# Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory.
-_PREFILL_TOKENS = {Backend.CPU: 512, Backend.TRITON: 2048}
 
 
 class Decoder(ABC):
@@ -52,8 +50,7 @@ class Decoder(ABC):
             self._prompts[index] = [*self._prompts[index], *prompt]
             self.prefilled[index] += len(prompt)
             return prefill(self._model, prompt, cache)
-        backend = pick(self._model.device)
-        step = _PREFILL_TOKENS[backend] if backend is Backend.CPU else 1
+        step = PREFILL_TOKENS["cpu"] if pick(self._model.device) is Backend.CPU else 1
         donor, shared = max(((i, _alike(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0))
         shared = min(shared, len(prompt) - 1) // step * step
         if shared:
@@ -68,7 +65,7 @@ class Decoder(ABC):
 
 def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
     """Append a prompt to a cache of one sequence, in chunks; float32 logits [V] of what follows."""
-    chunk = _PREFILL_TOKENS[pick(model.device)]
+    chunk = PREFILL_TOKENS[model.device.type]
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
         hidden = model.transformer(ids, None, cache, True, False).last_hidden_state  # [1, chunk, D]

@@ -179,8 +179,12 @@ def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_ne
     each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
     room = model.kv_budget // each
     cut = max(wanted)
-    while sum(min(tokens, cut) for tokens in wanted) > room:
-        over = sum(min(tokens, cut) for tokens in wanted) - room
+
+    def taken(cut: int) -> int:
+        lengths = [min(tokens, cut) for tokens in wanted]
+        return len(lengths) * max(lengths) if model.transformer.steps_together else sum(lengths)  # one cache, or one for each
+
+    while (over := taken(cut) - room) > 0:
         cut -= max(1, over // len(wanted))
     found = [min(tokens, cut) for tokens in wanted]
     for i, (prompt, capacity) in enumerate(zip(prompts, found, strict=True)):

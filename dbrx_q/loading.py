@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .experts.calibrate import measure_rates
 from .experts.card import CardExpertStore
 from .experts.files import ExpertFiles
 from .experts.link import make_link
-from .experts.policies import make_policy
+from .experts.policies import CachePolicy, make_policy
 from .experts.reader import ExpertReader, reads_faster_directly
 from .experts.tiered import NextRouter
 from .experts.trace import Trace
@@ -57,6 +57,8 @@ def load_pretrained(
     token: str | None = None,
 ) -> DbrxForCausalLM:
     """`DbrxForCausalLM.from_pretrained` with all that can be said of memory."""
+    if budget is not None and check_device(device).type != "cpu":
+        raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
     place = check_device(device) if budget is None or not budget.rig.cards else budget.cards[0]
     triton = pick(place) is Backend.TRITON
     implementation = attn_implementation or ("triton" if triton else "sdpa")
@@ -71,6 +73,7 @@ def load_pretrained(
     return model
 
 
+@torch.inference_mode(False)  # whoever loads in it would get tensors that threads, which are not in it, may not write to
 def load_model(
     folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
 ) -> DbrxForCausalLM:
@@ -135,9 +138,13 @@ def plan_of(
     low_bit: formats of the copy that the checkpoint carries, where it is to answer.
 
     Raises:
-        RequestError: it does not fit, or not into what is free now.
+        RequestError: it does not fit, or not into what is free now, or a context or a batch that the model cannot have.
     """
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
+    for name, value, most in (("context", context, config.max_seq_len), ("batch", budget.batch, None)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+            limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
+            raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
     request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, low_bit)
     plan = place(config, formats, budget.rig, request)
     check_fits(plan, source)
@@ -236,24 +243,21 @@ def _tiered_store(
 
     on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
     direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
-    parts = Parts(
-        files,
-        ExpertReader(files, direct=direct),
-        budget.cards,
-        make_link,
-        lambda layers, under: make_policy(budget.policy, L, E, profile),
-        low_bit=None if low_bit is None else (low_bit, ExpertReader(low_bit, direct=direct)),
-        upgrade=budget.upgrade,
-    )
+
+    def policy(layers: Sequence[int], under: bool) -> CachePolicy:
+        return make_policy(budget.policy, L, E, profile)
+
     routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
-    store = build_store(parts, plan, budget.rig, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
-    try:
+    with ExitStack() as failed:
+        reader = failed.enter_context(closing(ExpertReader(files, direct=direct)))
+        its = None if low_bit is None else (low_bit, failed.enter_context(closing(ExpertReader(low_bit, direct=direct))))
+        parts = Parts(files, reader, budget.cards, make_link, policy, low_bit=its, upgrade=budget.upgrade)
+        store = build_store(parts, plan, budget.rig, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
+        failed.enter_context(closing(store))
         store.fill(profile)
         for card in store.cards if isinstance(store, CardExpertStore) else ():
             card.rates = measure_rates(card, store.tier, model.dtype)
-    except BaseException:
-        store.close()
-        raise
+        failed.pop_all()
     return store
 
 
@@ -272,7 +276,7 @@ def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, devi
 def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> PackedFormat:
     """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
 
-    For a GPU every part passes through host memory by itself, so that never more than one expert's matrix lies there.
+    For a GPU every part passes through host memory by itself, so that never more than one matrix lies there.
     """
     stacks: dict[str, torch.Tensor] = {}
     for part in parts_of(tensor, fmt):

@@ -37,14 +37,14 @@ def carried_formats(
         RequestError: it carries none.
         CheckpointError: the copy is of another model, not quantized, or its experts take as many bytes.
     """
-    name = f"{LOW_BIT_FOLDER}/config.json"
+    name, problem = f"{LOW_BIT_FOLDER}/config.json", "there is none"
     try:
         path = resolve_file(path_or_hub_id, name)
-    except CheckpointError:
-        path = None
+    except CheckpointError as error:  # of the hub
+        path, problem = None, str(error)
     if path is None or not path.is_file():
         raise RequestError(
-            f"{path_or_hub_id}: --degraded needs a low-bit copy in the folder {LOW_BIT_FOLDER!r}; there is none. Make one with "
+            f"{path_or_hub_id}: --degraded needs a low-bit copy in the folder {LOW_BIT_FOLDER!r}; {problem}. Make one with "
             f"`dbrx-q quantize --low-bit int4`, or put an int4 checkpoint of the same model there"
         )
     found = DbrxConfig.from_pretrained(path.parent)

@@ -140,6 +140,11 @@ class Placement:
         return self.shortfall == 0
 
     @property
+    def short(self) -> tuple[DevicePlan, ...]:
+        """The devices that lack bytes; with what their plans take it would fit."""
+        return tuple(plan for plan in self.devices if plan.budget is not None and plan.total > plan.budget)
+
+    @property
     def resident(self) -> bool:
         """Whether every expert lies on the device that computes it."""
         return sum(plan.n_slots for plan in self.cards or (self.host,)) == self.experts
@@ -169,7 +174,7 @@ def place(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, req
 @dataclass(frozen=True)
 class _Sizes:
     """Bytes of a model by what they are for. kinds, dense, kv: by layer; low_bit: the kinds of a low-bit copy, none without. workspace: of
-    activations on the host and on a card."""
+    activations on the host, on a card, and on a host that computes experts for cards."""
 
     kinds: list[ExpertKind]
     low_bit: list[ExpertKind]
@@ -181,6 +186,7 @@ class _Sizes:
     kv: int
     host_workspace: int
     card_workspace: int
+    helper_workspace: int
 
     @classmethod
     def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: Request) -> _Sizes:
@@ -210,13 +216,20 @@ class _Sizes:
         plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
         kinds = expert_kinds(config, formats, dtype, plain)
         low_bit = expert_kinds(config, request.low_bit, dtype) if request.low_bit else []
-        return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card)
+        helper = _helper_workspace(config, tokens["cuda"])
+        return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card, helper)
 
 
 def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:
     """Residual stream, norms, q/k/v and the routed sum, gate and up of every active pair, and the logits."""
     D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
     return T * width * (8 * D + A * (D + 2 * F)) + 4 * logit_rows * config.vocab_size
+
+
+def _helper_workspace(config: DbrxConfig, T: int) -> int:
+    """Tokens that came from a card and the sum that goes back, a row of every pair before and after, and one expert with all tokens."""
+    D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
+    return 4 * T * (2 * D + 2 * A * D + D + 2 * F)
 
 
 def _on_host(model: _Sizes, rig: Rig) -> Placement:
@@ -262,7 +275,7 @@ def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Pl
     for c, (card, first, end) in enumerate(zip(rig.cards, (0, *ends), ends, strict=False)):
         dense = sum(model.dense[first:end])
         dense += model.embedding if c == 0 else 0
-        dense += model.head if c == len(rig.cards) - 1 else 0
+        dense += model.head if first < end == len(model.kinds) else 0  # with the last layer, also where cards stay empty
         kv = (end - first) * model.kv
         own = _every(model.kinds[first:end], model)
         passing = dict.fromkeys(model.low_bit[first:end] if low_bit else (), SCRATCH_SLOTS)
@@ -290,7 +303,7 @@ def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Pl
         )
     left = wanted - held
     whole = _every(model.low_bit if low_bit else (), model)
-    workspace = model.host_workspace if left else 0
+    workspace = model.helper_workspace if left else 0
     staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) + staging_bytes(whole) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
     if left:
@@ -348,13 +361,16 @@ def _best_split(layers: int, cards: Sequence[Card], badness: Callable[[tuple[int
     count = len(cards)
     sizes = [max(1, card.memory - card.reserve) for card in cards]
     ends = [round(layers * sum(sizes[: c + 1]) / sum(sizes)) for c in range(count)]
-    best = tuple(max(c + 1, min(end, layers - count + c + 1)) for c, end in enumerate(ends))
+    first: list[int] = []
+    for c, end in enumerate(ends):  # every card has a layer, and leaves one to each that follows
+        first.append(min(max(end, c + 1, first[-1] + 1 if first else 1), layers - count + c + 1))
+    best = tuple(first)
     while True:
         near = [best]
-        for first, end in combinations(range(count), 2):  # cards first .. end - 1 end one or more layers later or earlier
+        for low, high in combinations(range(count), 2):  # cards low .. high - 1 end one or more layers later or earlier
             for step in (1, -1, 2, -2, 4, -4):
-                moved = tuple(at + step if first <= c < end else at for c, at in enumerate(best))
-                if all(low < high for low, high in pairwise((0, *moved))):
+                moved = tuple(at + step if low <= c < high else at for c, at in enumerate(best))
+                if all(before < after for before, after in pairwise((0, *moved))):
                     near.append(moved)
         better = min(near, key=badness)
         if badness(better) >= badness(best):

@@ -80,7 +80,8 @@ class _Recorder(ExpertStore):
         if index == 0:
             self.foreseen[0].append(best_first)
         if index + 1 < len(self._routers):
-            ahead = route(x, self._routers[index + 1], routing.experts.shape[1], None).experts
+            router = self._routers[index + 1].to(x.device)  # which may be another card's
+            ahead = route(x, router, routing.experts.shape[1], None).experts
             self.foreseen[index + 1].append(ahead.cpu().numpy().astype(np.uint8))
         return self._store.forward(index, x, routing)
 

@@ -26,6 +26,7 @@ from dbrx_q.experts.reader import ExpertReader, staging_bytes, supports_direct
 from dbrx_q.experts.slots import ExpertSlots
 from dbrx_q.experts.split import MissPolicy
 from dbrx_q.loading import load_model
+from dbrx_q.low_bit import carried_formats
 from dbrx_q.model import DbrxForCausalLM
 from dbrx_q.placement import Card, Request, Rig, place
 from dbrx_q.sizes import format_size
@@ -153,15 +154,23 @@ def bench_offload(
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
         files = ExpertFiles(checkpoint, getattr(torch, config.torch_dtype or "bfloat16"))
+        low_bit = carried_formats(folder, config, formats) if degraded else None
     by = supports_direct(files.paths[0]) if direct is None else direct
     whole = place(config, formats, Rig(), Request(tokens + prompt + _UNCOUNTED_TOKENS))
     about = provenance(torch.device("cpu"), command)
+    rams = [whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds) for share in shares]
+    for share, ram in zip(shares, rams, strict=True):  # before minutes of the others
+        plan = place(config, formats, Rig(ram), Request(tokens + prompt + _UNCOUNTED_TOKENS, low_bit=low_bit))
+        if not plan.fits:
+            raise RequestError(
+                f"the memory of a share must hold the low-bit copy; in that of {share:.0%} {plan.shortfall:,} bytes are missing. Give a "
+                "larger --share"
+            )
     result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, by, policy, about)
     kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
     ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if degraded else [])
     total = len(shares) * len(ways) * len(kinds)
-    for share in shares:
-        ram = whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds)
+    for share, ram in zip(shares, rams, strict=True):
         budget = Budget(Rig(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
         for ahead, copied in ways:
             model = load_model(folder, budget=replace(budget, prefetch=ahead, degraded=copied))

@@ -163,7 +163,7 @@ def observe(
         rows = torch.tensor(places, dtype=torch.int64)
         kept = rows[(torch.arange(len(rows)) + first) % interval == 0] if interval else rows[:0]
         batch = batch_of([piece.end - piece.first for piece in pieces], [piece.past for piece in pieces], cache, model.device)
-        with _residual_streams(model, kept.to(model.device)) as streams:
+        with _residual_streams(model, kept) as streams:
             hidden, logits = model.transformer.run(tokens.to(model.device), batch)
         if cache is not None:
             cache.advance([piece.end - piece.first for piece in pieces])
@@ -200,7 +200,8 @@ def _residual_streams(model: DbrxForCausalLM, rows: torch.Tensor) -> Iterator[li
 
     def keep(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         x, delta, _logits = output
-        streams.append((x[rows].float() + delta[rows].float()).cpu())
+        own = rows.to(x.device)  # of several cards the block's
+        streams.append((x[own].float() + delta[own].float()).cpu())
 
     handles = [block.register_forward_hook(keep) for block in model.transformer.blocks]
     try:

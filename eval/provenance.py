@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.loading import plan_of
+from dbrx_q.low_bit import open_low_bit
+from dbrx_q.manifest import MANIFEST_NAME, sha256_of
+
+from .weights_hash import weights_sha256
 from .windows import Protocol
 
 if TYPE_CHECKING:
     from .sources import Source
 
-__all__ = ["command_line", "ids_sha256", "provenance", "run_key"]
+__all__ = ["command_line", "degraded_by", "ids_sha256", "provenance", "run_key"]
 
 _PACKAGES = ("dbrx_q", "torch", "triton", "numba", "bitsandbytes", "gguf", "numpy")
 
@@ -76,13 +82,25 @@ def run_key(
         "kind": kind,
         "reference": dict(reference),
         "config": source.config.to_dict(),
-        "degraded": str(source.budget) if source.budget is not None and source.budget.degraded else "",
+        "degraded": degraded_by(source),
         "checkpoint": checkpoint,
         "ids": ids_sha256(ids),
         "protocol": asdict(protocol),
         "dtype": str(dtype),
         "kv_format": kv_format,
     } | {name: where[name] for name in ("versions", "device", "threads")}
+
+
+def degraded_by(source: Source) -> str:
+    """What decides which answers are a low-bit copy's: the copy, and how many experts memory holds where; empty without one."""
+    budget = source.budget
+    if budget is None or not budget.degraded:
+        return ""
+    with Checkpoint(source.path) as checkpoint, open_low_bit(checkpoint) as low_bit:
+        plan = plan_of(checkpoint.config, checkpoint.formats, budget, source.name, low_bit.formats)
+        manifest = low_bit.folder / MANIFEST_NAME
+        copy = sha256_of(manifest) if manifest.is_file() else weights_sha256(low_bit.shards)
+    return f"{copy} {[there.n_slots for there in plan.devices]}"
 
 
 def _version(name: str) -> str:

@@ -24,6 +24,8 @@ class _ModelUnlessNamed(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+SHARE_HELP = "Experts that have a slot in memory. [25, 50, 75; with --degraded 75, 90]"
+
 app = typer.Typer(
     cls=_ModelUnlessNamed,
     help="Measure speed and memory. [bold]dbrx-q bench PATH[/bold] measures a model: it is short for [bold]dbrx-q bench model PATH[/bold], "
@@ -135,7 +137,7 @@ def synthetic(
 @app.command(epilog=output.example("dbrx-q bench offload dbrx-int4 --share 25 --share 50 --out results"))
 def offload(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    share: Annotated[list[float] | None, typer.Option(metavar="PERCENT", help="Experts that have a slot in memory. [25, 50, 75]")] = None,
+    share: Annotated[list[float] | None, typer.Option(metavar="PERCENT", help=SHARE_HELP)] = None,
     gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to decode, the rows tg; 0 for none.")] = 24,
     prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of a prompt, the rows pp; 0 for none.")] = 512,
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
@@ -156,7 +158,7 @@ def offload(
     from dbrx_q.eval.report_folder import check_report_folder, write_files
     from dbrx_q.hub import resolve_folder
 
-    shares = share or [25.0, 50.0, 75.0]
+    shares = share or ([75.0, 90.0] if degraded else [25.0, 50.0, 75.0])  # less does not hold a copy of half the bits
     if not all(0 < percent < 100 for percent in shares):
         raise RequestError(f"--share must be above 0 and below 100 percent; found {', '.join(f'{percent:g}' for percent in shares)}")
     if policy is Policy.static:

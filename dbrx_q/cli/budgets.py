@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +35,10 @@ __all__ = [
 ]
 
 RAM_HELP = "Host memory that the model may take, as 64GiB: weights, KV cache and workspace; Python and its libraries take 0.4 GB besides."
-GPU_HELP = "Memory of a GPU that may be taken, as 22GiB; once for each GPU, or auto for all that is free on all."
+GPU_HELP = (
+    "Memory of a GPU that may be taken, as 22GiB; once for each GPU, or auto for all that is free on all. After commas what `plan` takes: "
+    "desktop, link=25GB, bandwidth=900GB."
+)
 PLANNED_GPU_HELP = (
     "Memory of a GPU, as 24GiB; once for each, or auto for this machine's. After commas: desktop for one that shows a desktop, "
     "link=25GB and bandwidth=900GB for bytes a second from the host and of its memory."
@@ -104,13 +108,13 @@ def budget_of(
         if degraded:
             raise RequestError("--degraded answers for experts that memory does not hold; found no limit to memory. Add --ram or --gpu")
         return None
+    if policy is Policy.static and profile is None:
+        raise RequestError("--policy static pins what a profile used most; found no --profile. Record one with `dbrx-q trace`")
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
-    if gpu and _is_auto(gpu):
-        limits |= {i: card.memory for i, card in enumerate(_all_cards())}
-    else:
-        limits |= {i: parse_size(size) for i, size in enumerate(gpu or ())}
+    cards = planned_cards(gpu)
+    rig = rig_of(limits | {i: card.memory for i, card in enumerate(cards)})
     return Budget(
-        rig_of(limits),
+        replace(rig, cards=cards),
         context,
         batch,
         kv_format,

@@ -77,6 +77,7 @@ def command(
     from dbrx_q.hub import resolve_folder
     from dbrx_q.loading import load_pretrained
     from dbrx_q.model import check_device
+    from dbrx_q.placement import PREFILL_TOKENS
     from dbrx_q.sampling import SamplingParams
     from dbrx_q.tokenizer import DbrxTokenizer
 
@@ -97,13 +98,18 @@ def command(
     check_request(config, [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
     if context is not None and ram is None and not gpu:
         raise RequestError(f"--context needs a budget that keys and values are part of; found {context}. Add --ram or --gpu")
+    if context is not None and not len(ids) < context <= config.max_seq_len:
+        raise RequestError(
+            f"--context must hold the prompt's {len(ids):,} tokens and one more, and be at most the model's {config.max_seq_len:,}; found "
+            f"{context:,}"
+        )
     room = min(len(ids) + max_new_tokens, config.max_seq_len) if context is None else context
     budget = budgets.budget_of(
         ram,
         gpu,
         context=room,
         kv_format=kv.value,
-        step_tokens=len(ids),
+        step_tokens=min(len(ids), PREFILL_TOKENS["cuda" if gpu else "cpu"]),
         policy=policy,
         profile=profile,
         prefetch=prefetch,

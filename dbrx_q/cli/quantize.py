@@ -167,7 +167,10 @@ def command(
     requests = [(destination, request)]
     if low_bit is not None:
         small = _formats(TensorFormat(low_bit.value, 64), [], None, None)
-        requests.append((destination / LOW_BIT_FOLDER, replace(request, recipe=small, measured=None, name="")))
+        other = replace(request, recipe=small, measured=None, name="")
+        if not method.calibrated:  # the text was for --target-bpw
+            other = replace(other, sequences=None, about=None)
+        requests.append((destination / LOW_BIT_FOLDER, other))
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     runs: dict[Path, RunRecord] = {}
     try:

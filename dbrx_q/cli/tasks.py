@@ -45,7 +45,7 @@ def command(
     from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.answers import Answers
-    from dbrx_q.eval.provenance import command_line, provenance
+    from dbrx_q.eval.provenance import command_line, degraded_by, provenance
     from dbrx_q.eval.report_folder import write_files
     from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.sources import open_source
@@ -66,7 +66,7 @@ def command(
     budgets.give(source, ram, gpu, context=context, kv_format=kv.value, degraded=degraded)
     asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
-    decides: dict[str, Any] = {"degraded": str(source.budget)} if degraded else {}
+    decides: dict[str, Any] = {"degraded": degraded_by(source)} if degraded else {}
     decides |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
     state = RunState(asked | decides | {name: where[name] for name in ("versions", "device", "threads")})
     if not resume:

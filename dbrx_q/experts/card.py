@@ -128,6 +128,16 @@ class CardExperts:
         """Copy an expert into its slot."""
         return self._put(self._full, assignment, kind, sources)
 
+    def await_copy(self, arrival: Arrival) -> None:
+        """Let what the card computes from now on see a copy."""
+        started = time.perf_counter()
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                arrival.wait()
+        else:
+            arrival.wait()
+        self.wait_seconds += time.perf_counter() - started
+
     def serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this card's, meanwhile."""
         try:
@@ -220,7 +230,7 @@ class CardExperts:
     def _arrive(self, total: ExpertSum, stock: Stock, index: int, going: dict[int, Arrival]) -> None:
         """Compute the expert whose copy was begun first."""
         expert = next(iter(going))
-        self._await(going[expert])
+        self.await_copy(going[expert])
         self._on_card(total, stock, index, [expert])
         del going[expert]
 
@@ -270,7 +280,7 @@ class CardExperts:
         for place in [place for place in self._coming if place[0] == layer]:
             arrival = self._coming.pop(place)
             self.link.hurry(arrival)
-            self._await(arrival)
+            self.await_copy(arrival)
             self._tier.pin(*place, pinned=False)
 
     def _drop_coming(self, assignment: Assignment) -> None:
@@ -278,15 +288,6 @@ class CardExperts:
         if assignment.evicted is not None and assignment.evicted in self._coming:
             self._coming.pop(assignment.evicted).settle()
             self._tier.pin(*assignment.evicted, pinned=False)
-
-    def _await(self, arrival: Arrival) -> None:
-        started = time.perf_counter()
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                arrival.wait()
-        else:
-            arrival.wait()
-        self.wait_seconds += time.perf_counter() - started
 
     def _forget(self) -> None:
         """After an error nothing is believed to lie on the card: it comes again."""
@@ -342,13 +343,14 @@ class CardExpertStore(TieredExpertStore):
                         arrivals.append(arrival)
                 held.append(place)
             for arrival in arrivals:
-                arrival.wait()
+                card.await_copy(arrival)
         self.tier.forget()  # what passed through on its way to a card
         self.tier.fill(worth, last=held)
         self._fill_low_bit()
         here = self.tier.held()
         every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
-        if all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every):
+        once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
+        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
             for card in self.cards:
                 card.keep_what_is_nowhere_else()
 

@@ -177,6 +177,10 @@ class _CudaLink(Link):
         self._next = 0
         super().__init__()
 
+    def close(self) -> None:
+        super().close()
+        self._stream.synchronize()  # what is on its way is written to slots that will be given back
+
     def _send(self, job: _Job) -> torch.cuda.Event:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if job.after is not None:

@@ -71,7 +71,7 @@ class PartialSum(ExpertSum):
         self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the card in a layer
         counts = self._chosen.flatten().bincount().tolist()
         self.counts = {e: count for e, count in enumerate(counts) if count}
-        self._parts: list[torch.Tensor] = []
+        self._total: torch.Tensor | None = None  # float32 [T, D]
         # Before anything is launched: later the copy would wait for it.
         self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
         self._host: ExpertOutputs | None = None
@@ -81,7 +81,8 @@ class PartialSum(ExpertSum):
         on_gpu = self._x.device.type == "cuda"
         where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
         layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
-        self._parts.append(moe_experts(self._x, self._routing.experts, self._routing.weights, layer))
+        part = moe_experts(self._x, self._routing.experts, self._routing.weights, layer)
+        self._total = part.float() if self._total is None else self._total.add_(part)
 
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         if self._host is None:
@@ -89,9 +90,7 @@ class PartialSum(ExpertSum):
         self._host.add(weights, slots)
 
     def result(self) -> torch.Tensor:
-        total = torch.zeros(self._x.shape, dtype=torch.float32, device=self._x.device)
-        for part in self._parts:
-            total += part
+        total = torch.zeros(self._x.shape, dtype=torch.float32, device=self._x.device) if self._total is None else self._total
         if self._host is not None:
             total += self._host.total(self._weights).to(total.device)
         return total.to(self._x.dtype)

@@ -271,3 +271,37 @@ def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
         assert copies.nbytes > 0
         assert plans[1].host.low_bit == pytest.approx(640 * EXPERT)
         assert plans[1].host.total <= 80 * GIB
+
+
+@pytest.mark.parametrize("memory", [(24, 1, 24), (12, 0.5, 12, 24), (1, 24), (24, 0.6, 0.6, 24)])
+def test_a_card_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None:
+    plan = place(DBRX, INT4, Rig(64 * GIB, tuple(Card(int(size * GIB)) for size in memory)), Request(4096))
+    assert all(there.layers[1] > there.layers[0] for there in plan.cards)
+    assert [there.layers[0] for there in plan.cards[1:]] == [there.layers[1] for there in plan.cards[:-1]]
+    assert {there.device for there in plan.short} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
+
+
+@pytest.mark.parametrize(("memory", "ram"), [((2, 2), 1.0), ((6,), 0.3), ((24, 24), 0.2), ((1, 1, 1), 0.1), ((24, 1, 24), 64)])
+def test_what_is_named_as_the_least_works(memory: tuple[float, ...], ram: float) -> None:
+    rig = Rig(int(ram * GIB), tuple(Card(int(size * GIB)) for size in memory))
+    plan, request = place(DBRX, INT4, rig, Request(4096)), Request(4096)
+    sentence = advice(DBRX, INT4, rig, request)
+    least = {there.device: there.total for there in plan.short}
+    assert all(f"{size:,} bytes for {device}" in sentence for device, size in least.items())
+    given = tuple(replace(card, memory=least.get(f"cuda:{c}", card.memory)) for c, card in enumerate(rig.cards))
+    assert place(DBRX, INT4, Rig(least.get("cpu", rig.ram), given), request).fits
+
+
+def test_cards_without_layers_hold_nothing() -> None:
+    config = DbrxConfig.from_dict(DBRX.to_dict() | {"n_layers": 2})
+    plan = place(config, {}, Rig(None, (card(24),) * 4), Request(64))
+    whole = place(config, {}, Rig(), Request(64))
+    assert [there.dense > 0 for there in plan.cards] == [True, True, False, False]
+    assert sum(there.dense for there in plan.cards) == whole.host.dense
+
+
+def test_a_host_that_computes_for_cards_has_room_for_their_steps() -> None:
+    """A row of every pair alone takes 201 MB of the 2,048 tokens that a card's step brings."""
+    plan = place(DBRX, INT4, Rig(64 * GIB, (card(24),)), Request(8192))
+    one = place(DBRX, INT4, Rig(64 * GIB, (card(24),)), Request(8192, step_tokens=1))
+    assert plan.host.workspace - one.host.workspace > 2 * 2048 * 4 * 6144 * 4

@@ -80,3 +80,5 @@ def test_beside_it_a_low_bit_copy(nano: Path, tmp_path: Path, cli: Callable[...,
     assert 0 < row.degraded <= 1 - row.hit_rate
     assert row.slots < without.slots  # the copy takes the memory of some
     assert f"| {row.degraded:.1%} |" in markdown(found)
+    with pytest.raises(RequestError, match=r"in that of 25% .* bytes are missing"):
+        bench_offload(folder, [0.8, 0.25], tokens=4, prompt=0, policy="lru", degraded=True, on_row=lambda *_: pytest.fail("measured"))

@@ -123,6 +123,12 @@ def test_all_on_cards_is_simply_resident(loaded: Callable[..., DbrxForCausalLM],
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
+def test_a_model_that_is_loaded_in_inference_mode(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor]) -> None:
+    with torch.inference_mode():
+        model = loaded(cards(1.4, 1.1, ram=1.4, miss_policy=MissPolicy.copy))
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
 def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path) -> None:
     model = loaded(cards(2.3, 2.0, ram=1.4))
     prompts = [PROMPT[:7], PROMPT[3:20]]

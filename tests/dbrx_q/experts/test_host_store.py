@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dbrx_q import DbrxForCausalLM, KVCache, generate
+from dbrx_q import DbrxForCausalLM, KVCache, generate, generation
 from dbrx_q.budget import Budget
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.errors import CheckpointError, RequestError
@@ -27,8 +28,8 @@ from dbrx_q.experts.tier import HostTier
 from dbrx_q.experts.tiered import NextRouter
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model, load_pretrained
-from dbrx_q.placement import Rig
-from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
+from dbrx_q.placement import Request, Rig, place
+from dbrx_q.quantize import pipeline
 from dbrx_q.quantize.recipe import default_recipe
 
 PROMPT = list(range(5, 95))
@@ -54,7 +55,7 @@ def mixed_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return formats
 
     folder = tmp_path_factory.mktemp("mixed") / "dbrx-nano-mixed"
-    quantize_checkpoint(nano, folder, Request(recipe))
+    pipeline.quantize_checkpoint(nano, folder, pipeline.Request(recipe))
     return folder
 
 
@@ -147,8 +148,8 @@ def test_all_experts_in_the_budget_are_simply_resident(quantized_nano: Path) -> 
 
 
 def test_an_expert_of_a_quantized_checkpoint_is_one_range(nano: Path, quantized_nano: Path, mixed_nano: Path) -> None:
-    for place, ranges in ((nano, 3), (quantized_nano, 1), (mixed_nano, 1)):
-        with Checkpoint(place) as checkpoint:
+    for folder, ranges in ((nano, 3), (quantized_nano, 1), (mixed_nano, 1)):
+        with Checkpoint(folder) as checkpoint:
             files = ExpertFiles(checkpoint, torch.bfloat16)
             every = [extent for layer in range(4) for e in range(16) for extent in files.extents(layer, e)]
             assert len(every) == ranges * 64
@@ -384,3 +385,47 @@ def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> 
     with pytest.raises(RequestError, match="it uses 6 and the budget holds 5"):
         store.layer(2, torch.arange(6)[None])
     store.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch_size", 0)])
+def test_keys_and_values_that_no_model_has(quantized_nano: Path, name: str, value: Any) -> None:
+    rule = "from 1 to the model's 2,048 tokens" if name == "context" else "at least 1"
+    with pytest.raises(RequestError, match=f"must be a whole number {rule}; found {value}"):
+        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "3MB"}, **{name: value})
+
+
+def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(RequestError, match="pins what a profile used most"):
+            load_model(quantized_nano, budget=Budget(Rig(3_000_000), context=64, step_tokens=16, policy="static"))
+    assert threading.active_count() == before
+
+
+def test_a_device_beside_a_budget_is_refused(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbrx_q.loading.check_device", lambda device: torch.device("cuda"))
+    with pytest.raises(RequestError, match="a budget says which devices are used; found device 'cuda' beside it"):
+        load_pretrained(quantized_nano, budget=Budget(Rig(3_000_000)), device="cuda")
+
+
+def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cli: Callable[..., Any]) -> None:
+    """Not that of the whole prompt, as `plan` has it."""
+    with Checkpoint(quantized_nano) as checkpoint:
+        least = place(checkpoint.config, checkpoint.formats, Rig(1), Request(1100)).shortfall + 1
+    ram = f"{-(-least // 1000)}KB"
+    done = cli("generate", quantized_nano, "--prompt", "a b c d " * 200, "--max-new-tokens", 2, "--ram", ram, "--context", 1100, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["new_tokens"] == 2
+    short = cli("generate", quantized_nano, "--prompt", "a b c d " * 200, "--ram", "9MB", "--context", 100)
+    assert short.code == 2
+    assert "--context must hold the prompt's" in short.err
+
+
+def test_sequences_that_step_together_share_one_cache(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(quantized_nano)
+    model.kv_budget = 200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes
+    prompts = [[1] * 80, [1] * 3, [1] * 3]
+    assert generation._capacities(model, prompts, 20, "plain") == [100, 23, 23]
+    monkeypatch.setattr(type(model.transformer), "steps_together", True)
+    with pytest.raises(RequestError, match="prompt 0 has 80 tokens and room for 66"):  # three of the longest
+        generation._capacities(model, prompts, 20, "plain")
