@@ -97,7 +97,7 @@ class _Counted(ExpertSum):
         pass
 
     def result(self) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError("a simulation moves and computes nothing")
 
 
 class _NoReader:
@@ -162,7 +162,7 @@ class _NoLink(Link):
         pass
 
     def _send(self, job: object) -> None:
-        raise NotImplementedError
+        raise AssertionError("a simulation moves and computes nothing")
 
 
 class _Rates(MissRates):
