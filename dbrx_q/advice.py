@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from .config import DbrxConfig
+from .footprint import Request
 from .layout import TensorFormat
-from .placement import Card, Placement, Request, Rig, place
+from .placement import Card, Placement, Rig, place
 from .sizes import format_size
 from .speed import expected_seconds
 

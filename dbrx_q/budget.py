@@ -29,7 +29,7 @@ class Budget:
     """A machine, and how a model is to use it.
 
     rig: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the model's
-    context where that is shorter. step_tokens, logit_rows: as of `placement.Request`. policy: which expert gives way,
+    context where that is shorter. step_tokens, logit_rows: as of `footprint.Request`. policy: which expert gives way,
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router foresees them. direct: whether experts are read past the page cache; None for
     whichever is measured to be faster. miss_policy: how an expert is served that is not on its card. devices: the cards; None for cuda:0,

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 import torch
 
 from .decode_graph import BatchDecoder
+from .footprint import PREFILL_TOKENS
 from .kernels.backend import Backend, pick
 from .kv_cache import KVCache
 from .model import DbrxForCausalLM
-from .placement import PREFILL_TOKENS
 
 __all__ = ["Decoder", "decode_one_token", "decoder_for", "prefill"]
 

@@ -26,6 +26,7 @@ from .experts.policies import CachePolicy, make_policy
 from .experts.reader import ExpertReader, reads_faster_directly
 from .experts.tiered import NextRouter
 from .experts.trace import Trace
+from .footprint import Request
 from .host_memory import empty_host
 from .hub import resolve_folder
 from .jsonfile import read_json_object
@@ -38,7 +39,7 @@ from .layers import PackedWeight
 from .layout import DenseTensor, TensorFormat, dense_tensors, kind_of, matrix_parts, pack_parts, parts_of
 from .low_bit import open_low_bit
 from .model import DbrxForCausalLM, check_device
-from .placement import Placement, Request, place
+from .placement import Placement, place
 from .tuning import load_tuning
 
 __all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained", "plan_of"]

@@ -2,31 +2,23 @@
 
 Every card holds the attention and the experts of a contiguous range of layers, its own keys and values, and a cache of experts; the host
 holds as many of the other experts as its budget allows, the disk the rest. Without a card the host is the device that computes.
-
-Dimension letters: `L` layers, `T` tokens that run together, `D` d_model, `F` ffn hidden, `A` active experts.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
-import torch
-
 from .config import DbrxConfig
 from .experts.link import PINNED_BYTES
 from .experts.reader import staging_bytes
-from .experts.slots import SCRATCH_SLOTS, ExpertKind, expert_kinds, first_slots
-from .kernels.kv import allocate_kv
-from .layout import TensorFormat, dense_tensors, parts_of
+from .experts.slots import SCRATCH_SLOTS, ExpertKind, first_slots
+from .footprint import Footprint, Request
+from .layout import TensorFormat
 
-__all__ = ["PREFILL_TOKENS", "Card", "DevicePlan", "Placement", "Request", "Rig", "place"]
-
-PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory."""
+__all__ = ["Card", "DevicePlan", "Placement", "Rig", "place"]
 
 # Of a card: the driver's context, compiled kernels, and what the allocator cannot use. Of a desktop besides: what its windows take.
 _CARD_RESERVE = 600 << 20
@@ -60,22 +52,6 @@ class Rig:
     cards: tuple[Card, ...] = ()
     host_bandwidth: float = 60e9
     disk_bandwidth: float = 5e9
-
-
-@dataclass(frozen=True)
-class Request:
-    """What memory is to be kept for. context: tokens of a sequence. batch: sequences together. kv_format: "plain", "int8" or "int4".
-    step_tokens: tokens that one forward pass brings at most; None for a prefill step. logit_rows: of how many tokens logits are held at
-    once; None for one of each sequence. dtype: of activations; None for the checkpoint's. low_bit: formats of a low-bit copy of the
-    experts, which answers for those on disk; None without one."""
-
-    context: int
-    batch: int = 1
-    kv_format: str = "plain"
-    step_tokens: int | None = None
-    logit_rows: int | None = None
-    dtype: torch.dtype | None = None
-    low_bit: Mapping[str, TensorFormat] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +131,7 @@ def place(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, req
 
     It never fails: a plan that does not fit says by how much.
     """
-    model = _Sizes.of(config, formats, request)
+    model = Footprint.of(config, formats, request)
     if not rig.cards:
         return _on_host(model, rig)
     layers, count = config.n_layers, len(rig.cards)
@@ -171,68 +147,7 @@ def place(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, req
     return found[_best_split(layers, rig.cards, badness)]
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes of a model by what they are for. kinds, dense, kv: by layer; low_bit: the kinds of a low-bit copy, none without. workspace: of
-    activations on the host, on a card, and on a host that computes experts for cards."""
-
-    kinds: list[ExpertKind]
-    low_bit: list[ExpertKind]
-    n_experts: int
-    top_k: int
-    dense: list[int]
-    embedding: int
-    head: int
-    kv: int
-    host_workspace: int
-    card_workspace: int
-    helper_workspace: int
-
-    @classmethod
-    def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: Request) -> _Sizes:
-        dtype = request.dtype or getattr(torch, config.torch_dtype or "bfloat16")
-        dense, embedding, head = [0] * config.n_layers, 0, 0
-        for tensor in dense_tensors(config):
-            if tensor.experts:
-                continue
-            fmt = formats.get(tensor.name)
-            if fmt is None:
-                size = math.prod(tensor.shape) * dtype.itemsize
-            else:
-                size = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt.in_memory))
-            if tensor.layer >= 0:
-                dense[tensor.layer] += size
-            elif ".wte." in tensor.name:
-                embedding += size
-            else:
-                head += size
-        shape = request.batch, config.attn_config.kv_n_heads, request.context, config.head_dim
-        kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
-        tokens = {kind: min(request.step_tokens or limit, request.batch * request.context) for kind, limit in PREFILL_TOKENS.items()}
-        rows = request.batch if request.logit_rows is None else request.logit_rows
-        host, card = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
-        ffn = config.ffn_config
-        stored = getattr(torch, config.torch_dtype or "bfloat16")
-        plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
-        kinds = expert_kinds(config, formats, dtype, plain)
-        low_bit = expert_kinds(config, request.low_bit, dtype) if request.low_bit else []
-        helper = _helper_workspace(config, tokens["cuda"])
-        return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host, card, helper)
-
-
-def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:
-    """Residual stream, norms, q/k/v and the routed sum, gate and up of every active pair, and the logits."""
-    D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
-    return T * width * (8 * D + A * (D + 2 * F)) + 4 * logit_rows * config.vocab_size
-
-
-def _helper_workspace(config: DbrxConfig, T: int) -> int:
-    """Tokens that came from a card and the sum that goes back, a row of every pair before and after, and one expert with all tokens."""
-    D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
-    return 4 * T * (2 * D + 2 * A * D + D + 2 * F)
-
-
-def _on_host(model: _Sizes, rig: Rig) -> Placement:
+def _on_host(model: Footprint, rig: Rig) -> Placement:
     layers = len(model.kinds)
     dense = sum(model.dense) + model.embedding + model.head
     kv = layers * model.kv
@@ -262,13 +177,13 @@ def _on_host(model: _Sizes, rig: Rig) -> Placement:
     return _placement((), host, wanted, short, "cpu")
 
 
-def _on_cards(model: _Sizes, rig: Rig, ends: Sequence[int]) -> Placement:
+def _on_cards(model: Footprint, rig: Rig, ends: Sequence[int]) -> Placement:
     """With layers ends[c - 1] .. ends[c] - 1 on card c, and a low-bit copy where experts are left on disk."""
     plan = _split(model, rig, ends, low_bit=False)
     return _split(model, rig, ends, low_bit=True) if plan.disk_experts and model.low_bit else plan
 
 
-def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Placement:
+def _split(model: Footprint, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Placement:
     cards, short, worst = [], 0, ""
     held: Counter[ExpertKind] = Counter()
     wanted = _every(model.kinds, model)
@@ -323,7 +238,7 @@ def _split(model: _Sizes, rig: Rig, ends: Sequence[int], *, low_bit: bool) -> Pl
     return _placement(tuple(cards), host, wanted, short, worst)
 
 
-def _every(kinds: Sequence[ExpertKind], model: _Sizes) -> Counter[ExpertKind]:
+def _every(kinds: Sequence[ExpertKind], model: Footprint) -> Counter[ExpertKind]:
     """How many experts of each kind the layers have whose experts are of these kinds."""
     return Counter({kind: count * model.n_experts for kind, count in Counter(kinds).items()})
 
@@ -378,7 +293,7 @@ def _best_split(layers: int, cards: Sequence[Card], badness: Callable[[tuple[int
         best = better
 
 
-def _badness(model: _Sizes, rig: Rig, plan: Placement) -> tuple[float, float]:
+def _badness(model: Footprint, rig: Rig, plan: Placement) -> tuple[float, float]:
     """Of plans that fit the fastest is the best, and of almost equally fast ones the one whose cards hold the most equal shares.
 
     Chance makes hits grow evenly with slots, so that it is all one where they are; on text the first slots of a layer hit more often than

@@ -25,10 +25,11 @@ from dbrx_q.experts.host import HostExpertStore
 from dbrx_q.experts.reader import ExpertReader, staging_bytes, supports_direct
 from dbrx_q.experts.slots import ExpertSlots
 from dbrx_q.experts.split import MissPolicy
+from dbrx_q.footprint import Request
 from dbrx_q.loading import load_model
 from dbrx_q.low_bit import carried_formats
 from dbrx_q.model import DbrxForCausalLM
-from dbrx_q.placement import Card, Request, Rig, place
+from dbrx_q.placement import Card, Rig, place
 from dbrx_q.sizes import format_size
 
 from .provenance import provenance

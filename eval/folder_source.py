@@ -13,13 +13,14 @@ import torch
 from dbrx_q.checkpoint import Checkpoint, check_finite, open_shards
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.footprint import Request
 from dbrx_q.inventory import Inventory, take_inventory
 from dbrx_q.jsonfile import read_json_object
 from dbrx_q.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.loading import eos_ids, load_pretrained
 from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.model import DbrxForCausalLM
-from dbrx_q.placement import Request, Rig, place
+from dbrx_q.placement import Rig, place
 from dbrx_q.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.tokenizer import DbrxTokenizer
 

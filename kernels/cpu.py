@@ -1,4 +1,4 @@
-"""The `cpu` backend: which of three regimes serves an op, and how.
+"""The `cpu` backend: products in one of three regimes (`cpu_choice.py`).
 
 Few tokens: dot products straight on the packed codes, at the speed of memory (`_cpu_int4.py`, `_cpu_int8.py`). Many tokens of bfloat16
 on a chip with AMX: decoding and multiplication in one kernel (`_cpu_amx.py`). Many tokens elsewhere, and any number with NF4, which
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 
 import numba
@@ -24,65 +22,20 @@ import torch
 from . import _cpu_amx, _cpu_int4, _cpu_int8
 from ._cpu_activations import Activations, quantize_activations
 from ._cpu_vector import has_bfloat16
+from .cpu_choice import BLOCK, CpuChoice, Regime, choose, padded
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .linear import PackedFormat, dequantize
 from .nf4 import Nf4Weight, dequantize_on_cpu
 
-__all__ = ["CpuChoice", "Dotted", "Regime", "choice_for", "choose", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
+__all__ = ["Dotted", "choice_for", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
 
 Dotted = Int4Weight | Int8Weight
 """The formats that dot products on codes serve."""
 
-_BLOCK = 128  # the compiled kernels want a multiple of it along the reduction axis
-
-
-class Regime(Enum):
-    """How a product with a packed weight is computed."""
-
-    MATVEC = "matvec"
-    """dot products on packed codes"""
-    AMX = "amx"
-    """decoded and multiplied tile by tile, in one kernel"""
-    TILES = "tiles"
-    """some rows decoded at a time, for torch's matmul"""
-
-
-@dataclass(frozen=True)
-class CpuChoice:
-    """How an op runs. tile_rows and tile_dtype: rows that TILES decodes at a time, and to what."""
-
-    regime: Regime
-    tile_rows: int
-    tile_dtype: torch.dtype
-
-
-def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, nf4: bool = False) -> CpuChoice:
-    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles.
-
-    nf4: whether the weight is NF4, for which there are neither dot products nor AMX code.
-    """
-    tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
-    if nf4 or K % _BLOCK:
-        return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
-    if amx and dtype == torch.bfloat16:
-        limit, many = _MATVEC_TOKENS_AMX, Regime.AMX
-    else:
-        limit, many = _MATVEC_TOKENS_FLOAT32 if tile_dtype == torch.float32 else _MATVEC_TOKENS_BFLOAT16, Regime.TILES
-    return CpuChoice(Regime.MATVEC if tokens <= limit else many, _TILE_ROWS, tile_dtype)
-
-
 # Waking a second thread costs 5 to 10 us in which one core reads 100 KB; where other programs hold the cores it costs a scheduler's
 # time slice, so small models stay on one.
 _THREAD_BYTES = 1 << 19
-# Tokens at which dot products lose, ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5: 8.2 against 8.3, 6: 9.9 against 8.4.
-_MATVEC_TOKENS_AMX = 5
-# 12: 18.3 against 22.3, 14: 23.0 against 22.7 with bfloat16 tiles.
-_MATVEC_TOKENS_BFLOAT16 = 12
-# 20: 29.7 against 50.5, 32: 59.1 against 59.3 with float32 tiles.
-_MATVEC_TOKENS_FLOAT32 = 24
-# 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
-_TILE_ROWS = 1024
 
 
 def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
@@ -145,7 +98,8 @@ def matvec(x: Activations, weight: Dotted, experts: np.ndarray, offsets: np.ndar
 def _tiled(x: torch.Tensor, weight: PackedFormat, choice: CpuChoice) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], which is in the tile's order."""
     N, K = weight.shape
-    out = torch.empty(x.shape[0], N, dtype=x.dtype)
+    T, x = len(x), padded(x)
+    out = torch.empty(len(x), N, dtype=x.dtype)
     buffer = torch.empty(0 if isinstance(weight, Nf4Weight) else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
     for first in range(0, N, choice.tile_rows):
         some = weight.rows(first, min(first + choice.tile_rows, N))
@@ -155,12 +109,12 @@ def _tiled(x: torch.Tensor, weight: PackedFormat, choice: CpuChoice) -> torch.Te
             tile = buffer[: some.shape[0]]
             _decode(some, tile)
         out[:, first : first + len(tile)] = x @ tile.T
-    return out
+    return out[:T]
 
 
 def _tile_order(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     """`x` [T, K] with its columns in the order in which `_decode` writes them."""
-    if isinstance(weight, Int4Weight) and x.shape[-1] % _BLOCK == 0:
+    if isinstance(weight, Int4Weight) and x.shape[-1] % BLOCK == 0:
         return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
     return x
 
@@ -168,7 +122,7 @@ def _tile_order(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
 def _decode(some: Dotted, tile: torch.Tensor) -> None:
     """Decode into `tile` [rows, K], bfloat16 or float32."""
     rows, K = tile.shape
-    if K % _BLOCK:
+    if K % BLOCK:
         tile.copy_(dequantize(some))
         return
     _use_threads(rows * K)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ._cpu_activations import Activations
-from .cpu import Dotted, Regime, choice_for, linear, matvec, quantized
+from .cpu import Dotted, choice_for, linear, matvec, quantized
+from .cpu_choice import Regime, matmul
 from .int4 import Int4Weight
 from .int8 import Int8Weight
 from .linear import PackedFormat
@@ -127,5 +128,5 @@ def _take(x: Activations, rows: torch.Tensor) -> Activations:
 
 def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: int) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight[slot])
+        return matmul(x, weight[slot])
     return linear(x, weight[slot])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from . import int4, int8, nf4
 from .backend import Backend, pick
+from .cpu_choice import matmul
 from .errors import FormatError
 from .int4 import Int4Weight
 from .int8 import Int8Weight
@@ -47,11 +48,12 @@ def linear(
     """
     if not isinstance(weight, torch.Tensor) and x.shape[-1] != weight.shape[-1]:
         raise FormatError(f"x must have as many features as the weight [N, K] takes; found {list(x.shape)} and {list(weight.shape)}")
-    if isinstance(weight, torch.Tensor):
-        return _finished(F.linear(x, weight), clip, residual)
-    backend = backend or pick(x.device)
     flat = x.reshape(-1, x.shape[-1])  # [T, K]
     shape = *x.shape[:-1], weight.shape[-2]
+    if isinstance(weight, torch.Tensor):
+        y = matmul(flat, weight).view(shape) if x.device.type == "cpu" else F.linear(x, weight)
+        return _finished(y, clip, residual)
+    backend = backend or pick(x.device)
     if backend is Backend.TRITON:
         from . import _triton_linear
 

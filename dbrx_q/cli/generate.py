@@ -72,12 +72,12 @@ def command(
 
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
+    from dbrx_q.footprint import PREFILL_TOKENS
     from dbrx_q.generation import check_request, generate
     from dbrx_q.host_memory import peak_memory_bytes
     from dbrx_q.hub import resolve_folder
     from dbrx_q.loading import load_pretrained
     from dbrx_q.model import check_device
-    from dbrx_q.placement import PREFILL_TOKENS
     from dbrx_q.sampling import SamplingParams
     from dbrx_q.tokenizer import DbrxTokenizer
 

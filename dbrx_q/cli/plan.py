@@ -46,9 +46,10 @@ def command(
     from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
+    from dbrx_q.footprint import Request
     from dbrx_q.layout import TensorFormat, tensor_formats
     from dbrx_q.low_bit import carried_formats, check_low_bit
-    from dbrx_q.placement import Request, Rig, place
+    from dbrx_q.placement import Rig, place
     from dbrx_q.quantize.recipe import default_recipe
     from dbrx_q.speed import speed_bounds
 

@@ -40,7 +40,8 @@ def command(
     from dbrx_q.experts.split import MissPolicy
     from dbrx_q.experts.sweep import sweep
     from dbrx_q.experts.trace import Trace
-    from dbrx_q.placement import Request, Rig
+    from dbrx_q.footprint import Request
+    from dbrx_q.placement import Rig
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)

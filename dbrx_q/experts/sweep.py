@@ -11,8 +11,9 @@ import torch
 
 from ..config import DbrxConfig
 from ..errors import RequestError
+from ..footprint import Request
 from ..layout import tensor_formats
-from ..placement import DevicePlan, Placement, Request, Rig, place
+from ..placement import DevicePlan, Placement, Rig, place
 from ..speed import simulated_seconds
 from .policies import DEFAULT_POLICY, POLICIES, Belady, CachePolicy, make_policy
 from .simulate import simulate, visits_of

@@ -15,9 +15,10 @@ import torch
 from dbrx_q import DbrxConfig, KVCache
 from dbrx_q.advice import advice
 from dbrx_q.checkpoint import Checkpoint
+from dbrx_q.footprint import Footprint, Request
 from dbrx_q.kernels.kv import KV_FORMATS
 from dbrx_q.layout import TensorFormat
-from dbrx_q.placement import Card, Placement, Request, Rig, place
+from dbrx_q.placement import Card, Placement, Rig, place
 from dbrx_q.quantize.recipe import default_recipe
 from dbrx_q.speed import hit_rate, speed_bounds
 
@@ -115,7 +116,7 @@ def test_the_split_is_the_best_of_all(case: Case) -> None:
     from dbrx_q import placement
 
     request = Request(8192)
-    model = placement._Sizes.of(DBRX, INT4, request)
+    model = Footprint.of(DBRX, INT4, request)
     every = [placement._on_cards(model, case.rig, (*ends, 40)) for ends in combinations(range(1, 40), len(case.cards) - 1)]
     least = min(placement._badness(model, case.rig, plan) for plan in every)
     assert placement._badness(model, case.rig, place(DBRX, INT4, case.rig, request)) == least

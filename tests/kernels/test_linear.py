@@ -13,6 +13,7 @@ import torch
 
 from dbrx_q.kernels import cpu, int4, int8, nf4
 from dbrx_q.kernels.backend import Backend, pick
+from dbrx_q.kernels.cpu_choice import Regime, choose, matmul, padded_rows, tile_bytes
 from dbrx_q.kernels.errors import DbrxError, FormatError
 from dbrx_q.kernels.int4 import Int4Weight
 from dbrx_q.kernels.linear import PackedFormat, dequantize, linear, linear_reference
@@ -200,22 +201,50 @@ def test_leading_axes_are_kept() -> None:
 
 
 def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
-    few = cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
-    many = cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
-    assert few.regime is cpu.Regime.MATVEC
-    assert many.regime is cpu.Regime.TILES
+    few = choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
+    many = choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
+    assert few.regime is Regime.MATVEC
+    assert many.regime is Regime.TILES
     assert many.tile_dtype == torch.bfloat16
-    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
-    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
-    assert cpu.choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
-    assert cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, nf4=True).regime is cpu.Regime.TILES
+    assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
+    assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
+    assert choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
+    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, nf4=True).regime is Regime.TILES
 
 
 def test_amx_serves_many_tokens_of_bfloat16() -> None:
-    assert cpu.choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.AMX
-    assert cpu.choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.MATVEC
-    assert cpu.choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
-    assert cpu.choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is cpu.Regime.TILES
+    assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.AMX
+    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.MATVEC
+    assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is Regime.TILES
+    assert choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
+
+
+def test_a_few_numbers_of_rows_stand_for_all() -> None:
+    """oneDNN keeps code of its own for every number of rows."""
+    assert [padded_rows(T) for T in (0, 1, 2, 3, 16, 17, 33, 128, 129, 512, 513)] == [0, 1, 2, 4, 16, 32, 48, 128, 144, 512, 576]
+    assert all(0 <= padded_rows(T) - T < max(16, T / 8) for T in range(4096))
+    assert all(padded_rows(padded_rows(T)) == padded_rows(T) for T in range(4096))
+    assert len({padded_rows(T) for T in range(1, 513)}) <= 28
+
+
+@pytest.mark.parametrize("T", [0, 1, 5, 19, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_that_pad_a_product_change_nothing(T: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(T)
+    x, weight = (torch.randn(rows, 128, generator=generator).to(dtype) for rows in (T, 24))
+    found = matmul(x, weight)
+    assert found.shape == (T, 24)
+    torch.testing.assert_close(found.float(), (x.double() @ weight.double().T).float(), rtol=2**-7, atol=1e-3)
+
+
+def test_decoded_rows_take_what_is_planned() -> None:
+    weight = packed_weight("int8", 64, 1500, 256)
+    sizes: list[int] = []
+    real = torch.empty
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *shape, **options: (sizes.append(shape[0] * shape[1]), real(*shape, **options))[1])
+        cpu.linear(torch.zeros(100, 256), weight)
+    assert max(sizes[1:]) * 4 == tile_bytes(1500, 256)
 
 
 def test_activations_of_another_width_are_refused() -> None:

@@ -15,12 +15,12 @@ from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.errors import FormatError
 from dbrx_q.eval.folder_source import PackedFolder
 from dbrx_q.eval.synthetic import write_checkpoint
+from dbrx_q.footprint import Request as MemoryRequest
 from dbrx_q.inventory import take_inventory
 from dbrx_q.kernels import nf4
 from dbrx_q.layers import PackedWeight
 from dbrx_q.layout import DenseTensor, TensorFormat, oriented, parts_of
 from dbrx_q.manifest import Manifest, sha256_of
-from dbrx_q.placement import Request as MemoryRequest
 from dbrx_q.placement import Rig, place
 from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe, override

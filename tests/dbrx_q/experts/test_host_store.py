@@ -26,9 +26,10 @@ from dbrx_q.experts.reader import ExpertReader, reads_faster_directly, supports_
 from dbrx_q.experts.slots import ExpertKind, ExpertSlots
 from dbrx_q.experts.tier import HostTier
 from dbrx_q.experts.tiered import NextRouter
+from dbrx_q.footprint import Request
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model, load_pretrained
-from dbrx_q.placement import Request, Rig, place
+from dbrx_q.placement import Rig, place
 from dbrx_q.quantize import pipeline
 from dbrx_q.quantize.recipe import default_recipe
 
@@ -231,7 +232,7 @@ def test_a_damaged_expert_is_refused_when_it_is_first_read(copied: Path, expert:
         file.write(b"\x00\x7c")  # infinity
 
     def use() -> None:
-        model = load_model(copied, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
+        model = load_model(copied, budget=Budget(Rig(2_200_000), context=100, step_tokens=8))
         assert expert, "it was among those that are read when the model is loaded"
         for seed in range(300):
             generate(model, [[seed, 3, seed]], max_new_tokens=8)
@@ -336,10 +337,10 @@ def test_a_budget_that_cannot_work_names_the_smallest_that_can(quantized_nano: P
 
 
 def test_memory_that_another_program_took(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbrx_q.budget.available_bytes", lambda: 1_800_000)
-    with pytest.raises(RequestError, match=r"of host memory, of which 1\.80 MB are free now: .* at most 1,800,000 bytes"):
+    monkeypatch.setattr("dbrx_q.budget.available_bytes", lambda: 1_900_000)
+    with pytest.raises(RequestError, match=r"of host memory, of which 1\.90 MB are free now: .* at most 1,900,000 bytes"):
         load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
-    load_model(quantized_nano, budget=Budget(Rig(1_800_000), context=10, step_tokens=8)).close()
+    load_model(quantized_nano, budget=Budget(Rig(1_900_000), context=10, step_tokens=8)).close()
 
 
 def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:

@@ -61,7 +61,7 @@ def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_host(slots: int, **options: Any) -> Budget:
     """Host memory for so many experts beside the copy."""
     budget = Budget(Rig(1), context=64, step_tokens=40, direct=False, degraded=True, **options)
-    return replace(budget, rig=Rig(6_032_640 + slots * EXPERT["int8"]))
+    return replace(budget, rig=Rig(6_163_712 + slots * EXPERT["int8"]))
 
 
 def on_cards(*megabytes: float, ram: float, **options: Any) -> Budget:

@@ -1,0 +1,91 @@
+"""Which regime of the `cpu` backend serves a product, and with how many rows: pure functions of shapes, types and the chip.
+
+Dimension letters: `T` tokens, `N` output features, `K` input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["BLOCK", "CpuChoice", "Regime", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
+
+BLOCK = 128
+"""The compiled kernels want a multiple of it along the reduction axis."""
+
+
+class Regime(Enum):
+    """How a product with a packed weight is computed."""
+
+    MATVEC = "matvec"
+    """dot products on packed codes"""
+    AMX = "amx"
+    """decoded and multiplied tile by tile, in one kernel"""
+    TILES = "tiles"
+    """some rows decoded at a time, for torch's matmul"""
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """How an op runs. tile_rows and tile_dtype: rows that TILES decodes at a time, and to what."""
+
+    regime: Regime
+    tile_rows: int
+    tile_dtype: torch.dtype
+
+
+def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, nf4: bool = False) -> CpuChoice:
+    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles.
+
+    nf4: whether the weight is NF4, for which there are neither dot products nor AMX code.
+    """
+    tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
+    if nf4 or K % BLOCK:
+        return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
+    if amx and dtype == torch.bfloat16:
+        limit, many = _MATVEC_TOKENS_AMX, Regime.AMX
+    else:
+        limit, many = _MATVEC_TOKENS_FLOAT32 if tile_dtype == torch.float32 else _MATVEC_TOKENS_BFLOAT16, Regime.TILES
+    return CpuChoice(Regime.MATVEC if tokens <= limit else many, _TILE_ROWS, tile_dtype)
+
+
+# Tokens at which dot products lose, ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5: 8.2 against 8.3, 6: 9.9 against 8.4.
+_MATVEC_TOKENS_AMX = 5
+# 12: 18.3 against 22.3, 14: 23.0 against 22.7 with bfloat16 tiles.
+_MATVEC_TOKENS_BFLOAT16 = 12
+# 20: 29.7 against 50.5, 32: 59.1 against 59.3 with float32 tiles.
+_MATVEC_TOKENS_FLOAT32 = 24
+# 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
+_TILE_ROWS = 1024
+
+
+def tile_bytes(N: int, K: int) -> int:
+    """Memory that a product with a packed weight [N, K] takes for decoded rows, at most."""
+    return min(N, _TILE_ROWS) * K * torch.float32.itemsize
+
+
+def padded_rows(T: int) -> int:
+    """The number of rows that stands for those near T: less than 16 more, or than an eighth."""
+    if T <= 1:
+        return T
+    power = 1 << (T - 1).bit_length()  # the next power of two
+    step = max(16, power // 16)
+    return power if T <= 16 else -(-T // step) * step
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """`x` [T, K] with rows of zeros behind it, as torch's matmul should get it.
+
+    For 16-bit types torch calls oneDNN, which compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each: a few
+    numbers of rows stand for all, so that memory does not grow with the prompts.
+    """
+    missing = 0 if x.dtype == torch.float32 else padded_rows(len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T, N] = x [T, K] @ weight [N, K].T, both plain and of one dtype."""
+    return F.linear(padded(x), weight)[: len(x)]
