@@ -19,7 +19,7 @@ from .errors import CheckpointError, RequestError, UnsupportedError
 from .experts import ExpertStore, ResidentExpertStore
 from .experts.build import Parts, build_store
 from .experts.calibrate import measure_rates
-from .experts.card import CardExpertStore
+from .experts.card_store import CardExpertStore
 from .experts.files import ExpertFiles
 from .experts.link import make_link
 from .experts.policies import CachePolicy, make_policy

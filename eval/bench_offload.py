@@ -19,7 +19,7 @@ from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.decoding import decoder_for
 from dbrx_q.errors import RequestError
 from dbrx_q.experts.calibrate import measure_rates
-from dbrx_q.experts.card import CardExpertStore
+from dbrx_q.experts.card_store import CardExpertStore
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.experts.host import HostExpertStore
 from dbrx_q.experts.reader import ExpertReader, staging_bytes, supports_direct

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..placement import Placement, Rig
-from .card import CardExperts, CardExpertStore
+from .card import CardExperts
+from .card_store import CardExpertStore
 from .host import HostExpertStore
 from .link import Link
 from .policies import CachePolicy, Lru

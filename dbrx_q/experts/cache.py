@@ -41,7 +41,6 @@ class ExpertCache:
         total = policy.layers * policy.experts
         self._slot = np.full(total, -1)
         self._held = np.zeros(total, bool)
-        self._pinned = np.zeros(total, bool)  # must stay until they are unpinned
         self._shielded = np.zeros(total, bool)  # must stay for now
         self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
         self._free = list(range(slots))[::-1]
@@ -62,10 +61,6 @@ class ExpertCache:
     def free_slot(self) -> int | None:
         """A slot that nobody lies in; None where all are taken."""
         return self._free[-1] if self._free else None
-
-    def pin(self, layer: int, expert: int, *, pinned: bool) -> None:
-        """Whether an expert must keep its slot."""
-        self._pinned[self._key(layer, expert)] = pinned
 
     def slot_of(self, layer: int, expert: int) -> int:
         """Where an expert lies; -1 for nowhere."""
@@ -143,7 +138,6 @@ class ExpertCache:
                 self._slot[key], self._held[key], self._foreseen_only[key] = -1, False, False
         self._free = sorted(set(range(self.slots)) - {int(self._slot[key]) for key in kept}, reverse=True)
         self._shielded[:] = False
-        self._pinned[:] = False
 
     def _assign(self, layer: int, expert: int, *, urgent: bool) -> Assignment | None:
         """A slot for an expert that is not there; None while everything must stay."""
@@ -160,7 +154,7 @@ class ExpertCache:
 
     def _victim(self) -> int | None:
         """Who goes next; None while everything must stay."""
-        free_to_go = self._held & ~self._shielded & ~self._pinned
+        free_to_go = self._held & ~self._shielded
         if self.kept_elsewhere is not None:
             free_to_go &= self.kept_elsewhere()
         candidates = np.flatnonzero(free_to_go)
@@ -209,3 +203,5 @@ def serve(
             ahead = ()
         yield group
         cache.served(layer, group.experts)
+    if ahead and next_cache is not None:  # the layer needs nothing from here
+        yield from next_cache.prefetch(layer + 1, ahead)

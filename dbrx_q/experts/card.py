@@ -1,8 +1,9 @@
-"""The expert store of cards: a cache of experts on each, host memory under them, disk under that.
+"""The experts of one card: a cache of them in its memory, host memory under it.
 
-A layer's experts are served in this order: copies of missed ones begin; what lies on the card is computed there; the CPU computes its
-share of the missed ones where they lie; then what was copied. What the next layer is foreseen to need is copied meanwhile. Where there is a
-low-bit copy it takes the place of experts that lie on disk, and is computed and copied like the others.
+A layer's experts are served in this order: copies of missed ones begin, then of those that the next layer is foreseen to need, so that the
+link has work; what lies on the card is computed there; the CPU computes its share of the missed ones where they lie; then what was copied
+is computed, first what had been foreseen. Where there is a low-bit copy it takes the place of experts that lie on disk, and is computed and
+copied like the others.
 """
 
 from __future__ import annotations
@@ -16,29 +17,28 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from ..errors import RequestError
-from ..kernels.moe import ExpertWeights
 from .cache import Assignment
 from .link import Arrival, Link
 from .policies import CachePolicy, Lru
 from .slots import ExpertKind, first_slots
 from .split import MissPolicy, MissRates, split_misses
-from .stats import CacheStats, ExpertStats
+from .stats import CacheStats
 from .stock import Stock
 from .sums import ExpertSum
 from .tier import HostTier, Place, fill_order
-from .tiered import LowBitCopy, NextRouter, TieredExpertStore
+from .tiered import LowBitCopy
 
-__all__ = ["CardExpertStore", "CardExperts"]
+__all__ = ["CardExperts"]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Experts of a layer that one stock serves: those on the card, those that the CPU computes, and the copies of the others, None for
-    one that has not begun."""
+    """Experts of a layer that one stock serves: those on the card, those on their way there since they were foreseen, those that the CPU
+    computes, and the copies of the others, None for one that has not begun."""
 
     stock: Stock
     present: list[int]
+    coming: dict[int, Arrival]
     on_cpu: list[int]
     copies: dict[int, Arrival | None]
 
@@ -46,6 +46,10 @@ class _Batch:
     def missed(self) -> list[int]:
         """Those that are not on the card, in ascending order."""
         return sorted([*self.on_cpu, *self.copies])
+
+    def all_begun(self, index: int) -> bool:
+        """Whether nothing of the layer, `index`, waits for the disk, or for a slot."""
+        return None not in self.copies.values() and all(self.stock.tier.has(index, e) for e in self.on_cpu)
 
 
 class CardExperts:
@@ -86,7 +90,8 @@ class CardExperts:
             L, E = tier.n_layers, tier.n_experts
             self._low_bit = Stock(device, low_bit.tier, low_bit_slots, {kind: Lru(L, E) for kind in low_bit_slots})
             self._upgrade = low_bit.upgrade
-        self._coming: dict[Place, Arrival] = {}  # copies of what was foreseen
+        self._coming: dict[Place, Arrival] = {}  # copies that were begun because they were foreseen, and not used yet
+        tier.before_reuse.append(self._let_leave)
         self._seen = 0, 0.0  # bytes and seconds of the link that the rates know
         self.on_cpu = self.degraded = 0
         self.compute_seconds = self.wait_seconds = 0.0
@@ -143,7 +148,7 @@ class CardExperts:
         try:
             self._serve(index, total, needed, ahead)
         except BaseException:
-            self._forget()
+            self.forget()
             raise
 
     def free_slot(self, layer: int) -> int | None:
@@ -153,6 +158,16 @@ class CardExperts:
     def slot_views(self, layer: int, slot: int) -> list[torch.Tensor]:
         """The memory of a slot for the experts of a layer."""
         return self._full.slots(layer).views(slot)
+
+    def forget(self) -> None:
+        """After an error nothing is believed to lie on the card: it comes again."""
+        for arrival in self._coming.values():
+            self.link.abandon(arrival)
+        self._coming.clear()
+        self.link.settle()
+        for stock in self._stocks:
+            for _, cache in stock.pools.values():
+                cache.keep_only(())
 
     def close(self) -> None:
         """End the link's thread."""
@@ -165,6 +180,8 @@ class CardExperts:
             batches.append(self._begin(self._low_bit, index, total, degraded))
         for batch in batches:
             self._on_card(total, batch.stock, index, batch.present)
+        if all(batch.all_begun(index) for batch in batches):
+            self._fetch_ahead(index + 1, ahead)
         absent = [e for e in ahead if self._full.cache(index + 1).slot_of(index + 1, e) < 0]
         for batch in batches:
             self._finish(batch, index, total, absent if self._low_bit is None else [])
@@ -172,7 +189,7 @@ class CardExperts:
             self._full.cache(index).bypass(index, degraded)
             self._tier.pass_over(index, degraded, upgrade=self._upgrade)
             self.degraded += len(degraded)
-        self._fetch_ahead(index + 1, absent)
+        self._fetch_ahead(index + 1, ahead)  # what found no slot while this layer's were needed
         sent_bytes, busy = self.link.bytes_copied, self.link.busy_seconds
         self.rates.saw(link_bytes=sent_bytes - self._seen[0], link_seconds=busy - self._seen[1])
         self._seen = sent_bytes, busy
@@ -188,22 +205,25 @@ class CardExperts:
         """Decide how a stock serves the experts of a layer, and begin the copies that can begin."""
         kind, cache = stock.tier.kind(index), stock.cache(index)
         missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
-        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy)
+        coming = self._not_landed(index, needed) if stock is self._full else {}
+        late = {e: total.counts[e] for e in coming if stock.tier.has(index, e)}
+        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy, late)
         present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
         cache.bypass(index, on_cpu)
-        if stock is self._full:
-            self._land(index)
+        for e, arrival in coming.items():
+            (self.link.defer if e in set(on_cpu) else self.link.hurry)(arrival)
+        coming = {e: arrival for e, arrival in coming.items() if e not in set(on_cpu)}
         # Those that host memory does not hold begin when they have come from disk.
         copies = {e: self._copy(stock, index, e) if stock.tier.has(index, e) else None for e in copied}
-        return _Batch(stock, present, on_cpu, copies)
+        return _Batch(stock, [e for e in present if e not in coming], coming, on_cpu, copies)
 
     def _finish(self, batch: _Batch, index: int, total: ExpertSum, ahead: Sequence[int]) -> None:
         """Add a batch's experts that are not on the card yet; those of `ahead` come from disk into host memory meanwhile."""
-        stock = batch.stock
+        stock, going = batch.stock, dict(batch.coming)
         with closing(stock.tier.serve(index, batch.missed, ahead)) as groups:
             for experts in groups:
                 self._on_host(total, stock, index, [e for e in experts if e in set(batch.on_cpu)])
-                going = {e: arrival for e in experts if (arrival := batch.copies.get(e)) is not None}
+                going |= {e: arrival for e in experts if (arrival := batch.copies.get(e)) is not None}
                 for e in [e for e in experts if e in batch.copies and e not in going]:
                     while (arrival := self._copy(stock, index, e)) is None and going:  # a slot is free when another copy was computed
                         self._arrive(total, stock, index, going)
@@ -213,6 +233,8 @@ class CardExperts:
                         going[e] = arrival
                 while going:
                     self._arrive(total, stock, index, going)
+        while going:  # where nothing was missed
+            self._arrive(total, stock, index, going)
 
     def _on_host(self, total: ExpertSum, stock: Stock, index: int, experts: Sequence[int]) -> None:
         """Let the CPU compute experts where they lie in host memory."""
@@ -233,6 +255,8 @@ class CardExperts:
         self.await_copy(going[expert])
         self._on_card(total, stock, index, [expert])
         del going[expert]
+        if stock is self._full:
+            self._coming.pop((index, expert), None)
 
     def _copy(self, stock: Stock, index: int, expert: int) -> Arrival | None:
         """Begin to copy an expert of host memory; None where no slot can be had."""
@@ -240,7 +264,7 @@ class CardExperts:
         if assignment is None:
             return None
         if stock is self._full:
-            self._drop_coming(assignment)
+            self._give_up(assignment.evicted)
         sources = stock.tier.slots(index).views(stock.tier.slot_of(index, expert))
         return self._put(stock, assignment, stock.tier.kind(index), sources)
 
@@ -264,127 +288,37 @@ class CardExperts:
         cache.served(index, experts)
 
     def _fetch_ahead(self, layer: int, experts: list[int]) -> None:
-        """Copy what the next layer is foreseen to need and host memory holds; it stays there until it has left."""
-        here = [e for e in experts if self._tier.has(layer, e)]
-        if not here:
+        """Begin to copy what the next layer is foreseen to need and host memory holds."""
+        if not experts:
             return
-        kind = self._tier.kind(layer)
-        for assignment in self._full.cache(layer).prefetch(layer, here):
-            self._drop_coming(assignment)
-            self._tier.pin(layer, assignment.expert, pinned=True)
+        cache, kind = self._full.cache(layer), self._tier.kind(layer)
+        here = [e for e in experts if cache.slot_of(layer, e) < 0 and self._tier.has(layer, e)]
+        for assignment in cache.prefetch(layer, here):
+            self._give_up(assignment.evicted)
             sources = self._tier.slots(layer).views(self._tier.slot_of(layer, assignment.expert))
             self._coming[layer, assignment.expert] = self.put(assignment, kind, sources)
 
-    def _land(self, layer: int) -> None:
-        """Let the layer see what was copied ahead for it, needed or not."""
-        for place in [place for place in self._coming if place[0] == layer]:
-            arrival = self._coming.pop(place)
+    def _not_landed(self, layer: int, needed: Sequence[int]) -> dict[int, Arrival]:
+        """The copies of these experts that were foreseen and are still on their way; those of others come after them."""
+        for (where, e), arrival in self._coming.items():
+            if where == layer and e not in set(needed):
+                self.link.defer(arrival)
+        found = {e: self._coming[layer, e] for e in needed if (layer, e) in self._coming}
+        for e in [e for e, arrival in found.items() if arrival.done]:
+            self.await_copy(found.pop(e))
+            del self._coming[layer, e]
+        return found
+
+    def _let_leave(self, place: Place) -> None:
+        """Return when no copy of an expert is read from host memory any more."""
+        if (arrival := self._coming.get(place)) is not None:
             self.link.hurry(arrival)
-            self.await_copy(arrival)
-            self._tier.pin(*place, pinned=False)
-
-    def _drop_coming(self, assignment: Assignment) -> None:
-        """What was copied ahead and is evicted before it was used must have landed before its slot is written again."""
-        if assignment.evicted is not None and assignment.evicted in self._coming:
-            self._coming.pop(assignment.evicted).settle()
-            self._tier.pin(*assignment.evicted, pinned=False)
-
-    def _forget(self) -> None:
-        """After an error nothing is believed to lie on the card: it comes again."""
-        for place, arrival in self._coming.items():
             arrival.settle()
-            self._tier.pin(*place, pinned=False)
-        self._coming.clear()
-        self.link.settle()
-        for stock in self._stocks:
-            for _, cache in stock.pools.values():
-                cache.keep_only(())
+
+    def _give_up(self, place: Place | None) -> None:
+        """What was copied ahead and is evicted before it was used must not be on its way when its slot is written again."""
+        if place is not None and (arrival := self._coming.pop(place, None)) is not None:
+            self.link.abandon(arrival)
 
     def _own(self, layer: int) -> bool:
         return self.layers[0] <= layer < self.layers[1]
-
-
-class CardExpertStore(TieredExpertStore):
-    """Experts of a model whose layers are split over cards.
-
-    Args:
-        cards: in the order of their layers; closed with the store.
-        tier, prefetch, routers, low_bit: as of `TieredExpertStore`.
-    """
-
-    def __init__(
-        self,
-        cards: Sequence[CardExperts],
-        tier: HostTier,
-        *,
-        prefetch: bool,
-        routers: Sequence[NextRouter] | None = None,
-        low_bit: LowBitCopy | None = None,
-    ) -> None:
-        super().__init__(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
-        self.cards = tuple(cards)
-
-    def fill(self, worth: np.ndarray | None = None) -> None:
-        """Bring the likeliest experts onto the cards, then the others into host memory.
-
-        Raises:
-            CheckpointError: an expert cannot be read, or is damaged.
-        """
-        held = []
-        for card in self.cards:
-            arrivals = []
-            for assignment, kind in card.choose(worth):
-                place = assignment.layer, assignment.expert
-                with closing(self.tier.serve(assignment.layer, [assignment.expert])) as groups:
-                    for _ in groups:
-                        sources = self.tier.slots(place[0]).views(self.tier.slot_of(*place))
-                        arrival = card.put(assignment, kind, sources)
-                        arrival.settle()
-                        arrivals.append(arrival)
-                held.append(place)
-            for arrival in arrivals:
-                card.await_copy(arrival)
-        self.tier.forget()  # what passed through on its way to a card
-        self.tier.fill(worth, last=held)
-        self._fill_low_bit()
-        here = self.tier.held()
-        every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
-        once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
-        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
-            for card in self.cards:
-                card.keep_what_is_nowhere_else()
-
-    def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")
-
-    def stats(self) -> ExpertStats:
-        reader = self.tier.reader
-        foreseen, foreseeable = self._guessed()
-        return ExpertStats(
-            cache=sum((card.stats for card in self.cards), CacheStats()),
-            foreseen=foreseen,
-            foreseeable=foreseeable,
-            disk_bytes=reader.bytes_read,
-            compute_seconds=sum(card.compute_seconds for card in self.cards),
-            wait_seconds=sum(card.wait_seconds for card in self.cards) + self.tier.wait_seconds,
-            read_seconds=reader.busy_seconds,
-            host=self.tier.stats,
-            on_cpu=sum(card.on_cpu for card in self.cards),
-            link_bytes=sum(card.link.bytes_copied for card in self.cards),
-            link_seconds=sum(card.link.busy_seconds for card in self.cards),
-            degraded=sum(card.degraded for card in self.cards),
-        )
-
-    def close(self) -> None:
-        for card in self.cards:
-            card.close()
-        super().close()
-
-    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        self._card(index).serve(index, total, needed, ahead)
-
-    def _follows(self, index: int) -> bool:
-        return index + 1 < self._card(index).layers[1]
-
-    def _card(self, layer: int) -> CardExperts:
-        return next(card for card in self.cards if card.layers[0] <= layer < card.layers[1])

@@ -62,7 +62,7 @@ class Arrival:
             torch.cuda.current_stream().wait_event(self._event)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: tensors do not compare to one answer
 class _Job:
     sources: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
@@ -71,12 +71,14 @@ class _Job:
 
 
 class Link(ABC):
-    """Copies experts to one card, one after the other, those that somebody waits for first."""
+    """Copies experts to one card, one after the other: those that somebody waits for, then those that the next layer may need, then those
+    that were foreseen and not needed."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._urgent: deque[_Job] = deque()
         self._early: deque[_Job] = deque()
+        self._deferred: deque[_Job] = deque()
         self._closed = self._sending = False
         self._bytes, self._busy_seconds = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="expert-link", daemon=True)
@@ -110,22 +112,36 @@ class Link(ABC):
     def hurry(self, arrival: Arrival) -> None:
         """Somebody waits for it now."""
         with self._changed:
-            for job in [job for job in self._early if job.arrival is arrival]:
-                self._early.remove(job)
+            if (job := self._take_back(arrival)) is not None:
                 self._urgent.append(job)
+
+    def defer(self, arrival: Arrival) -> None:
+        """Nobody needed it yet; it comes behind all others."""
+        with self._changed:
+            if (job := self._take_back(arrival)) is not None:
+                self._deferred.append(job)
+
+    def abandon(self, arrival: Arrival) -> None:
+        """Nobody wants it any more: return when nothing is read or sent for it, which fails if it did not begin."""
+        with self._changed:
+            job = self._take_back(arrival)
+            if job is not None:
+                arrival.finish(None, DbrxError("the copy was given up"))
+                self._changed.notify_all()
+        arrival.settle()
 
     def settle(self) -> None:
         """Return when nothing is on its way."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._urgent or self._early or self._sending))
+            self._changed.wait_for(lambda: not (self._sending or any(self._queues)))
 
     def close(self) -> None:
         """End the thread; copies that did not begin fail."""
         with self._changed:
             self._closed = True
-            waiting = [*self._urgent, *self._early]
-            self._urgent.clear()
-            self._early.clear()
+            waiting = [job for queue in self._queues for job in queue]
+            for queue in self._queues:
+                queue.clear()
             self._changed.notify_all()
         for job in waiting:
             job.arrival.finish(None, _closed())
@@ -135,14 +151,28 @@ class Link(ABC):
     def _send(self, job: _Job) -> torch.cuda.Event | None:
         """Copy; gives what tells when all is there, None where it is already."""
 
+    @property
+    def _queues(self) -> tuple[deque[_Job], ...]:
+        """What has not begun, in the order in which it will."""
+        return self._urgent, self._early, self._deferred
+
+    def _take_back(self, arrival: Arrival) -> _Job | None:
+        """Out of its queue, for whoever holds the lock; None where it has begun."""
+        for queue in self._queues:
+            for job in queue:
+                if job.arrival is arrival:
+                    queue.remove(job)
+                    return job
+        return None
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._urgent or self._early or self._closed):
+                while not (self._closed or any(self._queues)):
                     self._changed.wait()
                 if self._closed:
                     return
-                job = (self._urgent or self._early).popleft()
+                job = next(queue for queue in self._queues if queue).popleft()
                 self._sending = True
             started = time.perf_counter()
             event, error = None, None

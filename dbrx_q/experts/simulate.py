@@ -155,6 +155,12 @@ class _NoLink(Link):
     def hurry(self, arrival: Arrival) -> None:
         pass
 
+    def defer(self, arrival: Arrival) -> None:
+        pass
+
+    def abandon(self, arrival: Arrival) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 

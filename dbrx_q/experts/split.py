@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 __all__ = ["MissPolicy", "MissRates", "split_misses"]
 
@@ -50,25 +51,31 @@ def reads(tokens: int) -> int:
     return max(1, -(-tokens // _TOKENS_A_READ))
 
 
-def split_misses(missed: Mapping[int, int], nbytes: int, rates: MissRates, policy: MissPolicy) -> tuple[list[int], list[int]]:
-    """(experts for the CPU, experts to copy), each in ascending order.
+def split_misses(
+    missed: Mapping[int, int], nbytes: int, rates: MissRates, policy: MissPolicy, coming: Mapping[int, int] = MappingProxyType({})
+) -> tuple[list[int], list[int]]:
+    """(experts that the CPU computes, experts whose copy is to begin).
 
     Args:
         missed: tokens of every missed expert.
         nbytes: of one expert.
         rates: of both ways.
         policy: one way for all, or the split whose slower half ends first; the copy of a few more among equals, since what is copied stays.
+        coming: the same of experts that are on their way already, in this order. "hybrid" lets the CPU compute those of them, too, that it
+            has done before they come.
     """
     if policy is MissPolicy.cpu:
         return sorted(missed), []
     if policy is MissPolicy.copy:
         return [], sorted(missed)
-    cheapest = sorted(missed, key=lambda e: (missed[e], e))  # the CPU takes those with the fewest tokens
-    best, least = 0, len(missed) * nbytes / rates.link
+    # The CPU takes those with the fewest tokens, and what is on its way last of all, from behind.
+    order = [*sorted(missed, key=lambda e: (missed[e], e)), *reversed(coming)]
+    tokens = {**missed, **coming}
+    best, least = 0, len(order) * nbytes / rates.link
     seconds = 0.0
-    for k, expert in enumerate(cheapest, 1):
-        seconds += rates.cpu_seconds(nbytes, missed[expert])
-        slower = max(seconds, (len(missed) - k) * nbytes / rates.link)
+    for k, expert in enumerate(order, 1):
+        seconds += rates.cpu_seconds(nbytes, tokens[expert])
+        slower = max(seconds, (len(order) - k) * nbytes / rates.link)
         if slower < least:
             best, least = k, slower
-    return sorted(cheapest[:best]), sorted(cheapest[best:])
+    return sorted(order[:best]), sorted(e for e in order[best:] if e in missed)

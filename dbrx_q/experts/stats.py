@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 
 from ..sizes import format_size
 
-__all__ = ["CacheStats", "ExpertStats"]
+__all__ = ["CacheStats", "ExpertStats", "LinkStats"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
+class LinkStats:
+    """What travelled from host memory to one card. nbytes: of experts. seconds: in which the link was busy."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: LinkStats) -> LinkStats:
+        return LinkStats(self.nbytes + other.nbytes, self.seconds + other.seconds)
+
+    def __sub__(self, other: LinkStats) -> LinkStats:
+        return LinkStats(self.nbytes - other.nbytes, self.seconds - other.seconds)
+
+
+@dataclass(frozen=True)
 class ExpertStats:
     """What an expert store did; times in seconds.
 
@@ -48,8 +63,7 @@ class ExpertStats:
     followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
     which products waited for bytes. read_seconds: in which at least one read was under way. degraded: misses that a low-bit copy answered.
 
-    Of cards. host: of the host's memory under them. on_cpu: misses that the CPU computed. link_bytes: that travelled to cards.
-    link_seconds: in which links were busy, together.
+    Of cards. host: of the host's memory under them. on_cpu: misses that the CPU computed. links: the way to each card that has slots.
     """
 
     cache: CacheStats = CacheStats()
@@ -61,9 +75,18 @@ class ExpertStats:
     read_seconds: float = 0.0
     host: CacheStats = CacheStats()
     on_cpu: int = 0
-    link_bytes: int = 0
-    link_seconds: float = 0.0
+    links: tuple[LinkStats, ...] = ()
     degraded: int = 0
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that travelled to all cards."""
+        return sum(link.nbytes for link in self.links)
+
+    @property
+    def link_seconds(self) -> float:
+        """Seconds in which links were busy, together."""
+        return sum(link.seconds for link in self.links)
 
     @property
     def degraded_share(self) -> float:
@@ -76,10 +99,12 @@ class ExpertStats:
         return self.foreseen / self.foreseeable if self.foreseeable else 0.0
 
     def __add__(self, other: ExpertStats) -> ExpertStats:
-        return ExpertStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        links = tuple(a + b for a, b in zip_longest(self.links, other.links, fillvalue=LinkStats()))
+        return ExpertStats(links=links, **{name: getattr(self, name) + getattr(other, name) for name in _ADDED})
 
     def __sub__(self, other: ExpertStats) -> ExpertStats:
-        return ExpertStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+        links = tuple(a - b for a, b in zip_longest(self.links, other.links, fillvalue=LinkStats()))
+        return ExpertStats(links=links, **{name: getattr(self, name) - getattr(other, name) for name in _ADDED})
 
     def as_dict(self) -> dict[str, float]:
         """Every counter and rate by name."""
@@ -89,8 +114,11 @@ class ExpertStats:
             "prefetch_accuracy": self.prefetch_accuracy,
             "degraded_share": self.degraded_share,
         }
-        others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host")}
-        return asdict(self.cache) | rates | others | {f"host_{name}": value for name, value in asdict(self.host).items()}
+        others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host", "links")}
+        links: dict[str, float] = {"link_bytes": self.link_bytes, "link_seconds": self.link_seconds}
+        for i, link in enumerate(self.links):
+            links |= {f"link_{i}_bytes": link.nbytes, f"link_{i}_seconds": link.seconds}
+        return asdict(self.cache) | rates | others | links | {f"host_{name}": value for name, value in asdict(self.host).items()}
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -102,9 +130,11 @@ class ExpertStats:
         if self.degraded:
             found.append(f"low-bit copy: answered {self.degraded} misses, {self.degraded_share:.1%} of all requests")
         if self.host.requests:
-            speed = f", {format_size(self.link_bytes / self.link_seconds)}/s while copying" if self.link_seconds else ""
+            found.append(f"misses: {self.on_cpu} computed by the CPU, the others copied")
+            for i, link in enumerate(self.links):
+                speed = f", {format_size(link.nbytes / link.seconds)}/s in {link.seconds:.2f} s of copying" if link.seconds else ""
+                found.append(f"link {i}: {format_size(link.nbytes)} copied to its card{speed}")
             found += [
-                f"misses: {self.on_cpu} computed by the CPU; {format_size(self.link_bytes)} copied to cards{speed}",
                 f"host memory: {self.host.requests} requests, {self.host.hit_rate:.1%} hits, {self.host.evictions} evictions",
             ]
         return [
@@ -116,3 +146,6 @@ class ExpertStats:
             f"time: {self.compute_seconds:.2f} s in products of experts, {self.wait_seconds:.2f} s waiting for them, "
             f"{self.read_seconds:.2f} s in which the disk was read",
         ]
+
+
+_ADDED = tuple(f.name for f in fields(ExpertStats) if f.name != "links")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -80,6 +80,7 @@ class HostTier:
 
     Attributes:
         wait_seconds: in which somebody waited for an expert.
+        before_reuse: each is told of an expert before its slot is written again, and returns when it reads there no more.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class HostTier:
         self._files, self._reader = files, reader
         self._pools = {kind: _Pool(ExpertSlots(kind, count, memory), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
         self.wait_seconds = 0.0
+        self.before_reuse: list[Callable[[Place], None]] = []
 
     @property
     def n_layers(self) -> int:
@@ -220,10 +222,6 @@ class HostTier:
         """bool [L * E]: experts that have a slot."""
         return np.any([pool.cache.held for pool in self._pools.values()], axis=0)
 
-    def pin(self, layer: int, expert: int, *, pinned: bool) -> None:
-        """Whether an expert must stay, whatever else is needed."""
-        self._pool(layer).cache.pin(layer, expert, pinned=pinned)
-
     def close(self) -> None:
         """End the reader's threads."""
         self._reader.close()
@@ -239,6 +237,8 @@ class HostTier:
             if gone is not None:  # foreseen, not needed, and perhaps still being written where the new one goes
                 self._reader.abandon(gone)
                 gone.settle()
+            for let_go in self.before_reuse:
+                let_go(assignment.evicted)
         place = assignment.layer, assignment.expert
         pool.arrived.discard(place)
         pool.loads[place] = self._reader.load(*place, pool.slots, assignment.slot, urgent=assignment.urgent)

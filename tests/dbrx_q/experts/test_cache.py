@@ -164,6 +164,12 @@ def test_a_prefetch_leaves_alone_what_is_needed_and_what_is_foreseen() -> None:
     assert (cache.stats.prefetches, cache.stats.evictions) == (0, 0)
 
 
+def test_a_layer_that_needs_nothing_still_looks_ahead() -> None:
+    cache = ExpertCache(3, Lru(2, 4))
+    steps = list(serve(cache, 0, [], [3, 2], cache))
+    assert [(step.layer, step.expert, step.urgent) for step in steps if isinstance(step, Assignment)] == [(1, 3, False), (1, 2, False)]
+
+
 def test_policies_that_cannot_be_made() -> None:
     with pytest.raises(RequestError, match="must be one of lru, lfu, least-stale, static; found 'fifo'"):
         make_policy("fifo", L, E)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +19,12 @@ from hypothesis import strategies as st
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.budget import Budget
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
-from dbrx_q.experts.card import CardExpertStore
+from dbrx_q.experts.card import CardExperts
+from dbrx_q.experts.card_store import CardExpertStore
 from dbrx_q.experts.link import PINNED_BYTES, Link, make_link
 from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
-from dbrx_q.experts.sums import PartialSum
-from dbrx_q.kernels.moe import moe_experts, route
+from dbrx_q.experts.sums import PairSum, PartialSum
+from dbrx_q.kernels.moe import Routing, moe_experts, route
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Card, Rig, place
 
@@ -136,7 +138,11 @@ def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], qua
     assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
     shown = "\n".join(model.expert_store.stats().lines())
     assert "host memory:" in shown
-    assert "copied to cards" in shown
+    assert "link 0: " in shown
+    assert "link 1: " in shown
+    did = model.expert_store.stats()
+    assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_0_bytes"] + did.as_dict()["link_1_bytes"]
+    assert min(link.nbytes for link in did.links) > 0
 
 
 def test_a_reader_that_fails_under_cards(
@@ -185,27 +191,172 @@ def test_a_closed_store_of_cards_says_so(loaded: Callable[..., DbrxForCausalLM])
     assert "closed" in str(error)
 
 
-def test_a_copy_that_somebody_waits_for_comes_first() -> None:
+class Gate:
+    """Holds a link's copies, all or those that somebody chooses, until it is opened."""
+
+    def __init__(self, link: Link, hold: Callable[[Any], bool] = lambda job: True) -> None:
+        self.order: list[int] = []
+        self._open, self._hold, self._real = threading.Event(), hold, link._send
+        link._send = self._send  # type: ignore[method-assign] # to see and hold what is sent
+
+    def open(self) -> None:
+        """Everything may pass."""
+        self._open.set()
+
+    def _send(self, job: Any) -> Any:
+        if self._hold(job):
+            assert self._open.wait(TIMEOUT)
+        self.order.append(int(job.sources[0].flatten()[0]))
+        return self._real(job)
+
+
+def test_copies_come_in_the_order_of_need() -> None:
     link = make_link(CPU)
-    gate, order = threading.Event(), []
-    real = link._send
-
-    def send(job: Any) -> Any:
-        gate.wait(TIMEOUT)
-        order.append(int(job.sources[0][0]))
-        return real(job)
-
-    link._send = send  # type: ignore[method-assign] # to see the order
-    target = torch.zeros(4, 1)
-    arrivals = [link.copy([torch.full((1,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(4)]
-    link.hurry(arrivals[2])
-    gate.set()
-    for arrival in arrivals:
+    gate = Gate(link)
+    target = torch.zeros(8, 3)
+    arrivals = [link.copy([torch.full((3,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(8)]
+    while link._urgent and link._urgent[0].arrival is arrivals[0]:  # the first has begun: nothing moves it any more
+        pass
+    link.hurry(arrivals[4])
+    link.defer(arrivals[1])
+    link.hurry(arrivals[5])
+    link.defer(arrivals[5])
+    link.abandon(arrivals[6])
+    assert arrivals[6].done
+    for begun in (link.hurry, link.defer):
+        begun(arrivals[0])
+    gate.open()
+    for arrival in [*arrivals[:6], arrivals[7]]:
         arrival.wait()
-    assert order == [0, 3, 2, 1]
-    assert target[:, 0].tolist() == [0, 1, 2, 3]
-    assert link.bytes_copied == 16
+    assert gate.order == [0, 3, 4, 2, 7, 1, 5]
+    assert target[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 7]
+    with pytest.raises(DbrxError, match="given up"):
+        arrivals[6].wait()
+    assert link.bytes_copied == 7 * 12
+    link.settle()
     link.close()
+
+
+def test_what_is_abandoned_on_its_way_is_waited_for() -> None:
+    link = make_link(CPU)
+    gate = Gate(link)
+    target = torch.zeros(3)
+    arrival = link.copy([torch.ones(3)], [target], urgent=False)
+    while link._early:
+        pass
+    threading.Timer(0.05, gate.open).start()
+    link.abandon(arrival)
+    assert target.tolist() == [1, 1, 1]
+    arrival.wait()
+    link.close()
+
+
+class Noted(PairSum):
+    """Notes what is computed where, in order."""
+
+    def __init__(self, x: torch.Tensor, routing: Any, notes: list[tuple[str, list[int]]]) -> None:
+        super().__init__(x, routing)
+        self._notes = notes
+
+    def add_card(self, weights: Any, slots: Any) -> None:
+        self._notes.append(("card", sorted(slots)))
+        super().add_card(weights, slots)
+
+    def add_host(self, weights: Any, slots: Any) -> None:
+        self._notes.append(("host", sorted(slots)))
+        super().add_host(weights, slots)
+
+
+ROUTING = Routing(torch.zeros(1, 16), torch.tensor([[3, 7, 1, 9]]), torch.full((1, 4), 0.25))
+
+
+def one_card(loaded: Callable[..., DbrxForCausalLM], miss_policy: MissPolicy) -> CardExperts:
+    """A card with slots for some experts, none of which it holds; those of the first two layers lie in host memory."""
+    store = loaded(cards(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
+    assert isinstance(store, CardExpertStore)
+    [card] = store.cards
+    card.forget()
+    card._full.cache(0).kept_elsewhere = None
+    store.tier.forget()
+    store.tier.fill(np.repeat([1.0, 1.0, 0.0, 0.0], 16).reshape(4, 16))
+    return card
+
+
+def test_the_cpu_does_not_wait_for_what_was_foreseen(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    """Copies for the next layer begin before the CPU computes, and what is not there yet is computed last."""
+    card, x, notes = one_card(loaded, MissPolicy.cpu), torch.randn(1, 128), []
+    began: list[list[int]] = []
+    real = card.link.copy
+
+    def copy(sources: Any, targets: Any, **options: Any) -> Any:
+        began.append([len(notes)])
+        return real(sources, targets, **options)
+
+    card.link.copy = copy  # type: ignore[method-assign] # to see when
+    gate = Gate(card.link)
+    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    assert notes == [("host", [1, 3, 7, 9])]
+    assert began == [[0], [0]]  # before the CPU computed
+    notes.clear()
+    threading.Timer(0.2, gate.open).start()
+    before = card.wait_seconds
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert notes == [("host", [7, 9]), ("card", [1]), ("card", [3])]
+    assert card.wait_seconds > before
+    assert card.stats.prefetch_hits == 2
+    assert card._coming == {}
+
+
+def test_hybrid_computes_what_does_not_come_in_time(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    card, x, notes = one_card(loaded, MissPolicy.hybrid), torch.randn(1, 128), []
+    card.rates = MissRates(cpu=1e12, link=1.0)  # nothing that must travel is worth it
+    gate = Gate(card.link)  # and nothing does
+    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
+    assert notes == [("host", [1, 3, 7, 9])] * 2
+    assert card.on_cpu == card.stats.misses == 8
+    gate.open()
+    card.link.settle()
+    notes.clear()
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
+    assert notes == [("card", [1, 3]), ("host", [7, 9])]
+    assert card.stats.prefetch_hits == 2
+
+
+@pytest.mark.parametrize("memory", ["host", "card"])
+def test_a_slot_of_what_is_still_sent_is_not_written(memory: str, loaded: Callable[..., DbrxForCausalLM]) -> None:
+    """Host memory that a copy reads is not given to another expert, and neither is the slot that it writes."""
+    card = one_card(loaded, MissPolicy.cpu)
+    gate = Gate(card.link)
+    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
+    assert list(card._coming) == [(1, 3)]
+    while card.link._early:  # until it has begun
+        pass
+    [let_leave] = card._tier.before_reuse
+    reused = threading.Event()
+
+    def reuse() -> None:
+        let_leave((1, 3)) if memory == "host" else card._give_up((1, 3))
+        reused.set()
+
+    threading.Thread(target=reuse, daemon=True).start()
+    assert not reused.wait(0.2)
+    gate.open()
+    assert reused.wait(TIMEOUT)
+
+
+def test_an_error_waits_for_the_copies_of_other_cards(loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read in host memory may be free after it."""
+    store = loaded(cards(1.6, 1.6, ram=5.0)).expert_store
+    assert isinstance(store, CardExpertStore)
+    first, second = store.cards
+    gate = Gate(second.link)
+    arrival = second.link.copy([torch.ones(3)], [torch.zeros(3)], urgent=False)
+    threading.Timer(0.2, gate.open).start()
+    monkeypatch.setattr(first, "_serve", lambda *_: (_ for _ in ()).throw(RuntimeError("the bus is gone")))
+    with pytest.raises(RuntimeError, match="the bus is gone"):
+        store._serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [])
+    assert arrival.done
 
 
 def ends(action: Callable[[], Any]) -> BaseException | None:
@@ -265,6 +416,17 @@ def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int)
     assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
 
 
+def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
+    even, slow = MissRates(10.0, 10.0), MissRates(10.0, 1.0)
+    assert split_misses({2: 1}, 10, even, MissPolicy.hybrid, {5: 1}) == ([2], [])  # one each
+    assert split_misses({}, 10, even, MissPolicy.hybrid, {5: 1}) == ([], [])
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: 1, 6: 1}) == ([2, 3], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: 1, 6: 1}) == ([2, 5, 6], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: 1, 6: 80}) == ([2], [])  # 80 tokens are 20 reads
+    assert split_misses({2: 1}, 10, slow, MissPolicy.cpu, {5: 1}) == ([2], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.copy, {5: 1}) == ([], [2])
+
+
 def test_rates_follow_what_is_seen() -> None:
     rates = MissRates(10.0, 20.0)
     for _ in range(60):
@@ -288,7 +450,7 @@ def test_what_does_not_fit_on_a_card_is_refused(quantized_nano: Path) -> None:
 def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path) -> None:
     model = load_model(quantized_nano)
     from dbrx_q.checkpoint import Checkpoint
-    from dbrx_q.placement import Request
+    from dbrx_q.footprint import Request
 
     with Checkpoint(quantized_nano) as checkpoint:
         plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=4.0).rig, Request(64, step_tokens=40))

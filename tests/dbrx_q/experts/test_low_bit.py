@@ -24,7 +24,7 @@ from dbrx_q.eval.provenance import degraded_by
 from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.experts import ExpertStore, tiered
-from dbrx_q.experts.card import CardExpertStore
+from dbrx_q.experts.card_store import CardExpertStore
 from dbrx_q.experts.host import HostExpertStore
 from dbrx_q.experts.link import PINNED_BYTES
 from dbrx_q.experts.reader import ExpertReader

@@ -9,7 +9,7 @@ import torch
 
 from dbrx_q import DbrxForCausalLM, generate
 from dbrx_q.budget import Budget
-from dbrx_q.experts.card import CardExpertStore
+from dbrx_q.experts.card_store import CardExpertStore
 from dbrx_q.experts.link import make_link
 from dbrx_q.experts.split import MissPolicy
 from dbrx_q.loading import load_pretrained

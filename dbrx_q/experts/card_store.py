@@ -1,0 +1,109 @@
+"""The expert store of cards: a cache of experts on each, host memory under them, disk under that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from ..errors import RequestError
+from ..kernels.moe import ExpertWeights
+from .card import CardExperts
+from .stats import CacheStats, ExpertStats, LinkStats
+from .sums import ExpertSum
+from .tier import HostTier
+from .tiered import LowBitCopy, NextRouter, TieredExpertStore
+
+__all__ = ["CardExpertStore"]
+
+
+class CardExpertStore(TieredExpertStore):
+    """Experts of a model whose layers are split over cards.
+
+    Args:
+        cards: in the order of their layers; closed with the store.
+        tier, prefetch, routers, low_bit: as of `TieredExpertStore`.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[CardExperts],
+        tier: HostTier,
+        *,
+        prefetch: bool,
+        routers: Sequence[NextRouter] | None = None,
+        low_bit: LowBitCopy | None = None,
+    ) -> None:
+        super().__init__(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
+        self.cards = tuple(cards)
+
+    def fill(self, worth: np.ndarray | None = None) -> None:
+        """Bring the likeliest experts onto the cards, then the others into host memory.
+
+        Raises:
+            CheckpointError: an expert cannot be read, or is damaged.
+        """
+        held = []
+        for card in self.cards:
+            arrivals = []
+            for assignment, kind in card.choose(worth):
+                place = assignment.layer, assignment.expert
+                with closing(self.tier.serve(assignment.layer, [assignment.expert])) as groups:
+                    for _ in groups:
+                        sources = self.tier.slots(place[0]).views(self.tier.slot_of(*place))
+                        arrival = card.put(assignment, kind, sources)
+                        arrival.settle()
+                        arrivals.append(arrival)
+                held.append(place)
+            for arrival in arrivals:
+                card.await_copy(arrival)
+        self.tier.forget()  # what passed through on its way to a card
+        self.tier.fill(worth, last=held)
+        self._fill_low_bit()
+        here = self.tier.held()
+        every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
+        once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
+        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
+            for card in self.cards:
+                card.keep_what_is_nowhere_else()
+
+    def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
+        raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")
+
+    def stats(self) -> ExpertStats:
+        reader = self.tier.reader
+        foreseen, foreseeable = self._guessed()
+        return ExpertStats(
+            cache=sum((card.stats for card in self.cards), CacheStats()),
+            foreseen=foreseen,
+            foreseeable=foreseeable,
+            disk_bytes=reader.bytes_read,
+            compute_seconds=sum(card.compute_seconds for card in self.cards),
+            wait_seconds=sum(card.wait_seconds for card in self.cards) + self.tier.wait_seconds,
+            read_seconds=reader.busy_seconds,
+            host=self.tier.stats,
+            on_cpu=sum(card.on_cpu for card in self.cards),
+            links=tuple(LinkStats(card.link.bytes_copied, card.link.busy_seconds) for card in self.cards),
+            degraded=sum(card.degraded for card in self.cards),
+        )
+
+    def close(self) -> None:
+        for card in self.cards:
+            card.close()
+        super().close()
+
+    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+        try:
+            self._card(index).serve(index, total, needed, ahead)
+        except BaseException:
+            for card in self.cards:  # host memory that is free now may still be read by another's copies
+                card.link.settle()
+            raise
+
+    def _follows(self, index: int) -> bool:
+        return index + 1 < self._card(index).layers[1]
+
+    def _card(self, layer: int) -> CardExperts:
+        return next(card for card in self.cards if card.layers[0] <= layer < card.layers[1])
