@@ -8,6 +8,9 @@ MODEL := tests/data/dbrx-nano
 TEXT := tests/data/war-of-the-worlds.txt
 OUT := demo-out
 
+# Each command is a process: one that may not keep bytecode compiles all that it imports, for 4 s of 7.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
