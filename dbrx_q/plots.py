@@ -30,6 +30,7 @@ __all__ = [
     "inline_svg",
     "label_points",
     "log_axis",
+    "panels",
     "render",
     "style",
 ]
@@ -81,13 +82,25 @@ def figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
+    drawing, [axes] = panels(1, width, height)
+    return drawing, axes
+
+
+def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """`count` such plots side by side in one of width x height inches; errors as for `figure`."""
     check_plot_extra()
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_SETTINGS):
         drawing = Figure(figsize=(width, height), layout="constrained")
-        axes = drawing.add_subplot()
+        every = [drawing.add_subplot(1, count, i + 1) for i in range(count)]
+    for axes in every:
+        _dress(axes)
+    return drawing, every
+
+
+def _dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.grid(True, color=GRID, linewidth=0.8)
     for side in ("top", "right"):
@@ -97,7 +110,6 @@ def figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
     axes.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
     axes.xaxis.label.set(color=INK, fontsize=10)
     axes.yaxis.label.set(color=INK, fontsize=10)
-    return drawing, axes
 
 
 def log_axis(axes: Axes, values: Sequence[float]) -> float:

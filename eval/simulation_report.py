@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from dbrx_q.experts.sweep import Sweep
-from dbrx_q.plots import figure, render, style
+from dbrx_q.plots import panels, render, style
 from dbrx_q.sizes import format_size
 
 __all__ = ["FILES", "KEYS", "files", "markdown"]
@@ -31,31 +32,41 @@ def markdown(found: Sweep) -> str:
             f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | "
             f"{row.brought:.2f} | {row.on_cpu:.2f} | {format_size(row.disk_bytes)} | {foreseen} | {row.tokens_per_second:.2f} |"
         )
+    if found.curve:
+        shares = sorted({point.share for point in found.curve})
+        at = {(point.policy, point.share): point for point in found.curve}
+        lines += [
+            "",
+            "Hits and tokens/s without prefetch, with slots for another share of the experts:",
+            "",
+            f"| policy | {' | '.join(f'{share:.1%}' for share in shares)} |",
+            f"|---|{'---:|' * len(shares)}",
+        ]
+        for policy in dict.fromkeys(point.policy for point in found.curve):
+            cells = [f"{at[policy, share].hit_rate:.1%}, {at[policy, share].tokens_per_second:.2f}" for share in shares]
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def files(found: Sweep) -> dict[str, bytes]:
     """The report's files by name."""
-    drawing, axes = figure()
+    drawing, (hits, speed) = panels(2, 12.0, 4.6)
     for number, policy in enumerate(dict.fromkeys(point.policy for point in found.curve)):
         points = [point for point in found.curve if point.policy == policy]
         look = style(number)
         label = f"{policy} (bound)" if policy == found.bound else policy
         shares = [100 * point.share for point in points]
-        axes.plot(
-            shares,
-            [100 * point.hit_rate for point in points],
-            label=label,
-            color=look.colour,
-            marker=look.marker,
-            linestyle=look.dash,
-            markersize=5,
-        )
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("experts that have a slot, %")
-    axes.set_ylabel("requests that hit, %")
-    axes.legend(frameon=False, fontsize=9)
+        drawn: dict[str, Any] = {"label": label, "color": look.colour, "marker": look.marker, "linestyle": look.dash, "markersize": 5}
+        hits.plot(shares, [100 * point.hit_rate for point in points], **drawn)
+        speed.plot(shares, [point.tokens_per_second for point in points], **drawn)
+    for axes in (hits, speed):
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("experts that have a slot, %")
+    hits.set_ylim(0, 100)
+    hits.set_ylabel("requests that hit, %")
+    speed.set_ylim(bottom=0)
+    speed.set_ylabel("tokens/s that the rig's bandwidths allow")
+    hits.legend(frameon=False, fontsize=9)
     return {
         "simulation.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(),
         "simulation.md": markdown(found).encode(),

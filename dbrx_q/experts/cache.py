@@ -75,16 +75,22 @@ class ExpertCache:
         """A forward pass reaches a layer of which it needs these experts, in ascending order: (those that lie here, those that don't)."""
         self._policy.enter(layer)
         self._shielded[:] = False
-        present = [e for e in experts if self._held[self._key(layer, e)]]
-        brought = [e for e in present if self._foreseen_only[self._key(layer, e)]]
-        self._hits += len(present) - len(brought)
-        self._prefetch_hits += len(brought)
-        self._misses += len(experts) - len(present)
-        for key in (self._key(layer, e) for e in experts):
+        present, absent, brought = [], [], 0
+        for expert in experts:
+            key = self._key(layer, expert)
             self._policy.use(key)
-            self._foreseen_only[key] = False
-            self._shielded[key] = self._held[key]
-        return present, [e for e in experts if e not in set(present)]
+            if not self._held[key]:
+                absent.append(expert)
+                continue
+            present.append(expert)
+            self._shielded[key] = True
+            if self._foreseen_only[key]:
+                self._foreseen_only[key] = False
+                brought += 1
+        self._hits += len(present) - brought
+        self._prefetch_hits += brought
+        self._misses += len(absent)
+        return present, absent
 
     def bypass(self, layer: int, experts: Sequence[int]) -> None:
         """Experts that the layer needs and that are not here are served elsewhere: they count, and get no slot."""

@@ -65,7 +65,8 @@ class Foresight:
             return
         kind, _, order = self._guessed
         self._guessed = None
-        right = np.isin(order, needed)
+        chosen = set(needed)
+        right = np.array([e in chosen for e in order], bool)
         self._made[kind, layer, : len(order)] += 1
         self._true[kind, layer, : len(order)] += right
         self.foreseen += int(right.sum())

@@ -122,6 +122,7 @@ class ExpertSlots:
             empty_host((count, *part.shape), part.dtype) if on_host else torch.empty((count, *part.shape), dtype=part.dtype, device=device)
             for part in kind.parts
         ]
+        self._views: dict[int, list[torch.Tensor]] = {}  # which are asked for in every layer of every token
         w1, v1, w2 = (self._matrix(matrix, fmt) for matrix, fmt in zip(MATRICES, kind.formats, strict=True))
         self.weights = ExpertWeights(w1, v1, w2.transpose(1, 2) if isinstance(w2, torch.Tensor) else w2)
 
@@ -132,7 +133,9 @@ class ExpertSlots:
 
     def views(self, slot: int) -> list[torch.Tensor]:
         """The pieces of one slot, in the order of `kind.parts`."""
-        return [stack[slot] for stack in self._stacks]
+        if slot not in self._views:
+            self._views[slot] = [stack[slot] for stack in self._stacks]
+        return self._views[slot]
 
     def put(self, slot: int, stored: list[torch.Tensor]) -> None:
         """Bring the pieces of an expert as they are stored, in the order of `kind.stored`, into a slot as kernels want them."""

@@ -32,6 +32,7 @@ class Stock:
     ) -> None:
         self.tier = tier
         self.pools = {kind: (ExpertSlots(kind, count, device), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
+        self._by_layer = [self.pools.get(tier.kind(layer)) for layer in range(tier.n_layers)]
         self.used: dict[tuple[ExpertKind, int], torch.cuda.Event] = {}
 
     @property
@@ -41,8 +42,13 @@ class Stock:
 
     def slots(self, layer: int) -> ExpertSlots:
         """For the experts of a layer."""
-        return self.pools[self.tier.kind(layer)][0]
+        return self._pool(layer)[0]
 
     def cache(self, layer: int) -> ExpertCache:
         """Who lies in them."""
-        return self.pools[self.tier.kind(layer)][1]
+        return self._pool(layer)[1]
+
+    def _pool(self, layer: int) -> tuple[ExpertSlots, ExpertCache]:
+        found = self._by_layer[layer]
+        assert found is not None, "the card has slots for the kinds of its layers alone"
+        return found

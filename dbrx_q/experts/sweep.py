@@ -48,11 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy with slots for this share of all experts, without prefetch."""
+    """A policy with slots for this share of all experts where they are computed, without prefetch; figures as of `Row`. Under cards host
+    memory stays as the rig's plan has it."""
 
     policy: str
     share: float
     hit_rate: float
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def sweep(
             on_run(len(rows), total)
     for name in names if curve else ():
         for share in _SHARES:
-            points.append(Point(name, share, run(name, _with_share(plan, kinds, E, share), prefetch=False).cache.hit_rate))
+            other = _with_share(plan, kinds, E, share)
+            found = run(name, other, prefetch=False)
+            points.append(Point(name, share, found.cache.hit_rate, count / simulated_seconds(found, other, rig, tokens=count)))
             on_run(len(rows) + len(points), total)
     slots = sum(device.n_slots for device in plan.cards or (plan.host,))
     return Sweep(count, one_by_one, slots, plan.experts, miss_policy.value if plan.cards else "", tuple(rows), tuple(points))

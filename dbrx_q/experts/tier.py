@@ -94,6 +94,7 @@ class HostTier:
     ) -> None:
         self._files, self._reader = files, reader
         self._pools = {kind: _Pool(ExpertSlots(kind, count, memory), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
+        self._by_layer = [self._pools[kind] for kind in files.kinds]
         self.wait_seconds = 0.0
         self.before_reuse: list[Callable[[Place], None]] = []
 
@@ -220,14 +221,15 @@ class HostTier:
 
     def held(self) -> np.ndarray:
         """bool [L * E]: experts that have a slot."""
-        return np.any([pool.cache.held for pool in self._pools.values()], axis=0)
+        first, *others = (pool.cache.held for pool in self._pools.values())
+        return np.any([first, *others], axis=0) if others else first
 
     def close(self) -> None:
         """End the reader's threads."""
         self._reader.close()
 
     def _pool(self, layer: int) -> _Pool:
-        return self._pools[self._files.kinds[layer]]
+        return self._by_layer[layer]
 
     def _begin(self, assignment: Assignment) -> None:
         pool = self._pool(assignment.layer)

@@ -175,6 +175,12 @@ def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., A
     drawn = cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 20, "--out", out)
     assert drawn.code == 0
     assert "| least-stale | yes |" in drawn.out
+    assert "| policy | 12.5% | 25.0% |" in (out / "simulation.md").read_text()
+    curve = json.loads((out / "simulation.json").read_text())["curve"]
+    for policy in ("least-stale", "belady"):  # the more slots, the faster
+        by_share = [(point["hit_rate"], point["tokens_per_second"]) for point in curve if point["policy"] == policy]
+        assert by_share == sorted(by_share)
+        assert by_share[0] < by_share[-1]
     assert {path.name for path in out.iterdir()} == {"simulation.json", "simulation.md", "simulation.png", "simulation.svg"}
     cards = json.loads(cli("simulate", trace, "--gpu", "1GiB", "--gpu", "1GiB", "--ram", "1GiB", "--tokens", 20, "--json").out)
     assert cards["slots"] == 64
