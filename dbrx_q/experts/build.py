@@ -80,6 +80,7 @@ def build_store(
             there.layers,
             tier,
             parts.link(device),
+            name=there.device,
             slots=there.slots,
             policies=policies(there.slots, range(*there.layers), under=False),
             miss_policy=miss_policy,

@@ -60,6 +60,7 @@ class CardExperts:
         layers: (first, end) of the layers that it computes.
         tier: host memory under it.
         link: the way there; closed with the card.
+        name: as the plan calls the card.
         slots, policies: of each kind of its layers' experts.
         miss_policy: how missed experts are served.
         rates: of the CPU and of the link, which the split follows.
@@ -74,6 +75,7 @@ class CardExperts:
         tier: HostTier,
         link: Link,
         *,
+        name: str,
         slots: Mapping[ExpertKind, int],
         policies: Mapping[ExpertKind, CachePolicy],
         miss_policy: MissPolicy,
@@ -81,7 +83,7 @@ class CardExperts:
         low_bit: LowBitCopy | None = None,
         low_bit_slots: Mapping[ExpertKind, int] = MappingProxyType({}),
     ) -> None:
-        self.device, self.layers, self.link = device, layers, link
+        self.device, self.layers, self.link, self.name = device, layers, link, name
         self._tier, self._miss_policy, self.rates = tier, miss_policy, rates
         self._full = Stock(device, tier, slots, policies)
         self._low_bit: Stock | None = None

@@ -85,7 +85,7 @@ class CardExpertStore(TieredExpertStore):
             read_seconds=reader.busy_seconds,
             host=self.tier.stats,
             on_cpu=sum(card.on_cpu for card in self.cards),
-            links=tuple(LinkStats(card.link.bytes_copied, card.link.busy_seconds) for card in self.cards),
+            links=tuple(LinkStats(card.name, card.link.bytes_copied, card.link.busy_seconds) for card in self.cards),
             degraded=sum(card.degraded for card in self.cards),
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from itertools import zip_longest
+from typing import Any
 
 from ..sizes import format_size
 
@@ -43,16 +45,11 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class LinkStats:
-    """What travelled from host memory to one card. nbytes: of experts. seconds: in which the link was busy."""
+    """What travelled from host memory to one card, as the plan names it. nbytes: of experts. seconds: in which the link was busy."""
 
+    card: str
     nbytes: int = 0
     seconds: float = 0.0
-
-    def __add__(self, other: LinkStats) -> LinkStats:
-        return LinkStats(self.nbytes + other.nbytes, self.seconds + other.seconds)
-
-    def __sub__(self, other: LinkStats) -> LinkStats:
-        return LinkStats(self.nbytes - other.nbytes, self.seconds - other.seconds)
 
 
 @dataclass(frozen=True)
@@ -99,15 +96,21 @@ class ExpertStats:
         return self.foreseen / self.foreseeable if self.foreseeable else 0.0
 
     def __add__(self, other: ExpertStats) -> ExpertStats:
-        links = tuple(a + b for a, b in zip_longest(self.links, other.links, fillvalue=LinkStats()))
-        return ExpertStats(links=links, **{name: getattr(self, name) + getattr(other, name) for name in _ADDED})
+        return self._combined(other, operator.add)
 
     def __sub__(self, other: ExpertStats) -> ExpertStats:
-        links = tuple(a - b for a, b in zip_longest(self.links, other.links, fillvalue=LinkStats()))
-        return ExpertStats(links=links, **{name: getattr(self, name) - getattr(other, name) for name in _ADDED})
+        return self._combined(other, operator.sub)
 
-    def as_dict(self) -> dict[str, float]:
-        """Every counter and rate by name."""
+    def _combined(self, other: ExpertStats, how: Callable[[Any, Any], Any]) -> ExpertStats:
+        pairs = [({link.card: link for link in stats.links}) for stats in (self, other)]
+        links = []
+        for card in dict.fromkeys([*pairs[0], *pairs[1]]):
+            a, b = (pair.get(card, LinkStats(card)) for pair in pairs)
+            links.append(LinkStats(card, how(a.nbytes, b.nbytes), how(a.seconds, b.seconds)))
+        return ExpertStats(links=tuple(links), **{name: how(getattr(self, name), getattr(other, name)) for name in _ADDED})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every counter and rate by name; `links` is a list of a dictionary for each."""
         rates = {
             "requests": self.cache.requests,
             "hit_rate": self.cache.hit_rate,
@@ -115,9 +118,7 @@ class ExpertStats:
             "degraded_share": self.degraded_share,
         }
         others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host", "links")}
-        links: dict[str, float] = {"link_bytes": self.link_bytes, "link_seconds": self.link_seconds}
-        for i, link in enumerate(self.links):
-            links |= {f"link_{i}_bytes": link.nbytes, f"link_{i}_seconds": link.seconds}
+        links = {"link_bytes": self.link_bytes, "link_seconds": self.link_seconds, "links": [asdict(link) for link in self.links]}
         return asdict(self.cache) | rates | others | links | {f"host_{name}": value for name, value in asdict(self.host).items()}
 
     def lines(self) -> list[str]:
@@ -131,9 +132,9 @@ class ExpertStats:
             found.append(f"low-bit copy: answered {self.degraded} misses, {self.degraded_share:.1%} of all requests")
         if self.host.requests:
             found.append(f"misses: {self.on_cpu} computed by the CPU, the others copied")
-            for i, link in enumerate(self.links):
+            for link in self.links:
                 speed = f", {format_size(link.nbytes / link.seconds)}/s in {link.seconds:.2f} s of copying" if link.seconds else ""
-                found.append(f"link {i}: {format_size(link.nbytes)} copied to its card{speed}")
+                found.append(f"link to {link.card}: {format_size(link.nbytes)} copied{speed}")
             found += [
                 f"host memory: {self.host.requests} requests, {self.host.hit_rate:.1%} hits, {self.host.evictions} evictions",
             ]

@@ -23,10 +23,12 @@ from dbrx_q.experts.card import CardExperts
 from dbrx_q.experts.card_store import CardExpertStore
 from dbrx_q.experts.link import PINNED_BYTES, Link, make_link
 from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
+from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.experts.sums import PairSum, PartialSum
 from dbrx_q.kernels.moe import Routing, moe_experts, route
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Card, Rig, place
+from dbrx_q.sizes import format_size
 
 CPU = torch.device("cpu")
 TIMEOUT = 60
@@ -138,11 +140,18 @@ def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], qua
     assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
     shown = "\n".join(model.expert_store.stats().lines())
     assert "host memory:" in shown
-    assert "link 0: " in shown
-    assert "link 1: " in shown
     did = model.expert_store.stats()
-    assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_0_bytes"] + did.as_dict()["link_1_bytes"]
-    assert min(link.nbytes for link in did.links) > 0
+    assert [link.card for link in did.links] == ["cuda:0", "cuda:1"]
+    for link, its in zip(did.links, did.as_dict()["links"], strict=True):
+        assert link.nbytes > 0
+        assert link.seconds > 0
+        assert f"link to {link.card}: {format_size(link.nbytes)} copied" in shown
+        assert its == {"card": link.card, "nbytes": link.nbytes, "seconds": link.seconds}
+    assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_bytes"]
+    twice = did + did
+    assert [link.nbytes for link in twice.links] == [2 * link.nbytes for link in did.links]
+    assert (twice - did).links == did.links
+    assert (ExpertStats() + did).links == did.links
 
 
 def test_a_reader_that_fails_under_cards(
