@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -72,23 +74,36 @@ def build_store(
             memory=parts.memory,
         )
         low_bit = LowBitCopy(whole, parts.upgrade)
-    if not plan.cards:
-        return HostExpertStore(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
-    cards = [
-        CardExperts(
-            device,
-            there.layers,
-            tier,
-            parts.link(device),
-            name=there.device,
-            slots=there.slots,
-            policies=policies(there.slots, range(*there.layers), under=False),
-            miss_policy=miss_policy,
-            rates=parts.rates(rig.host_bandwidth, spec.link),
-            low_bit=low_bit,
-            low_bit_slots=there.low_bit_slots,
-        )
-        for device, there, spec in zip(parts.devices, plan.cards, rig.cards, strict=True)
-        if there.n_slots
-    ]
-    return CardExpertStore(cards, tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
+    with ExitStack() as failed:
+        if not plan.cards:
+            store: HostExpertStore | CardExpertStore = HostExpertStore(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
+            links: list[Link] = []
+        else:
+            links = [failed.enter_context(closing(parts.link(device))) for device in parts.devices]
+            cards = [
+                CardExperts(
+                    device,
+                    there.layers,
+                    tier,
+                    link,
+                    name=there.device,
+                    slots=there.slots,
+                    policies=policies(there.slots, range(*there.layers), under=False),
+                    miss_policy=miss_policy,
+                    rates=parts.rates(rig.host_bandwidth, spec.link),
+                    low_bit=low_bit,
+                    low_bit_slots=there.low_bit_slots,
+                )
+                for device, link, there, spec in zip(parts.devices, links, plan.cards, rig.cards, strict=True)
+                if there.n_slots
+            ]
+            store = CardExpertStore(cards, tier, links=links, prefetch=prefetch, routers=routers, low_bit=low_bit)
+        failed.pop_all()
+    # A store that nobody closed: threads that wait hold no memory of it, and end when it is gone.
+    weakref.finalize(store, _end, [*links, parts.reader, *([] if parts.low_bit is None else [parts.low_bit[1]])]).atexit = False
+    return store
+
+
+def _end(threads: Sequence[Link | Reader]) -> None:
+    for one in threads:
+        one.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -15,6 +16,7 @@ from .tier import HostTier
 __all__ = ["measure_rates"]
 
 _SECONDS = 0.3
+_EXPERTS = 16
 _LEAST_TURNS = 3
 
 
@@ -28,16 +30,24 @@ def measure_rates(card: CardExperts, tier: HostTier, dtype: torch.dtype, *, cpu:
         cpu, link: which of the two work; both, unless one is to be measured alone.
     """
     places = [(layer, e) for layer in range(*card.layers) for e in range(tier.n_experts) if tier.has(layer, e)]
-    slot = card.free_slot(places[0][0]) if places else None
-    if slot is None:
+    free = next((layer for layer, _ in places if card.free_slot(layer) is not None), None)
+    if free is None:
         return card.rates
-    layer, expert = places[0]
-    host, kind = tier.slots(layer), tier.kind(layer)
-    own = tier.slot_of(layer, expert)
-    x, chosen = torch.ones(1, host.weights.w1.shape[-1], dtype=dtype), torch.tensor([[expert]])  # w1 is [S, F, D]
+    kind, slot = tier.kind(free), card.free_slot(free)
+    assert slot is not None
+    # One after the other, so that none is read from a cache: together they are larger than any.
+    places = [place for place in places if tier.kind(place[0]) == kind]
+    turn = itertools.cycle(places[:: max(1, len(places) // _EXPERTS)])
+    width = tier.slots(free).weights.w1.shape[-1]  # w1 is [S, F, D]
 
     def compute() -> None:
-        ExpertOutputs(x, chosen).add(host.weights, {expert: own})
+        layer, expert = next(turn)
+        x, chosen = torch.ones(1, width, dtype=dtype), torch.tensor([[expert]])
+        ExpertOutputs(x, chosen).add(tier.slots(layer).weights, {expert: tier.slot_of(layer, expert)})
+
+    def begin() -> Arrival:
+        layer, expert = next(turn)
+        return card.link.copy(tier.slots(layer).views(tier.slot_of(layer, expert)), card.slot_views(free, slot), urgent=True)
 
     compute()  # compiled code
     copies: list[Arrival] = []
@@ -45,7 +55,7 @@ def measure_rates(card: CardExperts, tier: HostTier, dtype: torch.dtype, *, cpu:
     turns, started = 0, time.perf_counter()
     while turns < _LEAST_TURNS or time.perf_counter() - started < _SECONDS:
         while link and sum(not copy.done for copy in copies) < 2:  # the link is never idle
-            copies.append(card.link.copy(host.views(own), card.slot_views(layer, slot), urgent=True))
+            copies.append(begin())
         if cpu:
             compute()
         else:

@@ -11,6 +11,7 @@ import torch
 from ..errors import RequestError
 from ..kernels.moe import ExpertWeights
 from .card import CardExperts
+from .link import Link
 from .stats import CacheStats, ExpertStats, LinkStats
 from .sums import ExpertSum
 from .tier import HostTier
@@ -23,7 +24,8 @@ class CardExpertStore(TieredExpertStore):
     """Experts of a model whose layers are split over cards.
 
     Args:
-        cards: in the order of their layers; closed with the store.
+        cards: in the order of their layers.
+        links: all that were made for them; closed with the store.
         tier, prefetch, routers, low_bit: as of `TieredExpertStore`.
     """
 
@@ -32,12 +34,13 @@ class CardExpertStore(TieredExpertStore):
         cards: Sequence[CardExperts],
         tier: HostTier,
         *,
+        links: Sequence[Link],
         prefetch: bool,
         routers: Sequence[NextRouter] | None = None,
         low_bit: LowBitCopy | None = None,
     ) -> None:
         super().__init__(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
-        self.cards = tuple(cards)
+        self.cards, self._links = tuple(cards), tuple(links)
 
     def fill(self, worth: np.ndarray | None = None) -> None:
         """Bring the likeliest experts onto the cards, then the others into host memory.
@@ -47,25 +50,20 @@ class CardExpertStore(TieredExpertStore):
         """
         held = []
         for card in self.cards:
-            arrivals = []
-            for assignment, kind in card.choose(worth):
+            for assignment in card.choose(worth):
                 place = assignment.layer, assignment.expert
                 with closing(self.tier.serve(assignment.layer, [assignment.expert])) as groups:
                     for _ in groups:
-                        sources = self.tier.slots(place[0]).views(self.tier.slot_of(*place))
-                        arrival = card.put(assignment, kind, sources)
-                        arrival.settle()
-                        arrivals.append(arrival)
+                        card.bring(assignment, self.tier.slots(place[0]).views(self.tier.slot_of(*place)))
                 held.append(place)
-            for arrival in arrivals:
-                card.await_copy(arrival)
         self.tier.forget()  # what passed through on its way to a card
         self.tier.fill(worth, last=held)
         self._fill_low_bit()
         here = self.tier.held()
         every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
         once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
-        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
+        # Where host memory does not hold all, what a card gave up would come from disk, or be degraded from then on.
+        if not here.all() and (once or self.low_bit is not None):
             for card in self.cards:
                 card.keep_what_is_nowhere_else()
 
@@ -90,8 +88,8 @@ class CardExpertStore(TieredExpertStore):
         )
 
     def close(self) -> None:
-        for card in self.cards:
-            card.close()
+        for link in self._links:
+            link.close()
         super().close()
 
     def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:

@@ -227,7 +227,8 @@ class ExpertReader:
         for piece in waiting:
             piece.load.piece_done(_AbandonedError())
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # which may be the one that found that nobody wants it any more
+                thread.join()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -237,28 +238,33 @@ class ExpertReader:
 
     def _work(self) -> None:
         buffer = np.frombuffer(mmap.mmap(-1, _PIECE_BYTES + 2 * _ALIGN), np.uint8) if self.direct else None
-        while True:
-            with self._changed:
-                while not (self._urgent or self._early or self._closed):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                piece = (self._urgent or self._early).popleft()
-                if not self._busy:
-                    self._busy_since = time.perf_counter()
-                self._busy += 1
-            error: BaseException | None = None
-            try:
-                if not piece.load.failed:
-                    self._read(piece, buffer)
-            except BaseException as problem:  # whoever waits must hear of it, and the thread must live on
-                error = problem
-            with self._changed:
-                self._busy -= 1
-                if not self._busy:
-                    self._busy_seconds += time.perf_counter() - self._busy_since
-                self._bytes += piece.nbytes if error is None else 0
-            piece.load.piece_done(error)
+        while self._work_once(buffer):
+            pass
+
+    def _work_once(self, buffer: np.ndarray | None) -> bool:
+        """Wait for a piece and read it, in a frame that is left then: a thread that waits holds no slot's memory."""
+        with self._changed:
+            while not (self._urgent or self._early or self._closed):
+                self._changed.wait()
+            if self._closed:
+                return False
+            piece = (self._urgent or self._early).popleft()
+            if not self._busy:
+                self._busy_since = time.perf_counter()
+            self._busy += 1
+        error: BaseException | None = None
+        try:
+            if not piece.load.failed:
+                self._read(piece, buffer)
+        except BaseException as problem:  # whoever waits must hear of it, and the thread must live on
+            error = problem
+        with self._changed:
+            self._busy -= 1
+            if not self._busy:
+                self._busy_seconds += time.perf_counter() - self._busy_since
+            self._bytes += piece.nbytes if error is None else 0
+        piece.load.piece_done(error)
+        return True
 
     def _read(self, piece: _Piece, buffer: np.ndarray | None) -> None:
         into = _cut(piece.load.views()[piece.own], piece.first, piece.nbytes)

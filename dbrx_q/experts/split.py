@@ -52,7 +52,11 @@ def reads(tokens: int) -> int:
 
 
 def split_misses(
-    missed: Mapping[int, int], nbytes: int, rates: MissRates, policy: MissPolicy, coming: Mapping[int, int] = MappingProxyType({})
+    missed: Mapping[int, int],
+    nbytes: int,
+    rates: MissRates,
+    policy: MissPolicy,
+    coming: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[list[int], list[int]]:
     """(experts that the CPU computes, experts whose copy is to begin).
 
@@ -61,21 +65,22 @@ def split_misses(
         nbytes: of one expert.
         rates: of both ways.
         policy: one way for all, or the split whose slower half ends first; the copy of a few more among equals, since what is copied stays.
-        coming: the same of experts that are on their way already, in this order. "hybrid" lets the CPU compute those of them, too, that it
-            has done before they come.
+        coming: (tokens, bytes that have not left yet) of experts that are on their way already, the next to arrive first. "hybrid" lets the
+            CPU compute those of them, too, that it has done before they come.
     """
     if policy is MissPolicy.cpu:
         return sorted(missed), []
     if policy is MissPolicy.copy:
         return [], sorted(missed)
     # The CPU takes those with the fewest tokens, and what is on its way last of all, from behind.
-    order = [*sorted(missed, key=lambda e: (missed[e], e)), *reversed(coming)]
-    tokens = {**missed, **coming}
-    best, least = 0, len(order) * nbytes / rates.link
-    seconds = 0.0
+    order = [*sorted(missed, key=lambda e: (missed[e], e)), *list(coming)[::-1]]
+    work = {e: (tokens, nbytes) for e, tokens in missed.items()} | dict(coming)
+    sent, computed = sum(left for _, left in work.values()), 0.0
+    best, least = 0, sent / rates.link
     for k, expert in enumerate(order, 1):
-        seconds += rates.cpu_seconds(nbytes, tokens[expert])
-        slower = max(seconds, (len(order) - k) * nbytes / rates.link)
+        tokens, left = work[expert]
+        computed, sent = computed + rates.cpu_seconds(nbytes, tokens), sent - left
+        slower = max(computed, sent / rates.link)
         if slower < least:
             best, least = k, slower
     return sorted(order[:best]), sorted(e for e in order[best:] if e in missed)

@@ -9,7 +9,7 @@ import torch
 from .cache import ExpertCache
 from .policies import CachePolicy
 from .slots import ExpertKind, ExpertSlots
-from .tier import HostTier
+from .tier import HostTier, Place
 
 __all__ = ["Stock"]
 
@@ -25,6 +25,7 @@ class Stock:
     Attributes:
         pools: slots and who lies in them, by kind.
         used: when the card has read a slot for the last time.
+        arrived: (layer, expert) of those whose bytes the card is certain to see.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Stock:
         self.pools = {kind: (ExpertSlots(kind, count, device), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
         self._by_layer = [self.pools.get(tier.kind(layer)) for layer in range(tier.n_layers)]
         self.used: dict[tuple[ExpertKind, int], torch.cuda.Event] = {}
+        self.arrived: set[Place] = set()
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +49,12 @@ class Stock:
     def cache(self, layer: int) -> ExpertCache:
         """Who lies in them."""
         return self._pool(layer)[1]
+
+    def keep_arrived(self) -> None:
+        """Whatever was broken off, a slot is believed to hold an expert only where its bytes have arrived."""
+        self.arrived = {place for place in self.arrived if self.cache(place[0]).slot_of(*place) >= 0}
+        for _, cache in self.pools.values():
+            cache.keep_only(self.arrived)
 
     def _pool(self, layer: int) -> tuple[ExpertSlots, ExpertCache]:
         found = self._by_layer[layer]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .reader import Load
 from .slots import ExpertKind, ExpertSlots
 from .stats import CacheStats
 
-__all__ = ["HOST", "ExpertPlaces", "HostTier", "Place", "Reader", "fill_order"]
+__all__ = ["HOST", "ExpertPlaces", "HostTier", "Place", "Reader", "Watcher", "fill_order"]
 
 HOST = torch.device("cpu")
 
@@ -58,6 +59,13 @@ class Reader(Protocol):
         """Bring nothing more."""
 
 
+class Watcher(Protocol):
+    """Who reads experts from host memory while others are served."""
+
+    def let_leave(self, place: Place) -> None:
+        """Return when the expert is read there no more."""
+
+
 @dataclass
 class _Pool:
     """Slots for one kind of experts, and who lies in them."""
@@ -80,7 +88,7 @@ class HostTier:
 
     Attributes:
         wait_seconds: in which somebody waited for an expert.
-        before_reuse: each is told of an expert before its slot is written again, and returns when it reads there no more.
+        watchers: are told of an expert before its slot is written again; held weakly.
     """
 
     def __init__(
@@ -96,7 +104,7 @@ class HostTier:
         self._pools = {kind: _Pool(ExpertSlots(kind, count, memory), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
         self._by_layer = [self._pools[kind] for kind in files.kinds]
         self.wait_seconds = 0.0
-        self.before_reuse: list[Callable[[Place], None]] = []
+        self.watchers: WeakSet[Watcher] = WeakSet()
 
     @property
     def n_layers(self) -> int:
@@ -239,8 +247,8 @@ class HostTier:
             if gone is not None:  # foreseen, not needed, and perhaps still being written where the new one goes
                 self._reader.abandon(gone)
                 gone.settle()
-            for let_go in self.before_reuse:
-                let_go(assignment.evicted)
+            for watcher in self.watchers:
+                watcher.let_leave(assignment.evicted)
         place = assignment.layer, assignment.expert
         pool.arrived.discard(place)
         pool.loads[place] = self._reader.load(*place, pool.slots, assignment.slot, urgent=assignment.urgent)
@@ -277,9 +285,9 @@ class HostTier:
 
 
 def fill_order(layers: int, experts: int, worth: np.ndarray | None, last: Sequence[Place] = ()) -> list[Place]:
-    """All experts, the likeliest first, by `worth` [L, E] or as many of each layer; those of `last` behind the others."""
+    """All experts, the likeliest first, by `worth` [L, E] or as many of each layer; behind them those of `last`, the least likely first."""
     order = [(layer, e) for e in range(experts) for layer in range(layers)]
     if worth is not None:
         order.sort(key=lambda place: -float(worth[place]))
     behind = set(last)
-    return [place for place in order if place not in behind] + [place for place in order if place in behind]
+    return [place for place in order if place not in behind] + [place for place in reversed(order) if place in behind]

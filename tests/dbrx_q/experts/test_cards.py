@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.budget import Budget
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
+from dbrx_q.experts.cache import ExpertCache
 from dbrx_q.experts.card import CardExperts
 from dbrx_q.experts.card_store import CardExpertStore
-from dbrx_q.experts.link import PINNED_BYTES, Link, make_link
+from dbrx_q.experts.link import PINNED_BYTES, Arrival, Link, make_link
 from dbrx_q.experts.split import MissPolicy, MissRates, split_misses
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.experts.sums import PairSum, PartialSum
@@ -224,39 +225,45 @@ def test_copies_come_in_the_order_of_need() -> None:
     gate = Gate(link)
     target = torch.zeros(8, 3)
     arrivals = [link.copy([torch.full((3,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(8)]
-    while link._urgent and link._urgent[0].arrival is arrivals[0]:  # the first has begun: nothing moves it any more
-        pass
+    begun(link, arrivals[0])
     link.hurry(arrivals[4])
     link.defer(arrivals[1])
     link.hurry(arrivals[5])
     link.defer(arrivals[5])
     link.abandon(arrivals[6])
-    assert arrivals[6].done
-    for begun in (link.hurry, link.defer):
-        begun(arrivals[0])
+    for move in (link.hurry, link.defer):
+        move(arrivals[0])
     gate.open()
     for arrival in [*arrivals[:6], arrivals[7]]:
         arrival.wait()
-    assert gate.order == [0, 3, 4, 2, 7, 1, 5]
-    assert target[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 7]
     with pytest.raises(DbrxError, match="given up"):
         arrivals[6].wait()
+    assert gate.order == [0, 3, 4, 2, 7, 1, 5]
+    assert target[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 7]
     assert link.bytes_copied == 7 * 12
     link.settle()
     link.close()
 
 
-def test_what_is_abandoned_on_its_way_is_waited_for() -> None:
+def begun(link: Link, arrival: Arrival) -> None:
+    """Return when the link is at a copy, or through with it."""
+    while any(job.arrival is arrival for job in list(link._jobs)):
+        pass
+
+
+def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
     link = make_link(CPU)
     gate = Gate(link)
     target = torch.zeros(3)
-    arrival = link.copy([torch.ones(3)], [target], urgent=False)
-    while link._early:
-        pass
-    threading.Timer(0.05, gate.open).start()
+    arrival = link.copy([torch.ones(3), torch.ones(3)], [target, target], urgent=False)
+    begun(link, arrival)
     link.abandon(arrival)
-    assert target.tolist() == [1, 1, 1]
-    arrival.wait()
+    assert not arrival.done  # what it reads may not be written to yet
+    gate.open()
+    arrival.settle()
+    assert target.tolist() == [0, 0, 0]
+    with pytest.raises(DbrxError, match="given up"):
+        arrival.wait()
     link.close()
 
 
@@ -284,7 +291,8 @@ def one_card(loaded: Callable[..., DbrxForCausalLM], miss_policy: MissPolicy) ->
     store = loaded(cards(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
     assert isinstance(store, CardExpertStore)
     [card] = store.cards
-    card.forget()
+    card._full.arrived.clear()
+    card.recover()
     card._full.cache(0).kept_elsewhere = None
     store.tier.forget()
     store.tier.fill(np.repeat([1.0, 1.0, 0.0, 0.0], 16).reshape(4, 16))
@@ -310,7 +318,7 @@ def test_the_cpu_does_not_wait_for_what_was_foreseen(loaded: Callable[..., DbrxF
     threading.Timer(0.2, gate.open).start()
     before = card.wait_seconds
     card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
-    assert notes == [("host", [7, 9]), ("card", [1]), ("card", [3])]
+    assert notes == [("host", [7, 9]), ("card", [3]), ("card", [1])]
     assert card.wait_seconds > before
     assert card.stats.prefetch_hits == 2
     assert card._coming == {}
@@ -332,26 +340,76 @@ def test_hybrid_computes_what_does_not_come_in_time(loaded: Callable[..., DbrxFo
     assert card.stats.prefetch_hits == 2
 
 
-@pytest.mark.parametrize("memory", ["host", "card"])
-def test_a_slot_of_what_is_still_sent_is_not_written(memory: str, loaded: Callable[..., DbrxForCausalLM]) -> None:
-    """Host memory that a copy reads is not given to another expert, and neither is the slot that it writes."""
+def test_host_memory_that_is_still_read_is_not_given_away(loaded: Callable[..., DbrxForCausalLM]) -> None:
     card = one_card(loaded, MissPolicy.cpu)
     gate = Gate(card.link)
     card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
     assert list(card._coming) == [(1, 3)]
-    while card.link._early:  # until it has begun
-        pass
-    [let_leave] = card._tier.before_reuse
-    reused = threading.Event()
+    [(_, arrival)] = [read for read in card._read if not read[1].done]
+    begun(card.link, arrival)
+    assert list(card._tier.watchers) == [card]
+    for wanted in (True, False):  # nor when it is given up in the middle
+        if not wanted:
+            gate = Gate(card.link)
+            card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
+            [arrival] = [arrival for place, arrival in card._read if place == (1, 9)]
+            begun(card.link, arrival)
+            card.link.abandon(arrival)
+        reused = threading.Event()
+        place = (1, 3) if wanted else (1, 9)
 
-    def reuse() -> None:
-        let_leave((1, 3)) if memory == "host" else card._give_up((1, 3))
-        reused.set()
+        def reuse(place: tuple[int, int] = place, reused: threading.Event = reused) -> None:
+            card.let_leave(place)
+            reused.set()
 
-    threading.Thread(target=reuse, daemon=True).start()
-    assert not reused.wait(0.2)
-    gate.open()
-    assert reused.wait(TIMEOUT)
+        threading.Thread(target=reuse, daemon=True).start()
+        assert not reused.wait(0.2)
+        gate.open()
+        assert reused.wait(TIMEOUT)
+
+
+def occupied(card: CardExperts, free: int) -> ExpertCache:
+    """The card's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
+    cache = card._full.cache(1)
+    for key in range(32, 64):
+        if len(cache._free) > free:
+            assert cache.assign(*divmod(key, 16)) is not None
+    assert len(cache._free) == free
+    cache.kept_elsewhere = lambda: np.arange(64) < 32
+    return cache
+
+
+def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    """Not when the CPU has computed its share."""
+    card, x, notes = one_card(loaded, MissPolicy.hybrid), torch.randn(1, 128), []
+    cache = occupied(card, free=2)
+    for e in (3, 9):
+        assignment = cache.assign(1, e)
+        assert assignment is not None
+        card.bring(assignment, card._sources(card._full, 1, e))
+    card.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
+    began: list[list[tuple[str, list[int]]]] = []
+    real = card.link.copy
+
+    def copy(sources: Any, targets: Any, **options: Any) -> Any:
+        began.append(list(notes))
+        return real(sources, targets, **options)
+
+    card.link.copy = copy  # type: ignore[method-assign] # to see when
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert began == [[("card", [3, 9])]]
+    assert sorted(e for _, experts in notes for e in experts) == [1, 3, 7, 9]
+    assert sorted(where for where, _ in notes) == ["card", "card", "host"]
+
+
+def test_what_is_foreseen_does_not_drive_out_what_was_foreseen(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    card, x = one_card(loaded, MissPolicy.cpu), torch.randn(1, 128)
+    cache = occupied(card, free=2)
+    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
+    assert list(card._coming) == [(1, 5), (1, 3)]
+    assert card.stats.prefetches == 2
+    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
+    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is foreseen again stays
 
 
 def test_an_error_waits_for_the_copies_of_other_cards(loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,13 +485,15 @@ def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int)
 
 def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
     even, slow = MissRates(10.0, 10.0), MissRates(10.0, 1.0)
-    assert split_misses({2: 1}, 10, even, MissPolicy.hybrid, {5: 1}) == ([2], [])  # one each
-    assert split_misses({}, 10, even, MissPolicy.hybrid, {5: 1}) == ([], [])
-    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: 1, 6: 1}) == ([2, 3], [])
-    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: 1, 6: 1}) == ([2, 5, 6], [])
-    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: 1, 6: 80}) == ([2], [])  # 80 tokens are 20 reads
-    assert split_misses({2: 1}, 10, slow, MissPolicy.cpu, {5: 1}) == ([2], [])
-    assert split_misses({2: 1}, 10, slow, MissPolicy.copy, {5: 1}) == ([], [2])
+    assert split_misses({2: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([2], [])  # one each
+    assert split_misses({}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([], [])
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 3], [])
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 1)}) == ([2], [3])  # it has almost come
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 5, 6], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 1), 6: (1, 10)}) == ([2, 6], [])  # the last to arrive
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (80, 10)}) == ([2], [])  # 80 tokens are 20 reads
+    assert split_misses({2: 1}, 10, slow, MissPolicy.cpu, {5: (1, 10)}) == ([2], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.copy, {5: (1, 10)}) == ([], [2])
 
 
 def test_rates_follow_what_is_seen() -> None:
