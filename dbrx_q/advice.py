@@ -17,6 +17,7 @@ __all__ = ["advice"]
 _MORE_RAM = 32 << 30
 _NEW_CARD = Card(24 << 30)
 _NOTICEABLE = 1.02
+_LEAST_CONTEXT = 128
 
 
 def advice(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, request: Request) -> str:
@@ -25,12 +26,9 @@ def advice(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, re
     found = [(what, place(config, formats, *change), change[0]) for what, change in _changes(rig, request)]
     if not plan.fits:
         fitting = [what for what, other, _ in found if other.fits]
+        fitting += [what for what in _shorter(config, formats, rig, request) if what not in fitting]
         least = [f"{short.total:,} bytes for {short.device}" for short in plan.short]
-        also = (
-            f"fits instead: {', or '.join(fitting)}"
-            if fitting
-            else "none of a smaller KV cache, a shorter context or another card makes it fit"
-        )
+        also = f"fits instead: {', or '.join(fitting)}" if fitting else "no smaller KV cache, shorter context or other card makes it fit"
         return f"The least that works is {' and '.join(least)}; {also}."
     now = 1 / _seconds(plan, config, rig)
     rated = sorted(((1 / _seconds(other, config, its), what) for what, other, its in found if other.fits), reverse=True)
@@ -44,10 +42,24 @@ def _seconds(plan: Placement, config: DbrxConfig, rig: Rig) -> float:
     return expected_seconds(plan, rig, n_experts=config.ffn_config.moe_num_experts, top_k=config.ffn_config.moe_top_k)
 
 
+def _shorter(config: DbrxConfig, formats: Mapping[str, TensorFormat], rig: Rig, request: Request) -> Iterator[str]:
+    """The longest context, in halves of the one that was asked for, that fits with each format of keys and values."""
+    for kv_format in (request.kv_format, *_smaller(request.kv_format)):
+        context = request.context // 2
+        while context >= _LEAST_CONTEXT:
+            if place(config, formats, rig, replace(request, kv_format=kv_format, context=context)).fits:
+                yield f"--context {context}" + ("" if kv_format == request.kv_format else f" --kv {kv_format}")
+                break
+            context //= 2
+
+
+def _smaller(kv_format: str) -> tuple[str, ...]:
+    return {"plain": ("int8", "int4"), "int8": ("int4",)}.get(kv_format, ())
+
+
 def _changes(rig: Rig, request: Request) -> Iterator[tuple[str, tuple[Rig, Request]]]:
-    for kv_format in ("int8", "int4"):
-        if request.kv_format == "plain" or (request.kv_format, kv_format) == ("int8", "int4"):
-            yield f"--kv {kv_format}", (rig, replace(request, kv_format=kv_format))
+    for kv_format in _smaller(request.kv_format):
+        yield f"--kv {kv_format}", (rig, replace(request, kv_format=kv_format))
     if request.low_bit:
         yield "no --degraded", (rig, replace(request, low_bit=None))
     if request.context >= 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +128,17 @@ def check_free(placement: Placement, cards: Sequence[torch.device], source: str)
     Raises:
         RequestError: with what is free on the device that is short, and the budget that would do.
     """
+
+    def free_on(device: torch.device) -> int:
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
     for plan, device in [*zip(placement.cards, cards, strict=True), (placement.host, torch.device("cpu"))]:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
         wanted = plan.total - (plan.reserve if device.type == "cuda" else 0)
-        if wanted > free:
+        if wanted > free_on(device):  # a model that nobody uses any more may not have been given back yet
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if wanted > (free := free_on(device)):
             name = "host memory" if plan.device == "cpu" else plan.device
             raise RequestError(
                 f"{source}: the plan takes {format_size(wanted)} of {name}, of which {format_size(free)} are free now: another program "

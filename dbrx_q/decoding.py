@@ -50,7 +50,7 @@ class Decoder(ABC):
             self._prompts[index] = [*self._prompts[index], *prompt]
             self.prefilled[index] += len(prompt)
             return prefill(self._model, prompt, cache)
-        step = PREFILL_TOKENS["cpu"] if pick(self._model.device) is Backend.CPU else 1
+        step = _chunk(self._model) if pick(self._model.device) is Backend.CPU else 1
         donor, shared = max(((i, _alike(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0))
         shared = min(shared, len(prompt) - 1) // step * step
         if shared:
@@ -65,11 +65,16 @@ class Decoder(ABC):
 
 def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
     """Append a prompt to a cache of one sequence, in chunks; float32 logits [V] of what follows."""
-    chunk = PREFILL_TOKENS[model.device.type]
+    chunk = _chunk(model)
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
         hidden = model.transformer(ids, None, cache, True, False).last_hidden_state  # [1, chunk, D]
     return model.lm_head(hidden[0, -1:]).float()[0]
+
+
+def _chunk(model: DbrxForCausalLM) -> int:
+    limit, most = model.transformer.step_limit, PREFILL_TOKENS[model.device.type]
+    return most if limit is None else min(limit, most)
 
 
 def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:

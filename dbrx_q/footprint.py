@@ -17,7 +17,7 @@ from .kernels.cpu_choice import tile_bytes
 from .kernels.kv import allocate_kv
 from .layout import TensorFormat, dense_tensors, parts_of
 
-__all__ = ["PREFILL_TOKENS", "Footprint", "Request"]
+__all__ = ["PREFILL_TOKENS", "Footprint", "Request", "step_tokens"]
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory."""
@@ -79,7 +79,7 @@ class Footprint:
                 head += size
         shape = request.batch, config.attn_config.kv_n_heads, request.context, config.head_dim
         kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
-        tokens = {kind: min(request.step_tokens or limit, request.batch * request.context) for kind, limit in PREFILL_TOKENS.items()}
+        tokens = {kind: step_tokens(config, request, kind) for kind in PREFILL_TOKENS}
         rows = request.batch if request.logit_rows is None else request.logit_rows
         host, card = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
         ffn = config.ffn_config
@@ -90,6 +90,11 @@ class Footprint:
         decoded = _decoded_rows(config, formats, rows)
         helper = _helper_workspace(config, tokens["cuda"]) + decoded
         return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host + decoded, card, helper)
+
+
+def step_tokens(config: DbrxConfig, request: Request, kind: str) -> int:
+    """Tokens of one forward pass that memory is kept for on a "cpu" or "cuda" device."""
+    return min(request.step_tokens or PREFILL_TOKENS[kind], request.batch * min(request.context, config.max_seq_len))
 
 
 def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:

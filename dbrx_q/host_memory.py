@@ -7,10 +7,11 @@ import math
 import os
 import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 
-__all__ = ["available_bytes", "empty_host", "peak_memory_bytes", "resident_bytes"]
+__all__ = ["allowed_bytes", "available_bytes", "empty_host", "peak_memory_bytes", "resident_bytes"]
 
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14
@@ -54,9 +55,45 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this machine can give to processes without swapping: what Linux estimates, elsewhere all that it has."""
+    """Memory that can be given to this process without swapping: what Linux estimates, or its container is still allowed, elsewhere all
+    that the machine has."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *allowed_bytes()])
+
+
+def allowed_bytes(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each control group around this process may still take, where one has a limit; what it caches of files counts as free.
+
+    Args:
+        groups: which they are, as Linux tells it.
+        mounted: where they can be read.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, usage, cached = (  # of version 1, and of version 2
+            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else (mounted, "memory.max", "memory.current", "inactive_file")
+        )
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no limit, which is written as "max", or none that can be read
+                continue
+            found.append(max(0, most - used + int(stat.get(cached, 0))))
+    return found

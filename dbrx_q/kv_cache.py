@@ -26,6 +26,7 @@ class KVCache:
         dtype: of the model's activations, and of plain keys and values.
         device: where they lie; or one for each layer.
         grows: whether `reserve` may make room for more than L tokens.
+        limit: for how many at most, where it grows; None for the model's context.
         format: "plain", or "int8" or "int4" with scales per token and head.
 
     Attributes:
@@ -45,6 +46,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str | Sequence[torch.device] = "cpu",
         grows: bool = False,
+        limit: int | None = None,
         format: str = "plain",
     ) -> None:
         if capacity > config.max_seq_len:
@@ -58,7 +60,7 @@ class KVCache:
         self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, place) for place in places]
         self.lengths = [0] * batch_size
         self.capacity = capacity
-        self._limit = config.max_seq_len if grows else capacity
+        self._limit = (config.max_seq_len if limit is None else min(limit, config.max_seq_len)) if grows else capacity
 
     @property
     def format(self) -> str:

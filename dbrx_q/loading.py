@@ -26,7 +26,7 @@ from .experts.policies import CachePolicy, make_policy
 from .experts.reader import ExpertReader, reads_faster_directly
 from .experts.tiered import NextRouter
 from .experts.trace import Trace
-from .footprint import Request
+from .footprint import Request, step_tokens
 from .host_memory import empty_host
 from .hub import resolve_folder
 from .jsonfile import read_json_object
@@ -122,8 +122,9 @@ def load_model(
     if files is not None and plan is not None and budget is not None:
         store = _tiered_store(model, files, plan, budget, profile, low_bit_files)
     model = _ready(model, device, eos_ids(folder), store)
-    if plan is not None:
-        model.placement, model.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
+    if plan is not None and budget is not None:
+        model.placement, model.transformer.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
+        model.transformer.step_limit = step_tokens(config, _request_of(config, budget), "cuda" if plan.cards else "cpu")
     return model
 
 
@@ -141,12 +142,12 @@ def plan_of(
     Raises:
         RequestError: it does not fit, or not into what is free now, or a context or a batch that the model cannot have.
     """
-    context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
+    request = _request_of(config, budget, low_bit)
+    context = request.context
     for name, value, most in (("context", context, config.max_seq_len), ("batch", budget.batch, None)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
             limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
             raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
-    request = Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, low_bit)
     plan = place(config, formats, budget.rig, request)
     check_fits(plan, source)
     check_free(plan, budget.cards, source)
@@ -195,6 +196,12 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them; found {value!r}")
     return tuple(ids)
+
+
+def _request_of(config: DbrxConfig, budget: Budget, low_bit: Mapping[str, TensorFormat] | None = None) -> Request:
+    """What a budget wants memory for."""
+    context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
+    return Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, low_bit)
 
 
 def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> DbrxForCausalLM:

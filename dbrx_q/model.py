@@ -70,6 +70,8 @@ class DbrxModel(nn.Module):
         self.blocks = nn.ModuleList(DbrxBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = DbrxLayerNorm(config.d_model)
         self.expert_store: ExpertStore | None = None
+        self.step_limit: int | None = None  # tokens that memory is kept for in one pass; None without a limit
+        self.kv_budget: int | None = None  # bytes of keys and values that requests may take; None without a limit
         _initialise(self, config.initializer_range)
         self.eval()
 
@@ -122,7 +124,8 @@ class DbrxModel(nn.Module):
             output_router_logits: None takes the configuration's.
 
         Raises:
-            RequestError: token ids out of range, a mask of another shape, or more tokens than the context holds.
+            RequestError: token ids out of range, a mask of another shape, or more tokens than the context, or the memory that the model
+                was given, holds.
         """
         batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
         ids = input_ids.flatten() if rows is None else input_ids.flatten()[rows]
@@ -177,8 +180,21 @@ class DbrxModel(nn.Module):
         longest = max((length + count for length, count in zip(past, counts, strict=True)), default=0)
         if longest > self.config.max_seq_len:
             raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
+        if self.step_limit is not None and sum(counts) > self.step_limit:
+            raise RequestError(
+                f"a pass must bring at most the {self.step_limit} tokens that the model was given memory for; found {sum(counts)}. "
+                "Bring fewer at a time, with past_key_values, or load the model with a longer context"
+            )
         if cache is None and use_cache:
-            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.devices, grows=True)
+            room = None
+            if self.kv_budget is not None:
+                room = self.kv_budget // max(1, KVCache(self.config, B, 1, dtype=self.dtype, device="meta").nbytes)
+                if longest > room:
+                    raise RequestError(
+                        f"keys and values must fit the {self.kv_budget:,} bytes that are kept for them, {room} tokens of {B} sequences; "
+                        f"found {longest}. Load the model with a longer context or a larger batch, or shorten it"
+                    )
+            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.devices, grows=True, limit=room)
         if cache is not None:
             cache.reserve(longest)
         return batch_of(counts, past, cache, self.device), rows
@@ -209,7 +225,6 @@ class DbrxForCausalLM(nn.Module):
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
         self.decoder: object | None = None  # what generation on a GPU keeps from one request to the next
         self.placement: Placement | None = None  # the plan that it was loaded by
-        self.kv_budget: int | None = None  # bytes of keys and values that requests may take; None without a limit
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -222,6 +237,11 @@ class DbrxForCausalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.transformer.device
+
+    @property
+    def kv_budget(self) -> int | None:
+        """Bytes of keys and values that requests may take; None without a limit."""
+        return self.transformer.kv_budget
 
     @property
     def expert_store(self) -> ExpertStore:

@@ -174,7 +174,7 @@ def _on_host(model: Footprint, rig: Rig) -> Placement:
         low_bit_slots=low_bit,
         dense_read=dense - model.embedding,
     )
-    return _placement((), host, wanted, short, "cpu")
+    return _placement((), host, wanted, Counter(slots), short, "cpu")
 
 
 def _on_cards(model: Footprint, rig: Rig, ends: Sequence[int]) -> Placement:
@@ -221,8 +221,12 @@ def _split(model: Footprint, rig: Rig, ends: Sequence[int], *, low_bit: bool) ->
     workspace = model.helper_workspace if left else 0
     staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) + staging_bytes(whole) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
-    if left:
-        host_slots, missing = _slots(left, None if rig.ram is None else rig.ram - workspace - staging - _bytes(whole))
+    if left:  # of each kind one at least passes through; with room for more, cards may give up what lies here, too
+        host_slots, missing = _slots(
+            wanted,
+            None if rig.ram is None else rig.ram - workspace - staging - _bytes(whole),
+            {kind: max(1, left[kind]) for kind in wanted},
+        )
         if missing > short:
             short, worst = missing, "cpu"
     host = DevicePlan(
@@ -235,7 +239,7 @@ def _split(model: Footprint, rig: Rig, ends: Sequence[int], *, low_bit: bool) ->
         slots=host_slots,
         low_bit_slots=whole,
     )
-    return _placement(tuple(cards), host, wanted, short, worst)
+    return _placement(tuple(cards), host, wanted, held + Counter(host_slots), short, worst)
 
 
 def _every(kinds: Sequence[ExpertKind], model: Footprint) -> Counter[ExpertKind]:
@@ -243,25 +247,31 @@ def _every(kinds: Sequence[ExpertKind], model: Footprint) -> Counter[ExpertKind]
     return Counter({kind: count * model.n_experts for kind, count in Counter(kinds).items()})
 
 
-def _placement(cards: tuple[DevicePlan, ...], host: DevicePlan, wanted: Mapping[ExpertKind, int], short: int, worst: str) -> Placement:
-    held = sum(plan.n_slots - plan.scratch for plan in (*cards, host))
-    total = sum(wanted.values())
-    return Placement(cards, host, total, _bytes(wanted), max(0, total - held), short, worst if short else "")
+def _placement(
+    cards: tuple[DevicePlan, ...], host: DevicePlan, wanted: Counter[ExpertKind], held: Counter[ExpertKind], short: int, worst: str
+) -> Placement:
+    on_disk = (wanted - held).total()  # by kind; an expert that lies twice makes no other superfluous
+    return Placement(cards, host, wanted.total(), _bytes(wanted), on_disk, short, worst if short else "")
 
 
-def _slots(wanted: Mapping[ExpertKind, int], room: int | None) -> tuple[dict[ExpertKind, int], int]:
-    """(slots of each kind, bytes that are missing for one of each): in each kind the same share of what is wanted."""
+def _slots(
+    wanted: Mapping[ExpertKind, int], room: int | None, first: Mapping[ExpertKind, int] | None = None
+) -> tuple[dict[ExpertKind, int], int]:
+    """(slots of each kind, bytes that are missing for one of each): in each kind the same share of what is wanted; of `first`, where that
+    is given and does not fit, and at least all of that where it does."""
     if room is None or _bytes(wanted) <= room:
         return dict(wanted), 0
-    least = dict.fromkeys(wanted, 1)
+    if first is not None and _bytes(first) > room:
+        return _slots(first, room)
+    least = dict.fromkeys(wanted, 1) if first is None else dict(first)
     if _bytes(least) > room:
         return least, _bytes(least) - room
     low, high = 0.0, 1.0
     for _ in range(50):
         share = (low + high) / 2
-        slots = {kind: max(1, int(share * count)) for kind, count in wanted.items()}
+        slots = {kind: max(least[kind], int(share * count)) for kind, count in wanted.items()}
         low, high = (share, high) if _bytes(slots) <= room else (low, share)
-    slots = {kind: max(1, int(low * count)) for kind, count in wanted.items()}
+    slots = {kind: max(least[kind], int(low * count)) for kind, count in wanted.items()}
     for kind in sorted(wanted, key=lambda kind: -kind.nbytes):  # what rounding left over
         slots[kind] = min(wanted[kind], slots[kind] + (room - _bytes(slots)) // kind.nbytes)
     return slots, 0

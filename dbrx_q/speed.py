@@ -3,21 +3,23 @@
 Bandwidth decides: a token reads the dense weights and `top_k` experts of every layer, from wherever they lie. Three figures:
 
 expected     experts are chosen by chance, so that the share of requests that hit is the share of experts that have a slot; a miss comes
-             from the host's memory, by the faster of the link and the memory itself, or from disk; one after the other.
-lower bound  every request misses, and comes over the link alone (from disk without one); one after the other.
-upper bound  every request hits that has a slot to hit; misses come over the link and are computed by the CPU at once; everything overlaps.
+             from the host's memory, by the faster of the link and the memory itself, after it has come from disk where it lies there.
+lower bound  every request misses that can, and of those as many as can lie on disk; misses travel over the link alone.
+upper bound  every request hits that has a slot to hit, on a card or in host memory; misses come over the link and are computed by the CPU
+             at once.
 
-A low-bit copy answers in place of the disk: its bytes come from the host's memory. On a CPU that is faster than a hit, so that the bounds
-change their places.
+In the first two one thing is done after the other; in the last everything overlaps. A low-bit copy answers in place of the disk: its bytes
+come from the host's memory. On a CPU that is faster than a hit, so that most misses are the best case there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from .experts.stats import ExpertStats
-from .placement import DevicePlan, Placement, Rig
+from .placement import Card, DevicePlan, Placement, Rig
 
 __all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "simulated_seconds", "speed_bounds"]
 
@@ -39,52 +41,57 @@ class Term:
 
 @dataclass(frozen=True)
 class SpeedBounds:
-    """Tokens/s of one sequence. hit_rate: expected. terms: of the expected figure, whose seconds add up to those of a token."""
+    """Tokens/s of one sequence. hit_rate: expected. terms: of the expected figure, lower_terms: of the lower bound; the seconds of each add
+    up to those of a token. upper_terms: of the upper bound, whose busiest path takes a token's time."""
 
     hit_rate: float
     lower: float
     expected: float
     upper: float
     terms: tuple[Term, ...]
+    lower_terms: tuple[Term, ...]
+    upper_terms: tuple[Term, ...]
+
+
+class _Case(Enum):
+    WORST = "worst"
+    EXPECTED = "expected"
+    BEST = "best"
 
 
 def speed_bounds(placement: Placement, rig: Rig, *, n_experts: int, top_k: int) -> SpeedBounds:
     """The three figures for layers of `n_experts` experts, `top_k` of which are active."""
-
-    def fewest(share: float) -> float:
-        return float(share == 1)
-
-    def most(share: float) -> float:
-        return min(1.0, share * n_experts / top_k)
-
-    if placement.host.low_bit and not placement.cards:
-        fewest, most = most, fewest
-    expected = _terms(placement, rig, n_experts, top_k, lambda share: share, max)
-    worst = _terms(placement, rig, n_experts, top_k, fewest, lambda link, host: link)
-    best = _terms(placement, rig, n_experts, top_k, most, lambda link, host: link + host)
-    busy: dict[str, float] = {}
-    for term in best:  # one sequence passes through the cards one after the other
-        path = term.path.split(" of ")[0]
-        busy[path] = busy.get(path, 0.0) + term.seconds
+    terms = {case: tuple(_terms(placement, rig, n_experts, top_k, case)) for case in _Case}
     return SpeedBounds(
         hit_rate=hit_rate(placement, n_experts),
-        lower=1 / sum(term.seconds for term in worst),
-        expected=1 / sum(term.seconds for term in expected),
-        upper=1 / max(busy.values()),
-        terms=tuple(expected),
+        lower=1 / sum(term.seconds for term in terms[_Case.WORST]),
+        expected=1 / sum(term.seconds for term in terms[_Case.EXPECTED]),
+        upper=1 / max(_busy(terms[_Case.BEST]).values()),
+        terms=terms[_Case.EXPECTED],
+        lower_terms=terms[_Case.WORST],
+        upper_terms=terms[_Case.BEST],
     )
+
+
+def _busy(terms: tuple[Term, ...]) -> Mapping[str, float]:
+    """Seconds by path; one sequence passes through the cards one after the other, so that theirs count as one."""
+    found: dict[str, float] = {}
+    for term in terms:
+        path = term.path.split(" of ")[0]
+        found[path] = found.get(path, 0.0) + term.seconds
+    return found
 
 
 def hit_rate(placement: Placement, n_experts: int) -> float:
     """Share of requests for an expert that lies on the device that computes, where experts are chosen by chance."""
     plans = placement.cards or (placement.host,)
-    layers = sum(end - first for first, end in (plan.layers for plan in plans))
-    return sum(_share(plan, n_experts) * (plan.layers[1] - plan.layers[0]) for plan in plans) / layers
+    layers = sum(_layers(plan) for plan in plans)
+    return sum(_share(plan, n_experts) * _layers(plan) for plan in plans) / layers
 
 
 def expected_seconds(placement: Placement, rig: Rig, *, n_experts: int, top_k: int) -> float:
     """Of one token, as the expected figure has it."""
-    return sum(term.seconds for term in _terms(placement, rig, n_experts, top_k, lambda share: share, max))
+    return sum(term.seconds for term in _terms(placement, rig, n_experts, top_k, _Case.EXPECTED))
 
 
 def simulated_seconds(did: ExpertStats, placement: Placement, rig: Rig, *, tokens: int) -> float:
@@ -104,50 +111,70 @@ def simulated_seconds(did: ExpertStats, placement: Placement, rig: Rig, *, token
     return tokens * dense + on_card * each * slow + missed + did.disk_bytes / rig.disk_bandwidth
 
 
-def _terms(
-    placement: Placement,
-    rig: Rig,
-    n_experts: int,
-    top_k: int,
-    hits: Callable[[float], float],
-    of_host: Callable[[float, float], float],
-) -> list[Term]:
-    """hits: the share of requests that hit, by the share of experts that have slots. of_host: the bandwidth of misses that lie in host
-    memory, by the link's and the memory's."""
-    mean = placement.expert_bytes / placement.experts
-    low_bit = placement.host.low_bit / placement.experts
-    if not placement.cards:
-        plan, memory = placement.host, rig.host_bandwidth
-        requests = (plan.layers[1] - plan.layers[0]) * top_k
-        hit = hits(_share(plan, n_experts))
-        found = [
-            Term("host memory", "weights that every token reads", plan.dense_read, memory),
-            Term("host memory", "experts that hit", requests * hit * mean, memory),
-            Term("host memory", "low-bit copies of experts that miss", requests * (1 - hit) * low_bit, memory)
-            if low_bit
-            else Term("disk", "experts that miss", requests * (1 - hit) * mean, rig.disk_bandwidth),
-        ]
-        return [term for term in found if term.nbytes]
-    off_cards = placement.experts - sum(plan.n_slots - plan.scratch for plan in placement.cards)
-    on_disk = placement.disk_experts / off_cards if off_cards else 0.0
-    found = []
-    for plan, card in zip(placement.cards, rig.cards, strict=True):
-        requests = (plan.layers[1] - plan.layers[0]) * top_k
-        hit = hits(_share(plan, n_experts))
-        missed = requests * (1 - hit)
-        name, to_card = plan.device, of_host(card.link, rig.host_bandwidth)
-        path = f"host memory and link of {name}"
-        found += [
-            Term(f"memory of {name}", "weights that every token reads", plan.dense_read, card.bandwidth),
-            Term(f"memory of {name}", "experts that hit", requests * hit * mean, card.bandwidth),
-            Term(path, "experts that miss", missed * (1 - on_disk) * mean, to_card),
-            Term(path, "low-bit copies of experts on disk", missed * on_disk * low_bit, to_card)
-            if low_bit
-            else Term("disk", f"experts of {name} that miss and lie on disk", missed * on_disk * mean, rig.disk_bandwidth),
-        ]
+def _terms(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+    found = _on_cards(placement, rig, n_experts, top_k, case) if placement.cards else _on_host(placement, rig, n_experts, top_k, case)
     return [term for term in found if term.nbytes]
 
 
+def _on_host(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+    plan, memory = placement.host, rig.host_bandwidth
+    mean, low_bit = placement.expert_bytes / placement.experts, plan.low_bit / placement.experts
+    if low_bit:  # misses are faster than hits
+        case = {_Case.WORST: _Case.BEST, _Case.BEST: _Case.WORST}.get(case, case)
+    missed = _missed(plan, n_experts, top_k, case)
+    return [
+        Term("host memory", "weights that every token reads", plan.dense_read, memory),
+        Term("host memory", "experts that hit", (_layers(plan) * top_k - missed) * mean, memory),
+        Term("host memory", "low-bit copies of experts that miss", missed * low_bit, memory)
+        if low_bit
+        else Term("disk", "experts that miss", missed * mean, rig.disk_bandwidth),
+    ]
+
+
+def _on_cards(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+    mean, low_bit = placement.expert_bytes / placement.experts, placement.host.low_bit / placement.experts
+    every = [_missed(plan, n_experts, top_k, case) for plan in placement.cards]
+    off_cards = placement.experts - sum(plan.n_slots - plan.scratch for plan in placement.cards)
+    in_host = placement.host.n_slots / sum(_layers(plan) for plan in placement.cards)  # of each layer
+    found = []
+    for plan, card, missed in zip(placement.cards, rig.cards, every, strict=True):
+        if case is _Case.WORST:
+            on_disk = missed * min(1.0, placement.disk_experts / sum(every)) if missed else 0.0
+        elif case is _Case.BEST:
+            on_disk = max(0.0, missed - _layers(plan) * in_host) if placement.disk_experts else 0.0
+        else:
+            on_disk = missed * placement.disk_experts / off_cards if off_cards else 0.0
+        name, path = plan.device, f"host memory and link of {plan.device}"
+        to_card = _to_card(card, rig, case)
+        found += [
+            Term(f"memory of {name}", "weights that every token reads", plan.dense_read, card.bandwidth),
+            Term(f"memory of {name}", "experts that hit", (_layers(plan) * top_k - missed) * mean, card.bandwidth),
+            Term(path, "experts that miss", (missed - on_disk * bool(low_bit)) * mean, to_card),
+            Term(path, "low-bit copies of experts on disk", on_disk * low_bit, to_card)
+            if low_bit
+            else Term("disk", f"experts of {name} that miss and lie on disk", on_disk * mean, rig.disk_bandwidth),
+        ]
+    return found
+
+
+def _to_card(card: Card, rig: Rig, case: _Case) -> float:
+    """Bytes/s of misses that lie in host memory."""
+    if case is _Case.WORST:
+        return card.link
+    return card.link + rig.host_bandwidth if case is _Case.BEST else max(card.link, rig.host_bandwidth)
+
+
+def _missed(plan: DevicePlan, n_experts: int, top_k: int, case: _Case) -> float:
+    """Requests of a token that miss on the device."""
+    layers, share = _layers(plan), _share(plan, n_experts)
+    if case is _Case.WORST:
+        return min(layers * top_k, layers * n_experts - plan.n_slots)
+    return layers * top_k * (1 - (min(1.0, share * n_experts / top_k) if case is _Case.BEST else share))
+
+
+def _layers(plan: DevicePlan) -> int:
+    return plan.layers[1] - plan.layers[0]
+
+
 def _share(plan: DevicePlan, n_experts: int) -> float:
-    layers = plan.layers[1] - plan.layers[0]
-    return plan.n_slots / (layers * n_experts) if layers * n_experts else 0.0
+    return plan.n_slots / (_layers(plan) * n_experts) if _layers(plan) * n_experts else 0.0

@@ -90,7 +90,11 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def step_tokens(models: Iterable[DbrxForCausalLM]) -> int:
-    """How many tokens run together through these models: more where the experts of one are decoded again for every step."""
+    """How many tokens run together through these models: more where the experts of one are decoded again for every step, unless another
+    was given memory for so many."""
+    models = list(models)
+    if any(model.placement is not None for model in models):
+        return STEP_TOKENS
     stores = [model.transformer.expert_store for model in models]
     return _RENEWED_STEP_TOKENS if any(store is not None and store.renewed for store in stores) else STEP_TOKENS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from .quantize import Format
 
 if TYPE_CHECKING:
     from dbrx_q.placement import Placement
-    from dbrx_q.speed import SpeedBounds
+    from dbrx_q.speed import SpeedBounds, Term
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -94,9 +95,9 @@ def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
         bytes_of = {kind: getattr(found, kind) for kind in (*_KINDS, "total")}
         return {"device": found.device, "budget": found.budget, "layers": list(found.layers), **bytes_of, "expert_slots": found.n_slots}
 
-    terms = [
-        {"path": t.path, "what": t.what, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in bounds.terms
-    ]
+    def listed(terms: Iterable[Term]) -> list[dict[str, Any]]:
+        return [{"path": t.path, "what": t.what, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in terms]
+
     return {
         "fits": plan.fits,
         "shortfall": plan.shortfall,
@@ -107,7 +108,9 @@ def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
         "disk_experts": plan.disk_experts,
         "hit_rate": bounds.hit_rate,
         "tokens_per_second": {"lower": bounds.lower, "expected": bounds.expected, "upper": bounds.upper},
-        "per_token": terms,
+        "per_token": listed(bounds.terms),
+        "per_token_lower": listed(bounds.lower_terms),
+        "per_token_upper": listed(bounds.upper_terms),
     }
 
 
@@ -127,13 +130,15 @@ def _print(plan: Placement, bounds: SpeedBounds) -> None:
         print(f"does not fit: {plan.shortfall:,} bytes more are needed on {plan.short_of}")
         return
     print(f"fits; expected hit rate {bounds.hit_rate:.1%} (experts chosen by chance; the policies of the cache do better on text)")
-    for term in bounds.terms:
-        rate = f"{format_size(term.nbytes)} / {format_size(term.bandwidth)}/s"
-        print(f"  {term.what} ({term.path}): {rate} = {1000 * term.seconds:.2f} ms a token")
-    worst, best = "every request misses", "every slot hits"
+    worst, best = "all misses that can be", "every slot hits"
     if plan.host.low_bit and not plan.cards:  # a low-bit copy is read faster than an expert
         worst, best = best, worst
-    print(
-        f"tokens/s at batch 1: {bounds.expected:.2f} expected; at least {bounds.lower:.2f} ({worst}, nothing overlaps), "
-        f"at most {bounds.upper:.2f} ({best}, everything overlaps)"
-    )
+    for what, terms in (
+        (f"tokens/s at batch 1: {bounds.expected:.2f} expected", bounds.terms),
+        (f"at least {bounds.lower:.2f} ({worst}, one thing after the other)", bounds.lower_terms),
+        (f"at most {bounds.upper:.2f} ({best}, everything at once: the busiest path counts)", bounds.upper_terms),
+    ):
+        print(what)
+        for term in terms:
+            rate = f"{format_size(term.nbytes)} / {format_size(term.bandwidth)}/s"
+            print(f"  {term.what} ({term.path}): {rate} = {1000 * term.seconds:.2f} ms a token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,13 @@ def test_every_byte_of_every_rig_is_accounted_for(case: Case) -> None:
         assert device.experts == pytest.approx(device.n_slots * EXPERT)
     assert sum(device.dense for device in plan.devices) == whole.host.dense
     assert sum(device.kv_cache for device in plan.devices) == whole.host.kv_cache
-    assert sum(device.n_slots - device.scratch for device in plan.devices) + plan.disk_experts == 640
+    on_cards = sum(device.n_slots - device.scratch for device in plan.cards)
+    if plan.disk_experts or not plan.cards:
+        assert on_cards + plan.host.n_slots + plan.disk_experts == 640
+    else:  # what lies on cards lies in host memory, too, as far as there is room
+        spare = case.ram * GIB - plan.host.total
+        assert 640 - on_cards <= plan.host.n_slots <= 640
+        assert plan.host.n_slots in (0, 640) or spare < EXPERT
     assert all(device.scratch in (0, 2) for device in plan.cards)
     assert plan.expert_bytes == pytest.approx(640 * EXPERT)
     if plan.disk_experts:  # then no device has room for one more
@@ -136,6 +143,44 @@ def test_more_of_anything_is_never_slower() -> None:
     assert expected(Case((-24,), 32).rig, request) < now
 
 
+def test_a_shorter_context_is_found_however_short_it_must_be() -> None:
+    """With several sequences, and together with smaller keys and values."""
+    rig, request = Rig(12 * GIB, (card(10),)), Request(32768, batch=8)
+    sentence = advice(DBRX, INT4, rig, request)
+    options = re.findall(r"--context (\d+)(?: --kv (int\d))?", sentence)
+    assert len(options) == 3
+    for context, kv_format in options:
+        fitting = replace(request, context=int(context), kv_format=kv_format or "plain")
+        assert place(DBRX, INT4, rig, fitting).fits
+        assert not place(DBRX, INT4, rig, replace(fitting, context=2 * int(context))).fits
+    tiny = advice(DBRX, INT4, Rig(64 * GIB, (card(1),)), Request(8192))
+    assert "no smaller KV cache, shorter context or other card makes it fit" in tiny
+
+
+def test_a_kind_that_lies_on_cards_alone_passes_through_host_memory() -> None:
+    formats = {name: TensorFormat("int8", 64) if ".blocks.0.ffn" in name else fmt for name, fmt in INT4.items()}
+    plan = place(DBRX, formats, Rig(32 * GIB, (card(24), card(48))), Request(4096))
+    assert len(plan.host.slots) == 2
+    assert min(plan.host.slots.values()) >= 1
+    assert plan.host.experts == sum(kind.nbytes * count for kind, count in plan.host.slots.items())
+    assert plan.host.total <= 32 * GIB
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
+    """Of the requests of a token as many come from disk as there are experts on it, over the link and over nothing else at the time."""
+    plan = place(DBRX, INT4, case.rig, Request(8192))
+    bounds = speed_bounds(plan, case.rig, n_experts=16, top_k=4)
+    moved = {what: sum(term.nbytes for term in bounds.lower_terms if what in term.path) for what in ("disk", "link")}
+    assert moved["disk"] == pytest.approx(min(160, plan.disk_experts) * EXPERT)
+    off_cards = sum(min(4 * (end - first), 16 * (end - first) - there.n_slots) for there in plan.cards for first, end in [there.layers])
+    assert moved["link"] == pytest.approx(off_cards * EXPERT)
+    assert bounds.lower == pytest.approx(1 / sum(term.seconds for term in bounds.lower_terms))
+    assert bounds.lower <= bounds.expected * 1.0000001
+    assert bounds.expected <= bounds.upper * 1.0000001
+    assert bounds.upper >= 1 / sum(term.seconds for term in bounds.upper_terms)
+
+
 def test_the_arithmetic_of_a_token() -> None:
     """All-miss over 25 GB/s, and from 60 GB/s of host memory."""
     rig = Rig(128 * GIB, (card(24),))
@@ -185,7 +230,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_fits_instead() -> None:
     assert f"{8 * GIB + plan.shortfall:,} bytes for cuda:0" in sentence
     assert "--kv int4" in sentence
     assert place(DBRX, INT4, rig, Request(32768, kv_format="int4")).fits
-    assert ("--context 16384" in sentence) == place(DBRX, INT4, rig, Request(16384)).fits
+    for kv_format, option in (("plain", ""), ("int8", " --kv int8"), ("int4", " --kv int4")):
+        longest = next(c for c in (16384, 8192, 4096, 2048) if place(DBRX, INT4, rig, Request(c, kv_format=kv_format)).fits)
+        assert f"--context {longest}{option}{'.' if option == ' --kv int4' else ', '}" in sentence
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from dbrx_q.eval.observe import batches, step_tokens
 from dbrx_q.eval.sources import open_source
 from dbrx_q.eval.streamed import DecodedSource
 from dbrx_q.eval.windows import Protocol
+from dbrx_q.footprint import Request
+from dbrx_q.placement import Rig, place
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 
@@ -96,6 +98,8 @@ def test_more_tokens_go_together_where_experts_are_decoded_for_each_step() -> No
     whole, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
     assert step_tokens([whole]) == step_tokens([]) == 4096
     assert step_tokens([whole, streamed]) == 32_768
+    whole.placement = place(whole.config, {}, Rig(), Request(64))  # loaded within a budget, which has room for steps of 4,096
+    assert step_tokens([whole, streamed]) == 4096
 
 
 def test_a_stride_of_the_context_that_was_not_named_is_refused() -> None:

@@ -70,9 +70,11 @@ def loaded(quantized_nano: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
         model.close()
 
 
-# Of the 64 experts of 53 kB: everything in memory, and not; hardly a slot on the cards; one card; three of unequal size.
+# Of the 64 experts of 53 kB: host memory holds all; all lie on the cards or there, some of them on both; some on disk alone; hardly a slot
+# on the cards; one card; three of unequal size.
 RIGS = {
-    "in memory": ((2.3, 2.0), 4.0),
+    "in memory": ((2.3, 2.0), 5.0),
+    "once": ((2.3, 2.0), 2.6),
     "on disk": ((2.3, 2.0), 1.4),
     "few slots": ((1.4, 1.1), 1.4),
     "one card": ((3.2,), 1.6),
@@ -94,13 +96,16 @@ def test_any_split_gives_the_same_bits(
         assert plan is not None
         assert isinstance(store, CardExpertStore)
         assert [card.layers for card in store.cards] == [device.layers for device in plan.cards]
-        assert (plan.disk_experts == 0) == (rig == "in memory")
+        assert (plan.disk_experts == 0) == (rig in ("in memory", "once"))
+        assert [cache.kept_elsewhere is None for card in store.cards for _, cache in card._full.pools.values()] == [rig != "once"] * len(
+            sizes
+        )
         before = store.stats()
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True)), (policy, prefetch)
         did = store.stats() - before
         assert did.cache.misses > 0
         assert did.host.requests == did.cache.misses
-        assert (did.disk_bytes == 0) == (rig == "in memory")
+        assert (did.disk_bytes == 0) == (rig in ("in memory", "once"))
         if miss_policy is MissPolicy.cpu:
             assert did.on_cpu == did.cache.misses
         if miss_policy is MissPolicy.copy:
@@ -522,6 +527,8 @@ def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path) -> None:
     from dbrx_q.footprint import Request
 
     with Checkpoint(quantized_nano) as checkpoint:
-        plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=4.0).rig, Request(64, step_tokens=40))
+        plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=2.4).rig, Request(64, step_tokens=40))
+        roomy = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=5.0).rig, Request(64, step_tokens=40))
     assert [device.scratch for device in plan.cards] == [2, 2]
-    assert sum(device.n_slots for device in plan.devices) == 64 + 4
+    assert sum(device.n_slots for device in plan.cards) < 64 < sum(device.n_slots for device in plan.devices)
+    assert roomy.host.n_slots == 64

@@ -424,7 +424,7 @@ def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cl
 
 def test_sequences_that_step_together_share_one_cache(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(quantized_nano)
-    model.kv_budget = 200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes
+    model.transformer.kv_budget = 200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes
     prompts = [[1] * 80, [1] * 3, [1] * 3]
     assert generation._capacities(model, prompts, 20, "plain") == [100, 23, 23]
     monkeypatch.setattr(type(model.transformer), "steps_together", True)

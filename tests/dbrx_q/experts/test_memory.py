@@ -17,6 +17,7 @@ from dbrx_q.budget import Budget
 from dbrx_q.checkpoint import Checkpoint
 from dbrx_q.eval.synthetic import write_checkpoint
 from dbrx_q.experts.host import HostExpertStore
+from dbrx_q.experts.link import PINNED_BYTES
 from dbrx_q.layout import TensorFormat
 from dbrx_q.loading import load_model
 from dbrx_q.low_bit import LOW_BIT_FOLDER
@@ -31,13 +32,16 @@ from dbrx_q import generate
 from dbrx_q.budget import Budget
 from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.loading import load_model
-from dbrx_q.placement import Rig
+from dbrx_q.placement import Card, Rig
+import torch
 
 warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] != "page-cache"
 degraded = sys.argv[4] == "degraded"
+cards = [Card(int(size) + Card(0).reserve) for size in sys.argv[5:]]
 
-def run(folder, ram, degraded):
-    budget = Budget(Rig(ram), context=160, step_tokens=128, direct=direct, degraded=degraded)
+def run(folder, ram, degraded, cards=()):
+    cpu = torch.device("cpu")
+    budget = Budget(Rig(ram, tuple(cards)), context=160, step_tokens=128, direct=direct, degraded=degraded, devices=(cpu,) * len(cards))
     model = load_model(folder, budget=budget)
     # Every prompt has other numbers of tokens for its experts.
     found = [generate(model, [list(range(2, 2 + n))], max_new_tokens=16)[0].token_ids for n in (128, 117, 103, 90)]
@@ -48,7 +52,7 @@ def run(folder, ram, degraded):
 run(warm, 1 << 30, False)  # compiled code and threads are not the model's memory
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far
-tokens, stats = run(folder, ram, degraded)
+tokens, stats = run(folder, ram, degraded, cards)
 counters = {"misses": stats.cache.misses, "read": stats.disk_bytes, "degraded": stats.degraded}
 print(json.dumps({"tokens": tokens, "grown": peak_memory_bytes() - before} | counters))
 """
@@ -125,6 +129,20 @@ def test_a_low_bit_copy_lies_within_the_budget(large: Path, warm: Path) -> None:
     found = json.loads(done.stdout)
     assert found["degraded"] > 0
     assert copy < found["grown"] <= budget
+
+
+def test_cards_and_the_memory_under_them_stay_below_their_budgets(large: Path, warm: Path) -> None:
+    """Two cards that are host memory, too: slots of both, what stages between them, and what computes experts for them."""
+    memory = 24 << 20, 20 << 20
+    ram = (34 << 20) + 2 * PINNED_BYTES
+    command = [sys.executable, "-c", MEASURE, str(warm), str(large), str(ram), "direct", *map(str, memory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
+    assert found["read"] > sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    whole = sum(memory) + ram - 2 * PINNED_BYTES  # which the links of host memory do not take
+    assert whole / 2 < found["grown"] <= whole
 
 
 def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:

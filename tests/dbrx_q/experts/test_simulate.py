@@ -23,9 +23,10 @@ from dbrx_q.experts.slots import expert_kinds
 from dbrx_q.experts.split import MissPolicy
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.experts.trace import Trace
+from dbrx_q.footprint import Request
 from dbrx_q.layout import tensor_formats
 from dbrx_q.loading import load_model
-from dbrx_q.placement import Card, Rig
+from dbrx_q.placement import Card, Rig, place
 from dbrx_q.tracing import record
 
 IDS = [(7 * i * i + 3) % 4000 for i in range(36)]
@@ -76,7 +77,7 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
 
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("miss_policy", [MissPolicy.cpu, MissPolicy.copy])
-@pytest.mark.parametrize("ram", [4.0, 1.4], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("ram", [5.0, 2.6, 1.4], ids=["in memory", "once", "on disk"])
 def test_a_simulation_of_cards_does_so_too(
     model: DbrxForCausalLM, quantized_nano: Path, miss_policy: MissPolicy, ram: float, step: int
 ) -> None:
@@ -94,6 +95,38 @@ def test_a_simulation_of_cards_does_so_too(
     assert [link.nbytes <= its.nbytes for link, its in zip(found.links, expected.links, strict=True)] == [True, True]
     assert found.cache.misses > 0
     assert (found.disk_bytes > 0) == (ram < 2)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
+def test_cards_follow_their_policy_where_host_memory_holds_all(model: DbrxForCausalLM, policy: str) -> None:
+    """Of a text that uses the last experts of every layer, which do not lie on the cards at first, nothing is missed for long."""
+    N, L = 40, 4
+    few = np.tile(np.arange(12, 16, dtype=np.uint8), (N, L, 1))
+    trace = Trace(few, few, np.array([1] * N), model.config.to_dict())
+    kinds = expert_kinds(model.config, tensor_formats(model.config, ""), model.dtype)
+    each = kinds[0].nbytes
+
+    def hits(ram: int) -> float:
+        rig = Rig(ram, tuple(Card(size + Card(0).reserve) for size in (14 << 20, 14 << 20)))
+        plan = place(model.config, tensor_formats(model.config, ""), rig, Request(64, step_tokens=1))
+        cards = tuple(replace(card, slots=dict.fromkeys(card.slots, 12)) for card in plan.cards)
+        host = replace(plan.host, slots={kinds[0]: min(64, (ram - (8 << 20)) // each)})
+        passes = trace.passes(one_by_one=True)
+        found = simulate(
+            trace,
+            passes,
+            kinds,
+            replace(plan, cards=cards, host=host),
+            rig,
+            lambda layers, under: make_policy(policy, L, 16),
+            prefetch=False,
+            miss_policy=MissPolicy.copy,
+        )
+        assert found.disk_bytes == 0
+        return found.cache.hit_rate
+
+    assert hits((8 << 20) + 64 * each) > 0.9
+    assert hits((8 << 20) + 50 * each) < 0.5  # a card may give up little of what it holds
 
 
 @pytest.mark.parametrize("step", [1, 16])
