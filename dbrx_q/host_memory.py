@@ -81,10 +81,10 @@ def allowed_bytes(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, limit, usage, cached = (  # of version 1, and of version 2
-            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        root, limit, usage, prefix = (  # of version 1, and of version 2
+            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
             if controllers
-            else (mounted, "memory.max", "memory.current", "inactive_file")
+            else (mounted, "memory.max", "memory.current", "")
         )
         own = root / path.lstrip("/")
         for folder in (own, *own.parents):
@@ -95,5 +95,6 @@ def allowed_bytes(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path
                 stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # no limit, which is written as "max", or none that can be read
                 continue
-            found.append(max(0, most - used + int(stat.get(cached, 0))))
+            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            found.append(max(0, most - used + cached))
     return found

@@ -82,7 +82,8 @@ class KVCache:
             raise RequestError(f"a sequence must fit {self._limit} tokens, the room of its cache; found {tokens}. Shorten it")
         if tokens > self.capacity:
             more = min(self._limit, max(tokens, 2 * self.capacity)) - self.capacity
-            self.layers = [_grown(layer, more) for layer in self.layers]
+            for i, layer in enumerate(self.layers):  # one after the other, so that little more than what is kept is held
+                self.layers[i] = _grown(layer, more)
             self.capacity += more
 
     def sequence(self, index: int) -> KVCache:

@@ -45,6 +45,7 @@ from .tuning import load_tuning
 __all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained", "plan_of"]
 
 _CPU = torch.device("cpu")
+_SMALL = 64 << 20
 
 
 def load_pretrained(
@@ -124,6 +125,9 @@ def load_model(
     model = _ready(model, device, eos_ids(folder), store)
     if plan is not None and budget is not None:
         model.placement, model.transformer.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
+        # The head runs when what the layers needed is free again; a little more is part of what the process takes besides.
+        last = next(there for there in reversed(plan.cards or (plan.host,)) if there.layers[1] > there.layers[0])
+        model.logit_room = last.workspace + _SMALL
         model.transformer.step_limit = step_tokens(config, _request_of(config, budget), "cuda" if plan.cards else "cpu")
     return model
 
@@ -264,7 +268,7 @@ def _tiered_store(
         failed.enter_context(closing(store))
         store.fill(profile)
         for card in store.cards if isinstance(store, CardExpertStore) else ():
-            card.rates = measure_rates(card, store.tier, model.dtype)
+            card.calibrated(measure_rates(card, store.tier, model.dtype))
         failed.pop_all()
     return store
 

@@ -225,6 +225,7 @@ class DbrxForCausalLM(nn.Module):
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
         self.decoder: object | None = None  # what generation on a GPU keeps from one request to the next
         self.placement: Placement | None = None  # the plan that it was loaded by
+        self.logit_room: int | None = None  # bytes that logits may take; None without a limit
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -346,6 +347,15 @@ class DbrxForCausalLM(nn.Module):
         Args:
             logits_to_keep: compute the logits of the last so many columns only; 0 for all.
         """
+        if self.logit_room is not None and input_ids.ndim == 2:
+            B, S = input_ids.shape
+            columns = min(logits_to_keep or S, S)
+            wanted = B * columns * self.config.vocab_size * (torch.float32.itemsize + self.dtype.itemsize)
+            if wanted > self.logit_room:
+                raise RequestError(
+                    f"logits must fit the {self.logit_room:,} bytes of workspace that the model was given; those of {B} x {columns} tokens "
+                    f"take {wanted:,}. Name logits_to_keep, or bring fewer tokens at a time"
+                )
         out = self.transformer(input_ids, attention_mask, past_key_values, use_cache, output_router_logits)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(hidden).float(), out.past_key_values, out.router_logits)

@@ -222,11 +222,9 @@ def _split(model: Footprint, rig: Rig, ends: Sequence[int], *, low_bit: bool) ->
     staging = len(cards) * PINNED_BYTES + staging_bytes(wanted) + staging_bytes(whole) if workspace else 0
     host_slots: dict[ExpertKind, int] = {}
     if left:  # of each kind one at least passes through; with room for more, cards may give up what lies here, too
-        host_slots, missing = _slots(
-            wanted,
-            None if rig.ram is None else rig.ram - workspace - staging - _bytes(whole),
-            {kind: max(1, left[kind]) for kind in wanted},
-        )
+        needed = {kind: max(1, left[kind]) for kind in wanted}
+        room = _bytes(needed) if rig.ram is None else rig.ram - workspace - staging - _bytes(whole)
+        host_slots, missing = _slots(wanted, room, needed)
         if missing > short:
             short, worst = missing, "cpu"
     host = DevicePlan(

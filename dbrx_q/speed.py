@@ -121,10 +121,10 @@ def _on_host(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _
     mean, low_bit = placement.expert_bytes / placement.experts, plan.low_bit / placement.experts
     if low_bit:  # misses are faster than hits
         case = {_Case.WORST: _Case.BEST, _Case.BEST: _Case.WORST}.get(case, case)
-    missed = _missed(plan, n_experts, top_k, case)
+    requests, missed = _layers(plan) * top_k, _missed(plan, n_experts, top_k, case)
     return [
         Term("host memory", "weights that every token reads", plan.dense_read, memory),
-        Term("host memory", "experts that hit", (_layers(plan) * top_k - missed) * mean, memory),
+        Term("host memory", "experts, once they are there", (requests - missed * bool(low_bit)) * mean, memory),
         Term("host memory", "low-bit copies of experts that miss", missed * low_bit, memory)
         if low_bit
         else Term("disk", "experts that miss", missed * mean, rig.disk_bandwidth),
@@ -134,16 +134,23 @@ def _on_host(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _
 def _on_cards(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: _Case) -> list[Term]:
     mean, low_bit = placement.expert_bytes / placement.experts, placement.host.low_bit / placement.experts
     every = [_missed(plan, n_experts, top_k, case) for plan in placement.cards]
-    off_cards = placement.experts - sum(plan.n_slots - plan.scratch for plan in placement.cards)
+    slots = sum(plan.n_slots for plan in placement.cards)
+    off_cards = placement.experts - slots + sum(plan.scratch for plan in placement.cards)
+    # Without a low-bit copy an expert may lie on a card and in host memory, and others in none.
+    nowhere = placement.disk_experts if low_bit else placement.experts - max(slots, placement.host.n_slots)
     in_host = placement.host.n_slots / sum(_layers(plan) for plan in placement.cards)  # of each layer
+    # A low-bit copy comes the same way as an expert of host memory, with fewer bytes: the more of them the better.
+    most_on_disk = _Case.BEST if low_bit else _Case.WORST
     found = []
     for plan, card, missed in zip(placement.cards, rig.cards, every, strict=True):
-        if case is _Case.WORST:
-            on_disk = missed * min(1.0, placement.disk_experts / sum(every)) if missed else 0.0
-        elif case is _Case.BEST:
-            on_disk = max(0.0, missed - _layers(plan) * in_host) if placement.disk_experts else 0.0
+        if not placement.disk_experts or not missed:
+            on_disk = 0.0
+        elif case is most_on_disk:
+            on_disk = missed * min(1.0, nowhere / sum(every))
+        elif case is _Case.EXPECTED:
+            on_disk = missed * placement.disk_experts / off_cards
         else:
-            on_disk = missed * placement.disk_experts / off_cards if off_cards else 0.0
+            on_disk = max(0.0, missed - _layers(plan) * in_host)
         name, path = plan.device, f"host memory and link of {plan.device}"
         to_card = _to_card(card, rig, case)
         found += [
@@ -160,7 +167,7 @@ def _on_cards(placement: Placement, rig: Rig, n_experts: int, top_k: int, case: 
 def _to_card(card: Card, rig: Rig, case: _Case) -> float:
     """Bytes/s of misses that lie in host memory."""
     if case is _Case.WORST:
-        return card.link
+        return min(card.link, rig.host_bandwidth)
     return card.link + rig.host_bandwidth if case is _Case.BEST else max(card.link, rig.host_bandwidth)
 
 

@@ -23,7 +23,10 @@ from dbrx_q.model import DbrxForCausalLM, batch_of
 
 from .observe import LOGIT_TOKENS, STEP_TOKENS, check_ids
 
-__all__ = ["Continuation", "PrefixScorer", "TokenCounts"]
+__all__ = ["CACHES", "Continuation", "PrefixScorer", "TokenCounts"]
+
+CACHES = 3
+"""Of keys and values, each of at most one context: what requests begin with, and copies of it for contexts and for continuations."""
 
 
 @dataclass(frozen=True, order=True)
@@ -74,7 +77,12 @@ class PrefixScorer:
             raise RequestError(f"a batch must hold at least 1 request; found {batch_size}")
         self.counts = TokenCounts()
         self._model, self._batch_size = model, batch_size
-        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=model.transformer.devices, format=kv_format, grows=True)
+        self._limit = model.config.max_seq_len  # tokens of a cache
+        if model.kv_budget is not None:
+            each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
+            self._limit = min(self._limit, model.kv_budget // each // CACHES)
+        places = model.transformer.devices
+        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=places, format=kv_format, grows=True, limit=self._limit)
         self._held: tuple[int, ...] = ()  # the trunk's tokens
         self._pieces: list[tuple[int, tuple[int, ...]]] = []  # what ran into the trunk: (place of its first token, tokens)
         self._known = self._behind = False  # whether the batch's answers are; whether the trunk lacks what did not run for them
@@ -123,10 +131,10 @@ class PrefixScorer:
     def _check(self, request: Continuation) -> None:
         if not request.context or not request.tokens:
             raise RequestError("a request must have a context and a continuation of at least one token each; found an empty one")
-        limit = self._model.config.max_seq_len
-        if _size(request) > limit:
+        if _size(request) > self._limit:
+            what = "the model's context" if self._limit == self._model.config.max_seq_len else "the memory that the model was given"
             raise RequestError(
-                f"a context and all but the last token of its continuation must fit the model's context of {limit}; "
+                f"a context and all but the last token of its continuation must fit {what}, {self._limit} tokens; "
                 f"found {_size(request)}. Truncate the context"
             )
         check_ids((*request.context, *request.tokens), self._model.config.vocab_size)
@@ -137,7 +145,7 @@ class PrefixScorer:
         for i in order:
             longest = max(longest, _size(self._requests[i]))
             full = not batches or len(batches[-1]) == self._batch_size
-            if full or (len(batches[-1]) + 1) * longest > self._model.config.max_seq_len:
+            if full or (len(batches[-1]) + 1) * longest > self._limit:
                 batches.append([])
                 longest = _size(self._requests[i])
             batches[-1].append(i)

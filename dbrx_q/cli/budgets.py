@@ -127,10 +127,20 @@ def budget_of(
     )
 
 
-def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int, kv_format: str = "plain", degraded: bool = False) -> None:
+def give(
+    source: Source,
+    ram: str | None,
+    gpu: list[str] | None,
+    *,
+    context: int,
+    caches: int = 1,
+    kv_format: str = "plain",
+    degraded: bool = False,
+) -> None:
     """Let a checkpoint that is measured on windows of `context` tokens take what the options allow; errors as for `budget_of`.
 
-    degraded: whether its low-bit copy answers; what memory holds at full bits then stays, so that figures repeat.
+    caches: of keys and values that are held together. degraded: whether its low-bit copy answers; what memory holds at full bits then
+    stays, so that figures repeat.
     """
     from dataclasses import replace
 
@@ -140,7 +150,7 @@ def give(source: Source, ram: str | None, gpu: list[str] | None, *, context: int
 
     if degraded and not isinstance(source, PackedFolder):
         raise RequestError(f"{source.name}: --degraded is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
-    batch = max(1, STEP_TOKENS // context)
+    batch = caches * max(1, STEP_TOKENS // context)
     found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS), degraded=degraded)
     if found is not None:  # logits are held in float32 and in float64
         source.budget = replace(found, logit_rows=3 * LOGIT_TOKENS, upgrade=False)

@@ -48,6 +48,7 @@ def command(
     from dbrx_q.eval.provenance import command_line, degraded_by, provenance
     from dbrx_q.eval.report_folder import write_files
     from dbrx_q.eval.resume import RunState
+    from dbrx_q.eval.shared_prefix import CACHES
     from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.tasks import find_tasks, run_tasks
     from dbrx_q.model import check_device
@@ -63,7 +64,7 @@ def command(
     checkpoint = source.sha256()
     chosen_dtype = measuring.dtype_of(dtype, place)
     context = min(DEFAULT_CONTEXT, source.config.max_seq_len)
-    budgets.give(source, ram, gpu, context=context, kv_format=kv.value, degraded=degraded)
+    budgets.give(source, ram, gpu, context=context, caches=CACHES, kv_format=kv.value, degraded=degraded)
     asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
     decides: dict[str, Any] = {"degraded": degraded_by(source)} if degraded else {}

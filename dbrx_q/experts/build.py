@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -105,5 +106,10 @@ def build_store(
 
 
 def _end(threads: Sequence[Link | Reader]) -> None:
-    for one in threads:
-        one.close()
+    """End them from a thread of its own: the garbage collector comes anywhere, also where their locks are held."""
+
+    def close() -> None:
+        for one in threads:
+            one.close()
+
+    threading.Thread(target=close, name="expert-end", daemon=True).start()

@@ -33,6 +33,7 @@ class ExpertCache:
 
     Attributes:
         kept_elsewhere: gives bool [L * E], the experts that alone may be evicted, since they lie in another memory, too; None for any.
+        lent: gives bool [L * E], the experts that are evicted before all others, since they lie in a faster memory, too; None for none.
     """
 
     def __init__(self, slots: int, policy: CachePolicy) -> None:
@@ -45,6 +46,7 @@ class ExpertCache:
         self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
         self._free = list(range(slots))[::-1]
         self.kept_elsewhere: Callable[[], np.ndarray] | None = None
+        self.lent: Callable[[], np.ndarray] | None = None
         self._hits = self._prefetch_hits = self._misses = self._prefetches = self._evictions = 0
 
     @property
@@ -113,6 +115,12 @@ class ExpertCache:
             return None
         return self._assign(layer, expert, urgent=False)
 
+    def drop(self, layer: int, expert: int) -> None:
+        """Free the slot of an expert that will not come."""
+        key = self._key(layer, expert)
+        self._free.append(int(self._slot[key]))
+        self._slot[key], self._held[key], self._foreseen_only[key], self._shielded[key] = -1, False, False, False
+
     def served(self, layer: int, experts: Sequence[int]) -> None:
         """These were computed: their slots may go to others."""
         self._shielded[[self._key(layer, e) for e in experts]] = False
@@ -163,6 +171,8 @@ class ExpertCache:
         free_to_go = self._held & ~self._shielded
         if self.kept_elsewhere is not None:
             free_to_go &= self.kept_elsewhere()
+        if self.lent is not None and (twice := free_to_go & self.lent()).any():
+            free_to_go = twice
         candidates = np.flatnonzero(free_to_go)
         return int(candidates[self._policy.worth()[candidates].argmin()]) if candidates.size else None
 
@@ -183,7 +193,12 @@ class Group:
 
 
 def serve(
-    cache: ExpertCache, layer: int, needed: Sequence[int], ahead: Sequence[int] = (), next_cache: ExpertCache | None = None
+    cache: ExpertCache,
+    layer: int,
+    needed: Sequence[int],
+    ahead: Sequence[int] = (),
+    next_cache: ExpertCache | None = None,
+    arrived: Callable[[int], bool] = lambda expert: True,
 ) -> Iterator[Assignment | Group]:
     """What is to be done, in order, so that a forward pass gets the experts of a layer.
 
@@ -196,10 +211,13 @@ def serve(
         needed: its experts, in ascending order.
         ahead: experts of the next layer to fetch before they are needed, the likeliest first.
         next_cache: of the next layer's experts.
+        arrived: whether an expert that has a slot has its bytes there, too; what has not comes by itself, after the others.
     """
     present, waiting = cache.visit(layer, needed)
-    groups = [Group(tuple(present))] if present else []
-    groups += [Group((expert,)) for expert in waiting]
+    here = tuple(expert for expert in present if arrived(expert))
+    coming = [expert for expert in present if expert not in here]
+    groups = [Group(here)] if here else []
+    groups += [Group((expert,)) for expert in [*coming, *waiting]]
     for group in groups:
         while waiting and (taken := cache.assign(layer, waiting[0])) is not None:
             del waiting[0]

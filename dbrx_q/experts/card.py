@@ -1,9 +1,8 @@
 """The experts of one card: a cache of them in its memory, host memory under it.
 
-A layer's experts are served in this order: copies of missed ones begin, then of those that the next layer is foreseen to need, so that the
-link has work; what lies on the card is computed there; the CPU computes its share of the missed ones where they lie; then what was copied
-is computed as it arrives. Where there is a low-bit copy it takes the place of experts that lie on disk, and is computed and copied like the
-others.
+A layer's experts are served in this order: copies of missed ones begin; what lies on the card is computed there, while copies of what the
+next layer is foreseen to need begin, too; the CPU computes its share of the missed ones where they lie; what was copied is computed as it
+arrives. Where there is a low-bit copy it takes the place of experts that lie on disk, and is computed and copied like the others.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from .cache import Assignment
+from .cache import Assignment, ExpertCache
 from .link import Arrival, Link
 from .policies import CachePolicy, Lru
 from .slots import ExpertKind, first_slots
@@ -121,16 +120,16 @@ class CardExperts:
     @property
     def stats(self) -> CacheStats:
         """Counters of the slots for experts at their full bits."""
-        return sum((cache.stats for _, cache in self._full.pools.values()), CacheStats())
+        return sum((cache.stats for cache in self.caches), CacheStats())
 
-    def holds(self) -> list[Place]:
-        """Every (layer, expert) that has a slot."""
-        found = np.any([cache.held for _, cache in self._full.pools.values()], axis=0)
-        return [divmod(int(key), self._tier.n_experts) for key in np.flatnonzero(found)]
+    @property
+    def caches(self) -> list[ExpertCache]:
+        """Of the slots for experts at their full bits, one for each kind."""
+        return [cache for _, cache in self._full.pools.values()]
 
     def keep_what_is_nowhere_else(self) -> None:
         """Evict from now on only what lies in host memory, too."""
-        for _, cache in self._full.pools.values():
+        for cache in self.caches:
             cache.kept_elsewhere = self._tier.held
 
     def choose(self, worth: np.ndarray | None) -> list[Assignment]:
@@ -145,6 +144,10 @@ class CardExperts:
     def bring(self, assignment: Assignment, sources: Sequence[torch.Tensor]) -> None:
         """Copy an expert into its slot and return when it has left host memory."""
         self._await(self._full, (assignment.layer, assignment.expert), self._put(self._full, assignment, sources))
+
+    def calibrated(self, rates: MissRates) -> None:
+        """Follow rates that were measured; what went over the link before says nothing more."""
+        self.rates, self._seen = rates, (self.link.bytes_copied, self.link.busy_seconds)
 
     def serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this card's, meanwhile."""
@@ -174,6 +177,10 @@ class CardExperts:
     def let_leave(self, place: Place) -> None:
         """Return when no copy reads an expert in host memory any more."""
         started = time.perf_counter()
+        coming = self._coming.get(place)
+        if coming is not None and not coming.done and not coming.urgent and self._as_it_comes:  # nobody waits for it: cut it off
+            self.link.abandon(self._coming.pop(place))
+            self._full.cache(place[0]).drop(*place)
         for where, arrival in self._read:
             if where == place and not arrival.done:
                 self.link.hurry(arrival)
@@ -214,10 +221,12 @@ class CardExperts:
     def _begin(self, stock: Stock, index: int, total: ExpertSum, needed: Sequence[int]) -> _Batch:
         """Decide how a stock serves the experts of a layer, and begin the copies that find a slot at once."""
         kind, cache = stock.tier.kind(index), stock.cache(index)
+        if self._as_it_comes:
+            stock.tier.take_in(index)
         missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
         coming = self._not_landed(index, needed) if stock is self._full else {}
         late = {e: (total.counts[e], arrival.nbytes - arrival.sent) for e, arrival in coming.items() if stock.tier.has(index, e)}
-        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy, late)
+        on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy, late, self.link.left_of(coming.values()))
         present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
         cache.bypass(index, on_cpu)
         for e in [e for e in coming if e in set(on_cpu)]:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import RequestError
 from ..kernels.moe import ExpertWeights
+from .cache import Assignment
 from .card import CardExperts
 from .link import Link
 from .stats import CacheStats, ExpertStats, LinkStats
@@ -48,24 +49,39 @@ class CardExpertStore(TieredExpertStore):
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        held = []
-        for card in self.cards:
-            for assignment in card.choose(worth):
-                place = assignment.layer, assignment.expert
-                with closing(self.tier.serve(assignment.layer, [assignment.expert])) as groups:
+        chosen = [(card, assignment) for card in self.cards for assignment in card.choose(worth)]
+        held = [(assignment.layer, assignment.expert) for _, assignment in chosen]
+        stays = set(self.tier.first(worth, held))
+        for card, assignment in chosen:
+            place = assignment.layer, assignment.expert
+            if place not in stays:  # it passes through
+                with closing(self.tier.serve(place[0], [place[1]])) as groups:
                     for _ in groups:
-                        card.bring(assignment, self.tier.slots(place[0]).views(self.tier.slot_of(*place)))
-                held.append(place)
-        self.tier.forget()  # what passed through on its way to a card
+                        self._bring(card, assignment)
+        self.tier.forget()
         self.tier.fill(worth, last=held)
+        for card, assignment in chosen:
+            if (assignment.layer, assignment.expert) in stays:
+                self._bring(card, assignment)
         self._fill_low_bit()
         here = self.tier.held()
         every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
         once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
-        # Where host memory does not hold all, what a card gave up would come from disk, or be degraded from then on.
-        if not here.all() and (once or self.low_bit is not None):
+        if here.all():
+            return
+        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
             for card in self.cards:
                 card.keep_what_is_nowhere_else()
+        else:  # memory for the most experts: what lies on a card need not lie here, too
+            self.tier.prefer_to_evict(self._on_cards)
+
+    def _bring(self, card: CardExperts, assignment: Assignment) -> None:
+        slot = self.tier.slot_of(assignment.layer, assignment.expert)
+        card.bring(assignment, self.tier.slots(assignment.layer).views(slot))
+
+    def _on_cards(self) -> np.ndarray:
+        """bool [L * E]: experts that a card holds."""
+        return np.any([cache.held for card in self.cards for cache in card.caches], axis=0)
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -53,6 +53,11 @@ class Arrival:
         self._done.set()
 
     @property
+    def urgent(self) -> bool:
+        """Whether somebody waits for it."""
+        return self.rank[0] == _URGENT
+
+    @property
     def done(self) -> bool:
         """Whether the source is read no more."""
         return self._done.is_set()
@@ -90,7 +95,8 @@ class Link(ABC):
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._numbers = itertools.count()
-        self._closed = self._sending = False
+        self._closed = False
+        self._current: Arrival | None = None
         self._bytes, self._busy_seconds = 0, 0.0
         self._thread = threading.Thread(target=self._work, name="expert-link", daemon=True)
         self._thread.start()
@@ -106,6 +112,11 @@ class Link(ABC):
         """Seconds in which the thread was sending."""
         with self._changed:
             return self._busy_seconds
+
+    def left_of(self, expected: Collection[Arrival]) -> int:
+        """Bytes that go before anything else, of a copy that is not among those that are expected."""
+        current = self._current
+        return 0 if current is None or current.abandoned or current in expected else current.nbytes - current.sent
 
     def copy(
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], *, after: torch.cuda.Event | None = None, urgent: bool
@@ -139,7 +150,7 @@ class Link(ABC):
         """Return when nothing is on its way."""
         with self._changed:
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._sending or self._jobs))
+            self._changed.wait_for(lambda: not (self._current or self._jobs))
 
     def close(self) -> None:
         """End the thread; copies that did not begin fail."""
@@ -150,8 +161,7 @@ class Link(ABC):
             self._changed.notify_all()
         for job in waiting:
             job.arrival.finish(None, _closed())
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.join()
 
     @abstractmethod
     def _send(self, job: _Job) -> torch.cuda.Event | None:
@@ -173,7 +183,7 @@ class Link(ABC):
                 return False
             job = min(self._jobs, key=lambda job: job.arrival.rank)
             self._jobs.remove(job)
-            self._sending = True
+            self._current = job.arrival
         started = time.perf_counter()
         event: torch.cuda.Event | None = None
         error: BaseException | None = None
@@ -186,9 +196,9 @@ class Link(ABC):
         with self._changed:
             self._busy_seconds += time.perf_counter() - started
             self._bytes += job.arrival.nbytes if error is None else job.arrival.sent
-            self._sending = False
+            job.arrival.finish(event, error)
+            self._current = None
             self._changed.notify_all()
-        job.arrival.finish(event, error)
         return True
 
 

@@ -227,8 +227,7 @@ class ExpertReader:
         for piece in waiting:
             piece.load.piece_done(_AbandonedError())
         for thread in self._threads:
-            if thread is not threading.current_thread():  # which may be the one that found that nobody wants it any more
-                thread.join()
+            thread.join()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -130,6 +130,7 @@ class _NoLink(Link):
 
     def __init__(self) -> None:
         self._copied = 0
+        self._current = None
 
     @property
     def bytes_copied(self) -> int:

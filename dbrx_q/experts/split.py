@@ -57,6 +57,7 @@ def split_misses(
     rates: MissRates,
     policy: MissPolicy,
     coming: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    first: int = 0,
 ) -> tuple[list[int], list[int]]:
     """(experts that the CPU computes, experts whose copy is to begin).
 
@@ -67,6 +68,7 @@ def split_misses(
         policy: one way for all, or the split whose slower half ends first; the copy of a few more among equals, since what is copied stays.
         coming: (tokens, bytes that have not left yet) of experts that are on their way already, the next to arrive first. "hybrid" lets the
             CPU compute those of them, too, that it has done before they come.
+        first: bytes that the link sends before all that.
     """
     if policy is MissPolicy.cpu:
         return sorted(missed), []
@@ -76,11 +78,11 @@ def split_misses(
     order = [*sorted(missed, key=lambda e: (missed[e], e)), *list(coming)[::-1]]
     work = {e: (tokens, nbytes) for e, tokens in missed.items()} | dict(coming)
     sent, computed = sum(left for _, left in work.values()), 0.0
-    best, least = 0, sent / rates.link
+    best, least = 0, (first + sent) / rates.link
     for k, expert in enumerate(order, 1):
         tokens, left = work[expert]
         computed, sent = computed + rates.cpu_seconds(nbytes, tokens), sent - left
-        slower = max(computed, sent / rates.link)
+        slower = max(computed, (first + sent) / rates.link if sent else 0.0)
         if slower < least:
             best, least = k, slower
     return sorted(order[:best]), sorted(e for e in order[best:] if e in missed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -145,7 +145,7 @@ class HostTier:
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        order = fill_order(self.n_layers, self.n_experts, worth, last)
+        order = self.first(worth, last)
         for kind, pool in self._pools.items():
             for assignment in pool.cache.fill([place for place in order if self.kind(place[0]) == kind]):
                 self._begin(assignment)
@@ -169,7 +169,7 @@ class HostTier:
         pool = self._pool(layer)
         following = self._pool(layer + 1).cache if ahead else None
         with self._intact():
-            for step in serve(pool.cache, layer, needed, ahead, following):
+            for step in serve(pool.cache, layer, needed, ahead, following, lambda expert: self.has(layer, expert)):
                 if isinstance(step, Assignment):
                     self._begin(step)
                     continue
@@ -203,6 +203,26 @@ class HostTier:
             for expert in needed:
                 self._arrive(pool, (layer, expert))
 
+    def take_in(self, layer: int) -> None:
+        """See which experts of a layer have come from disk since.
+
+        Raises:
+            CheckpointError: one could not be read, or is damaged.
+        """
+        pool = self._pool(layer)
+        with self._intact():
+            for place in [place for place, load in pool.loads.items() if place[0] == layer and load.done]:
+                self._arrive(pool, place)
+
+    def first(self, worth: np.ndarray | None = None, last: Sequence[Place] = ()) -> list[Place]:
+        """What `fill` brings into slots that are all free."""
+        order = fill_order(self.n_layers, self.n_experts, worth, last)
+        return [
+            place
+            for kind, pool in self._pools.items()
+            for place in [place for place in order if self.kind(place[0]) == kind][: pool.cache.slots]
+        ]
+
     def forget(self) -> None:
         """Free all slots."""
         for pool in self._pools.values():
@@ -231,6 +251,11 @@ class HostTier:
         """bool [L * E]: experts that have a slot."""
         first, *others = (pool.cache.held for pool in self._pools.values())
         return np.any([first, *others], axis=0) if others else first
+
+    def prefer_to_evict(self, lent: Callable[[], np.ndarray]) -> None:
+        """Evict from now on first what lies in a faster memory, too: those of which `lent` gives bool [L * E]."""
+        for pool in self._pools.values():
+            pool.cache.lent = lent
 
     def close(self) -> None:
         """End the reader's threads."""

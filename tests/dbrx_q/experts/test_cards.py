@@ -384,6 +384,26 @@ def occupied(card: CardExperts, free: int) -> ExpertCache:
     return cache
 
 
+def test_a_wrong_guess_does_not_keep_host_memory(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    """It is cut off when its place in host memory is wanted; what somebody waits for is not."""
+    card = one_card(loaded, MissPolicy.hybrid)
+    card.rates = MissRates(cpu=1e12, link=1.0)
+    gate = Gate(card.link)
+    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3, 9])
+    cache, (first, second) = card._full.cache(1), card._coming.values()
+    begun(card.link, first)
+    card.link.hurry(second)
+    threading.Timer(0.2, gate.open).start()
+    card.let_leave((1, 3))
+    assert first.abandoned
+    assert [cache.slot_of(1, e) >= 0 for e in (3, 9)] == [False, True]
+    card.let_leave((1, 9))
+    assert second.done
+    assert not second.abandoned
+    assert list(card._coming) == [(1, 9)]
+    assert len(cache._free) == cache.slots - 1
+
+
 def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(loaded: Callable[..., DbrxForCausalLM]) -> None:
     """Not when the CPU has computed its share."""
     card, x, notes = one_card(loaded, MissPolicy.hybrid), torch.randn(1, 128), []

@@ -93,16 +93,16 @@ def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) ->
 def test_what_a_container_may_take(tmp_path: Path, version: int) -> None:
     groups, mounted = tmp_path / "cgroup", tmp_path / "mounted"
     root = mounted / "memory" if version == 1 else mounted
-    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-    names = first if version == 1 else ("memory.max", "memory.current", "inactive_file")
+    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+    names = first if version == 1 else ("memory.max", "memory.current", "")
     groups.write_text("5:cpu,cpuacct:/elsewhere\n4:memory:/box/inner\n" if version == 1 else "0::/box/inner\n")
     for folder, most, used, cached in (("box", 900, 500, 100), ("box/inner", "max" if version == 2 else 1 << 60, 300, 0)):
         (root / folder).mkdir(parents=True)
         (root / folder / names[0]).write_text(f"{most}\n")
         (root / folder / names[1]).write_text(f"{used}\n")
-        (root / folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+        (root / folder / "memory.stat").write_text(f"anon 5\n{names[2]}inactive_file {cached}\n{names[2]}active_file {cached // 2}\n")
     found = allowed_bytes(groups, mounted)
-    assert min(found) == 500  # of the outer one: 900 - 500 + 100
+    assert min(found) == 550  # of the outer one: 900 - 500 + 100 + 50
     assert len(found) == 3 - version
     assert allowed_bytes(tmp_path / "nothing", mounted) == []
     assert available_bytes() > 1 << 20

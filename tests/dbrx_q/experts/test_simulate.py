@@ -27,6 +27,7 @@ from dbrx_q.footprint import Request
 from dbrx_q.layout import tensor_formats
 from dbrx_q.loading import load_model
 from dbrx_q.placement import Card, Rig, place
+from dbrx_q.speed import simulated_seconds, speed_bounds
 from dbrx_q.tracing import record
 
 IDS = [(7 * i * i + 3) % 4000 for i in range(36)]
@@ -127,6 +128,37 @@ def test_cards_follow_their_policy_where_host_memory_holds_all(model: DbrxForCau
 
     assert hits((8 << 20) + 64 * each) > 0.9
     assert hits((8 << 20) + 50 * each) < 0.5  # a card may give up little of what it holds
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
+@pytest.mark.parametrize("cards", [(), (2_400_000,)], ids=["host", "card"])
+def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, cards: tuple[int, ...], policy: str) -> None:
+    """Tokens that need other experts in every turn, so that nothing hits that could hit."""
+    N = 60
+    few = np.array([[[(4 * token + i) % 16 for i in range(4)]] * 4 for token in range(N)], np.uint8)
+    trace = Trace(np.sort(few, -1), few, np.array([1] * N), model.config.to_dict())
+    formats = tensor_formats(model.config, "")
+    kinds = expert_kinds(model.config, formats, model.dtype)
+    ram = 2_900_000 if not cards else 2_000_000 + PINNED_BYTES
+    rig = Rig(ram, tuple(Card(size + Card(0).reserve) for size in cards))
+    plan = place(model.config, formats, rig, Request(64, step_tokens=1))
+    assert plan.fits
+    assert plan.disk_experts > 0
+    bounds = speed_bounds(plan, rig, n_experts=16, top_k=4)
+    found = simulate(
+        trace,
+        trace.passes(one_by_one=True),
+        kinds,
+        plan,
+        rig,
+        lambda layers, under: make_policy(policy, 4, 16),
+        prefetch=False,
+        miss_policy=MissPolicy.copy,
+    )
+    assert found.disk_bytes > N * 4 * kinds[0].nbytes  # it is hard
+    assert N / simulated_seconds(found, plan, rig, tokens=N) >= bounds.lower * 0.9999
+    [disk] = [term.nbytes for term in bounds.lower_terms if term.path == "disk"]
+    assert found.disk_bytes / N <= disk * 1.0001
 
 
 @pytest.mark.parametrize("step", [1, 16])
