@@ -45,7 +45,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Rig:
-    """A machine. ram: bytes of host memory that the model may take, None for as many as it wants; what Python and its libraries take comes
+    """A machine. ram: bytes of host memory that the model may take, None for as many as it needs; what Python and its libraries take comes
     on top. host_bandwidth, disk_bandwidth: bytes/s."""
 
     ram: int | None = None

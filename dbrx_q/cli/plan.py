@@ -28,7 +28,7 @@ _KINDS = ("dense", "experts", "low_bit", "kv_cache", "workspace", "reserve")
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
     gpu: Annotated[list[str] | None, typer.Option(help=budgets.PLANNED_GPU_HELP, show_default=False)] = None,
-    ram: Annotated[str | None, typer.Option(help=f"{budgets.RAM_HELP} As much as it wants unless given.", show_default=False)] = None,
+    ram: Annotated[str | None, typer.Option(help=f"{budgets.RAM_HELP} As much as it needs unless given.", show_default=False)] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
