@@ -127,6 +127,11 @@ class CardExperts:
         """Of the slots for experts at their full bits, one for each kind."""
         return [cache for _, cache in self._full.pools.values()]
 
+    @property
+    def coming(self) -> list[Place]:
+        """(layer, expert) of those whose copies were begun because they were foreseen, and that were not used yet."""
+        return list(self._coming)
+
     def keep_what_is_nowhere_else(self) -> None:
         """Evict from now on only what lies in host memory, too."""
         for cache in self.caches:

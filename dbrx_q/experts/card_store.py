@@ -80,8 +80,11 @@ class CardExpertStore(TieredExpertStore):
         card.bring(assignment, self.tier.slots(assignment.layer).views(slot))
 
     def _on_cards(self) -> np.ndarray:
-        """bool [L * E]: experts that a card holds."""
-        return np.any([cache.held for card in self.cards for cache in card.caches], axis=0)
+        """bool [L * E]: experts that a card holds, but for those that are still wanted here, to be copied."""
+        found = np.any([cache.held for card in self.cards for cache in card.caches], axis=0)
+        for layer, expert in (place for card in self.cards for place in card.coming):
+            found[layer * self.tier.n_experts + expert] = False
+        return found
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         raise RequestError("this needs the experts of a layer in one memory; they lie on cards and in host memory. Leave --gpu out")

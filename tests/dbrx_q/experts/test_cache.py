@@ -164,6 +164,24 @@ def test_a_prefetch_leaves_alone_what_is_needed_and_what_is_foreseen() -> None:
     assert (cache.stats.prefetches, cache.stats.evictions) == (0, 0)
 
 
+def test_what_is_lent_goes_first_and_what_is_dropped_leaves_its_slot() -> None:
+    cache = ExpertCache(4, Lru(2, 4))
+    for e in range(4):
+        for _ in serve(cache, 0, [e]):
+            pass
+    lent = np.zeros(8, bool)
+    lent[[2, 3]] = True
+    cache.lent = lambda: lent
+    evicted = []
+    for e in range(4):
+        [step] = [step for step in serve(cache, 1, [e]) if isinstance(step, Assignment)]
+        evicted.append(step.evicted)
+    assert evicted == [(0, 2), (0, 3), (0, 0), (0, 1)]  # then the one that was not used for the longest time
+    slot = cache.slot_of(1, 2)
+    cache.drop(1, 2)
+    assert (cache.slot_of(1, 2), cache.free_slot) == (-1, slot)
+
+
 def test_a_layer_that_needs_nothing_still_looks_ahead() -> None:
     cache = ExpertCache(3, Lru(2, 4))
     steps = list(serve(cache, 0, [], [3, 2], cache))

@@ -404,6 +404,26 @@ def test_a_wrong_guess_does_not_keep_host_memory(loaded: Callable[..., DbrxForCa
     assert len(cache._free) == cache.slots - 1
 
 
+def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., DbrxForCausalLM]) -> None:
+    """Host memory gives up first what lies on a card, too."""
+    store = loaded(cards(2.2, ram=1.6, miss_policy=MissPolicy.cpu)).expert_store
+    assert isinstance(store, CardExpertStore)
+    [card] = store.cards
+    [host] = [pool.cache for pool in store.tier._pools.values()]
+    assert host.lent is not None
+    assert host.lent().sum() == card.caches[0].held.sum() > 0
+    here = [e for e in range(16) if store.tier.has(1, e) and card.caches[0].slot_of(1, e) < 0]
+    gate = Gate(card.link)
+    x = torch.randn(1, 128)
+    needed = [e for e in range(16) if store.tier.has(0, e) or card.caches[0].slot_of(0, e) >= 0][:4]
+    routing = replace(ROUTING, experts=torch.tensor([needed]))
+    card.serve(0, PairSum(x, routing), needed, here[:1])
+    assert card.coming == [(1, here[0])]
+    assert card.caches[0].slot_of(1, here[0]) >= 0
+    assert not host.lent()[16 + here[0]]
+    gate.open()
+
+
 def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(loaded: Callable[..., DbrxForCausalLM]) -> None:
     """Not when the CPU has computed its share."""
     card, x, notes = one_card(loaded, MissPolicy.hybrid), torch.randn(1, 128), []
