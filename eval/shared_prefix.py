@@ -132,10 +132,10 @@ class PrefixScorer:
         if not request.context or not request.tokens:
             raise RequestError("a request must have a context and a continuation of at least one token each; found an empty one")
         if _size(request) > self._limit:
-            what = "the model's context" if self._limit == self._model.config.max_seq_len else "the memory that the model was given"
+            whole = self._limit == self._model.config.max_seq_len
+            room = f"the model's context of {self._limit}" if whole else f"the {self._limit} tokens that the model was given memory for"
             raise RequestError(
-                f"a context and all but the last token of its continuation must fit {what}, {self._limit} tokens; "
-                f"found {_size(request)}. Truncate the context"
+                f"a context and all but the last token of its continuation must fit {room}; found {_size(request)}. Truncate the context"
             )
         check_ids((*request.context, *request.tokens), self._model.config.vocab_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from dbrx_q import DbrxForCausalLM, DbrxTokenizer
+from dbrx_q import DbrxForCausalLM, DbrxTokenizer, KVCache
 from dbrx_q.errors import RequestError, TokenizerError
 from dbrx_q.eval import harness as harness_module
 from dbrx_q.eval import shared_prefix
@@ -269,6 +270,33 @@ def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, toke
     roles.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(TokenizerError, match="goes on after its last message"):
         adapter(model, roles).apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=False)
+
+
+def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What requests begin with, contexts and continuations: whatever is held at once fits the keys and values that were planned."""
+    each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta").nbytes
+    monkeypatch.setattr(model.transformer, "kv_budget", 3 * 60 * each)
+    held: list[weakref.ref[KVCache]] = []
+    most, real = 0, KVCache.forked
+
+    def note(cache: KVCache) -> KVCache:
+        nonlocal most
+        held.append(weakref.ref(cache))
+        most = max(most, sum(one.nbytes for one in (ref() for ref in held) if one is not None))
+        return cache
+
+    monkeypatch.setattr(KVCache, "forked", lambda self, *arguments: note(real(self, *arguments)))
+    scorer = PrefixScorer(model, batch_size=8)
+    note(scorer._trunk)
+    shared = tuple(range(5, 25))
+    asked = [Continuation((*shared, i), tuple(range(30, 30 + n))) for i, n in enumerate((2, 5, 9, 20, 1, 30))]
+    found = scorer.score(asked)
+    assert 0 < most <= model.transformer.kv_budget  # type: ignore[operator] # it was set
+    with pytest.raises(RequestError, match="must fit the 60 tokens that the model was given memory for; found 61"):
+        scorer.score([Continuation((1,) * 60, (1, 2))])
+    monkeypatch.setattr(model.transformer, "kv_budget", None)
+    for one, whole in zip(found, PrefixScorer(model, batch_size=8).score(asked), strict=True):
+        assert one[0] == pytest.approx(whole[0], abs=1e-3)
 
 
 def test_a_failed_call_leaves_no_false_prefix(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
