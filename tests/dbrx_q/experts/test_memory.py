@@ -26,7 +26,7 @@ from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
 from dbrx_q.quantize.recipe import default_recipe
 
 MEASURE = """
-import json, sys
+import ctypes, gc, json, sys
 from pathlib import Path
 from dbrx_q import generate
 from dbrx_q.budget import Budget
@@ -50,6 +50,8 @@ def run(folder, ram, degraded, cards=()):
     return found[0], stats
 
 run(warm, 1 << 30, False)  # compiled code and threads are not the model's memory
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # what was free again would be taken again, and not be seen
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far
 tokens, stats = run(folder, ram, degraded, cards)
