@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -252,8 +253,10 @@ def test_copies_come_in_the_order_of_need() -> None:
 
 def begun(link: Link, arrival: Arrival) -> None:
     """Return when the link is at a copy, or through with it."""
+    until = time.monotonic() + TIMEOUT
     while any(job.arrival is arrival for job in list(link._jobs)):
-        pass
+        assert time.monotonic() < until, "the link does not come to it"
+        time.sleep(0.001)
 
 
 def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
