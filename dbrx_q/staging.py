@@ -89,7 +89,9 @@ def check_destination(destination: Path) -> None:
 
 def _claim(partial: Path, resume: bool | None) -> tuple[int, bool]:
     """Make the folder ours; the open and locked marker, and whether an earlier run's progress lies there."""
-    if partial.exists():
+    busy = RequestError(f"{partial}: another run is writing here. Wait for it or give another name")
+    empty = partial.is_dir() and not any(partial.iterdir())  # left by a run that ended before it could mark it
+    if partial.exists() and not empty:
         if not (partial / MARKER_NAME).is_file():
             raise RequestError(
                 f"{partial}: the result is built here, but this was made by something else. Move it away or give another name"
@@ -103,11 +105,14 @@ def _claim(partial: Path, resume: bool | None) -> tuple[int, bool]:
                 raise RequestError(f"{partial}: an unfinished run lies here. Go on from it with --resume, or remove it")
             shutil.rmtree(partial)  # left by a run that was killed
         except BlockingIOError:
-            raise RequestError(f"{partial}: another run is writing here. Wait for it or give another name") from None
+            raise busy from None
         finally:
             os.close(left)
-    partial.mkdir(parents=True)
-    marker = os.open(partial / MARKER_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    partial.mkdir(parents=True, exist_ok=empty)
+    try:
+        marker = os.open(partial / MARKER_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        raise busy from None
     fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return marker, False
 

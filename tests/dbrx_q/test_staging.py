@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dbrx_q.cli import run
 from dbrx_q.errors import RequestError
-from dbrx_q.staging import staged_folder
+from dbrx_q.staging import MARKER_NAME, staged_folder
 
 
 def test_the_folder_appears_at_the_end_without_traces(tmp_path: Path) -> None:
@@ -48,6 +49,27 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
             pass
         assert (partial / "a").read_text() == "x"
     assert (tmp_path / "out" / "a").exists()
+
+
+@pytest.mark.parametrize("resume", [None, False, True])
+def test_a_run_that_ended_before_it_marked_its_folder_is_no_obstacle(resume: bool | None, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with staged_folder(tmp_path / "out", 10, resume=resume) as partial:
+        (partial / "a").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_a_run_that_marks_the_folder_in_the_same_moment_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        (self / MARKER_NAME).touch()  # by the other
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(RequestError, match="another run is writing here"), staged_folder(tmp_path / "out", 10):
+        pass
+    assert (tmp_path / "out.partial" / MARKER_NAME).exists()
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
