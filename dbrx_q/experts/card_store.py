@@ -65,11 +65,9 @@ class CardExpertStore(TieredExpertStore):
                 self._bring(card, assignment)
         self._fill_low_bit()
         here = self.tier.held()
-        every = [(layer, e) for layer in range(self.tier.n_layers) for e in range(self.tier.n_experts)]
-        once = all(here[layer * self.tier.n_experts + e] or (layer, e) in set(held) for layer, e in every)
         if here.all():
             return
-        if once or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded from then on
+        if (here | self._on_cards()).all() or self.low_bit is not None:  # what a card gave up would come from disk, or be degraded
             for card in self.cards:
                 card.keep_what_is_nowhere_else()
         else:  # memory for the most experts: what lies on a card need not lie here, too
