@@ -1,0 +1,42 @@
+"""Models on cards that are pieces of host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM
+from dbrx_q.budget import Budget
+from dbrx_q.experts.link import PINNED_BYTES
+from dbrx_q.loading import load_model
+from dbrx_q.placement import Card, Rig
+
+
+@pytest.fixture(scope="session")
+def cards() -> Callable[..., Budget]:
+    """Gives a budget of cards of so many megabytes beside what is reserved of a real one, which the planner takes off."""
+
+    def budget(*megabytes: float, ram: float, **options: Any) -> Budget:
+        reserve = Card(0).reserve
+        rig = Rig(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Card(int(size * 1e6) + reserve) for size in megabytes))
+        return Budget(rig, context=64, step_tokens=40, devices=(torch.device("cpu"),) * len(megabytes), direct=False, **options)
+
+    return budget
+
+
+@pytest.fixture
+def loaded(quantized_nano: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
+    """Loads models that are closed in the end."""
+    opened: list[DbrxForCausalLM] = []
+
+    def load(budget: Budget, folder: Path = quantized_nano) -> DbrxForCausalLM:
+        opened.append(load_model(folder, budget=budget))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
