@@ -70,8 +70,8 @@ evaluation: .venv/installed-dev
 	for group in 32 64 128; do $(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/int4-g$$group --format int4 --group-size $$group || exit 1; done
 	$(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/int8 --format int8
 	$(BIN)/dbrx-q quantize $(MODEL) $(EVALUATED)/nf4 --format nf4
-	$(BIN)/python tests/eval/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4
-	$(BIN)/python tests/eval/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4-double --double
+	$(BIN)/python tests/dbrx_q/sources/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4
+	$(BIN)/python tests/dbrx_q/sources/make_bitsandbytes.py $(MODEL) $(EVALUATED)/bitsandbytes-nf4-double --double
 	$(BIN)/dbrx-q compare $(MODEL) $(EVALUATED)/int8 $(EVALUATED)/int4-g32 $(EVALUATED)/int4-g64 $(EVALUATED)/int4-g128 $(EVALUATED)/nf4 \
 		$(EVALUATED)/bitsandbytes-nf4 $(EVALUATED)/bitsandbytes-nf4-double tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf $(GGUF) \
 		--text $(WIKITEXT) --context 512 --out $(EVALUATED)/report --document docs/evaluation.md --section divergence

@@ -13,13 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dbrx_q.generation.generate import Generation, generate, generate_text, stream_text
+    from dbrx_q.generation.sampling import SamplingParams
+    from dbrx_q.model.kv_cache import KVCache
+    from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
+    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+
     from .config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
     from .errors import DbrxError
-    from .generation import Generation, generate, generate_text, stream_text
-    from .kv_cache import KVCache
-    from .model import DbrxForCausalLM, DbrxModel
-    from .sampling import SamplingParams
-    from .tokenizer import DbrxTokenizer
 
 __version__ = "0.1.0"
 
@@ -28,15 +29,15 @@ _HOME = {
     "DbrxConfig": "config",
     "DbrxError": "errors",
     "DbrxFFNConfig": "config",
-    "DbrxForCausalLM": "model",
-    "DbrxModel": "model",
-    "DbrxTokenizer": "tokenizer",
-    "Generation": "generation",
-    "KVCache": "kv_cache",
-    "SamplingParams": "sampling",
-    "generate": "generation",
-    "generate_text": "generation",
-    "stream_text": "generation",
+    "DbrxForCausalLM": "model.modeling",
+    "DbrxModel": "model.modeling",
+    "DbrxTokenizer": "tokenizer.tokenizer",
+    "Generation": "generation.generate",
+    "KVCache": "model.kv_cache",
+    "SamplingParams": "generation.sampling",
+    "generate": "generation.generate",
+    "generate_text": "generation.generate",
+    "stream_text": "generation.generate",
 }
 
 __all__ = [

@@ -316,8 +316,9 @@ class DbrxConfig(_Section):
             CheckpointError: no such folder or repository, or a file that is not JSON.
             ConfigError: a configuration that no DBRX can have.
         """
-        from .hub import resolve_file
-        from .jsonfile import read_json_object
+        from dbrx_q.checkpoint.hub import resolve_file
+
+        from .json_file import read_json_object
 
         path = resolve_file(path_or_hub_id, "config.json", revision=revision, token=token)
         return cls.from_dict(read_json_object(path), source=str(path))

@@ -11,7 +11,7 @@
 Every message states the rule, the offending value and the next step. The command line prints the message and exits with code 2.
 """
 
-from .kernels.errors import DbrxError, FormatError
+from dbrx_q.kernels.formats.errors import DbrxError, FormatError
 
 __all__ = [
     "CheckpointError",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dbrx_q.errors import UnsupportedError
+from .errors import UnsupportedError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

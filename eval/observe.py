@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.errors import RequestError
-from dbrx_q.kv_cache import KVCache
-from dbrx_q.model import DbrxForCausalLM, batch_of
+from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
 
 from .windows import Window
 

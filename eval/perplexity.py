@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dbrx_q.experts.stats import ExpertStats
-from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .divergence import mean_and_stderr, negative_log_likelihood
 from .observe import batches, check_ids, logit_chunks, observe, step_tokens

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dbrx_q.checkpoint import Checkpoint
-from dbrx_q.loading import plan_of
-from dbrx_q.low_bit import open_low_bit
-from dbrx_q.manifest import MANIFEST_NAME, sha256_of
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.manifest import MANIFEST_NAME, sha256_of
+from dbrx_q.experts.fallback import open_low_bit
+from dbrx_q.model.loading import plan_of
+from dbrx_q.sources.weights_hash import weights_sha256
 
-from .weights_hash import weights_sha256
 from .windows import Protocol
 
 if TYPE_CHECKING:
-    from .sources import Source
+    from dbrx_q.sources.base import Source
 
 __all__ = ["command_line", "degraded_by", "ids_sha256", "provenance", "run_key"]
 

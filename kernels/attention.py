@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dbrx_q.kernels.formats.errors import DbrxError
+from dbrx_q.kernels.formats.kv import KVLayer
+from dbrx_q.kernels.triton.launch import interpreting
+
 from .backend import Backend, pick
-from .errors import DbrxError
-from .kv import KVLayer
-from .launch import interpreting
 
 __all__ = ["IMPLEMENTATIONS", "Sequences", "attention", "attention_reference", "cached_attention"]
 
@@ -104,8 +105,8 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
     if pick(q.device) is not Backend.TRITON:
         raise DbrxError(f"implementation='triton' runs on a CUDA or ROCm device; found {str(q.device)!r}. Choose 'sdpa'")
-    from ._triton_attention_decode import decode
-    from ._triton_attention_prefill import prefill
+    from dbrx_q.kernels.triton.attention_decode import decode
+    from dbrx_q.kernels.triton.attention_prefill import prefill
 
     C, parts = q.shape[-1], {"plain": 1, "int8": 2, "int4": 4}[cache.format]
     if not interpreting() and (C & (C - 1) or C // parts < 16):

@@ -6,8 +6,8 @@ from enum import Enum
 
 import torch
 
-from .errors import DbrxError
-from .launch import interpreting
+from dbrx_q.kernels.formats.errors import DbrxError
+from dbrx_q.kernels.triton.launch import interpreting
 
 __all__ = ["Backend", "pick"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu_search
-from .groups import grouped, steps_of
+from dbrx_q.kernels.cpu import search as cpu_search
+from dbrx_q.kernels.formats.groups import grouped, steps_of
 
 __all__ = ["half_quadratic", "half_quadratic_reference", "least_squares", "least_squares_reference"]
 
@@ -44,7 +44,7 @@ def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: to
 
     Args:
         weight, group_size, levels: as for `least_squares`.
-        betas: float32 [S] on the CPU, by which an element counts as an outlier (see `quantize/hqq.py`).
+        betas: float32 [S] on the CPU, by which an element counts as an outlier (see `quantize/methods/hqq.py`).
     """
     if weight.device.type == "cpu":
         return cpu_search.half_quadratic(weight, group_size, levels, betas)

@@ -10,20 +10,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from . import int4, int8, nf4
+from dbrx_q.kernels.cpu.choice import matmul
+from dbrx_q.kernels.formats.errors import FormatError
+from dbrx_q.kernels.formats.weights import PackedFormat, Weight, dequantize
+
 from .backend import Backend, pick
-from .cpu_choice import matmul
-from .errors import FormatError
-from .int4 import Int4Weight
-from .int8 import Int8Weight
-from .nf4 import Nf4Weight
 
-__all__ = ["PackedFormat", "Weight", "dequantize", "linear", "linear_reference"]
-
-PackedFormat = Int4Weight | Int8Weight | Nf4Weight
-"""A packed weight [..., N, K]."""
-Weight = torch.Tensor | PackedFormat
-"""A weight [..., N, K]: a plain tensor or a packed format."""
+__all__ = ["linear", "linear_reference"]
 
 
 def linear(
@@ -55,10 +48,10 @@ def linear(
         return _finished(y, clip, residual)
     backend = backend or pick(x.device)
     if backend is Backend.TRITON:
-        from . import _triton_linear
+        from dbrx_q.kernels.triton import linear as triton_linear
 
         rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
-        return _triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
+        return triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
 
 
@@ -73,18 +66,7 @@ def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     return x.float() @ dequantize(weight).T
 
 
-def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Any weight [..., N, K] as a plain tensor."""
-    if isinstance(weight, Int4Weight):
-        return int4.dequantize(weight, dtype)
-    if isinstance(weight, Int8Weight):
-        return int8.dequantize(weight, dtype)
-    if isinstance(weight, Nf4Weight):
-        return nf4.dequantize(weight, dtype)
-    return weight.to(dtype)
-
-
 def _implementations() -> dict[Backend, Callable[[torch.Tensor, PackedFormat], torch.Tensor]]:
-    from . import cpu
+    from dbrx_q.kernels.cpu import linear as cpu
 
     return {Backend.REFERENCE: linear_reference, Backend.CPU: cpu.linear}

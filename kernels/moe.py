@@ -6,66 +6,19 @@ Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import dequantize
+
 from .backend import Backend, pick
-from .linear import Weight, dequantize
 
-__all__ = ["ExpertWeights", "Routing", "moe_experts", "moe_experts_reference", "route"]
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """Experts of one layer, every matrix with its reduction axis last. A matrix lies in one of S slots; S = E where all experts are here.
-
-    w1: [S, F, D], the gate. v1: [S, F, D], up. w2: [S, D, F], down (the transpose of what a DBRX checkpoint stores).
-    slots: int32 [E], the slot of every expert, -1 for one that is not here; None: expert e lies in slot e.
-    """
-
-    w1: Weight
-    v1: Weight
-    w2: Weight
-    slots: torch.Tensor | None = None
-
-    @property
-    def n_experts(self) -> int:
-        """E, the experts that a router chooses from."""
-        return self.w1.shape[0] if self.slots is None else self.slots.shape[0]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The router's decision. logits: float32 [T, E]. experts: int64 [T, A], best first. weights: float32 [T, A]."""
-
-    logits: torch.Tensor
-    experts: torch.Tensor
-    weights: torch.Tensor
-
-
-def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
-    """The top k experts by logit, the lower index first among equals, weighted by a softmax over all experts; float32 throughout.
-
-    Args:
-        x: [T, D].
-        router: [E, D].
-        top_k: A, at most E.
-        norm_order: p > 0 of the norm that a token's chosen weights are divided by; None for no division.
-        backend: None picks by the device of `x`.
-    """
-    if (backend or pick(x.device)) is Backend.TRITON:
-        from . import _triton_router
-
-        return Routing(*_triton_router.route(x, router, top_k, norm_order))
-    logits = x.float() @ router.float().T  # [T, E]
-    # By logits, not by what exp makes of them, the choice is the same on every backend.
-    experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # [T, A]
-    weights = logits.softmax(-1).gather(-1, experts)  # [T, A]
-    if norm_order is not None:
-        weights = weights / torch.linalg.vector_norm(weights, ord=norm_order, dim=-1, keepdim=True)
-    return Routing(logits, experts, weights)
+__all__ = [
+    "moe_experts",
+    "moe_experts_reference",
+]
 
 
 def moe_experts(
@@ -113,7 +66,7 @@ _Implementation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeig
 
 
 def _implementations() -> dict[Backend, _Implementation]:
-    from . import cpu_moe
+    from dbrx_q.kernels.cpu import moe as cpu_moe
 
     return {Backend.REFERENCE: moe_experts_reference, Backend.CPU: cpu_moe.moe_experts, Backend.TRITON: _triton}
 
@@ -121,9 +74,10 @@ def _implementations() -> dict[Backend, _Implementation]:
 def _triton(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None
 ) -> torch.Tensor:
-    from . import _triton_moe_decode, _triton_moe_prefill
-    from .tiles import MATVEC_TOKENS
+    from dbrx_q.kernels.triton import moe_decode as triton_moe_decode
+    from dbrx_q.kernels.triton import moe_prefill as triton_moe_prefill
+    from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
 
-    regime = _triton_moe_decode.decode if x.shape[0] <= MATVEC_TOKENS else _triton_moe_prefill.prefill
+    regime = triton_moe_decode.decode if x.shape[0] <= MATVEC_TOKENS else triton_moe_prefill.prefill
     y: torch.Tensor = regime(x, experts, weights, layer, missing)
     return y

@@ -28,9 +28,9 @@ def add_norm(
         backend: None picks by the device of `x`.
     """
     if (backend or pick(x.device)) is Backend.TRITON:
-        from . import _triton_norm
+        from dbrx_q.kernels.triton import norm as triton_norm
 
-        return _triton_norm.add_norm(x, delta, weight, eps)
+        return triton_norm.add_norm(x, delta, weight, eps)
     return add_norm_reference(x, delta, weight, eps)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from dbrx_q.kernels.formats.kv import KVLayer, quantize_kv
+
 from .backend import Backend, pick
-from .kv import KVLayer, quantize_kv
 
 __all__ = ["split_and_rotate", "store_qkv", "store_qkv_reference"]
 
@@ -38,9 +39,9 @@ def store_qkv(
         backend: None picks by the device of `qkv`. Triton stores the bits of the reference on NVIDIA.
     """
     if (backend or pick(qkv.device)) is Backend.TRITON:
-        from . import _triton_qkv
+        from dbrx_q.kernels.triton import qkv as triton_qkv
 
-        return _triton_qkv.store_qkv(qkv, cache, rows, positions, cos, sin, heads, clip)
+        return triton_qkv.store_qkv(qkv, cache, rows, positions, cos, sin, heads, clip)
     return store_qkv_reference(qkv, cache, rows, positions, cos, sin, heads=heads, clip=clip)
 
 

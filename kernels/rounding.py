@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import cpu_rounding
+from dbrx_q.kernels.cpu import rounding as cpu_rounding
 
 __all__ = ["descend_block", "descend_block_reference", "gptq_block", "gptq_block_reference"]
 

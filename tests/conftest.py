@@ -15,7 +15,7 @@ DATA = Path(__file__).parent / "data"
 KERNELS = Path(__file__).parent.parent / "kernels"
 
 # numba notices a change of the file that a kernel stands in, but not of what that file imports: new sources get a new cache.
-_sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.py")))).hexdigest()
+_sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.rglob("*.py")))).hexdigest()
 os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
@@ -39,9 +39,9 @@ def nano() -> Path:
 @pytest.fixture(scope="session")
 def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with int4 experts in groups of 64 and the rest int8."""
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
-    from dbrx_q.quantize.recipe import default_recipe
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+    from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("quantized") / "dbrx-nano-int4"
     quantize_checkpoint(nano, folder, Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))
@@ -74,7 +74,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain checkpoint of 1 MB in two shards, random, with the tokenizer of the bundled model."""
     from dbrx_q.config import DbrxConfig
-    from dbrx_q.eval.synthetic import write_checkpoint
+    from dbrx_q.eval.bench.synthetic import write_checkpoint
 
     folder = tmp_path_factory.mktemp("small") / "dbrx-small"
     config = DbrxConfig(
@@ -96,9 +96,9 @@ def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` with int4 experts in groups of 64."""
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
-    from dbrx_q.quantize.recipe import default_recipe
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+    from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("small-quantized") / "dbrx-small-int4"
     quantize_checkpoint(small, folder, Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))

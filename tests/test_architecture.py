@@ -1,65 +1,106 @@
-"""The four floors: imports only go down; importing does nothing."""
+"""The floors and the rooms on them: imports only go down; importing does nothing."""
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# What each floor may import of this project. The command line may use everything, lazily.
-FLOORS = {
-    "kernels": ("dbrx_q.kernels",),
-    "dbrx_q": ("dbrx_q",),
-    "quantize": ("dbrx_q",),
-    "eval": ("dbrx_q",),
+FLOORS = ("kernels", "dbrx_q", "quantize", "eval")
+# What no file of a floor may import. The command line may import everything inside its functions.
+FORBIDDEN = {
+    "kernels": ("dbrx_q", "dbrx_q.quantize", "dbrx_q.eval"),
+    "dbrx_q": ("dbrx_q.quantize", "dbrx_q.eval"),
+    "quantize": ("dbrx_q.eval",),
+    "eval": ("dbrx_q.quantize",),
 }
-FORBIDDEN = {"dbrx_q": ("dbrx_q.eval", "dbrx_q.quantize"), "quantize": ("dbrx_q.eval",), "eval": ("dbrx_q.quantize",), "kernels": ()}
+# The rooms, from the ground up. A room imports rooms of lower lines only: planning knows nothing of experts, a checkpoint nothing of a
+# model.
+LEVELS = (
+    ("kernels/formats", "quantize"),
+    ("kernels/cpu", "kernels/triton", "dbrx_q"),
+    ("kernels", "dbrx_q/checkpoint", "dbrx_q/tokenizer"),
+    ("dbrx_q/planning", "quantize/methods"),
+    ("dbrx_q/experts",),
+    ("dbrx_q/model",),
+    ("dbrx_q/generation", "dbrx_q/sources", "quantize/calibration"),
+    ("eval", "quantize/pipeline"),
+    ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks"),
+    ("dbrx_q/cli",),
+)
+_OVERVIEW_LINES = range(10, 31)
 
 
-def imports_of(path: Path, package: str) -> list[tuple[str, bool]]:
-    """(absolute module, whether at the top level) of every import that runs."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lazy = {child for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for child in ast.walk(node)}
-    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    typing = {child for node in guards for child in ast.walk(node)}
-    found = []
-    for node in ast.walk(tree):
-        if node in typing:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node not in lazy) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = node.module or "" if node.level == 0 else ".".join([*parents, *([node.module] if node.module else [])])
-            found.append((base, node not in lazy))
-            found += [(f"{base}.{alias.name}", node not in lazy) for alias in node.names]
-    return found
-
-
-def sources(floor: str) -> list[tuple[Path, str]]:
-    """(file, its package) of a floor; symbolic links to the other floors are not followed."""
-    base = "dbrx_q" if floor == "dbrx_q" else f"dbrx_q.{floor}"
-    files = [path for path in (ROOT / floor).rglob("*.py") if not any(parent.is_symlink() for parent in path.parents if parent != ROOT)]
-    return [(path, ".".join([base, *path.parent.relative_to(ROOT / floor).parts])) for path in files]
+@pytest.fixture(scope="module")
+def rooms() -> ModuleType:
+    """`tests/rooms.py`, which counts rooms, floors and circles from imports."""
+    spec = importlib.util.spec_from_file_location("rooms", Path(__file__).with_name("rooms.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rooms"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("floor", FLOORS)
-def test_imports_only_go_down(floor: str) -> None:
-    files = sources(floor)
-    assert len(files) >= 3
-    for path, package in files:
-        for module, at_top in imports_of(path, package):
-            ours = module == "dbrx_q" or module.startswith("dbrx_q.")
-            assert not module.startswith(("kernels", "quantize.", "eval.")), f"{path}: import {module} by its installed name"
-            if ours:
-                assert module.startswith(FLOORS[floor]), f"{path}: {floor} must not import {module}"
-            upward = module.startswith(FORBIDDEN[floor]) if FORBIDDEN[floor] else False
-            lazy_command_line = package.startswith("dbrx_q.cli") and not at_top
-            assert not upward or lazy_command_line, f"{path}: {floor} must not import {module}"
+def test_imports_only_go_down_a_floor(rooms: ModuleType, floor: str) -> None:
+    names = rooms.modules(ROOT)
+    checked = 0
+    for one in rooms.imports(ROOT):
+        room = rooms.room_of(one.importer, names)
+        if room.split("/")[0] != floor:
+            continue
+        checked += 1
+        assert not one.imported.startswith(("kernels", "quantize.", "eval.")), f"{one.importer} imports {one.imported}, not dbrx_q"
+        if one.imported not in names:
+            assert not one.imported.startswith("dbrx_q"), f"{one.importer} imports {one.imported}, which does not exist"
+            continue
+        imported = rooms.room_of(one.imported, names).split("/")[0]
+        name = "dbrx_q" if imported == "dbrx_q" else f"dbrx_q.{imported}"
+        lazy_command_line = room == "dbrx_q/cli" and not one.at_top
+        assert name not in FORBIDDEN[floor] or lazy_command_line, f"{one.importer}: {floor} must not import {one.imported}"
+    assert checked > 50
+
+
+def test_every_room_imports_lower_rooms_only(rooms: ModuleType) -> None:
+    names = rooms.modules(ROOT)
+    level = {room: number for number, line in enumerate(LEVELS) for room in line}
+    assert level.keys() == {rooms.room_of(module, names) for module in names}
+    for one in rooms.imports(ROOT):
+        if one.imported in names and not one.in_from_pretrained:
+            above, below = rooms.room_of(one.importer, names), rooms.room_of(one.imported, names)
+            assert above == below or level[below] < level[above], f"{one.importer}: {above} must not import {one.imported}"
+
+
+def test_no_files_import_each_other_in_a_circle(rooms: ModuleType) -> None:
+    """`from_pretrained` aside, in which a model and a configuration load themselves, as transformers' do."""
+    names = rooms.modules(ROOT)
+    ours = [one for one in rooms.imports(ROOT) if one.imported in names]
+    assert rooms.circles(names, {(one.importer, one.imported) for one in ours if not one.in_from_pretrained}) == []
+    everything = {(one.importer, one.imported) for one in ours}
+    assert rooms.circles(names, everything) == [["dbrx_q.model.loading", "dbrx_q.model.modeling"]]
+
+
+def test_circles_and_floors_are_found(rooms: ModuleType) -> None:
+    """On a house of five rooms with one circle."""
+    arrows = {("a", "b"), ("b", "c"), ("c", "b"), ("d", "a"), ("d", "e")}
+    assert rooms.circles("abcde", arrows) == [["b", "c"]]
+    assert rooms.floors("abcde", arrows) == {"a": 2, "b": 1, "c": 1, "d": 3, "e": 1}
+
+
+def test_every_room_begins_with_an_overview(rooms: ModuleType) -> None:
+    for module, path in rooms.modules(ROOT).items():
+        if path.name == "__init__.py" and module != "dbrx_q":
+            doc = path.read_text(encoding="utf-8").split('"""')[1]
+            assert doc.count("\n") + 1 in _OVERVIEW_LINES, f"{path}: an overview has ten to thirty lines"
+            files = [file.name for file in path.parent.glob("*.py") if file.name != "__init__.py"]
+            assert [name for name in files if name not in doc] == [], f"{path}: an overview names every file of its folder"
 
 
 def test_importing_is_light_and_does_nothing() -> None:
@@ -82,12 +123,10 @@ def test_public_names_resolve() -> None:
 
 def test_public_functions_still_resolve_after_their_modules() -> None:
     """A module must not hide a function of the same name."""
-    check = "import dbrx_q.generation, dbrx_q.cli.generate, dbrx_q; assert callable(dbrx_q.generate)"
+    check = "import dbrx_q.generation.generate, dbrx_q.cli.generate, dbrx_q; assert callable(dbrx_q.generate)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_every_module_names_what_it_offers() -> None:
-    for floor in FLOORS:
-        for path, _ in sources(floor):
-            text = path.read_text(encoding="utf-8")
-            assert "__all__" in text or path.name == "__init__.py", path
+def test_every_module_names_what_it_offers(rooms: ModuleType) -> None:
+    for path in rooms.modules(ROOT).values():
+        assert "__all__" in path.read_text(encoding="utf-8") or path.name == "__init__.py", path

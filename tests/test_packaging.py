@@ -41,7 +41,7 @@ def test_the_wheel_holds_dbrx_q_alone(wheel: Path) -> None:
     for folder, prefix in (("dbrx_q", "dbrx_q"), ("kernels", "dbrx_q/kernels"), ("quantize", "dbrx_q/quantize"), ("eval", "dbrx_q/eval")):
         files = [path for path in (ROOT / folder).rglob("*.py") if not any(p.is_symlink() for p in path.parents if p != ROOT)]
         expected |= {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in files}
-    expected.add("dbrx_q/eval/report_template.html")
+    expected.add("dbrx_q/eval/compare/report_template.html")
     assert expected == {name for name in names if not name.split("/")[0].endswith(".dist-info")}
 
 

@@ -68,13 +68,13 @@ def model(
     import torch
 
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench_model import bench_model, check_tests, speed_tests
-    from dbrx_q.eval.bench_report import FILES, KEYS, markdown, write_report
-    from dbrx_q.eval.folder_source import PackedFolder
+    from dbrx_q.eval.bench.model import bench_model, check_tests, speed_tests
+    from dbrx_q.eval.bench.report import FILES, KEYS, markdown, write_report
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder
-    from dbrx_q.eval.sources import open_source
-    from dbrx_q.model import check_device
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.sources.folder import PackedFolder
+    from dbrx_q.sources.open import open_source
 
     tests = speed_tests(
         _sizes("--n-prompt", prompt, 512, least=0),
@@ -127,7 +127,7 @@ def synthetic(
 ) -> None:
     """Write a bfloat16 checkpoint of DBRX's dimensions with random weights, to measure on."""
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.synthetic import dbrx_layer_config, write_checkpoint
+    from dbrx_q.eval.bench.synthetic import dbrx_layer_config, write_checkpoint
 
     if layers < 1:
         raise RequestError(f"--layers must be at least 1; found {layers}")
@@ -152,11 +152,11 @@ def offload(
     """
     import torch
 
+    from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench_offload import FILES, KEYS, bench_card, bench_offload, files, markdown
+    from dbrx_q.eval.bench.offload import FILES, KEYS, bench_card, bench_offload, files, markdown
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder, write_files
-    from dbrx_q.hub import resolve_folder
 
     shares = share or ([75.0, 90.0] if degraded else [25.0, 50.0, 75.0])  # less does not hold a copy of half the bits
     if not all(0 < percent < 100 for percent in shares):
@@ -203,8 +203,8 @@ def kernels(
     from json import dumps
 
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench_kernels import bench_kernels, markdown
-    from dbrx_q.eval.device_timing import device_or_error
+    from dbrx_q.eval.bench.device_timing import device_or_error
+    from dbrx_q.eval.bench.kernels import bench_kernels, markdown
 
     if repeats < 1:
         raise RequestError(f"--repeats must be at least 1; found {repeats}")
@@ -231,9 +231,9 @@ def tune(
     """Measure which tiles are the fastest for the kernels on this GPU, and keep them."""
     from dataclasses import asdict
 
-    from dbrx_q.eval import tune as tuner
-    from dbrx_q.eval.device_timing import device_or_error
-    from dbrx_q.tuning import tuning_path, write_tuning
+    from dbrx_q.eval.bench import tune as tuner
+    from dbrx_q.eval.bench.device_timing import device_or_error
+    from dbrx_q.model.tuned_tiles import tuning_path, write_tuning
 
     device = device_or_error("dbrx-q bench tune")
     with output.progress("tiles") as report:
@@ -261,9 +261,9 @@ def resources(
 ) -> None:
     """Compile every GPU kernel at DBRX's shapes, without a GPU: registers, shared memory and spills on each chip."""
     from dbrx_q.errors import DbrxError, RequestError
-    from dbrx_q.eval.kernel_report import document, problems, write_report
-    from dbrx_q.eval.kernel_report import resources as compiled
-    from dbrx_q.kernels.launch import CHIPS
+    from dbrx_q.eval.bench.kernel_report import document, problems, write_report
+    from dbrx_q.eval.bench.kernel_report import resources as compiled
+    from dbrx_q.kernels.triton.launch import CHIPS
 
     if processes < 1:
         raise RequestError(f"--processes must be at least 1; found {processes}")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..sizes import parse_size
+from dbrx_q.planning.sizes import parse_size
 
 if TYPE_CHECKING:
-    from dbrx_q.budget import Budget
-    from dbrx_q.eval.sources import Source
-    from dbrx_q.placement import Card
+    from dbrx_q.planning.budget import Budget
+    from dbrx_q.planning.machine import Card
+    from dbrx_q.sources.base import Source
 
 __all__ = [
     "DEGRADED_HELP",
@@ -96,9 +96,9 @@ def budget_of(
     Raises:
         RequestError: a size that is none, a GPU that is not there, or options that need --ram or --gpu.
     """
-    from dbrx_q.budget import Budget, rig_of
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.split import MissPolicy
+    from dbrx_q.planning.budget import Budget, rig_of
+    from dbrx_q.planning.offloading import MissPolicy
 
     if not gpu and miss_policy is not MissPolicyName.hybrid:
         raise RequestError(f"--miss-policy is for experts that are not on their card; found {miss_policy.value} without --gpu")
@@ -145,8 +145,8 @@ def give(
     from dataclasses import replace
 
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.folder_source import PackedFolder
     from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS
+    from dbrx_q.sources.folder import PackedFolder
 
     if degraded and not isinstance(source, PackedFolder):
         raise RequestError(f"{source.name}: --degraded is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
@@ -163,7 +163,7 @@ def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:
         RequestError: what is no size, or a property that no card has.
     """
     from dbrx_q.errors import RequestError
-    from dbrx_q.placement import Card
+    from dbrx_q.planning.machine import Card
 
     if gpu and _is_auto(gpu):
         return _all_cards()
@@ -198,8 +198,8 @@ def rate(text: str) -> float:
 
 
 def _all_cards() -> tuple[Card, ...]:
-    from dbrx_q.budget import rig_of
     from dbrx_q.errors import RequestError
+    from dbrx_q.planning.budget import rig_of
 
     cards = rig_of(None).cards
     if not cards:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..sizes import format_size
+from dbrx_q.planning.sizes import format_size
+
 from . import budgets, measuring, output
 from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
 if TYPE_CHECKING:
-    from dbrx_q.eval.comparison import Comparison
+    from dbrx_q.eval.compare.result import Comparison
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -56,17 +57,17 @@ def command(
     """Measure how far checkpoints are from a reference on the same tokens: KL divergence, perplexity, agreement of tokens and experts."""
 
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.comparing import compare_checkpoints, open_reference
+    from dbrx_q.eval.compare.reference_file import ReferenceFile
+    from dbrx_q.eval.compare.report import FILES, KEYS, write_report
+    from dbrx_q.eval.compare.report_markdown import layers, table
+    from dbrx_q.eval.compare.run import compare_checkpoints, open_reference
     from dbrx_q.eval.document import check_section, replace_section
     from dbrx_q.eval.provenance import command_line
-    from dbrx_q.eval.reference_file import ReferenceFile
-    from dbrx_q.eval.report import FILES, KEYS, write_report
     from dbrx_q.eval.report_folder import check_report_folder
-    from dbrx_q.eval.report_markdown import layers, table
     from dbrx_q.eval.resume import RunState
-    from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.model import check_device
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.sources.open import open_source
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..sizes import format_size
+from dbrx_q.planning.sizes import format_size
+
 from . import budgets, output
 from .budgets import Degraded, Gpu, MissPolicyName, Policy, Ram
 
@@ -70,16 +71,16 @@ def command(
     """Continue a prompt and stream the text to stdout."""
     import torch
 
+    from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
-    from dbrx_q.footprint import PREFILL_TOKENS
-    from dbrx_q.generation import check_request, generate
-    from dbrx_q.host_memory import peak_memory_bytes
-    from dbrx_q.hub import resolve_folder
-    from dbrx_q.loading import load_pretrained
-    from dbrx_q.model import check_device
-    from dbrx_q.sampling import SamplingParams
-    from dbrx_q.tokenizer import DbrxTokenizer
+    from dbrx_q.generation.generate import check_request, generate
+    from dbrx_q.generation.sampling import SamplingParams
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.model.loading import load_pretrained
+    from dbrx_q.planning.footprint import PREFILL_TOKENS
+    from dbrx_q.planning.host_memory import peak_memory_bytes
+    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     if not prompt:
         raise RequestError("--prompt must hold text; found an empty string")

@@ -18,9 +18,9 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Tensors by kind: count, format, bits per weight, bytes."""
-    from dbrx_q.checkpoint import Checkpoint
-    from dbrx_q.hub import resolve_folder
-    from dbrx_q.inventory import take_inventory
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.checkpoint.hub import resolve_folder
+    from dbrx_q.checkpoint.inventory import take_inventory
 
     folder = resolve_folder(path)
     with Checkpoint(folder) as checkpoint:

@@ -38,9 +38,9 @@ def command(
     from dbrx_q.eval.perplexity import perplexity
     from dbrx_q.eval.provenance import command_line, provenance, run_key
     from dbrx_q.eval.resume import RunState
-    from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.model import check_device
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.sources.open import open_source
 
     place = check_device(device)
     words = load_text(text)

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..sizes import format_size, parse_size
+from dbrx_q.planning.sizes import format_size, parse_size
+
 from . import budgets, output
 from .generate import KV_HELP, KvFormat
 from .quantize import Format
 
 if TYPE_CHECKING:
-    from dbrx_q.placement import Placement
-    from dbrx_q.speed import SpeedBounds, Term
+    from dbrx_q.planning.machine import Placement
+    from dbrx_q.planning.speed import SpeedBounds, Term
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -43,16 +44,17 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Say where a model would lie on a rig and how fast that can be, before any weight is downloaded; reads config.json alone."""
-    from dbrx_q.advice import advice
-    from dbrx_q.budget import DEFAULT_CONTEXT
+    from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
-    from dbrx_q.footprint import Request
-    from dbrx_q.layout import TensorFormat, tensor_formats
-    from dbrx_q.low_bit import carried_formats, check_low_bit
-    from dbrx_q.placement import Rig, place
-    from dbrx_q.quantize.recipe import default_recipe
-    from dbrx_q.speed import speed_bounds
+    from dbrx_q.experts.fallback import carried_formats, check_low_bit
+    from dbrx_q.planning.advice import advice
+    from dbrx_q.planning.budget import DEFAULT_CONTEXT
+    from dbrx_q.planning.footprint import Request
+    from dbrx_q.planning.machine import Rig
+    from dbrx_q.planning.placement import place
+    from dbrx_q.planning.speed import speed_bounds
+    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..sizes import format_size, parse_size
+from dbrx_q.planning.sizes import format_size, parse_size
+
 from . import output
 
 if TYPE_CHECKING:
     import torch
 
-    from dbrx_q.checkpoint import Checkpoint
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.quantize.accelerator import Accelerator
-    from dbrx_q.quantize.plan import RunPlan
-    from dbrx_q.quantize.records import RunRecord
-    from dbrx_q.remote_shards import RemoteShards
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.checkpoint.remote_shards import RemoteShards
+    from dbrx_q.quantize.pipeline.accelerator import Accelerator
+    from dbrx_q.quantize.pipeline.plan import RunPlan
+    from dbrx_q.quantize.pipeline.records import RunRecord
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -128,17 +129,17 @@ def command(
     """Write a quantized copy of a checkpoint; what was finished when it is interrupted or killed is kept for --resume."""
     from dataclasses import replace
 
+    from dbrx_q.checkpoint.hub import check_push
+    from dbrx_q.checkpoint.hub import push as upload
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.checkpoint.staging import partial_of
     from dbrx_q.errors import RequestError
-    from dbrx_q.host_memory import available_bytes
-    from dbrx_q.hub import check_push
-    from dbrx_q.hub import push as upload
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.low_bit import LOW_BIT_FOLDER
-    from dbrx_q.quantize.accelerator import open_accelerator
-    from dbrx_q.quantize.calibrated import CalibrationOptions
-    from dbrx_q.quantize.methods import METHODS
-    from dbrx_q.quantize.pipeline import Request, already_there, plan_checkpoint, quantize_checkpoint
-    from dbrx_q.staging import partial_of
+    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+    from dbrx_q.planning.host_memory import available_bytes
+    from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
+    from dbrx_q.quantize.methods.choose import METHODS
+    from dbrx_q.quantize.pipeline.accelerator import open_accelerator
+    from dbrx_q.quantize.pipeline.run import Request, already_there, plan_checkpoint, quantize_checkpoint
 
     method = METHODS[recipe.value]
     if calibration is not None and not method.calibrated and target_bpw is None:
@@ -205,9 +206,9 @@ def _opened(source: str, revision: str | None, storage: Path | None) -> Path | R
     Raises:
         RequestError: a folder whose files shall be deleted.
     """
+    from dbrx_q.checkpoint.hub import is_on_hub, resolve_folder
+    from dbrx_q.checkpoint.remote_shards import RemoteShards
     from dbrx_q.errors import RequestError
-    from dbrx_q.hub import is_on_hub, resolve_folder
-    from dbrx_q.remote_shards import RemoteShards
 
     if is_on_hub(source):
         return RemoteShards(source, revision=revision, storage=storage)
@@ -224,10 +225,10 @@ def _formats(
     Raises:
         RequestError: a target without a text to measure errors with.
     """
+    from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.low_bit import check_low_bit
-    from dbrx_q.quantize.recipe import allocated_recipe, default_recipe, override
+    from dbrx_q.experts.fallback import check_low_bit
+    from dbrx_q.quantize.pipeline.format_assignment import allocated_recipe, default_recipe, override
 
     def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
         if low_bit is not None:
@@ -251,8 +252,8 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     if text is None:
         return None, None
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.quantize.sequences import sequences_of
-    from dbrx_q.tokenizer import DbrxTokenizer
+    from dbrx_q.quantize.calibration.sequences import sequences_of
+    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     loaded = load_text(text)
     found = sequences_of(DbrxTokenizer.from_pretrained(folder).encode(loaded.text), count=count, length=length, seed=seed)
@@ -263,7 +264,7 @@ def _show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, js
     """Of the checkpoint, and of the low-bit copy that it is to carry."""
     from dataclasses import asdict
 
-    from dbrx_q.quantize.plan import seconds_of
+    from dbrx_q.quantize.pipeline.plan import seconds_of
 
     seconds = [seconds_of(plan) for plan in plans]
     bits = [8 * plan.bytes_out / plan.parameters for plan in plans]

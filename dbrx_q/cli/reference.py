@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..sizes import format_size
+from dbrx_q.planning.sizes import format_size
+
 from . import budgets, measuring, output
 from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype
@@ -47,12 +48,12 @@ def command(
 ) -> None:
     """Save what a model predicts for a text, so that checkpoints can be compared with it where it does not fit."""
     from dbrx_q.errors import RequestError
+    from dbrx_q.eval.compare.reference import ModelReference
+    from dbrx_q.eval.compare.reference_writer import check_destination, save_reference
     from dbrx_q.eval.provenance import command_line, provenance
-    from dbrx_q.eval.reference import ModelReference
-    from dbrx_q.eval.reference_writer import check_destination, save_reference
-    from dbrx_q.eval.sources import open_source
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.model import check_device
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.sources.open import open_source
 
     place = check_device(device)
     words = load_text(text)

@@ -13,7 +13,7 @@ from .budgets import Gpu, Ram
 from .generate import DEVICE_HELP, Dtype
 
 if TYPE_CHECKING:
-    from dbrx_q.eval.sensitivity import Sensitivity
+    from dbrx_q.eval.sensitivity.measure import Sensitivity
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -62,17 +62,17 @@ def command(
     """Round one part of a model at a time and measure how far its predictions move: where bits are worth most."""
     from dataclasses import asdict
 
+    from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.provenance import command_line, provenance, run_key
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.resume import RunState
-    from dbrx_q.eval.sensitivity import check_formats, measurable, sensitivity, units_of
-    from dbrx_q.eval.sensitivity_report import FILES, KEYS, without_figures, write_report
-    from dbrx_q.eval.sources import open_source
+    from dbrx_q.eval.sensitivity.measure import check_formats, measurable, sensitivity, units_of
+    from dbrx_q.eval.sensitivity.report import FILES, KEYS, without_figures, write_report
     from dbrx_q.eval.texts import load_text
     from dbrx_q.eval.windows import Protocol
-    from dbrx_q.layout import TensorFormat
-    from dbrx_q.model import check_device
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.sources.open import open_source
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
@@ -143,7 +143,7 @@ def _say(message: str) -> None:
 
 
 def _print(found: Sensitivity) -> None:
-    from dbrx_q.eval.sensitivity_report import table
+    from dbrx_q.eval.sensitivity.report import table
 
     rows = table(found)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

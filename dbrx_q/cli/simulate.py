@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..sizes import parse_size
+from dbrx_q.planning.sizes import parse_size
+
 from . import budgets, output
 from .budgets import MissPolicyName
 from .generate import KV_HELP, KvFormat
@@ -32,16 +33,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Replay a trace through every cache policy on a rig: hits, experts brought, tokens/s; with --out also with caches of other sizes."""
-    from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
+    from dbrx_q.eval.bench.simulation_report import FILES, KEYS, files, markdown
     from dbrx_q.eval.report_folder import check_report_folder, write_files
-    from dbrx_q.eval.simulation_report import FILES, KEYS, files, markdown
-    from dbrx_q.experts.split import MissPolicy
     from dbrx_q.experts.sweep import sweep
     from dbrx_q.experts.trace import Trace
-    from dbrx_q.footprint import Request
-    from dbrx_q.placement import Rig
+    from dbrx_q.planning.budget import DEFAULT_CONTEXT
+    from dbrx_q.planning.footprint import Request
+    from dbrx_q.planning.machine import Rig
+    from dbrx_q.planning.offloading import MissPolicy
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)

@@ -42,16 +42,16 @@ def command(
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
-    from dbrx_q.budget import DEFAULT_CONTEXT
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.answers import Answers
     from dbrx_q.eval.provenance import command_line, degraded_by, provenance
     from dbrx_q.eval.report_folder import write_files
     from dbrx_q.eval.resume import RunState
-    from dbrx_q.eval.shared_prefix import CACHES
-    from dbrx_q.eval.sources import open_source
-    from dbrx_q.eval.tasks import find_tasks, run_tasks
-    from dbrx_q.model import check_device
+    from dbrx_q.eval.tasks.answers import Answers
+    from dbrx_q.eval.tasks.run import find_tasks, run_tasks
+    from dbrx_q.eval.tasks.shared_prefix import CACHES
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.planning.budget import DEFAULT_CONTEXT
+    from dbrx_q.sources.open import open_source
 
     place = check_device(device)
     if out is not None:

@@ -34,14 +34,14 @@ def command(
     """Record which experts every token of a text chooses, for `simulate` and for `generate --profile`."""
     import torch
 
+    from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.hub import resolve_folder
-    from dbrx_q.loading import load_pretrained
-    from dbrx_q.model import check_device
-    from dbrx_q.tokenizer import DbrxTokenizer
-    from dbrx_q.tracing import record
+    from dbrx_q.generation.tracing import record
+    from dbrx_q.model.devices import check_device
+    from dbrx_q.model.loading import load_pretrained
+    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     place = check_device(device)
     if out.suffix != ".npz":

@@ -25,11 +25,11 @@ def command(
     A plain checkpoint has no manifest: its headers are checked against config.json, its shards against the sums that the hub's cache
     keeps, where it came from there, and every sum is printed.
     """
-    from dbrx_q.checkpoint import Checkpoint
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.checkpoint.hub import resolve_folder
+    from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
     from dbrx_q.errors import CheckpointError
-    from dbrx_q.hub import resolve_folder
-    from dbrx_q.low_bit import LOW_BIT_FOLDER
-    from dbrx_q.manifest import MANIFEST_NAME, Manifest, sha256_of
+    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
 
     folder = resolve_folder(path, low_bit=True)
     manifest = Manifest.read(folder)
@@ -86,9 +86,9 @@ def command(
 
 def _of_low_bit(folder: Path) -> dict[str, str]:
     """The sums of the low-bit copy that a checkpoint carries, if it does."""
+    from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
     from dbrx_q.errors import CheckpointError
-    from dbrx_q.low_bit import LOW_BIT_FOLDER
-    from dbrx_q.manifest import MANIFEST_NAME, Manifest
+    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
 
     inner = folder / LOW_BIT_FOLDER
     if not inner.is_dir():
@@ -100,9 +100,9 @@ def _of_low_bit(folder: Path) -> dict[str, str]:
 
 
 def _check_experts(folder: Path) -> None:
+    from dbrx_q.checkpoint.layout import tensor_formats, unpacked_experts
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import CheckpointError
-    from dbrx_q.layout import tensor_formats, unpacked_experts
 
     config = DbrxConfig.from_pretrained(folder)
     formats = tensor_formats(config, str(folder / "config.json"))

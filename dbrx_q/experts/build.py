@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..placement import Placement, Rig
-from .card import CardExperts
-from .card_store import CardExpertStore
-from .host import HostExpertStore
+from dbrx_q.planning.expert_kinds import ExpertKind
+from dbrx_q.planning.machine import Placement, Rig
+from dbrx_q.planning.offloading import MissPolicy
+
+from .cpu_store import HostExpertStore
+from .gpu_experts import CardExperts
+from .gpu_store import CardExpertStore
+from .host_tier import HOST, ExpertPlaces, HostTier, Reader
 from .link import Link
 from .policies import CachePolicy, Lru
-from .slots import ExpertKind
-from .split import MissPolicy, MissRates
-from .tier import HOST, ExpertPlaces, HostTier, Reader
-from .tiered import LowBitCopy, NextRouter
+from .split import MissRates
+from .tiered_store import LowBitCopy, NextRouter
 
 __all__ = ["Parts", "build_store"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Checkpoint
-from .slots import MATRICES, ExpertKind, expert_kinds
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.planning.expert_kinds import MATRICES, ExpertKind, expert_kinds
 
 __all__ = ["ExpertFiles", "Extent"]
 

@@ -13,18 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import DbrxError
+from dbrx_q.errors import DbrxError
+from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS, LINK_FILLERS
 
-__all__ = ["PINNED_BYTES", "Arrival", "Link", "make_link"]
+__all__ = ["Arrival", "Link", "make_link"]
 
-_FILLERS = 2  # threads that fill pinned memory: one core's memcpy is slower than 16 lanes of PCIe 4.0
-_BUFFERS = 2  # of each: one is filled while the other is sent
-# Of one pinned buffer. What stays in the last-level cache is filled faster, and takes no bandwidth of the memory that the CPU reads
-# experts from: one core fills 4 of 16 MiB at 8.7 to 9.7 GB/s, of 4 MiB at 9.5 to 14.9, of 2 MiB at 12.5 to 15.9 (EPYC, 32 MiB of cache).
-_BUFFER_BYTES = 2 << 20
-
-PINNED_BYTES = _FILLERS * _BUFFERS * _BUFFER_BYTES
-"""Host memory that the link of a GPU keeps."""
 
 _URGENT, _EARLY, _DEFERRED = range(3)
 
@@ -217,7 +210,7 @@ class _Filler:
     """Pinned buffers that one thread fills and sends, in turn."""
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+        self._buffers = [torch.empty(LINK_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(LINK_BUFFERS)]
         self._sent = [torch.cuda.Event() for _ in self._buffers]
         self._next = 0
 
@@ -228,7 +221,7 @@ class _Filler:
                 if arrival.abandoned:
                     return
                 buffer, sent = self._buffers[self._next], self._sent[self._next]
-                self._next = (self._next + 1) % _BUFFERS
+                self._next = (self._next + 1) % LINK_BUFFERS
                 sent.synchronize()  # this thread alone waits, until the buffer's last contents have left
                 ctypes.memmove(buffer.data_ptr(), piece.data_ptr(), piece.nbytes)  # in this thread: torch's would bring threads of its own
                 target.copy_(buffer[: piece.nbytes], non_blocking=True)
@@ -242,8 +235,8 @@ class _CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._fillers = [_Filler() for _ in range(_FILLERS)]
-        self._pool = ThreadPoolExecutor(_FILLERS, "expert-filler")
+        self._fillers = [_Filler() for _ in range(LINK_FILLERS)]
+        self._pool = ThreadPoolExecutor(LINK_FILLERS, "expert-filler")
         super().__init__()
 
     def close(self) -> None:
@@ -257,9 +250,11 @@ class _CudaLink(Link):
         pieces = [
             piece
             for source, target in zip(job.sources, job.targets, strict=True)
-            for piece in zip(_bytes_of(source).split(_BUFFER_BYTES), _bytes_of(target).split(_BUFFER_BYTES), strict=True)
+            for piece in zip(_bytes_of(source).split(LINK_BUFFER_BYTES), _bytes_of(target).split(LINK_BUFFER_BYTES), strict=True)
         ]
-        shares = [self._pool.submit(filler.send, self._stream, pieces[i::_FILLERS], job.arrival) for i, filler in enumerate(self._fillers)]
+        shares = [
+            self._pool.submit(filler.send, self._stream, pieces[i::LINK_FILLERS], job.arrival) for i, filler in enumerate(self._fillers)
+        ]
         errors = [error for share in shares if (error := share.exception()) is not None]  # all have come to an end
         if errors:
             raise errors[0]

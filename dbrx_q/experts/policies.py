@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import RequestError
+from dbrx_q.errors import RequestError
+from dbrx_q.planning.offloading import POLICIES
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "Belady", "CachePolicy", "LeastStale", "LfuDecay", "Lru", "StaticPinning", "make_policy"]
+__all__ = ["Belady", "CachePolicy", "LeastStale", "LfuDecay", "Lru", "StaticPinning", "make_policy"]
 
 
 class CachePolicy(ABC):
@@ -152,11 +153,6 @@ class Belady(CachePolicy):
 
     def worth(self) -> np.ndarray:
         return self._next
-
-
-POLICIES = ("lru", "lfu", "least-stale", "static")
-"""The policies that a store can follow."""
-DEFAULT_POLICY = "least-stale"
 
 
 def make_policy(name: str, layers: int, experts: int, profile: np.ndarray | None = None) -> CachePolicy:

@@ -8,39 +8,25 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..checkpoint import check_finite
-from ..errors import CheckpointError
-from ..host_memory import available_bytes
+from dbrx_q.checkpoint.folder import check_finite
+from dbrx_q.errors import CheckpointError
+from dbrx_q.planning.host_memory import available_bytes
+from dbrx_q.planning.offloading import READ_ALIGNMENT, READ_BYTES, READ_THREADS
+
 from .files import ExpertFiles
-from .slots import ExpertKind, ExpertSlots
+from .slots import ExpertSlots
 
-__all__ = ["ExpertReader", "Load", "reads_faster_directly", "staging_bytes", "supports_direct"]
+__all__ = ["ExpertReader", "Load", "reads_faster_directly", "supports_direct"]
 
-_PIECE_BYTES = 4 << 20
-_THREADS = 4
-_ALIGN = 4096  # what O_DIRECT wants of addresses, offsets and lengths on any disk in use
 _MEASURED = 8  # experts, of some 100 MB each
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-
-
-def staging_bytes(kinds: Iterable[ExpertKind]) -> int:
-    """Host memory that reading takes beside the slots, at most: a buffer for each thread, and experts that are decoded on the way in.
-
-    0 without kinds.
-    """
-    all_kinds = list(kinds)
-    if not all_kinds:
-        return 0
-    decoded = max((kind.stored_nbytes for kind in all_kinds if not kind.as_stored), default=0)
-    largest = max(kind.stored_nbytes for kind in all_kinds)
-    return _THREADS * (min(_PIECE_BYTES, largest) + 2 * _ALIGN + decoded)
 
 
 class Load:
@@ -130,7 +116,7 @@ class ExpertReader:
         CheckpointError: a file cannot be opened.
     """
 
-    def __init__(self, files: ExpertFiles, *, direct: bool = False, threads: int = _THREADS) -> None:
+    def __init__(self, files: ExpertFiles, *, direct: bool = False, threads: int = READ_THREADS) -> None:
         self._files, self.direct = files, direct
         self._fds: dict[Path, int] = {}
         self._urgent: deque[_Piece] = deque()
@@ -181,9 +167,9 @@ class ExpertReader:
         for extent in extents:
             own = slice(first, first + extent.pieces)
             first = own.stop
-            cuts += [(extent, own, at) for at in range(0, extent.nbytes, _PIECE_BYTES)]
+            cuts += [(extent, own, at) for at in range(0, extent.nbytes, READ_BYTES)]
         load = Load(len(cuts), begin, finish)
-        pieces = [_Piece(load, extent.path, extent.offset + at, min(_PIECE_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts]
+        pieces = [_Piece(load, extent.path, extent.offset + at, min(READ_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts]
         with self._changed:
             closed = self._closed
             if not closed:
@@ -236,7 +222,7 @@ class ExpertReader:
         self._fds = {}
 
     def _work(self) -> None:
-        buffer = np.frombuffer(mmap.mmap(-1, _PIECE_BYTES + 2 * _ALIGN), np.uint8) if self.direct else None
+        buffer = np.frombuffer(mmap.mmap(-1, READ_BYTES + 2 * READ_ALIGNMENT), np.uint8) if self.direct else None
         while self._work_once(buffer):
             pass
 
@@ -270,8 +256,8 @@ class ExpertReader:
         if buffer is None:
             _read_fully(self._fds[piece.path], into, piece.offset, piece.nbytes, piece.path)
             return
-        first = piece.offset // _ALIGN * _ALIGN
-        end = -(-(piece.offset + piece.nbytes) // _ALIGN) * _ALIGN
+        first = piece.offset // READ_ALIGNMENT * READ_ALIGNMENT
+        end = -(-(piece.offset + piece.nbytes) // READ_ALIGNMENT) * READ_ALIGNMENT
         _read_fully(self._fds[piece.path], [buffer[: end - first]], first, piece.offset + piece.nbytes - first, piece.path)
         at = piece.offset - first
         for view in into:
@@ -328,7 +314,7 @@ def supports_direct(path: Path) -> bool:
     except OSError:
         return False
     try:
-        with mmap.mmap(-1, _ALIGN) as page:
+        with mmap.mmap(-1, READ_ALIGNMENT) as page:
             os.preadv(fd, [page], 0)
         return True
     except OSError:

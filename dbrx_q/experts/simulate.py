@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..kernels.moe import ExpertWeights
-from ..placement import Placement, Rig
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.planning.expert_kinds import ExpertKind
+from dbrx_q.planning.machine import Placement, Rig
+from dbrx_q.planning.offloading import MissPolicy
+
 from .build import Parts, build_store
 from .link import Arrival, Link
 from .policies import CachePolicy
 from .reader import Load
-from .slots import ExpertKind, ExpertSlots
-from .split import MissPolicy, MissRates
+from .slots import ExpertSlots
+from .split import MissRates
 from .stats import ExpertStats
 from .sums import ExpertSum
 from .trace import Trace

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
 
-__all__ = ["MissPolicy", "MissRates", "split_misses"]
+from dbrx_q.planning.offloading import MissPolicy
 
-# Tokens of an expert that the CPU multiplies in one read of it: dot products lose from 5 on with a matrix unit (see `kernels/cpu.py`).
+__all__ = ["MissRates", "split_misses"]
+
+# Tokens of an expert that the CPU multiplies in one read of it: from 5 on a chip with a matrix unit is faster
+# another way (see `kernels/cpu/linear.py`).
 _TOKENS_A_READ = 4
 _NEWEST = 0.1  # weight of the last measurement
-
-
-class MissPolicy(str, Enum):
-    """How a missed expert is served."""
-
-    cpu = "cpu"
-    copy = "copy"
-    hybrid = "hybrid"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..sizes import format_size
+from dbrx_q.planning.sizes import format_size
 
 __all__ = ["CacheStats", "ExpertStats", "LinkStats"]
 

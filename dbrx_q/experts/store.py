@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.moe import ExpertWeights, Routing, moe_experts
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
+from dbrx_q.kernels.moe import moe_experts
+
 from .stats import ExpertStats
 
 __all__ = ["ExpertStore", "ResidentExpertStore"]

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.cpu_moe import ExpertOutputs
-from ..kernels.moe import ExpertWeights, Routing, moe_experts
+from dbrx_q.kernels.cpu.moe import ExpertOutputs
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
+from dbrx_q.kernels.moe import moe_experts
 
 __all__ = ["ExpertSum", "PairSum", "PartialSum", "sum_for"]
 

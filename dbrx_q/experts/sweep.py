@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
-from ..config import DbrxConfig
-from ..errors import RequestError
-from ..footprint import Request
-from ..layout import tensor_formats
-from ..placement import DevicePlan, Placement, Rig, place
-from ..speed import simulated_seconds
-from .policies import DEFAULT_POLICY, POLICIES, Belady, CachePolicy, make_policy
+from dbrx_q.checkpoint.layout import tensor_formats
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import RequestError
+from dbrx_q.planning.expert_kinds import ExpertKind, expert_kinds
+from dbrx_q.planning.footprint import Request
+from dbrx_q.planning.machine import DevicePlan, Placement, Rig
+from dbrx_q.planning.offloading import DEFAULT_POLICY, POLICIES, MissPolicy
+from dbrx_q.planning.placement import place
+
+from .policies import Belady, CachePolicy, make_policy
 from .simulate import simulate, visits_of
-from .slots import ExpertKind, expert_kinds
-from .split import MissPolicy
+from .simulated_speed import simulated_seconds
 from .stats import ExpertStats
 from .trace import Trace
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DbrxConfig
-from ..errors import RequestError
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import RequestError
 
 __all__ = ["Trace"]
 

@@ -11,11 +11,12 @@ from dbrx_q.cli.measuring import ProtocolName, protocol_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.observe import batches, step_tokens
-from dbrx_q.eval.sources import open_source
-from dbrx_q.eval.streamed import DecodedSource
 from dbrx_q.eval.windows import Protocol
-from dbrx_q.footprint import Request
-from dbrx_q.placement import Rig, place
+from dbrx_q.planning.footprint import Request
+from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.placement import place
+from dbrx_q.sources.open import open_source
+from dbrx_q.sources.streamed import DecodedSource
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dbrx_q.kernels.attention import Sequences, attention, cached_attention
-from dbrx_q.kernels.attention_tiles import decode_tiles, prefill_tiles
-from dbrx_q.kernels.errors import DbrxError
-from dbrx_q.kernels.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
-from dbrx_q.kernels.launch import CHIPS, interpreting
+from dbrx_q.kernels.formats.errors import DbrxError
+from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
+from dbrx_q.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
+from dbrx_q.kernels.triton.launch import CHIPS, interpreting
 
 H, G, C = 6, 2, 16
 

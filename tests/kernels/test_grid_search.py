@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dbrx_q.kernels import cpu_quantize, int4, int8
-from dbrx_q.kernels._cpu_lanes import inverse_power, load, store
+from dbrx_q.kernels.cpu import quantize as cpu_quantize
+from dbrx_q.kernels.cpu.lanes import inverse_power, load, store
+from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.groups import grouped, steps_of
 from dbrx_q.kernels.grid_search import half_quadratic, half_quadratic_reference, least_squares, least_squares_reference
-from dbrx_q.kernels.groups import grouped, steps_of
 
 K = 384
 SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])

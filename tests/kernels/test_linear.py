@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.kernels import cpu, int4, int8, nf4
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.kernels.cpu_choice import Regime, choose, matmul, padded_rows, tile_bytes
-from dbrx_q.kernels.errors import DbrxError, FormatError
-from dbrx_q.kernels.int4 import Int4Weight
-from dbrx_q.kernels.linear import PackedFormat, dequantize, linear, linear_reference
-from dbrx_q.kernels.nf4 import Nf4Weight
+from dbrx_q.kernels.cpu import linear as cpu
+from dbrx_q.kernels.cpu.choice import Regime, choose, matmul, padded_rows, tile_bytes
+from dbrx_q.kernels.formats import int4, int8, nf4
+from dbrx_q.kernels.formats.errors import DbrxError, FormatError
+from dbrx_q.kernels.formats.int4 import Int4Weight
+from dbrx_q.kernels.formats.nf4 import Nf4Weight
+from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.linear import linear, linear_reference
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 

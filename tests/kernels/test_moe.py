@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from dbrx_q.kernels import int4, int8
 from dbrx_q.kernels.backend import Backend
-from dbrx_q.kernels.cpu_moe import ExpertOutputs
-from dbrx_q.kernels.linear import Weight
-from dbrx_q.kernels.moe import ExpertWeights, moe_experts, route
+from dbrx_q.kernels.cpu.moe import ExpertOutputs
+from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import Weight
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.router import route
 
 E, F, D, A = 16, 384, 256, 4
 

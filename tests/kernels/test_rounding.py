@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dbrx_q.kernels import cpu_rounding
+from dbrx_q.kernels.cpu import rounding as cpu_rounding
 from dbrx_q.kernels.rounding import descend_block_reference, gptq_block_reference
 
 ROWS = pytest.mark.parametrize("rows", [1, 16, 37, 512])

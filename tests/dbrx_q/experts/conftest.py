@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dbrx_q import DbrxForCausalLM
-from dbrx_q.budget import Budget
-from dbrx_q.experts.link import PINNED_BYTES
-from dbrx_q.loading import load_model
-from dbrx_q.placement import Card, Rig
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.offloading import PINNED_BYTES
 
 
 @pytest.fixture(scope="session")

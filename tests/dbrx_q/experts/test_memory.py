@@ -13,26 +13,26 @@ import pytest
 import torch
 
 from dbrx_q import DbrxConfig, KVCache, generate
-from dbrx_q.budget import Budget
-from dbrx_q.checkpoint import Checkpoint
-from dbrx_q.eval.synthetic import write_checkpoint
-from dbrx_q.experts.host import HostExpertStore
-from dbrx_q.experts.link import PINNED_BYTES
-from dbrx_q.layout import TensorFormat
-from dbrx_q.loading import load_model
-from dbrx_q.low_bit import LOW_BIT_FOLDER
-from dbrx_q.placement import Rig
-from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
-from dbrx_q.quantize.recipe import default_recipe
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.experts.cpu_store import HostExpertStore
+from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
 
 MEASURE = """
 import ctypes, gc, json, sys
 from pathlib import Path
 from dbrx_q import generate
-from dbrx_q.budget import Budget
-from dbrx_q.host_memory import peak_memory_bytes, resident_bytes
-from dbrx_q.loading import load_model
-from dbrx_q.placement import Card, Rig
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.placement import Card, Rig
 import torch
 
 warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] != "page-cache"

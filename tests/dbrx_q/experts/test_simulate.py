@@ -13,22 +13,23 @@ import pytest
 import torch
 
 from dbrx_q import DbrxForCausalLM, KVCache
-from dbrx_q.budget import Budget
+from dbrx_q.checkpoint.layout import tensor_formats
 from dbrx_q.errors import RequestError
-from dbrx_q.experts.foresight import Foresight, by_promise
-from dbrx_q.experts.link import PINNED_BYTES
 from dbrx_q.experts.policies import make_policy
+from dbrx_q.experts.predictor import Foresight, by_promise
 from dbrx_q.experts.simulate import simulate
-from dbrx_q.experts.slots import expert_kinds
-from dbrx_q.experts.split import MissPolicy
+from dbrx_q.experts.simulated_speed import simulated_seconds
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.experts.trace import Trace
-from dbrx_q.footprint import Request
-from dbrx_q.layout import tensor_formats
-from dbrx_q.loading import load_model
-from dbrx_q.placement import Card, Rig, place
-from dbrx_q.speed import simulated_seconds, speed_bounds
-from dbrx_q.tracing import record
+from dbrx_q.generation.tracing import record
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.expert_kinds import expert_kinds
+from dbrx_q.planning.footprint import Request
+from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.offloading import PINNED_BYTES, MissPolicy
+from dbrx_q.planning.placement import place
+from dbrx_q.planning.speed import speed_bounds
 
 IDS = [(7 * i * i + 3) % 4000 for i in range(36)]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.decode_graph import DecodeStep
-from dbrx_q.decoding import decode_one_token, prefill
 from dbrx_q.errors import DbrxError, RequestError
-from dbrx_q.generation import generate
-from dbrx_q.kv_cache import KVCache
-from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.generation.decode_graph import DecodeStep
+from dbrx_q.generation.decoding import decode_one_token, prefill
+from dbrx_q.generation.generate import generate
+from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.modeling import DbrxForCausalLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 

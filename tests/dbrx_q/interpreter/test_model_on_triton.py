@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.decode_graph import DecodeStep
-from dbrx_q.decoding import prefill
 from dbrx_q.errors import RequestError
-from dbrx_q.generation import generate
+from dbrx_q.generation.decode_graph import DecodeStep
+from dbrx_q.generation.decoding import prefill
+from dbrx_q.generation.generate import generate
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.kernels.kv import KV_FORMATS
-from dbrx_q.kv_cache import KVCache
-from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.kernels.formats.kv import KV_FORMATS
+from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.modeling import DbrxForCausalLM
 
 # The first has one token in its cache when it decodes; together they make prefill and decode of unequal lengths.
 PROMPTS = [[7], list(range(5, 22)), [300, 301, 302]]
@@ -26,10 +26,10 @@ STEPS = [[11, 12, 13], [400, 5, 9]]
 # In float32 the two backends differ by the order of sums alone, and by the CPU's 16-bit activations.
 ON_THE_CPU = """
 import sys, torch
-from dbrx_q.decoding import decode_one_token, prefill
-from dbrx_q.kernels.kv import KV_FORMATS
-from dbrx_q.kv_cache import KVCache
-from dbrx_q.model import DbrxForCausalLM
+from dbrx_q.generation.decoding import decode_one_token, prefill
+from dbrx_q.kernels.formats.kv import KV_FORMATS
+from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.modeling import DbrxForCausalLM
 folder, out, prompts, steps = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
 model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
 found = {}

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import dbrx_q.kernels.launch as launch_module
-from dbrx_q.eval.kernel_report import Row, problems
-from dbrx_q.eval.kernel_resources import compile_launch, global_loads, packed_parameters
-from dbrx_q.eval.kernel_shapes import usual_launches
-from dbrx_q.kernels.launch import CHIPS, Launch
+import dbrx_q.kernels.triton.launch as launch_module
+from dbrx_q.eval.bench.kernel_report import Row, problems
+from dbrx_q.eval.bench.kernel_resources import compile_launch, global_loads, packed_parameters
+from dbrx_q.eval.bench.kernel_shapes import usual_launches
+from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
 WRITE_ONLY = ("qkv_kernel",)  # stores codes of the KV cache and reads none
 # What compiles for sm_86 does for sm_89, which has as much memory and more instructions, and sm_80 has more memory: `bench resources` takes

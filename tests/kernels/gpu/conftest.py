@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.eval.kernel_shapes import DBRX, Shapes
+from dbrx_q.eval.bench.kernel_shapes import DBRX, Shapes
 
 TOY = Shapes(width=128, heads=12, kv_heads=2, channels=64, experts=4, active=2, hidden=128, vocabulary=256, context=96)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dbrx_q.kernels.attention import Sequences, attention, cached_attention
-from dbrx_q.kernels.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
+from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
 from dbrx_q.kernels.qkv import store_qkv, store_qkv_reference
 
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]

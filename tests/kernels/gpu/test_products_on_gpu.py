@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dbrx_q.eval.device_timing import random_weight
-from dbrx_q.eval.kernel_shapes import FORMATS, Format
-from dbrx_q.kernels.linear import Weight, dequantize, linear, linear_reference
-from dbrx_q.kernels.moe import ExpertWeights, moe_experts, moe_experts_reference
+from dbrx_q.eval.bench.device_timing import random_weight
+from dbrx_q.eval.bench.kernel_shapes import FORMATS, Format
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import Weight, dequantize
+from dbrx_q.kernels.linear import linear, linear_reference
+from dbrx_q.kernels.moe import moe_experts, moe_experts_reference
 
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Replayed = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]

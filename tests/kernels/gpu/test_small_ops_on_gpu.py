@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dbrx_q.kernels.backend import Backend
-from dbrx_q.kernels.moe import route
 from dbrx_q.kernels.norm import add_norm, add_norm_reference
+from dbrx_q.kernels.router import route
 
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Replayed = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]

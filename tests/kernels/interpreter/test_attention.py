@@ -11,10 +11,11 @@ from itertools import accumulate
 import pytest
 import torch
 
-from dbrx_q.kernels import _triton_attention_decode, _triton_attention_prefill
 from dbrx_q.kernels.attention import Sequences, attention_reference, cached_attention
-from dbrx_q.kernels.attention_tiles import DecodeTiles, PrefillTiles
-from dbrx_q.kernels.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
+from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer, allocate_kv, quantize_kv
+from dbrx_q.kernels.triton import attention_decode as triton_attention_decode
+from dbrx_q.kernels.triton import attention_prefill as triton_attention_prefill
+from dbrx_q.kernels.triton.attention_tiles import DecodeTiles, PrefillTiles
 
 G, C = 2, 32
 BLOCK = 16
@@ -63,8 +64,8 @@ FLOAT16 = Case((1,), (20,), scale=1e-5), Case((5,), (18,), heads=2, scale=1e-5),
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that short sequences fill."""
     case = request.node.callspec.params["case"]
-    monkeypatch.setattr(_triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, case.splits, 2, 4, 2))
-    monkeypatch.setattr(_triton_attention_prefill, "prefill_tiles", lambda *_: PrefillTiles(16, BLOCK, 4, 2))
+    monkeypatch.setattr(triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, case.splits, 2, 4, 2))
+    monkeypatch.setattr(triton_attention_prefill, "prefill_tiles", lambda *_: PrefillTiles(16, BLOCK, 4, 2))
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dbrx_q.kernels import int4, int8, nf4
-from dbrx_q.kernels._triton_linear import linear
-from dbrx_q.kernels._triton_weights import bits_of, group_of
-from dbrx_q.kernels.launch import INTERPRETER
-from dbrx_q.kernels.linear import PackedFormat, dequantize, linear_reference
-from dbrx_q.kernels.tiles import MATVEC_TOKENS, Problem, Tiles, choose
+from dbrx_q.kernels.formats import int4, int8, nf4
+from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.linear import linear_reference
+from dbrx_q.kernels.triton.launch import INTERPRETER
+from dbrx_q.kernels.triton.linear import linear
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, choose
+from dbrx_q.kernels.triton.weights import bits_of, group_of
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 

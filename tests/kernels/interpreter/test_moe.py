@@ -9,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels import _triton_moe_prefill, int4, int8, nf4
-from dbrx_q.kernels._triton_moe_prefill import _tile_of
 from dbrx_q.kernels.backend import Backend
-from dbrx_q.kernels.linear import Weight, dequantize
-from dbrx_q.kernels.moe import ExpertWeights, moe_experts
-from dbrx_q.kernels.tiles import MATVEC_TOKENS
+from dbrx_q.kernels.formats import int4, int8, nf4
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import Weight, dequantize
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.triton import moe_prefill as triton_moe_prefill
+from dbrx_q.kernels.triton.moe_prefill import _tile_of
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 MANY = MATVEC_TOKENS + 4
@@ -129,13 +131,13 @@ def test_experts_agree_with_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("formats", [FORMATS[i] for i in (0, 1, 6, 8, 10)], ids="+".join)
 def test_activations_in_halves_give_the_same(formats: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_moe_prefill, "_halves_serve", lambda chip: True)
+    monkeypatch.setattr(triton_moe_prefill, "_halves_serve", lambda chip: True)
     case = Case(formats, MANY, HOLES)
     check(*inputs(case), layer_of(case))
 
 
 def test_long_prompts_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton_moe_prefill, "_CHUNK", 12)
+    monkeypatch.setattr(triton_moe_prefill, "_CHUNK", 12)
     case = Case(FORMATS[1], MANY, HOLES)
     check(*inputs(case), layer_of(case))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dbrx_q.kernels.backend import Backend
-from dbrx_q.kernels.kv import KV_FORMATS, KVLayer, allocate_kv
+from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer, allocate_kv
 from dbrx_q.kernels.qkv import store_qkv, store_qkv_reference
 
 B, L, C = 3, 9, 32

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dbrx_q.kernels.backend import Backend
-from dbrx_q.kernels.moe import Routing, route
+from dbrx_q.kernels.formats.expert_weights import Routing
+from dbrx_q.kernels.router import route
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.kernels import cpu_search
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.kernels.cpu import search as cpu_search
 from dbrx_q.kernels.grid_search import half_quadratic, least_squares
-from dbrx_q.layout import TensorFormat
-from dbrx_q.manifest import sha256_of
-from dbrx_q.quantize.accelerator import open_accelerator
-from dbrx_q.quantize.methods import METHODS
-from dbrx_q.quantize.pipeline import Request, quantize_checkpoint
-from dbrx_q.quantize.recipe import default_recipe
-from dbrx_q.quantize.records import RunRecord
+from dbrx_q.quantize.methods.choose import METHODS
+from dbrx_q.quantize.pipeline.accelerator import open_accelerator
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.records import RunRecord
+from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
@@ -41,7 +41,7 @@ def test_errors_are_those_of_the_cpu_and_bytes_repeat(nano: Path, tmp_path: Path
 
 
 def test_memory_that_runs_out_leaves_a_tensor_to_the_cpu(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbrx_q.quantize.accelerator._TEMPORARIES", 0.001)  # so that the plan promises what the GPU cannot keep
+    monkeypatch.setattr("dbrx_q.quantize.pipeline.accelerator._TEMPORARIES", 0.001)  # so that the plan promises what the GPU cannot keep
     found = quantize(nano, tmp_path / "out", "best", 4 << 20)
     assert any(record.device == "cpu: cuda:0 ran out of memory" for record in found.records)
     assert found.peak_device_bytes <= 4 << 20

@@ -1,0 +1,270 @@
+"""A checkpoint folder, plain or quantized: opened, checked against its config.json, and read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import CheckpointError
+from dbrx_q.json_file import read_json_object
+
+from .layout import DenseTensor, TensorFormat, dense_tensors, parts_of, tensor_formats
+from .safetensors_file import SafetensorsFile, TensorInfo
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "open_shards"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# The whole numbers that have their bits, and infinity's.
+_INFINITY = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+_FINITE_STEP = 1 << 18  # elements looked at together, twice: half a MB of bfloat16, so that they stay in cache
+
+
+class Shard(Protocol):
+    """A safetensors file whose header is known, as `SafetensorsFile`; the file itself may come when it is read."""
+
+    path: Path
+    size: int
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor `name`."""
+
+    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows first .. first+count-1 of the tensor `name`."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+_AnyShard = TypeVar("_AnyShard", bound=Shard)
+
+
+class ShardSource(Protocol):
+    """Where a checkpoint comes from that is not a folder with all its files: its shards are fetched as they are read.
+
+    Attributes:
+        folder: holds the small files, config.json and the index among them.
+        commit: the version of the files; another has another.
+        storage: the folder that fetched shards lie in; it need not exist.
+    """
+
+    folder: Path
+    commit: str
+    storage: Path
+
+    def open_all(self, names: Sequence[str]) -> Sequence[Shard]:
+        """The shards of these file names, by their headers."""
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say from which shard each of the next pieces of work reads, in order."""
+
+    def done(self) -> None:
+        """The next piece of work that was expected reads no more: a shard that none of the later ones reads may go."""
+
+    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
+        """(bytes to fetch for such work, bytes of disk that fetched shards take at most meanwhile); those that are there not counted."""
+
+    def stop(self) -> None:
+        """Let nobody wait for a shard that has not come, until shards are opened again."""
+
+    def close(self, *, keep: bool) -> None:
+        """End the use of it; keep: whether what was fetched to be deleted after use stays for a later run."""
+
+
+class Checkpoint:
+    """An open checkpoint; use it as a context manager.
+
+    Every tensor that the configuration calls for is there with its shape and dtype, and nothing else is, before anything is read.
+
+    Args:
+        place: the folder that it lies in, or what its shards are fetched from.
+
+    Attributes:
+        folder: where it lies; the small files alone where its shards are fetched.
+        source: what its shards are fetched from; None for a folder.
+        config: its `DbrxConfig`.
+        raw_config: config.json as it is, with the keys that inference ignores.
+        formats: the packed tensors and their formats; empty for a plain checkpoint.
+        tensors: every tensor of the model by its plain name.
+        infos: every stored tensor (part) by its stored name.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape or dtype.
+        ConfigError: config.json is of another model or holds a value that no DBRX can have.
+    """
+
+    def __init__(self, place: Path | ShardSource) -> None:
+        self.source = None if isinstance(place, Path) else place
+        self.folder = folder = place if isinstance(place, Path) else place.folder
+        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
+        quantization = self.raw_config.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config must be an object; found {quantization!r:.80}")
+        self.config = DbrxConfig.from_dict(self.raw_config, source=str(folder / "config.json"))
+        self.formats: dict[str, TensorFormat] = tensor_formats(self.config, str(folder / "config.json"))
+        self.tensors: dict[str, DenseTensor] = {tensor.name: tensor for tensor in dense_tensors(self.config)}
+        with ExitStack() as stack:
+            self._file_of: Mapping[str, Shard] = open_shards(folder, stack) if self.source is None else _fetched_shards(self.source, stack)
+            self.infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._file_of.items()}
+            self._check_tensors()
+            self._open_files = stack.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._open_files.close()
+
+    @property
+    def shards(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted({file.path for file in self._file_of.values()})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the safetensors files, by their names."""
+        return {file.path.name: file.size for file in self._file_of.values()}
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say which stored tensor each of the next pieces of work reads, in order; see `ShardSource.expect`."""
+        if self.source is not None:
+            self.source.expect([self._file_of[name].path.name for name in names])
+
+    def done(self) -> None:
+        """The next piece of work that was expected reads no more."""
+        if self.source is not None:
+            self.source.done()
+
+    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
+        """As `ShardSource.to_fetch`, for work that reads these stored tensors; nothing for a folder."""
+        return (0, 0) if self.source is None else self.source.to_fetch([self._file_of[name].path.name for name in names])
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A stored tensor by its stored name, read into `into` where it is given.
+
+        Raises:
+            CheckpointError: a read fails, or a floating-point value is NaN or infinite.
+        """
+        out = self._file_of[name].read(name, into)
+        check_finite(out, name, self._file_of[name].path)
+        return out
+
+    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows first .. first+count-1 of a stored tensor; errors as for `read`."""
+        out = self._file_of[name].read_rows(name, first, count)
+        check_finite(out, name, self._file_of[name].path)
+        return out
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds the stored tensor `name`."""
+        return self._file_of[name].path
+
+    def _check_tensors(self) -> None:
+        expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+        for tensor in self.tensors.values():
+            fmt = self.formats.get(tensor.name)
+            if fmt is None:
+                expected[tensor.name] = (_FLOATS, tensor.shape)
+            else:
+                expected |= {part.name: ((part.dtype,), part.shape) for part in parts_of(tensor, fmt)}
+        missing = [name for name in expected if name not in self._file_of]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{self.folder}: tensor {missing[0]}{more} is missing; config.json calls for it. Fetch the checkpoint again"
+            )
+        for name, file in self._file_of.items():
+            if name not in expected:
+                raise CheckpointError(f"{file.path}: tensor {name} is in no DBRX of this config.json; is config.json of another model?")
+            dtypes, shape = expected[name]
+            info = file.tensors[name]
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} must have the shape {list(shape)} by config.json; found {list(info.shape)}"
+                )
+            if info.dtype not in dtypes:
+                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise CheckpointError(f"{file.path}: tensor {name} must be {wanted}; found {str(info.dtype).removeprefix('torch.')}")
+
+
+def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
+    """Every stored tensor's file in `folder`, by the tensor's name; `stack` closes the files.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index names other tensors than the shards hold.
+    """
+    if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
+        raise CheckpointError(f"{folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names")
+    return _by_tensor(folder, lambda names: [stack.enter_context(SafetensorsFile(folder / name)) for name in names])
+
+
+def _fetched_shards(source: ShardSource, stack: ExitStack) -> dict[str, Shard]:
+    """As `open_shards`."""
+
+    def opened(names: Sequence[str]) -> Sequence[Shard]:
+        shards = source.open_all(names)
+        for shard in shards:
+            stack.callback(shard.close)
+        return shards
+
+    stack.callback(source.stop)
+    return _by_tensor(source.folder, opened)
+
+
+def _by_tensor(folder: Path, opened: Callable[[Sequence[str]], Sequence[_AnyShard]]) -> dict[str, _AnyShard]:
+    """The shards that the index names, or the only one, checked against each other; `opened` gives them by their names."""
+    index = folder / INDEX_NAME
+    if not index.exists():
+        (file,) = opened([SINGLE_NAME])
+        return dict.fromkeys(file.tensors, file)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
+    files = dict(zip(shards, opened(shards), strict=True))
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, which {INDEX_NAME} places here. Fetch the shard again")
+    for shard, file in files.items():
+        for name in file.tensors:
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not belong together"
+                )
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Refuse NaN and infinity in a floating-point tensor.
+
+    Raises:
+        CheckpointError: with the tensor's name and the file's.
+    """
+    if tensor.dtype not in _INFINITY:
+        return
+    kind, infinity = _INFINITY[tensor.dtype]
+    for piece in tensor.view(-1).view(kind).split(_FINITE_STEP):
+        # As whole numbers, positive floats, and negative ones but for the sign, lie in the order of their size: infinity, then NaN.
+        signed = piece.numpy()
+        unsigned = signed.view(f"u{signed.dtype}")
+        if signed.size and not (signed.max() < infinity and int(unsigned.max()) - (1 << 8 * signed.itemsize - 1) < infinity):
+            raise CheckpointError(f"{path}: tensor {name} must be finite; found NaN or infinity. The file is damaged: fetch it again")

@@ -1,0 +1,160 @@
+"""A decode step for several sequences at once: static buffers, captured in one CUDA graph per batch-size bucket.
+
+A step of DBRX launches some 350 kernels, each a few microseconds of work; replayed from a graph they follow each other without the host.
+
+Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.experts import ResidentExpertStore
+from dbrx_q.kernels.attention import Sequences
+from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.layers import Batch
+from dbrx_q.model.modeling import DbrxForCausalLM
+
+__all__ = ["BatchDecoder", "DecodeStep"]
+
+_CAPACITY_STEP = 1024  # tokens; so that requests of like length share one cache and its graphs
+
+
+class DecodeStep:
+    """One token for each of `size` sequences of `cache`.
+
+    On a CUDA device that holds the whole model the step is captured when it is made, and replayed; elsewhere it is computed each time.
+
+    Args:
+        model: a loaded model.
+        cache: whose memory stays in place as long as the step is used.
+        size: S, sequences of every call.
+    """
+
+    def __init__(self, model: DbrxForCausalLM, cache: KVCache, size: int) -> None:
+        assert model.transformer.steps_together, "attention must read lengths on the device"
+        self._model, self._cache, self.size = model, cache, size
+        device = model.device
+        self._on_device = torch.zeros(3, size, dtype=torch.int64, device=device)  # token ids, lengths with the new token, cache rows
+        self._on_device[2] = -1  # nothing is stored while the graph is made
+        self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self._on_host = torch.zeros(3, size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+        whole = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
+        if device.type == "cuda" and whole:
+            self._capture()
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step is replayed from a CUDA graph."""
+        return self._graph is not None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Sequence[int], lengths: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """float32 logits [S, V] of what follows; the result is overwritten by the next call.
+
+        Args:
+            tokens: the new token of every sequence.
+            lengths: tokens in the cache once the new one is there.
+            rows: the cache's row of every sequence.
+
+        Raises:
+            RequestError: a length that the cache has no room for.
+        """
+        if max(lengths) > self._cache.capacity:
+            raise RequestError(
+                f"a sequence must fit {self._cache.capacity} tokens, the room of its cache; found {max(lengths)}. Shorten it"
+            )
+        if self._copied is not None:
+            self._copied.synchronize()  # the last step's inputs have left the host's buffer
+        for place, values in enumerate((tokens, lengths, rows)):
+            self._on_host[place] = torch.tensor(values)
+        self._on_device.copy_(self._on_host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._model.device))
+        if self._graph is None:
+            return self._compute()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _compute(self) -> torch.Tensor:
+        tokens, lengths, rows = self._on_device
+        rows32, lengths32 = rows.int(), lengths.int()
+        ones, ends = (1,) * self.size, (self._cache.capacity,) * self.size
+        sequences = Sequences(self._starts, lengths32, ones, ends, rows32)
+        hidden, _ = self._model.transformer.run(tokens, Batch(sequences, lengths32 - 1, rows32, self._cache))
+        return self._model.lm_head(hidden).float()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        with torch.cuda.device(self._model.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # compiles kernels and lets libraries allocate what they keep
+                for _ in range(2):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._compute()
+        self._graph = graph
+
+
+class BatchDecoder:
+    """A KV cache of several sequences with its decode steps, one per bucket of 1, 2, 4, 8 ... sequences, made when first needed.
+
+    Attributes:
+        cache: of all sequences.
+    """
+
+    def __init__(self, model: DbrxForCausalLM, sequences: int, capacity: int, kv_format: str) -> None:
+        self._model = model
+        self.cache = KVCache(model.config, sequences, capacity, dtype=model.dtype, device=model.transformer.devices, format=kv_format)
+        self._steps: dict[int, DecodeStep] = {}
+
+    @classmethod
+    @contextmanager
+    def borrowed(cls, model: DbrxForCausalLM, sequences: int, capacity: int, kv_format: str) -> Iterator[BatchDecoder]:
+        """The decoder that the last request left, where it is large enough and free; a new one otherwise. Its sequences are empty."""
+        kept, model.decoder = model.decoder, None
+        if isinstance(kept, BatchDecoder) and kept._serves(sequences, capacity, kv_format):
+            decoder = kept
+        else:
+            del kept  # its memory goes before more is taken
+            roomy = min(model.config.max_seq_len, -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP)
+            decoder = cls(model, sequences, roomy if model.kv_budget is None else capacity, kv_format)
+        decoder.cache.lengths = [0] * len(decoder.cache.lengths)
+        try:
+            yield decoder
+        finally:
+            model.decoder = decoder
+
+    def step(self, tokens: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """Append a token to each of the cache's `rows`; float32 logits [rows, V], overwritten by the next step.
+
+        A bucket is filled up with the first sequence once more: it computes the same and asks for no other expert.
+        """
+        size = _power_of_two(len(rows))
+        if size not in self._steps:
+            self._steps[size] = DecodeStep(self._model, self.cache, size)
+        lengths = [self.cache.lengths[row] + 1 for row in rows]
+        filled = [[*values, *[values[0]] * (size - len(rows))] for values in (tokens, lengths, rows)]
+        logits = self._steps[size](*filled)
+        for row, length in zip(rows, lengths, strict=True):
+            self.cache.lengths[row] = length
+        return logits[: len(rows)]
+
+    def _serves(self, sequences: int, capacity: int, kv_format: str) -> bool:
+        cache = self.cache
+        return len(cache.lengths) >= sequences and cache.capacity >= capacity and cache.format == kv_format
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

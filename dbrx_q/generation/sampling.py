@@ -1,0 +1,92 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.errors import RequestError
+
+__all__ = ["SamplingParams", "sample"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Filters apply in this order: repetition penalty, temperature, top_k, top_p, min_p.
+
+    Args:
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens up to this total probability (Holtzman et al. 2020, nucleus sampling); 1 keeps all.
+        min_p: drop tokens below this share of the most probable one (Nguyen et al. 2024); 0 keeps all.
+        repetition_penalty: divide the positive logits, and multiply the negative ones, of tokens already seen (Keskar et al. 2019,
+            CTRL, section 4.1); 1 changes nothing.
+        seed: the draws of sequence i of a batch come from seed + i; None draws a seed.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0 and math.isfinite(self.temperature), "0 or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (keep all) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty > 0 and math.isfinite(penalty), "above 0 (1 changes nothing)")
+
+    def generators(self, n: int) -> list[torch.Generator]:
+        """One source of randomness per sequence."""
+        first = secrets.randbits(62) if self.seed is None else self.seed
+        return [torch.Generator().manual_seed((first + i) % (1 << 63)) for i in range(n)]
+
+
+def sample(
+    logits: torch.Tensor, params: SamplingParams, seen: Sequence[int], generator: torch.Generator, unspoken: torch.Tensor | None = None
+) -> int:
+    """The next token of one sequence.
+
+    Args:
+        logits: float32 [V], on any device.
+        params: how to choose.
+        seen: prompt and generated tokens so far, for the repetition penalty.
+        generator: where random numbers come from; untouched at temperature 0.
+        unspoken: bool [V] on the same device, tokens that must not come.
+    """
+    if unspoken is not None:
+        logits = logits.masked_fill(unspoken, -torch.inf)
+    if params.temperature > 0 or params.repetition_penalty != 1:
+        logits = logits.cpu()  # where the generator is: the same draws on every device
+    if params.repetition_penalty != 1 and seen:
+        ids = torch.tensor(sorted(set(seen)))
+        old = logits[ids]
+        logits = logits.index_copy(0, ids, torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty))
+    if params.temperature == 0:
+        return int(logits.argmax())
+    logits = (logits - logits.max()) / params.temperature  # from zero down: a small temperature cannot overflow
+    if 0 < params.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if params.top_p < 1:
+        ordered, ids = probabilities.sort(descending=True, stable=True)
+        surplus = ordered.cumsum(-1) - ordered >= params.top_p  # the token that crosses the line stays
+        probabilities = probabilities.index_fill(0, ids[surplus], 0.0)
+    if params.min_p > 0:
+        probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _check(name: str, value: float, good: bool, rule: str) -> None:
+    if not good:
+        raise RequestError(f"{name} must be {rule}; found {value}")

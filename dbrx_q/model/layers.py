@@ -1,0 +1,251 @@
+"""The layers of DBRX, with the names of the checkpoint, for inference.
+
+Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `N` output features, `K` input features, `H` query heads,
+`G` key/value heads, `L` tokens in the cache, `C` channels of a head, `E` experts, `F` ffn hidden, `B` sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import UnsupportedError
+from dbrx_q.experts import ExpertStore
+from dbrx_q.kernels.attention import IMPLEMENTATIONS, Sequences, attention, cached_attention
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.int8 import Int8Weight, gather_rows
+from dbrx_q.kernels.formats.weights import PackedFormat, Weight
+from dbrx_q.kernels.linear import linear
+from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.qkv import split_and_rotate, store_qkv
+from dbrx_q.kernels.router import route
+
+from .kv_cache import KVCache
+
+__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "Rotation", "rotation_of"]
+
+_NORM_EPS = 1e-5
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""float32 cosines and sines [T, C / 2]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one call, one sequence after the other.
+
+    sequences: where each begins and ends. positions: int32 [T], of the tokens in their sequences. rows: int32 [T], the row of the cache
+    that each goes to. cache: None where nothing is kept.
+    """
+
+    sequences: Sequences
+    positions: torch.Tensor
+    rows: torch.Tensor
+    cache: KVCache | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; keys and values stay where their layers are."""
+        if self.positions.device == device:
+            return self
+        rows = None if self.sequences.rows is None else self.sequences.rows.to(device)
+        sequences = replace(self.sequences, starts=self.sequences.starts.to(device), lengths=self.sequences.lengths.to(device), rows=rows)
+        return Batch(sequences, self.positions.to(device), self.rows.to(device), self.cache)
+
+
+class PackedWeight(nn.Module):
+    """Holds a packed weight in place of a parameter, its parts as buffers named as in the checkpoint."""
+
+    def __init__(self, weight: PackedFormat) -> None:
+        super().__init__()
+        for field in fields(weight):
+            part = getattr(weight, field.name)
+            if isinstance(part, torch.Tensor):
+                self.register_buffer(field.name, part)
+        self.value = weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
+        raise UnsupportedError(
+            "a model with packed weights stays where it was loaded; found a call that moves or converts it. "
+            "Name `device` and `dtype` in from_pretrained"
+        )
+
+
+def _weight(holder: nn.Parameter | PackedWeight) -> Weight:
+    return holder.value if isinstance(holder, PackedWeight) else holder.data
+
+
+def _matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+class DbrxLinear(nn.Module):
+    """y = x @ weight.T, weight [N, K] plain or packed."""
+
+    def __init__(self, K: int, N: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | PackedWeight = _matrix(N, K)
+
+    def forward(self, x: torch.Tensor, *, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, _weight(self.weight), clip=clip, residual=residual)
+
+
+class DbrxEmbedding(nn.Module):
+    """Rows of weight [V, D], plain or packed."""
+
+    def __init__(self, V: int, D: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | PackedWeight = _matrix(V, D)
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        weight = _weight(self.weight)
+        if isinstance(weight, Int8Weight):
+            return gather_rows(weight, ids, dtype)
+        assert isinstance(weight, torch.Tensor), "embeddings are plain or int8"
+        return F.embedding(ids, weight)
+
+
+class DbrxLayerNorm(nn.Module):
+    """Adds what a layer gave to the residual stream, then LayerNorm without bias."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, its norm), both [T, D]."""
+        return add_norm(x, delta, self.weight, _NORM_EPS)
+
+
+class DbrxAttention(nn.Module):
+    """Grouped-query attention; Wqkv's output is clamped before it is split, then queries and keys are rotated."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.channels = config.n_heads, config.attn_config.kv_n_heads, config.head_dim
+        self.clip = config.attn_config.clip_qkv
+        self.implementation = IMPLEMENTATIONS[0]
+        D = config.d_model
+        self.Wqkv = DbrxLinear(D, D + 2 * self.kv_heads * self.channels)
+        self.out_proj = DbrxLinear(D, D)
+
+    def forward(self, x: torch.Tensor, batch: Batch, rotation: Rotation, residual: torch.Tensor) -> torch.Tensor:
+        """residual + attention, [T, D]."""
+        return self.out_proj(self._attend(x, batch, rotation).flatten(1), residual=residual)
+
+    def _attend(self, x: torch.Tensor, batch: Batch, rotation: Rotation) -> torch.Tensor:
+        """[T, H, C]."""
+        if batch.cache is None:
+            qkv = self.Wqkv(x, clip=self.clip)  # [T, (H + 2G) C]
+            q, k, v = split_and_rotate(qkv, *rotation, heads=self.heads, channels=self.channels)  # [T, H or G, C]
+            parts = zip(*(part.split(batch.sequences.counts) for part in (q, k, v)), strict=True)
+            return torch.cat([attention(a, b.transpose(0, 1), c.transpose(0, 1), implementation=self.implementation) for a, b, c in parts])
+        layer = batch.cache.layers[self.layer]
+        q = store_qkv(self.Wqkv(x), layer, batch.rows, batch.positions, *rotation, heads=self.heads, clip=self.clip)
+        return cached_attention(q, layer, batch.sequences, implementation=self.implementation)
+
+
+class DbrxNormAttentionNorm(nn.Module):
+    """norm_1, attention and its residual, norm_2."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_1 = DbrxLayerNorm(config.d_model)
+        self.attn = DbrxAttention(config, layer)
+        self.norm_2 = DbrxLayerNorm(config.d_model)
+
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream after attention, its norm_2), both [T, D]; `delta` is what the layer before gave and did not add yet."""
+        x, normed = self.norm_1(x, delta)
+        return self.norm_2(self.attn(normed, batch, rotation, x))
+
+
+class DbrxRouter(nn.Module):
+    """Holds the router's matrix [E, D]."""
+
+    def __init__(self, config: DbrxConfig) -> None:
+        super().__init__()
+        self.layer = nn.Linear(config.d_model, config.ffn_config.moe_num_experts, bias=False)
+        self.layer.weight.requires_grad_(False)
+
+
+class DbrxExpertMLP(nn.Module):
+    """The stacked matrices of all experts: w1, v1, w2 [E * F, D] as published, or packed with the reduction axis last."""
+
+    def __init__(self, config: DbrxConfig) -> None:
+        super().__init__()
+        self.experts = config.ffn_config.moe_num_experts
+        rows = self.experts * config.ffn_config.ffn_hidden_size
+        self.w1: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
+        self.v1: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
+        self.w2: nn.Parameter | PackedWeight = _matrix(rows, config.d_model)
+
+    def weights(self) -> ExpertWeights:
+        """The same memory as [E, F, D], [E, F, D] and [E, D, F]."""
+        w1, v1, w2 = (self._split(_weight(holder)) for holder in (self.w1, self.v1, self.w2))
+        return ExpertWeights(w1, v1, w2.transpose(1, 2) if isinstance(w2, torch.Tensor) else w2)
+
+    def _split(self, weight: Weight) -> Weight:
+        return weight.unflatten(0, (self.experts, -1)) if isinstance(weight, torch.Tensor) else weight
+
+
+class DbrxExperts(nn.Module):
+    """Holds the experts' matrices under the checkpoint's name."""
+
+    def __init__(self, config: DbrxConfig) -> None:
+        super().__init__()
+        self.mlp = DbrxExpertMLP(config)
+
+
+class DbrxFFN(nn.Module):
+    """Router and experts of one layer."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.index = layer
+        self.top_k = config.ffn_config.moe_top_k
+        self.norm_order = config.ffn_config.moe_normalize_expert_weights
+        self.router = DbrxRouter(config)
+        self.experts = DbrxExperts(config)
+
+    def forward(self, x: torch.Tensor, store: ExpertStore) -> tuple[torch.Tensor, torch.Tensor]:
+        """([T, D], float32 router logits [T, E])."""
+        routing = route(x, self.router.layer.weight, self.top_k, self.norm_order)
+        return store.forward(self.index, x, routing), routing.logits
+
+
+class DbrxBlock(nn.Module):
+    """One transformer block."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_attn_norm = DbrxNormAttentionNorm(config, layer)
+        self.ffn = DbrxFFN(config, layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.norm_attn_norm.norm_1.weight.device
+
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation, store: ExpertStore
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(residual stream [T, D], what the experts add to it [T, D], float32 router logits [T, E]).
+
+        The sum is left to the next norm, which does it in the same pass over memory; `delta` is that of the block before.
+        """
+        x, normed = self.norm_attn_norm(x, delta, batch, rotation)
+        out, logits = self.ffn(normed, store)
+        return x, out, logits
+
+
+def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
+    """float32 cosines and sines [T, C / 2] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34)."""
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
+    return angles.cos(), angles.sin()

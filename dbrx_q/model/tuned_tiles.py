@@ -1,0 +1,150 @@
+"""Measured tile choices of the Triton kernels as files: where they lie, what they hold, and their use.
+
+`dbrx-q bench tune` writes them. A choice serves the device that it was measured on: chips of one name differ in how many multiprocessors
+share the work, so both must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dbrx_q.checkpoint.user_cache import user_cache
+from dbrx_q.errors import RequestError
+from dbrx_q.kernels.triton.launch import Chip
+from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
+
+__all__ = ["Choice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
+
+_SHIPPED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest tiles of a problem. Times in seconds, `default_seconds` that of the default tiles; candidates: that were measured."""
+
+    problem: Problem
+    tiles: Tiles
+    seconds: float
+    default_seconds: float
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One sweep. device: the product's name. date: ISO 8601. versions: of torch, triton and the driver."""
+
+    chip: str
+    multiprocessors: int
+    device: str
+    date: str
+    versions: dict[str, str]
+    choices: tuple[Choice, ...]
+
+
+def tuning_path(chip: str) -> Path:
+    """The user's file for a chip, in the user's cache folder."""
+    return user_cache() / "tuning" / f"{chip}.json"
+
+
+def load_tuning(chip: Chip) -> Path | None:
+    """Prefer what was measured on this device to the default tiles from now on; the file that served, the user's own before a shipped one.
+
+    Raises:
+        RequestError: a file that is damaged.
+    """
+    for path in (tuning_path(chip.name), _SHIPPED / f"{chip.name}.json"):
+        if path.exists():
+            tuning = read_tuning(path)
+            if (tuning.chip, tuning.multiprocessors) == (chip.name, chip.multiprocessors):
+                # An older Triton may not take tiles as narrow as the one that was measured.
+                usable = [choice for choice in tuning.choices if choice.tiles.tokens >= chip.smallest_dot]
+                use_measured({(chip.name, choice.problem): choice.tiles for choice in usable})
+                return path
+    return None
+
+
+def write_tuning(tuning: Tuning, path: Path) -> None:
+    """Write `tuning` as JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(tuning), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_tuning(path: Path) -> Tuning:
+    """What `write_tuning` wrote.
+
+    Raises:
+        RequestError: the file cannot be read, or holds something that no sweep measures.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return _tuning(data)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RequestError(
+            f"{path}: measured tiles must be a file that `dbrx-q bench tune` wrote; {_reason(error)}. Remove it or run the sweep again"
+        ) from None
+
+
+def _tuning(data: Any) -> Tuning:
+    values = _values(Tuning, data)
+    choices = values["choices"]
+    if not isinstance(choices, list):
+        raise ValueError("'choices' must be a list")
+    values["choices"] = tuple(_choice(each) for each in choices)
+    _check_types(values, {"chip": str, "multiprocessors": int, "device": str, "date": str, "versions": dict})
+    return Tuning(**values)
+
+
+def _choice(data: Any) -> Choice:
+    values = _values(Choice, data)
+    problem, tiles = _values(Problem, values["problem"]), _values(Tiles, values["tiles"])
+    _check_types(problem, {field.name: str if field.name == "op" else int for field in fields(Problem)})
+    _check_types(tiles, {field.name: int for field in fields(Tiles)})
+    _check_types(values, {"seconds": float, "default_seconds": float, "candidates": int})
+    choice = Choice(Problem(**problem), Tiles(**tiles), values["seconds"], values["default_seconds"], values["candidates"])
+    _check_tiles(choice.problem, choice.tiles)
+    return choice
+
+
+def _check_tiles(problem: Problem, tiles: Tiles) -> None:
+    """Refuse what would make a kernel compute something else, or nothing."""
+    if any(value < 1 for value in (*vars(tiles).values(), problem.tokens, problem.N, problem.K, problem.group)):
+        raise ValueError(f"every number of {tiles} and {problem} must be at least 1")
+    powers = tiles.rows, tiles.tokens, tiles.depth, tiles.warps
+    if any(value & (value - 1) for value in powers):
+        raise ValueError(f"rows, tokens, depth and warps must be powers of two; found {powers}")
+    if tiles.depth % problem.group:
+        raise ValueError(f"depth must be a multiple of the group size {problem.group}; found {tiles.depth}")
+    if problem.decode and tiles.tokens < problem.tokens:
+        raise ValueError(f"a tile must hold the {problem.tokens} tokens of a decode step; found {tiles.tokens}")
+    if not problem.decode and tiles.splits != 1:
+        raise ValueError(f"splits must be 1 for more tokens than a decode step has; found {tiles.splits}")
+
+
+_T = TypeVar("_T")
+
+
+def _values(kind: type[_T], data: Any) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{kind.__name__} must be an object; found {type(data).__name__}")
+    expected = {field.name for field in fields(kind)}  # type: ignore[arg-type] # every kind that comes is a dataclass
+    if set(data) != expected:
+        raise ValueError(f"{kind.__name__} must have {', '.join(sorted(expected))}; found {', '.join(sorted(map(str, data)))}")
+    return dict(data)
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        value = values[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name!r} must be of type {kind.__name__}; found {value!r}")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or "" if isinstance(error, OSError) else str(error)

@@ -1,0 +1,32 @@
+"""Sizes in bytes, written and read."""
+
+from __future__ import annotations
+
+import re
+
+from dbrx_q.errors import RequestError
+
+__all__ = ["format_size", "parse_size"]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def format_size(n: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 96GiB or 64GB.
+
+    Raises:
+        RequestError: another text.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,176 @@
+"""GGUF files of DBRX, as llama.cpp's converter and quantizer write them, decoded by the gguf package.
+
+Dimension letters: `E` experts, `D` d_model, `F` ffn hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dbrx_q.checkpoint.folder import check_finite
+from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import CheckpointError, ConfigError
+from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+
+from .gguf_file import GgufParts, can_decode, open_parts
+from .gguf_tokenizer import eos_ids_of, tokenizer_of
+from .streamed import DecodedSource, Reader
+from .weights_hash import weights_sha256
+
+__all__ = ["GgufSource", "gguf_name"]
+
+_NAMES = {
+    "transformer.wte": "token_embd",
+    "transformer.norm_f": "output_norm",
+    "lm_head": "output",
+    "norm_attn_norm.norm_1": "attn_norm",
+    "norm_attn_norm.attn.Wqkv": "attn_qkv",
+    "norm_attn_norm.attn.out_proj": "attn_output",
+    "norm_attn_norm.norm_2": "attn_output_norm",
+    "ffn.router.layer": "ffn_gate_inp",
+    "ffn.experts.mlp.w1": "ffn_gate_exps",
+    "ffn.experts.mlp.v1": "ffn_up_exps",
+    "ffn.experts.mlp.w2": "ffn_down_exps",
+}
+"""Our name without prefix and suffix -> GGUF's."""
+
+_NORM_EPS = 1e-5
+_GUESSED = 1024  # a flag in general.file_type
+
+
+class GgufSource(DecodedSource):
+    """A GGUF file; of a split one, all its parts.
+
+    Raises:
+        CheckpointError: no GGUF file, a damaged one, one of another architecture, or a tensor that the gguf package cannot decode.
+        ConfigError: metadata that no DBRX can have.
+        UnsupportedError: the gguf package is missing.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        self._parts = open_parts(path)
+        self.config = _config(self._parts)
+        self.eos_token_ids = eos_ids_of(self._parts)
+        self.stored_dtype = torch.float32
+        tensors = dense_tensors(self.config)
+        _check_tensors(self._parts, tensors)
+        self.nbytes = sum(tensor.n_bytes for tensor in self._parts.tensors.values())
+        self.parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        self.format = f"GGUF {_file_type(self._parts)}"
+
+    def sha256(self) -> str:
+        return weights_sha256(self._parts.paths)
+
+    def tokenizer(self) -> DbrxTokenizer:
+        return tokenizer_of(self._parts)
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        yield self._read
+
+    def _read(self, tensor: DenseTensor) -> torch.Tensor:
+        from gguf import dequantize
+
+        stored = self._parts.tensors[gguf_name(tensor.name)]
+        out = torch.empty(tensor.shape, dtype=torch.float32)
+        if tensor.experts:
+            places = out.view(tensor.experts, -1, tensor.shape[1]).numpy()
+            for place, matrix in zip(places, stored.data, strict=True):  # one by one, so that one decoded copy lies beside the stack
+                decoded = dequantize(matrix, stored.tensor_type)
+                place[:] = decoded.T if tensor.name.endswith(".w2") else decoded  # DBRX stores w2 as [F, D], GGUF as [D, F]
+        else:
+            out.numpy()[:] = dequantize(stored.data, stored.tensor_type)
+        check_finite(out, stored.name, self._parts.path_of[stored.name])
+        return out
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor of a plain checkpoint."""
+    block = re.match(r"transformer\.blocks\.(\d+)\.", name)
+    plain = name.removesuffix(".weight")
+    return f"blk.{block[1]}.{_NAMES[plain[block.end() :]]}.weight" if block else f"{_NAMES[plain]}.weight"
+
+
+def _config(parts: GgufParts) -> DbrxConfig:
+    architecture = parts.text("general.architecture")
+    if architecture != "dbrx":
+        raise CheckpointError(f"{parts.path}: general.architecture must be 'dbrx'; found {architecture!r}. Give a GGUF file of DBRX")
+    layers = parts.count("dbrx.block_count")
+    if layers > len(parts.tensors):  # before a damaged number takes all memory
+        raise CheckpointError(f"{parts.path}: dbrx.block_count says {layers} layers; found {len(parts.tensors)} tensors. Fetch it again")
+    epsilon = parts.number("dbrx.attention.layer_norm_epsilon")
+    if not math.isclose(epsilon, _NORM_EPS, rel_tol=1e-6):
+        raise CheckpointError(
+            f"{parts.path}: dbrx.attention.layer_norm_epsilon must be DBRX's {_NORM_EPS}; found {epsilon}. Convert it again"
+        )
+    scaling = parts.metadata.get("dbrx.rope.scaling.type", "none")
+    if scaling != "none":
+        raise CheckpointError(f"{parts.path}: dbrx.rope.scaling.type must be 'none' or absent; found {scaling!r}. Convert it again without")
+    try:
+        return DbrxConfig(
+            d_model=parts.count("dbrx.embedding_length"),
+            n_heads=parts.count("dbrx.attention.head_count"),
+            n_layers=layers,
+            max_seq_len=parts.count("dbrx.context_length"),
+            vocab_size=len(parts.strings("tokenizer.ggml.tokens")),
+            attn_config={
+                "clip_qkv": parts.number("dbrx.attention.clamp_kqv"),
+                "kv_n_heads": parts.count("dbrx.attention.head_count_kv"),
+                "rope_theta": parts.number("dbrx.rope.freq_base"),
+            },
+            ffn_config={
+                "ffn_hidden_size": parts.count("dbrx.feed_forward_length"),
+                "moe_num_experts": parts.count("dbrx.expert_count"),
+                "moe_top_k": parts.count("dbrx.expert_used_count"),
+            },
+            torch_dtype="float32",
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{parts.path}: {error}") from None
+
+
+def _check_tensors(parts: GgufParts, tensors: list[DenseTensor]) -> None:
+    expected = {gguf_name(tensor.name): _shape(tensor) for tensor in tensors}
+    missing = [name for name in expected if name not in parts.tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{parts.path}: tensor {missing[0]}{more} is missing; its metadata calls for it. Fetch the file again")
+    for name, stored in parts.tensors.items():
+        path = parts.path_of[name]
+        if name not in expected:
+            raise CheckpointError(f"{path}: tensor {name} is in no DBRX of its metadata; is it of another model?")
+        shape = tuple(reversed(stored.shape.tolist()))
+        if shape != expected[name]:
+            raise CheckpointError(f"{path}: tensor {name} must have the shape {list(expected[name])} by its metadata; found {list(shape)}")
+        if not can_decode(stored.tensor_type):
+            raise CheckpointError(
+                f"{path}: tensor {name} must be of a type that the gguf package can decode; found {stored.tensor_type.name}. "
+                "Quantize the model to another type, or install a newer gguf"
+            )
+
+
+def _shape(tensor: DenseTensor) -> tuple[int, ...]:
+    """In GGUF, outermost first: every matrix has its reduction axis last, and experts are stacked."""
+    return (tensor.experts, *tensor.matrix) if tensor.experts else tensor.shape
+
+
+def _file_type(parts: GgufParts) -> str:
+    """What llama.cpp calls the mixture of types; without that, the type that most parameters have."""
+    from gguf import LlamaFileType
+
+    value = parts.metadata.get("general.file_type")
+    known = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    if isinstance(value, int) and value & ~_GUESSED in known and value != _GUESSED:
+        return known[value & ~_GUESSED]
+    counts: dict[str, int] = {}
+    for tensor in parts.tensors.values():
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    return max(counts, key=lambda kind: counts[kind])

@@ -1,0 +1,142 @@
+"""Models decoded from a foreign file: whole where they fit, with the experts of one layer at a time where they don't."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from weakref import WeakSet
+
+import torch
+
+from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, oriented
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import RequestError
+from dbrx_q.experts import ExpertStore
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.model.loading import load_plain_model
+from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.planning.host_memory import available_bytes
+
+from .base import Source
+
+__all__ = ["DecodedSource", "Reader", "StreamedExpertStore", "available_memory", "resident_bytes", "streams"]
+
+Reader = Callable[[DenseTensor], torch.Tensor]
+"""Gives a tensor in the shape of a plain checkpoint."""
+
+# What is left over holds keys and values, activations and the logits of a chunk.
+_SHARE = 0.8
+
+
+class DecodedSource(Source):
+    """A checkpoint whose weights are decoded to plain ones when it is loaded.
+
+    Attributes:
+        eos_token_ids: that end a generation.
+        stored_dtype: what `load` takes for dtype=None on a CPU.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    stored_dtype: torch.dtype
+
+    @abstractmethod
+    def reader(self) -> AbstractContextManager[Reader]:
+        """Opens the weights' files."""
+
+    def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
+        chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
+        if stream is None:
+            stream = streams(self.config, chosen, self._available(device), source=self.name)
+        store = StreamedExpertStore(self.config, self.reader, chosen, device) if stream else None
+        with self.reader() as read:
+            return load_plain_model(self.config, read, dtype=chosen, device=device, eos_token_ids=self.eos_token_ids, expert_store=store)
+
+    def _available(self, device: torch.device) -> int:
+        """Bytes that the model may take."""
+        if self.budget is None:
+            due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
+            return available_memory(device) - due
+        if self.budget.rig.cards:
+            raise RequestError(f"{self.name}: weights that are decoded when they are loaded go to one --device; found --gpu. Leave it out")
+        return available_memory(device) if self.budget.rig.ram is None else self.budget.rig.ram
+
+
+class StreamedExpertStore(ExpertStore):
+    """Decodes all experts of a layer when they are asked for; those of the last layer stay until then.
+
+    Args:
+        config: the model's.
+        reader: opens the files.
+        dtype, device: of the decoded weights.
+
+    Attributes:
+        nbytes: of one layer's experts.
+    """
+
+    renewed = True
+
+    def __init__(
+        self, config: DbrxConfig, reader: Callable[[], AbstractContextManager[Reader]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._tensors: list[list[DenseTensor]] = [[] for _ in range(config.n_layers)]
+        for tensor in dense_tensors(config):
+            if tensor.experts:
+                self._tensors[tensor.layer].append(tensor)
+        self._reader, self._dtype, self._device = reader, dtype, device
+        self._held: tuple[int, ExpertWeights] | None = None
+        self.nbytes = _bytes([tensor for tensors in self._tensors[:1] for tensor in tensors], dtype)
+        _stores.add(self)
+
+    def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
+        if self._held is None or self._held[0] != index:
+            self._held = None  # before the next layer takes memory
+            with self._reader() as read:
+                w1, v1, w2 = (oriented(read(t).to(self._dtype).to(self._device), t) for t in self._tensors[index])
+            self._held = index, ExpertWeights(w1, v1, w2)
+        return self._held[1]
+
+    def due(self, device: torch.device) -> int:
+        """Bytes that the first layer will still take of a device's memory."""
+        return self.nbytes if self._held is None and device == self._device else 0
+
+
+_stores: WeakSet[StreamedExpertStore] = WeakSet()
+
+
+def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
+    """Whether experts are decoded layer by layer: where all weights, in `dtype`, would take more than four fifths of `available` bytes.
+
+    Raises:
+        RequestError: what stays resident and one layer's experts would not fit either.
+    """
+    room = int(_SHARE * available)
+    if resident_bytes(config, dtype, stream=False) <= room:
+        return False
+    widest = max(math.prod(tensor.shape) for tensor in dense_tensors(config))
+    least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * widest  # a tensor is decoded in float32
+    if least > room:
+        raise RequestError(
+            f"{source}: the decoded weights without experts, the experts of one layer and a tensor on its way must fit in "
+            f"{_SHARE:.0%} of the memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
+            "Free some, or choose --dtype bfloat16"
+        )
+    return True
+
+
+def resident_bytes(config: DbrxConfig, dtype: torch.dtype, *, stream: bool) -> int:
+    """Bytes of the decoded weights that lie in memory together: all, or with `stream` those of one layer's experts and all others."""
+    tensors = dense_tensors(config)
+    return _bytes(tensors if not stream else [t for t in tensors if not t.experts or t.layer == 0], dtype)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: on a GPU by its driver; of the host by Linux's MemAvailable, all of its memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()
+
+
+def _bytes(tensors: Sequence[DenseTensor], dtype: torch.dtype) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize

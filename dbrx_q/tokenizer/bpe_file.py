@@ -1,0 +1,235 @@
+"""Reading tokenizer.json: what tiktoken can represent of it, and a refusal of all the rest.
+
+tiktoken merges, among all neighbours whose concatenation is a token, the leftmost pair of the lowest rank, and takes a piece
+that is a token at once. The `tokenizers` library merges the leftmost pair that comes first in a list of merges. The two
+agree where the list follows the ids (rank = id) and where every token, encoded alone, is built by a merge that is listed:
+a token's bytes are merged in a longer piece exactly as they are alone, as long as no merge has crossed their border.
+`read_tokenizer_json` checks both, so a text has the same ids in either engine. Added tokens have the ids that the file gives
+them; `tokenizers` itself gives them the next free ones, so it reads a file with a gap before them otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dbrx_q.errors import CheckpointError, TokenizerError
+from dbrx_q.json_file import read_json_object
+
+__all__ = ["AddedToken", "TokenizerFile", "parse_added_token", "parse_tokenizer", "read_json", "read_tokenizer_json", "wrong"]
+
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# tiktoken drops what the pattern leaves over. Both pairs keep every match as a piece; they differ in what is left over.
+_SPLITS = [("Isolated", False), ("Removed", True)]
+
+
+class AddedToken(NamedTuple):
+    """A token beside the BPE vocabulary.
+
+    Attributes:
+        content: its spelling.
+        id: its id.
+        special: whether decoding can skip it.
+    """
+
+    content: str
+    id: int
+    special: bool
+
+
+class TokenizerFile(NamedTuple):
+    """What tokenizer.json says.
+
+    Attributes:
+        ranks: bytes of each ordinary token -> id, which is also its rank.
+        pattern: the regular expression whose matches are the pieces that merges never cross.
+        added: the tokens beside the vocabulary.
+    """
+
+    ranks: dict[bytes, int]
+    pattern: str
+    added: list[AddedToken]
+
+
+def wrong(path: Path, name: str, rule: str, value: object) -> TokenizerError:
+    """The error for one value of one file: the file, the rule, the value, the next step."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 120 else shown[:117] + "..."
+    return TokenizerError(f"{path}: {name} must be {rule}; found {shown}. Use the tokenizer files published with the DBRX checkpoint")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        TokenizerError: the file is missing, or holds no JSON object.
+    """
+    try:
+        return read_json_object(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+
+
+def parse_added_token(path: Path, name: str, node: object, token_id: object) -> AddedToken:
+    """One added token of tokenizer.json or of tokenizer_config.json.
+
+    Raises:
+        TokenizerError: no spelling, no id, or one that takes the blanks around it along or matches whole words only.
+    """
+    content = node.get("content") if isinstance(node, dict) else None
+    if not isinstance(node, dict) or not isinstance(content, str) or not content:
+        raise wrong(path, name, "an object with a non-empty string 'content'", node)
+    if not _is_id(token_id):
+        raise wrong(path, f"{name} ({content})", "a token with an integer id of 0 or more", token_id)
+    for flag in ("lstrip", "rstrip", "single_word"):
+        if node.get(flag, False) is not False:
+            raise wrong(path, f"{name} ({content}): {flag}", "false", node[flag])
+    return AddedToken(content, int(token_id), bool(node.get("special", True)))  # type: ignore[call-overload] # checked above
+
+
+def read_tokenizer_json(path: Path) -> TokenizerFile:
+    """Reads a byte-level BPE.
+
+    Raises:
+        TokenizerError: malformed JSON, or anything that tiktoken would encode otherwise than the file says.
+    """
+    return parse_tokenizer(path, read_json(path))
+
+
+def parse_tokenizer(path: Path, data: Mapping[str, Any]) -> TokenizerFile:
+    """What a tokenizer.json that is in memory says; `path` names its origin in errors, which are those of `read_tokenizer_json`."""
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise wrong(path, "model.type", "'BPE'", model.get("type") if isinstance(model, dict) else model)
+    if data.get("normalizer") is not None:
+        raise wrong(path, "normalizer", "null (tiktoken encodes the text as it is)", data["normalizer"])
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise wrong(path, f"model.{name}", "absent, null or false", model[name])
+    for name in ("post_processor", "decoder"):
+        kind = _kind(data.get(name))
+        if kind != "ByteLevel" and (name == "decoder" or kind is not None):
+            rule = "of type ByteLevel" + (" or null (no token is added to a text)" if name == "post_processor" else "")
+            raise wrong(path, name, rule, data.get(name))
+    pattern = _read_pattern(path, data.get("pre_tokenizer"))
+    nodes = data.get("added_tokens") or []
+    if not isinstance(nodes, list):
+        raise wrong(path, "added_tokens", "a list", nodes)
+    added = [parse_added_token(path, "added_tokens", node, node.get("id") if isinstance(node, dict) else None) for node in nodes]
+    vocab = _read_vocab(path, model.get("vocab"), {token.content: token.id for token in added})
+    _check_merges(path, vocab, model.get("merges"), bool(model.get("ignore_merges")))
+    to_byte = _byte_of_character()
+    return TokenizerFile({bytes(map(to_byte.__getitem__, token)): rank for token, rank in vocab.items()}, pattern, added)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _kind(node: object) -> object:
+    return node.get("type", "") if isinstance(node, dict) else node
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes, in order, for U+0100 onwards."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _read_pattern(path: Path, node: object) -> str:
+    steps = node.get("pretokenizers") if isinstance(node, dict) and node.get("type") == "Sequence" else [node]
+    kinds = [_kind(step) for step in steps] if isinstance(steps, list) else []
+    if kinds not in (["Split", "ByteLevel"], ["ByteLevel"]):
+        raise wrong(path, "pre_tokenizer", "Split then ByteLevel, or ByteLevel alone", node)
+    assert isinstance(steps, list)
+    split, byte_level = steps[0], steps[-1]
+    if byte_level.get("add_prefix_space", True) is not False:
+        raise wrong(path, "pre_tokenizer: add_prefix_space", "false", byte_level.get("add_prefix_space", True))
+    alone = len(steps) == 1
+    if byte_level.get("use_regex", True) is not alone:
+        raise wrong(path, "pre_tokenizer: use_regex", f"{str(alone).lower()} in this place", byte_level.get("use_regex", True))
+    if alone:
+        return _GPT2_PATTERN
+    pattern = split.get("pattern")
+    pattern = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if not isinstance(pattern, str) or not pattern:
+        raise wrong(path, "pre_tokenizer: pattern", "an object with a string 'Regex'", split.get("pattern"))
+    if (split.get("behavior"), split.get("invert", False)) not in _SPLITS:
+        rule = "Isolated with invert false, or Removed with invert true"
+        raise wrong(path, "pre_tokenizer: behavior and invert", rule, (split.get("behavior"), split.get("invert", False)))
+    bare = re.sub(r"\[(?:\\.|[^\]\\])*\]|\\.", "", pattern)
+    if re.search(r"[$^]|\{\d*,?\d*\}\+", bare):
+        # "{1,3}+" is possessive in tiktoken and a repeated group in tokenizers; "$" is the text's end in one, a line's in the other
+        raise wrong(path, "pre_tokenizer: pattern", "free of '^', '$' and '}+', which the two libraries read differently", pattern)
+    return pattern
+
+
+def _read_vocab(path: Path, node: object, added: Mapping[str, int]) -> dict[str, int]:
+    """Byte-level string -> id of the ordinary tokens, that is, of all but the added ones."""
+    if not isinstance(node, dict) or not node:
+        raise wrong(path, "model.vocab", "a non-empty object", node)
+    alphabet = set(_byte_of_character())
+    owners: dict[int, str] = {}
+    for token, token_id in node.items():
+        if not _is_id(token_id):
+            raise wrong(path, f"model.vocab[{token!r}]", "an integer id of 0 or more", token_id)
+        if owners.setdefault(token_id, token) != token:
+            raise wrong(path, f"model.vocab: id {token_id}", "the id of one token", [owners[token_id], token])
+        if token in added:
+            if added[token] != token_id:
+                raise wrong(path, f"added_tokens ({token}): id", f"{token_id}, as in model.vocab", added[token])
+        elif not token or not alphabet.issuperset(token):
+            raise wrong(path, "model.vocab", "non-empty byte-level strings", token)
+    vocab = {token: token_id for token, token_id in node.items() if token not in added}
+    missing = sorted(byte for character, byte in _byte_of_character().items() if character not in vocab)
+    if missing:
+        raise wrong(path, "bytes missing from model.vocab", "none of the 256", [f"{byte:#04x}" for byte in missing])
+    return vocab
+
+
+def _check_merges(path: Path, vocab: Mapping[str, int], node: object, ignore_merges: bool) -> None:
+    if not isinstance(node, list):
+        raise wrong(path, "model.merges", "a list", node)
+    listed: set[tuple[str, str]] = set()
+    last = -1
+    for place, merge in enumerate(node):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
+            raise wrong(path, f"model.merges[{place}]", "'a b' or ['a', 'b']", merge)
+        left, right = pair
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise wrong(path, f"model.merges[{place}]", "made of ordinary tokens of model.vocab, its result included", merge)
+        rank = vocab[left + right]
+        if rank < last:
+            rule = f"in non-decreasing order of the resulting id (the one before gives {last}), because tiktoken's rank is the id"
+            raise wrong(path, f"model.merges[{place}]", rule, f"{merge!r} -> {rank}")
+        last = rank
+        listed.add((left, right))
+    for token, rank in vocab.items():
+        if len(token) == 1:
+            continue
+        parts = _parts_below(token, rank, vocab)
+        if len(parts) == 2 and (parts[0], parts[1]) not in listed:
+            raise wrong(path, "model.merges", f"a list with {parts}, from which tiktoken builds {token!r}", "no such merge")
+        if len(parts) != 2 and not ignore_merges:
+            rule = f"a list that builds every token, because tiktoken takes a piece that equals {token!r} as that token"
+            raise wrong(path, "model.merges", rule, f"merges that stop at {parts}")
+
+
+def _parts_below(token: str, rank: int, vocab: Mapping[str, int]) -> list[str]:
+    """The parts of `token` when every merge of a rank below its own is done."""
+    parts = list(token)
+    while len(parts) > 2:
+        best, at = rank, -1
+        for place in range(len(parts) - 1):
+            found = vocab.get(parts[place] + parts[place + 1], best)
+            if found < best:
+                best, at = found, place
+        if at < 0:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts

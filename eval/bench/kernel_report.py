@@ -1,0 +1,130 @@
+"""The table of what every Triton kernel takes on every chip, and the document that it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from dbrx_q.errors import DbrxError, RequestError
+from dbrx_q.eval.document import replace_section
+from dbrx_q.kernels.triton.launch import CHIPS, Chip, Launch
+
+from .kernel_resources import Resources, compile_launch
+from .kernel_shapes import FORMATS, dbrx_launches, usual_launches
+
+__all__ = ["BEGIN", "END", "Row", "document", "problems", "resources", "table", "write_report"]
+
+BEGIN = "<!-- written by `dbrx-q bench resources` -->"
+END = "<!-- end of what is written -->"
+_PACKED_LOAD = 16  # bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one chip."""
+
+    case: str
+    resources: Resources
+
+
+def resources(
+    chips: Sequence[str] = tuple(CHIPS),
+    *,
+    everything: bool = False,
+    processes: int = 2,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Row]:
+    """Compile the launches of `dbrx_launches` for `chips`, in processes of their own.
+
+    Args:
+        chips: names in `dbrx_q.kernels.triton.launch.CHIPS`.
+        everything: every launch in every format; otherwise `usual_launches`.
+        processes: that compile at the same time.
+        report: called with (done, total).
+
+    Raises:
+        RequestError: a chip that is not known.
+    """
+    for name in chips:
+        if name not in CHIPS:
+            raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}")
+    work = [(name, everything, number) for name in chips for number in range(len(_launches(name, everything)))]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for done, row in enumerate(pool.map(_compile, work, chunksize=4), 1):
+            report(done, len(work))
+            yield row
+
+
+def problems(row: Row, chip: Chip) -> list[str]:
+    """What a compiled kernel breaks: the chip's shared memory, no spills, packed data 16 bytes a load."""
+    found, each = [], row.resources
+    if each.shared_memory > chip.shared_memory:
+        found.append(f"{each.shared_memory} bytes of shared memory, more than the {chip.shared_memory} of {chip.name}")
+    if each.spills:
+        found.append(f"{each.spills} bytes of local memory")
+    if each.packed_loads and set(each.packed_loads) != {_PACKED_LOAD}:
+        found.append(f"packed data loaded {each.packed_loads} bytes at a time, not {_PACKED_LOAD}")
+    return found
+
+
+def document(rows: Sequence[Row]) -> str:
+    """The table with what it says and how it came about."""
+    import triton
+
+    return (
+        f"Written by `dbrx-q bench resources` with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. Every op was "
+        "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
+        "chip launched was compiled for it. A case names a call that needs the kernel; of kernels that differ only before and after their "
+        "main loop, the one with the most there stands for all; weights are int4 and int8 in groups of 64, on sm_86 NF4 and plain too "
+        "(`--all` compiles each, in every group size and in float16). Registers of a thread / shared memory of "
+        "a program in KB / bytes of a thread in local memory (spills).\n\n" + table(rows)
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown: one line per kernel and case, a column per chip with registers / shared memory in KB / spills."""
+    rows = list(rows)
+    chips = [name for name in CHIPS if any(row.resources.chip == name for row in rows)]
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        line = cells.setdefault((row.resources.kernel, row.case), {})
+        line.setdefault(row.resources.chip, []).append(_cell(row.resources))
+    lines = [f"| kernel | case | {' | '.join(chips)} |", "|---" * (2 + len(chips)) + "|"]
+    for (kernel, case), line in sorted(cells.items(), key=lambda item: item[0][0]):
+        lines.append(f"| {kernel} | {case} | {' | '.join('; '.join(line.get(chip, [])) for chip in chips)} |")
+    return "\n".join(lines)
+
+
+def write_report(path: Path, text: str) -> None:
+    """Replace what stands between the two marker lines of `path`.
+
+    Raises:
+        RequestError: the file lacks the markers.
+    """
+    replace_section(path, BEGIN, END, text)
+
+
+def _cell(each: Resources) -> str:
+    return f"{each.registers} / {each.shared_memory / 1024:.1f} / {each.spills}"
+
+
+@cache
+def _launches(name: str, everything: bool) -> list[tuple[str, Launch]]:
+    if not everything:
+        return usual_launches(CHIPS[name])
+    return dbrx_launches(CHIPS[name]) + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
+
+
+def _compile(which: tuple[str, bool, int]) -> Row:
+    name, everything, number = which
+    case, launch = _launches(name, everything)[number]
+    try:
+        return Row(case, compile_launch(launch, CHIPS[name]))
+    except Exception as error:  # Triton's errors are of many kinds, and not all of them can be sent to another process
+        raise DbrxError(f"{launch.kernel.__name__}, {case}, does not compile for {name}: {type(error).__name__}: {error}") from None

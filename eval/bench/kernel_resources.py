@@ -1,0 +1,199 @@
+"""What the Triton kernels take on each chip, without one: launches are recorded at DBRX's shapes and compiled ahead of time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.kernels.triton.launch import Chip, Launch
+
+__all__ = ["Resources", "compile_launch", "global_loads", "launch_key", "packed_parameters"]
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel.
+
+    registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory. packed_loads: bytes that a thread
+    takes per load of packed codes, every width that occurs; empty where the kernel reads none; None on AMD, where it is not looked at.
+    """
+
+    kernel: str
+    chip: str
+    constants: str
+    warps: int
+    stages: int
+    shared_memory: int
+    registers: int
+    spills: int
+    packed_loads: tuple[int, ...] | None
+    assembly: str
+
+
+def compile_launch(launch: Launch, chip: Chip) -> Resources:
+    """Compile the kernel of a recorded launch for `chip`, with the types and divisibilities of its arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(launch, hip=chip.vendor == "hip")
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    if chip.vendor == "hip":
+        target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    packed_loads = None
+    if chip.vendor == "hip":
+        registers, spills = (_amd_metadata(compiled.asm["amdgcn"], name) for name in ("vgpr_count", "private_segment_fixed_size"))
+    else:
+        registers, spills = _usage(compiled.asm["cubin"])
+        packed = packed_parameters(launch)
+        packed_loads = tuple(sorted({width for places, width in global_loads(compiled.asm["ptx"]) if places & packed}))
+    return Resources(
+        kernel=launch.kernel.__name__,
+        chip=chip.name,
+        constants=" ".join(f"{name}={value}" for name, value in launch.constants.items()),
+        warps=launch.warps,
+        stages=launch.stages,
+        shared_memory=compiled.metadata.shared,
+        registers=registers,
+        spills=spills,
+        packed_loads=packed_loads,
+        assembly=compiled.asm["ptx" if chip.vendor == "cuda" else "amdgcn"],
+    )
+
+
+def launch_key(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that Triton compiles to the same code."""
+    signature, constants, attributes = _signature(launch, hip=False)
+    options = launch.warps, launch.stages
+    return launch.kernel.__name__, str(signature), str(constants), str(attributes), options
+
+
+def packed_parameters(launch: Launch) -> frozenset[int]:
+    """Which parameters of the compiled kernel point to packed codes of weights, keys or values: counted from 0, without constants.
+
+    Codes are 8-bit tensors; the zero-points beside them are a thirty-second of their size or less.
+    """
+    signature, _, _ = _signature(launch, hip=False)
+    names = [name for name, kind in signature.items() if kind != "constexpr"]
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    sizes = {
+        place: values[name].numel()
+        for place, name in enumerate(names)
+        if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8)
+    }
+    return frozenset(place for place, size in sizes.items() if 16 * size > max(sizes.values()))
+
+
+_PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
+_ADDRESS = re.compile(r"^(?:@!?%p\d+ )?(?!ld|st|atom|red|cp)[a-z][\w.]*\s+(%rd\d+), (.*);")
+_LOAD = re.compile(r"\bld\.([\w:.]+)\s[^\[]*\[\s*(%rd\d+)")
+_TO_SHARED = re.compile(r"\bst\.shared\S*\s+\[[^\]]*\],\s*(.*%rd.*);")
+_FROM_SHARED = re.compile(r"\bld\.shared\S*\s+(.*%rd[^\[]*), \[")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::cta)?\.global\S*\s+\[[^\]]*\], \[\s*(%rd\d+)[^\]]*\], (0x[\da-f]+|\d+)")
+
+
+def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
+    """(parameters, bytes of one thread) of every load from global memory in `ptx`; its address was computed from one of the parameters.
+
+    Addresses are followed through the arithmetic on 64-bit registers and through shared memory, whatever the order of the lines, until
+    nothing is added. There is none where that leads nowhere; what passes through shared memory counts for all that does.
+    """
+    origins: dict[str, set[int]] = {}
+    steps: list[tuple[str, list[str]]] = []
+    loads: list[tuple[str, int]] = []
+    for line in map(str.strip, ptx.splitlines()):
+        if found := _PARAMETER.search(line):
+            origins.setdefault(found[1], set()).add(int(found[2]))
+        elif (found := _LOAD.search(line)) and "global" in (kind := found[1].split(".")):
+            vector = next((int(part[1:]) for part in kind if re.fullmatch("v[248]", part)), 1)
+            loads.append((found[2], vector * int(kind[-1][1:]) // 8))
+        elif found := _COPY.search(line):
+            loads.append((found[1], int(found[2], 0)))
+        elif found := _TO_SHARED.search(line):
+            steps.append(("shared", re.findall(r"%rd\d+", found[1])))
+        elif found := _FROM_SHARED.search(line):
+            steps += [(register, ["shared"]) for register in re.findall(r"%rd\d+", found[1])]
+        elif found := _ADDRESS.match(line):
+            steps.append((found[1], re.findall(r"%rd\d+", found[2])))
+    changed = True
+    while changed:
+        changed = False
+        for target, sources in steps:
+            known = origins.setdefault(target, set())
+            before = len(known)
+            for source in sources:
+                known |= origins.get(source, set())
+            changed |= len(known) > before
+    return [(frozenset(origins.get(register, ())), width) for register, width in loads]
+
+
+def _signature(launch: Launch, *, hip: bool) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibilities as Triton's own specialization of a call has them."""
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    for place, name in enumerate(launch.kernel.arg_names):
+        value, special = values[name], not parameters[name].do_not_specialize
+        if parameters[name].is_constexpr or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            if hip and value.untyped_storage().nbytes() < 1 << 31:  # what AMD's buffer loads reach
+                attributes.setdefault((place,), []).append(["tt.pointer_range", 32])
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _amd_metadata(assembly: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    assert found, name
+    return int(found[1])
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory, the stack that spills take among them) of the one kernel in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]) + int(found[3])

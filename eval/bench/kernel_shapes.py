@@ -1,0 +1,246 @@
+"""Every Triton kernel at DBRX's own shapes, as launches that nothing runs: what the tile choices return on a chip, read from them.
+
+Dimension letters: `T` tokens, `N` output features, `K` input features, `D` d_model, `F` ffn hidden, `E` experts, `A` active experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.int4 import Int4Weight
+from dbrx_q.kernels.formats.int8 import Int8Weight
+from dbrx_q.kernels.formats.kv import KV_FORMATS, allocate_kv
+from dbrx_q.kernels.formats.nf4 import Nf4Weight
+from dbrx_q.kernels.formats.weights import PackedFormat, Weight
+from dbrx_q.kernels.linear import linear
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.qkv import store_qkv
+from dbrx_q.kernels.router import route
+from dbrx_q.kernels.triton.launch import Chip, Launch, recording
+
+from .kernel_resources import launch_key
+
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
+
+TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
+"""Tokens of one call: every one of the matrix-vector regime, then powers of two."""
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+"""Sequences of one decode step: the sizes that CUDA graphs are kept for."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A packed weight format: "int4", "int8" or "nf4", and the elements that share a scale."""
+
+    name: str
+    group: int
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.name == "int8" else 4
+
+    def __str__(self) -> str:
+        return f"{self.name}-g{self.group}"
+
+
+FORMATS = (
+    tuple(Format("int4", group) for group in (64, 32, 128)) + tuple(Format("int8", group) for group in (64, 32, 128)) + (Format("nf4", 64),)
+)
+"""Every format on offer, the default ones (groups of 64) among them."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The dimensions of a model that kernels see; the defaults are DBRX's."""
+
+    width: int = 6144
+    heads: int = 48
+    kv_heads: int = 8
+    channels: int = 128
+    experts: int = 16
+    active: int = 4
+    hidden: int = 10752
+    vocabulary: int = 100352
+    context: int = 32768
+    clip: float = 8.0
+    epsilon: float = 1e-5
+
+    @property
+    def qkv(self) -> int:
+        """Rows of Wqkv."""
+        return (self.heads + 2 * self.kv_heads) * self.channels
+
+
+DBRX = Shapes()
+
+
+def empty_weight(fmt: Format, *shape: int, device: torch.device | str = "meta") -> PackedFormat:
+    """A packed weight [..., N, K] of `fmt` with whatever its memory holds."""
+    *rows, K = shape
+    groups = K // fmt.group
+
+    def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*rows, width, dtype=dtype, device=device)
+
+    if fmt.name == "int4":
+        return Int4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float16), empty((groups + 1) // 2, torch.uint8), fmt.group)
+    if fmt.name == "int8":
+        return Int8Weight(empty(K, torch.int8), empty(groups, torch.float16), fmt.group)
+    return Nf4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float32), fmt.group)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of an op on meta tensors: what it is called in tables, and the call."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def dbrx_launches(
+    chip: Chip,
+    *,
+    formats: tuple[Format, ...] = FORMATS,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+    shapes: Shapes = DBRX,
+) -> list[tuple[str, Launch]]:
+    """(case, launch) of every op at the shapes of DBRX, each distinct kernel once, as the tile choices for `chip` have them.
+
+    Args:
+        chip: whose choices are read.
+        formats: of weights; the KV cache is walked through all of its own.
+        dtypes: of activations.
+        shapes: of the model.
+    """
+    found: dict[tuple[object, ...], tuple[str, Launch]] = {}
+    for dtype in dtypes:
+        for call in _calls(formats, dtype, shapes):
+            with recording(chip) as launches:
+                call.run()
+            for launch in launches:
+                found.setdefault(launch_key(launch), (f"{call.name} {str(dtype).removeprefix('torch.')}", launch))
+    return list(found.values())
+
+
+_AROUND_THE_LOOP = frozenset({"CLIP", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
+
+
+def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
+    """One of all launches that share their main loop: the one with the most before and after it, which needs the most registers."""
+    kept: dict[tuple[object, ...], tuple[str, Launch]] = {}
+    for case, launch in launches:
+        loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
+        types = {str(each.dtype) for each in launch.arguments if isinstance(each, torch.Tensor) and each.is_floating_point()}
+        key = launch.kernel.__name__, str(loop), str(sorted(types)), launch.warps, launch.stages
+        if key not in kept or _extent(launch) > _extent(kept[key][1]):
+            kept[key] = case, launch
+    return list(kept.values())
+
+
+_USUAL = (Format("int4", 64), Format("int8", 64))
+_WIDELY = "sm_86"
+
+
+def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
+    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format; on sm_86 NF4 and plain experts too."""
+    if chip.name == _WIDELY:
+        return essential(dbrx_launches(chip, formats=(*_USUAL, Format("nf4", 64))))
+    found = essential(dbrx_launches(chip, formats=_USUAL))
+    return [(case, launch) for case, launch in found if not case.startswith("experts plain")]
+
+
+def _extent(launch: Launch) -> int:
+    return sum(int(launch.constants.get(name, 0)) > (name == "SPLITS") for name in _AROUND_THE_LOOP)
+
+
+def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    for fmt in formats:
+        yield from _linear(fmt, dtype, shapes)
+        yield from _experts(str(fmt), partial(empty_weight, fmt), dtype, shapes)
+    yield from _experts("plain", partial(_meta, dtype=dtype), dtype, shapes)
+    yield from _small(dtype, shapes)
+    for kv_format in KV_FORMATS:
+        yield from _store(kv_format, dtype, shapes)
+        yield from _attention(kv_format, dtype, shapes)
+
+
+def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    D = shapes.width
+    places = (("Wqkv", shapes.qkv, shapes.clip, False), ("out_proj", D, None, True), ("lm_head", shapes.vocabulary, None, False))
+    for name, N, clip, adds in places:
+        weight = empty_weight(fmt, N, D)
+        for T in TOKENS:
+            x = _meta(T, D, dtype=dtype)
+            residual = _meta(T, N, dtype=dtype) if adds else None
+            yield _Call(
+                f"{name} {fmt} T={T}",
+                partial(linear, x, weight, clip=clip, residual=residual, backend=Backend.TRITON),
+            )
+
+
+def _experts(name: str, weight: Callable[..., Weight], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    E, D, F = shapes.experts, shapes.width, shapes.hidden
+    w1, v1, w2 = weight(E, F, D), weight(E, F, D), weight(E, D, F)
+    if isinstance(w2, torch.Tensor):  # a plain checkpoint stores [E, F, D]
+        w2 = w2.new_empty(E, F, D).transpose(1, 2)
+    slots = missing = _meta(E, dtype=torch.int32)
+    kinds: list[tuple[str, ExpertWeights, torch.Tensor | None]] = [("", ExpertWeights(w1, v1, w2), None)]
+    if name == str(FORMATS[0]):  # a slot is an offset, whatever lies in it
+        kinds.append((" slots", ExpertWeights(w1, v1, w2, slots), missing))
+    for what, layer, count in kinds:
+        for T in TOKENS:
+            chosen = _meta(T, shapes.active, dtype=torch.int64)
+            arguments = _meta(T, D, dtype=dtype), chosen, _meta(T, shapes.active, dtype=torch.float32), layer
+            yield _Call(
+                f"experts {name}{what} T={T}",
+                partial(moe_experts, *arguments, missing=count, backend=Backend.TRITON),
+            )
+
+
+def _small(dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    D, backend = shapes.width, Backend.TRITON
+    weight, router = _meta(D, dtype=dtype), _meta(shapes.experts, D, dtype=dtype)
+    for T in TOKENS:
+        x = _meta(T, D, dtype=dtype)
+        yield _Call(f"norm T={T}", partial(add_norm, x, None, weight, shapes.epsilon, backend=backend))
+        yield _Call(f"add and norm T={T}", partial(add_norm, x, x, weight, shapes.epsilon, backend=backend))
+        yield _Call(f"router T={T}", partial(route, x, router, shapes.active, 1, backend=backend))
+
+
+def _store(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    C = shapes.channels
+    for T in TOKENS:
+        cache = allocate_kv(kv_format, T, shapes.kv_heads, shapes.context, C, dtype, torch.device("meta"))
+        angles = _meta(T, C // 2, dtype=torch.float32)
+        places = _meta(T, dtype=torch.int32)
+        qkv = _meta(T, shapes.qkv, dtype=dtype)
+        yield _Call(
+            f"store {kv_format} T={T}",
+            partial(store_qkv, qkv, cache, places, places, angles, angles, heads=shapes.heads, clip=shapes.clip, backend=Backend.TRITON),
+        )
+
+
+def _attention(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+    from dbrx_q.kernels.triton import attention_decode as triton_attention_decode
+    from dbrx_q.kernels.triton import attention_prefill as triton_attention_prefill
+
+    H, C = shapes.heads, shapes.channels
+    for B in BATCHES:
+        cache = allocate_kv(kv_format, B, shapes.kv_heads, shapes.context, C, dtype, torch.device("meta"))
+        q, lengths, starts = _meta(B, H, C, dtype=dtype), _meta(B, dtype=torch.int32), _meta(B + 1, dtype=torch.int32)
+        for what, rows in ((f"{kv_format} B={B}", None), (f"{kv_format} rows B={B}", lengths)):
+            yield _Call(f"decode {what}", partial(triton_attention_decode.decode, q, cache, lengths, rows))
+            yield _Call(f"prefill {what}", partial(triton_attention_prefill.prefill, q, cache, starts, lengths, rows, 512))
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")

@@ -1,0 +1,172 @@
+"""Which tiles are the fastest on this device: every candidate of every problem that DBRX poses, measured.
+
+Dimension letters: `T` tokens, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden, `N` output features, `K` input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dbrx_q.errors import DbrxError
+from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.linear import linear
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.triton.launch import Chip, chip_of
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, trying
+from dbrx_q.model.tuned_tiles import Choice, Tuning
+
+from .device_timing import copies, environment, random_weight, turns
+from .kernel_shapes import DBRX, FORMATS, Format, Shapes
+
+__all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
+
+DEFAULT_FORMATS = (Format("int4", 64), Format("int8", 64))
+"""Other 4-bit codes in groups of 64, NF4, take the tiles of int4."""
+_TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
+_REPEATS = 5
+_CLOSE = 2**-5  # of the largest value: tiles change the order of sums, a wrong kernel changes everything
+
+Timer = Callable[[Problem, Tiles], float]
+"""Seconds that a problem takes with given tiles; raises whatever goes wrong."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A candidate that could not be measured."""
+
+    problem: Problem
+    tiles: Tiles
+    reason: str
+
+
+def dbrx_problems(formats: Sequence[Format] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
+    """Every product of a DBRX layer and of its head, for powers of two of tokens."""
+    E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
+    found = []
+    for fmt in formats:
+        bits = fmt.bits
+        for T in _TOKENS:
+            found += [Problem("linear", T, N, D, bits, fmt.group) for N in (shapes.qkv, D, shapes.vocabulary)]
+            tokens = T if T <= MATVEC_TOKENS else T * A
+            parallel = min(E, tokens * A)
+            found.append(Problem("gate_up", tokens, F, D, bits, fmt.group, parallel))
+            found.append(Problem("down", tokens, D, F, bits, fmt.group, parallel))
+    return found
+
+
+def sweep(
+    problems: Sequence[Problem],
+    chip: Chip,
+    timer: Timer,
+    *,
+    thorough: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Choice], list[Failure]]:
+    """The fastest candidate of each problem, and the candidates that failed. A problem whose default fails is left to the default.
+
+    Args:
+        problems: to measure.
+        chip: whose candidates are taken.
+        timer: measures one candidate.
+        thorough: measure every candidate; otherwise those that differ from the best so far in one respect, until none is faster.
+        report: called with (done, total).
+    """
+    choices: list[Choice] = []
+    failures: list[Failure] = []
+    for done, problem in enumerate(problems):
+        report(done, len(problems))
+        left = candidates(problem, chip)
+        best = default = left[0]
+        times: dict[Tiles, float] = {}
+        while tried := [tiles for tiles in left if thorough or _differences(tiles, best) <= 1]:
+            left = [tiles for tiles in left if tiles not in tried]
+            for tiles in tried:
+                try:
+                    times[tiles] = timer(problem, tiles)
+                except Exception as error:  # what a compiler and a driver may say of a candidate is of many kinds
+                    failures.append(Failure(problem, tiles, f"{type(error).__name__}: {str(error)[:200]}"))
+            if default not in times:
+                break
+            best = min(times, key=lambda tiles: times[tiles])
+        if default in times:
+            choices.append(Choice(problem, best, times[best], times[default], len(times)))
+    report(len(problems), len(problems))
+    return choices, failures
+
+
+def _differences(one: Tiles, other: Tiles) -> int:
+    """In how many respects two tiles differ; rows and warps, which share the work of a program, are one."""
+    pairs = zip(_respects(one), _respects(other), strict=True)
+    return sum(a != b for a, b in pairs)
+
+
+def _respects(tiles: Tiles) -> tuple[object, ...]:
+    return (tiles.rows, tiles.warps), tiles.tokens, tiles.depth, tiles.splits, tiles.stages
+
+
+def tune(
+    device: torch.device,
+    formats: Sequence[Format] = DEFAULT_FORMATS,
+    *,
+    thorough: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Tuning, list[Failure]]:
+    """Sweep DBRX's problems on `device`; arguments as for `sweep`.
+
+    Raises:
+        DbrxError: nothing could be measured.
+    """
+    chip = chip_of(device)
+    choices, failures = sweep(dbrx_problems(formats), chip, DeviceTimer(device), thorough=thorough, report=report)
+    if not choices:
+        raise DbrxError(f"no tiles could be measured on {chip.name}; the first failure: {failures[0].reason if failures else 'none'}")
+    where = environment(device)
+    return Tuning(where.chip, where.multiprocessors, where.device, where.date, where.versions, tuple(choices)), failures
+
+
+class DeviceTimer:
+    """Times the op that a problem belongs to, on random weights; what a candidate computes is compared with the default's result."""
+
+    def __init__(self, device: torch.device, shapes: Shapes = DBRX) -> None:
+        self._device, self._shapes, self._chip = device, shapes, chip_of(device)
+        self._problem: Problem | None = None
+        self._calls: list[Callable[[], torch.Tensor]] = []
+        self._expected: torch.Tensor | None = None
+
+    def __call__(self, problem: Problem, tiles: Tiles) -> float:
+        """Median seconds.
+
+        Raises:
+            DbrxError: the result differs from that of the tiles which came first.
+        """
+        if problem != self._problem:
+            self._calls, self._expected = [], None  # before more memory is taken
+            self._calls, self._problem = self._prepare(problem), problem
+        with trying(problem, self._chip, tiles):
+            out = self._calls[0]().float()
+            if self._expected is None:
+                self._expected = out
+            elif not (out - self._expected).abs().max() <= _CLOSE * self._expected.abs().max():  # NaN is no agreement
+                raise DbrxError(f"{tiles} must give what {problem} gives with other tiles; the results differ")
+            return turns({"": self._calls}, repeats=_REPEATS)[""].seconds
+
+    def _prepare(self, problem: Problem) -> list[Callable[[], torch.Tensor]]:
+        fmt = next(fmt for fmt in FORMATS if (fmt.bits, fmt.group) == (problem.bits, problem.group))
+        torch.manual_seed(0)
+        random = partial(random_weight, fmt, device=self._device)
+        if problem.op == "linear":
+            x = torch.randn(problem.tokens, problem.K, dtype=torch.bfloat16, device=self._device)
+            count = copies(problem.N * problem.K * problem.bits // 8, self._device)
+            return [partial(linear, x, random(problem.N, problem.K), backend=Backend.TRITON) for _ in range(count)]
+        E, A, D, F = self._shapes.experts, self._shapes.active, self._shapes.width, self._shapes.hidden
+        T = problem.tokens if problem.decode else problem.tokens // A
+        layer = ExpertWeights(random(E, F, D), random(E, F, D), random(E, D, F))
+        x = torch.randn(T, D, dtype=torch.bfloat16, device=self._device)
+        experts = torch.rand(T, E, device=self._device).argsort(-1)[:, :A].contiguous()
+        weights = torch.full((T, A), 1 / A, device=self._device)
+        return [partial(moe_experts, x, experts, weights, layer, backend=Backend.TRITON)]

@@ -1,0 +1,128 @@
+"""A comparison as one HTML page that needs no network, for people who would rather look."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_q.plots import inline_svg
+
+from .report_markdown import cut, headline
+from .report_text import four_digits, printable, short_names, visible
+from .result import Comparison, QuantResult, WorstToken
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["html"]
+
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+def html(found: Comparison, divergence: Figure, layers: Figure) -> str:
+    """The page; `divergence` and `layers` are drawn into it."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"printable": printable, "size": _size}
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    provenance = found.provenance
+    names = short_names([row.path for row in found.results])
+    return template.render(
+        found=found,
+        sentences=headline(found),
+        cut=cut(found),
+        columns=_columns(found.results),
+        divergence=inline_svg(divergence, "divergence-plot", "Mean KL divergence of each checkpoint over its bits per weight"),
+        layers=inline_svg(layers, "layers-plot", "Error of the hidden states after every block, a line per checkpoint"),
+        names=names,
+        heat=[_heat(row, name) for row, name in zip(found.results, names, strict=True)],
+        layer_count=len(found.results[0].router_agreement),
+        tokens=[(printable(row.path), [_token(token) for token in row.worst_tokens]) for row in found.results],
+        versions=provenance.get("versions", {}),
+        provenance=provenance,
+    )
+
+
+def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
+    """What the table shows of each checkpoint: a title, the cells, and which of them are the best."""
+
+    def column(title: str, hint: str, cells: list[str], values: list[float] | None = None, *, high: bool = False) -> dict[str, Any]:
+        finite = [value for value in values or [] if math.isfinite(value)]
+        wanted = (max if high else min)(finite) if len(finite) > 1 else None
+        return {"title": title, "hint": hint, "cells": cells, "best": [value == wanted for value in values or [math.nan] * len(cells)]}
+
+    def kl(title: str, name: str) -> dict[str, Any]:
+        values = [getattr(row, name) for row in results]
+        return column(title, f"{title}, nats", [four_digits(value) for value in values], values)
+
+    def share(title: str, hint: str, name: str, *, high: bool) -> dict[str, Any]:
+        values = [getattr(row, name) for row in results]
+        return column(title, hint, [f"{value:.2%}" for value in values], values, high=high)
+
+    return [
+        column("format", "of the weights", [row.format for row in results]),
+        column(
+            "bits per weight",
+            "stored bits over parameters, scales included",
+            [f"{row.bits_per_weight:.3f}" for row in results],
+            [row.bits_per_weight for row in results],
+        ),
+        column(
+            "mean KL",
+            "nats, with its standard error",
+            [f"{four_digits(row.mean_kl)} ± {row.mean_kl_stderr:.1g}" for row in results],
+            [row.mean_kl for row in results],
+        ),
+        column(
+            "perplexity",
+            "with its standard error",
+            [f"{row.perplexity:.4f} ± {row.perplexity_stderr:.4f}" for row in results],
+        ),
+        column(
+            "change of ln PPL",
+            "paired, with its standard error",
+            [f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f}" for row in results],
+            [abs(row.delta_ln_ppl) for row in results],  # below the reference is as far from it as above
+        ),
+        kl("median KL", "median_kl"),
+        kl("90 % KL", "p90_kl"),
+        kl("99 % KL", "p99_kl"),
+        kl("99.9 % KL", "p999_kl"),
+        kl("maximum KL", "max_kl"),
+        share("same top token", "share of tokens", "top1_agreement", high=True),
+        share("same top five", "mean share of the reference's five", "top5_agreement", high=True),
+        share("RMS of Δp", "of the token that came", "rms_dp", high=False),
+        column("size", "of all tensors", [_size(row.bytes) for row in results], [float(row.bytes) for row in results]),
+    ]
+
+
+def _heat(row: QuantResult, name: str) -> dict[str, Any]:
+    """Cells of the heat map: how strong the colour is (0 for full agreement, 1 for the least that is told apart), and the text."""
+    cells = [
+        {"strength": round(min(1.0, (1 - share) / 0.3), 3), "share": f"{share:.1%}", "jaccard": f"{jaccard:.3f}"}
+        for share, jaccard in zip(row.router_agreement, row.router_jaccard, strict=True)
+    ]
+    return {"path": printable(row.path), "name": name, "cells": cells}
+
+
+def _token(token: WorstToken) -> dict[str, Any]:
+    return {
+        "position": f"{token.position:,}",
+        "before": visible(token.before),
+        "token": visible(token.token),
+        "kl": four_digits(token.kl),
+        "reference_top": visible(token.reference_top),
+        "quant_top": visible(token.quant_top),
+        "reference_probability": f"{token.reference_probability:.2%}",
+        "quant_probability": f"{token.quant_probability:.2%}",
+    }
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"

@@ -1,0 +1,100 @@
+"""The sequential parts of rounding with a Hessian, sixteen rows of a weight side by side: each row is independent, so that threads share
+nothing.
+
+Dimension letters: `B` columns of a block, `N` rows. Blocks are transposed, [B, N].
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .lanes import LANES, fused, larger, load, nearest, smaller, splat, store, where_equal, where_less
+from .lanes import VECTOR_BYTES as _VECTOR
+
+__all__ = ["descend_block", "gptq_block"]
+
+
+def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """As `rounding.gptq_block`, on the CPU: float32, `columns` contiguous."""
+    left, *others = (_padded(part) for part in (columns, steps, low, high))
+    u = torch.empty_like(left)
+    addresses = [part.data_ptr() for part in (left, *others, u)]
+    _gptq(*addresses, factor.contiguous().numpy(), left.shape[1])
+    return _kept(u, (columns, left))
+
+
+def descend_block(
+    u: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> torch.Tensor:
+    """As `rounding.descend_block`, on the CPU: float32, `u` and `slope` contiguous."""
+    codes, slopes, *others = (_padded(part) for part in (u, slope, steps, low, high))
+    moved = torch.empty_like(codes)
+    addresses = [part.data_ptr() for part in (codes, slopes, *others, moved)]
+    _descend(*addresses, hessian.contiguous().numpy(), codes.shape[1])
+    return _kept(moved, (u, codes), (slope, slopes))
+
+
+def _padded(part: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros up to a multiple of `LANES`; as it is where it has that many."""
+    missing = -part.shape[1] % LANES
+    return F.pad(part, (0, missing)) if missing else part.contiguous()
+
+
+def _kept(made: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Without what was padded; parts that change in place are copied back."""
+    for part, padded in changed:
+        if padded is not part:
+            part.copy_(padded[:, : part.shape[1]])
+    return made[:, : changed[0][0].shape[1]]
+
+
+@numba.njit(nogil=True, cache=True)
+def _gptq(columns, steps, low, high, u, factor, N):
+    B, pitch = len(factor), 4 * N
+    tile = np.empty((B, LANES), np.float32)
+    at = tile.ctypes.data
+    none, one = splat(np.float32(0)), splat(np.float32(1))
+    for first in range(0, pitch, _VECTOR):
+        for i in range(B):
+            store(load(columns + i * pitch + first), at + i * _VECTOR)
+        for i in range(B):
+            here = i * pitch + first
+            step, x = load(steps + here), load(at + i * _VECTOR)
+            chosen = nearest(x / where_equal(step, none, one, step))
+            chosen = smaller(larger(chosen, load(low + here)), load(high + here))
+            store(chosen, u + here)
+            error = fused(none - chosen, step, x) / splat(factor[i, i])
+            store(error, columns + here)
+            minus = none - error
+            for j in range(i + 1, B):
+                place = at + j * _VECTOR
+                store(fused(minus, splat(factor[i, j]), load(place)), place)
+
+
+@numba.njit(nogil=True, cache=True)
+def _descend(u, slope, steps, low, high, moved, hessian, N):
+    B, pitch = len(hessian), 4 * N
+    tile = np.empty((B, LANES), np.float32)
+    at = tile.ctypes.data
+    none, one = splat(np.float32(0)), splat(np.float32(1))
+    for first in range(0, pitch, _VECTOR):
+        for i in range(B):
+            store(load(slope + i * pitch + first), at + i * _VECTOR)
+        for i in range(B):
+            here = i * pitch + first
+            code, step, curve = load(u + here), load(steps + here), splat(hessian[i, i])
+            slant = curve * step
+            best = nearest(code - load(at + i * _VECTOR) / where_equal(slant, none, one, slant))
+            best = smaller(larger(best, load(low + here)), load(high + here))
+            best = where_less(none, curve, where_equal(step, none, code, best), code)
+            change = (best - code) * step
+            store(best, u + here)
+            store(change, moved + here)
+            for j in range(B):
+                place = at + j * _VECTOR
+                store(fused(change, splat(hessian[i, j]), load(place)), place)
+        for i in range(B):
+            store(load(at + i * _VECTOR), slope + i * pitch + first)

@@ -1,0 +1,222 @@
+"""Grids for the groups of a weight, searched for in one pass over memory: each group stays in the nearest cache until its grid is found.
+
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
+One thread; the pieces of a weight that its callers cut decide nothing, since groups are independent of each other.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+
+from .lanes import (
+    LANES,
+    absolute,
+    as_it_lies,
+    fill_tile,
+    fused,
+    inverse_power,
+    larger,
+    load,
+    nearest,
+    smaller,
+    splat,
+    store,
+    store_half,
+    through_half,
+    where_equal,
+    where_less,
+)
+from .lanes import VECTOR_BYTES as _VECTOR
+
+__all__ = ["group_ranges", "half_quadratic", "least_squares", "range_scale_and_zero", "step_of"]
+
+
+def least_squares(
+    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `grid_search.least_squares`, on the CPU."""
+    weight, place = as_it_lies(weight)
+    scales, zeros = _empty_grid(weight, group_size)
+    each = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
+    _least_squares(*place, group_size, levels, shares.numpy(), each.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    return scales, zeros
+
+
+def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `grid_search.half_quadratic`, on the CPU."""
+    weight, place = as_it_lies(weight)
+    scales, zeros = _empty_grid(weight, group_size)
+    _half_quadratic(*place, group_size, levels, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    return scales, zeros
+
+
+def _empty_grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = weight.shape[0], weight.shape[1] // group_size
+    return torch.empty(shape, dtype=torch.float16), torch.empty(shape)
+
+
+@numba.njit(nogil=True, cache=True)
+def _least_squares(address, item, row_pitch, column_pitch, G, levels, shares, each, scales, zeros):
+    N, n_groups = scales.shape
+    tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
+    at = tile.ctypes.data
+    none, one, top = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(levels))
+    for n in range(0, N, LANES):
+        rows = min(LANES, N - n)
+        for g in range(n_groups):
+            weights = each[g * G : (g + 1) * G]
+            fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
+            low, high = group_ranges(at, G)
+            best_scale, best_zero = range_scale_and_zero(low, high, levels)
+            least = _error(at, best_scale, best_zero, levels, weights)
+            for s in range(len(shares)):
+                share = splat(shares[s])
+                scale, zero = range_scale_and_zero(low * share, high * share, levels)
+                if levels == 127:
+                    error = _error(at, scale, zero, levels, weights)
+                    best_scale, least = where_less(error, least, scale, best_scale), smaller(error, least)
+                    continue
+                less, more = larger(zero - one, none), smaller(zero + one, top)
+                errors = _errors(at, scale, zero, less, more, weights)
+                for error, tried in ((errors[0], zero), (errors[1], less), (errors[2], more)):
+                    best_scale, best_zero = where_less(error, least, scale, best_scale), where_less(error, least, tried, best_zero)
+                    least = smaller(error, least)
+            _put(best_scale, best_zero, scales, zeros, n, rows, g, half, single)
+
+
+@numba.njit(nogil=True, cache=True)
+def _error(tile, scale, zero, levels, weights):
+    """The weighted squared error of each lane."""
+    none = splat(np.float32(0))
+    low, high = _limits(zero, levels)
+    inverse, minus = _inverse(scale), none - scale
+    error = none
+    for i in range(len(weights)):
+        x = load(tile + i * _VECTOR)
+        d = fused(smaller(larger(nearest(x * inverse), low), high), minus, x)
+        error = fused(d * splat(weights[i]), d, error)
+    return error
+
+
+@numba.njit(nogil=True, cache=True)
+def _errors(tile, scale, zero, less, more, weights):
+    """The weighted squared errors of each lane with three zero-points of int4."""
+    none = splat(np.float32(0))
+    (low, high), (low1, high1), (low2, high2) = _limits(zero, 15), _limits(less, 15), _limits(more, 15)
+    inverse, minus = _inverse(scale), none - scale
+    error = error1 = error2 = none
+    for i in range(len(weights)):
+        x, w = load(tile + i * _VECTOR), splat(weights[i])
+        u = nearest(x * inverse)
+        d, d1, d2 = (
+            fused(smaller(larger(u, low), high), minus, x),
+            fused(smaller(larger(u, low1), high1), minus, x),
+            fused(smaller(larger(u, low2), high2), minus, x),
+        )
+        error, error1, error2 = fused(d * w, d, error), fused(d1 * w, d1, error1), fused(d2 * w, d2, error2)
+    return error, error1, error2
+
+
+@numba.njit(nogil=True, cache=True)
+def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, betas, scales, zeros):
+    N, n_groups = scales.shape
+    tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
+    at = tile.ctypes.data
+    none, size = splat(np.float32(0)), splat(np.float32(G))
+    for n in range(0, N, LANES):
+        rows = min(LANES, N - n)
+        for g in range(n_groups):
+            fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
+            low, high = group_ranges(at, G)
+            scale, zero = range_scale_and_zero(low, high, levels)
+            best_scale, best_zero, least = scale, zero, splat(np.float32(np.inf))
+            for s in range(len(betas)):
+                step = step_of(scale)
+                cost, moved, squares, u_sum, moves = _fitted(at, G, scale, step, zero, levels, betas[s])
+                best_scale, best_zero = where_less(cost, least, scale, best_scale), where_less(cost, least, zero, best_zero)
+                least = smaller(cost, least)
+                # The least squares scale of weight - outlier = u * scale + moved, with sums of u * moved and of u * u.
+                fitted = where_less(none, squares, scale + moved / squares, scale)
+                fitted = through_half(where_less(none, fitted, fitted, scale))
+                if levels != 127:
+                    # The mean of u + zero - (weight - outlier) / fitted.
+                    shift = (u_sum - fused(u_sum, scale, moves) / step_of(fitted)) / size
+                    zero = smaller(larger(nearest(zero + shift), none), splat(np.float32(levels)))
+                scale = fitted
+            _put(best_scale, best_zero, scales, zeros, n, rows, g, half, single)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fitted(tile, G, scale, step, zero, levels, beta):
+    """Of each lane: the sum of |error|^0.7; of u * moved, u * u, u and moved, where moved is the part of the error that is no outlier.
+
+    An error's soft threshold is error - moved, moved being the error between plus and minus the threshold.
+    """
+    none = splat(np.float32(0))
+    low, high = _limits(zero, levels)
+    inverse, minus = _inverse(scale), none - scale
+    lot, unit = splat(np.finfo(np.float32).eps), step / splat(beta)
+    cost = products = squares = u_sum = moves = none
+    for i in range(G):
+        x = load(tile + i * _VECTOR)
+        u = smaller(larger(nearest(x * inverse), low), high)
+        error = fused(u, minus, x)
+        size = absolute(error)
+        power = inverse_power(larger(size * inverse, lot))
+        cost = fused(size, power, cost)
+        threshold = power * unit
+        moved = larger(smaller(error, threshold), none - threshold)
+        products, squares = fused(u, moved, products), fused(u, u, squares)
+        u_sum, moves = u_sum + u, moves + moved
+    return cost * inverse_power(step), products, squares, u_sum, moves
+
+
+@numba.njit(nogil=True, cache=True)
+def group_ranges(tile, G):
+    """The least and the largest element of each lane, zero included."""
+    low = high = splat(np.float32(0))
+    for i in range(G):
+        x = load(tile + i * _VECTOR)
+        low, high = smaller(x, low), larger(x, high)
+    return low, high
+
+
+@numba.njit(nogil=True, cache=True)
+def range_scale_and_zero(low, high, levels):
+    """The grid of each lane's range: scale and zero-point, 0 for int8."""
+    none, top = splat(np.float32(0)), splat(np.float32(levels))
+    if levels == 127:
+        return through_half(larger(high, none - low) / top), none
+    scale = through_half((high - low) / top)
+    zero = nearest((none - low) / step_of(scale))
+    return scale, smaller(larger(zero, none), top)
+
+
+@numba.njit(nogil=True, cache=True)
+def step_of(scale):
+    """What to divide by: the scale, 1 where it is 0."""
+    return where_equal(scale, splat(np.float32(0)), splat(np.float32(1)), scale)
+
+
+@numba.njit(nogil=True, cache=True)
+def _inverse(scale):
+    return splat(np.float32(1)) / step_of(scale)
+
+
+@numba.njit(nogil=True, cache=True)
+def _limits(zero, levels):
+    """The least and the largest whole number of each lane's grid."""
+    if levels == 127:
+        return splat(np.float32(-127)), splat(np.float32(127))
+    return splat(np.float32(0)) - zero, splat(np.float32(levels)) - zero
+
+
+@numba.njit(nogil=True, cache=True)
+def _put(scale, zero, scales, zeros, n, rows, g, half, single):
+    store_half(scale, half.ctypes.data)
+    store(zero, single.ctypes.data)
+    for r in range(rows):
+        scales[n + r, g] = half[r]
+        zeros[n + r, g] = single[r]

@@ -1,0 +1,37 @@
+"""`route`: which experts each token goes to, and with what weights.
+
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbrx_q.kernels.formats.expert_weights import Routing
+
+from .backend import Backend, pick
+
+__all__ = ["route"]
+
+
+def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
+    """The top k experts by logit, the lower index first among equals, weighted by a softmax over all experts; float32 throughout.
+
+    Args:
+        x: [T, D].
+        router: [E, D].
+        top_k: A, at most E.
+        norm_order: p > 0 of the norm that a token's chosen weights are divided by; None for no division.
+        backend: None picks by the device of `x`.
+    """
+    if (backend or pick(x.device)) is Backend.TRITON:
+        from dbrx_q.kernels.triton import router as triton_router
+
+        return Routing(*triton_router.route(x, router, top_k, norm_order))
+    logits = x.float() @ router.float().T  # [T, E]
+    # By logits, not by what exp makes of them, the choice is the same on every backend.
+    experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # [T, A]
+    weights = logits.softmax(-1).gather(-1, experts)  # [T, A]
+    if norm_order is not None:
+        weights = weights / torch.linalg.vector_norm(weights, ord=norm_order, dim=-1, keepdim=True)
+    return Routing(logits, experts, weights)

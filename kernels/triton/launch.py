@@ -1,0 +1,144 @@
+"""How Triton kernels are launched, and how a launch is looked at instead: which chip, which kernel, with which arguments.
+
+Every launch goes through `launch`, so that `recording` sees the very calls that the real thing makes: with tensors on the `meta` device
+the launchers compute their tile choices and arguments and nothing runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from dbrx_q.kernels.formats.errors import DbrxError
+
+__all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device as tile choices see it.
+
+    name: "sm_86" or "gfx1100". vendor: "cuda", "hip" or "interpreter". multiprocessors: that share the work of a grid.
+    shared_memory: most bytes that one program may use.
+    """
+
+    name: str
+    vendor: str
+    multiprocessors: int
+    shared_memory: int
+
+    @property
+    def smallest_dot(self) -> int:
+        """Fewest columns of a `tl.dot` that the matrix units and the compiler take: 8 on NVIDIA from Triton 3.5 on, 16 elsewhere."""
+        return 16 if self.vendor == "hip" or _triton_version() < (3, 5) else 8
+
+
+_KB = 1024
+# Multiprocessors of the part that most users own. Shared memory: CUDA C++ Programming Guide, technical specifications per compute
+# capability (what one block may opt in to); RDNA3 and CDNA3 ISA guides for AMD.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", "cuda", 108, 163 * _KB),  # A100
+        Chip("sm_86", "cuda", 82, 99 * _KB),  # RTX 3090
+        Chip("sm_89", "cuda", 128, 99 * _KB),  # RTX 4090
+        Chip("sm_90", "cuda", 132, 227 * _KB),  # H100, H200
+        Chip("sm_120", "cuda", 170, 99 * _KB),  # RTX 5090
+        Chip("gfx1100", "hip", 96, 64 * _KB),  # RX 7900 XTX
+        Chip("gfx942", "hip", 304, 64 * _KB),  # MI300X
+    )
+}
+INTERPRETER = Chip("interpreter", "interpreter", 4, 99 * _KB)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its grid, its arguments by position, its compile-time constants, warps and pipeline stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+_RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
+    """Run `kernel` on `grid`, or note it where `recording` looks on. An empty grid runs nothing."""
+    if 0 in grid:
+        return
+    record = _RECORD.get()
+    if record is not None:
+        record[1].append(Launch(kernel, grid, arguments, constants, warps, stages))
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@contextmanager
+def recording(chip: Chip) -> Iterator[list[Launch]]:
+    """Within it, launches on any device are noted as `chip` would get them, and not run."""
+    launches: list[Launch] = []
+    token = _RECORD.set((chip, launches))
+    try:
+        yield launches
+    finally:
+        _RECORD.reset(token)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip that launches on `device` go to.
+
+    Raises:
+        DbrxError: a device that Triton kernels cannot run on.
+    """
+    record = _RECORD.get()
+    if record is not None:
+        return record[0]
+    if device.type == "cpu" and interpreting():
+        return INTERPRETER
+    if device.type != "cuda":
+        raise DbrxError(f"Triton kernels run on a CUDA or ROCm device; found {str(device)!r}")
+    return _chip(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        if name.startswith("gfx9"):
+            # There, wavefronts do not wait for their stores before one of them tells other programs: partial sums could be lost.
+            raise DbrxError(f"the GPU must be of RDNA3 (gfx11) or newer; {properties.name} is {name}. Use device='cpu'")
+        return Chip(name, "hip", properties.multi_processor_count, 64 * _KB)
+    if properties.major < 8:
+        raise DbrxError(
+            f"the GPU must have compute capability 8.0 or newer (Ampere); {properties.name} has {properties.major}.{properties.minor}. "
+            "Use device='cpu'"
+        )
+    name = f"sm_{properties.major}{properties.minor}"
+    known = CHIPS.get(name, CHIPS["sm_86"])  # the least that any of them has
+    return Chip(name, "cuda", properties.multi_processor_count, known.shared_memory)

@@ -1,0 +1,121 @@
+"""`linear` in Triton: one kernel for a few tokens, with the reduction split over programs, and for many.
+
+Dimension letters: `T` tokens, `N` output features, `K` input features; of tiles as in `triton/weights.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dbrx_q.kernels.formats.weights import Weight
+
+from .launch import chip_of, launch
+from .tiles import Problem, choose
+from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of
+
+__all__ = ["linear", "linear_kernel"]
+
+_TOKEN_TILES_TOGETHER = tl.constexpr(8)
+
+
+def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """y [T, N] in the dtype of `x` [T, K]; see `dbrx_q.kernels.linear.linear`."""
+    (T, K), N = x.shape, weight.shape[0]
+    y = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    chip = chip_of(x.device)
+    tiles = choose(Problem("linear", T, N, K, bits_of(weight), group_of(weight)), chip)
+    grid = triton.cdiv(T, tiles.tokens) * triton.cdiv(N, tiles.rows), tiles.splits
+    partial, arrived = y, y
+    if tiles.splits > 1:
+        partial = torch.empty(grid[0] * tiles.splits * tiles.rows * tiles.tokens, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device, grid[0])
+    launch(
+        linear_kernel,
+        grid,
+        x.contiguous(),
+        *pointers_of(weight),
+        y if residual is None else residual.contiguous(),
+        y,
+        partial,
+        arrived,
+        0.0 if clip is None else clip,
+        T,
+        N,
+        K=K,
+        BN=tiles.rows,
+        BT=tiles.tokens,
+        BK=tiles.depth,
+        SPLITS=tiles.splits,
+        CLIP=clip is not None,
+        RESIDUAL=residual is not None,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        **constants_of(weight, chip, tiles.warps),
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["T", "clip"])
+def linear_kernel(
+    x,  # [T, K]
+    q,  # weight [N, K]
+    s,
+    z,
+    residual,  # [T, N]
+    y,  # [T, N]
+    partial,  # float32 [programs of the first axis, SPLITS, BN, BT]
+    arrived,  # int32 [programs of the first axis], zeros
+    clip,
+    T,
+    N,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CLIP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    WARPGROUP: tl.constexpr,
+):
+    program, split = tl.program_id(0), tl.program_id(1)
+    # Programs that share rows of the weight and those that share tokens run close in time, so that both stay in the L2 cache.
+    tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
+    together = _TOKEN_TILES_TOGETHER * tiles_n
+    first_t = program // together * _TOKEN_TILES_TOGETHER
+    some = min(tiles_t - first_t, _TOKEN_TILES_TOGETHER)
+    rows = program % together // some * BN + tl.arange(0, BN)
+    tokens = (first_t + program % together % some) * BT + tl.arange(0, BT)
+
+    steps: tl.constexpr = (K + BK - 1) // BK
+    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    acc = tl.zeros((BN, BT), tl.float32)
+    for step in range(split * each, min(split * each + each, steps)):
+        k = step * BK
+        columns = k + tl.arange(0, BK)
+        inside = (tokens < T)[:, None] & (columns < K)[None, :]
+        tile = tl.load(x + tokens[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0)
+        acc = dot_step(acc, tile, q, s, z, rows, k, N, K, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+
+    if SPLITS > 1:
+        place = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
+        mine = partial + program.to(tl.int64) * SPLITS * BN * BT + place
+        tl.store(mine + split * BN * BT, acc)
+        if not arrive(arrived + program, SPLITS - 1):
+            return
+        acc = tl.zeros((BN, BT), tl.float32)
+        for other in range(SPLITS):
+            acc += tl.load(mine + other * BN * BT, cache_modifier=".cg")
+    if CLIP:
+        acc = tl.clamp(acc, -clip, clip, tl.PropagateNan.ALL)
+    place = tokens[None, :].to(tl.int64) * N + rows[:, None]
+    inside = (rows < N)[:, None] & (tokens < T)[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,325 @@
+"""`moe_experts` in Triton for a few tokens: two kernels on fixed grids, whose programs find their expert on the device.
+
+Every active expert's packed bytes are read once. Nothing is sorted, and the host waits for nothing, so that a CUDA graph can hold it.
+
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model, `F` ffn hidden, `S` slots; of tiles as in
+`triton/weights.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import Weight
+
+from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
+from .launch import Chip, chip_of, launch
+from .tiles import Problem, choose
+from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of
+
+__all__ = ["decode", "down_decode_kernel", "gate_up_decode_kernel", "matrices", "matrix_of", "packed", "problems", "slot_of"]
+
+
+def decode(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None
+) -> torch.Tensor:
+    """y [T, D] in the dtype of `x`, T at most `tiles.MATVEC_TOKENS`; see `dbrx_q.kernels.moe.moe_experts`."""
+    (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
+    active = min(E, T * A)  # at most so many experts got tokens
+    chip = chip_of(x.device)
+    gate_up, down = (choose(problem, chip) for problem in problems(layer, T, A))
+    slots = experts if layer.slots is None else layer.slots
+    experts, weights = experts.contiguous(), weights.contiguous()
+    shape: dict[str, Any] = {
+        "D": D,
+        "F": F,
+        "A": A,
+        "E": E,
+        "A_PAD": triton.next_power_of_2(A),
+        "E_PAD": triton.next_power_of_2(E),
+        "SLOTS": layer.slots is not None,
+    }
+
+    h = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
+    grouped = grouped_tokens((layer.w1, layer.v1), T, gate_up, chip)
+    gate = matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps)
+    launch(
+        gate_up_decode_kernel,
+        (triton.cdiv(F, gate_up.rows), active),
+        x.contiguous(),
+        experts,
+        slots,
+        experts if missing is None else missing,
+        *pointers_of(packed(layer.w1)),
+        *pointers_of(packed(layer.v1)),
+        h,
+        T,
+        MISSING=missing is not None,
+        GROUPED=grouped > 0,
+        BN=gate_up.rows,
+        BT=grouped or gate_up.tokens,
+        BK=gate_up.depth,
+        warps=gate_up.warps,
+        stages=gate_up.stages,
+        **shape,
+        **gate,
+    )
+
+    y = torch.empty(T, D, dtype=x.dtype, device=x.device)
+    grouped = grouped_tokens((layer.w2,), T, down, chip)
+    row_tiles, programs = triton.cdiv(D, down.rows), active * down.splits
+    launch(
+        down_decode_kernel,
+        (row_tiles, programs),
+        h,
+        experts,
+        weights,
+        slots,
+        *pointers_of(packed(layer.w2)),
+        y,
+        torch.empty(down.splits, T * A, D, dtype=torch.float32, device=x.device),
+        counters(x.device, row_tiles),
+        T,
+        PROGRAMS=programs,
+        SPLITS=down.splits,
+        GROUPED=grouped > 0,
+        BN=down.rows,
+        BT=grouped or down.tokens,
+        BK=down.depth,
+        warps=down.warps,
+        stages=down.stages,
+        **shape,
+        **matrices({"": layer.w2}, chip, down.warps),
+    )
+    return y
+
+
+def problems(layer: ExpertWeights, tokens: int, A: int) -> tuple[Problem, Problem]:
+    """What the tiles of the two products are chosen for; `tokens` as `Problem` has them."""
+    F, D = layer.w1.shape[-2:]
+    bits = max(bits_of(layer.w1), bits_of(layer.v1))
+    group = max(group_of(layer.w1), group_of(layer.v1))
+    parallel = min(layer.n_experts, tokens * A)
+    return (
+        Problem("gate_up", tokens, F, D, bits, group, parallel),
+        Problem("down", tokens, D, F, bits_of(layer.w2), group_of(layer.w2), parallel),
+    )
+
+
+def matrices(weights: dict[str, Weight], chip: Chip, warps: int) -> dict[str, Any]:
+    """`constants_of` every weight [S, N, K] with a suffix to each name, and STRIDE_S, of a plain one's slots."""
+    return {
+        name + suffix: value
+        for suffix, weight in weights.items()
+        for name, value in {
+            **constants_of(weight, chip, warps),
+            "STRIDE_S": weight.stride(0) if isinstance(weight, torch.Tensor) else 0,
+        }.items()
+    }
+
+
+def packed(weight: Weight) -> Weight:
+    """The same weight; every part of a packed one contiguous, as the kernels take it."""
+    return weight if isinstance(weight, torch.Tensor) else weight.contiguous()
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_decode_kernel(
+    x,  # [T, D]
+    experts,  # int64 [T, A]
+    slots,  # int32 [E]
+    missing,  # int32 [E]
+    q1,  # gate [S, F, D]
+    s1,
+    z1,
+    q2,  # up [S, F, D]
+    s2,
+    z2,
+    h,  # [T * A, F]
+    T,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    A_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MISSING: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT1: tl.constexpr,
+    GROUP1: tl.constexpr,
+    STRIDE_S1: tl.constexpr,
+    STRIDE_N1: tl.constexpr,
+    STRIDE_K1: tl.constexpr,
+    FAST1: tl.constexpr,
+    WARPGROUP1: tl.constexpr,
+    FORMAT2: tl.constexpr,
+    GROUP2: tl.constexpr,
+    STRIDE_S2: tl.constexpr,
+    STRIDE_N2: tl.constexpr,
+    STRIDE_K2: tl.constexpr,
+    FAST2: tl.constexpr,
+    WARPGROUP2: tl.constexpr,
+):
+    """h = silu(gate) * up of every pair whose expert has a slot; program (i, j) takes row tile i of the j-th active expert."""
+    rank = tl.program_id(1)
+    expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    slot = slot_of(slots, expert, SLOTS)
+    if MISSING:
+        first = (tl.program_id(0) == 0) & (rank < active) & (slot < 0)
+        tl.atomic_add(missing + expert, tl.sum(chose.to(tl.int32), 0), mask=first)
+    if (rank >= active) | (slot < 0):
+        return
+    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1)
+    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2)
+
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.arange(0, BT)
+    # Tokens of other experts are not read: where 8 tokens choose among 16 experts, three quarters of the activations.
+    if GROUPED:
+        groups: tl.constexpr = BK // GROUP1
+        gate = tl.zeros((BN, groups * BT), tl.float32)
+        up = tl.zeros((BN, groups * BT), tl.float32)
+        vectors, inside = x + group_columns(tokens * D, groups), group_columns(chose, groups)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            tile = load_columns(vectors, inside, k, D, BK, GROUP1, BT)
+            gate = group_dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, GROUP1, FAST1, WARPGROUP1)
+            up = group_dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, GROUP1, FAST2, WARPGROUP2)
+        gate, up = over_groups(gate, groups), over_groups(up, groups)
+    else:
+        gate = tl.zeros((BN, BT), tl.float32)
+        up = tl.zeros((BN, BT), tl.float32)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(h + pair[None, :] * F + rows[:, None], value.to(h.dtype.element_ty), mask=(rows < F)[:, None] & chose[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def down_decode_kernel(
+    h,  # [T * A, F]; rows of experts without a slot were never written
+    experts,  # int64 [T, A]
+    weights,  # float32 [T, A]
+    slots,  # int32 [E]
+    q,  # down [S, D, F]
+    s,
+    z,
+    y,  # [T, D]
+    partial,  # float32 [SPLITS, T * A, D]
+    arrived,  # int32 [row tiles], zeros
+    T,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    A_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    STRIDE_S: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    FAST: tl.constexpr,
+    WARPGROUP: tl.constexpr,
+):
+    """y = the sum over a token's experts of weight * down @ h; the last of the programs of a row tile adds up in a fixed order."""
+    rank, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
+    expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    slot = slot_of(slots, expert, SLOTS)
+    works = (rank < active) & (slot >= 0)
+    chose = tl.where(works, chose, False)
+    q, s, z = matrix_of(q, s, z, tl.maximum(slot, 0), D, F, FORMAT, GROUP, STRIDE_S)
+
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.arange(0, BT)
+    steps: tl.constexpr = (F + BK - 1) // BK
+    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    first = split * each
+    end = tl.where(works, min(first + each, steps), first)
+    if GROUPED:
+        groups: tl.constexpr = BK // GROUP
+        acc = tl.zeros((BN, groups * BT), tl.float32)
+        vectors, inside = h + group_columns(pair * F, groups), group_columns(chose, groups)
+        for step in range(first, end):
+            tile = load_columns(vectors, inside, step * BK, F, BK, GROUP, BT)
+            acc = group_dot_step(acc, tile, q, s, z, rows, step * BK, D, F, BK, GROUP, FAST, WARPGROUP)
+        acc = over_groups(acc, groups)
+    else:
+        acc = tl.zeros((BN, BT), tl.float32)
+        for step in range(first, end):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(h + pair[:, None] * F + columns[None, :], mask=chose[:, None] & (columns < F)[None, :], other=0.0)
+            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+    acc *= tl.load(weights + pair, mask=chose, other=0.0)[None, :]
+    place = (split * T * A + pair)[None, :] * D + rows[:, None]
+    tl.store(partial + place, acc, mask=(rows < D)[:, None] & chose[None, :])
+
+    if not arrive(arrived + tl.program_id(0), PROGRAMS - 1):
+        return
+    total = tl.zeros((BN, BT), tl.float32)
+    for other in range(SPLITS):
+        for a in tl.static_range(A):
+            here = tokens < T
+            if SLOTS:
+                chosen = tl.load(experts + tokens * A + a, mask=here, other=0)
+                here = here & (tl.load(slots + chosen, mask=here, other=-1) >= 0)
+            place = ((other * T + tokens) * A + a)[None, :] * D + rows[:, None]
+            total += tl.load(partial + place, mask=(rows < D)[:, None] & here[None, :], other=0.0, cache_modifier=".cg")
+    inside = (rows < D)[:, None] & (tokens < T)[None, :]
+    tl.store(y + tokens[None, :] * D + rows[:, None], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def slot_of(slots, expert, SLOTS: tl.constexpr):
+    """The slot of an expert, -1 for one that is not here; int64, as a buffer of slots may exceed 2^31 bytes."""
+    if SLOTS:
+        return tl.load(slots + expert).to(tl.int64)
+    return expert.to(tl.int64)
+
+
+@triton.jit
+def matrix_of(q, s, z, slot, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, STRIDE_S: tl.constexpr):
+    """(q, s, z) of the matrix [N, K] in `slot` of a stack."""
+    if FORMAT == 0:  # plain
+        return q + slot * STRIDE_S, s, z
+    groups: tl.constexpr = K // GROUP
+    if FORMAT == 2:  # int8
+        return q + slot * (N * K), s + slot * (N * groups), z
+    return q + slot * (N * (K // 2)), s + slot * (N * groups), z + slot * (N * ((groups + 1) // 2))
+
+
+@triton.jit
+def _expert_of(experts, rank, T, A: tl.constexpr, E: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, BT: tl.constexpr):
+    """The active expert of that rank by index, the number of active experts, which tokens [BT] chose it and their pairs t * A + a [BT]."""
+    place = tl.arange(0, BT * A_PAD)
+    t, a = place // A_PAD, place % A_PAD
+    chosen = tl.load(experts + t * A + a, mask=(t < T) & (a < A), other=-1).to(tl.int32)
+    e = tl.arange(0, E_PAD)
+    is_active = tl.max((chosen[None, :] == e[:, None]).to(tl.int32), 1)  # [E_PAD]
+    upto = tl.cumsum(is_active, 0)
+    expert = tl.sum(tl.where((upto == rank + 1) & (is_active == 1), e, 0), 0)
+    mine = tl.reshape(chosen, (BT, A_PAD)) == expert
+    chose = tl.max(mine.to(tl.int32), 1) == 1
+    pair = tl.arange(0, BT) * A + tl.sum(tl.where(mine, tl.arange(0, A_PAD)[None, :], 0), 1)
+    return expert, tl.sum(is_active, 0), chose, pair

@@ -1,0 +1,330 @@
+"""`moe_experts` in Triton for many tokens: pairs of a token and an expert sorted by expert on the device, then two grouped products.
+
+On Hopper, activations that meet 4-bit weights lie as their even elements, then their odd ones, as the weights are decoded: the matrix
+instructions read both straight from shared memory.
+
+The grid has room for the worst case, one partly filled tile an expert; a program finds its expert from the sorted pairs, and those that
+are left over return. The host waits for nothing.
+
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `P` pairs T * A, `D` d_model, `F` ffn hidden, `S` slots; of
+tiles as in `triton/weights.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+
+from .launch import Chip, chip_of, launch
+from .moe_decode import matrices, matrix_of, packed, problems, slot_of
+from .tiles import choose
+from .weights import _halves, bits_of, dot_step, pointers_of
+
+__all__ = ["combine_kernel", "down_prefill_kernel", "gate_up_prefill_kernel", "prefill"]
+
+# Bounds what lies between the kernels: 0.55 GB for 4096 tokens of DBRX, of which every expert then has enough to be bound by arithmetic.
+_CHUNK = 4096
+_TOKEN_TILES_TOGETHER = tl.constexpr(16)
+_COLUMNS = 1024
+
+
+def prefill(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None
+) -> torch.Tensor:
+    """y [T, D] in the dtype of `x`; see `dbrx_q.kernels.moe.moe_experts`."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for first in range(0, x.shape[0], _CHUNK):
+        part = slice(first, first + _CHUNK)
+        _prefill(x[part].contiguous(), experts[part].contiguous(), weights[part].contiguous(), layer, missing, y[part])
+    return y
+
+
+def _prefill(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    layer: ExpertWeights,
+    missing: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:
+    (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
+    P = T * A
+    chip = chip_of(x.device)
+    gate_up, down = (choose(problem, chip) for problem in problems(layer, P, A))
+    by_expert, order = experts.flatten().sort(stable=True)  # [P]
+    bounds = torch.searchsorted(by_expert, torch.arange(E + 1, device=x.device), out_int32=True)  # [E + 1]
+    slots = bounds if layer.slots is None else layer.slots
+    if missing is not None and layer.slots is not None:
+        missing += torch.where(layer.slots < 0, bounds.diff(), 0).to(missing.dtype)
+    shape = {"D": D, "F": F, "A": A, "E": E, "SLOTS": layer.slots is not None}
+    e_pad = triton.next_power_of_2(E)
+    in_halves = _halves_serve(chip)
+    x_halves, h_halves = in_halves and bits_of(layer.w1) == bits_of(layer.v1) == 4, in_halves and bits_of(layer.w2) == 4
+    if x_halves:
+        x = x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()  # [T, 2, D / 2]
+
+    h = torch.empty(P, F, dtype=x.dtype, device=x.device)
+    launch(
+        gate_up_prefill_kernel,
+        ((triton.cdiv(P, gate_up.tokens) + E) * triton.cdiv(F, gate_up.rows),),
+        x,
+        order,
+        bounds,
+        slots,
+        *pointers_of(packed(layer.w1)),
+        *pointers_of(packed(layer.v1)),
+        h,
+        X_HALVES=x_halves,
+        H_HALVES=h_halves,
+        E_PAD=e_pad,
+        BN=gate_up.rows,
+        BT=gate_up.tokens,
+        BK=gate_up.depth,
+        warps=gate_up.warps,
+        stages=gate_up.stages,
+        **shape,
+        **matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps),
+    )
+
+    pairs = torch.empty(P, D, dtype=x.dtype, device=x.device)
+    launch(
+        down_prefill_kernel,
+        ((triton.cdiv(P, down.tokens) + E) * triton.cdiv(D, down.rows),),
+        h,
+        order,
+        bounds,
+        weights,
+        slots,
+        *pointers_of(packed(layer.w2)),
+        pairs,
+        H_HALVES=h_halves,
+        E_PAD=e_pad,
+        BN=down.rows,
+        BT=down.tokens,
+        BK=down.depth,
+        warps=down.warps,
+        stages=down.stages,
+        **shape,
+        **matrices({"": layer.w2}, chip, down.warps),
+    )
+
+    launch(combine_kernel, (T, triton.cdiv(D, _COLUMNS)), pairs, experts, slots, y, BLOCK=_COLUMNS, warps=4, stages=1, **shape)
+
+
+def _halves_serve(chip: Chip) -> bool:
+    """Whether activations in halves are faster: 5.3 instead of 6.3 instructions per weight for Hopper's warpgroups, which read them from
+    shared memory; 8.3 instead of 7.5 elsewhere, through registers (counted in the compiled loop of int4, group 64)."""
+    return chip.name == "sm_90"
+
+
+@triton.jit
+def gate_up_prefill_kernel(
+    x,  # [T, D], or [T, 2, D / 2] for X_HALVES
+    order,  # int64 [P], the pairs t * A + a by expert
+    bounds,  # int32 [E + 1], where every expert's pairs begin in that order
+    slots,  # int32 [E]
+    q1,  # gate [S, F, D]
+    s1,
+    z1,
+    q2,  # up [S, F, D]
+    s2,
+    z2,
+    h,  # [P, F], or [P, 2, F / 2] for H_HALVES, in that order
+    D: tl.constexpr,
+    F: tl.constexpr,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    X_HALVES: tl.constexpr,
+    H_HALVES: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT1: tl.constexpr,
+    GROUP1: tl.constexpr,
+    STRIDE_S1: tl.constexpr,
+    STRIDE_N1: tl.constexpr,
+    STRIDE_K1: tl.constexpr,
+    FAST1: tl.constexpr,
+    WARPGROUP1: tl.constexpr,
+    FORMAT2: tl.constexpr,
+    GROUP2: tl.constexpr,
+    STRIDE_S2: tl.constexpr,
+    STRIDE_N2: tl.constexpr,
+    STRIDE_K2: tl.constexpr,
+    FAST2: tl.constexpr,
+    WARPGROUP2: tl.constexpr,
+):
+    """h = silu(gate) * up of every pair whose expert has a slot."""
+    expert, row, first, end = _tile_of(bounds, slots, (F + BN - 1) // BN, E, E_PAD, BT, SLOTS)
+    if expert == E_PAD:
+        return
+    slot = slot_of(slots, expert, SLOTS)
+    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1)
+    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2)
+
+    h_columns = row * BN + tl.arange(0, BN)
+    rows = h_columns % (F // 2) * 2 + h_columns // (F // 2) if H_HALVES else h_columns
+    places = first + tl.arange(0, BT)
+    inside = places < end
+    tokens = tl.load(order + places, mask=inside, other=0) // A  # int64 [BT]
+    gate = tl.zeros((BN, BT), tl.float32)
+    up = tl.zeros((BN, BT), tl.float32)
+    for step in range((D + BK - 1) // BK):
+        k = step * BK
+        if X_HALVES:
+            even, odd = _load_halves(x + tokens * D, inside, k, D, BK)
+            gate = _halves_step(gate, even, odd, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, FAST1, WARPGROUP1)
+            up = _halves_step(up, even, odd, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, FAST2, WARPGROUP2)
+        else:
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=inside[:, None] & (columns < D)[None, :], other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    place = places.to(tl.int64)[None, :] * F + h_columns[:, None]
+    tl.store(h + place, value.to(h.dtype.element_ty), mask=(h_columns < F)[:, None] & inside[None, :])
+
+
+@triton.jit
+def down_prefill_kernel(
+    h,  # [P, F], or [P, 2, F / 2] for H_HALVES, in the order of `order`
+    order,  # int64 [P], the pairs t * A + a by expert
+    bounds,  # int32 [E + 1], where every expert's pairs begin in that order
+    weights,  # float32 [P], in the pairs' own order
+    slots,  # int32 [E]
+    q,  # down [S, D, F]
+    s,
+    z,
+    pairs,  # [P, D], in the pairs' own order
+    D: tl.constexpr,
+    F: tl.constexpr,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    H_HALVES: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    STRIDE_S: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    FAST: tl.constexpr,
+    WARPGROUP: tl.constexpr,
+):
+    """weight * down @ h of every pair whose expert has a slot."""
+    expert, row, first, end = _tile_of(bounds, slots, (D + BN - 1) // BN, E, E_PAD, BT, SLOTS)
+    if expert == E_PAD:
+        return
+    q, s, z = matrix_of(q, s, z, slot_of(slots, expert, SLOTS), D, F, FORMAT, GROUP, STRIDE_S)
+
+    rows = row * BN + tl.arange(0, BN)
+    places = first + tl.arange(0, BT)
+    inside = places < end
+    acc = tl.zeros((BN, BT), tl.float32)
+    for step in range((F + BK - 1) // BK):
+        k = step * BK
+        if H_HALVES:
+            even, odd = _load_halves(h + places.to(tl.int64) * F, inside, k, F, BK)
+            acc = _halves_step(acc, even, odd, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, FAST, WARPGROUP)
+        else:
+            columns = k + tl.arange(0, BK)
+            address = h + places.to(tl.int64)[:, None] * F + columns[None, :]
+            tile = tl.load(address, mask=inside[:, None] & (columns < F)[None, :], other=0.0)
+            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+    pair = tl.load(order + places, mask=inside, other=0)  # int64 [BT]
+    acc *= tl.load(weights + pair, mask=inside, other=0.0)[None, :]
+    place = pair[None, :] * D + rows[:, None]
+    tl.store(pairs + place, acc.to(pairs.dtype.element_ty), mask=(rows < D)[:, None] & inside[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    pairs,  # [T * A, D]; rows of experts without a slot were never written
+    experts,  # int64 [T, A]
+    slots,  # int32 [E]
+    y,  # [T, D]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = the sum of every token's pairs, in the order of its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for a in tl.static_range(A):
+        here = columns < D
+        if SLOTS:
+            here = tl.where(tl.load(slots + tl.load(experts + token * A + a)) >= 0, here, False)
+        total += tl.load(pairs + (token * A + a) * D + columns, mask=here, other=0.0).to(tl.float32)
+    tl.store(y + token * D + columns, total.to(y.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit
+def _load_halves(vectors, inside, k, K: tl.constexpr, BK: tl.constexpr):
+    """Even and odd elements k .. k + BK - 1, [BT, BK / 2] each, of vectors [2, K / 2] by their addresses [BT]."""
+    columns = k // 2 + tl.arange(0, BK // 2)
+    address = vectors[:, None] + columns[None, :]
+    mask = inside[:, None] & (columns < K // 2)[None, :]
+    return tl.load(address, mask=mask, other=0.0), tl.load(address + K // 2, mask=mask, other=0.0)
+
+
+@triton.jit
+def _halves_step(
+    acc,  # float32 [BN, BT]
+    even,  # [BT, BK / 2]
+    odd,
+    q,
+    s,
+    z,
+    rows,  # [BN]
+    k,
+    N,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    WARPGROUP: tl.constexpr,
+):
+    """What `dot_step` computes for a 4-bit weight, with the activations in halves."""
+    w_even, w_odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, even.dtype, FAST, WARPGROUP)
+    acc = tl.dot(w_even, tl.trans(even), acc, input_precision="ieee")
+    return tl.dot(w_odd, tl.trans(odd), acc, input_precision="ieee")
+
+
+@triton.jit
+def _tile_of(bounds, slots, row_tiles, E: tl.constexpr, E_PAD: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr):
+    """This program's expert, row tile, and its first place among the sorted pairs and the end of its expert's; E_PAD as the expert of a
+    program that is left over.
+
+    Within an expert, programs that share rows of the weight and those that share tokens run close in time, so that both stay in L2.
+    """
+    program = tl.program_id(0)
+    e = tl.arange(0, E_PAD)
+    begin = tl.load(bounds + e, mask=e < E, other=0)
+    end = tl.load(bounds + e + 1, mask=e < E, other=0)
+    token_tiles = (end - begin + BT - 1) // BT  # [E_PAD]
+    if SLOTS:
+        token_tiles = tl.where(tl.load(slots + e, mask=e < E, other=-1) >= 0, token_tiles, 0)
+    programs = tl.cumsum(token_tiles, 0) * row_tiles  # [E_PAD], of every expert and those before it
+    expert = tl.sum((program >= programs).to(tl.int32), 0)
+    mine = program - tl.max(tl.where(program >= programs, programs, 0), 0)
+    tiles_t = tl.sum(tl.where(e == expert, token_tiles, 0), 0)
+    together = _TOKEN_TILES_TOGETHER * row_tiles
+    first_t = mine // together * _TOKEN_TILES_TOGETHER
+    some = tl.maximum(tl.minimum(tiles_t - first_t, _TOKEN_TILES_TOGETHER), 1)  # a program that is left over has none
+    row = mine % together // some
+    tile_t = first_t + mine % together % some
+    first = tl.sum(tl.where(e == expert, begin, 0), 0) + tile_t * BT
+    return expert, row, first, tl.sum(tl.where(e == expert, end, 0), 0)

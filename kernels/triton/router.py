@@ -1,0 +1,185 @@
+"""`route` in Triton: products, softmax, top k and normalisation in one launch.
+
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model; of tiles `BT` tokens, `BE` experts (a power of
+two), `BD` elements along D, `BS` splits (a power of two).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import chip_of, launch
+from .tiles import MATVEC_TOKENS
+from .weights import arrive, counters
+
+__all__ = ["RouterTiles", "route", "route_kernel", "router_tiles"]
+
+_PLAIN_NORM = tl.constexpr(0)
+_SUM_NORM = tl.constexpr(1)
+_MOST_NORM = tl.constexpr(2)
+_POWER_NORM = tl.constexpr(3)
+
+
+@dataclass(frozen=True)
+class RouterTiles:
+    """How one program works: tokens, depth along D, programs that share a token's D, warps."""
+
+    tokens: int
+    depth: int
+    splits: int
+    warps: int
+
+
+_TILE = 4096  # products that a program of 4 warps keeps in 32 registers a thread
+_STEPS = 2  # of one program where D is split: DBRX's router is read by 12 programs a token
+_MOST_SPLITS = 16
+
+
+def router_tiles(T: int, D: int, E: int) -> RouterTiles:
+    """A step of decoding waits for the router: its D is split. In prefill tokens share what is read of the router."""
+    experts = triton.next_power_of_2(E)
+    widest = triton.next_power_of_2(D)
+    if T <= MATVEC_TOKENS:
+        depth = min(widest, max(16, _TILE // experts))
+        return RouterTiles(1, depth, min(_MOST_SPLITS, triton.cdiv(triton.cdiv(D, depth), _STEPS)), 4)
+    tokens = 4 if experts <= 64 else 1
+    return RouterTiles(tokens, min(widest, max(16, 2 * _TILE // experts // tokens)), 1, 4)
+
+
+def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, experts, weights) of `dbrx_q.kernels.moe.route`."""
+    chip_of(x.device)
+    (T, D), E = x.shape, router.shape[0]
+    logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
+    experts = torch.empty(T, top_k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(T, top_k, dtype=torch.float32, device=x.device)
+    tiles = router_tiles(T, D, E)
+    grid = triton.cdiv(T, tiles.tokens), tiles.splits
+    BE = triton.next_power_of_2(E)
+    partial, arrived = logits, experts
+    if tiles.splits > 1:
+        partial = torch.empty(grid[0] * tiles.splits * tiles.tokens * BE, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device, grid[0])
+    launch(
+        route_kernel,
+        grid,
+        x.contiguous(),
+        router.contiguous(),
+        logits,
+        experts,
+        weights,
+        partial,
+        arrived,
+        1.0 if norm_order is None else float(norm_order),
+        T,
+        D=D,
+        E=E,
+        A=top_k,
+        BT=tiles.tokens,
+        BE=BE,
+        BD=tiles.depth,
+        SPLITS=tiles.splits,
+        BS=triton.next_power_of_2(tiles.splits),
+        NORM=_norm_of(norm_order),
+        warps=tiles.warps,
+        stages=1,
+    )
+    return logits, experts, weights
+
+
+def _norm_of(order: float | None) -> int:
+    return 0 if order is None else 1 if order == 1 else 2 if math.isinf(order) else 3
+
+
+@triton.jit(do_not_specialize=["order", "T"])
+def route_kernel(
+    x,  # [T, D]
+    router,  # [E, D]
+    logits,  # float32 [T, E]
+    experts,  # int64 [T, A]
+    weights,  # float32 [T, A]
+    partial,  # float32 [programs of the first axis, SPLITS, BT, BE]
+    arrived,  # int32 [programs of the first axis], zeros
+    order,
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    A: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    program, split = tl.program_id(0), tl.program_id(1)
+    tokens, experts_here = program * BT + tl.arange(0, BT), tl.arange(0, BE)
+    here = (tokens < T)[:, None] & (experts_here < E)[None, :]  # [BT, BE]
+
+    steps: tl.constexpr = (D + BD - 1) // BD
+    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    acc = tl.zeros((BT, BE, BD), tl.float32)
+    for step in range(split * each, min(split * each + each, steps)):
+        columns = (step * BD + tl.arange(0, BD))[None, None, :]
+        w_place = experts_here[None, :, None].to(tl.int64) * D + columns
+        w = tl.load(router + w_place, mask=(experts_here < E)[None, :, None] & (columns < D), other=0.0)  # [1, BE, BD]
+        x_place = tokens[:, None, None].to(tl.int64) * D + columns
+        tile = tl.load(x + x_place, mask=(tokens < T)[:, None, None] & (columns < D), other=0.0)  # [BT, 1, BD]
+        acc += tile.to(tl.float32) * w.to(tl.float32)
+    logit = tl.sum(acc, axis=2)  # [BT, BE]
+
+    if SPLITS > 1:
+        place = tl.arange(0, BT)[:, None] * BE + experts_here[None, :]
+        mine = partial + program.to(tl.int64) * SPLITS * BT * BE
+        tl.store(mine + split * BT * BE + place, logit)
+        if not arrive(arrived + program, SPLITS - 1):
+            return
+        others = tl.arange(0, BS)[None, :, None]
+        shares = tl.load(mine + others * BT * BE + place[:, None, :], mask=others < SPLITS, other=0.0, cache_modifier=".cg")
+        logit = tl.sum(shares, axis=1)
+    tl.store(logits + tokens[:, None].to(tl.int64) * E + experts_here[None, :], logit, mask=here)
+
+    exists = (experts_here < E)[None, :]
+    largest = tl.max(tl.where(exists, logit, -float("inf")), axis=1)
+    probability = tl.where(exists, tl.exp(logit - largest[:, None]), 0.0)
+    probability = probability / tl.sum(probability, axis=1)[:, None]
+    rank = _ranks(logit, experts_here, E, A, BE)
+    picked = tl.where(rank >= 0, probability, 0.0)
+    if NORM == _SUM_NORM:
+        picked = picked / tl.sum(picked, axis=1)[:, None]
+    elif NORM == _MOST_NORM:
+        picked = picked / tl.max(picked, axis=1)[:, None]
+    elif NORM == _POWER_NORM:
+        # Relative to the largest, so that no power underflows to a norm of zero.
+        picked = picked / tl.max(picked, axis=1)[:, None]
+        powers = tl.where(picked > 0, tl.exp2(tl.log2(tl.where(picked > 0, picked, 1.0)) * order), picked)
+        picked = picked / tl.exp2(tl.log2(tl.sum(powers, axis=1)) / order)[:, None]
+    chosen = here & (rank >= 0)
+    place = tokens[:, None].to(tl.int64) * A + rank
+    tl.store(experts + place, tl.broadcast_to(experts_here[None, :], (BT, BE)).to(tl.int64), mask=chosen)
+    tl.store(weights + place, picked, mask=chosen)
+
+
+@triton.jit
+def _ranks(logit, experts_here, E: tl.constexpr, A: tl.constexpr, BE: tl.constexpr):
+    """int32 [BT, BE]: 0 for the best expert of each token to A - 1, -1 for those not chosen.
+
+    Whatever the logits are, A different experts are chosen: NaN counts as the largest, as in torch.sort, and -0 equals 0.
+    """
+    least: tl.constexpr = -(2**63)
+    bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
+    key = tl.where(logit != logit, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # ordered as the floats are
+    # One number by which an expert goes before another: the logit's order above, the lower index below.
+    key = (key.to(tl.int64) << 32) | (BE - 1 - experts_here)[None, :].to(tl.int64)
+    key = tl.where((experts_here < E)[None, :], key, least)
+    rank = tl.full(logit.shape, -1, tl.int32)
+    for place in tl.static_range(A):
+        best = key == tl.max(key, axis=1)[:, None]
+        rank = tl.where(best, place, rank)
+        key = tl.where(best, least, key)
+    return rank

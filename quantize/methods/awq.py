@@ -1,0 +1,86 @@
+"""AWQ's scales (Lin et al. 2023) for the columns of an expert's w2, folded into the rows of its v1 at no cost and without loss.
+
+An expert gives w2 @ (silu(w1 x) * (v1 x)), so that row f of v1 divided by s[f] and column f of w2 multiplied by it leave the output as it
+is. The groups of v1 lie within a row: only their scales change, no code. In w2 a larger column takes a smaller share of the rounding error.
+
+Dimension letters: `N` rows, `K` the reduction axis; of v1 [K, D] the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbrx_q.checkpoint.layout import TensorFormat
+
+from .grid import searched_grid
+
+__all__ = ["column_error", "column_scales", "fold"]
+
+_POWERS = [step / 10 for step in range(11)]
+# Keeps float16 scales of v1 and w2 out of its subnormal and infinite ends: DBRX's lie between 2^-12 and 2^-5.
+_MOST = 16.0
+_SAMPLE_ROWS = 256  # by which powers are compared
+
+
+def column_scales(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
+    """float32 [K], all positive: the columns' scales of the least error after rounding; ones where none helps.
+
+    The candidates are importance^(a / 2) for a = 0, 0.1 .. 1 (Lin et al. 2023, "AWQ", equation 5, with the root mean square for the mean
+    magnitude), of which the largest is the inverse of the smallest and none is beyond 16. They are compared by `column_error` on up to
+    256 rows.
+
+    Args:
+        weight: [N, K], w2 of an expert.
+        importance: float32 [K], at least 0: the mean square of each input.
+        fmt: int4 or int8.
+
+    Raises:
+        FormatError: the group size is not offered or does not divide K, or a range is too wide for float16 scales.
+    """
+    rows = weight[:: -(-len(weight) // _SAMPLE_ROWS)].float()
+    best, least = torch.ones_like(importance), float("inf")
+    for power in _POWERS:
+        scales = _normalised(importance, power)
+        error = column_error(rows, importance, fmt, scales)
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat, scales: torch.Tensor) -> float:
+    """Sum of importance * (value / scales - weight)^2, where weight * scales is rounded in searched ranges to the values.
+
+    Args:
+        weight: [N, K].
+        importance: float32 [K].
+        fmt: int4 or int8.
+        scales: float32 [K].
+
+    Raises:
+        FormatError: as for `column_scales`.
+    """
+    wide = weight.float() * scales
+    each = importance / scales.square()
+    grid = searched_grid(wide, fmt, each)
+    return float(((grid.decode(grid.round(wide)) - wide).square() * each).sum(dtype=torch.float64))
+
+
+def fold(v1: torch.Tensor, w2: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(v1 / scales, w2 * scales), float32 [K, D] and [N, K]: with any w1 the same expert.
+
+    Args:
+        v1: [K, D].
+        w2: [N, K].
+        scales: float32 [K], positive.
+    """
+    return v1.float() / scales[:, None], w2.float() * scales
+
+
+def _normalised(importance: torch.Tensor, power: float) -> torch.Tensor:
+    """importance^(power / 2) within [1/16, 16], the largest times the smallest being 1."""
+    largest = importance.max()
+    if power == 0 or largest <= 0:
+        return torch.ones_like(importance)
+    least = max(_MOST ** (-4 / power), torch.finfo(torch.float32).tiny)
+    scales = (importance / largest).clamp(min=least).pow(power / 2)
+    return scales / (scales.max() * scales.min()).sqrt()

@@ -1,0 +1,138 @@
+"""The methods by name: each makes a packed weight of a matrix, those that are calibrated with the moments of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.errors import FormatError
+from dbrx_q.kernels.formats.weights import PackedFormat
+
+from .gptq import gptq
+from .grid import Grid, packed, searched_grid, to_nearest
+from .hqq import hqq_grid
+from .moments import Moments
+from .refine import descend, fit_scales
+from .rtn import rtn
+
+__all__ = ["METHODS", "Method", "Rounded"]
+
+
+_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # outputs of each 16th row are looked at, of fewer where those were less than 32
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Some rows, rounded. error, square: sums of squared errors and of squares of the weight. output_error, output_square: the same of
+    the outputs of a sample of rows on the tokens that calibrate, by the Hessian; 0 without."""
+
+    packed: PackedFormat
+    error: float
+    square: float
+    output_error: float = 0.0
+    output_square: float = 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to round.
+
+    run: (weight [N, K], format, moments or None) to the rounded rows, which are independent of each other. calibrated: whether it uses
+    moments; a matrix that has none is rounded with a searched grid then. compares: whether it needs the original model's activations
+    beside the quantized one's. folds: whether the columns of w2 are scaled before, and the rows of v1 inversely. squares: whether the
+    moments' diagonal is enough. formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads;
+    rtn has threads of its own.
+    """
+
+    run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
+    calibrated: bool
+    formats: tuple[str, ...]
+    summary: str
+    compares: bool = False
+    folds: bool = False
+    squares: bool = False
+    in_pieces: bool = True
+
+    def check(self, name: str, fmt: TensorFormat) -> None:
+        """Refuse a format that it does not make.
+
+        Raises:
+            FormatError: with the method's name.
+        """
+        if fmt.format not in self.formats:
+            raise FormatError(f"{name} makes {' and '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
+
+
+def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    return Rounded(*rtn(weight, fmt))
+
+
+def _nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
+    """The nearest values of a grid."""
+    return Rounded(*to_nearest(weight, grid))
+
+
+def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
+    """What was chosen for a target, which may not be the weight itself."""
+    wide, values = weight.float(), grid.decode(u)
+    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
+    return Rounded(packed(grid, u), error, square, *_energies(values, target, hessian))
+
+
+def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
+    """Sums of r H r^T over a sample of the rows r of the errors and of what was aimed at."""
+    step = max(1, min(_SAMPLE_STEP, len(aim) // _SAMPLE_ROWS))
+    values, aim = values[::step], aim[::step]
+    rows = torch.cat((values - aim, aim))
+    error, square = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
+    return error, square
+
+
+def _clip(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    return _nearest(weight, searched_grid(weight, fmt))
+
+
+def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    return _nearest(weight, hqq_grid(weight, fmt))
+
+
+def _awq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    """Ranges searched with each element's error counting by the mean square of its input (Lin et al. 2023, "AWQ")."""
+    return _nearest(weight, searched_grid(weight, fmt, None if moments is None else moments.importance))
+
+
+def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    if moments is None or moments.hessian is None:
+        return _clip(weight, fmt, None)
+    wide = weight.float()
+    grid = searched_grid(wide, fmt, moments.stakes)
+    return _fitted(weight, wide, grid, gptq(wide, moments, grid), moments.hessian)
+
+
+def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
+    if moments is None or moments.hessian is None:
+        return _clip(weight, fmt, None)
+    target = moments.made_up(weight.float())
+    grid = searched_grid(target, fmt, moments.stakes)
+    u = gptq(target, moments, grid)
+    grid = fit_scales(target, moments.hessian, grid, u)
+    return _fitted(weight, target, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments.hessian)
+
+
+_GROUPED = ("int4", "int8")
+
+METHODS = {
+    "rtn": Method(_rtn, False, ("int4", "int8", "nf4", "nf4-double"), "round to nearest", in_pieces=False),
+    "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
+    "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
+    "awq": Method(
+        _awq, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True
+    ),
+    "gptq": Method(_gptq, True, _GROUPED, "GPTQ with act-order and Hessians weighted by the router"),
+    "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
+}
+"""By the names of the command line."""

@@ -1,0 +1,72 @@
+"""Improving a rounded matrix: scales that fit the whole numbers best, whole numbers that fit the scales best.
+
+Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbrx_q.kernels.formats.groups import grouped
+from dbrx_q.kernels.rounding import descend_block
+
+from .grid import Grid
+
+__all__ = ["descend", "fit_scales"]
+
+_BLOCK = 128  # columns between two products with all others
+_ROWS, _ROWS_ON_GPU = 256, 2048  # whose systems are solved together
+_RIDGE = 1e-6
+
+
+def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor) -> Grid:
+    """The grid with the scales that make the error of `u` least: for each row, linear least squares in its n scales.
+
+    With U [n, K] the row's u, each group's in a row of its own, the scales are (U H U^T)^-1 U H w. A scale that would move by half or
+    more stays, and scales are rounded to float16.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K].
+        grid, u: what is to be improved.
+    """
+    n, G = grid.scales.shape[1], grid.group_size
+    fitted, some = [], _ROWS if u.device.type == "cpu" else _ROWS_ON_GPU
+    for rows, wanted, old in zip(u.split(some), weight.split(some), grid.scales.split(some), strict=True):
+        each = grouped(rows, G)  # [R, n, G]
+        system = torch.empty(len(rows), n, n, device=u.device)
+        for a in range(n):
+            products = (each[:, a] @ hessian[a * G : (a + 1) * G, a * G :]).mul_(rows[:, a * G :])
+            system[:, a, a:] = system[:, a:, a] = grouped(products, G).sum(-1)
+        known = (each * grouped(wanted @ hessian, G)).sum(-1)  # [R, n]
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)
+        found = torch.linalg.solve_ex(system, known)[0]
+        before = old.float()
+        fitted.append(torch.where((found > before / 2) & (found < before * 2), found, before))
+    return Grid(torch.cat(fitted).half(), grid.zeros, G)
+
+
+def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor, *, sweeps: int = 1) -> torch.Tensor:
+    """Better u, float32 [N, K], by coordinate descent: each in turn takes the best place on the grid, all others being as they are.
+
+    The error (value - w) H (value - w)^T of no row grows.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K].
+        grid, u: what is to be improved.
+        sweeps: over all columns.
+    """
+    K = weight.shape[1]
+    grids, groups = grid.transposed(), torch.arange(K, device=u.device) // grid.group_size
+    slope = hessian @ (grid.decode(u) - weight).T  # half the gradient
+    u = u.T.contiguous()
+    for _ in range(sweeps):
+        for first in range(0, K, _BLOCK):
+            end = min(first + _BLOCK, K)
+            parts = (part[groups[first:end]] for part in grids)
+            moved = descend_block(u[first:end], slope[first:end], hessian[first:end, first:end], *parts)
+            slope[:first].addmm_(hessian[:first, first:end], moved)
+            slope[end:].addmm_(hessian[end:, first:end], moved)
+    return u.T.contiguous()

@@ -1,0 +1,74 @@
+"""The GPU that a run may use, within a limit of its memory.
+
+Dimension letters: `N` rows, `K` the reduction axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.model.devices import check_device
+from dbrx_q.quantize.methods.choose import Method
+
+from .jobs import Job
+
+__all__ = ["Accelerator", "open_accelerator"]
+
+_DEFAULT_SHARE = 0.9
+_TEMPORARIES = 16  # float32 copies of the rows that are rounded together
+_FEWEST_ROWS = 512  # for which it pays
+_SQUARES = 36  # bytes for each element of a Hessian: itself, drift and factor, and three times the factor in float64 while it is made
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """device: a GPU. memory: bytes of it that tensors may take. name: what its maker calls it."""
+
+    device: torch.device
+    memory: int
+    name: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors have taken."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def rows(self, job: Job, method: Method, *, sides: int) -> int:
+        """Of a matrix, how many rows are rounded together in this memory, beside its Hessian and the weights that activations pass; 0 where
+        that would be too few, and for a method that keeps up with the disk without."""
+        if job.fmt is None or not method.in_pieces:
+            return 0
+        N, K = job.tensor.matrix
+        taken = 0
+        if method.calibrated:
+            taken = (0 if method.squares else _SQUARES * K * K) + 4 * sides * 3 * N * K
+        found = min(N, (self.memory - taken) // (4 * _TEMPORARIES * K))
+        return found if found >= min(N, _FEWEST_ROWS) else 0
+
+
+def open_accelerator(device: str, memory: int | None) -> Accelerator | None:
+    """The device of this name; None for "cpu". torch refuses to take more of its memory from now on.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        memory: bytes; nine tenths of the device's unless given.
+
+    Raises:
+        RequestError: no such device, or a limit that it cannot have.
+    """
+    place = check_device(device)
+    if place.type == "cpu":
+        if memory is not None:
+            raise RequestError("--device-memory limits a GPU's memory; found it with --device cpu. Name a GPU, or leave it out")
+        return None
+    properties = torch.cuda.get_device_properties(place)
+    total = properties.total_memory
+    limit = int(_DEFAULT_SHARE * total) if memory is None else memory
+    if not 0 < limit <= total:
+        raise RequestError(f"--device-memory must be at most the {total:,} bytes of {place}; found {limit:,}. Give less, or leave it out")
+    torch.cuda.set_per_process_memory_fraction(limit / total, place)
+    torch.cuda.reset_peak_memory_stats(place)
+    return Accelerator(place, limit, properties.name)

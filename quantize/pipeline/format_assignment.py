@@ -1,0 +1,245 @@
+"""Which tensor gets which format: one for all experts, rules that name others for some tensors, or what serves a number of bits best."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dbrx_q.checkpoint.layout import GROUP_SIZES, DenseTensor, TensorFormat, dense_tensors, kind_of, parts_of
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import FormatError, RequestError
+from dbrx_q.kernels.formats.groups import check_group_size
+from dbrx_q.quantize.calibration.allocation import Choice, allocate
+
+if TYPE_CHECKING:
+    import torch
+
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.quantize.calibration.output_errors import OutputErrors
+
+__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_recipe", "default_recipe", "label", "override", "parse_rules"]
+
+EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
+"""That `allocated_recipe` chooses from for experts."""
+OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
+"""For attention, embedding and head, None for plain."""
+
+_INT8_KINDS = ("embedding", "attention", "head")
+_EXPERT_MATRICES = ("w1", "v1", "w2")
+_ATTENTION_MATRICES = ("Wqkv", "out_proj")
+_NAMES = (*_EXPERT_MATRICES, "experts", "attention", *_ATTENTION_MATRICES, "embedding", "head")
+_PLAIN = "plain"
+_EMBEDDING_FORMAT = "int8"  # whose rows can be looked up
+_RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+)(?::(?P<group>\d+))?")
+
+
+def default_recipe(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
+    """Experts in the given format; embedding, attention and head int8, in groups of at most 64; router and norms as they are.
+
+    Raises:
+        FormatError: a group size that is not offered or does not divide a tensor's reduction axis.
+    """
+    others = TensorFormat("int8", min(experts.group_size, 64))
+    recipe = {}
+    for tensor in dense_tensors(config):
+        kind = kind_of(tensor.name)
+        if kind == "experts" or kind in _INT8_KINDS:
+            fmt = experts if kind == "experts" else others
+            recipe[tensor.name] = fmt
+            try:
+                check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
+            except FormatError as error:
+                raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
+    return recipe
+
+
+def override(recipe: Mapping[str, TensorFormat], config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFormat]:
+    """`recipe` with what the rules say of some tensors; one that a rule leaves plain is not in it.
+
+    Args:
+        recipe: formats by tensor.
+        config: the model's.
+        rules: as `parse_rules` reads them.
+
+    Raises:
+        RequestError: as `parse_rules` does.
+    """
+    changed: dict[str, TensorFormat | None] = {**recipe, **parse_rules(config, rules)}
+    return {tensor.name: fmt for tensor in dense_tensors(config) if (fmt := changed.get(tensor.name)) is not None}
+
+
+def parse_rules(config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFormat | None]:
+    """The formats that rules give to tensors, None for plain; of several rules for a tensor the last.
+
+    A rule is `NAME=FORMAT`, as `w2=int8:128`, or `blocks.A-B.NAME=FORMAT` for some blocks (`blocks.A.` for one). NAME: w1, v1, w2,
+    experts (those three), Wqkv, out_proj, attention (those two), embedding or head. FORMAT: `int4:G` or `int8:G` with the group size,
+    `nf4`, `nf4-double`, or `plain`, which keeps the tensor as the source has it; experts cannot be plain, and the embedding is int8 or
+    plain.
+
+    Raises:
+        RequestError: a rule that is none, matches no tensor, or gives a tensor a format that it cannot have.
+    """
+    found: dict[str, TensorFormat | None] = {}
+    for rule in rules:
+        names, fmt = _read(config, rule)
+        found |= {tensor.name: _checked(rule, tensor, fmt) for tensor in names}
+    return found
+
+
+def label(fmt: TensorFormat | None) -> str:
+    """A format as rules name it."""
+    if fmt is None:
+        return _PLAIN
+    return fmt.format if len(GROUP_SIZES[fmt.format]) == 1 else f"{fmt.format}:{fmt.group_size}"
+
+
+def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorFormat | None]:
+    """The tensors that a rule names, and the format that it gives them."""
+    match = _RULE.fullmatch(rule.strip())
+    if match is None:
+        raise RequestError(
+            f"a --tensor rule must read NAME=FORMAT or blocks.A-B.NAME=FORMAT; found {rule!r}. For example blocks.0-3.w2=int8:64"
+        )
+    name, first, last = match["name"], match["first"], match["last"]
+    if name not in _NAMES:
+        raise RequestError(
+            f"a --tensor rule must name one of {', '.join(_NAMES)}; found {name!r} in {rule!r}. Router and norms stay as they are"
+        )
+    blocks = range(config.n_layers) if first is None else range(int(first), int(last or first) + 1)
+    if not blocks or blocks[-1] >= config.n_layers:
+        raise RequestError(
+            f"the blocks of a --tensor rule must run upwards within 0-{config.n_layers - 1}; found {rule!r}. Name those of this model"
+        )
+    wanted = [
+        tensor
+        for tensor in dense_tensors(config)
+        if name in (kind_of(tensor.name), tensor.name.removesuffix(".weight").rsplit(".", 1)[-1])
+        and (first is None or tensor.layer in blocks)
+    ]
+    if not wanted:
+        raise RequestError(
+            f"a --tensor rule must match a tensor; {rule!r} matches none, as {name} lies outside the blocks. Write {name}=..."
+        )
+    return wanted, _format(rule, match["format"], match["group"])
+
+
+def _format(rule: str, name: str, group: str | None) -> TensorFormat | None:
+    if name == _PLAIN and group is None:
+        return None
+    sizes = GROUP_SIZES.get(name, ())
+    offered = ", ".join(label(TensorFormat(kind, size)) for kind, group_sizes in GROUP_SIZES.items() for size in group_sizes)
+    size = sizes[0] if group is None and len(sizes) == 1 else int(group or 0)
+    if size not in sizes:
+        found = name if group is None else f"{name}:{group}"
+        raise RequestError(
+            f"the format of a --tensor rule must be one of {offered} or {_PLAIN}; found {found!r} in {rule!r}. Name one of them"
+        )
+    return TensorFormat(name, size)
+
+
+def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> TensorFormat | None:
+    """The format, if the tensor can have it."""
+    kind = kind_of(tensor.name)
+    if fmt is None:
+        if kind == "experts":
+            raise RequestError(f"experts must be packed in every layer; found {rule!r}. Name a format, as int8:128")
+        return None
+    if kind == "embedding" and fmt.format != _EMBEDDING_FORMAT:
+        raise RequestError(f"the embedding must be {_EMBEDDING_FORMAT} or {_PLAIN}; found {rule!r}. Name one of them")
+    try:
+        check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
+    except FormatError as error:
+        raise RequestError(f"{tensor.name}: {error}, by the rule {rule!r}. Choose another group size") from None
+    return fmt
+
+
+def allocated_recipe(
+    checkpoint: Checkpoint,
+    sequences: torch.Tensor,
+    target_bpw: float,
+    *,
+    experts: Sequence[TensorFormat] = EXPERT_FORMATS,
+    others: Sequence[TensorFormat | None] = OTHER_FORMATS,
+    rules: Sequence[str] = (),
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, TensorFormat]:
+    """The formats with which the whole checkpoint takes at most so many bits per weight and its measured errors do least harm.
+
+    Args:
+        checkpoint: a plain one.
+        sequences: int64 [B, S], ids of text like that which the model is for.
+        target_bpw: stored bits over parameters, scales, zero-points, router and norms included.
+        experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are passed over.
+        others: for attention, embedding (of which only int8 and None) and head; None for plain.
+        rules: as for `parse_rules`: tensors whose format is settled.
+        on_layer: called with (layers measured, layers in all).
+
+    Raises:
+        RequestError: a target that no mix reaches, with the range that can be, or a rule as `parse_rules` refuses it.
+        FormatError: experts that none of the formats on offer fits.
+    """
+    from dbrx_q.quantize.calibration.output_errors import output_errors
+
+    settled = parse_rules(checkpoint.config, rules)
+    offered: dict[str, tuple[TensorFormat | None, ...]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        kind = kind_of(name)
+        if name in settled:
+            offered[name] = (settled[name],)
+        elif kind in ("router", "norms"):
+            offered[name] = (None,)
+        else:
+            offered[name] = tuple(fmt for fmt in (experts if kind == "experts" else others) if _fits(tensor, fmt))
+            if not offered[name]:
+                found = ", ".join(label(fmt) for fmt in experts)
+                raise FormatError(f"{name}: one of the formats on offer must divide its {tensor.matrix[1]} inputs; found {found}")
+    bits = {name: [_bits(checkpoint, tensor, fmt) for fmt in offered[name]] for name, tensor in checkpoint.tensors.items()}
+    target = _target(target_bpw, bits, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
+    packed = {name: some for name, formats in offered.items() if (some := [fmt for fmt in formats if fmt is not None])}
+    measured = output_errors(checkpoint, sequences, packed, on_layer=on_layer)
+    errors = {name: dict(zip(some, measured.errors[name], strict=True)) for name, some in packed.items()}
+    choices = {
+        name: [Choice(fmt, size, errors[name][fmt] if fmt else 0.0) for fmt, size in zip(formats, bits[name], strict=True)]
+        for name, formats in offered.items()
+    }
+    return {name: choice.fmt for name, choice in _least_harm(choices, measured, target).items() if choice.fmt is not None}
+
+
+def _least_harm(choices: Mapping[str, Sequence[Choice]], measured: OutputErrors, target: int) -> dict[str, Choice]:
+    """What an error does at the end depends on the others that reach the same routers: weigh by that, allocate, and so on while it pays."""
+    best: dict[str, Choice] = {}
+    least = math.inf
+    weights = dict.fromkeys(choices, 1.0)
+    while True:
+        weighted = {name: [replace(choice, error=weights[name] * choice.error) for choice in some] for name, some in choices.items()}
+        picked = {name: next(own for own in choices[name] if own.fmt == choice.fmt) for name, choice in allocate(weighted, target).items()}
+        own = {name: choice.error for name, choice in picked.items() if name in measured.errors}
+        total = measured.total(own)
+        if total >= least:
+            return best
+        best, least, weights = picked, total, weights | measured.weights(own)
+
+
+def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: int) -> int:
+    """Bits in all."""
+    least, most = (sum(of(some) for some in bits.values()) / parameters for of in (min, max))
+    if not least <= target_bpw <= most:
+        reach = f"from {math.ceil(1000 * least) / 1000:.3f} to {math.floor(1000 * most) / 1000:.3f} bits per weight"
+        raise RequestError(f"the target must be one that a mix of formats reaches, {reach} for this checkpoint; found {target_bpw}")
+    return math.floor(target_bpw * parameters)
+
+
+def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
+    if fmt is None:
+        return not tensor.experts
+    return tensor.matrix[1] % fmt.group_size == 0 and (kind_of(tensor.name) != "embedding" or fmt.format == _EMBEDDING_FORMAT)
+
+
+def _bits(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat | None) -> int:
+    """All that is stored of a tensor."""
+    if fmt is None:
+        return 8 * checkpoint.infos[tensor.name].nbytes
+    return 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt))

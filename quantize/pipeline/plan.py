@@ -1,0 +1,189 @@
+"""What a run will read and write, and what memory it takes: the quantizer keeps to its limits by this.
+
+Dimension letters: `T` the calibration's tokens, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import RequestError
+from dbrx_q.quantize.calibration.calibrated import PIECE_TOKENS
+from dbrx_q.quantize.methods.choose import Method
+from dbrx_q.quantize.methods.products import fastest_dtype
+
+from .accelerator import Accelerator
+from .jobs import Job
+from .quantizer import TASK_ROWS
+
+__all__ = ["RunPlan", "plan_run", "seconds_of"]
+
+_SLACK = 1.1  # what the allocator keeps
+_TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
+_PASSES = 10  # copies in memory that reading, rounding to nearest, hashing and writing take the time of
+_UNEVEN = 1.5  # times the mean of an expert's tokens
+_MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """bytes_in, bytes_out: of tensors. parameters: of the model. bits: kind of tensor to bits per weight, as written. base: bytes of this
+    process before. working: the most that tensors take beside the activations. activations: bytes of all streams of tokens, 0 without
+    calibration. in_files: whether those lie on the disk. kept_tokens: of an expert, whose hidden activations there is memory to keep. disk:
+    bytes that the destination's disk must have free. flops: of products, about. matrices: that are packed; accelerated: those of them that
+    a GPU rounds. fetch: bytes to be fetched from the hub. fetch_disk: that what was fetched takes at most.
+    """
+
+    bytes_in: int
+    bytes_out: int
+    parameters: int
+    bits: dict[str, float]
+    base: int
+    working: int
+    activations: int
+    in_files: bool
+    kept_tokens: int
+    disk: int
+    flops: float
+    matrices: int
+    accelerated: int
+    fetch: int
+    fetch_disk: int
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that this process will have at most."""
+        return self.base + self.working + (0 if self.in_files else self.activations)
+
+
+def plan_run(
+    checkpoint: Checkpoint,
+    shards: list[list[Job]],
+    method: Method,
+    *,
+    tokens: int,
+    sides: int,
+    threads: int,
+    base: int,
+    memory: int | None,
+    accelerator: Accelerator | None = None,
+    snapshots: bool = True,
+) -> RunPlan:
+    """The plan of a run.
+
+    Args:
+        checkpoint: the plain one.
+        shards: as `jobs.shards_of` gives them.
+        method: that rounds.
+        tokens: T; 0 without calibration.
+        sides: models that the tokens go through.
+        threads: that work.
+        base: bytes that this process has now.
+        memory: bytes that it may have; None for no limit.
+        accelerator: the GPU that rounds what fits there.
+        snapshots: whether a run can be resumed within the model.
+
+    Raises:
+        RequestError: it cannot be done in this memory; with the smallest in which it can.
+    """
+    jobs = [job for shard in shards for job in shard]
+    kinds: dict[str, tuple[int, int]] = {}
+    for job in jobs:
+        parameters, nbytes = kinds.get(job.kind, (0, 0))
+        kinds[job.kind] = parameters + job.parameters, nbytes + job.nbytes
+    config = checkpoint.config
+    activations = 2 * sides * tokens * config.d_model * 4
+    working = max(_working(config, job, method, tokens, sides, threads) for job in jobs)
+    working = int(_SLACK * working) + _MARGIN_BYTES
+    if memory is not None and base + working > memory:
+        raise RequestError(
+            f"--memory must be at least {base + working:,} bytes here, of which this process has {base:,} before the first tensor; found "
+            f"{memory:,}. Give more, or another method"
+        )
+    in_files = bool(activations) and memory is not None and base + working + activations > memory
+    kept_tokens = int(_UNEVEN * tokens * config.ffn_config.moe_top_k / config.ffn_config.moe_num_experts) if not method.squares else 0
+    hidden = kept_tokens * config.ffn_config.ffn_hidden_size * fastest_dtype(config.d_model).itemsize
+    if memory is not None and base + working + activations + hidden > memory:
+        kept_tokens = hidden = 0
+    working += hidden
+    bytes_out = sum(job.nbytes for job in jobs)
+    fetch, fetch_disk = checkpoint.to_fetch([job.tensor.name for job in jobs])
+    disk = bytes_out + (activations if in_files else 0) + (activations if snapshots and tokens else 0)
+    return RunPlan(
+        bytes_in=sum(info.nbytes for info in checkpoint.infos.values()),
+        bytes_out=bytes_out,
+        parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+        bits={kind: 8 * nbytes / parameters for kind, (parameters, nbytes) in kinds.items()},
+        base=base,
+        working=working,
+        activations=activations,
+        in_files=in_files,
+        kept_tokens=kept_tokens,
+        disk=disk,
+        fetch=fetch,
+        fetch_disk=fetch_disk,
+        flops=sum(_flops(config, job, method, tokens, sides) for job in jobs) if tokens else 0.0,
+        matrices=sum(job.fmt is not None for job in jobs),
+        accelerated=sum(accelerator.rows(job, method, sides=sides) > 0 for job in jobs) if accelerator is not None else 0,
+    )
+
+
+def seconds_of(plan: RunPlan) -> float:
+    """About how long it takes here: bytes at the speed of a copy in memory, products at that of one of 1024 x 1024, both tried now."""
+    matrix = torch.randn(1024, 1024)
+    flops = 2 * 1024**3 / _least_seconds(lambda: matrix @ matrix)
+    block = torch.empty(64 << 20, dtype=torch.uint8)
+    rate = len(block) / _least_seconds(block.clone)
+    return (plan.bytes_in * _PASSES) / rate + plan.flops / flops
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    found = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: int, threads: int) -> int:
+    """Bytes while one matrix is worked on, the next one is read and the last one is written."""
+    N, K = job.tensor.matrix if job.fmt is not None else (1, job.parameters)
+    matrix, packed = 2 * N * K, job.nbytes
+    if not tokens:
+        rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES if method.in_pieces and job.fmt is not None else 0
+        return 3 * matrix + 3 * packed + rounding
+    D, F = config.d_model, config.ffn_config.ffn_hidden_size
+    piece = min(tokens, PIECE_TOKENS)
+    weights = matrix + packed + (6 if job.expert >= 0 else 1) * 4 * N * K * sides // 2 + 4 * N * K
+    logits = tokens * 8 * config.ffn_config.moe_num_experts * sides
+    passing = 4 * piece * (3 * D + 3 * max(N, F if job.expert >= 0 else 0))
+    if job.fmt is None or not method.calibrated or job.kind == "embedding":
+        return weights + logits + passing
+    # Hessian, drift and factor of K x K, and twice the factor while it is made in float64; seven copies of a piece of inputs.
+    squares = 0 if method.squares else K * K * (8 + (4 if sides == 2 else 0) + 12)
+    moments = squares + 4 * piece * K * (4 * sides)
+    rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
+    return weights + logits + max(passing, moments + rounding)
+
+
+def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: int) -> float:
+    """Of a matrix: its share of the tokens through it, their outer products, and what rounding with a Hessian takes."""
+    if job.fmt is None or job.kind == "embedding":
+        return 0.0
+    N, K = job.tensor.matrix
+    ffn = config.ffn_config
+    here = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
+    through = 2.0 * here * N * K * sides * (1.5 if job.expert >= 0 else 1)  # an expert's hidden activations are made twice
+    outer = rounding = 0.0
+    if method.calibrated and not method.squares:
+        outer = 2.0 * here * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
+        rounding = (12.0 if method.compares else 3.0) * N * K * K
+    return through + outer + rounding

@@ -1,0 +1,240 @@
+"""The report of a run, beside the checkpoint: JSON, Markdown and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_q.checkpoint.layout import KINDS
+from dbrx_q.errors import UnsupportedError
+from dbrx_q.plots import INK, check_plot_extra, figure, render, style
+
+from .records import RunRecord, TensorRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["NAME", "write_report"]
+
+NAME = "quantization_report"
+_MATRICES = ("Wqkv", "out_proj", "w1", "v1", "w2")
+_MOST_NAMES = 12  # of experts, in a line
+
+
+def write_report(folder: Path, run: RunRecord) -> list[str]:
+    """Write `quantization_report.json`, `.md` and PNG plots into a folder; the names of the files.
+
+    Without matplotlib the plots are left out, and the Markdown says so.
+    """
+    plots: dict[str, bytes] = {}
+    missing = ""
+    try:
+        check_plot_extra("the report's plots")
+        plots = {f"{NAME}_{name}.png": draw(run) for name, draw in _drawings(run).items()}
+    except UnsupportedError as error:
+        missing = str(error)
+    data = asdict(run) | {"bits_per_weight": _bits(run.records), "bits_by_kind": bits_by_kind(run), "fallbacks": _fallbacks(run)}
+    _write(folder / f"{NAME}.json", (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
+    for name, png in plots.items():
+        _write(folder / name, png)
+    _write(folder / f"{NAME}.md", _markdown(run, list(plots), missing).encode())
+    return [f"{NAME}.json", f"{NAME}.md", *plots]
+
+
+def bits_by_kind(run: RunRecord) -> dict[str, float]:
+    """Bits per weight, as written, of every kind of tensor that there is."""
+    each = {kind: [record for record in run.records if record.kind == kind] for kind in KINDS}
+    return {kind: _bits(records) for kind, records in each.items() if records}
+
+
+def error_table(run: RunRecord) -> list[tuple[str, str, float, float, float | None]]:
+    """(matrix, format, mean and largest relative error, mean output error or None) of every kind of packed matrix and format."""
+    groups: dict[tuple[str, str], list[TensorRecord]] = {}
+    for record in run.records:
+        if record.relative_error is not None:
+            groups.setdefault((_matrix(record), record.format), []).append(record)
+    rows = []
+    for (matrix, fmt), records in groups.items():
+        errors = [record.relative_error or 0.0 for record in records]
+        outputs = [record.output_error for record in records if record.output_error is not None]
+        rows.append((matrix, fmt, _mean(errors), max(errors), _mean(outputs) if outputs else None))
+    return rows
+
+
+def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
+    lines = [f"# Quantization of {Path(run.source).name or run.source}", ""]
+    lines += [f"Recipe `{run.method}`, {_bits(run.records):.3f} bits per weight ({8 * run.bytes_in / run.parameters:.3f} before), "]
+    lines[-1] += f"{run.bytes_out:,} bytes of {run.bytes_in:,} in {run.shards} shard(s)."
+    calibration = run.options.get("calibration")
+    if calibration:
+        lines += ["", "Calibrated with " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in calibration.items()) + "."]
+    earlier = f" after {run.resumed_seconds:,.1f} s of tensors that earlier runs had finished" if run.resumed_seconds else ""
+    there = f", {run.peak_device_bytes:,} on {run.device}" if run.device != "cpu" else ""
+    lines += ["", f"Took {run.seconds:,.1f} s{earlier}; peak memory {run.peak_memory_bytes:,} bytes{there}."]
+    lines += ["", "## Bits and time by kind", "", "| kind | parameters | bits per weight | seconds |", "|---|---|---|---|"]
+    for kind, bits in bits_by_kind(run).items():
+        records = [record for record in run.records if record.kind == kind]
+        lines.append(f"| {kind} | {sum(r.parameters for r in records):,} | {bits:.3f} | {sum(r.seconds for r in records):,.1f} |")
+    lines += ["", "## Errors", "", "Of weights: root of the summed squared errors over the summed squares. Of outputs: the same of what a"]
+    lines += ["sample of rows gives on the calibration's tokens."]
+    lines += ["", "| matrix | format | of weights, mean | largest | of outputs, mean |", "|---|---|---|---|---|"]
+    for matrix, fmt, mean, largest, outputs in error_table(run):
+        lines.append(f"| {matrix} | {fmt} | {mean:.4f} | {largest:.4f} | {'' if outputs is None else f'{outputs:.4f}'} |")
+    if run.stream_errors:
+        lines += ["", "## What leaves each layer", "", "Relative error against the original model, on the calibration's tokens.", ""]
+        lines += ["| layer | error |", "|---|---|", *(f"| {layer} | {error:.4f} |" for layer, error in sorted(run.stream_errors.items()))]
+    if run.expert_tokens:
+        lines += ["", "## Tokens per expert", "", "| layer | fewest | median | most |", "|---|---|---|---|"]
+        for layer, counts in sorted(run.expert_tokens.items()):
+            ordered = sorted(counts)
+            lines.append(f"| {layer} | {ordered[0]:,} | {ordered[len(ordered) // 2]:,} | {ordered[-1]:,} |")
+    lines += ["", "## Fallbacks", "", *_fallback_lines(run)]
+    lines += ["", "## Plots", ""] + [f"![{name}]({name})" for name in plots] + ([missing] if missing else [])
+    return "\n".join(lines) + "\n"
+
+
+def _fallback_lines(run: RunRecord) -> list[str]:
+    found = _fallbacks(run)
+    moved = [record for record in run.records if record.device.startswith("cpu:")]
+    lines = []
+    for how, says in (("layer", "took all tokens of their layer, weighted by the router"), ("none", "were rounded without data")):
+        names = [f"layer {layer} expert {expert}" for layer, expert, by in found if by == how]
+        if names:
+            shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+            lines.append(f"{len(names)} expert(s) that too few tokens reach {says}: {shown}.")
+    if moved:
+        lines.append(f"{len(moved)} matrices were rounded on the CPU: {moved[0].device.removeprefix('cpu: ')}.")
+    return lines or ["None."]
+
+
+def _fallbacks(run: RunRecord) -> list[tuple[int, int, str]]:
+    return sorted({(record.layer, record.expert, record.calibrated_by) for record in run.fallbacks})
+
+
+def _drawings(run: RunRecord) -> dict[str, Callable[[RunRecord], bytes]]:
+    drawings: dict[str, Callable[[RunRecord], bytes]] = {"error": _draw_errors, "bits": _draw_bits}
+    if run.stream_errors or any(record.output_error is not None for record in run.records):
+        drawings["outputs"] = _draw_outputs
+    if run.expert_tokens:
+        drawings["tokens"] = _draw_tokens
+    return drawings
+
+
+def _draw_errors(run: RunRecord) -> bytes:
+    return _lines_by_layer(run, "relative_error", "relative error of the weights")
+
+
+def _draw_outputs(run: RunRecord) -> bytes:
+    return _lines_by_layer(run, "output_error", "relative error of the outputs", run.stream_errors)
+
+
+def _lines_by_layer(run: RunRecord, what: str, label: str, stream: Mapping[int, float] | None = None) -> bytes:
+    """A line per matrix over the layers, the mean over experts, with a band from the least to the largest."""
+    drawing, axes = figure()
+    for number, matrix in enumerate(_MATRICES):
+        layers: dict[int, list[float]] = {}
+        for record in run.records:
+            value = getattr(record, what)
+            if record.layer >= 0 and _matrix(record) == matrix and value is not None:
+                layers.setdefault(record.layer, []).append(value)
+        if not layers:
+            continue
+        places, look = sorted(layers), style(number)
+        means = [_mean(layers[layer]) for layer in places]
+        axes.plot(places, means, label=matrix, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=4, linewidth=1.4)
+        if any(len(values) > 1 for values in layers.values()):
+            least, most = ([edge(layers[layer]) for layer in places] for edge in (min, max))
+            axes.fill_between(places, least, most, color=look.colour, alpha=0.12, linewidth=0)
+    if stream:
+        places = sorted(stream)
+        axes.plot(places, [stream[layer] for layer in places], label="what leaves the layer", color=INK, linewidth=2)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    _whole_numbers(axes)
+    axes.legend(frameon=False, ncols=3, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    return render(drawing, "png")
+
+
+def _draw_bits(run: RunRecord) -> bytes:
+    """A line per kind over the layers, and all tensors of a layer together."""
+    drawing, axes = figure()
+    layers = sorted({record.layer for record in run.records if record.layer >= 0})
+    groups = {"w1": "w1", "v1": "v1", "w2": "w2", "attention": "attention"}
+    for number, (label, name) in enumerate(groups.items()):
+        bits = [_bits(r for r in run.records if r.layer == layer and name in (r.kind, _matrix(r))) for layer in layers]
+        look = style(number)
+        axes.plot(layers, bits, label=label, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=4, linewidth=1.2)
+    axes.plot(layers, [_bits(r for r in run.records if r.layer == layer) for layer in layers], label="whole layer", color=INK, linewidth=2)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("bits per weight")
+    axes.set_ylim(bottom=0)
+    _whole_numbers(axes)
+    axes.legend(frameon=False, ncols=5, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    return render(drawing, "png")
+
+
+def _draw_tokens(run: RunRecord) -> bytes:
+    """A cell per expert and layer; its number where cells are large enough."""
+    layers = sorted(run.expert_tokens)
+    counts = [run.expert_tokens[layer] for layer in layers]
+    drawing, axes = figure(8.0, min(10.0, 1.8 + 0.3 * len(layers)))
+    axes.grid(visible=False)
+    image = axes.imshow(counts, aspect="auto", cmap="cividis", vmin=0)
+    most = max(map(max, counts)) or 1
+    if len(layers) <= 40 and len(counts[0]) <= 16:
+        for row, experts in enumerate(counts):
+            for column, count in enumerate(experts):
+                colour = "white" if count < 0.55 * most else "black"
+                axes.text(column, row, _short(count), ha="center", va="center", color=colour, fontsize=6.5)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    shown = range(0, len(layers), max(1, len(layers) // 20))
+    axes.set_yticks(shown, [str(layers[n]) for n in shown])
+    axes.set_xticks(range(0, len(counts[0]), max(1, len(counts[0]) // 16)))
+    drawing.colorbar(image, ax=axes, label="tokens that reach it")
+    return render(drawing, "png")
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _short(count: int) -> str:
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+def _matrix(record: TensorRecord) -> str:
+    """ "w1", "Wqkv" ...; outside the blocks the kind."""
+    parts = record.name.removesuffix(".weight").rsplit(".", 1)
+    return parts[-1] if record.kind in ("experts", "attention") else record.kind
+
+
+def _bits(records: Iterable[TensorRecord]) -> float:
+    found = [(record.nbytes, record.parameters) for record in records]
+    return 8 * sum(n for n, _ in found) / (sum(p for _, p in found) or 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, data: bytes) -> None:
+    begun = path.with_name(path.name + ".begun")
+    begun.write_bytes(data)
+    os.replace(begun, path)

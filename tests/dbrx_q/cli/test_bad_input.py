@@ -1,0 +1,343 @@
+"""Damaged checkpoints: an error that names the file and the rule, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbrx_q.checkpoint.manifest import sha256_of
+
+INDEX = "model.safetensors.index.json"
+OUTER, BLOCK = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+ROUTER = "transformer.blocks.0.ffn.router.layer.weight"
+W1 = "transformer.blocks.0.ffn.experts.mlp.w1"
+NORM = "transformer.norm_f.weight"
+BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
+
+
+@dataclass(frozen=True)
+class Case:
+    """damage: changes a copy of the small checkpoint. says: what the message must hold."""
+
+    id: str
+    damage: Callable[[Path], object]
+    says: tuple[str, ...]
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_index(folder: Path, **entries: object) -> None:
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update(entries))
+
+
+def edit_config(folder: Path, **entries: object) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(entries))
+
+
+def split_shard(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def put_header(path: Path, header: bytes, body: bytes = b"") -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], object], more: bytes = b"") -> None:
+    header, body = split_shard(path)
+    edit(header)
+    put_header(path, json.dumps(header).encode(), body + more)
+
+
+def edit_entry(name: str, **values: object) -> Callable[[Path], None]:
+    """Changes what the header says of a tensor of the block's shard."""
+    return lambda folder: edit_header(folder / BLOCK, lambda header: header[name].update(values))
+
+
+def drop_tensor(folder: Path, name: str) -> None:
+    """A shard without one of its tensors, whole in itself."""
+    header, body = split_shard(folder / BLOCK)
+    begin, end = header.pop(name)["data_offsets"]
+    for key, entry in header.items():
+        if key != "__metadata__" and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [offset - (end - begin) for offset in entry["data_offsets"]]
+    put_header(folder / BLOCK, json.dumps(header).encode(), body[:begin] + body[end:])
+
+
+def drop_everywhere(folder: Path) -> None:
+    drop_tensor(folder, ROUTER)
+    edit_json(folder / INDEX, lambda index: index["weight_map"].pop(ROUTER))
+
+
+def add_tensor(folder: Path, name: str = "lm_head.bias") -> None:
+    size = len(split_shard(folder / BLOCK)[1])
+    entry = {"dtype": "BF16", "shape": [2], "data_offsets": [size, size + 4]}
+    edit_header(folder / BLOCK, lambda header: header.update({name: entry}), b"\0" * 4)
+
+
+def swap_for(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / BLOCK).unlink()
+        make(folder / BLOCK)
+
+    return damage
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / BLOCK, (folder / BLOCK).stat().st_size + size if size < 0 else size)
+
+
+def move_out(folder: Path, name: str) -> None:
+    """The shard lies where the index says, so that only the rule can refuse it."""
+    (folder / BLOCK).rename(folder.parent / "x.safetensors")
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({k: name for k, v in index["weight_map"].items() if v == BLOCK}))
+
+
+def overlap(folder: Path) -> None:
+    edit_header(folder / BLOCK, lambda header: header[W1].update(data_offsets=header[W1.replace("w1", "v1")]["data_offsets"]))
+
+
+def shift(by: int) -> Callable[[Path], None]:
+    """Leaves a hole of `by` bytes before the last tensor."""
+
+    def edit(header: dict[str, Any]) -> None:
+        last = max((e for k, e in header.items() if k != "__metadata__"), key=lambda entry: int(entry["data_offsets"][1]))
+        last["data_offsets"] = [offset + by for offset in last["data_offsets"]]
+
+    return lambda folder: edit_header(folder / BLOCK, edit, b"\0" * by)
+
+
+def both(*damages: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [damage(folder) for damage in damages]
+
+
+def one_file(folder: Path) -> None:
+    (folder / INDEX).unlink()
+
+
+NESTED = b"[" * 200_000 + b"]" * 200_000
+DAMAGES = [
+    Case("missing shard", lambda f: (f / BLOCK).unlink(), (BLOCK, "shard not found")),
+    Case(
+        "no weights",
+        both(one_file, lambda f: (f / OUTER).unlink(), lambda f: (f / BLOCK).unlink()),
+        ("no weights found", "model.safetensors"),
+    ),
+    Case("no index", one_file, ("no weights found", INDEX)),
+    Case("shard is a folder", swap_for(Path.mkdir), (BLOCK, "regular file")),
+    Case("shard is a pipe", swap_for(os.mkfifo), (BLOCK, "regular file")),
+    Case("last byte cut", cut(-1), (BLOCK, "truncated")),
+    Case("cut in half", cut(100_000), (BLOCK, "truncated")),
+    Case("cut in the header", cut(100), (BLOCK, "header must fit in its file", "100")),
+    Case("cut in the length", cut(5), (BLOCK, "header must fit in its file")),
+    Case("empty shard", cut(0), (BLOCK, "header must fit in its file")),
+    Case("index leads out", lambda f: move_out(f, "../x.safetensors"), (INDEX, "'../x.safetensors'", "own folder")),
+    Case("index is absolute", lambda f: move_out(f, str(f.parent / "x.safetensors")), (INDEX, "x.safetensors'", "own folder")),
+    Case("index names a folder", lambda f: edit_index(f, **{NORM: ".."}), (INDEX, "'..'", "own folder")),
+    Case("index names no file", lambda f: edit_index(f, **{NORM: "a\0b"}), ("a\0b", "null byte")),
+    Case("index without map", lambda f: (f / INDEX).write_text("{}"), (INDEX, "weight_map")),
+    Case("index of numbers", lambda f: edit_index(f, **{NORM: 3}), (INDEX, "weight_map")),
+    Case("index not JSON", lambda f: (f / INDEX).write_text("{"), (INDEX, "JSON")),
+    Case("index too deep", lambda f: (f / INDEX).write_bytes(NESTED), (INDEX, "JSON")),
+    Case("index misplaces", lambda f: edit_index(f, **{NORM: BLOCK}), (BLOCK, NORM, "missing")),
+    Case("index leaves out", lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].pop(NORM)), (OUTER, NORM, "not placed here")),
+    Case("tensor not in its shard", lambda f: drop_tensor(f, ROUTER), (BLOCK, ROUTER, "is missing")),
+    Case("tensor missing", drop_everywhere, (ROUTER, "is missing", "config.json calls for it")),
+    Case("tensor extra", both(add_tensor, lambda f: edit_index(f, **{"lm_head.bias": BLOCK})), (BLOCK, "lm_head.bias", "in no DBRX")),
+    Case("tensor extra in shard", add_tensor, (BLOCK, "lm_head.bias", "not placed here")),
+    Case("wrong shape", edit_entry(ROUTER, shape=[64, 4]), (BLOCK, ROUTER, "[4, 64]", "[64, 4]")),
+    Case("wrong dtype", edit_entry(ROUTER, dtype="I16"), (BLOCK, ROUTER, "bfloat16", "int16")),
+    Case("unknown dtype", edit_entry(ROUTER, dtype="F8_E4M3"), (BLOCK, ROUTER, "F8_E4M3", "dtype must be")),
+    Case("shape of fractions", edit_entry(ROUTER, shape=[4.0, 64]), (BLOCK, ROUTER, "lists of sizes")),
+    Case("negative offset", edit_entry(ROUTER, data_offsets=[-512, 0]), (BLOCK, ROUTER, "lists of sizes")),
+    Case("size and offsets differ", edit_entry(ROUTER, shape=[4, 65]), (BLOCK, ROUTER, "takes 520 bytes", "512")),
+    Case("offsets past the end", edit_entry(ROUTER, data_offsets=[1 << 40, (1 << 40) + 512]), (BLOCK, "back to back")),
+    Case("entry of nothing", lambda f: edit_header(f / BLOCK, lambda h: h.update({ROUTER: None})), (BLOCK, "not a safetensors header")),
+    Case("overlap", overlap, (BLOCK, "experts.mlp", "back to back")),
+    Case("hole", shift(64), (BLOCK, "back to back")),
+    Case("bytes after the end", lambda f: edit_header(f / BLOCK, lambda _: None, b"\0"), (BLOCK, "the file has")),
+    Case("header longer than file", lambda f: (f / BLOCK).write_bytes(struct.pack("<Q", 500) + b"{}"), (BLOCK, "500 bytes", "file of 10")),
+    Case("absurd header length", lambda f: (f / BLOCK).write_bytes(b"\xff" * 100), (BLOCK, str(2**64 - 1))),
+    Case("header not JSON", lambda f: put_header(f / BLOCK, b"model"), (BLOCK, "not a safetensors header")),
+    Case("header not UTF-8", lambda f: put_header(f / BLOCK, b'{"\xff": 1}'), (BLOCK, "not a safetensors header")),
+    Case("header is a list", lambda f: put_header(f / BLOCK, b"[1]"), (BLOCK, "not a safetensors header")),
+    Case("header too deep", lambda f: put_header(f / BLOCK, NESTED), (BLOCK, "not a safetensors header")),
+    Case("config missing", lambda f: (f / "config.json").unlink(), ("config.json", "not found")),
+    Case("config not JSON", lambda f: (f / "config.json").write_text("model_type: dbrx"), ("config.json", "JSON")),
+    Case("config not UTF-8", lambda f: (f / "config.json").write_bytes(b'{"\xff": 1}'), ("config.json", "utf-8")),
+    Case("config is a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "JSON object", "list")),
+    Case(
+        "config is a folder",
+        both(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
+        ("config.json", "readable"),
+    ),
+    Case("another model", lambda f: edit_config(f, model_type="mixtral"), ("config.json", "model_type must be 'dbrx'", "'mixtral'")),
+    Case("another width", lambda f: edit_config(f, vocab_size=4097), (OUTER, "transformer.wte.weight", "[4097, 64]", "[4096, 64]")),
+    Case("more layers", lambda f: edit_config(f, n_layers=2), ("transformer.blocks.1", "is missing")),
+    Case(
+        "quantized by another",
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
+        ("config.json", "quant_method 'dbrx_q'", "'gptq'"),
+    ),
+    Case("quantization is a word", lambda f: edit_config(f, quantization_config="int4"), ("config.json", "must be an object", "'int4'")),
+]
+
+
+@pytest.fixture
+def broken(small: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small, tmp_path / "broken")
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refuse(cli: Callable[..., Any], tmp_path: Path, says: tuple[str, ...], *arguments: object) -> None:
+    """The command must fail with one clear message and change nothing below `tmp_path`."""
+    before = listing(tmp_path)
+    done = cli(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in done.err
+    for words in says:
+        assert words in done.err
+    assert listing(tmp_path) == before
+
+
+def arguments_of(command: str, folder: Path, tmp_path: Path) -> list[object]:
+    more: dict[str, list[object]] = {
+        "quantize": [tmp_path / "new" / "out"],
+        "generate": ["--prompt", "The", "--max-new-tokens", 1, "--json"],
+        "perplexity": ["--text", BOOK, "--json"],
+    }
+    return [command, folder, *more.get(command, [])]
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate"])
+@pytest.mark.parametrize("case", DAMAGES, ids=lambda case: case.id)
+def test_damage_is_named(case: Case, command: str, broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    case.damage(broken)
+    refuse(cli, tmp_path, (str(broken), *case.says), *arguments_of(command, broken, tmp_path))
+
+
+def poison(folder: Path, name: str, element: int, bits: int) -> Path:
+    """Writes a 16-bit value into a stored tensor; the shard."""
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    header, body = split_shard(shard)
+    begin, end = header[name]["data_offsets"]
+    at = begin + 2 * element if element >= 0 else end + 2 * element
+    put_header(shard, json.dumps(header).encode(), body[:at] + bits.to_bytes(2, "little") + body[at + 2 :])
+    return shard
+
+
+@pytest.mark.parametrize("command", ["quantize", "generate"])
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("transformer.wte.weight", 0), (NORM, 3), (ROUTER, -1), (W1.replace("w1", "w2"), -1), (W1, 5000), ("lm_head.weight", -1)],
+)
+def test_weights_must_be_finite(
+    name: str, element: int, bits: int, command: str, broken: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    shard = poison(broken, name, element, bits)
+    says = str(shard), name, "finite"
+    if command == "generate" or name == "transformer.wte.weight":
+        refuse(cli, tmp_path, says, *arguments_of(command, broken, tmp_path))
+        return
+    # What is finished before a damaged tensor is kept, and nothing else is.
+    done = cli(*arguments_of(command, broken, tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in done.err
+    for words in (*says, f"kept in {tmp_path}/new/out.partial: --resume goes on"):
+        assert words in done.err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.partial"]
+
+
+def test_perplexity_refuses_weights_that_are_not_finite(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    shard = poison(broken, W1, 7, 0x7FC0)
+    refuse(cli, tmp_path, (str(shard), W1, "finite"), *arguments_of("perplexity", broken, tmp_path))
+
+
+def test_weights_too_wide_for_a_scale_are_named(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    shard = poison(broken, W1, 7, 0x7F00)  # 1.7e38
+    refuse(cli, tmp_path, (str(shard), W1, "65504"), *arguments_of("quantize", broken, tmp_path))
+
+
+@pytest.mark.parametrize("name", [f"{W1}.3.scales", "transformer.wte.weight.scales"])
+def test_scales_must_be_finite(name: str, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = shutil.copytree(quantized_small, tmp_path / "broken")
+    shard = poison(folder, name, -1, 0x7E00)
+    edit_json(folder / "manifest.json", lambda manifest: manifest["shards"][shard.name].update(sha256=sha256_of(shard)))
+    for command in ("generate", "perplexity"):
+        refuse(cli, tmp_path, (str(shard), name, "finite"), *arguments_of(command, folder, tmp_path))
+
+
+def edit_formats(folder: Path, name: str, entry: object) -> None:
+    edit_json(folder / "config.json", lambda config: config["quantization_config"]["tensors"].update({name: entry}))
+
+
+INT4 = {"format": "int4", "group_size": 64}
+QUANTIZED_DAMAGES = [
+    Case(
+        "later version", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(format_version=2)), ("found", "2")
+    ),
+    Case("no tensors", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].pop("tensors")), ("'tensors'",)),
+    Case("unknown format", lambda f: edit_formats(f, W1, {"format": "int3", "group_size": 64}), (W1, "int4 or int8", "int3")),
+    Case("group size 48", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 48}), (W1, "32, 64 or 128", "48")),
+    Case("nf4 in groups of 32", lambda f: edit_formats(f, W1, {"format": "nf4", "group_size": 32}), (W1, "nf4-double with 64", "32")),
+    Case(
+        "nf4-double in groups of 32",
+        lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 32}),
+        (W1, "nf4-double with 64", "32"),
+    ),
+    Case(
+        "scales of another format", lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 64}), (f"{W1}.0.absmax", "missing")
+    ),
+    Case("another group size", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 32}), (f"{W1}.0.scales", "shape")),
+    Case("format is a word", lambda f: edit_formats(f, W1, "int4"), (W1, "int4 or int8")),
+    Case("unknown tensor", lambda f: edit_formats(f, "lm_head.bias", INT4), ("lm_head.bias", "no matrix")),
+    Case("router packed", lambda f: edit_formats(f, ROUTER, INT4), (ROUTER, "no matrix")),
+    Case("embedding in int4", lambda f: edit_formats(f, "transformer.wte.weight", INT4), ("transformer.wte.weight", "must be int8")),
+]
+
+
+@pytest.mark.parametrize("case", QUANTIZED_DAMAGES, ids=lambda case: case.id)
+def test_quantization_config_must_fit(case: Case, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = shutil.copytree(quantized_small, tmp_path / "broken")
+    case.damage(folder)
+    for command in ("inspect", "generate"):
+        refuse(cli, tmp_path, (str(folder), *case.says), *arguments_of(command, folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"shards": 3}', '{"shards": {"a": 1}, "files": {}, "tensors": {}}', "\xff"]
+    + [json.dumps({"shards": {name: {"bytes": 1, "sha256": "0"}}, "files": {}, "tensors": {}}) for name in ("../x", "/etc/passwd")]
+    + [json.dumps({"shards": {"a": {"bytes": "1", "sha256": "0"}}, "files": {}, "tensors": {}})],
+)
+def test_manifest_must_be_whole(text: str, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = shutil.copytree(quantized_small, tmp_path / "broken")
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    refuse(cli, tmp_path, (str(folder / "manifest.json"),), "verify", folder, "--json")
+
+
+def test_only_what_is_needed_is_refused(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """The helpers of this file write whole shards: an edit of nothing changes nothing."""
+    edit_header(broken / BLOCK, lambda _: None)
+    poison(broken, W1, 0, 0x3C00)
+    assert cli(*arguments_of("generate", broken, tmp_path)).code == 0
+    assert cli("quantize", broken, tmp_path / "out").code == 0

@@ -1,0 +1,293 @@
+"""Requests that cannot be served: an error that states the rule, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxConfig, DbrxForCausalLM, generate
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.bench.synthetic import write_checkpoint
+
+SCRIPT = Path(sys.executable).with_name("dbrx-q")
+BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
+CONTEXT = 64  # of the small checkpoint
+
+
+def refuse(done: Any, *says: str) -> None:
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in done.err
+    for words in says:
+        assert words in done.err
+
+
+# Where to write
+
+
+def test_group_size_must_divide(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    config = DbrxConfig(
+        d_model=64,
+        n_heads=2,
+        n_layers=1,
+        max_seq_len=64,
+        vocab_size=64,
+        ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 2},
+        torch_dtype="bfloat16",
+    )
+    write_checkpoint(config, tmp_path / "source")
+    done = cli("quantize", tmp_path / "source", tmp_path / "out", "--group-size", 64)
+    refuse(done, str(tmp_path / "source"), "transformer.blocks.0.ffn.experts.mlp.w2", "must divide", "64", "96")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert cli("quantize", tmp_path / "source", tmp_path / "out", "--group-size", 32).code == 0
+
+
+@pytest.mark.parametrize("group_size", [48, 0, -64, 256])
+def test_group_size_must_be_offered(group_size: int, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    refuse(cli("quantize", small, tmp_path / "out", "--group-size", group_size), "must be one of 32, 64, 128", f"found {group_size}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_must_be_plain(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    refuse(cli("quantize", quantized_small, tmp_path / "out"), str(quantized_small), "plain", "is quantized")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("file", "must be a folder"),
+        ("file/out", "Not a directory"),
+        ("file/deep/out", "Not a directory"),
+        ("source", "must be empty"),
+        ("source/out", "outside the source"),
+        ("source/deep/out", "outside the source"),
+        ("link/out", "outside the source"),
+        ("other", "must not hold the source"),  # its source is other.partial, where the result would be built
+        ("/proc/dbrx-q-out", "must be writable"),
+        ("/dev/null/out", "Not a directory"),
+        ("n" * 300, "name too long"),
+    ],
+)
+def test_destination_must_be_possible(place: str, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    source = shutil.copytree(small, tmp_path / ("other.partial" if place == "other" else "source"))
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").write_text("mine")
+    before = sorted((path, path.lstat().st_size) for path in tmp_path.rglob("*"))
+    refuse(cli("quantize", source, tmp_path / place), str(tmp_path / place), says)
+    assert sorted((path, path.lstat().st_size) for path in tmp_path.rglob("*")) == before
+
+
+def test_room_is_looked_at_first(small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, (1 << 40) - 1000, 1000))
+    refuse(cli("quantize", small, tmp_path / "deep" / "out"), str(tmp_path), "1,000 free")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sync", range(4), ids=["shard", "index", "config", "manifest"])
+def test_disk_full_at_every_file(sync: int, small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = [], os.fsync
+
+    def fsync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) > sync:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        done = cli("quantize", small, tmp_path / "out")
+    refuse(done, str(tmp_path / "out"), "No space left on device", f"What is finished is kept in {tmp_path / 'out.partial'}")
+    assert len(calls) == sync + 1
+    assert not (tmp_path / "out").exists()
+    assert cli("quantize", small, tmp_path / "out", "--resume").code == 0
+    assert cli("verify", tmp_path / "out").code == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_write_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    done = subprocess.run(
+        [SCRIPT, "quantize", small, tmp_path / "new" / "out", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert f"{tmp_path}/new/out: the destination must be writable; File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+# What to read
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate", "perplexity"])
+@pytest.mark.parametrize(("place", "says"), [("absent", "no such folder"), ("file", "is a folder; found a file")])
+def test_path_must_be_a_folder(place: str, says: str, command: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "file").write_text("mine")
+    more: dict[str, list[object]] = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "The"], "perplexity": ["--text", BOOK]}
+    if (command, place) == ("perplexity", "file"):
+        says = "or a GGUF file; found another kind of file"
+    refuse(cli(command, tmp_path / place, *more.get(command, [])), str(tmp_path / place), says)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--prompt", ""), "--prompt must hold text"),
+        (("--prompt", "word " * CONTEXT), f"context of {CONTEXT} tokens"),
+        (("--prompt", "The", "--max-new-tokens", 0), "max_new_tokens must be at least 1; found 0"),
+        (("--prompt", "The", "--max-new-tokens", -5), "found -5"),
+        (("--prompt", "The", "--temperature", -1), "temperature must be 0 or more; found -1"),
+        (("--prompt", "The", "--temperature", "nan"), "temperature must be 0 or more; found nan"),
+        (("--prompt", "The", "--temperature", "inf"), "temperature must be 0 or more; found inf"),
+        (("--prompt", "The", "--top-k", -1), "top_k must be 0 (keep all) or more; found -1"),
+        (("--prompt", "The", "--top-p", 0), "top_p must be above 0 and at most 1; found 0"),
+        (("--prompt", "The", "--top-p", 1.01), "found 1.01"),
+        (("--prompt", "The", "--min-p", -0.1), "min_p must be from 0 to 1; found -0.1"),
+        (("--prompt", "The", "--min-p", 2), "found 2"),
+        (("--prompt", "The", "--repetition-penalty", 0), "repetition_penalty must be above 0"),
+        (("--prompt", "The", "--stop", ""), "stop string must not be empty"),
+        (("--prompt", "The", "--system", "Be brief."), "--system needs --chat"),
+    ],
+)
+def test_generate_refuses(options: tuple[object, ...], says: str, quantized_small: Path, cli: Callable[..., Any]) -> None:
+    refuse(cli("generate", quantized_small, *options), says)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--context", 1), "context must be at least 2 tokens"),
+        (("--context", 0), "found 0"),
+        (("--context", CONTEXT + 1), f"to the model's {CONTEXT} tokens; found {CONTEXT + 1}"),
+        (("--context", 16, "--stride", 0), "stride must be from 1"),
+        (("--context", 16, "--stride", 17), "context of 16 tokens; found 17"),
+        (("--stride", CONTEXT + 1), f"context of {CONTEXT} tokens; found {CONTEXT + 1}"),
+    ],
+)
+def test_perplexity_refuses(options: tuple[object, ...], says: str, quantized_small: Path, cli: Callable[..., Any]) -> None:
+    refuse(cli("perplexity", quantized_small, "--text", BOOK, *options), says)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"A fine day\xff\xfe", "byte 10"),
+        ("é".encode("latin-1"), "byte 0"),
+        (b"\xed\xa0\x80", "byte 0"),  # half of a surrogate pair
+        (b"", "must not be empty"),
+        (b"Too short.", "must fill one window of 64 tokens"),
+        (b"GGUF\x00\x01", "binary"),
+        (None, "must be a file or the name of a data set"),
+    ],
+    ids=["not UTF-8", "latin-1", "surrogate", "empty", "short", "binary", "missing"],
+)
+def test_text_must_be_usable(data: bytes | None, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    path = tmp_path / "text.txt"
+    if data is not None:
+        path.write_bytes(data)
+    refuse(cli("perplexity", small, "--text", path), str(path), says)
+
+
+def test_memory_that_is_not_there(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = shutil.copytree(small, tmp_path / "long")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"max_seq_len": 64', f'"max_seq_len": {1 << 50}'))
+    refuse(cli("generate", folder, "--prompt", "The", "--max-new-tokens", 1 << 49), "not enough memory")
+
+
+@pytest.mark.parametrize("token", [-1, 4096, 1 << 40])
+def test_token_ids_must_be_in_range(token: int, small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(small)
+    with pytest.raises(RequestError, match=f"from 0 to 4095.*{token}"):
+        model(torch.tensor([[1, token]]))
+    with pytest.raises(RequestError, match=f"from 0 to 4095.*{token}"):
+        generate(model, [[1], [2, token]], max_new_tokens=1)
+
+
+def test_library_refuses_prompts_without_room(small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(small)
+    with pytest.raises(RequestError, match="at least one token"):
+        generate(model, [[1], []], max_new_tokens=1)
+    with pytest.raises(RequestError, match=f"context of {CONTEXT} tokens; prompt 1 has {CONTEXT}"):
+        generate(model, [[1], [1] * CONTEXT], max_new_tokens=1)
+    with pytest.raises(RequestError, match=f"fit {CONTEXT} tokens.*{CONTEXT + 1}"):
+        model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda:77", "must be a GPU that torch sees"), ("tpu", "must be 'cpu', 'cuda' or 'cuda:N'")])
+def test_devices_that_are_not_there(device: str, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    text = tmp_path / "text"
+    text.write_text("The old man looked at the sea")
+    refuse(cli("generate", small, "--prompt", "The", "--device", device), says, device)
+    refuse(cli("perplexity", small, "--text", text, "--device", device), says, device)
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("inspect", "a", "--nope"), "--nope"),
+        (("nope",), "nope"),
+        (("inspect",), "PATH"),
+        (("inspect", "a", "b"), "b"),
+        (("generate", "a"), "--prompt"),
+        (("perplexity", "a"), "--text"),
+        (("quantize", "a"), "DST"),
+        (("quantize", "a", "b", "--format", "int3"), "int3"),
+        (("quantize", "a", "b", "--group-size", "many"), "--group-size"),
+        (("generate", "a", "--prompt", "b", "--dtype", "int8"), "int8"),
+        (("generate", "a", "--prompt", "b", "--kv", "int2"), "int2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_usage(arguments: tuple[str, ...], says: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = cli(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert "Usage: dbrx-q" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_script_explains_and_exits_with_2(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for arguments, says in (
+        (["inspect", str(small), "--nope"], "--nope"),
+        (["inspect", str(tmp_path / "file")], f"{tmp_path}/file: a checkpoint is a folder; found a file"),
+    ):
+        done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(MemoryError(), "not enough memory for this"), (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU")]
+)
+def test_memory_that_runs_out_is_explained(
+    error: Exception, says: str, small: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dbrx_q.checkpoint.inventory.take_inventory", fails)
+    refuse(cli("inspect", small), says)

@@ -1,0 +1,435 @@
+"""Experts in memory over disk: the same bits as with all of them in memory, whatever the budget; and what happens when reading fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM, KVCache, generate
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.experts import ResidentExpertStore
+from dbrx_q.experts.cpu_store import HostExpertStore
+from dbrx_q.experts.files import ExpertFiles
+from dbrx_q.experts.host_tier import HostTier
+from dbrx_q.experts.policies import make_policy
+from dbrx_q.experts.reader import ExpertReader, reads_faster_directly, supports_direct
+from dbrx_q.experts.slots import ExpertSlots
+from dbrx_q.experts.tiered_store import NextRouter
+from dbrx_q.generation import generate as generation
+from dbrx_q.model.loading import load_model, load_pretrained
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.expert_kinds import ExpertKind
+from dbrx_q.planning.footprint import Request
+from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.placement import place
+from dbrx_q.quantize.pipeline import run as pipeline
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+
+PROMPT = list(range(5, 95))
+TIMEOUT = 60
+# Slots of each kind, policy, prefetch.
+SETTINGS = [(1, "least-stale", True), (1, "lru", False), (2, "lfu", True), (2, "lru", True), (2, "least-stale", False)]
+SETTINGS += [(5, "least-stale", True), (5, "lru", True), (5, "lfu", False), (64, "least-stale", True)]
+
+
+@pytest.fixture(scope="module")
+def mixed_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of three kinds: int8, nf4 with double quantization, which is decoded on the way in, and plain beside int4."""
+
+    def recipe(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+        formats = default_recipe(checkpoint.config, TensorFormat("int4", 64))
+        for name in list(formats):
+            if ".blocks.0.ffn" in name:
+                formats[name] = TensorFormat("int8", 64)
+            if ".blocks.1.ffn" in name:
+                formats[name] = TensorFormat("nf4-double", 64)
+            if ".blocks.2.ffn" in name and name.endswith(".w2"):
+                formats[name] = TensorFormat("int8", 32)
+        return formats
+
+    folder = tmp_path_factory.mktemp("mixed") / "dbrx-nano-mixed"
+    pipeline.quantize_checkpoint(nano, folder, pipeline.Request(recipe))
+    return folder
+
+
+@pytest.fixture(params=["int4", "mixed", "plain"])
+def folder(request: pytest.FixtureRequest, nano: Path, quantized_nano: Path, mixed_nano: Path) -> Path:
+    return {"int4": quantized_nano, "mixed": mixed_nano, "plain": nano}[request.param]
+
+
+def store_over(
+    folder: Path,
+    model: DbrxForCausalLM,
+    slots: int | Callable[[ExpertKind], int],
+    *,
+    policy: str = "least-stale",
+    prefetch: bool = True,
+    direct: bool = False,
+) -> HostExpertStore:
+    """A store with so many slots of each kind; the reader's threads end with it."""
+    with Checkpoint(folder) as checkpoint:
+        files = ExpertFiles(checkpoint, model.dtype)
+    config = model.config
+    policies = {kind: make_policy(policy, config.n_layers, config.ffn_config.moe_num_experts) for kind in set(files.kinds)}
+    routers = [NextRouter(block.ffn.router.layer.weight, config.ffn_config.moe_top_k) for block in model.transformer.layers()]
+    counts = {kind: slots if isinstance(slots, int) else slots(kind) for kind in policies}
+    tier = HostTier(files, ExpertReader(files, direct=direct), slots=counts, policies=policies)
+    return HostExpertStore(tier, prefetch=prefetch, routers=routers)
+
+
+def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
+    """Of a prompt, and of tokens one by one after it."""
+    cache = KVCache(model.config, 1, 128, dtype=model.dtype)
+    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    for token in (7, 300, 7, 41):
+        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return found
+
+
+@pytest.fixture
+def replaced() -> Iterator[Callable[[DbrxForCausalLM, HostExpertStore], None]]:
+    """Gives a model another store until the test ends."""
+    opened: list[tuple[DbrxForCausalLM, Any, HostExpertStore]] = []
+
+    def give(model: DbrxForCausalLM, store: HostExpertStore) -> None:
+        opened.append((model, model.transformer.expert_store, store))
+        model.transformer.expert_store = store
+
+    yield give
+    for model, own, store in opened:
+        model.transformer.expert_store = own
+        store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
+    model = load_model(folder, dtype=dtype)
+    assert isinstance(model.transformer.expert_store, ResidentExpertStore)
+    expected = logits_of(model)
+    for slots, policy, prefetch in SETTINGS if dtype == torch.bfloat16 else SETTINGS[::3]:
+        store = store_over(folder, model, slots, policy=policy, prefetch=prefetch, direct=slots == 5 and supports_direct(folder))
+        store.fill()
+        model.transformer.expert_store = store
+        found = logits_of(model)
+        store.close()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (slots, policy, prefetch)
+        assert (store.stats().cache.misses == 0) == (slots == 64), (slots, policy, prefetch)
+
+
+def test_a_model_loads_by_its_plan_and_counts_what_it_does(quantized_nano: Path) -> None:
+    expected = generate(DbrxForCausalLM.from_pretrained(quantized_nano), [PROMPT], max_new_tokens=8)[0].token_ids
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "4MiB"}, context=128)
+    plan = model.placement
+    assert plan is not None
+    assert 0 < plan.host.n_slots < plan.experts == 64
+    before = model.expert_store.stats()
+    assert before.disk_bytes == plan.host.experts  # the slots were filled
+    assert generate(model, [PROMPT], max_new_tokens=8)[0].token_ids == expected
+    did = model.expert_store.stats() - before
+    assert did.cache.requests >= 4 * 16 + 7 * 4 * 4
+    assert did.cache.misses > 0
+    each = plan.expert_bytes // plan.experts
+    assert did.cache.misses * each <= did.disk_bytes <= (did.cache.misses + did.cache.prefetches) * each
+    assert did.compute_seconds > 0
+    model.close()
+
+
+def test_all_experts_in_the_budget_are_simply_resident(quantized_nano: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "1GiB"})
+    assert isinstance(model.expert_store, ResidentExpertStore)
+    assert model.expert_store.stats().cache.requests == 0
+
+
+def test_an_expert_of_a_quantized_checkpoint_is_one_range(nano: Path, quantized_nano: Path, mixed_nano: Path) -> None:
+    for folder, ranges in ((nano, 3), (quantized_nano, 1), (mixed_nano, 1)):
+        with Checkpoint(folder) as checkpoint:
+            files = ExpertFiles(checkpoint, torch.bfloat16)
+            every = [extent for layer in range(4) for e in range(16) for extent in files.extents(layer, e)]
+            assert len(every) == ranges * 64
+            stored = [info for name, info in checkpoint.infos.items() if ".experts." in name]
+            assert sum(extent.nbytes for extent in every) == files.nbytes == sum(info.nbytes for info in stored)
+
+
+@pytest.fixture
+def copied(quantized_nano: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized_nano, tmp_path / "copy"))
+
+
+def bounded(action: Callable[[], Any]) -> BaseException | None:
+    """What an action raises; it must end."""
+    found: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            action()
+            found.append(None)
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive(), "it hangs"
+    return found[0]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_file_that_shrinks_under_the_reader(copied: Path, prefetch: bool) -> None:
+    budget = Budget(Rig(2 << 20), context=100, step_tokens=8, prefetch=prefetch, direct=False)
+    model = load_model(copied, budget=budget)
+    expected = generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids
+    [shard] = copied.glob("*.safetensors")
+    whole = shard.read_bytes()
+    os.truncate(shard, 100)
+    error = bounded(lambda: generate(model, [PROMPT[:5]], max_new_tokens=12))
+    assert isinstance(error, CheckpointError)
+    assert "became shorter while it was read" in str(error)
+    shard.write_bytes(whole)  # and what was half read is not taken for an expert
+    assert generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids == expected
+    model.close()
+
+
+@pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), RuntimeError("a bug in a thread")], ids=["disk", "thread"])
+def test_a_reader_that_fails(copied: Path, problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(copied, budget=Budget(Rig(2 << 20), context=100, step_tokens=8, direct=False))
+    expected = generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids
+    real, calls = os.preadv, []
+
+    def preadv(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) >= 3:
+            raise problem
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", preadv)
+        error = bounded(lambda: generate(model, [PROMPT[:5]], max_new_tokens=12))
+    if isinstance(problem, OSError):
+        assert isinstance(error, CheckpointError)
+        assert "read failed at byte" in str(error)
+        assert "Input/output error" in str(error)
+    else:
+        assert error is problem
+    assert generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids == expected
+    model.close()
+
+
+@pytest.mark.parametrize("expert", [0, 15], ids=["read at once", "read later"])
+def test_a_damaged_expert_is_refused_when_it_is_first_read(copied: Path, expert: int) -> None:
+    with Checkpoint(copied) as checkpoint:
+        name = f"transformer.blocks.3.ffn.experts.mlp.v1.{expert}.scales"
+        path, offset = checkpoint.path_of(name), checkpoint.infos[name].offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\x00\x7c")  # infinity
+
+    def use() -> None:
+        model = load_model(copied, budget=Budget(Rig(2_200_000), context=100, step_tokens=8))
+        assert expert, "it was among those that are read when the model is loaded"
+        for seed in range(300):
+            generate(model, [[seed, 3, seed]], max_new_tokens=8)
+
+    error = bounded(use)
+    assert isinstance(error, CheckpointError)
+    assert f"{name} must be finite" in str(error)
+
+
+def test_an_interruption_in_the_middle_leaves_no_expert_that_did_not_arrive(
+    quantized_nano: Path, replaced: Callable[[DbrxForCausalLM, HostExpertStore], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(quantized_nano)
+    expected = logits_of(model)
+    store = store_over(quantized_nano, model, 6)
+    replaced(model, store)
+    real, calls = ExpertReader.load, []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) % 13 == 0:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    for _ in range(8):
+        with monkeypatch.context() as patched:
+            patched.setattr(ExpertReader, "load", load)
+            with pytest.raises(KeyboardInterrupt):
+                logits_of(model)
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_closed_store_says_so_and_does_not_hang(quantized_nano: Path) -> None:
+    model = load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
+    model.close()
+    model.close()
+    error = bounded(lambda: generate(model, [PROMPT[:5]], max_new_tokens=12))
+    assert isinstance(error, CheckpointError)
+    assert "closed" in str(error)
+
+
+def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Path) -> None:
+    """Whatever is foreseen and not needed, the slot gets the right bytes afterwards."""
+    model = load_model(quantized_nano)
+    with Checkpoint(quantized_nano) as checkpoint:
+        files = ExpertFiles(checkpoint, model.dtype)
+    reader = ExpertReader(files, threads=1)
+    slots = ExpertSlots(files.kinds[0], 1, torch.device("cpu"))
+    for e in range(15):
+        load = reader.load(0, e, slots, 0, urgent=False)
+        reader.abandon(load)
+        load.settle()
+        reader.load(0, e + 1, slots, 0, urgent=True).wait()
+        assert torch.equal(slots.views(0)[0], model.transformer.layers()[0].ffn.experts.mlp.w1.get_buffer("qweight")[e + 1])
+    reader.close()
+
+
+def test_experts_that_are_waited_for_come_before_those_that_are_foreseen(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpoint(quantized_nano) as checkpoint:
+        files = ExpertFiles(checkpoint, torch.bfloat16)
+    reader = ExpertReader(files, threads=1)
+    slots = ExpertSlots(files.kinds[0], 4, torch.device("cpu"))
+    gate, order = threading.Event(), []
+    real = ExpertReader._read
+
+    def read(self: ExpertReader, piece: Any, buffer: Any) -> None:
+        gate.wait(TIMEOUT)
+        order.append(piece.load)
+        real(self, piece, buffer)
+
+    monkeypatch.setattr(ExpertReader, "_read", read)
+    first = reader.load(0, 0, slots, 0, urgent=True)
+    early, later, needed = (reader.load(0, e, slots, e, urgent=e == 3) for e in (1, 2, 3))
+    reader.hurry(later)
+    gate.set()
+    for load in (first, early, later, needed):
+        load.wait()
+    assert order == [first, needed, later, early]
+    reader.close()
+
+
+def test_the_page_cache_serves_where_it_can_hold_what_is_read(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpoint(quantized_nano) as checkpoint:
+        files = ExpertFiles(checkpoint, torch.bfloat16)
+    assert not reads_faster_directly(files, uncached_bytes=1)
+    if supports_direct(files.paths[0]):
+        assert reads_faster_directly(files, uncached_bytes=1 << 60) in (True, False)  # measured, either way without an error
+
+
+@pytest.mark.parametrize(
+    ("ram", "message"),
+    [(1 << 20, r"the host must hold ([\d,]+) bytes .* at least: .* the budget is 1,048,576 bytes"), (0, "the budget is 0 bytes")],
+)
+def test_a_budget_that_cannot_work_names_the_smallest_that_can(quantized_nano: Path, ram: int, message: str) -> None:
+    budget = Budget(Rig(ram), context=100, step_tokens=8)
+    with pytest.raises(RequestError, match=message) as refused:
+        load_model(quantized_nano, budget=budget)
+    least = int(str(refused.value).split("must hold ")[1].split(" bytes")[0].replace(",", ""))
+    load_model(quantized_nano, budget=replace(budget, rig=Rig(least))).close()
+    with pytest.raises(RequestError):
+        load_model(quantized_nano, budget=replace(budget, rig=Rig(least - 1)))
+
+
+def test_memory_that_another_program_took(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbrx_q.planning.budget.available_bytes", lambda: 1_900_000)
+    with pytest.raises(RequestError, match=r"of host memory, of which 1\.90 MB are free now: .* at most 1,900,000 bytes"):
+        load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
+    load_model(quantized_nano, budget=Budget(Rig(1_900_000), context=10, step_tokens=8)).close()
+
+
+def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:
+    load = DbrxForCausalLM.from_pretrained
+    for max_memory, message in (
+        ({"gpu": "3GiB"}, "must be the index of a GPU or 'cpu'; found 'gpu'"),
+        ({"disk": "3GiB"}, "The disk has no limit"),
+        ({True: 5}, "found True"),
+        ({"cpu": "lots"}, "a size must be a number with a unit"),
+        ({"cpu": -1}, "must be a number of bytes"),
+        ({99: "3GiB"}, r"GPU 99 must be one that torch sees; it sees \d+"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            load(quantized_nano, device_map="auto", max_memory=max_memory)  # type: ignore[arg-type] # that is the point
+    with pytest.raises(RequestError, match="max_memory needs device_map='auto'"):
+        load(quantized_nano, max_memory={"cpu": "3GiB"})
+    with pytest.raises(RequestError, match="Leave one of them out"):
+        load(quantized_nano, device_map="auto", device="cpu")
+
+
+def test_a_context_that_outgrows_the_cache_stops_and_says_why(quantized_nano: Path) -> None:
+    model = load_pretrained(quantized_nano, budget=Budget(Rig(3 << 20), context=20, step_tokens=20))
+    [result] = generate(model, [PROMPT[:10]], max_new_tokens=50)
+    assert (result.finish_reason, len(result.token_ids)) == ("memory", 10)
+    whole = load_model(quantized_nano)
+    assert generate(whole, [PROMPT[:10]], max_new_tokens=10)[0].token_ids == result.token_ids
+    short, long = generate(model, [PROMPT[:2], PROMPT[:7]], max_new_tokens=50)  # they share the room
+    assert (short.finish_reason, long.finish_reason) == ("memory", "memory")
+    assert (len(short.token_ids), len(long.token_ids)) == (8, 3)
+    with pytest.raises(RequestError, match="prompt 0 has 20 tokens and room for 20"):
+        generate(model, [PROMPT[:20]], max_new_tokens=1)
+    [smaller] = generate(model, [PROMPT[:10]], max_new_tokens=50, kv_format="int8")  # half the bytes, more tokens
+    assert len(smaller.token_ids) > 10
+    model.close()
+
+
+def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> None:
+    model = load_model(quantized_nano)
+    store = store_over(quantized_nano, model, 5)
+    weights = store.layer(2, torch.tensor([[3, 9], [9, 1]]))
+    assert weights.slots is not None
+    assert [e for e, slot in enumerate(weights.slots.tolist()) if slot >= 0] == [1, 3, 9]
+    with pytest.raises(RequestError, match="it uses 6 and the budget holds 5"):
+        store.layer(2, torch.arange(6)[None])
+    store.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch_size", 0)])
+def test_keys_and_values_that_no_model_has(quantized_nano: Path, name: str, value: Any) -> None:
+    rule = "from 1 to the model's 2,048 tokens" if name == "context" else "at least 1"
+    with pytest.raises(RequestError, match=f"must be a whole number {rule}; found {value}"):
+        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "3MB"}, **{name: value})
+
+
+def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(RequestError, match="pins what a profile used most"):
+            load_model(quantized_nano, budget=Budget(Rig(3_000_000), context=64, step_tokens=16, policy="static"))
+    assert threading.active_count() == before
+
+
+def test_a_device_beside_a_budget_is_refused(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbrx_q.model.loading.check_device", lambda device: torch.device("cuda"))
+    with pytest.raises(RequestError, match="a budget says which devices are used; found device 'cuda' beside it"):
+        load_pretrained(quantized_nano, budget=Budget(Rig(3_000_000)), device="cuda")
+
+
+def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cli: Callable[..., Any]) -> None:
+    """Not that of the whole prompt, as `plan` has it."""
+    with Checkpoint(quantized_nano) as checkpoint:
+        least = place(checkpoint.config, checkpoint.formats, Rig(1), Request(1100)).shortfall + 1
+    ram = f"{-(-least // 1000)}KB"
+    done = cli("generate", quantized_nano, "--prompt", "a b c d " * 200, "--max-new-tokens", 2, "--ram", ram, "--context", 1100, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["new_tokens"] == 2
+    short = cli("generate", quantized_nano, "--prompt", "a b c d " * 200, "--ram", "9MB", "--context", 100)
+    assert short.code == 2
+    assert "--context must hold the prompt's" in short.err
+
+
+def test_sequences_that_step_together_share_one_cache(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(quantized_nano)
+    model.transformer.kv_budget = 200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes
+    prompts = [[1] * 80, [1] * 3, [1] * 3]
+    assert generation._capacities(model, prompts, 20, "plain") == [100, 23, 23]
+    monkeypatch.setattr(type(model.transformer), "steps_together", True)
+    with pytest.raises(RequestError, match="prompt 0 has 80 tokens and room for 66"):  # three of the longest
+        generation._capacities(model, prompts, 20, "plain")

@@ -1,0 +1,352 @@
+"""Copies to a card: their order, what waits for them and what does not, and which experts the CPU takes instead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_q import DbrxForCausalLM
+from dbrx_q.errors import DbrxError
+from dbrx_q.experts.cache import ExpertCache
+from dbrx_q.experts.gpu_experts import CardExperts
+from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.link import Arrival, Link, make_link
+from dbrx_q.experts.split import MissRates, split_misses
+from dbrx_q.experts.sums import PairSum
+from dbrx_q.kernels.formats.expert_weights import Routing
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.offloading import MissPolicy
+
+CPU = torch.device("cpu")
+TIMEOUT = 60
+
+Cards = Callable[..., Budget]
+OneCard = Callable[[MissPolicy], CardExperts]
+
+
+class Gate:
+    """Holds a link's copies, all or those that somebody chooses, until it is opened."""
+
+    def __init__(self, link: Link, hold: Callable[[Any], bool] = lambda job: True) -> None:
+        self.order: list[int] = []
+        self._open, self._hold, self._real = threading.Event(), hold, link._send
+        link._send = self._send  # type: ignore[method-assign] # to see and hold what is sent
+
+    def open(self) -> None:
+        """Everything may pass."""
+        self._open.set()
+
+    def _send(self, job: Any) -> Any:
+        if self._hold(job):
+            assert self._open.wait(TIMEOUT)
+        self.order.append(int(job.sources[0].flatten()[0]))
+        return self._real(job)
+
+
+def test_copies_come_in_the_order_of_need() -> None:
+    link = make_link(CPU)
+    gate = Gate(link)
+    target = torch.zeros(8, 3)
+    arrivals = [link.copy([torch.full((3,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(8)]
+    begun(link, arrivals[0])
+    link.hurry(arrivals[4])
+    link.defer(arrivals[1])
+    link.hurry(arrivals[5])
+    link.defer(arrivals[5])
+    link.abandon(arrivals[6])
+    for move in (link.hurry, link.defer):
+        move(arrivals[0])
+    gate.open()
+    for arrival in [*arrivals[:6], arrivals[7]]:
+        arrival.wait()
+    with pytest.raises(DbrxError, match="given up"):
+        arrivals[6].wait()
+    assert gate.order == [0, 3, 4, 2, 7, 1, 5]
+    assert target[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 7]
+    assert link.bytes_copied == 7 * 12
+    link.settle()
+    link.close()
+
+
+def begun(link: Link, arrival: Arrival) -> None:
+    """Return when the link is at a copy, or through with it."""
+    until = time.monotonic() + TIMEOUT
+    while any(job.arrival is arrival for job in list(link._jobs)):
+        assert time.monotonic() < until, "the link does not come to it"
+        time.sleep(0.001)
+
+
+def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
+    link = make_link(CPU)
+    gate = Gate(link)
+    target = torch.zeros(3)
+    arrival = link.copy([torch.ones(3), torch.ones(3)], [target, target], urgent=False)
+    begun(link, arrival)
+    link.abandon(arrival)
+    assert not arrival.done  # what it reads may not be written to yet
+    gate.open()
+    arrival.settle()
+    assert target.tolist() == [0, 0, 0]
+    with pytest.raises(DbrxError, match="given up"):
+        arrival.wait()
+    link.close()
+
+
+class Noted(PairSum):
+    """Notes what is computed where, in order."""
+
+    def __init__(self, x: torch.Tensor, routing: Any, notes: list[tuple[str, list[int]]]) -> None:
+        super().__init__(x, routing)
+        self._notes = notes
+
+    def add_card(self, weights: Any, slots: Any) -> None:
+        self._notes.append(("card", sorted(slots)))
+        super().add_card(weights, slots)
+
+    def add_host(self, weights: Any, slots: Any) -> None:
+        self._notes.append(("host", sorted(slots)))
+        super().add_host(weights, slots)
+
+
+ROUTING = Routing(torch.zeros(1, 16), torch.tensor([[3, 7, 1, 9]]), torch.full((1, 4), 0.25))
+
+
+@pytest.fixture
+def one_card(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> OneCard:
+    """Makes a card with slots for some experts, none of which it holds; those of the first two layers lie in host memory."""
+
+    def make(miss_policy: MissPolicy) -> CardExperts:
+        store = loaded(cards(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
+        assert isinstance(store, CardExpertStore)
+        [card] = store.cards
+        card._full.arrived.clear()
+        card.recover()
+        card._full.cache(0).kept_elsewhere = None
+        store.tier.forget()
+        store.tier.fill(np.repeat([1.0, 1.0, 0.0, 0.0], 16).reshape(4, 16))
+        return card
+
+    return make
+
+
+def test_the_cpu_does_not_wait_for_what_was_foreseen(one_card: OneCard) -> None:
+    """Copies for the next layer begin before the CPU computes, and what is not there yet is computed last."""
+    card, x, notes = one_card(MissPolicy.cpu), torch.randn(1, 128), []
+    began: list[list[int]] = []
+    real = card.link.copy
+
+    def copy(sources: Any, targets: Any, **options: Any) -> Any:
+        began.append([len(notes)])
+        return real(sources, targets, **options)
+
+    card.link.copy = copy  # type: ignore[method-assign] # to see when
+    gate = Gate(card.link)
+    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    assert notes == [("host", [1, 3, 7, 9])]
+    assert began == [[0], [0]]  # before the CPU computed
+    notes.clear()
+    threading.Timer(0.2, gate.open).start()
+    before = card.wait_seconds
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert notes == [("host", [7, 9]), ("card", [3]), ("card", [1])]
+    assert card.wait_seconds > before
+    assert card.stats.prefetch_hits == 2
+    assert card._coming == {}
+
+
+def test_hybrid_computes_what_does_not_come_in_time(one_card: OneCard) -> None:
+    card, x, notes = one_card(MissPolicy.hybrid), torch.randn(1, 128), []
+    card.rates = MissRates(cpu=1e12, link=1.0)  # nothing that must travel is worth it
+    gate = Gate(card.link)  # and nothing does
+    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
+    assert notes == [("host", [1, 3, 7, 9])] * 2
+    assert card.on_cpu == card.stats.misses == 8
+    gate.open()
+    card.link.settle()
+    notes.clear()
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
+    assert notes == [("card", [1, 3]), ("host", [7, 9])]
+    assert card.stats.prefetch_hits == 2
+
+
+def test_host_memory_that_is_still_read_is_not_given_away(one_card: OneCard) -> None:
+    card = one_card(MissPolicy.cpu)
+    gate = Gate(card.link)
+    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
+    assert list(card._coming) == [(1, 3)]
+    [(_, arrival)] = [read for read in card._read if not read[1].done]
+    begun(card.link, arrival)
+    assert list(card._tier.watchers) == [card]
+    for wanted in (True, False):  # nor when it is given up in the middle
+        if not wanted:
+            gate = Gate(card.link)
+            card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
+            [arrival] = [arrival for place, arrival in card._read if place == (1, 9)]
+            begun(card.link, arrival)
+            card.link.abandon(arrival)
+        reused = threading.Event()
+        place = (1, 3) if wanted else (1, 9)
+
+        def reuse(place: tuple[int, int] = place, reused: threading.Event = reused) -> None:
+            card.let_leave(place)
+            reused.set()
+
+        threading.Thread(target=reuse, daemon=True).start()
+        assert not reused.wait(0.2)
+        gate.open()
+        assert reused.wait(TIMEOUT)
+
+
+def occupied(card: CardExperts, free: int) -> ExpertCache:
+    """The card's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
+    cache = card._full.cache(1)
+    for key in range(32, 64):
+        if len(cache._free) > free:
+            assert cache.assign(*divmod(key, 16)) is not None
+    assert len(cache._free) == free
+    cache.kept_elsewhere = lambda: np.arange(64) < 32
+    return cache
+
+
+def test_a_wrong_guess_does_not_keep_host_memory(one_card: OneCard) -> None:
+    """It is cut off when its place in host memory is wanted; what somebody waits for is not."""
+    card = one_card(MissPolicy.hybrid)
+    card.rates = MissRates(cpu=1e12, link=1.0)
+    gate = Gate(card.link)
+    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3, 9])
+    cache, (first, second) = card._full.cache(1), card._coming.values()
+    begun(card.link, first)
+    card.link.hurry(second)
+    threading.Timer(0.2, gate.open).start()
+    card.let_leave((1, 3))
+    assert first.abandoned
+    assert [cache.slot_of(1, e) >= 0 for e in (3, 9)] == [False, True]
+    card.let_leave((1, 9))
+    assert second.done
+    assert not second.abandoned
+    assert list(card._coming) == [(1, 9)]
+    assert len(cache._free) == cache.slots - 1
+
+
+def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
+    """Host memory gives up first what lies on a card, too."""
+    store = loaded(cards(2.2, ram=1.6, miss_policy=MissPolicy.cpu)).expert_store
+    assert isinstance(store, CardExpertStore)
+    [card] = store.cards
+    [host] = [pool.cache for pool in store.tier._pools.values()]
+    assert host.lent is not None
+    assert host.lent().sum() == card.caches[0].held.sum() > 0
+    here = [e for e in range(16) if store.tier.has(1, e) and card.caches[0].slot_of(1, e) < 0]
+    gate = Gate(card.link)
+    x = torch.randn(1, 128)
+    needed = [e for e in range(16) if store.tier.has(0, e) or card.caches[0].slot_of(0, e) >= 0][:4]
+    routing = replace(ROUTING, experts=torch.tensor([needed]))
+    card.serve(0, PairSum(x, routing), needed, here[:1])
+    assert card.coming == [(1, here[0])]
+    assert card.caches[0].slot_of(1, here[0]) >= 0
+    assert not host.lent()[16 + here[0]]
+    gate.open()
+
+
+def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_card: OneCard) -> None:
+    """Not when the CPU has computed its share."""
+    card, x, notes = one_card(MissPolicy.hybrid), torch.randn(1, 128), []
+    cache = occupied(card, free=2)
+    for e in (3, 9):
+        assignment = cache.assign(1, e)
+        assert assignment is not None
+        card.bring(assignment, card._sources(card._full, 1, e))
+    card.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
+    began: list[list[tuple[str, list[int]]]] = []
+    real = card.link.copy
+
+    def copy(sources: Any, targets: Any, **options: Any) -> Any:
+        began.append(list(notes))
+        return real(sources, targets, **options)
+
+    card.link.copy = copy  # type: ignore[method-assign] # to see when
+    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert began == [[("card", [3, 9])]]
+    assert sorted(e for _, experts in notes for e in experts) == [1, 3, 7, 9]
+    assert sorted(where for where, _ in notes) == ["card", "card", "host"]
+
+
+def test_what_is_foreseen_does_not_drive_out_what_was_foreseen(one_card: OneCard) -> None:
+    card, x = one_card(MissPolicy.cpu), torch.randn(1, 128)
+    cache = occupied(card, free=2)
+    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
+    assert list(card._coming) == [(1, 5), (1, 3)]
+    assert card.stats.prefetches == 2
+    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
+    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is foreseen again stays
+
+
+def test_an_error_waits_for_the_copies_of_other_cards(
+    loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch, cards: Cards
+) -> None:
+    """What they read in host memory may be free after it."""
+    store = loaded(cards(1.6, 1.6, ram=5.0)).expert_store
+    assert isinstance(store, CardExpertStore)
+    first, second = store.cards
+    gate = Gate(second.link)
+    arrival = second.link.copy([torch.ones(3)], [torch.zeros(3)], urgent=False)
+    threading.Timer(0.2, gate.open).start()
+    monkeypatch.setattr(first, "_serve", lambda *_: (_ for _ in ()).throw(RuntimeError("the bus is gone")))
+    with pytest.raises(RuntimeError, match="the bus is gone"):
+        store._serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [])
+    assert arrival.done
+
+
+@given(
+    st.dictionaries(st.integers(0, 15), st.integers(1, 40), max_size=16),
+    st.floats(1e9, 1e11),
+    st.floats(1e9, 1e11),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_split_ends_as_early_as_any(missed: dict[int, int], cpu: float, link: float) -> None:
+    rates, nbytes = MissRates(cpu, link), 10**8
+
+    def seconds(on_cpu: list[int]) -> float:
+        return max(sum(rates.cpu_seconds(nbytes, missed[e]) for e in on_cpu), (len(missed) - len(on_cpu)) * nbytes / link)
+
+    on_cpu, copied = split_misses(missed, nbytes, rates, MissPolicy.hybrid)
+    assert sorted(on_cpu + copied) == sorted(missed)
+    by_tokens = sorted(missed, key=lambda e: missed[e])
+    assert seconds(on_cpu) == pytest.approx(min(seconds(by_tokens[:k]) for k in range(len(missed) + 1)))
+    assert split_misses(missed, nbytes, rates, MissPolicy.cpu) == (sorted(missed), [])
+    assert split_misses(missed, nbytes, rates, MissPolicy.copy) == ([], sorted(missed))
+    one = max(sum(rates.cpu_seconds(nbytes, tokens) for tokens in missed.values()), 0)
+    assert seconds(on_cpu) <= min(one, len(missed) * nbytes / link) * 1.0000001
+
+
+def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
+    even, slow = MissRates(10.0, 10.0), MissRates(10.0, 1.0)
+    assert split_misses({2: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([2], [])  # one each
+    assert split_misses({}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([], [])
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 3], [])
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 1)}) == ([2], [3])  # it has almost come
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 5, 6], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 1), 6: (1, 10)}) == ([2, 6], [])  # the last to arrive
+    assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (80, 10)}) == ([2], [])  # 80 tokens are 20 reads
+    assert split_misses({2: 1}, 10, slow, MissPolicy.cpu, {5: (1, 10)}) == ([2], [])
+    assert split_misses({2: 1}, 10, slow, MissPolicy.copy, {5: (1, 10)}) == ([], [2])
+
+
+def test_rates_follow_what_is_seen() -> None:
+    rates = MissRates(10.0, 20.0)
+    for _ in range(60):
+        rates.saw(cpu_bytes=100, cpu_seconds=5)
+    assert rates.cpu == pytest.approx(20, rel=0.02)
+    assert rates.link == 20
+    rates.saw(link_bytes=0, link_seconds=0)
+    assert rates.link == 20

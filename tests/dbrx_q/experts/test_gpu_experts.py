@@ -1,0 +1,243 @@
+"""Layers split over cards, here two pieces of host memory: the code of GPUs, and the bits of a model in one place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM, KVCache, generate
+from dbrx_q.errors import CheckpointError, DbrxError, RequestError
+from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.link import Link
+from dbrx_q.experts.stats import ExpertStats
+from dbrx_q.experts.sums import PartialSum
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.router import route
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.placement import place
+from dbrx_q.planning.sizes import format_size
+
+CPU = torch.device("cpu")
+TIMEOUT = 60
+PROMPT = list(range(5, 45))
+
+Cards = Callable[..., Budget]
+
+
+def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
+    cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
+    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    for token in (7, 300, 7, 41, 9, 300):
+        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(quantized_nano: Path) -> list[torch.Tensor]:
+    return logits_of(load_model(quantized_nano))
+
+
+# Of the 64 experts of 53 kB: host memory holds all; all lie on the cards or there, some of them on both; some on disk alone; hardly a slot
+# on the cards; one card; three of unequal size.
+RIGS = {
+    "in memory": ((2.3, 2.0), 5.0),
+    "once": ((2.3, 2.0), 2.6),
+    "on disk": ((2.3, 2.0), 1.4),
+    "few slots": ((1.4, 1.1), 1.4),
+    "one card": ((3.2,), 1.6),
+    "three": ((1.5, 2.2, 1.2), 1.5),
+}
+
+
+@pytest.mark.parametrize("rig", RIGS)
+@pytest.mark.parametrize("miss_policy", list(MissPolicy))
+def test_any_split_gives_the_same_bits(
+    rig: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
+) -> None:
+    sizes, ram = RIGS[rig]
+    every = [("least-stale", True), ("lru", True), ("lfu", False)]
+    turn = (list(RIGS).index(rig) + list(MissPolicy).index(miss_policy)) % len(every)
+    for policy, prefetch in every if rig == "few slots" else every[turn : turn + 1]:
+        model = loaded(cards(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
+        plan, store = model.placement, model.expert_store
+        assert plan is not None
+        assert isinstance(store, CardExpertStore)
+        assert [card.layers for card in store.cards] == [device.layers for device in plan.cards]
+        assert (plan.disk_experts == 0) == (rig in ("in memory", "once"))
+        assert [cache.kept_elsewhere is None for card in store.cards for _, cache in card._full.pools.values()] == [rig != "once"] * len(
+            sizes
+        )
+        before = store.stats()
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True)), (policy, prefetch)
+        did = store.stats() - before
+        assert did.cache.misses > 0
+        assert did.host.requests == did.cache.misses
+        assert (did.disk_bytes == 0) == (rig in ("in memory", "once"))
+        if miss_policy is MissPolicy.cpu:
+            assert did.on_cpu == did.cache.misses
+        if miss_policy is MissPolicy.copy:
+            assert did.on_cpu == 0
+            assert did.link_bytes >= did.cache.misses * store.tier.kind(0).nbytes
+        model.close()
+
+
+def test_the_memory_of_every_card_is_the_plans(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4))
+    plan, store = model.placement, model.expert_store
+    assert plan is not None
+    assert isinstance(store, CardExpertStore)
+    assert [card.nbytes for card in store.cards] == [device.experts for device in plan.cards]
+    assert store.tier.nbytes == plan.host.experts
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
+    assert held == sum(device.dense for device in plan.cards)
+    cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
+    assert cache.nbytes == sum(device.kv_cache for device in plan.cards)
+
+
+def test_all_on_cards_is_simply_resident(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards) -> None:
+    model = loaded(cards(9.0, 9.0, ram=1.0))
+    assert not isinstance(model.expert_store, CardExpertStore)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_model_that_is_loaded_in_inference_mode(
+    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
+) -> None:
+    with torch.inference_mode():
+        model = loaded(cards(1.4, 1.1, ram=1.4, miss_policy=MissPolicy.copy))
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path, cards: Cards) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4))
+    prompts = [PROMPT[:7], PROMPT[3:20]]
+    wanted = [found.token_ids for found in generate(load_model(quantized_nano), prompts, max_new_tokens=12)]
+    assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
+    shown = "\n".join(model.expert_store.stats().lines())
+    assert "host memory:" in shown
+    did = model.expert_store.stats()
+    assert [link.card for link in did.links] == ["cuda:0", "cuda:1"]
+    for link, its in zip(did.links, did.as_dict()["links"], strict=True):
+        assert link.nbytes > 0
+        assert link.seconds > 0
+        assert f"link to {link.card}: {format_size(link.nbytes)} copied" in shown
+        assert its == {"card": link.card, "nbytes": link.nbytes, "seconds": link.seconds}
+    assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_bytes"]
+    twice = did + did
+    assert [link.nbytes for link in twice.links] == [2 * link.nbytes for link in did.links]
+    assert (twice - did).links == did.links
+    assert (ExpertStats() + did).links == did.links
+
+
+def test_a_reader_that_fails_under_cards(
+    quantized_nano: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
+) -> None:
+    copy = Path(shutil.copytree(quantized_nano, tmp_path / "copy"))
+    model = loaded(cards(1.4, 1.1, ram=1.4), copy)
+    [shard] = copy.glob("*.safetensors")
+    whole = shard.read_bytes()
+    os.truncate(shard, 100)
+    error = ends(lambda: logits_of(model))
+    assert isinstance(error, CheckpointError)
+    assert "became shorter" in str(error)
+    shard.write_bytes(whole)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_link_that_fails_and_an_interruption(
+    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, cards: Cards
+) -> None:
+    model = loaded(cards(2.3, 2.0, ram=1.4, miss_policy=MissPolicy.copy))
+    store = model.expert_store
+    assert isinstance(store, CardExpertStore)
+    real = Link.copy
+    for problem in (RuntimeError("the bus is gone"), KeyboardInterrupt()):
+        for good in (0, 3, 8):
+            calls: list[int] = []
+
+            def copy(*arguments: Any, calls: list[int] = calls, good: int = good, problem: Any = problem, **options: Any) -> Any:
+                calls.append(1)
+                if len(calls) > good:
+                    raise problem
+                return real(*arguments, **options)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Link, "copy", copy)
+                assert ends(lambda: logits_of(model)) is problem
+            assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
+
+
+def test_a_closed_store_of_cards_says_so(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
+    model = loaded(cards(1.4, 1.1, ram=1.4))
+    model.close()
+    error = ends(lambda: logits_of(model))
+    assert isinstance(error, DbrxError)
+    assert "closed" in str(error)
+
+
+def ends(action: Callable[[], Any]) -> BaseException | None:
+    """What an action raises; it must end."""
+    found: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            action()
+            found.append(None)
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive(), "it hangs"
+    return found[0]
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int) -> None:
+    """What a GPU does, on the CPU: partial sums of some experts here and the others there."""
+    model = load_model(quantized_nano)
+    layer = model.transformer.layers()[1].ffn.experts.mlp.weights()
+    x = torch.randn(T, 128, generator=torch.Generator().manual_seed(T))
+    routing = route(x, torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), 4, 1.0)
+    total = PartialSum(x, routing)
+    every = list(total.counts)
+    total.add_card(layer, {e: e for e in every[::2]})
+    total.add_host(layer, {e: e for e in every[1::2][:2]})
+    total.add_card(layer, {e: e for e in every[1::2][2:]})
+    whole = moe_experts(x, routing.experts, routing.weights, layer)
+    torch.testing.assert_close(total.result(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+    assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
+
+
+def test_what_does_not_fit_on_a_card_is_refused(quantized_nano: Path, cards: Cards) -> None:
+    budget = cards(0.3, 2.0, ram=4.0)
+    with pytest.raises(RequestError, match=r"cuda:0 must hold [\d,]+ bytes .* at least"):
+        load_model(quantized_nano, budget=budget)
+    with pytest.raises(RequestError, match="the host must hold"):
+        load_model(quantized_nano, budget=replace(budget, rig=replace(cards(2.3, 2.0, ram=0.2).rig)))
+    with pytest.raises(RequestError, match="miss_policy must be 'cpu', 'copy' or 'hybrid'; found 'gpu'"):
+        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", miss_policy="gpu")
+
+
+def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path, cards: Cards) -> None:
+    model = load_model(quantized_nano)
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.planning.footprint import Request
+
+    with Checkpoint(quantized_nano) as checkpoint:
+        plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=2.4).rig, Request(64, step_tokens=40))
+        roomy = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=5.0).rig, Request(64, step_tokens=40))
+    assert [device.scratch for device in plan.cards] == [2, 2]
+    assert sum(device.n_slots for device in plan.cards) < 64 < sum(device.n_slots for device in plan.devices)
+    assert roomy.host.n_slots == 64

@@ -1,0 +1,108 @@
+"""What a model takes of the memory that it was given, and gives back."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import generate
+from dbrx_q.errors import RequestError
+from dbrx_q.experts.gpu_experts import CardExperts
+from dbrx_q.experts.tiered_store import TieredExpertStore
+from dbrx_q.model.loading import load_model
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.host_memory import allowed_bytes, available_bytes
+from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.offloading import PINNED_BYTES
+
+TIMEOUT = 60
+
+
+@pytest.mark.parametrize("cards", [(), (2.3,)], ids=["host", "card"])
+def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, cards: tuple[float, ...]) -> None:
+    """Slots and threads, once nobody has the model any more."""
+    rig = Rig(5 << 20 if cards else 2_400_000, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in cards))
+    rig = replace(rig, ram=(rig.ram or 0) + PINNED_BYTES * len(cards))
+    before = set(threading.enumerate())
+    budget = Budget(rig, context=100, step_tokens=8, devices=(torch.device("cpu"),) * len(cards))
+    model = load_model(quantized_nano, budget=budget)
+    generate(model, [[5, 6, 7]], max_new_tokens=6)
+    store = model.expert_store
+    assert isinstance(store, TieredExpertStore)
+    slots = [store.tier.slots(0), *(card._full.slots(card.layers[0]) for card in getattr(store, "cards", ()))]
+    memory = [weakref.ref(stack) for each in slots for stack in each._stacks]
+    threads = set(threading.enumerate()) - before
+    assert len(threads) >= 4
+    del model, store, slots, budget
+    gc.collect()
+    assert [stack() for stack in memory] == [None] * len(memory)
+    for thread in threads:
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
+def test_a_store_of_cards_that_cannot_be_made_leaves_no_thread(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig((5 << 20) + 2 * PINNED_BYTES, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in (1.6, 1.6)))
+    cpu = torch.device("cpu")
+    real, made = CardExperts.__init__, []
+
+    def fails_second(self: CardExperts, *arguments: Any, **options: Any) -> None:
+        made.append(self)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("the GPU is full")
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(CardExperts, "__init__", fails_second)
+    before = set(threading.enumerate())
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(quantized_nano, budget=Budget(rig, context=64, step_tokens=8, devices=(cpu, cpu)))
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) -> None:
+    model = load_model(quantized_nano, budget=Budget(Rig(3 << 20), context=40, step_tokens=20))
+    ids = torch.arange(21)[None]
+    with pytest.raises(RequestError, match=r"at most the 20 tokens that the model was given memory for; found 21\. Bring fewer"):
+        model(ids)
+    whole = load_model(quantized_nano)
+    first = model(ids[:, :20], use_cache=True)
+    second = model(ids[:, 20:], None, first.past_key_values, True)
+    expected = whole(ids[:, :20], use_cache=True)
+    assert torch.equal(second.logits, whole(ids[:, 20:], None, expected.past_key_values, True).logits)
+    cache = second.past_key_values
+    model(torch.zeros(1, 19, dtype=torch.int64), None, cache, True)
+    with pytest.raises(RequestError, match="a sequence must fit 40 tokens, the room of its cache; found 41"):
+        model(torch.tensor([[1]]), None, cache, True)
+    wide = load_model(quantized_nano, budget=Budget(Rig(3 << 20), context=40))
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[1, :25] = 0  # 35 tokens, and room for 60
+    with pytest.raises(RequestError, match=r"20 tokens of 2 sequences; found 30\. Load the model with a longer context or a larger batch"):
+        wide(torch.zeros(2, 30, dtype=torch.int64), mask)
+    prompt = list(range(5, 35))  # longer than a pass
+    assert generate(model, [prompt], max_new_tokens=4)[0].token_ids == generate(whole, [prompt], max_new_tokens=4)[0].token_ids
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_container_may_take(tmp_path: Path, version: int) -> None:
+    groups, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    root = mounted / "memory" if version == 1 else mounted
+    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+    names = first if version == 1 else ("memory.max", "memory.current", "")
+    groups.write_text("5:cpu,cpuacct:/elsewhere\n4:memory:/box/inner\n" if version == 1 else "0::/box/inner\n")
+    for folder, most, used, cached in (("box", 900, 500, 100), ("box/inner", "max" if version == 2 else 1 << 60, 300, 0)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / names[0]).write_text(f"{most}\n")
+        (root / folder / names[1]).write_text(f"{used}\n")
+        (root / folder / "memory.stat").write_text(f"anon 5\n{names[2]}inactive_file {cached}\n{names[2]}active_file {cached // 2}\n")
+    found = allowed_bytes(groups, mounted)
+    assert min(found) == 550  # of the outer one: 900 - 500 + 100 + 50
+    assert len(found) == 3 - version
+    assert allowed_bytes(tmp_path / "nothing", mounted) == []
+    assert available_bytes() > 1 << 20

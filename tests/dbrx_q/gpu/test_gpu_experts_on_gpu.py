@@ -1,0 +1,81 @@
+"""A GPU that holds a part of the experts: the answers of one that holds all, and its budget kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM, generate
+from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.link import make_link
+from dbrx_q.model.loading import load_pretrained
+from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.offloading import MissPolicy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
+
+PROMPTS = [list(range(5, 45)), list(range(300, 317))]
+RESERVE = Card(0).reserve
+
+
+def budget(megabytes: float, *, ram: int = 1 << 30, **options: object) -> Budget:
+    rig = Rig(ram, (Card(int(megabytes * 1e6) + RESERVE),))
+    return Budget(rig, context=64, batch=2, step_tokens=40, **options)  # type: ignore[arg-type] # by name
+
+
+@pytest.mark.parametrize("miss_policy", list(MissPolicy))
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_policy: MissPolicy, prefetch: bool) -> None:
+    ids = torch.tensor([PROMPTS[0]])
+    exact = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)(ids).logits
+    whole = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")(ids).logits.cpu()
+    for megabytes in (2.4, 3.4, 4.4):
+        model = load_pretrained(quantized_nano, budget=budget(megabytes, miss_policy=miss_policy, prefetch=prefetch))
+        assert isinstance(model.expert_store, CardExpertStore)
+        found = model(ids).logits.cpu()
+        assert (found - exact).abs().mean() <= 2 * (whole - exact).abs().mean() + 1e-3
+        steps = [model(torch.tensor([[token]])).logits.cpu() for token in (7, 300, 7, 9)]  # decode: few tokens
+        assert all(torch.isfinite(step).all() for step in steps)
+        did = model.expert_store.stats()
+        assert did.cache.misses > 0
+        assert (did.on_cpu > 0) or miss_policy is not MissPolicy.cpu
+        model.close()
+
+
+def test_generation_agrees(quantized_nano: Path) -> None:
+    whole = generate(DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda"), PROMPTS, max_new_tokens=12)
+    model = load_pretrained(quantized_nano, budget=budget(3.0))
+    for a, b in zip(generate(model, PROMPTS, max_new_tokens=12), whole, strict=True):
+        assert sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) >= 8  # a tie in bfloat16 may fall either way
+    model.close()
+
+
+def test_a_card_takes_what_the_plan_says(quantized_nano: Path) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model = load_pretrained(quantized_nano, budget=budget(3.0))
+    assert model.placement is not None
+    card = model.placement.cards[0]
+    assert torch.cuda.memory_allocated() - before == pytest.approx(card.dense + card.experts, rel=0.03)
+    loaded = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    generate(model, PROMPTS, max_new_tokens=4)
+    libraries = 64 << 20  # matmuls of torch keep a workspace of their own, which is part of the reserve
+    assert torch.cuda.max_memory_allocated() - loaded <= card.kv_cache + card.workspace + libraries
+    model.close()
+
+
+def test_a_link_carries_what_it_is_given() -> None:
+    device = torch.device("cuda", 0)
+    link = make_link(device)
+    sources = [torch.randint(0, 255, (n,), dtype=torch.uint8) for n in (1, 1000, 40 << 20, 123_456_789)]
+    targets = [torch.zeros_like(source, device=device) for source in sources]
+    arrivals = [link.copy([source], [target], urgent=True) for source, target in zip(sources, targets, strict=True)]
+    for arrival in arrivals:
+        arrival.wait()
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(source, target.cpu())
+    link.close()

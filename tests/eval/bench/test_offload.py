@@ -1,0 +1,84 @@
+"""`bench offload`: what is measured with experts on disk, and on a card over host memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.bench.offload import bench_card, bench_offload, markdown
+
+
+def test_the_command_measures_and_writes(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    done = cli("bench", "offload", quantized_nano, "--share", "30", "-n", 4, "-p", 20, "--out", out, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert [(row["prefill"], row["prefetch"], row["tokens"]) for row in found["rows"]] == [
+        (False, True, 4),
+        (True, True, 20),
+        (False, False, 4),
+        (True, False, 20),
+    ]
+    for row in found["rows"]:
+        assert row["slots"] == 19  # 30 % of 64, whole experts
+        assert row["needed_bytes"] > 0
+        assert row["bound"] == pytest.approx(row["link"] / row["needed_bytes"])
+        assert row["of_bound"] == pytest.approx(row["tokens_per_second"] / row["bound"])
+        if not row["prefetch"]:
+            assert row["read_bytes"] == pytest.approx(row["needed_bytes"])
+    assert {path.name for path in out.iterdir()} == {"offload.json", "offload.md"}
+    assert "| 19 (30%) | tg4 | yes |" in (out / "offload.md").read_text()
+
+
+def test_a_card_over_host_memory(quantized_nano: Path) -> None:
+    rows = bench_card(quantized_nano, [0.4], torch.device("cpu"), tokens=4, policy="least-stale")
+    assert [(row.miss_policy, row.prefetch) for row in rows] == [(p, f) for p in ("cpu", "copy", "hybrid") for f in (True, False)]
+    for row in rows:
+        assert row.slots == 25
+        assert (row.cpu > 0, row.link > 0) == {"cpu": (True, False), "copy": (False, True), "hybrid": (True, True)}[row.miss_policy]
+        assert row.bound == pytest.approx((row.cpu + row.link) / row.needed_bytes)
+        assert row.on_cpu == {"cpu": 1.0, "copy": 0.0}.get(row.miss_policy, row.on_cpu)
+    found = bench_offload(quantized_nano, [0.4], tokens=2, prompt=0, policy="lru", prefetch=[False])
+    found.cards = rows
+    assert "| 25 (40%) | hybrid | yes |" in markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--share", "0"), "--share must be above 0 and below 100 percent; found 0"),
+        (("--share", "100"), "--share must be above 0 and below 100 percent; found 100"),
+        (("-n", "0", "-p", "0"), "one of them more; found 0 and 0"),
+        (("--policy", "static"), "random tokens have no profile"),
+    ],
+)
+def test_what_cannot_be_measured(quantized_nano: Path, arguments: tuple[str, ...], message: str, cli: Callable[..., Any]) -> None:
+    done = cli("bench", "offload", quantized_nano, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+def test_shares_that_are_none(quantized_nano: Path) -> None:
+    with pytest.raises(RequestError, match=r"between 0 and 1; found 1\.5"):
+        bench_card(quantized_nano, [1.5], torch.device("cpu"), policy="lru")
+    with pytest.raises(RequestError, match="at least 1; found 0"):
+        bench_card(quantized_nano, [0.5], torch.device("cpu"), tokens=0, policy="lru")
+
+
+def test_beside_it_a_low_bit_copy(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folder = tmp_path / "int8"
+    assert cli("quantize", nano, folder, "--format", "int8", "--low-bit", "int4").code == 0
+    found = bench_offload(folder, [0.8], tokens=4, prompt=0, policy="lru", prefetch=[False], degraded=True)
+    without, row = found.rows
+    assert without.degraded == 0
+    assert 0 < row.degraded <= 1 - row.hit_rate
+    assert row.slots < without.slots  # the copy takes the memory of some
+    assert f"| {row.degraded:.1%} |" in markdown(found)
+    with pytest.raises(RequestError, match=r"in that of 25% .* bytes are missing"):
+        bench_offload(folder, [0.8, 0.25], tokens=4, prompt=0, policy="lru", degraded=True, on_row=lambda *_: pytest.fail("measured"))

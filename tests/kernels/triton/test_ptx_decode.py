@@ -1,0 +1,291 @@
+"""The inline PTX that decodes weights and KV caches, run by an evaluator of exactly the instructions it uses and compared with the formats.
+
+No GPU is needed and none would show more: the results are compared bit for bit. Registers are arrays of uint32, one element per thread.
+
+Dimension letters: `L` threads, `M` bytes, four of each thread.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.triton import group_dot as triton_group_dot
+from dbrx_q.kernels.triton import kv as triton_kv
+from dbrx_q.kernels.triton import weights as triton_weights
+
+Array = np.ndarray[Any, Any]
+
+
+# The evaluator
+
+
+def _halves(register: Array) -> Array:
+    """uint32 [L] to uint16 [L, 2], the low half first."""
+    return register.view(np.uint16).reshape(-1, 2)
+
+
+def _from_bfloat16(register: Array) -> Array:
+    return (_halves(register).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _to_bfloat16(exact: Array) -> Array:
+    """uint16 bits of float64 values, rounded once to nearest, ties to even."""
+    assert ((np.abs(exact) >= 2.0**-126) | (exact == 0)).all(), "subnormal bfloat16 would need another rounding"
+    bits = exact.view(np.int64)
+    cut = 52 - 7  # bits of the fraction that bfloat16 does not have
+    rounded = (bits + ((1 << (cut - 1)) - 1) + ((bits >> cut) & 1)) >> cut << cut
+    with np.errstate(over="ignore"):
+        return (rounded.view(np.float64).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _fma_bfloat16(a: Array, b: Array, c: Array) -> Array:
+    x, y, z = (_from_bfloat16(register) for register in (a, b, c))
+    product = x * y  # 16 bits: exact
+    total = product + z
+    back = total - product
+    assert not ((product - (total - back)) + (z - back)).any(), "float64 rounded the sum"
+    return _to_bfloat16(total).view(np.uint32).reshape(-1)
+
+
+def _float16(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """Sums and products of float16 are exact in float64."""
+
+    def run(a: Array, b: Array) -> Array:
+        x, y = (_halves(register).view(np.float16).astype(np.float64) for register in (a, b))
+        with np.errstate(over="ignore"):
+            return op(x, y).astype(np.float16).view(np.uint32).reshape(-1)
+
+    return run
+
+
+def _float32(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """float64 has more than twice float32's digits, so that rounding to it first changes nothing."""
+    return lambda a, b: op(*(register.view(np.float32).astype(np.float64) for register in (a, b))).astype(np.float32).view(np.uint32)
+
+
+def _prmt(a: Array, b: Array, selector: Array) -> Array:
+    """Four bytes of the eight of `a` (0 to 3) and `b` (4 to 7)."""
+    chosen = int(selector[0])
+    source = np.stack(
+        [*(a >> np.uint32(8 * i) & np.uint32(255) for i in range(4)), *(b >> np.uint32(8 * i) & np.uint32(255) for i in range(4))]
+    )
+    out = np.zeros_like(a)
+    for place in range(4):
+        index = chosen >> 4 * place & 15
+        assert index < 8, "the mode that repeats a sign is not used"
+        out |= source[index] << np.uint32(8 * place)
+    return out
+
+
+def _lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Bit `4 a + 2 b + c` of the table, for every bit of a, b and c."""
+    out = np.zeros_like(a)
+    for minterm in range(8):
+        if int(table[0]) >> minterm & 1:
+            out |= (a if minterm & 4 else ~a) & (b if minterm & 2 else ~b) & (c if minterm & 1 else ~c)
+    return out
+
+
+def _convert_two(high: Array, low: Array) -> Array:
+    pair = np.stack([_to_bfloat16(register.view(np.float32).astype(np.float64)) for register in (low, high)], axis=-1)
+    return pair.view(np.uint32).reshape(-1)
+
+
+INSTRUCTIONS: dict[str, Callable[..., Array]] = {
+    "mov.b32": lambda a: a,
+    "mov.f32": lambda a: a,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "shr.u32": np.right_shift,
+    "xor.b32": np.bitwise_xor,
+    "fma.rn.bf16x2": _fma_bfloat16,
+    "add.rn.f16x2": _float16(np.add),
+    "mul.rn.f16x2": _float16(np.multiply),
+    "add.rn.f32": _float32(np.add),
+    "mul.rn.f32": _float32(np.multiply),
+    "cvt.rn.bf16x2.f32": _convert_two,
+}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a function hands to `tl.inline_asm_elementwise`."""
+
+    lines: list[str]
+    outputs: int
+    inputs: int
+
+
+def assembly_of(function: Any, dtype: torch.dtype | None = None, pack: int = 4) -> Assembly:
+    """Read from the source of a `triton.jit` function; of several blocks, the one that gives elements of `dtype`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.inline_asm_elementwise"]
+    options = [{keyword.arg: keyword.value for keyword in call.keywords} for call in calls]
+    wanted = "" if dtype is None else f"tl.{str(dtype).removeprefix('torch.')}"
+    [(call, option)] = [pair for pair in zip(calls, options, strict=True) if wanted in ast.unparse(pair[1]["dtype"])]
+    text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
+    assert ast.literal_eval(option["pack"]) == pack
+    each = constraints.split(",")
+    outputs = [constraint for constraint in each if constraint.startswith("=")]
+    assert all(constraint.startswith("=&") for constraint in outputs), "an output could share a register with an input that is read later"
+    lines = [line.strip() for line in text.replace("{", "").replace("}", "").split(";")]
+    return Assembly([line for line in lines if line], len(outputs), len(each) - len(outputs))
+
+
+def evaluate(assembly: Assembly, inputs: list[Array]) -> list[Array]:
+    """The output registers [L] for input registers [L], in the order of the constraints."""
+    assert len(inputs) == assembly.inputs
+    registers = {f"${assembly.outputs + i}": value for i, value in enumerate(inputs)}
+    declared: set[str] = set()
+
+    def operand(text: str) -> Array:
+        if found := re.fullmatch(r"0f([0-9A-F]{8})|(0x[0-9A-Fa-f]+)|(\d+)", text):
+            value = int(found[1], 16) if found[1] else int(text, 0)
+            return np.full(inputs[0].shape, value, np.uint32)
+        return registers[text]
+
+    for line in assembly.lines:
+        name, rest = line.split(maxsplit=1)
+        if name == ".reg":
+            declared |= set(rest.split(maxsplit=1)[1].split(", "))
+            continue
+        target, *sources = rest.split(", ")
+        assert target in declared or target in [f"${i}" for i in range(assembly.outputs)], line
+        registers[target] = INSTRUCTIONS[name](*(operand(source) for source in sources))
+    return [registers[f"${i}"] for i in range(assembly.outputs)]
+
+
+def registers_of(values: torch.Tensor) -> list[Array]:
+    """One value per byte, [M], as registers [L]: four bytes in one, two 16-bit values in each of two, a float32 in each of four."""
+    size = values.element_size()
+    memory = values.view(torch.uint8).numpy().reshape(-1, size, 4)
+    return [np.ascontiguousarray(memory[:, i]).view(np.uint32).reshape(-1) for i in range(size)]
+
+
+def values_of(registers: list[Array]) -> torch.Tensor:
+    """int16 [M]: the bits of 16-bit values, two registers of each thread."""
+    return torch.from_numpy(np.stack(registers, axis=1).view(np.int16).reshape(-1).copy())
+
+
+# What is compared
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes, zero-points and scales, [M] each."""
+
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+
+
+ALL_SCALES = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)  # from zero to the largest, subnormal ones among them
+MANY_SCALES = ALL_SCALES[::5]
+SOME_SCALES = ALL_SCALES[torch.tensor([0, 1, 2, 3, 511, 1023, 1024, 1025, 0x3C00, 0x3C01, 0x3FFF, 0x7800, 0x7BFE, 0x7BFF])]
+NIBBLES = torch.tensor([16 * ((5 * i + 3) % 16) + i for i in range(16)], dtype=torch.uint8)  # each nibble once low and once high
+BYTES = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+ZEROS = torch.arange(16, dtype=torch.uint8)
+
+
+def numbers(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Iterator[Numbers]:
+    """Every combination, shuffled so that neighbours in a register differ in all of them; a million or so at a time."""
+    step = max(1, (1 << 20) // (len(codes) * len(zeros)))
+    for some in scales.split(step):
+        grid = torch.cartesian_prod(*(torch.arange(len(part)) for part in (codes, zeros, some)))
+        grid = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
+        yield Numbers(codes[grid[:, 0]], zeros[grid[:, 1]], some[grid[:, 2]])
+
+
+def decode_int4(dtype: torch.dtype, given: Numbers) -> torch.Tensor:
+    """int16 bits [M, 2] of both elements of each byte, by the PTX and what `_halves` prepares for it."""
+    wide = given.scales.float()
+    if dtype == torch.bfloat16:
+        high = wide.bfloat16()
+        low = (wide - high.float()).bfloat16()
+        operands = [(-128.0 - given.zeros.float()).bfloat16(), high, low]
+        assembly = assembly_of(triton_weights._int4_to_bfloat16)
+    else:
+        operands = [(-1024.0 - given.zeros.float()).half(), given.scales]
+        assembly = assembly_of(triton_weights._int4_to_float16)
+    out = evaluate(assembly, [register for operand in (given.codes, *operands) for register in registers_of(operand)])
+    return torch.stack((values_of(out[:2]), values_of(out[2:])), dim=-1)
+
+
+def decode_int8(dtype: torch.dtype, given: Numbers) -> torch.Tensor:
+    """int16 bits [M]."""
+    function = triton_weights._int8_to_bfloat16 if dtype == torch.bfloat16 else triton_weights._int8_to_float16
+    scales = given.scales.float() if dtype == torch.bfloat16 else given.scales
+    return values_of(evaluate(assembly_of(function), [*registers_of(given.codes), *registers_of(scales)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("codes", "scales"), [(BYTES, SOME_SCALES), (NIBBLES, MANY_SCALES)], ids=["every byte", "many scales"])
+def test_int4_decodes_to_the_bits_of_the_format(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+    for given in numbers(codes, ZEROS, scales):
+        weight = int4.Int4Weight(given.codes[:, None], given.scales[:, None], given.zeros[:, None], 2)
+        expected = int4.dequantize(weight, dtype).view(torch.int16)
+        assert torch.equal(decode_int4(dtype, given), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_int8_decodes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
+    for given in numbers(BYTES, ZEROS[:1], torch.cat((MANY_SCALES, SOME_SCALES))):
+        weight = int8.Int8Weight(given.codes.view(torch.int8)[:, None], given.scales[:, None], 1)
+        assert torch.equal(decode_int8(dtype, given), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_int4_codes_lose_their_zero_point_exactly(dtype: torch.dtype) -> None:
+    for given in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
+        narrow, bias = (torch.bfloat16, 128.0) if dtype == torch.bfloat16 else (torch.float16, 1024.0)
+        function = triton_group_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else triton_group_dot._steps_in_float16
+        operands = (given.codes, (-bias - given.zeros.float()).to(narrow))
+        out = evaluate(assembly_of(function), [register for operand in operands for register in registers_of(operand)])
+        for found, codes in ((out[:2], given.codes & 15), (out[2:], given.codes >> 4)):
+            expected = (codes.float() - given.zeros.float()).to(dtype)
+            assert torch.equal(values_of(found).view(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_of_a_kv_cache_become_the_numbers_that_they_are(format: str, dtype: torch.dtype) -> None:
+    """Every pair of bytes, each register holding two different ones."""
+    pairs = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
+    function = triton_kv.int8_parts if format == "int8" else triton_kv.int4_parts
+    found = evaluate(assembly_of(function, dtype, pack=2), [pairs.numpy().view(np.uint32)])
+    if format == "int8":
+        expected = list(pairs.view(torch.int8).view(-1, 2).unbind(1))
+    else:
+        even, odd = pairs.view(torch.uint8).view(-1, 2).unbind(1)
+        expected = [even & 15, odd & 15, even >> 4, odd >> 4]
+    for register, codes in zip(found, expected, strict=True):
+        assert torch.equal(torch.from_numpy(register.view(np.int16).copy()), codes.to(dtype).view(torch.int16))
+
+
+# The evaluator itself, on what the PTX manual says
+
+
+def test_the_instructions_do_what_the_manual_says() -> None:
+    def word(value: int) -> Array:
+        return np.array([value], np.uint32)
+
+    assert _prmt(word(0x33221100), word(0x77665544), word(0x7210)).item() == 0x77221100
+    assert _lop3(word(0xF0), word(0xCC), word(0xAA), word(0xEA)).item() & 0xFF == (0xF0 & 0xCC) | 0xAA
+    one, step = 0x3F80, 0x3C00  # 1.0 and 2^-7, the last place of 1.0, in bfloat16
+    assert _fma_bfloat16(word(one << 16 | one), word(step << 16 | one), word(one)).item() == 0x3C00_4000
+    tie = word(np.float32(1 + 2**-8).view(np.uint32))
+    odd = word(np.float32(1 + 3 * 2**-8).view(np.uint32))
+    assert _convert_two(odd, tie).item() == 0x3F82_3F80  # the first operand is the upper half; both ties go to even
+    assert INSTRUCTIONS["mul.rn.f16x2"](word(0x3C00_7BFF), word(0x0001_7BFF)).item() == 0x0001_7C00  # subnormals stay, overflow is infinite

@@ -1,0 +1,219 @@
+"""Allocation: the solver against exhaustive search and a bound, measured errors against the model itself, recipes against their targets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbrx_q import DbrxForCausalLM
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.layout import TensorFormat, kind_of, oriented, parts_of
+from dbrx_q.errors import FormatError, RequestError
+from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.quantize.calibration.allocation import Choice, allocate
+from dbrx_q.quantize.calibration.output_errors import OutputErrors, output_errors
+from dbrx_q.quantize.calibration.sequences import sequences_of
+from dbrx_q.quantize.methods.rtn import rtn
+from dbrx_q.quantize.pipeline.format_assignment import allocated_recipe, label
+from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+
+BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
+INT4, INT8 = TensorFormat("int4", 64), TensorFormat("int8", 64)
+
+SMALL = st.lists(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
+)
+
+
+def choices_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[Choice]]:
+    return {f"t{i}": [Choice(INT4, bits, error) for bits, error in some] for i, some in enumerate(tensors)}
+
+
+def spent(found: dict[str, Choice]) -> int:
+    return sum(choice.bits for choice in found.values())
+
+
+def harm(found: dict[str, Choice]) -> float:
+    return sum(choice.error for choice in found.values())
+
+
+@given(SMALL, st.floats(0, 1), st.integers(1, 1 << 40))
+@settings(max_examples=80, deadline=None)
+def test_small_cases_are_solved_exactly(tensors: list[list[tuple[int, float]]], share: float, scale: int) -> None:
+    tensors = [[(bits * scale, error) for bits, error in some] for some in tensors]
+    least, most = (sum(of(bits for bits, _ in some) for some in tensors) for of in (min, max))
+    target = least + int(share * (most - least))
+    found = allocate(choices_of(tensors), target)
+    assert spent(found) <= target
+    best = min(sum(error for _, error in mix) for mix in itertools.product(*tensors) if sum(bits for bits, _ in mix) <= target)
+    assert harm(found) == pytest.approx(best, abs=1e-9)
+
+
+def lower_bound(choices: dict[str, list[Choice]], target: int) -> float:
+    """Of the sum of errors, where a tensor may be part one choice and part another: the largest value of the Lagrange dual on a grid."""
+    return max(
+        sum(min(choice.error + price * choice.bits for choice in some) for some in choices.values()) - price * target
+        for price in (10**exponent for exponent in torch.linspace(-19, -6, 500).tolist())
+    )
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6])
+def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    choices = {}
+    for i in range(80):
+        size, sensitivity = (float(torch.rand((), generator=generator)) for _ in range(2))
+        weights = 10**6 + int(size * 10**8)
+        choices[f"t{i}"] = [Choice(INT4, int(weights * bits), 10 ** (2 * sensitivity) * 4**-bits) for bits in (4.17, 4.31, 4.63, 8.25, 16)]
+    least, most = (sum(of(choice.bits for choice in some) for some in choices.values()) for of in (min, max))
+    target = least + int(share * (most - least))
+    found = allocate(choices, target)
+    assert target * 0.998 <= spent(found) <= target
+    assert harm(found) <= 1.02 * lower_bound(choices, target)  # which may split one of the 80 tensors
+
+
+@pytest.mark.parametrize("target", [99, 801])
+def test_a_target_out_of_reach_is_refused(target: int) -> None:
+    with pytest.raises(RequestError, match=rf"from 100 to 800 bits .* found {target}"):
+        allocate({"a": [Choice(INT4, 40, 1.0), Choice(INT8, 400, 0.1)], "b": [Choice(INT4, 60, 1.0), Choice(INT8, 400, 0.1)]}, target)
+
+
+@pytest.fixture(scope="module")
+def sequences(nano: Path) -> torch.Tensor:
+    ids = DbrxTokenizer.from_pretrained(nano).encode(BOOK.read_text(encoding="utf-8"))
+    return sequences_of(ids, count=8, length=96, seed=1)
+
+
+CANDIDATES = (TensorFormat("int4", 128), INT4, INT8)
+
+
+@pytest.fixture(scope="module")
+def measured(nano: Path, sequences: torch.Tensor) -> OutputErrors:
+    with Checkpoint(nano) as checkpoint:
+        return output_errors(checkpoint, sequences, candidates_of(checkpoint))
+
+
+def candidates_of(checkpoint: Checkpoint) -> dict[str, Sequence[TensorFormat]]:
+    kinds: dict[str, Sequence[TensorFormat]] = {"embedding": [INT8], "attention": CANDIDATES, "experts": CANDIDATES, "head": CANDIDATES}
+    return {name: kinds[kind_of(name)] for name in checkpoint.tensors if kind_of(name) in kinds}
+
+
+def streams(model: DbrxForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
+    """What the model makes of the sequences, [T, ...]: the embedded tokens, the stream after a layer's attention and experts, logits."""
+    seen = {}
+
+    def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        seen["attention"], seen["experts"] = outputs[0], outputs[0] + outputs[1]
+
+    handle = model.transformer.layers()[layer].register_forward_hook(keep)
+    with torch.inference_mode():
+        seen["head"] = model(ids).logits.flatten(0, 1)
+        seen["head"] = seen["head"] - seen["head"].mean(-1, keepdim=True)
+        seen["embedding"] = model.transformer.wte(ids.flatten(), torch.float32)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "which", ["wte.weight", "attn.Wqkv.weight", "attn.out_proj.weight", "mlp.w1", "mlp.v1", "mlp.w2", "lm_head.weight"]
+)
+def test_errors_are_those_of_the_model_with_one_tensor_rounded(
+    nano: Path, sequences: torch.Tensor, measured: OutputErrors, which: str
+) -> None:
+    layer = 2
+    model = DbrxForCausalLM.from_pretrained(nano, dtype=torch.float32)
+    parameter_name, parameter = next(
+        (name, p) for name, p in model.named_parameters() if name.endswith(which) and (f".{layer}." in name or "blocks" not in name)
+    )
+    with Checkpoint(nano) as checkpoint:
+        candidates = candidates_of(checkpoint)[parameter_name]
+        tensor, before = checkpoint.tensors[parameter_name], streams(model, sequences, layer)[kind_of(parameter_name)]
+        for fmt, error in zip(candidates, measured.errors[parameter_name], strict=True):
+            plain = checkpoint.read(parameter_name)
+            rows = oriented(plain, tensor) if tensor.experts else plain[None]
+            rounded = [dequantize(rtn(matrix, fmt)[0]) for matrix in rows]
+            parameter.data.copy_(torch.cat([matrix.T if which.endswith("w2") else matrix for matrix in rounded]))
+            change = streams(model, sequences, layer)[kind_of(parameter_name)] - before
+            truth = float((change.square().sum(-1) / before.square().sum(-1)).mean())
+            assert error == pytest.approx(truth, rel=0.05), fmt
+
+
+def test_the_currency_grows_at_routers_that_come_after() -> None:
+    block = "transformer.blocks.{}.ffn.experts.mlp.w1"
+    attention = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight"
+    measured = OutputErrors({}, [0.01, 0.02])
+    assert measured.total({block.format(1): 1e-4}) == pytest.approx(1e-4)
+    assert measured.total({"lm_head.weight": 1e-4}) == pytest.approx(1e-4)
+    assert measured.total({attention: 1e-4}) == pytest.approx(1e-4 + 0.02 * 1e-2)
+    first = 1e-4 + 0.01 * 1e-2
+    assert measured.total({"transformer.wte.weight": 1e-4}) == pytest.approx(first + 0.02 * math.sqrt(first))
+    chosen = {"transformer.wte.weight": 2e-4, block.format(0): 1e-4, attention: 3e-4, "lm_head.weight": 1e-3}
+    weights = measured.weights(chosen)
+    for name, error in chosen.items():
+        more = measured.total(chosen | {name: error * 1.001})
+        assert (more - measured.total(chosen)) / (error * 0.001) == pytest.approx(weights[name], rel=1e-2)
+
+
+def test_figures_do_not_depend_on_the_number_of_threads(nano: Path, sequences: torch.Tensor, measured: OutputErrors) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if threads != 3 else 2)
+    try:
+        with Checkpoint(nano) as checkpoint:
+            assert output_errors(checkpoint, sequences, candidates_of(checkpoint)) == measured
+    finally:
+        torch.set_num_threads(threads)
+
+
+def bits_per_weight(checkpoint: Checkpoint, recipe: dict[str, TensorFormat]) -> float:
+    nbytes = parameters = 0
+    for name, tensor in checkpoint.tensors.items():
+        parameters += math.prod(tensor.shape)
+        if name in recipe:
+            nbytes += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, recipe[name]))
+        else:
+            nbytes += checkpoint.infos[name].nbytes
+    return 8 * nbytes / parameters
+
+
+@pytest.mark.parametrize("target", [4.5, 5.0, 6.0, 8.0])
+def test_a_recipe_meets_its_target(nano: Path, sequences: torch.Tensor, target: float) -> None:
+    with Checkpoint(nano) as checkpoint:
+        recipe = allocated_recipe(checkpoint, sequences[:2], target)
+        assert target - 0.02 <= bits_per_weight(checkpoint, recipe) <= target
+
+
+def test_a_recipe_keeps_to_its_rules_and_formats(nano: Path, sequences: torch.Tensor) -> None:
+    rules = ["w2=int8:128", "blocks.0.w2=nf4", "head=plain"]
+    with Checkpoint(nano) as checkpoint:
+        recipe = allocated_recipe(checkpoint, sequences[:2], 6.5, experts=(INT4, INT8), others=(INT8,), rules=rules)
+        assert bits_per_weight(checkpoint, recipe) <= 6.5
+        offered = {"transformer.blocks.0.ffn.experts.mlp.w2": {"nf4"}}
+        for name in checkpoint.tensors:
+            kind = kind_of(name)
+            matrix = {"int8:128"} if name.endswith("w2") else {"int4:64", "int8:64"}
+            allowed = {"experts": matrix, "attention": {"int8:64"}, "embedding": {"int8:64"}}.get(kind, {"plain"})
+            assert label(recipe.get(name)) in offered.get(name, allowed), name
+
+
+@pytest.mark.parametrize("target", [4.0, 17.0])
+def test_the_reachable_range_is_said(nano: Path, sequences: torch.Tensor, target: float) -> None:
+    with Checkpoint(nano) as checkpoint:
+        with pytest.raises(RequestError, match=r"from 4\.468 to 9\.434 bits per weight") as refused:
+            allocated_recipe(checkpoint, sequences, target)
+        assert str(target) in str(refused.value)
+        for end in (4.468, 9.434):  # what it says can be had
+            assert allocated_recipe(checkpoint, sequences[:1, :8], end)
+
+
+def test_formats_that_fit_no_shape_are_refused(small: Path) -> None:
+    with Checkpoint(small) as checkpoint, pytest.raises(FormatError, match=r"mlp\.w1: .* 64 inputs; found int4:128"):
+        allocated_recipe(checkpoint, torch.zeros(1, 4, dtype=torch.int64), 4.5, experts=(TensorFormat("int4", 128),))

@@ -1,0 +1,278 @@
+"""The parts of the methods, each against arithmetic written out in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.errors import FormatError
+from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.quantize.methods import factor
+from dbrx_q.quantize.methods.choose import METHODS
+from dbrx_q.quantize.methods.gptq import gptq
+from dbrx_q.quantize.methods.grid import Grid, packed, range_grid, searched_grid, to_nearest
+from dbrx_q.quantize.methods.hqq import hqq_grid
+from dbrx_q.quantize.methods.moments import DAMPING, Moments, moments_of
+from dbrx_q.quantize.methods.products import Products
+from dbrx_q.quantize.methods.refine import descend, fit_scales
+from dbrx_q.quantize.methods.workers import Workers
+
+N, K = 24, 256
+INT4, INT8 = TensorFormat("int4", 64), TensorFormat("int8", 32)
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+@pytest.fixture
+def products() -> Iterator[Products]:
+    with Workers() as workers:
+        yield Products(workers, bfloat16=False)
+
+
+@pytest.fixture
+def moments(products: Products) -> Moments:
+    """Of inputs that depend on each other, as activations do, and differ a little between the two models."""
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.randn(K, K, generator=generator) / 8 + torch.eye(K)
+    y = torch.randn(2000, K, generator=generator) @ mix
+    x = y + 0.1 * torch.randn(2000, K, generator=generator)
+    return moments_of([(x[:700], y[:700], None), (x[700:], y[700:], None)], K, products)
+
+
+def sums(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [K, K]: H without damping, and C."""
+    hessian = moments.hessian.double()
+    hessian.diagonal().copy_(moments.importance)
+    return hessian, hessian if moments.drift is None else hessian + moments.drift.double()
+
+
+def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """float64 [N]."""
+    error = value.double() - weight.double()
+    return ((error @ hessian.double()) * error).sum(-1)
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8, TensorFormat("int4", 32)], ids=str)
+def test_the_range_is_cut_as_the_formats_cut_it(weight: torch.Tensor, fmt: TensorFormat) -> None:
+    weight[3] = 0
+    weight[4, :64] = 1e-9
+    module = int4 if fmt.format == "int4" else int8
+    expected = module.quantize(weight, fmt.group_size)
+    grid = range_grid(weight, fmt)
+    found = packed(grid, grid.round(weight))
+    assert type(found) is type(expected)
+    for part in ("qweight", "scales", "zeros")[: 3 if fmt.format == "int4" else 2]:
+        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+    assert torch.equal(grid.decode(grid.round(weight)), dequantize(expected))
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+def test_rounding_to_a_grid_in_one_pass(weight: torch.Tensor, fmt: TensorFormat) -> None:
+    grid = searched_grid(weight, fmt)
+    expected = packed(grid, grid.round(weight))
+    found, error, square = to_nearest(weight, grid)
+    assert torch.equal(found.qweight, expected.qweight)
+    assert torch.equal(dequantize(found), dequantize(expected))
+    assert error == pytest.approx(float((dequantize(expected).double() - weight.double()).square().sum()), rel=1e-4)
+    assert square == pytest.approx(float(weight.double().square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_searched_grid_is_never_worse(weight: torch.Tensor, fmt: TensorFormat, weighted: bool) -> None:
+    importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
+    weight[0, 5] = 0.5  # far from the rest of its group
+
+    def errors(grid: Grid) -> torch.Tensor:
+        return ((grid.decode(grid.round(weight)) - weight).square() * importance).unflatten(-1, (-1, fmt.group_size)).sum(-1)
+
+    searched, whole = searched_grid(weight, fmt, importance if weighted else None), range_grid(weight, fmt)
+    assert (errors(searched) <= errors(whole) * (1 + 1e-5)).all()
+    if fmt is INT4:  # with 8 bits no element is worth clipping
+        assert errors(searched).sum() < 0.97 * errors(whole).sum()
+
+
+def test_hqq_lets_outliers_be_outliers(weight: torch.Tensor) -> None:
+    weight[:, ::64] *= 4
+
+    def norm(grid: Grid) -> float:
+        return float((grid.decode(grid.round(weight)) - weight).abs().pow(0.7).sum())
+
+    assert norm(hqq_grid(weight, INT4)) < 0.97 * norm(range_grid(weight, INT4))
+
+
+def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Column by column with the inverse Hessian of the columns that are left, computed anew for each (OBQ's equations, fixed order)."""
+    w, h = weight.double().clone(), hessian.double()
+    left = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    u = torch.zeros(N, K)
+    while left:
+        inverse = torch.linalg.inv(h[left][:, left])
+        i = left[0]
+        group = i // grid.group_size
+        u[:, i] = (w[:, i] / grid.steps[:, group]).round().clamp(grid.low[:, group], grid.high[:, group])
+        error = (w[:, i] - u[:, i].double() * grid.scales[:, group].double()) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return u
+
+
+def test_gptq_is_the_textbooks(weight: torch.Tensor, moments: Moments) -> None:
+    grid = range_grid(weight, INT4)
+    found, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
+    assert (found == expected).float().mean() > 0.99  # a value halfway between two may go either way
+    assert torch.allclose(*(loss(weight, grid.decode(u), moments.hessian).sum() for u in (found, expected)), rtol=0.01)
+    nearest = loss(weight, grid.decode(grid.round(weight)), moments.hessian).sum()
+    assert loss(weight, grid.decode(found), moments.hessian).sum() < 0.6 * nearest
+
+
+def test_scales_are_the_least_squares_ones(weight: torch.Tensor, moments: Moments) -> None:
+    grid = range_grid(weight, INT4)
+    u = gptq(weight, moments, grid)
+    found = fit_scales(weight, moments.hessian, grid, u).scales
+    root = torch.linalg.cholesky(moments.hessian.double()).T  # H = root^T root
+    for row in (0, 7, N - 1):
+        columns = torch.stack([root[:, g * 64 : (g + 1) * 64] @ u[row, g * 64 : (g + 1) * 64].double() for g in range(K // 64)], 1)
+        expected = torch.linalg.lstsq(columns, root @ weight[row].double()).solution
+        assert torch.allclose(found[row].double(), expected, rtol=1e-3)
+
+
+def test_scales_that_would_run_away_stay(weight: torch.Tensor, moments: Moments) -> None:
+    grid = range_grid(weight, INT4)
+    u = grid.round(weight)
+    u[:, :64] *= 8  # a fit would make these eight times smaller
+    found = fit_scales(weight, moments.hessian, grid, u).scales
+    assert torch.equal(found[:, 0], grid.scales[:, 0])
+    assert not torch.equal(found[:, 1], grid.scales[:, 1])
+
+
+def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments: Moments) -> None:
+    grid = range_grid(weight, INT4)
+    start = grid.round(weight)
+    once, often = (descend(weight, moments.hessian, grid, start, sweeps=sweeps) for sweeps in (1, 30))
+    errors = [loss(weight, grid.decode(u), moments.hessian) for u in (start, once, often)]
+    assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
+    assert (errors[2] <= errors[1] * (1 + 1e-6)).all()
+    assert ((often >= grid.low.repeat_interleave(64, -1)) & (often <= grid.high.repeat_interleave(64, -1))).all()
+    for i in range(0, K, 13):
+        for change in (-1, 1):
+            other = often.clone()
+            other[:, i] = (other[:, i] + change).clamp(grid.low[:, i // 64], grid.high[:, i // 64])
+            assert (loss(weight, grid.decode(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
+
+
+def test_what_makes_up_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments, products: Products) -> None:
+    found = moments.made_up(weight).double()
+    hessian, cross = sums(moments)
+    d = DAMPING * hessian.diagonal().mean()
+    # The gradient of |W' X - W Y|^2 + d |W' - W|^2 with respect to W'.
+    gradient = found @ hessian - weight.double() @ cross + d * (found - weight.double())
+    assert gradient.abs().max() < 1e-4 * (weight.double() @ cross).abs().max()
+    assert (found - weight).norm() > 0.01 * weight.norm()
+    assert torch.equal(Moments(moments.hessian, None, products).made_up(weight), weight)
+
+
+def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch, products: Products) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, y, g = torch.randn(50, 32, generator=generator), torch.randn(50, 32, generator=generator), torch.rand(50, generator=generator)
+    monkeypatch.setattr("dbrx_q.quantize.methods.products._COLUMNS", 13)
+    hessian, cross = sums(moments_of([(x[:20], y[:20], g[:20]), (x[20:], y[20:], g[20:])], 32, products))
+    weights = g.double() ** 2
+    assert torch.allclose(hessian, torch.einsum("t,ti,tj->ij", weights, x.double(), x.double()), atol=1e-4)
+    assert torch.allclose(cross, torch.einsum("t,ti,tj->ij", weights, y.double(), x.double()), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["zero", "one token", "dead inputs", "indefinite"])
+def test_damping_recovers(weight: torch.Tensor, moments: Moments, products: Products, case: str) -> None:
+    hessian = {
+        "zero": torch.zeros(K, K),
+        "one token": torch.ones(K, K),
+        "dead inputs": sums(moments)[0].float() * (torch.arange(K) % 3 > 0) * (torch.arange(K) % 3 > 0)[:, None],
+        "indefinite": moments.hessian - 0.05 * moments.hessian.diagonal().mean() * torch.eye(K),
+    }[case]
+    if case == "indefinite":
+        assert torch.linalg.eigvalsh(hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(K))[0] < 0
+    found = Moments(hessian, torch.zeros(K, K), products)
+    assert torch.isfinite(found.factor).all()
+    for name in ("gptq", "best"):
+        value = dequantize(METHODS[name].run(weight, INT4, found).packed)
+        assert (value - weight).norm() < 0.5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_statistics_are_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str) -> None:
+    found = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
+    plain = weight.bfloat16().double()
+    assert found.error == pytest.approx(float((dequantize(found.packed).double() - plain).square().sum()), rel=1e-4)
+    assert found.square == pytest.approx(float(plain.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.calibrated])
+def test_rows_are_independent(weight: torch.Tensor, moments: Moments, name: str) -> None:
+    run = METHODS[name].run
+    whole, part = dequantize(run(weight, INT4, moments).packed), dequantize(run(weight[5:9], INT4, moments).packed)
+    assert (whole[5:9] == part).float().mean() > 0.99
+
+
+def test_better_methods_err_less_on_the_inputs(weight: torch.Tensor, moments: Moments) -> None:
+    """The aim is what the original gives on its own inputs: |W' X - W Y|^2, but for a constant."""
+
+    hessian, cross = sums(moments)
+
+    def aim(name: str) -> float:
+        value = dequantize(METHODS[name].run(weight, INT4, moments).packed).double()
+        return float(((value @ hessian) * value).sum() - 2 * ((weight.double() @ cross) * value).sum())
+
+    best, plain, nearest = aim("best"), aim("gptq"), aim("rtn")
+    assert best < plain < nearest
+
+
+def test_formats_that_a_method_does_not_make() -> None:
+    METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
+    with pytest.raises(FormatError, match=r"best makes int4 and int8; found nf4\. Choose one of them"):
+        METHODS["best"].check("best", TensorFormat("nf4", 64))
+
+
+def test_workers_keep_the_order_and_give_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    with Workers() as workers:
+        assert torch.get_num_threads() == 1
+        assert workers.map(lambda n: (n, torch.get_num_threads()), range(40)) == [(n, 1) for n in range(40)]
+        with pytest.raises(ZeroDivisionError):
+            workers.map(lambda n: 1 // n, [1, 0, 2])
+    assert torch.get_num_threads() == before
+
+
+def test_stakes_are_what_an_error_costs_once_later_columns_made_up_for_it(moments: Moments) -> None:
+    """The Schur complement: of all w with w[i] = 1, zero before i in the order and free after it, the least w H w^T."""
+    hessian = moments.hessian.double()[moments.order][:, moments.order]
+    found = moments.stakes[moments.order]
+    for i in (0, 5, K // 2, K - 2, K - 1):
+        later = hessian[i + 1 :, i + 1 :]
+        made_up = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
+        assert found[i] == pytest.approx(float(hessian[i, i] - made_up), rel=1e-4)
+    assert found[0] < 0.5 * hessian[0, 0]
+
+
+@pytest.mark.parametrize("blocks", [32, 100])
+def test_the_factor_in_blocks_and_at_once(moments: Moments, monkeypatch: pytest.MonkeyPatch, products: Products, blocks: int) -> None:
+    """At once, as on a GPU; and either is of the inverse."""
+    assert moments.hessian is not None
+    monkeypatch.setattr(factor, "_BLOCK", blocks)
+    order = moments.order
+    found = factor.inverse_factor(moments.hessian, order, products.workers)
+    backwards = order.flip(0)
+    at_once = factor._at_once(moments.hessian[backwards][:, backwards].double())
+    assert found is not None
+    assert at_once is not None
+    assert torch.allclose(found, at_once, rtol=1e-5, atol=1e-6 * float(found.abs().max()))
+    inverse = torch.linalg.inv(moments.hessian.double()[order][:, order])
+    assert torch.allclose(at_once.double().T @ at_once.double(), inverse, atol=1e-5 * float(inverse.abs().max()))
+    assert factor._at_once(-moments.hessian.double()) is None

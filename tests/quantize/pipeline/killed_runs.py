@@ -1,0 +1,102 @@
+"""Quantizes a checkpoint, is killed at random moments, goes on, and tells whether the result is the same: a script of `test_resume.py`.
+
+A process that has imported everything, and whose threads have ended, is forked for each run, so that a run takes as long as its work.
+
+    python killed_runs.py SOURCE FOLDER METHOD KILLS SEED
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.backends.backend_agg  # noqa: F401 # which each run draws with
+import torch
+
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.quantize.methods.choose import METHODS
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
+from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if not path.name.startswith(REPORT_NAME)}
+
+
+def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict[str, object]:
+    sequences = torch.arange(8 * 48).view(8, 48) % 90 if METHODS[method].calibrated else None
+    request = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, shard_bytes=100_000)
+    if METHODS[method].in_pieces:
+        quantize_checkpoint(source, folder / "first", request)  # compiled code that starts no threads is loaded once
+    whole = run(source, folder / "whole", request, None)
+    expected = sums(folder / "whole")
+    draw = random.Random(seed)
+    moments, differ, begun = 0, [], 0
+    while moments < kills:
+        out = folder / f"out{moments}"
+        if not run(source, out, request, (draw.randrange(whole.tensors), draw.expovariate(whole.tensors / whole.seconds))).killed:
+            shutil.rmtree(out)  # it was faster this time
+            continue
+        partial = folder / f"{out.name}.partial"
+        begun += bool(list(partial.glob("*.safetensors")))
+        if draw.random() < 0.3:  # killed once more
+            run(source, out, request, (draw.randrange(whole.tensors), draw.uniform(0, whole.seconds)))
+        if not out.exists():
+            run(source, out, request, None)
+        if sums(out) != expected or partial.exists():
+            differ.append(moments)
+        shutil.rmtree(out)
+        moments += 1
+    return {"kills": moments, "begun": begun, "differ": differ}
+
+
+class Run(NamedTuple):
+    """How a run went: what it did until it was killed, or to its end."""
+
+    killed: bool
+    tensors: int
+    seconds: float
+
+
+def run(source: Path, out: Path, request: Request, kill: tuple[int, float] | None) -> Run:
+    """A run that gets SIGKILL some seconds after it has rounded some tensors (or has begun, for 0)."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            pipe = os.fdopen(writing, "w")
+            pipe.write(".")
+            pipe.flush()
+            quantize_checkpoint(source, out, request, resume=True, on_bytes=lambda done, total: print(".", end="", file=pipe, flush=True))
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    os.close(writing)
+    started, tensors = time.perf_counter(), -1
+    while tensors < (kill[0] if kill else 1 << 30) and (more := len(os.read(reading, 1 if kill else 4096))):
+        if tensors < 1:
+            started = time.perf_counter()
+        tensors += more
+    if kill:
+        time.sleep(kill[1])
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return Run(os.WIFSIGNALED(status), tensors, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = sys.argv[1:]
+    print(json.dumps(main(Path(arguments[0]), Path(arguments[1]), arguments[2], int(arguments[3]), int(arguments[4]))))

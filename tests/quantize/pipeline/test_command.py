@@ -1,0 +1,115 @@
+"""`dbrx-q quantize`: formats by rule and by bits, limits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbrx_q.checkpoint.staging import partial_of
+from dbrx_q.quantize.calibration import output_errors
+
+BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
+TEXT = ("--calibration", BOOK, "--sequences", 8, "--length", 64)
+Cli = Callable[..., Any]
+
+
+def bits_of(cli: Cli, folder: Path) -> dict[str, Any]:
+    found = json.loads(cli("inspect", folder, "--json").out)
+    return {kind: row["format"] for kind, row in found["kinds"].items()} | {"all": found["bits_per_weight"]}
+
+
+def test_rules_give_tensors_their_formats(small: Path, tmp_path: Path, cli: Cli) -> None:
+    rules = ("--tensor", "w2=int8:32", "--tensor", "head=plain", "--tensor", "blocks.0.Wqkv=int4:32")
+    assert cli("quantize", small, tmp_path / "out", *rules).code == 0
+    found = bits_of(cli, tmp_path / "out")
+    assert found["experts"] == "int4 g64 + int8 g32"
+    assert (found["head"], found["attention"]) == ("bfloat16", "int4 g32 + int8 g64")
+    assert cli("verify", tmp_path / "out").code == 0
+    for rule, says in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
+        done = cli("quantize", small, tmp_path / "bad", "--tensor", rule)
+        assert (done.code, done.out) == (2, ""), rule
+        assert says in done.err
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("target", [5, 6.5])
+def test_a_number_of_bits_is_met(nano: Path, tmp_path: Path, cli: Cli, target: float) -> None:
+    done = cli("quantize", nano, tmp_path / "out", "--target-bpw", target, *TEXT)
+    assert done.code == 0, done.err
+    assert target - 0.02 < bits_of(cli, tmp_path / "out")["all"] <= target
+
+
+def test_bits_that_no_mix_reaches_are_refused_with_the_range(small: Path, tmp_path: Path, cli: Cli) -> None:
+    for target in (3, 17):
+        done = cli("quantize", small, tmp_path / "out", "--target-bpw", target, *TEXT)
+        assert (done.code, done.out) == (2, "")
+        assert f"found {target}" in done.err
+        assert "bits per weight" in done.err
+    done = cli("quantize", small, tmp_path / "out", "--target-bpw", 5)
+    assert done.code == 2
+    assert "--target-bpw measures errors on a text; found none. Give --calibration FILE" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_measured_is_not_measured_again(small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("quantize", small, tmp_path / "out", "--target-bpw", 7, *TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr("dbrx_q.quantize.pipeline.run._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        done = cli(*command)
+    assert done.code == 2
+    assert "--resume" in done.err
+    assert partial_of(tmp_path / "out").exists()
+    measured: list[object] = []
+    monkeypatch.setattr(output_errors, "output_errors", lambda *arguments, **_: measured.append(arguments))
+    done = cli(*command, "--resume")
+    assert done.code == 0, done.err
+    assert not measured
+    with pytest.raises(AttributeError):  # a run of its own measures, and would get nothing here
+        cli("quantize", small, tmp_path / "other", "--target-bpw", 7, *TEXT)
+    assert measured
+
+
+def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) -> None:
+    done = cli("quantize", nano, tmp_path / "out", "--recipe", "best", *TEXT, "--dry-run", "--json")
+    plan = json.loads(done.out)
+    assert not list(tmp_path.iterdir())
+    assert cli("quantize", nano, tmp_path / "out", "--recipe", "best", *TEXT).code == 0
+    with open(tmp_path / "out" / "quantization_report.json") as file:
+        report = json.load(file)
+    assert (plan["bytes_in"], plan["bytes_out"]) == (report["bytes_in"], report["bytes_out"])
+    assert plan["bits"] == report["bits_by_kind"]
+    assert plan["seconds"] > 0
+    shown = cli("quantize", nano, tmp_path / "other", "--recipe", "best", *TEXT, "--dry-run").out
+    assert all(word in shown for word in ("reads", "writes", "memory", "disk", "time", "experts"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--recipe", "best", *TEXT, "--activations", "original"), "must see the quantized model's activations"),
+        (("--memory", "many"), "a size must be a number with a unit, as 96GiB or 64GB; found 'many'"),
+        (("--memory", "1MiB"), "--memory must be at least"),
+        (("--device", "tpu"), "device must be 'cpu', 'cuda' or 'cuda:N'; found 'tpu'"),
+        (("--device-memory", "20GiB"), "--device-memory limits a GPU's memory; found it with --device cpu"),
+        (("--group-size", 48), "the group size must be one of"),
+        (("--recipe", "gptq"), "must have a text to calibrate with"),
+    ],
+)
+def test_bad_options_are_refused(small: Path, tmp_path: Path, cli: Cli, options: tuple[object, ...], says: str) -> None:
+    done = cli("quantize", small, tmp_path / "out", *options)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_text_is_refused(small: Path, tmp_path: Path, cli: Cli) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    done = cli("quantize", small, tmp_path / "out", "--recipe", "gptq", "--calibration", empty)
+    assert (done.code, done.out) == (2, "")
+    assert "empty.txt" in done.err
+    assert not (tmp_path / "out").exists()

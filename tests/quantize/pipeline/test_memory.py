@@ -1,0 +1,104 @@
+"""Memory: the quantizer keeps to what it planned, whatever the size of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbrx_q import DbrxConfig
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.run import Request, plan_checkpoint, quantize_checkpoint
+
+# In a process whose data may not grow past the limit (RLIMIT_DATA: what it allocates, and 8 MB a thread): an allocation beyond it fails.
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.quantize.pipeline.run import Request, plan_checkpoint, quantize_checkpoint
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+
+warm, source, out, method, tokens = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
+
+def request(tokens):
+    ids = torch.arange(tokens).view(-1, 256) % 500 if tokens else None
+    return Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
+
+quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # compiled code is not the tensors' memory
+plan = plan_checkpoint(source, request(tokens))
+before = resident_bytes()
+budget = plan.working + plan.activations // 2
+budget += 2 << 20  # by which a process grows without a tensor
+plan = plan_checkpoint(source, request(tokens), memory=before + budget)
+data = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+threads = 8 << 23
+resource.setrlimit(resource.RLIMIT_DATA, (data + budget + threads, data + budget + threads))
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which compiling may have made
+quantize_checkpoint(source, out, request(tokens), memory=before + budget)
+print(json.dumps({"budget": budget, "grown": peak_memory_bytes() - before, "in_files": plan.in_files}))
+"""
+
+
+def config(width: int, hidden: int, layers: int, experts: int) -> DbrxConfig:
+    return DbrxConfig(
+        d_model=width,
+        n_heads=8,
+        n_layers=layers,
+        vocab_size=512,
+        attn_config={"kv_n_heads": 2},
+        ffn_config={"ffn_hidden_size": hidden, "moe_num_experts": experts, "moe_top_k": 2},
+        torch_dtype="bfloat16",
+    )
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """(a small checkpoint, one of 690 MB)."""
+    folder = tmp_path_factory.mktemp("memory")
+    write_checkpoint(config(128, 128, 1, 2), folder / "small")
+    write_checkpoint(config(512, 768, 18, 16), folder / "large")
+    yield folder / "small", folder / "large"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("method", "tokens"), [("rtn", 0), ("gptq", 2048)])
+def test_a_model_several_times_larger_than_the_limit(large: tuple[Path, Path], tmp_path: Path, method: str, tokens: int) -> None:
+    command = [sys.executable, "-c", MEASURE, *large, tmp_path / "out", method, tokens]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    model = sum(shard.stat().st_size for shard in large[1].glob("*.safetensors"))
+    assert model > 3 * found["budget"]
+    assert found["grown"] <= found["budget"]
+    assert found["in_files"] == (tokens > 0)
+
+
+def test_files_and_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    ids = torch.arange(64 * 60).view(64, 60) % 500
+    asked = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
+    quantize_checkpoint(small, tmp_path / "memory", asked)  # first: compiled code and the allocator's reserves have come then
+    whole = plan_checkpoint(small, asked)
+    tight = whole.peak_memory - whole.activations // 2
+    assert plan_checkpoint(small, asked, memory=tight).in_files
+    quantize_checkpoint(small, tmp_path / "files", asked, memory=tight)
+    for path in (tmp_path / "memory").glob("*.safetensors"):
+        assert sha256_of(path) == sha256_of(tmp_path / "files" / path.name), path.name
+
+
+def test_too_little_memory_is_refused(small: Path, tmp_path: Path) -> None:
+    asked = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    with pytest.raises(RequestError, match=r"--memory must be at least [\d,]+ bytes here, of which .*; found 1,048,576"):
+        quantize_checkpoint(small, tmp_path / "out", asked, memory=1 << 20)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""Formats that differ by layer and by matrix: rules name them, the quantizer writes them, and the model computes with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxConfig, DbrxForCausalLM
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, pack_parts, parts_of
+from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.model.loading import load_plain_model
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe, override
+from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+
+RULES = [
+    "w1=int4:128",
+    "v1=int4:32",
+    "w2=int8:64",
+    "blocks.1.v1=int8:128",
+    "blocks.1.w2=nf4",
+    "blocks.2-3.experts=int8:32",
+    "blocks.2.w1=nf4",
+    "blocks.3.w2=int4:128",
+    "attention=int4:64",
+    "blocks.0.out_proj=nf4-double",
+    "blocks.1-2.out_proj=plain",
+    "blocks.3.Wqkv=nf4",
+    "head=int4:32",
+]
+
+
+def mixed(config: DbrxConfig, *more: str) -> dict[str, TensorFormat]:
+    return override(default_recipe(config, TensorFormat("int4", 64)), config, [*RULES, *more])
+
+
+@pytest.fixture(scope="module", params=["int8:128", "plain"], ids=lambda fmt: f"embedding={fmt}")
+def checkpoint(request: pytest.FixtureRequest, nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed") / "nano"
+    quantize_checkpoint(nano, folder, Request(lambda source: mixed(source.config, f"embedding={request.param}")))
+    return folder
+
+
+def decoded(folder: Path) -> DbrxForCausalLM:
+    """The same model, every weight decoded to float32."""
+    with Checkpoint(folder) as checkpoint:
+
+        def read(tensor: DenseTensor) -> torch.Tensor:
+            fmt = checkpoint.formats.get(tensor.name)
+            if fmt is None:
+                return checkpoint.read(tensor.name).float()
+            matrices: dict[str, dict[str, torch.Tensor]] = {}
+            for part in parts_of(tensor, fmt):
+                prefix, last = part.name.rsplit(".", 1)
+                matrices.setdefault(prefix, {})[last] = checkpoint.read(part.name)
+            plain = [dequantize(pack_parts(parts, fmt)) for parts in matrices.values()]
+            return torch.cat([matrix.T if tensor.name.endswith(".w2") else matrix for matrix in plain]).reshape(tensor.shape)
+
+        return load_plain_model(checkpoint.config, read, dtype=torch.float32)
+
+
+def test_a_model_of_mixed_formats_gives_what_its_decoded_weights_give(checkpoint: Path) -> None:
+    packed, plain = DbrxForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), decoded(checkpoint)
+    for tokens in (1, 7, 90):  # 90 tokens reach some experts often enough for tiles and others seldom enough for dot products
+        ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.inference_mode():
+            truth, logits = (model(ids).logits for model in (plain, packed))
+        assert (logits - truth).abs().max() <= 1e-3 * truth.abs().max()
+
+
+def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., Any]) -> None:
+    outcome = cli("inspect", checkpoint, "--json")
+    found = json.loads(outcome.out)["kinds"]
+    assert set(found["experts"]["format"].split(" + ")) == {"int4 g128", "int4 g32", "int8 g64", "int8 g128", "nf4 g64", "int8 g32"}
+    assert set(found["attention"]["format"].split(" + ")) == {"int4 g64", "bfloat16", "nf4 g64", "nf4-double g64"}
+    assert found["head"]["format"] == "int4 g32"
+    plan = json.loads(cli("plan", checkpoint, "--json").out)
+    assert plan["expert_bytes"] == found["experts"]["bytes"]
+    assert cli("verify", checkpoint).code == 0
+
+
+def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
+    config = DbrxConfig.from_pretrained(str(nano))
+    found = mixed(config)
+    assert list(found) == [tensor.name for tensor in dense_tensors(config) if tensor.name in found]
+    expected = {
+        "transformer.wte.weight": TensorFormat("int8", 64),
+        "transformer.blocks.0.ffn.experts.mlp.w2": TensorFormat("int8", 64),
+        "transformer.blocks.1.ffn.experts.mlp.w2": TensorFormat("nf4", 64),
+        "transformer.blocks.2.ffn.experts.mlp.v1": TensorFormat("int8", 32),
+        "transformer.blocks.3.norm_attn_norm.attn.out_proj.weight": TensorFormat("int4", 64),
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert "transformer.blocks.1.norm_attn_norm.attn.out_proj.weight" not in found
+    assert override(found, config, []) == found
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("w2", "must read NAME=FORMAT"),
+        ("w2=int4:64:2", "must read NAME=FORMAT"),
+        ("blocks.0-3.=int8:64", "must read NAME=FORMAT"),
+        ("w3=int8:64", "must name one of w1, v1"),
+        ("router=int8:64", "must name one of w1, v1"),
+        ("w2=int5:64", "must be one of int4:32"),
+        ("w2=int4", "must be one of int4:32"),
+        ("w2=int4:16", "must be one of int4:32"),
+        ("w2=nf4-double:32", "nf4, nf4-double or plain; found 'nf4-double:32'"),
+        ("embedding=nf4-double", "int8 or plain"),
+        ("head=plain:64", "must be one of int4:32"),
+        ("blocks.2-4.w2=int8:64", "within 0-3"),
+        ("blocks.3-2.w2=int8:64", "within 0-3"),
+        ("blocks.0.head=int8:64", "matches none"),
+        ("blocks.0-3.embedding=plain", "matches none"),
+        ("experts=plain", "experts must be packed"),
+        ("embedding=int4:64", "int8 or plain"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(nano: Path, rule: str, said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        mixed(DbrxConfig.from_pretrained(str(nano)), rule)
+    assert said in str(refused.value)
+    assert rule in str(refused.value)
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_the_tensor() -> None:
+    ffn = {"ffn_hidden_size": 192, "moe_num_experts": 2, "moe_top_k": 1}
+    config = DbrxConfig(d_model=128, n_heads=4, n_layers=1, vocab_size=100, attn_config={"kv_n_heads": 2}, ffn_config=ffn)
+    recipe = default_recipe(config, TensorFormat("int4", 64))
+    assert override(recipe, config, ["w1=int8:128"])["transformer.blocks.0.ffn.experts.mlp.w1"] == TensorFormat("int8", 128)
+    with pytest.raises(RequestError, match=r"mlp\.w2: the group size must divide .* 128 and 192"):
+        override(recipe, config, ["experts=int8:128"])

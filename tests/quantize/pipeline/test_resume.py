@@ -1,0 +1,229 @@
+"""A run that is killed at any moment is gone on with, to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxConfig
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
+from dbrx_q.checkpoint.staging import MARKER_NAME
+from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.records import RunRecord
+from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
+from dbrx_q.quantize.pipeline.run import Request, already_there, quantize_checkpoint
+
+KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
+
+
+def request(method: str = "rtn", **changes: Any) -> Request:
+    sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("awq", "gptq", "best") else None
+    recipe = changes.pop("recipe", lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    return Request(recipe, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(REPORT_NAME)
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "plain"
+    sizes = {"d_model": 128, "n_heads": 4, "n_layers": 3, "vocab_size": 100}
+    ffn = {"ffn_hidden_size": 192, "moe_num_experts": 3, "moe_top_k": 2}
+    write_checkpoint(DbrxConfig(**sizes, attn_config={"kv_n_heads": 2}, ffn_config=ffn, torch_dtype="bfloat16"), folder)  # type: ignore[arg-type] # sizes are whole numbers
+    return folder
+
+
+class StoppedError(Exception):
+    """What ends a run in the middle."""
+
+
+def stop_after(tensors: int) -> Callable[[int, int], None]:
+    """A hook that ends a run when some tensors have been rounded."""
+    left = tensors
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise StoppedError
+
+    return on_bytes
+
+
+def begun(source: Path, out: Path, asked: Request, tensors: int) -> Path:
+    """A run that was stopped after some tensors; where it was built."""
+    with pytest.raises(StoppedError):
+        quantize_checkpoint(source, out, asked, on_bytes=stop_after(tensors))
+    assert not out.exists()
+    return out.with_name(out.name + ".partial")
+
+
+@pytest.mark.parametrize(("method", "kills"), [("rtn", 6), ("best", 24)])
+def test_killed_at_random_moments(source: Path, tmp_path: Path, method: str, kills: int) -> None:
+    command = [sys.executable, KILLED_RUNS, source, tmp_path, method, str(kills), "7"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["kills"], found["differ"]) == (kills, [])
+    assert found["begun"] > kills / 2  # the others were killed before the first tensor or after the last
+
+
+@pytest.fixture(scope="module")
+def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunRecord, Path]]:
+    """What a run that nobody stops makes by a method, made once."""
+    made: dict[str, tuple[RunRecord, Path]] = {}
+
+    def make(method: str) -> tuple[RunRecord, Path]:
+        if method not in made:
+            whole = tmp_path_factory.mktemp("at-once") / method
+            made[method] = quantize_checkpoint(source, whole, request(method)), whole
+        return made[method]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors"),
+    [(method, tensors) for method in ("awq", "gptq") for tensors in (1, 11, 26, 45)]
+    + [("best", n) for n in (1, 2, 5, 11, 17, 26, 40, 44, 45)],
+)
+def test_goes_on_from_the_last_finished_tensor(
+    source: Path, at_once: Callable[[str], tuple[RunRecord, Path]], tmp_path: Path, method: str, tensors: int
+) -> None:
+    run, whole = at_once(method)
+    assert len(run.records) == 45
+    partial = begun(source, tmp_path / "out", request(method), tensors)
+    finished = len((partial / MARKER_NAME).read_text().splitlines()) - 1
+    assert finished >= tensors - 1  # the last one may still have been on its way
+    later = []
+    resumed = quantize_checkpoint(source, tmp_path / "out", request(method), resume=True, on_bytes=lambda done, total: later.append(done))
+    assert len(later) == 45 - finished
+    assert sums(tmp_path / "out") == sums(whole)
+    for name in ("stream_errors", "expert_tokens", "relative_error"):
+        assert getattr(resumed, name) == getattr(run, name), name
+    assert len(run.stream_errors) == (3 if method == "best" else 0)
+    assert resumed.resumed_seconds == sum(record.seconds for record in resumed.records[:finished])
+
+
+@pytest.mark.parametrize("method", ["rtn", "best"])
+def test_what_the_power_took_is_made_again(source: Path, tmp_path: Path, method: str) -> None:
+    """The journal may reach the disk before the tensors that it names, in whole or in part."""
+    quantize_checkpoint(source, tmp_path / "whole", request(method))
+    for number, damage in enumerate(("short", "zeros", "gone", "torn journal", "early")):
+        out = tmp_path / f"out{number}"
+        partial = begun(source, out, request(method), 30)
+        shards = sorted(partial.glob("*.safetensors"))
+        assert len(shards) > 2
+        if damage == "short":
+            os.truncate(shards[-1], shards[-1].stat().st_size - 1)
+        elif damage == "zeros":
+            data = bytearray(shards[-1].read_bytes())
+            data[-500:] = bytes(500)
+            shards[-1].write_bytes(data)
+        elif damage == "gone":
+            shards[-1].unlink()
+        elif damage == "early":
+            data = bytearray(shards[0].read_bytes())
+            data[-1] ^= 1
+            shards[0].write_bytes(data)
+        else:
+            journal = (partial / MARKER_NAME).read_bytes()
+            (partial / MARKER_NAME).write_bytes(journal[:-20])
+        quantize_checkpoint(source, out, request(method), resume=True)
+        assert sums(out) == sums(tmp_path / "whole"), damage
+
+
+def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    partial = begun(source, out, request("gptq"), 12)
+    before = sums(partial)
+    for asked, says in (
+        (request("best"), "rounding was 'gptq', found 'best'"),
+        (request("gptq", shard_bytes=90_000), "shard_bytes was 100000, found 90000"),
+        (request("gptq", sequences=torch.zeros(2, 30, dtype=torch.int64)), "sequences was '"),
+        (request("gptq", recipe=lambda c: default_recipe(c.config, TensorFormat("int4", 32))), "group_size was 64, found 32"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            quantize_checkpoint(source, out, asked, resume=True)
+        assert sums(partial) == before
+    with pytest.raises(RequestError, match=r"out\.partial: an unfinished run lies here\. Go on from it with --resume, or remove it"):
+        quantize_checkpoint(source, out, request("gptq"))
+    assert sums(partial) == before
+
+
+def test_a_full_disk_stops_cleanly(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_checkpoint(source, tmp_path / "whole", request())
+    written = SafetensorsWriter.write
+    left = 9
+
+    def write(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", write)
+        with pytest.raises(RequestError, match=r"No space left on device\. What is finished is kept in .*out\.partial: .* --resume"):
+            quantize_checkpoint(source, tmp_path / "out", request())
+    quantize_checkpoint(source, tmp_path / "out", request(), resume=True)
+    assert sums(tmp_path / "out") == sums(tmp_path / "whole")
+
+
+def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "whole", request())
+    damaged = shutil.copytree(source, tmp_path / "damaged" / source.name)  # the model card names it
+    shard = sorted(damaged.glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-2:] = b"\xff\x7f"  # NaN
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"w2 must be finite.*What is finished is kept in .*--resume goes on"):
+        quantize_checkpoint(damaged, tmp_path / "out", request())
+    shutil.copyfile(source / shard.name, shard)
+    quantize_checkpoint(damaged, tmp_path / "out", request(), resume=True)
+    assert sums(tmp_path / "out") == sums(tmp_path / "whole")
+
+
+def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    asked = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    partial = begun(nano, out, asked, 20)
+    done = cli("quantize", nano, out)
+    assert (done.code, done.out) == (2, "")
+    assert "an unfinished run lies here. Go on from it with --resume" in done.err
+    done = cli("quantize", nano, out, "--resume")
+    assert done.code == 0, done.err
+    assert "of earlier runs" in done.out
+    assert not partial.exists()
+    assert cli("verify", out).code == 0
+    (out / MARKER_NAME).write_text("{}\n")  # killed before its last step
+    done = cli("quantize", nano, out, "--resume")
+    assert (done.code, done.out) == (0, "")
+    assert "is complete already" in done.err
+    assert not (out / MARKER_NAME).exists()
+    assert not already_there(nano, out, Request(asked.recipe, method="clip"))
+    done = cli("quantize", nano, out, "--resume", "--recipe", "clip")
+    assert done.code == 2
+    assert "must be empty or not exist" in done.err
