@@ -62,7 +62,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _WindowPart:
     """Tokens first .. end-1 of the text, of a window of which `past` are known already; those from `scored` on are predicted."""
 
     first: int
@@ -96,7 +96,7 @@ def step_tokens(models: Iterable[DbrxForCausalLM]) -> int:
     if any(model.placement is not None for model in models):
         return STEP_TOKENS
     stores = [model.transformer.expert_store for model in models]
-    return _RENEWED_STEP_TOKENS if any(store is not None and store.renewed for store in stores) else STEP_TOKENS
+    return _RENEWED_STEP_TOKENS if any(store is not None and store.reloads_each_step for store in stores) else STEP_TOKENS
 
 
 def batches(windows: Sequence[Window], step: int | None = None, done: Iterable[int] = ()) -> list[tuple[int, list[Window]]]:
@@ -182,14 +182,14 @@ def step_sizes(windows: Sequence[Window]) -> list[int]:
     return [sum(max(0, piece.predicts.stop - piece.predicts.start) for piece in pieces) for pieces in _steps(windows)]
 
 
-def _steps(windows: Sequence[Window]) -> Iterator[list[_Piece]]:
+def _steps(windows: Sequence[Window]) -> Iterator[list[_WindowPart]]:
     if len(windows) > 1 or windows[0].end - windows[0].first <= STEP_TOKENS:
-        yield [_Piece(window.first, window.end, 0, window.scored, True) for window in windows]
+        yield [_WindowPart(window.first, window.end, 0, window.scored, True) for window in windows]
         return
     window = windows[0]
     for first in range(window.first, window.end, STEP_TOKENS):
         end = min(first + STEP_TOKENS, window.end)
-        yield [_Piece(first, end, first - window.first, window.scored, end == window.end)]
+        yield [_WindowPart(first, end, first - window.first, window.scored, end == window.end)]
 
 
 def _chosen(logits: torch.Tensor, top: int) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _residual_streams(model: DbrxForCausalLM, rows: torch.Tensor) -> Iterator[li
 
     def keep(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
         x, delta, _logits = output
-        own = rows.to(x.device)  # of several cards the block's
+        own = rows.to(x.device)  # of several GPUs the block's
         streams.append((x[own].float() + delta[own].float()).cpu())
 
     handles = [block.register_forward_hook(keep) for block in model.transformer.blocks]

@@ -26,7 +26,7 @@ _SAVE_SECONDS = 30.0
 class PerplexityResult:
     """perplexity: exp(nll / tokens). stderr: its standard error. nll: total, in nats. tokens: predicted. protocol: how windows lie.
 
-    degraded: share of the requests for experts that a low-bit copy answered.
+    fallback_share: share of the requests for experts that a fallback copy answered.
 
     complete: False where the run was interrupted and the figures are of the first `tokens` of `total_tokens` predicted tokens.
     """
@@ -40,7 +40,7 @@ class PerplexityResult:
     protocol: str
     context: int
     stride: int
-    degraded: float = 0.0
+    fallback_share: float = 0.0
 
 
 def perplexity(
@@ -113,7 +113,7 @@ def perplexity(
         protocol=protocol.name,
         context=protocol.context,
         stride=protocol.stride,
-        degraded=(before + model.expert_store.stats()).degraded_share,
+        fallback_share=(before + model.expert_store.stats()).fallback_share,
     )
 
 

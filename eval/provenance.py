@@ -17,7 +17,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, sha256_of
-from dbrx_q.experts.fallback import open_low_bit
+from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.model.loading import plan_of
 from dbrx_q.sources.weights_hash import weights_sha256
 
@@ -26,7 +26,7 @@ from .windows import Protocol
 if TYPE_CHECKING:
     from dbrx_q.sources.base import Source
 
-__all__ = ["command_line", "degraded_by", "ids_sha256", "provenance", "run_key"]
+__all__ = ["command_line", "fallback_of", "ids_sha256", "provenance", "run_key"]
 
 _PACKAGES = ("dbrx_q", "torch", "triton", "numba", "bitsandbytes", "gguf", "numpy")
 
@@ -82,7 +82,7 @@ def run_key(
         "kind": kind,
         "reference": dict(reference),
         "config": source.config.to_dict(),
-        "degraded": degraded_by(source),
+        "fallback": fallback_of(source),
         "checkpoint": checkpoint,
         "ids": ids_sha256(ids),
         "protocol": asdict(protocol),
@@ -91,15 +91,15 @@ def run_key(
     } | {name: where[name] for name in ("versions", "device", "threads")}
 
 
-def degraded_by(source: Source) -> str:
-    """What decides which answers are a low-bit copy's: the copy, and how many experts memory holds where; empty without one."""
+def fallback_of(source: Source) -> str:
+    """What decides which answers are a fallback copy's: the copy, and how many experts memory holds where; empty without one."""
     budget = source.budget
-    if budget is None or not budget.degraded:
+    if budget is None or not budget.fallback:
         return ""
-    with Checkpoint(source.path) as checkpoint, open_low_bit(checkpoint) as low_bit:
-        plan = plan_of(checkpoint.config, checkpoint.formats, budget, source.name, low_bit.formats)
-        manifest = low_bit.folder / MANIFEST_NAME
-        copy = sha256_of(manifest) if manifest.is_file() else weights_sha256(low_bit.shards)
+    with Checkpoint(source.path) as checkpoint, open_fallback(checkpoint) as fallback:
+        plan = plan_of(checkpoint.config, checkpoint.formats, budget, source.name, fallback.formats)
+        manifest = fallback.folder / MANIFEST_NAME
+        copy = sha256_of(manifest) if manifest.is_file() else weights_sha256(fallback.shards)
     return f"{copy} {[there.n_slots for there in plan.devices]}"
 
 

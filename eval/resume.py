@@ -64,11 +64,11 @@ class RunState:
 
 
 def kept_requests(served: ExpertStats) -> dict[str, np.ndarray]:
-    """What is kept of an expert store's counters: requests, and those that a low-bit copy answered."""
-    return {"requests": np.array([served.cache.requests, served.degraded])}
+    """What is kept of an expert store's counters: requests, and those that a fallback copy answered."""
+    return {"requests": np.array([served.cache.requests, served.fallback_hits])}
 
 
 def restored_requests(kept: Mapping[str, np.ndarray]) -> ExpertStats:
     """Counters with what `kept_requests` kept."""
-    requests, degraded = (int(count) for count in kept["requests"])
-    return ExpertStats(cache=CacheStats(hits=requests - degraded, misses=degraded), degraded=degraded)
+    requests, fallback_hits = (int(count) for count in kept["requests"])
+    return ExpertStats(cache=CacheStats(hits=requests - fallback_hits, misses=fallback_hits), fallback_hits=fallback_hits)

@@ -19,14 +19,14 @@ SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README
 """Of a repository, besides its weights."""
 # Weights in other containers (.bin is a pickle) and the repository's pictures are never fetched.
 _WANTED = ["*.safetensors", *SMALL_FILES]
-_LOW_BIT = "low-bit/*"  # see `low_bit.py`
+_FALLBACK = "fallback/*"  # see `fallback.py`
 
 
 def resolve_folder(
-    path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, low_bit: bool = False
+    path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, fallback: bool = False
 ) -> Path:
-    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first, with the low-bit copy that it carries only if
-    `low_bit` says so.
+    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first, with the fallback copy that it carries only if
+    `fallback` says so.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
@@ -38,7 +38,7 @@ def resolve_folder(
         return local
     from huggingface_hub import snapshot_download
 
-    without = None if low_bit else [_LOW_BIT]
+    without = None if fallback else [_FALLBACK]
     with hub_errors(path_or_hub_id):
         return Path(
             fetched(

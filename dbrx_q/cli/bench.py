@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import budgets, output
-from .budgets import Degraded, Gpu, Policy, Ram
+from .budgets import Fallback, GpuSizes, Policy, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["app"]
@@ -24,7 +24,7 @@ class _ModelUnlessNamed(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-SHARE_HELP = "Experts that have a slot in memory. [25, 50, 75; with --degraded 75, 90]"
+SHARE_HELP = "Experts that have a slot in memory. [25, 50, 75; with --fallback 75, 90]"
 
 app = typer.Typer(
     cls=_ModelUnlessNamed,
@@ -54,8 +54,8 @@ def model(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     ram: Ram = None,
-    gpu: Gpu = None,
-    degraded: Degraded = False,
+    gpu: GpuSizes = None,
+    fallback: Fallback = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for bench.json, bench.md, bench.png and bench.svg.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -87,11 +87,11 @@ def model(
     place = check_device(device)
     if out is not None:
         check_report_folder(out, FILES, KEYS)
-    source = open_source(path, low_bit=degraded)
+    source = open_source(path, fallback=fallback)
     check_tests(tests, source.config)
     longest = max(test.depth + test.tokens + (test.kind == "pp") for test in tests)  # one token follows a prompt
     widest = max(test.batch for test in tests)
-    source.budget = budgets.budget_of(ram, gpu, context=longest, batch=widest, kv_format=kv.value, degraded=degraded)
+    source.budget = budgets.budget_of(ram, gpu, context=longest, batch=widest, kv_format=kv.value, fallback=fallback)
     if source.budget is not None and not isinstance(source, PackedFolder):
         raise RequestError(f"{path}: --ram and --gpu measure what dbrx_q quantized; this is {source.format}. Leave them out")
     with output.progress("rows") as report:
@@ -142,7 +142,7 @@ def offload(
     prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of a prompt, the rows pp; 0 for none.")] = 512,
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
     page_cache: Annotated[bool, typer.Option("--page-cache", help="Read through the page cache, not past it.")] = False,
-    degraded: Annotated[bool, typer.Option("--degraded", help="Also with the low-bit copy, in the same memory.")] = False,
+    fallback: Annotated[bool, typer.Option("--fallback", help="Also with the fallback copy, in the same memory.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for offload.json and offload.md.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -154,11 +154,11 @@ def offload(
 
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench.offload import FILES, KEYS, bench_card, bench_offload, files, markdown
+    from dbrx_q.eval.bench.offload import FILES, KEYS, bench_gpu, bench_offload, files, markdown
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder, write_files
 
-    shares = share or ([75.0, 90.0] if degraded else [25.0, 50.0, 75.0])  # less does not hold a copy of half the bits
+    shares = share or ([75.0, 90.0] if fallback else [25.0, 50.0, 75.0])  # less does not hold a copy of half the bits
     if not all(0 < percent < 100 for percent in shares):
         raise RequestError(f"--share must be above 0 and below 100 percent; found {', '.join(f'{percent:g}' for percent in shares)}")
     if policy is Policy.static:
@@ -167,13 +167,13 @@ def offload(
         check_report_folder(out, FILES, KEYS)
     with output.progress("rows") as on_row:
         found = bench_offload(
-            resolve_folder(path, low_bit=degraded),
+            resolve_folder(path, fallback=fallback),
             [percent / 100 for percent in shares],
             tokens=gen,
             prompt=prompt,
             policy=policy.value,
             direct=False if page_cache else None,
-            degraded=degraded,
+            fallback=fallback,
             command=command_line(),
             on_row=on_row,
         )
@@ -181,7 +181,7 @@ def offload(
         with output.progress("rows on the GPU") as on_row:
             shares_of_one = [percent / 100 for percent in shares]
             device = torch.device("cuda", 0)
-            found.cards = bench_card(resolve_folder(path), shares_of_one, device, tokens=gen, policy=policy.value, on_row=on_row)
+            found.gpus = bench_gpu(resolve_folder(path), shares_of_one, device, tokens=gen, policy=policy.value, on_row=on_row)
     if json:
         output.print_json(found.to_dict())
     else:

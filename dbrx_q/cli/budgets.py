@@ -13,24 +13,24 @@ from dbrx_q.planning.sizes import parse_size
 
 if TYPE_CHECKING:
     from dbrx_q.planning.budget import Budget
-    from dbrx_q.planning.machine import Card
+    from dbrx_q.planning.machine import Gpu
     from dbrx_q.sources.base import Source
 
 __all__ = [
-    "DEGRADED_HELP",
+    "FALLBACK_HELP",
     "MISS_HELP",
     "PLANNED_GPU_HELP",
     "POLICY_HELP",
     "PREFETCH_HELP",
     "PROFILE_HELP",
-    "Degraded",
-    "Gpu",
+    "Fallback",
+    "GpuSizes",
     "MissPolicyName",
     "Policy",
     "Ram",
     "budget_of",
     "give",
-    "planned_cards",
+    "planned_gpus",
     "rate",
 ]
 
@@ -44,20 +44,20 @@ PLANNED_GPU_HELP = (
     "link=25GB and bandwidth=900GB for bytes a second from the host and of its memory."
 )
 POLICY_HELP = "With --ram or --gpu, which expert gives way to another; static pins what --profile used most."
-MISS_HELP = "With --gpu, an expert that is not on its card: computed by the CPU where it lies, copied, or whichever mix ends first."
+MISS_HELP = "With --gpu, an expert that is not on its gpu: computed by the CPU where it lies, copied, or whichever mix ends first."
 PROFILE_HELP = "A trace of a text, by `dbrx-q trace`, whose most used experts are held first."
-PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router foresees them."
+PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they are needed, as the next layer's router predicts them."
 
 
-DEGRADED_HELP = (
-    "With --ram or --gpu, let the low-bit copy that the checkpoint carries (`quantize --low-bit`) answer for experts on disk: faster, and "
+FALLBACK_HELP = (
+    "With --ram or --gpu, let the fallback copy that the checkpoint carries (`quantize --fallback-format`) answer for experts on disk: faster, and "
     "less exact."
 )
 
 
-Degraded = Annotated[bool, typer.Option("--degraded", help=DEGRADED_HELP)]
+Fallback = Annotated[bool, typer.Option("--fallback", help=FALLBACK_HELP)]
 Ram = Annotated[str | None, typer.Option(metavar="SIZE", help=RAM_HELP, show_default=False)]
-Gpu = Annotated[list[str] | None, typer.Option(metavar="SIZE", help=GPU_HELP, show_default=False)]
+GpuSizes = Annotated[list[str] | None, typer.Option(metavar="SIZE", help=GPU_HELP, show_default=False)]
 
 
 class Policy(str, Enum):
@@ -70,7 +70,7 @@ class Policy(str, Enum):
 
 
 class MissPolicyName(str, Enum):
-    """How an expert is served that is not on its card."""
+    """How an expert is served that is not on its GPU."""
 
     hybrid = "hybrid"
     cpu = "cpu"
@@ -89,7 +89,7 @@ def budget_of(
     profile: Path | None = None,
     prefetch: bool = True,
     miss_policy: MissPolicyName = MissPolicyName.hybrid,
-    degraded: bool = False,
+    fallback: bool = False,
 ) -> Budget | None:
     """What the options allow; None where neither --ram nor --gpu was given.
 
@@ -97,24 +97,24 @@ def budget_of(
         RequestError: a size that is none, a GPU that is not there, or options that need --ram or --gpu.
     """
     from dbrx_q.errors import RequestError
-    from dbrx_q.planning.budget import Budget, rig_of
+    from dbrx_q.planning.budget import Budget, machine_of
     from dbrx_q.planning.offloading import MissPolicy
 
     if not gpu and miss_policy is not MissPolicyName.hybrid:
-        raise RequestError(f"--miss-policy is for experts that are not on their card; found {miss_policy.value} without --gpu")
+        raise RequestError(f"--miss-policy is for experts that are not on their GPU; found {miss_policy.value} without --gpu")
     if ram is None and not gpu:
         if policy is not Policy.least_stale or profile is not None or not prefetch:
             raise RequestError("--policy, --profile and --no-prefetch need a cache of experts; add --ram or --gpu")
-        if degraded:
-            raise RequestError("--degraded answers for experts that memory does not hold; found no limit to memory. Add --ram or --gpu")
+        if fallback:
+            raise RequestError("--fallback answers for experts that memory does not hold; found no limit to memory. Add --ram or --gpu")
         return None
     if policy is Policy.static and profile is None:
         raise RequestError("--policy static pins what a profile used most; found no --profile. Record one with `dbrx-q trace`")
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
-    cards = planned_cards(gpu)
-    rig = rig_of(limits | {i: card.memory for i, card in enumerate(cards)})
+    gpus = planned_gpus(gpu)
+    machine = machine_of(limits | {i: gpu.memory for i, gpu in enumerate(gpus)})
     return Budget(
-        replace(rig, cards=cards),
+        replace(machine, gpus=gpus),
         context,
         batch,
         kv_format,
@@ -123,7 +123,7 @@ def budget_of(
         profile=profile,
         prefetch=prefetch,
         miss_policy=MissPolicy(miss_policy.value),
-        degraded=degraded,
+        fallback=fallback,
     )
 
 
@@ -135,11 +135,11 @@ def give(
     context: int,
     caches: int = 1,
     kv_format: str = "plain",
-    degraded: bool = False,
+    fallback: bool = False,
 ) -> None:
     """Let a checkpoint that is measured on windows of `context` tokens take what the options allow; errors as for `budget_of`.
 
-    caches: of keys and values that are held together. degraded: whether its low-bit copy answers; what memory holds at full bits then
+    caches: of keys and values that are held together. fallback: whether its fallback copy answers; what memory holds at full bits then
     stays, so that figures repeat.
     """
     from dataclasses import replace
@@ -148,39 +148,39 @@ def give(
     from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS
     from dbrx_q.sources.folder import PackedFolder
 
-    if degraded and not isinstance(source, PackedFolder):
-        raise RequestError(f"{source.name}: --degraded is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
+    if fallback and not isinstance(source, PackedFolder):
+        raise RequestError(f"{source.name}: --fallback is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
     batch = caches * max(1, STEP_TOKENS // context)
-    found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS), degraded=degraded)
+    found = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=max(context, STEP_TOKENS), fallback=fallback)
     if found is not None:  # logits are held in float32 and in float64
         source.budget = replace(found, logit_rows=3 * LOGIT_TOKENS, upgrade=False)
 
 
-def planned_cards(gpu: list[str] | None) -> tuple[Card, ...]:
-    """The cards of a rig, which need not be this machine's.
+def planned_gpus(gpu: list[str] | None) -> tuple[Gpu, ...]:
+    """The GPUs of a machine, which need not be this machine's.
 
     Raises:
-        RequestError: what is no size, or a property that no card has.
+        RequestError: what is no size, or a property that no GPU has.
     """
     from dbrx_q.errors import RequestError
-    from dbrx_q.planning.machine import Card
+    from dbrx_q.planning.machine import Gpu
 
     if gpu and _is_auto(gpu):
-        return _all_cards()
-    cards = []
+        return _all_gpus()
+    gpus = []
     for text in gpu or ():
         size, *rest = text.split(",")
-        card = {"memory": parse_size(size)}
+        properties = {"memory": parse_size(size)}
         for item in rest:
             name, _, value = item.partition("=")
             if name in ("link", "bandwidth") and value:
-                card[name] = rate(value)  # type: ignore[assignment] # bytes are whole numbers, rates are not
+                properties[name] = rate(value)  # type: ignore[assignment] # bytes are whole numbers, rates are not
             elif item == "desktop":
-                card["desktop"] = True
+                properties["desktop"] = True
             else:
                 raise RequestError(f"--gpu takes a size, and after commas desktop, link=25GB or bandwidth=900GB; found {item!r}")
-        cards.append(Card(**card))  # type: ignore[arg-type] # by name
-    return tuple(cards)
+        gpus.append(Gpu(**properties))  # type: ignore[arg-type] # by name
+    return tuple(gpus)
 
 
 def rate(text: str) -> float:
@@ -197,14 +197,14 @@ def rate(text: str) -> float:
     return float(found)
 
 
-def _all_cards() -> tuple[Card, ...]:
+def _all_gpus() -> tuple[Gpu, ...]:
     from dbrx_q.errors import RequestError
-    from dbrx_q.planning.budget import rig_of
+    from dbrx_q.planning.budget import machine_of
 
-    cards = rig_of(None).cards
-    if not cards:
+    gpus = machine_of(None).gpus
+    if not gpus:
         raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
-    return cards
+    return gpus
 
 
 def _is_auto(gpu: list[str]) -> bool:

@@ -10,7 +10,7 @@ import typer
 from dbrx_q.planning.sizes import format_size
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import GpuSizes, Ram
 from .generate import DEVICE_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
@@ -48,8 +48,8 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
-    degraded: Annotated[bool, typer.Option("--degraded", help=f"{budgets.DEGRADED_HELP} Of every QUANT, not of REF.")] = False,
+    gpu: GpuSizes = None,
+    fallback: Annotated[bool, typer.Option("--fallback", help=f"{budgets.FALLBACK_HELP} Of every QUANT, not of REF.")] = False,
     kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -78,13 +78,13 @@ def command(
     place = check_device(device)
     words = load_text(text)
     against = open_reference(reference)
-    sources = [open_source(quant, low_bit=degraded) for quant in quants]
+    sources = [open_source(quant, fallback=fallback) for quant in quants]
     if isinstance(against, ReferenceFile) and (protocol, context, stride, limit) == (None, None, None, None):
         how = against.protocol
     else:
         how = measuring.protocol_of(protocol, context, stride, limit, against.config)
     for source in sources:
-        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, degraded=degraded)
+        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, fallback=fallback)
     if not isinstance(against, ReferenceFile):
         budgets.give(against, ram, gpu, context=how.context)
     kept: list[RunState] = []

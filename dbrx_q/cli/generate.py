@@ -12,7 +12,7 @@ import typer
 from dbrx_q.planning.sizes import format_size
 
 from . import budgets, output
-from .budgets import Degraded, Gpu, MissPolicyName, Policy, Ram
+from .budgets import Fallback, GpuSizes, MissPolicyName, Policy, Ram
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -58,13 +58,13 @@ def command(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     ram: Ram = None,
-    gpu: Gpu = None,
+    gpu: GpuSizes = None,
     context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default=False)] = None,
     policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
     prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
     miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
-    degraded: Degraded = False,
+    fallback: Fallback = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
@@ -88,7 +88,7 @@ def command(
         raise RequestError("--system needs --chat; add it, or put the text into --prompt")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     place = check_device(device)
-    folder = resolve_folder(path, low_bit=degraded)
+    folder = resolve_folder(path, fallback=fallback)
     tokenizer = DbrxTokenizer.from_pretrained(folder)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -115,7 +115,7 @@ def command(
         profile=profile,
         prefetch=prefetch,
         miss_policy=miss_policy,
-        degraded=degraded,
+        fallback=fallback,
     )
     chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     model = load_pretrained(folder, budget=budget, device=place, dtype=chosen)

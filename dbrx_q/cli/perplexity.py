@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Degraded, Gpu, Ram
+from .budgets import Fallback, GpuSizes, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 from .measuring import ProtocolName
 
@@ -26,8 +26,8 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
-    degraded: Degraded = False,
+    gpu: GpuSizes = None,
+    fallback: Fallback = False,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
@@ -44,13 +44,13 @@ def command(
 
     place = check_device(device)
     words = load_text(text)
-    source = open_source(path, low_bit=degraded)
+    source = open_source(path, fallback=fallback)
     ids = source.tokenizer().encode(words.text)
     how = measuring.protocol_of(protocol, context, stride, limit, source.config)
     how.check(len(ids), source.config, source=text)
     chosen = measuring.dtype_of(dtype, place)
     checkpoint = source.sha256()
-    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, degraded=degraded)
+    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, fallback=fallback)
     key = run_key("perplexity", {}, source, checkpoint, ids, how, dtype=chosen, kv_format=kv.value, device=place)
     state = RunState(key)
     if not resume:
@@ -69,7 +69,7 @@ def command(
         apart = f", stride {result.stride}" if result.protocol == "strided" else ""
         cut = f"{result.protocol}, context {result.context}{apart}"
         print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {cut})")
-        if degraded:
-            print(f"the low-bit copy answered {result.degraded:.1%} of the requests for experts")
+        if fallback:
+            print(f"the fallback copy answered {result.fallback_share:.1%} of the requests for experts")
     if not result.complete:
         raise measuring.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())

@@ -11,7 +11,7 @@ from dbrx_q.planning.sizes import format_size, parse_size
 
 from . import budgets, output
 from .generate import KV_HELP, KvFormat
-from .quantize import Format
+from .quantize import FormatName
 
 if TYPE_CHECKING:
     from dbrx_q.planning.machine import Placement
@@ -21,9 +21,9 @@ __all__ = ["EXAMPLE", "command"]
 
 EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
 
-DEGRADED_HELP = "Plan for the low-bit copy that the checkpoint carries, or that --low-bit names, to answer for experts on disk."
+FALLBACK_HELP = "Plan for the fallback copy that the checkpoint carries, or that --fallback-format names, to answer for experts on disk."
 
-_KINDS = ("dense", "experts", "low_bit", "kv_cache", "workspace", "reserve")
+_KINDS = ("dense", "experts", "fallback", "kv_cache", "workspace", "reserve")
 
 
 def command(
@@ -33,25 +33,25 @@ def command(
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    format: Annotated[Format | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
+    format: Annotated[FormatName | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
     group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
-    degraded: Annotated[bool, typer.Option("--degraded", help=DEGRADED_HELP)] = False,
-    low_bit: Annotated[
-        Format | None, typer.Option(help="With --format and --degraded, the format of the low-bit copy.", show_default=False)
+    fallback: Annotated[bool, typer.Option("--fallback", help=FALLBACK_HELP)] = False,
+    fallback_format: Annotated[
+        FormatName | None, typer.Option(help="With --format and --fallback, the format of the fallback copy.", show_default=False)
     ] = None,
     host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
     disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Say where a model would lie on a rig and how fast that can be, before any weight is downloaded; reads config.json alone."""
+    """Say where a model would lie on a machine and how fast that can be, before any weight is downloaded; reads config.json alone."""
     from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.fallback import carried_formats, check_low_bit
+    from dbrx_q.experts.fallback import carried_formats, check_fallback
     from dbrx_q.planning.advice import advice
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
-    from dbrx_q.planning.footprint import Request
-    from dbrx_q.planning.machine import Rig
+    from dbrx_q.planning.footprint import MemoryRequest
+    from dbrx_q.planning.machine import Machine
     from dbrx_q.planning.placement import place
     from dbrx_q.planning.speed import speed_bounds
     from dbrx_q.quantize.pipeline.format_assignment import default_recipe
@@ -64,27 +64,29 @@ def command(
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
         formats = default_recipe(config, TensorFormat(format.value, 64 if group_size is None else group_size))
-    if low_bit is not None and (format is None or not degraded):
-        raise RequestError(f"--low-bit goes with --format and --degraded; found {low_bit.value} without. Add them, or leave it out")
+    if fallback_format is not None and (format is None or not fallback):
+        raise RequestError(
+            f"--fallback-format goes with --format and --fallback; found {fallback_format.value} without. Add them, or leave it out"
+        )
     copy = None
-    if low_bit is not None:
-        copy = default_recipe(config, TensorFormat(low_bit.value, 64))
-        check_low_bit(config, formats, copy, path)
-    elif degraded:
+    if fallback_format is not None:
+        copy = default_recipe(config, TensorFormat(fallback_format.value, 64))
+        check_fallback(config, formats, copy, path)
+    elif fallback:
         copy = carried_formats(path, config, formats)
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
-    rig = Rig(
-        None if ram is None else parse_size(ram), budgets.planned_cards(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth)
+    machine = Machine(
+        None if ram is None else parse_size(ram), budgets.planned_gpus(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth)
     )
-    request = Request(context, batch, kv.value, low_bit=copy)
-    plan = place(config, formats, rig, request)
+    request = MemoryRequest(context, batch, kv.value, fallback=copy)
+    plan = place(config, formats, machine, request)
     ffn = config.ffn_config
-    bounds = speed_bounds(plan, rig, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
-    sentence = advice(config, formats, rig, request)
+    bounds = speed_bounds(plan, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
+    sentence = advice(config, formats, machine, request)
     if json:
         output.print_json(_as_dict(plan, bounds) | {"advice": sentence})
         return
@@ -133,7 +135,7 @@ def _print(plan: Placement, bounds: SpeedBounds) -> None:
         return
     print(f"fits; expected hit rate {bounds.hit_rate:.1%} (experts chosen by chance; the policies of the cache do better on text)")
     worst, best = "all misses that can be", "every slot hits"
-    if plan.host.low_bit and not plan.cards:  # a low-bit copy is read faster than an expert
+    if plan.host.fallback and not plan.gpus:  # a fallback copy is read faster than an expert
         worst, best = best, worst
     for what, terms in (
         (f"tokens/s at batch 1: {bounds.expected:.2f} expected", bounds.terms),

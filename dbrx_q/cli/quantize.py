@@ -29,7 +29,7 @@ _FREE_SHARE = 4  # fifths of the memory that is free
 EXAMPLE = output.example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
 
-class Format(str, Enum):
+class FormatName(str, Enum):
     """Formats for the experts."""
 
     int4 = "int4"
@@ -49,7 +49,7 @@ class Recipe(str, Enum):
     best = "best"
 
 
-class Activations(str, Enum):
+class ActivationsFrom(str, Enum):
     """Whose activations enter a layer that is calibrated."""
 
     quantized = "quantized"
@@ -59,7 +59,7 @@ class Activations(str, Enum):
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint to quantize: a folder or a hub id.", show_default=False)],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
-    format: Annotated[Format, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = Format.int4,
+    format: Annotated[FormatName, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = FormatName.int4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.")] = 64,
     tensor: Annotated[
         list[str] | None,
@@ -89,16 +89,16 @@ def command(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draw of sequences from the text.")] = 0,
     activations: Annotated[
-        Activations, typer.Option(help="Whose activations enter a layer: of the layers before it as quantized, or as they were.")
-    ] = Activations.quantized,
+        ActivationsFrom, typer.Option(help="Whose activations enter a layer: of the layers before it as quantized, or as they were.")
+    ] = ActivationsFrom.quantized,
     all_experts: Annotated[
         bool, typer.Option(help="Calibrate every expert with all tokens, not with those that are routed to it.")
     ] = False,
     act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first (gptq, best).")] = True,
-    low_bit: Annotated[
-        Format | None,
+    fallback_format: Annotated[
+        FormatName | None,
         typer.Option(
-            help="Also write a low-bit copy, by the same recipe, for `--degraded`; it lies in DST/low-bit and is a checkpoint by itself.",
+            help="Also write a fallback copy, by the same recipe, for `--fallback`; it lies in DST/fallback and is a checkpoint by itself.",
             show_default=False,
         ),
     ] = None,
@@ -134,17 +134,17 @@ def command(
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.checkpoint.staging import partial_of
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+    from dbrx_q.experts.fallback import FALLBACK_FOLDER
     from dbrx_q.planning.host_memory import available_bytes
     from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
     from dbrx_q.quantize.methods.choose import METHODS
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
-    from dbrx_q.quantize.pipeline.run import Request, already_there, plan_checkpoint, quantize_checkpoint
+    from dbrx_q.quantize.pipeline.run import QuantizationRequest, already_there, plan_checkpoint, quantize_checkpoint
 
     method = METHODS[recipe.value]
     if calibration is not None and not method.calibrated and target_bpw is None:
         raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
-    if method.compares and activations is Activations.original:
+    if method.compares and activations is ActivationsFrom.original:
         raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
@@ -154,8 +154,8 @@ def command(
     if push is not None and not dry_run:
         check_push(push, private=not public)
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
-    request = Request(
-        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens, low_bit),
+    request = QuantizationRequest(
+        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens, fallback_format),
         method=recipe.value,
         source=source,
         name=push or "",
@@ -166,12 +166,12 @@ def command(
         accelerator=accelerator,
     )
     requests = [(destination, request)]
-    if low_bit is not None:
-        small = _formats(TensorFormat(low_bit.value, 64), [], None, None)
+    if fallback_format is not None:
+        small = _formats(TensorFormat(fallback_format.value, 64), [], None, None)
         other = replace(request, recipe=small, measured=None, name="")
         if not method.calibrated:  # the text was for --target-bpw
             other = replace(other, sequences=None, about=None)
-        requests.append((destination / LOW_BIT_FOLDER, other))
+        requests.append((destination / FALLBACK_FOLDER, other))
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     runs: dict[Path, RunRecord] = {}
     try:
@@ -218,21 +218,27 @@ def _opened(source: str, revision: str | None, storage: Path | None) -> Path | R
 
 
 def _formats(
-    experts: TensorFormat, rules: Sequence[str], target: float | None, tokens: torch.Tensor | None, low_bit: Format | None = None
+    experts: TensorFormat,
+    rules: Sequence[str],
+    target: float | None,
+    tokens: torch.Tensor | None,
+    fallback_format: FormatName | None = None,
 ) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
-    """The formats of a checkpoint's tensors, by the options; those of the low-bit copy that it is to carry must be smaller.
+    """The formats of a checkpoint's tensors, by the options; those of the fallback copy that it is to carry must be smaller.
 
     Raises:
         RequestError: a target without a text to measure errors with.
     """
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.fallback import check_low_bit
+    from dbrx_q.experts.fallback import check_fallback
     from dbrx_q.quantize.pipeline.format_assignment import allocated_recipe, default_recipe, override
 
     def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
-        if low_bit is not None:
-            check_low_bit(checkpoint.config, formats, default_recipe(checkpoint.config, TensorFormat(low_bit.value, 64)), "--low-bit")
+        if fallback_format is not None:
+            check_fallback(
+                checkpoint.config, formats, default_recipe(checkpoint.config, TensorFormat(fallback_format.value, 64)), "--fallback-format"
+            )
         return formats
 
     if target is None:
@@ -261,7 +267,7 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
 
 
 def _show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, json: bool) -> None:
-    """Of the checkpoint, and of the low-bit copy that it is to carry."""
+    """Of the checkpoint, and of the fallback copy that it is to carry."""
     from dataclasses import asdict
 
     from dbrx_q.quantize.pipeline.plan import seconds_of
@@ -273,11 +279,11 @@ def _show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, js
             asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": each, "seconds": time}
             for plan, each, time in zip(plans, bits, seconds, strict=True)
         ]
-        output.print_json(shown[0] | ({"low_bit": shown[1]} if shown[1:] else {}))
+        output.print_json(shown[0] | ({"fallback": shown[1]} if shown[1:] else {}))
         return
     for n, plan in enumerate(plans):
         if n:
-            print("\nlow-bit copy:")
+            print("\nfallback copy:")
         _show_plan(plan, accelerator, bits[n], seconds[n])
 
 
@@ -301,10 +307,10 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seco
 
 
 def _show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
-    """Of the checkpoint, and of its low-bit copy, where they were made."""
+    """Of the checkpoint, and of its fallback copy, where they were made."""
     if json and runs:
         first, *rest = (_as_dict(run, folder) for folder, run in runs.items())
-        output.print_json(first | ({"low_bit": rest[0]} if rest else {}))
+        output.print_json(first | ({"fallback": rest[0]} if rest else {}))
         return
     for folder, run in runs.items():
         _show_run(run, folder)
@@ -316,7 +322,7 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
         "destination": str(destination),
         "recipe": run.method,
         "calibration": run.options.get("calibration"),
-        "fallbacks": _fallbacks(run),
+        "undersampled_experts": _undersampled(run),
         "parameters": run.parameters,
         "bytes_in": run.bytes_in,
         "bytes_out": run.bytes_out,
@@ -331,19 +337,19 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
     }
 
 
-def _fallbacks(run: RunRecord) -> list[tuple[int, int]]:
-    return sorted({(record.layer, record.expert) for record in run.fallbacks})
+def _undersampled(run: RunRecord) -> list[tuple[int, int]]:
+    return sorted({(record.layer, record.expert) for record in run.undersampled})
 
 
 def _show_run(run: RunRecord, destination: Path) -> None:
     before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
-    fallbacks, calibration = _fallbacks(run), run.options.get("calibration")
+    undersampled, calibration = _undersampled(run), run.options.get("calibration")
     print(f"before  {format_size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
     print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
     if calibration is not None:
         print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
-    if fallbacks:
-        print(f"{len(fallbacks)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
+    if undersampled:
+        print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
     earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
     speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
     there = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""

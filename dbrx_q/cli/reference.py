@@ -10,7 +10,7 @@ import typer
 from dbrx_q.planning.sizes import format_size
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import GpuSizes, Ram
 from .generate import DEVICE_HELP, Dtype
 from .measuring import ProtocolName
 
@@ -42,7 +42,7 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
+    gpu: GpuSizes = None,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import GpuSizes, Ram
 from .generate import DEVICE_HELP, Dtype
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
+    gpu: GpuSizes = None,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:

@@ -32,7 +32,7 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the table, the figures as JSON, and the plot.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Replay a trace through every cache policy on a rig: hits, experts brought, tokens/s; with --out also with caches of other sizes."""
+    """Replay a trace through every cache policy on a machine: hits, experts brought, tokens/s; with --out also with caches of other sizes."""
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.simulation_report import FILES, KEYS, files, markdown
@@ -40,8 +40,8 @@ def command(
     from dbrx_q.experts.sweep import sweep
     from dbrx_q.experts.trace import Trace
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
-    from dbrx_q.planning.footprint import Request
-    from dbrx_q.planning.machine import Rig
+    from dbrx_q.planning.footprint import MemoryRequest
+    from dbrx_q.planning.machine import Machine
     from dbrx_q.planning.offloading import MissPolicy
 
     if out is not None:
@@ -52,12 +52,12 @@ def command(
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     limit = None if ram is None else parse_size(ram)
-    rig = Rig(limit, budgets.planned_cards(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth))
-    request = Request(context, 1, kv.value)
+    machine = Machine(limit, budgets.planned_gpus(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth))
+    request = MemoryRequest(context, 1, kv.value)
     with output.progress("runs") as on_run:
         found = sweep(
             trace,
-            rig,
+            machine,
             request,
             tokens=tokens,
             one_by_one=not recorded,

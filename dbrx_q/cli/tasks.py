@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Degraded, Gpu, Ram
+from .budgets import Fallback, GpuSizes, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["EXAMPLE", "command"]
@@ -35,15 +35,15 @@ def command(
     dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
-    degraded: Degraded = False,
+    gpu: GpuSizes = None,
+    fallback: Fallback = False,
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.provenance import command_line, degraded_by, provenance
+    from dbrx_q.eval.provenance import command_line, fallback_of, provenance
     from dbrx_q.eval.report_folder import write_files
     from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.tasks.answers import Answers
@@ -56,7 +56,7 @@ def command(
     place = check_device(device)
     if out is not None:
         _check_out(out)
-    source = open_source(path, low_bit=degraded)
+    source = open_source(path, fallback=fallback)
     tokenizer = source.tokenizer()
     if chat and tokenizer.chat_template is None:
         raise RequestError(f"{path}: --chat needs a chat template; the checkpoint has none. Leave --chat out")
@@ -64,10 +64,10 @@ def command(
     checkpoint = source.sha256()
     chosen_dtype = measuring.dtype_of(dtype, place)
     context = min(DEFAULT_CONTEXT, source.config.max_seq_len)
-    budgets.give(source, ram, gpu, context=context, caches=CACHES, kv_format=kv.value, degraded=degraded)
+    budgets.give(source, ram, gpu, context=context, caches=CACHES, kv_format=kv.value, fallback=fallback)
     asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
     where = provenance(place, command_line())
-    decides: dict[str, Any] = {"degraded": degraded_by(source)} if degraded else {}
+    decides: dict[str, Any] = {"fallback": fallback_of(source)} if fallback else {}
     decides |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
     state = RunState(asked | decides | {name: where[name] for name in ("versions", "device", "threads")})
     if not resume:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import budgets, measuring, output
-from .budgets import Gpu, Ram
+from .budgets import GpuSizes, Ram
 from .generate import DEVICE_HELP, Dtype
 
 __all__ = ["EXAMPLE", "command"]
@@ -28,7 +28,7 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ram: Ram = None,
-    gpu: Gpu = None,
+    gpu: GpuSizes = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
     """Record which experts every token of a text chooses, for `simulate` and for `generate --profile`."""

@@ -29,9 +29,9 @@ def command(
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
     from dbrx_q.errors import CheckpointError
-    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+    from dbrx_q.experts.fallback import FALLBACK_FOLDER
 
-    folder = resolve_folder(path, low_bit=True)
+    folder = resolve_folder(path, fallback=True)
     manifest = Manifest.read(folder)
     if manifest is None:
         with Checkpoint(folder) as checkpoint:
@@ -45,7 +45,7 @@ def command(
         unlisted = sorted({shard.name for shard in folder.glob("*.safetensors")} - recorded.keys())
         if unlisted:
             raise CheckpointError(f"{folder / MANIFEST_NAME}: must list every shard; {unlisted[0]} is not in it. Fetch the manifest again")
-        recorded |= _of_low_bit(folder)
+        recorded |= _of_fallback(folder)
     present = [name for name in recorded if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     files: list[dict[str, Any]] = []
@@ -80,23 +80,23 @@ def command(
         raise typer.Exit(1)
     if manifest is not None:
         _check_experts(folder)
-        if (folder / LOW_BIT_FOLDER).is_dir():
-            _check_experts(folder / LOW_BIT_FOLDER)
+        if (folder / FALLBACK_FOLDER).is_dir():
+            _check_experts(folder / FALLBACK_FOLDER)
 
 
-def _of_low_bit(folder: Path) -> dict[str, str]:
-    """The sums of the low-bit copy that a checkpoint carries, if it does."""
+def _of_fallback(folder: Path) -> dict[str, str]:
+    """The sums of the fallback copy that a checkpoint carries, if it does."""
     from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
     from dbrx_q.errors import CheckpointError
-    from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+    from dbrx_q.experts.fallback import FALLBACK_FOLDER
 
-    inner = folder / LOW_BIT_FOLDER
+    inner = folder / FALLBACK_FOLDER
     if not inner.is_dir():
         return {}
     manifest = Manifest.read(inner)
     if manifest is None:
-        raise CheckpointError(f"{inner}: a low-bit copy must hold {MANIFEST_NAME}; it is missing. Fetch it, or quantize it again")
-    return {f"{LOW_BIT_FOLDER}/{name}": str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
+        raise CheckpointError(f"{inner}: a fallback copy must hold {MANIFEST_NAME}; it is missing. Fetch it, or quantize it again")
+    return {f"{FALLBACK_FOLDER}/{name}": str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
 
 
 def _check_experts(folder: Path) -> None:

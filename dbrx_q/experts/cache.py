@@ -32,7 +32,7 @@ class ExpertCache:
         policy: says what goes when all are full.
 
     Attributes:
-        kept_elsewhere: gives bool [L * E], the experts that alone may be evicted, since they lie in another memory, too; None for any.
+        evictable: gives bool [L * E], the experts that alone may be evicted, since they lie in another memory, too; None for any.
         lent: gives bool [L * E], the experts that are evicted before all others, since they lie in a faster memory, too; None for none.
     """
 
@@ -43,10 +43,10 @@ class ExpertCache:
         self._slot = np.full(total, -1)
         self._held = np.zeros(total, bool)
         self._shielded = np.zeros(total, bool)  # must stay for now
-        self._foreseen_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
+        self._predicted_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
         self._free = list(range(slots))[::-1]
-        self.kept_elsewhere: Callable[[], np.ndarray] | None = None
-        self.lent: Callable[[], np.ndarray] | None = None
+        self.evictable: Callable[[], np.ndarray] | None = None
+        self.evict_first: Callable[[], np.ndarray] | None = None
         self._hits = self._prefetch_hits = self._misses = self._prefetches = self._evictions = 0
 
     @property
@@ -86,15 +86,15 @@ class ExpertCache:
                 continue
             present.append(expert)
             self._shielded[key] = True
-            if self._foreseen_only[key]:
-                self._foreseen_only[key] = False
+            if self._predicted_only[key]:
+                self._predicted_only[key] = False
                 brought += 1
         self._hits += len(present) - brought
         self._prefetch_hits += brought
         self._misses += len(absent)
         return present, absent
 
-    def bypass(self, layer: int, experts: Sequence[int]) -> None:
+    def record_miss(self, layer: int, experts: Sequence[int]) -> None:
         """Experts that the layer needs and that are not here are served elsewhere: they count, and get no slot."""
         self._misses += len(experts)
         for expert in experts:
@@ -110,8 +110,8 @@ class ExpertCache:
     def upgrade(self, layer: int, expert: int) -> Assignment | None:
         """A slot for an expert that was served elsewhere, if it is worth more than the one that would go; None else."""
         key, victim = self._key(layer, expert), None if self._free else self._victim()
-        worth = self._policy.worth()
-        if not self._free and (victim is None or worth[victim] >= worth[key]):
+        priority = self._policy.priority()
+        if not self._free and (victim is None or priority[victim] >= priority[key]):
             return None
         return self._assign(layer, expert, urgent=False)
 
@@ -119,14 +119,14 @@ class ExpertCache:
         """Free the slot of an expert that will not come."""
         key = self._key(layer, expert)
         self._free.append(int(self._slot[key]))
-        self._slot[key], self._held[key], self._foreseen_only[key], self._shielded[key] = -1, False, False, False
+        self._slot[key], self._held[key], self._predicted_only[key], self._shielded[key] = -1, False, False, False
 
     def served(self, layer: int, experts: Sequence[int]) -> None:
         """These were computed: their slots may go to others."""
         self._shielded[[self._key(layer, e) for e in experts]] = False
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Assignment]:
-        """Slots for what a later layer is foreseen to need, the likeliest first; what is needed now, and what is foreseen, stays."""
+        """Slots for what a later layer is predicted to need, the likeliest first; what is needed now, and what is predicted, stays."""
         keys = [self._key(layer, e) for e in experts]
         spared = [key for key in keys if self._held[key] and not self._shielded[key]]
         self._shielded[spared] = True
@@ -137,7 +137,7 @@ class ExpertCache:
             taken = self._assign(layer, expert, urgent=False)
             if taken is None:
                 break
-            self._foreseen_only[key] = self._shielded[key] = True
+            self._predicted_only[key] = self._shielded[key] = True
             spared.append(key)
             found.append(taken)
         self._shielded[spared] = False
@@ -149,7 +149,7 @@ class ExpertCache:
         kept = {self._key(*place) for place in arrived if self.slot_of(*place) >= 0}
         for key in range(len(self._slot)):
             if key not in kept:
-                self._slot[key], self._held[key], self._foreseen_only[key] = -1, False, False
+                self._slot[key], self._held[key], self._predicted_only[key] = -1, False, False
         self._free = sorted(set(range(self.slots)) - {int(self._slot[key]) for key in kept}, reverse=True)
         self._shielded[:] = False
 
@@ -161,7 +161,7 @@ class ExpertCache:
         if victim is None:
             return None
         slot = int(self._slot[victim])
-        self._slot[victim], self._held[victim], self._foreseen_only[victim] = -1, False, False
+        self._slot[victim], self._held[victim], self._predicted_only[victim] = -1, False, False
         self._free.append(slot)
         self._evictions += 1
         return self._take(layer, expert, urgent, divmod(victim, self._policy.experts))
@@ -169,12 +169,12 @@ class ExpertCache:
     def _victim(self) -> int | None:
         """Who goes next; None while everything must stay."""
         free_to_go = self._held & ~self._shielded
-        if self.kept_elsewhere is not None:
-            free_to_go &= self.kept_elsewhere()
-        if self.lent is not None and (twice := free_to_go & self.lent()).any():
+        if self.evictable is not None:
+            free_to_go &= self.evictable()
+        if self.evict_first is not None and (twice := free_to_go & self.evict_first()).any():
             free_to_go = twice
         candidates = np.flatnonzero(free_to_go)
-        return int(candidates[self._policy.worth()[candidates].argmin()]) if candidates.size else None
+        return int(candidates[self._policy.priority()[candidates].argmin()]) if candidates.size else None
 
     def _take(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
         key, slot = self._key(layer, expert), self._free.pop()
@@ -203,7 +203,7 @@ def serve(
     """What is to be done, in order, so that a forward pass gets the experts of a layer.
 
     An `Assignment` is to be begun; a `Group` is to be computed, once its experts arrived, before the next step is asked for. What lies
-    here comes first. Loads are begun as soon as slots can be had, those that were foreseen after all that are needed.
+    here comes first. Loads are begun as soon as slots can be had, those that were predicted after all that are needed.
 
     Args:
         cache: of this layer's experts.

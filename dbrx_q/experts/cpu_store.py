@@ -15,27 +15,27 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from .host_tier import HostTier
 from .stats import ExpertStats
 from .sums import ExpertSum
-from .tiered_store import LowBitCopy, NextRouter, TieredExpertStore
+from .tiered_store import FallbackCopy, NextRouter, TieredExpertStore
 
-__all__ = ["HostExpertStore"]
+__all__ = ["CpuExpertStore"]
 
 
-class HostExpertStore(TieredExpertStore):
+class CpuExpertStore(TieredExpertStore):
     """Computes experts where they lie in host memory.
 
-    While an expert is computed the next ones are read. Without a low-bit copy, what is computed does not depend on what lay where: the same
+    While an expert is computed the next ones are read. Without a fallback copy, what is computed does not depend on what lay where: the same
     tokens give the same bits with any number of slots, any policy and with or without prefetch.
 
     Args:
-        tier, prefetch, routers, low_bit: as of `TieredExpertStore`.
+        tier, prefetch, routers, fallback: as of `TieredExpertStore`.
     """
 
     def __init__(
-        self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None, low_bit: LowBitCopy | None = None
+        self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None, fallback: FallbackCopy | None = None
     ) -> None:
-        super().__init__(tier, prefetch=prefetch, routers=routers, low_bit=low_bit)
+        super().__init__(tier, prefetch=prefetch, routers=routers, fallback=fallback)
         self._compute_seconds = 0.0
-        self._degraded = 0
+        self._fallback_hits = 0
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         needed, slots = experts.unique().tolist(), self.tier.slots(index)
@@ -53,18 +53,18 @@ class HostExpertStore(TieredExpertStore):
     def stats(self) -> ExpertStats:
         reader = self.tier.reader
         times = self._compute_seconds, self.tier.wait_seconds, reader.busy_seconds
-        return ExpertStats(self.tier.stats, *self._guessed(), reader.bytes_read, *times, degraded=self._degraded)
+        return ExpertStats(self.tier.stats, *self._guessed(), reader.bytes_read, *times, fallback_hits=self._fallback_hits)
 
     def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        if self.low_bit is None:
+        if self.fallback is None:
             self._add(self.tier, index, total, needed, ahead)
             return
         full = [e for e in needed if self.tier.ready(index, e)]
-        degraded = [e for e in needed if e not in set(full)]
+        fallback = [e for e in needed if e not in set(full)]
         self._add(self.tier, index, total, full)
-        self.tier.pass_over(index, degraded, upgrade=self.low_bit.upgrade)
-        self._add(self.low_bit.tier, index, total, degraded)
-        self._degraded += len(degraded)
+        self.tier.serve_from_fallback(index, fallback, upgrade=self.fallback.upgrade)
+        self._add(self.fallback.tier, index, total, fallback)
+        self._fallback_hits += len(fallback)
 
     def _add(self, tier: HostTier, index: int, total: ExpertSum, needed: list[int], ahead: Sequence[int] = ()) -> None:
         slots = tier.slots(index)

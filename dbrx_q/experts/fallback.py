@@ -1,4 +1,4 @@
-"""The low-bit copy that a checkpoint may carry: in a folder of its own within, a checkpoint of the same model at fewer bits.
+"""The fallback copy that a checkpoint may carry: in a folder of its own within, a checkpoint of the same model at fewer bits.
 
 Its experts answer for those that would have to come from disk (`experts/tiered.py`). It is a whole checkpoint and runs by itself as well.
 """
@@ -17,9 +17,9 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.planning.expert_kinds import expert_kinds
 
-__all__ = ["LOW_BIT_FOLDER", "carried_formats", "check_low_bit", "open_low_bit"]
+__all__ = ["FALLBACK_FOLDER", "carried_formats", "check_fallback", "open_fallback"]
 
-LOW_BIT_FOLDER = "low-bit"
+FALLBACK_FOLDER = "fallback"
 _ROUTER = "transformer.blocks.0.ffn.router.layer.weight"
 
 
@@ -37,44 +37,44 @@ def carried_formats(
         RequestError: it carries none.
         CheckpointError: the copy is of another model, not quantized, or its experts take as many bytes.
     """
-    name, problem = f"{LOW_BIT_FOLDER}/config.json", "there is none"
+    name, problem = f"{FALLBACK_FOLDER}/config.json", "there is none"
     try:
         path = resolve_file(path_or_hub_id, name)
     except CheckpointError as error:  # of the hub
         path, problem = None, str(error)
     if path is None or not path.is_file():
         raise RequestError(
-            f"{path_or_hub_id}: --degraded needs a low-bit copy in the folder {LOW_BIT_FOLDER!r}; {problem}. Make one with "
-            f"`dbrx-q quantize --low-bit int4`, or put an int4 checkpoint of the same model there"
+            f"{path_or_hub_id}: --fallback needs a fallback copy in the folder {FALLBACK_FOLDER!r}; {problem}. Make one with "
+            f"`dbrx-q quantize --fallback-format int4`, or put an int4 checkpoint of the same model there"
         )
     found = DbrxConfig.from_pretrained(path.parent)
-    low_bit = tensor_formats(found, str(path))
+    fallback = tensor_formats(found, str(path))
     if _shape(found) != _shape(config):
-        raise CheckpointError(f"{path.parent}: a low-bit copy must be of the same model; its config.json is of another. Make it again")
-    if not low_bit:
+        raise CheckpointError(f"{path.parent}: a fallback copy must be of the same model; its config.json is of another. Make it again")
+    if not fallback:
         raise CheckpointError(
-            f"{path.parent}: a low-bit copy must be quantized; this one is plain. Make it with `dbrx-q quantize --low-bit`"
+            f"{path.parent}: a fallback copy must be quantized; this one is plain. Make it with `dbrx-q quantize --fallback-format`"
         )
-    check_low_bit(config, formats, low_bit, str(path.parent))
-    return low_bit
+    check_fallback(config, formats, fallback, str(path.parent))
+    return fallback
 
 
-def check_low_bit(config: DbrxConfig, formats: Mapping[str, TensorFormat], low_bit: Mapping[str, TensorFormat], source: str) -> None:
+def check_fallback(config: DbrxConfig, formats: Mapping[str, TensorFormat], fallback: Mapping[str, TensorFormat], source: str) -> None:
     """Refuse a copy in which experts take as many bytes.
 
     Raises:
         CheckpointError: with the bytes of both.
     """
     dtype = getattr(torch, config.torch_dtype or "bfloat16")
-    own, its = (expert_kinds(config, some, dtype) for some in (formats, low_bit))
+    own, its = (expert_kinds(config, some, dtype) for some in (formats, fallback))
     if any(b.nbytes > a.nbytes for a, b in zip(own, its, strict=True)) or sum(b.nbytes for b in its) >= sum(a.nbytes for a in own):
         raise CheckpointError(
-            f"{source}: the experts of a low-bit copy must take fewer bytes than the checkpoint's; one of layer 0 takes "
+            f"{source}: the experts of a fallback copy must take fewer bytes than the checkpoint's; one of layer 0 takes "
             f"{its[0].nbytes:,}, and {own[0].nbytes:,} there. Make it at fewer bits"
         )
 
 
-def open_low_bit(checkpoint: Checkpoint) -> Checkpoint:
+def open_fallback(checkpoint: Checkpoint) -> Checkpoint:
     """The copy that an open checkpoint carries; the caller closes it.
 
     Raises:
@@ -82,11 +82,11 @@ def open_low_bit(checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: as for `carried_formats`, or a file of the copy is damaged, or it was made of other weights.
     """
     carried_formats(checkpoint.folder, checkpoint.config, checkpoint.formats)
-    found = Checkpoint(checkpoint.folder / LOW_BIT_FOLDER)
+    found = Checkpoint(checkpoint.folder / FALLBACK_FOLDER)
     if not torch.equal(found.read(_ROUTER), checkpoint.read(_ROUTER)):  # never packed
         found.close()
         raise CheckpointError(
-            f"{found.folder}: a low-bit copy must be made of the same weights; its router of layer 0 differs. Make it of the same original"
+            f"{found.folder}: a fallback copy must be made of the same weights; its router of layer 0 differs. Make it of the same original"
         )
     return found
 

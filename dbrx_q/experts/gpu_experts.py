@@ -1,8 +1,8 @@
-"""The experts of one card: a cache of them in its memory, host memory under it.
+"""The experts of one gpu: a cache of them in its memory, host memory under it.
 
-A layer's experts are served in this order: copies of missed ones begin; what lies on the card is computed there, while copies of what the
-next layer is foreseen to need begin, too; the CPU computes its share of the missed ones where they lie; what was copied is computed as it
-arrives. Where there is a low-bit copy it takes the place of experts that lie on disk, and is computed and copied like the others.
+A layer's experts are served in this order: copies of missed ones begin; what lies on the GPU is computed there, while copies of what the
+next layer is predicted to need begin, too; the CPU computes its share of the missed ones where they lie; what was copied is computed as it
+arrives. Where there is a fallback copy it takes the place of experts that lie on disk, and is computed and copied like the others.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.offloading import MissPolicy, first_slots
 
 from .cache import Assignment, ExpertCache
-from .gpu_slot_pool import Stock
+from .gpu_slot_pool import GpuSlotPool
 from .host_tier import HostTier, Place, fill_order
 from .link import Arrival, Link
 from .policies import CachePolicy, Lru
 from .split import MissRates, split_misses
 from .stats import CacheStats
 from .sums import ExpertSum
-from .tiered_store import LowBitCopy
+from .tiered_store import FallbackCopy
 from .timer import Timer, on_device
 
-__all__ = ["CardExperts"]
+__all__ = ["GpuExperts"]
 
 _MANY = 64  # copies that are remembered before those that are done are forgotten
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Experts of a layer that one stock serves.
+    """Experts of a layer that one slot pool serves.
 
-    present: on the card. on_cpu: that the CPU computes. copied: that are missed, too, and copied as soon as they lie in host memory and a
-    slot can be had. going: copies on their way, in the order in which they arrive: what had been foreseen, then those of `copied`.
+    present: on the GPU. on_cpu: that the CPU computes. copied: that are missed, too, and copied as soon as they lie in host memory and a
+    slot can be had. going: copies on their way, in the order in which they arrive: what had been predicted, then those of `copied`.
     """
 
-    stock: Stock
+    slot_pool: GpuSlotPool
     present: list[int]
     on_cpu: list[int]
     copied: list[int]
@@ -55,20 +55,20 @@ class _Batch:
         return sorted([*self.on_cpu, *self.copied])
 
 
-class CardExperts:
-    """The experts of one card's layers.
+class GpuExperts:
+    """The experts of one GPU's layers.
 
     Args:
-        device: the card.
+        device: the GPU.
         layers: (first, end) of the layers that it computes.
         tier: host memory under it.
         link: the way there.
-        name: as the plan calls the card.
+        name: as the plan calls the GPU.
         slots, policies: of each kind of its layers' experts.
         miss_policy: how missed experts are served.
         rates: of the CPU and of the link, which the split follows.
-        low_bit: answers for what lies on disk.
-        low_bit_slots: of each kind of its experts, for copies of them on the card.
+        fallback: answers for what lies on disk.
+        fallback_slots: of each kind of its experts, for copies of them on the GPU.
     """
 
     def __init__(
@@ -83,41 +83,41 @@ class CardExperts:
         policies: Mapping[ExpertKind, CachePolicy],
         miss_policy: MissPolicy,
         rates: MissRates,
-        low_bit: LowBitCopy | None = None,
-        low_bit_slots: Mapping[ExpertKind, int] = MappingProxyType({}),
+        fallback: FallbackCopy | None = None,
+        fallback_slots: Mapping[ExpertKind, int] = MappingProxyType({}),
     ) -> None:
         self.device, self.layers, self.link, self.name = device, layers, link, name
         self._tier, self._miss_policy, self.rates = tier, miss_policy, rates
         # Forced to one way, what is done does not depend on how fast copies are, and a simulation comes to the same counters.
         self._as_it_comes = miss_policy is MissPolicy.hybrid
-        self._full = Stock(device, tier, slots, policies)
-        self._low_bit: Stock | None = None
+        self._full = GpuSlotPool(device, tier, slots, policies)
+        self._fallback: GpuSlotPool | None = None
         self._upgrade = False
-        if low_bit is not None:
+        if fallback is not None:
             L, E = tier.n_layers, tier.n_experts
-            self._low_bit = Stock(device, low_bit.tier, low_bit_slots, {kind: Lru(L, E) for kind in low_bit_slots})
-            self._upgrade = low_bit.upgrade
-        self._coming: dict[Place, Arrival] = {}  # copies that were begun because they were foreseen, and not used yet
+            self._fallback = GpuSlotPool(device, fallback.tier, fallback_slots, {kind: Lru(L, E) for kind in fallback_slots})
+            self._upgrade = fallback.upgrade
+        self._coming: dict[Place, Arrival] = {}  # copies that were begun because they were predicted, and not used yet
         self._read: list[tuple[Place, Arrival]] = []  # every copy that may still read host memory
         tier.watchers.add(self)
         self._seen = 0, 0.0  # bytes and seconds of the link that the rates know
-        self.on_cpu = self.degraded = 0
+        self.on_cpu = self.fallback_hits = 0
         self.wait_seconds = 0.0
         self._timer = Timer(device)
 
     @property
     def compute_seconds(self) -> float:
-        """In products of experts, on the card and on the CPU; waits for the card."""
+        """In products of experts, on the GPU and on the CPU; waits for the GPU."""
         return self._timer.seconds
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(stock.nbytes for stock in self._stocks)
+        return sum(slot_pool.nbytes for slot_pool in self._slot_pools)
 
     @property
-    def _stocks(self) -> list[Stock]:
-        return [self._full] if self._low_bit is None else [self._full, self._low_bit]
+    def _slot_pools(self) -> list[GpuSlotPool]:
+        return [self._full] if self._fallback is None else [self._full, self._fallback]
 
     @property
     def stats(self) -> CacheStats:
@@ -131,17 +131,17 @@ class CardExperts:
 
     @property
     def coming(self) -> list[Place]:
-        """(layer, expert) of those whose copies were begun because they were foreseen, and that were not used yet."""
+        """(layer, expert) of those whose copies were begun because they were predicted, and that were not used yet."""
         return list(self._coming)
 
     def keep_what_is_nowhere_else(self) -> None:
         """Evict from now on only what lies in host memory, too."""
         for cache in self.caches:
-            cache.kept_elsewhere = self._tier.held
+            cache.evictable = self._tier.held
 
-    def choose(self, worth: np.ndarray | None) -> list[Assignment]:
+    def choose(self, priority: np.ndarray | None) -> list[Assignment]:
         """Slots for the likeliest experts; the last ones stay free for what is copied first."""
-        order = [place for place in fill_order(self._tier.n_layers, self._tier.n_experts, worth) if self._own(place[0])]
+        order = [place for place in fill_order(self._tier.n_layers, self._tier.n_experts, priority) if self._own(place[0])]
         found = []
         for kind, (slots, cache) in self._full.pools.items():
             own = [place for place in order if self._tier.kind(place[0]) == kind]
@@ -157,7 +157,7 @@ class CardExperts:
         self.rates, self._seen = rates, (self.link.bytes_copied, self.link.busy_seconds)
 
     def serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this card's, meanwhile."""
+        """Add the experts that layer `index` needs to the sum; copy some of the next layer's, which is this GPU's, meanwhile."""
         try:
             self._serve(index, total, needed, ahead)
         except BaseException:
@@ -173,15 +173,15 @@ class CardExperts:
         return self._full.slots(layer).views(slot)
 
     def recover(self) -> None:
-        """After an error only what is certain to have arrived is believed to lie on the card, and nothing is on its way."""
-        for stock in self._stocks:
-            stock.keep_arrived()
+        """After an error only what is certain to have arrived is believed to lie on the GPU, and nothing is on its way."""
+        for slot_pool in self._slot_pools:
+            slot_pool.keep_arrived()
         for arrival in self._coming.values():
             self.link.abandon(arrival)
         self._coming.clear()
         self.link.settle()
 
-    def let_leave(self, place: Place) -> None:
+    def wait_until_unread(self, place: Place) -> None:
         """Return when no copy reads an expert in host memory any more."""
         started = time.perf_counter()
         coming = self._coming.get(place)
@@ -196,91 +196,93 @@ class CardExperts:
         self.wait_seconds += time.perf_counter() - started
 
     def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        degraded = self._on_disk(index, needed)
-        batches = [self._begin(self._full, index, total, [e for e in needed if e not in set(degraded)])]
-        if self._low_bit is not None and degraded:
-            batches.append(self._begin(self._low_bit, index, total, degraded))
+        fallback = self._on_disk(index, needed)
+        batches = [self._begin(self._full, index, total, [e for e in needed if e not in set(fallback)])]
+        if self._fallback is not None and fallback:
+            batches.append(self._begin(self._fallback, index, total, fallback))
         for batch in batches:
-            self._on_card(total, batch.stock, index, batch.present)
+            self._on_gpu(total, batch.slot_pool, index, batch.present)
             # Those of which no slot was free before.
-            batch.going.update(self._begin_copies(batch.stock, index, [e for e in batch.copied if e not in batch.going]))
+            batch.going.update(self._begin_copies(batch.slot_pool, index, [e for e in batch.copied if e not in batch.going]))
         if all(self._all_begun(batch, index) for batch in batches):
             self._fetch_ahead(index + 1, ahead)  # the link has nothing left to do for this layer
         absent = [e for e in ahead if self._full.cache(index + 1).slot_of(index + 1, e) < 0]
         for batch in batches:
-            self._finish(batch, index, total, absent if self._low_bit is None else [])
-        if degraded:
-            self._full.cache(index).bypass(index, degraded)
-            self._tier.pass_over(index, degraded, upgrade=self._upgrade)
-            self.degraded += len(degraded)
+            self._finish(batch, index, total, absent if self._fallback is None else [])
+        if fallback:
+            self._full.cache(index).record_miss(index, fallback)
+            self._tier.serve_from_fallback(index, fallback, upgrade=self._upgrade)
+            self.fallback_hits += len(fallback)
         self._fetch_ahead(index + 1, ahead)  # what found no slot while this layer's were needed
         sent_bytes, busy = self.link.bytes_copied, self.link.busy_seconds
         self.rates.saw(link_bytes=sent_bytes - self._seen[0], link_seconds=busy - self._seen[1])
         self._seen = sent_bytes, busy
 
     def _on_disk(self, index: int, needed: Sequence[int]) -> list[int]:
-        """Which of these experts the low-bit copy answers for."""
-        if self._low_bit is None:
+        """Which of these experts the fallback copy answers for."""
+        if self._fallback is None:
             return []
         cache = self._full.cache(index)
         return [e for e in needed if cache.slot_of(index, e) < 0 and not self._tier.ready(index, e)]
 
-    def _begin(self, stock: Stock, index: int, total: ExpertSum, needed: Sequence[int]) -> _Batch:
-        """Decide how a stock serves the experts of a layer, and begin the copies that find a slot at once."""
-        kind, cache = stock.tier.kind(index), stock.cache(index)
+    def _begin(self, slot_pool: GpuSlotPool, index: int, total: ExpertSum, needed: Sequence[int]) -> _Batch:
+        """Decide how a slot pool serves the experts of a layer, and begin the copies that find a slot at once."""
+        kind, cache = slot_pool.tier.kind(index), slot_pool.cache(index)
         if self._as_it_comes:
-            stock.tier.take_in(index)
+            slot_pool.tier.poll_loads(index)
         missed = {e: total.counts[e] for e in needed if cache.slot_of(index, e) < 0}
-        coming = self._not_landed(index, needed) if stock is self._full else {}
-        late = {e: (total.counts[e], arrival.nbytes - arrival.sent) for e, arrival in coming.items() if stock.tier.has(index, e)}
+        coming = self._not_landed(index, needed) if slot_pool is self._full else {}
+        late = {e: (total.counts[e], arrival.nbytes - arrival.sent) for e, arrival in coming.items() if slot_pool.tier.has(index, e)}
         on_cpu, copied = split_misses(missed, kind.nbytes, self.rates, self._miss_policy, late, self.link.left_of(coming.values()))
         present, _ = cache.visit(index, [e for e in needed if e not in set(on_cpu)])
-        cache.bypass(index, on_cpu)
+        cache.record_miss(index, on_cpu)
         for e in [e for e in coming if e in set(on_cpu)]:
             self.link.defer(coming.pop(e))
         for arrival in coming.values():
             self.link.hurry(arrival)
-        return _Batch(stock, [e for e in present if e not in coming], on_cpu, copied, coming | self._begin_copies(stock, index, copied))
+        return _Batch(
+            slot_pool, [e for e in present if e not in coming], on_cpu, copied, coming | self._begin_copies(slot_pool, index, copied)
+        )
 
-    def _begin_copies(self, stock: Stock, index: int, experts: Sequence[int]) -> dict[int, Arrival]:
+    def _begin_copies(self, slot_pool: GpuSlotPool, index: int, experts: Sequence[int]) -> dict[int, Arrival]:
         """Begin the copies of those that lie in host memory, as far as there are slots."""
         found: dict[int, Arrival] = {}
         for e in experts:
-            if stock.tier.has(index, e) and (arrival := self._copy(stock, index, e)) is not None:
+            if slot_pool.tier.has(index, e) and (arrival := self._copy(slot_pool, index, e)) is not None:
                 found[e] = arrival
         return found
 
     def _all_begun(self, batch: _Batch, index: int) -> bool:
         """Whether nothing of the layer waits for the disk, or for a slot."""
-        return all(e in batch.going for e in batch.copied) and all(batch.stock.tier.has(index, e) for e in batch.on_cpu)
+        return all(e in batch.going for e in batch.copied) and all(batch.slot_pool.tier.has(index, e) for e in batch.on_cpu)
 
     def _finish(self, batch: _Batch, index: int, total: ExpertSum, ahead: Sequence[int]) -> None:
-        """Add a batch's experts that are not on the card yet; those of `ahead` come from disk into host memory meanwhile."""
-        stock, going, computed = batch.stock, batch.going, set(batch.on_cpu)
-        with closing(stock.tier.serve(index, batch.missed, ahead)) as groups:
+        """Add a batch's experts that are not on the GPU yet; those of `ahead` come from disk into host memory meanwhile."""
+        slot_pool, going, computed = batch.slot_pool, batch.going, set(batch.on_cpu)
+        with closing(slot_pool.tier.serve(index, batch.missed, ahead)) as groups:
             for experts in groups:
                 on_cpu = [e for e in experts if e in computed]
                 waiting = [e for e in experts if e not in computed and e not in going]
                 while on_cpu or waiting:
                     for e in [e for e, arrival in going.items() if arrival.done and self._as_it_comes]:
-                        self._arrive(total, stock, index, going, e)
-                    begun = self._begin_copies(stock, index, waiting)
+                        self._arrive(total, slot_pool, index, going, e)
+                    begun = self._begin_copies(slot_pool, index, waiting)
                     going |= begun
                     waiting = [e for e in waiting if e not in begun]
-                    if on_cpu:  # one by one, so that the card and the link have work as soon as they can
+                    if on_cpu:  # one by one, so that the GPU and the link have work as soon as they can
                         now = on_cpu[:1] if self._as_it_comes and (going or waiting) else on_cpu
-                        self._on_host(total, stock, index, now)
+                        self._on_host(total, slot_pool, index, now)
                         on_cpu = on_cpu[len(now) :]
                     elif waiting and going:  # a slot is free when another copy was computed
-                        self._arrive(total, stock, index, going, next(iter(going)))
+                        self._arrive(total, slot_pool, index, going, next(iter(going)))
                     elif waiting:
-                        self._on_host(total, stock, index, [waiting.pop(0)])
+                        self._on_host(total, slot_pool, index, [waiting.pop(0)])
         while going:
-            self._arrive(total, stock, index, going, next(iter(going)))
+            self._arrive(total, slot_pool, index, going, next(iter(going)))
 
-    def _on_host(self, total: ExpertSum, stock: Stock, index: int, experts: Sequence[int]) -> None:
+    def _on_host(self, total: ExpertSum, slot_pool: GpuSlotPool, index: int, experts: Sequence[int]) -> None:
         """Let the CPU compute experts where they lie in host memory."""
-        tier = stock.tier
+        tier = slot_pool.tier
         started = time.perf_counter()
         total.add_host(tier.slots(index).weights, {e: tier.slot_of(index, e) for e in experts})
         seconds = time.perf_counter() - started
@@ -289,59 +291,59 @@ class CardExperts:
         if all(total.counts[e] == 1 for e in experts):
             self.rates.saw(cpu_bytes=len(experts) * tier.kind(index).nbytes, cpu_seconds=seconds)
 
-    def _arrive(self, total: ExpertSum, stock: Stock, index: int, going: dict[int, Arrival], expert: int) -> None:
+    def _arrive(self, total: ExpertSum, slot_pool: GpuSlotPool, index: int, going: dict[int, Arrival], expert: int) -> None:
         """Compute an expert whose copy was begun."""
-        self._await(stock, (index, expert), going.pop(expert))
-        self._on_card(total, stock, index, [expert])
+        self._await(slot_pool, (index, expert), going.pop(expert))
+        self._on_gpu(total, slot_pool, index, [expert])
 
-    def _copy(self, stock: Stock, index: int, expert: int) -> Arrival | None:
+    def _copy(self, slot_pool: GpuSlotPool, index: int, expert: int) -> Arrival | None:
         """Begin to copy an expert of host memory; None where no slot can be had."""
-        assignment = stock.cache(index).assign(index, expert)
-        return None if assignment is None else self._put(stock, assignment, self._sources(stock, index, expert))
+        assignment = slot_pool.cache(index).assign(index, expert)
+        return None if assignment is None else self._put(slot_pool, assignment, self._sources(slot_pool, index, expert))
 
-    def _sources(self, stock: Stock, index: int, expert: int) -> list[torch.Tensor]:
-        return stock.tier.slots(index).views(stock.tier.slot_of(index, expert))
+    def _sources(self, slot_pool: GpuSlotPool, index: int, expert: int) -> list[torch.Tensor]:
+        return slot_pool.tier.slots(index).views(slot_pool.tier.slot_of(index, expert))
 
-    def _put(self, stock: Stock, assignment: Assignment, sources: Sequence[torch.Tensor]) -> Arrival:
-        """Begin to copy an expert into its slot, behind whatever is still sent there and whatever the card still reads there."""
+    def _put(self, slot_pool: GpuSlotPool, assignment: Assignment, sources: Sequence[torch.Tensor]) -> Arrival:
+        """Begin to copy an expert into its slot, behind whatever is still sent there and whatever the GPU still reads there."""
         if assignment.evicted is not None:
-            stock.arrived.discard(assignment.evicted)
-            if stock is self._full and (gone := self._coming.pop(assignment.evicted, None)) is not None:
+            slot_pool.arrived.discard(assignment.evicted)
+            if slot_pool is self._full and (gone := self._coming.pop(assignment.evicted, None)) is not None:
                 self.link.abandon(gone)
-        place, slots = (assignment.layer, assignment.expert), stock.slots(assignment.layer)
-        stock.arrived.discard(place)
-        after = stock.used.get((slots.kind, assignment.slot))
+        place, slots = (assignment.layer, assignment.expert), slot_pool.slots(assignment.layer)
+        slot_pool.arrived.discard(place)
+        after = slot_pool.used.get((slots.kind, assignment.slot))
         arrival = self.link.copy(sources, slots.views(assignment.slot), after=after, urgent=assignment.urgent)
-        if stock is self._full:
+        if slot_pool is self._full:
             self._read.append((place, arrival))
             if len(self._read) > _MANY:
                 self._read = [read for read in self._read if not read[1].done]
         return arrival
 
-    def _await(self, stock: Stock, place: Place, arrival: Arrival) -> None:
-        """Let what the card computes from now on see a copy."""
+    def _await(self, slot_pool: GpuSlotPool, place: Place, arrival: Arrival) -> None:
+        """Let what the GPU computes from now on see a copy."""
         started = time.perf_counter()
         with on_device(self.device):
             arrival.wait()
         self.wait_seconds += time.perf_counter() - started
-        stock.arrived.add(place)
-        if stock is self._full:
+        slot_pool.arrived.add(place)
+        if slot_pool is self._full:
             self._coming.pop(place, None)
 
-    def _on_card(self, total: ExpertSum, stock: Stock, index: int, experts: Sequence[int]) -> None:
-        """Compute experts whose bytes are in their slots, or are certain to be there when the card gets to it."""
+    def _on_gpu(self, total: ExpertSum, slot_pool: GpuSlotPool, index: int, experts: Sequence[int]) -> None:
+        """Compute experts whose bytes are in their slots, or are certain to be there when the GPU gets to it."""
         if not experts:
             return
-        slots, cache = stock.slots(index), stock.cache(index)
+        slots, cache = slot_pool.slots(index), slot_pool.cache(index)
         where = {e: cache.slot_of(index, e) for e in experts}
-        with self._timer.of_card() as timed:
-            total.add_card(slots.weights, where)
+        with self._timer.of_gpu() as timed:
+            total.add_gpu(slots.weights, where)
         if timed.end is not None:
-            stock.used |= {(slots.kind, slot): timed.end for slot in where.values()}
+            slot_pool.used |= {(slots.kind, slot): timed.end for slot in where.values()}
         cache.served(index, experts)
 
     def _fetch_ahead(self, layer: int, experts: list[int]) -> None:
-        """Begin to copy what the next layer is foreseen to need and host memory holds; what lies on the card already stays there."""
+        """Begin to copy what the next layer is predicted to need and host memory holds; what lies on the GPU already stays there."""
         if not experts:
             return
         cache = self._full.cache(layer)
@@ -351,7 +353,7 @@ class CardExperts:
             self._coming[layer, assignment.expert] = self._put(self._full, assignment, sources)
 
     def _not_landed(self, layer: int, needed: Sequence[int]) -> dict[int, Arrival]:
-        """The copies of these experts that were foreseen and are still on their way, the next to arrive first; those of others of the
+        """The copies of these experts that were predicted and are still on their way, the next to arrive first; those of others of the
         layer come after them."""
         chosen, found = set(needed), {}
         for (where, e), arrival in list(self._coming.items()):

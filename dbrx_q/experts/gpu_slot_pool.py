@@ -1,4 +1,4 @@
-"""A card's slots for one copy of its experts."""
+"""A GPU's slots for one copy of its experts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .host_tier import HostTier, Place
 from .policies import CachePolicy
 from .slots import ExpertSlots
 
-__all__ = ["Stock"]
+__all__ = ["GpuSlotPool"]
 
 
-class Stock:
-    """A card's slots for one copy of the experts, and the host memory that fills them.
+class GpuSlotPool:
+    """A GPU's slots for one copy of the experts, and the host memory that fills them.
 
     Args:
-        device: the card.
+        device: the GPU.
         tier: the host memory.
         slots, policies: of each kind of experts.
 
     Attributes:
         pools: slots and who lies in them, by kind.
-        used: when the card has read a slot for the last time.
-        arrived: (layer, expert) of those whose bytes the card is certain to see.
+        used: when the GPU has read a slot for the last time.
+        arrived: (layer, expert) of those whose bytes the GPU is certain to see.
     """
 
     def __init__(
@@ -60,5 +60,5 @@ class Stock:
 
     def _pool(self, layer: int) -> tuple[ExpertSlots, ExpertCache]:
         found = self._by_layer[layer]
-        assert found is not None, "the card has slots for the kinds of its layers alone"
+        assert found is not None, "the GPU has slots for the kinds of its layers alone"
         return found

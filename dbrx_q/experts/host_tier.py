@@ -64,7 +64,7 @@ class Reader(Protocol):
 class Watcher(Protocol):
     """Who reads experts from host memory while others are served."""
 
-    def let_leave(self, place: Place) -> None:
+    def wait_until_unread(self, place: Place) -> None:
         """Return when the expert is read there no more."""
 
 
@@ -137,7 +137,7 @@ class HostTier:
         """Of a layer's experts."""
         return self._files.kinds[layer]
 
-    def fill(self, worth: np.ndarray | None = None, last: Sequence[Place] = ()) -> None:
+    def fill(self, priority: np.ndarray | None = None, last: Sequence[Place] = ()) -> None:
         """Read experts into the free slots and return when they are there: the likeliest first.
 
         Args:
@@ -147,7 +147,7 @@ class HostTier:
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        order = self.first(worth, last)
+        order = self.first(priority, last)
         for kind, pool in self._pools.items():
             for assignment in pool.cache.fill([place for place in order if self.kind(place[0]) == kind]):
                 self._begin(assignment)
@@ -179,13 +179,13 @@ class HostTier:
                     self._arrive(pool, (layer, expert))
                 yield step.experts
 
-    def pass_over(self, layer: int, experts: Sequence[int], *, upgrade: bool) -> None:
-        """A low-bit copy answered for experts that a layer needs, after the others were served; they count as misses.
+    def serve_from_fallback(self, layer: int, experts: Sequence[int], *, upgrade: bool) -> None:
+        """A fallback copy answered for experts that a layer needs, after the others were served; they count as misses.
 
         upgrade: whether those that are worth it are brought for the next time, as far as the disk has nothing else to do.
         """
         pool = self._pool(layer)
-        pool.cache.bypass(layer, experts)
+        pool.cache.record_miss(layer, experts)
         if not upgrade:
             return
         with self._intact():
@@ -205,7 +205,7 @@ class HostTier:
             for expert in needed:
                 self._arrive(pool, (layer, expert))
 
-    def take_in(self, layer: int) -> None:
+    def poll_loads(self, layer: int) -> None:
         """See which experts of a layer have come from disk since.
 
         Raises:
@@ -216,9 +216,9 @@ class HostTier:
             for place in [place for place, load in pool.loads.items() if place[0] == layer and load.done]:
                 self._arrive(pool, place)
 
-    def first(self, worth: np.ndarray | None = None, last: Sequence[Place] = ()) -> list[Place]:
+    def first(self, priority: np.ndarray | None = None, last: Sequence[Place] = ()) -> list[Place]:
         """What `fill` brings into slots that are all free."""
-        order = fill_order(self.n_layers, self.n_experts, worth, last)
+        order = fill_order(self.n_layers, self.n_experts, priority, last)
         return [
             place
             for kind, pool in self._pools.items()
@@ -254,10 +254,10 @@ class HostTier:
         first, *others = (pool.cache.held for pool in self._pools.values())
         return np.any([first, *others], axis=0) if others else first
 
-    def prefer_to_evict(self, lent: Callable[[], np.ndarray]) -> None:
-        """Evict from now on first what lies in a faster memory, too: those of which `lent` gives bool [L * E]."""
+    def prefer_to_evict(self, evict_first: Callable[[], np.ndarray]) -> None:
+        """Evict from now on first what lies in a faster memory, too: those of which `evict_first` gives bool [L * E]."""
         for pool in self._pools.values():
-            pool.cache.lent = lent
+            pool.cache.evict_first = evict_first
 
     def close(self) -> None:
         """End the reader's threads."""
@@ -271,11 +271,11 @@ class HostTier:
         if assignment.evicted is not None:
             pool.arrived.discard(assignment.evicted)
             gone = pool.loads.pop(assignment.evicted, None)
-            if gone is not None:  # foreseen, not needed, and perhaps still being written where the new one goes
+            if gone is not None:  # predicted, not needed, and perhaps still being written where the new one goes
                 self._reader.abandon(gone)
                 gone.settle()
             for watcher in self.watchers:
-                watcher.let_leave(assignment.evicted)
+                watcher.wait_until_unread(assignment.evicted)
         place = assignment.layer, assignment.expert
         pool.arrived.discard(place)
         pool.loads[place] = self._reader.load(*place, pool.slots, assignment.slot, urgent=assignment.urgent)
@@ -311,10 +311,10 @@ class HostTier:
             raise
 
 
-def fill_order(layers: int, experts: int, worth: np.ndarray | None, last: Sequence[Place] = ()) -> list[Place]:
-    """All experts, the likeliest first, by `worth` [L, E] or as many of each layer; behind them those of `last`, the least likely first."""
+def fill_order(layers: int, experts: int, priority: np.ndarray | None, last: Sequence[Place] = ()) -> list[Place]:
+    """All experts, the likeliest first, by `priority` [L, E] or as many of each layer; behind them those of `last`, the least likely first."""
     order = [(layer, e) for e in range(experts) for layer in range(layers)]
-    if worth is not None:
-        order.sort(key=lambda place: -float(worth[place]))
+    if priority is not None:
+        order.sort(key=lambda place: -float(priority[place]))
     behind = set(last)
     return [place for place in order if place not in behind] + [place for place in reversed(order) if place in behind]

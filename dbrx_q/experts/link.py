@@ -1,4 +1,4 @@
-"""The way from host memory to a card: one thread and, on a GPU, one stream of its own, so that copies overlap what is computed."""
+"""The way from host memory to a gpu: one thread and, on a GPU, one stream of its own, so that copies overlap what is computed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Arrival:
         self._done.wait()
 
     def wait(self) -> None:
-        """Let what is computed on the card from now on see the bytes; the host waits until they are sent, not until a GPU has them.
+        """Let what is computed on the GPU from now on see the bytes; the host waits until they are sent, not until a GPU has them.
 
         Raises:
             DbrxError: the link was closed, or the copy given up.
@@ -81,8 +81,8 @@ class _Job:
 
 
 class Link(ABC):
-    """Copies experts to one card, one after the other: those that somebody waits for, then those that the next layer may need, then those
-    that were foreseen and not needed."""
+    """Copies experts to one GPU, one after the other: those that somebody waits for, then those that the next layer may need, then those
+    that were predicted and not needed."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -114,7 +114,7 @@ class Link(ABC):
     def copy(
         self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], *, after: torch.cuda.Event | None = None, urgent: bool
     ) -> Arrival:
-        """Begin to copy tensors of the host to their counterparts on the card, once the card has passed `after`."""
+        """Begin to copy tensors of the host to their counterparts on the GPU, once the GPU has passed `after`."""
         arrival = Arrival(sum(source.nbytes for source in sources), self._rank(_URGENT if urgent else _EARLY))
         with self._changed:
             if self._closed:
@@ -196,7 +196,7 @@ class Link(ABC):
 
 
 class _HostLink(Link):
-    """To a card that is host memory: what the tests of several cards run on."""
+    """To a GPU that is host memory: what the tests of several GPUs run on."""
 
     def _send(self, job: _Job) -> None:
         for source, target in zip(job.sources, job.targets, strict=True):

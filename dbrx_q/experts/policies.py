@@ -37,7 +37,7 @@ class CachePolicy(ABC):
         """The layer that was entered last uses this expert."""
 
     @abstractmethod
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         """float64 [L * E]; of those that are held the one with the least is evicted first, the lower number among equals."""
 
 
@@ -53,7 +53,7 @@ class Lru(CachePolicy):
         self._now += 1
         self._last[key] = self._now
 
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         return self._last
 
 
@@ -74,7 +74,7 @@ class LfuDecay(CachePolicy):
     def use(self, key: int) -> None:
         self._counts[key] += 1
 
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         return self._counts
 
 
@@ -99,7 +99,7 @@ class LeastStale(CachePolicy):
         layer, expert = divmod(key, self.experts)
         self._last[layer, expert] = self._chances[layer]
 
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         stale = self._chances[:, None] - self._last  # [L, E]
         return (-stale * (self.layers + 1) - self._ahead[:, None]).ravel()
 
@@ -121,7 +121,7 @@ class StaticPinning(CachePolicy):
     def use(self, key: int) -> None:
         pass
 
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         return self._profile
 
 
@@ -151,7 +151,7 @@ class Belady(CachePolicy):
             uses.pop()
         self._next[key] = -float(uses[-1]) if uses else -np.inf
 
-    def worth(self) -> np.ndarray:
+    def priority(self) -> np.ndarray:
         return self._next
 
 

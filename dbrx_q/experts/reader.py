@@ -93,7 +93,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _ReadPiece:
     """Bytes offset .. offset + nbytes - 1 of a file, which are bytes first .. of the stored pieces `own` of an expert."""
 
     load: Load
@@ -119,8 +119,8 @@ class ExpertReader:
     def __init__(self, files: ExpertFiles, *, direct: bool = False, threads: int = READ_THREADS) -> None:
         self._files, self.direct = files, direct
         self._fds: dict[Path, int] = {}
-        self._urgent: deque[_Piece] = deque()
-        self._early: deque[_Piece] = deque()
+        self._urgent: deque[_ReadPiece] = deque()
+        self._early: deque[_ReadPiece] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._checked: set[tuple[int, int]] = set()
@@ -169,7 +169,9 @@ class ExpertReader:
             first = own.stop
             cuts += [(extent, own, at) for at in range(0, extent.nbytes, READ_BYTES)]
         load = Load(len(cuts), begin, finish)
-        pieces = [_Piece(load, extent.path, extent.offset + at, min(READ_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts]
+        pieces = [
+            _ReadPiece(load, extent.path, extent.offset + at, min(READ_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts
+        ]
         with self._changed:
             closed = self._closed
             if not closed:
@@ -193,7 +195,7 @@ class ExpertReader:
         """Nobody waits for it any more: what is not being read is not read."""
         with self._changed:
             for name in ("_early", "_urgent"):
-                queue: deque[_Piece] = getattr(self, name)
+                queue: deque[_ReadPiece] = getattr(self, name)
                 dropped = [piece for piece in queue if piece.load is load]
                 if dropped:
                     setattr(self, name, deque(piece for piece in queue if piece.load is not load))
@@ -251,7 +253,7 @@ class ExpertReader:
         piece.load.piece_done(error)
         return True
 
-    def _read(self, piece: _Piece, buffer: np.ndarray | None) -> None:
+    def _read(self, piece: _ReadPiece, buffer: np.ndarray | None) -> None:
         into = _cut(piece.load.views()[piece.own], piece.first, piece.nbytes)
         if buffer is None:
             _read_fully(self._fds[piece.path], into, piece.offset, piece.nbytes, piece.path)

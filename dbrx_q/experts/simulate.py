@@ -10,7 +10,7 @@ import torch
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.planning.expert_kinds import ExpertKind
-from dbrx_q.planning.machine import Placement, Rig
+from dbrx_q.planning.machine import Machine, Placement
 from dbrx_q.planning.offloading import MissPolicy
 
 from .build import Parts, build_store
@@ -41,36 +41,36 @@ def simulate(
     passes: Sequence[slice],
     kinds: list[ExpertKind],
     plan: Placement,
-    rig: Rig,
+    machine: Machine,
     policy: Callable[[Sequence[int], bool], CachePolicy],
     *,
     prefetch: bool,
     miss_policy: MissPolicy = MissPolicy.hybrid,
-    worth: np.ndarray | None = None,
+    priority: np.ndarray | None = None,
 ) -> ExpertStats:
-    """What the store of a plan counts; of "hybrid" with the rig's bandwidths, which a store measures.
+    """What the store of a plan counts; of "hybrid" with the machine's bandwidths, which a store measures.
 
     Args:
         trace: what every token chose.
         passes: the tokens of every forward pass, as `Trace.passes` gives them.
         kinds: of every layer's experts.
-        plan, rig: where they lie.
+        plan, machine: where they lie.
         policy: as of `Parts`.
         prefetch: whether experts are brought before they are needed.
-        miss_policy: how misses of cards are served.
+        miss_policy: how misses of GPUs are served.
         worth: [L, E], how likely each expert is, for what lies in the slots at first; None for the same number of each layer.
     """
     L, E = trace.experts.shape[1], trace.n_experts
     reader = _NoReader(kinds)
-    devices = [_NOWHERE] * len(plan.cards)
+    devices = [_NOWHERE] * len(plan.gpus)
     parts = Parts(_Places(kinds, E), reader, devices, lambda _: _NoLink(), policy, rates=_Rates, memory=_NOWHERE)
-    store = build_store(parts, plan, rig, prefetch=prefetch, miss_policy=miss_policy)
-    store.fill(worth)
+    store = build_store(parts, plan, machine, prefetch=prefetch, miss_policy=miss_policy)
+    store.fill(priority)
     before = store.stats()
     for tokens in passes:
         for layer in range(L):
             chosen = trace.experts[tokens, layer]
-            guesses = trace.foreseen[tokens, layer + 1] if prefetch and layer + 1 < L else None
+            guesses = trace.predicted[tokens, layer + 1] if prefetch and layer + 1 < L else None
             store.run(layer, _Counted(chosen), guesses)
     did = store.stats() - before
     store.close()
@@ -93,7 +93,7 @@ class _Counted(ExpertSum):
             experts, counts = np.unique(chosen, return_counts=True)
             self.counts = dict(zip(experts.tolist(), counts.tolist(), strict=True))
 
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+    def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         pass
 
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:

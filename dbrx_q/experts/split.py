@@ -1,4 +1,4 @@
-"""Which of the missed experts the CPU computes where they lie, and which travel to the card.
+"""Which of the missed experts the CPU computes where they lie, and which travel to the GPU.
 
 With m experts of b bytes missed, k of them on the CPU, both ends take max(k b / cpu, (m - k) b / link) seconds; the k for which that is
 least is taken. Few tokens cost the CPU one read of an expert; more cost it products, while the link carries the same bytes for any number.
@@ -22,7 +22,7 @@ _NEWEST = 0.1  # weight of the last measurement
 
 @dataclass
 class MissRates:
-    """Bytes/s of experts: cpu, that the CPU computes with; link, that travel to the card; both while the other is busy, since both read
+    """Bytes/s of experts: cpu, that the CPU computes with; link, that travel to the GPU; both while the other is busy, since both read
     the same memory."""
 
     cpu: float

@@ -16,8 +16,8 @@ __all__ = ["CacheStats", "ExpertStats", "LinkStats"]
 class CacheStats:
     """What a cache of experts was asked for. A request is one expert of one layer in one forward pass, however many tokens chose it.
 
-    hits: requests for an expert that was there. prefetch_hits: for one that was there, or on its way, since it was foreseen. misses: all
-    others. prefetches: experts brought, or begun to be, because they were foreseen. evictions: experts that gave their slot to another.
+    hits: requests for an expert that was there. prefetch_hits: for one that was there, or on its way, since it was predicted. misses: all
+    others. prefetches: experts brought, or begun to be, because they were predicted. evictions: experts that gave their slot to another.
     """
 
     hits: int = 0
@@ -45,9 +45,9 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class LinkStats:
-    """What travelled from host memory to one card, as the plan names it. nbytes: of experts. seconds: in which the link was busy."""
+    """What travelled from host memory to one GPU, as the plan names it. nbytes: of experts. seconds: in which the link was busy."""
 
-    card: str
+    gpu: str
     nbytes: int = 0
     seconds: float = 0.0
 
@@ -56,16 +56,16 @@ class LinkStats:
 class ExpertStats:
     """What an expert store did; times in seconds.
 
-    cache: of the memory that computes. foreseen, foreseeable: of the requests for which there were guesses, how many had been guessed,
+    cache: of the memory that computes. predicted, predictable: of the requests for which there were guesses, how many had been guessed,
     followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
-    which products waited for bytes. read_seconds: in which at least one read was under way. degraded: misses that a low-bit copy answered.
+    which products waited for bytes. read_seconds: in which at least one read was under way. fallback_hits: misses that a fallback copy answered.
 
-    Of cards. host: of the host's memory under them. on_cpu: misses that the CPU computed. links: the way to each card that has slots.
+    Of GPUs. host: of the host's memory under them. on_cpu: misses that the CPU computed. links: the way to each GPU that has slots.
     """
 
     cache: CacheStats = CacheStats()
-    foreseen: int = 0
-    foreseeable: int = 0
+    predicted: int = 0
+    predictable: int = 0
     disk_bytes: int = 0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -73,11 +73,11 @@ class ExpertStats:
     host: CacheStats = CacheStats()
     on_cpu: int = 0
     links: tuple[LinkStats, ...] = ()
-    degraded: int = 0
+    fallback_hits: int = 0
 
     @property
     def link_bytes(self) -> int:
-        """Bytes that travelled to all cards."""
+        """Bytes that travelled to all GPUs."""
         return sum(link.nbytes for link in self.links)
 
     @property
@@ -86,14 +86,14 @@ class ExpertStats:
         return sum(link.seconds for link in self.links)
 
     @property
-    def degraded_share(self) -> float:
-        """Share of requests that a low-bit copy answered; 0 without requests."""
-        return self.degraded / self.cache.requests if self.cache.requests else 0.0
+    def fallback_share(self) -> float:
+        """Share of requests that a fallback copy answered; 0 without requests."""
+        return self.fallback_hits / self.cache.requests if self.cache.requests else 0.0
 
     @property
     def prefetch_accuracy(self) -> float:
         """Share of requests that the router of their layer foresaw from the input of the layer before; 0 without any."""
-        return self.foreseen / self.foreseeable if self.foreseeable else 0.0
+        return self.predicted / self.predictable if self.predictable else 0.0
 
     def __add__(self, other: ExpertStats) -> ExpertStats:
         return self._combined(other, operator.add)
@@ -102,11 +102,11 @@ class ExpertStats:
         return self._combined(other, operator.sub)
 
     def _combined(self, other: ExpertStats, how: Callable[[Any, Any], Any]) -> ExpertStats:
-        pairs = [({link.card: link for link in stats.links}) for stats in (self, other)]
+        pairs = [({link.gpu: link for link in stats.links}) for stats in (self, other)]
         links = []
-        for card in dict.fromkeys([*pairs[0], *pairs[1]]):
-            a, b = (pair.get(card, LinkStats(card)) for pair in pairs)
-            links.append(LinkStats(card, how(a.nbytes, b.nbytes), how(a.seconds, b.seconds)))
+        for gpu in dict.fromkeys([*pairs[0], *pairs[1]]):
+            a, b = (pair.get(gpu, LinkStats(gpu)) for pair in pairs)
+            links.append(LinkStats(gpu, how(a.nbytes, b.nbytes), how(a.seconds, b.seconds)))
         return ExpertStats(links=tuple(links), **{name: how(getattr(self, name), getattr(other, name)) for name in _ADDED})
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class ExpertStats:
             "requests": self.cache.requests,
             "hit_rate": self.cache.hit_rate,
             "prefetch_accuracy": self.prefetch_accuracy,
-            "degraded_share": self.degraded_share,
+            "fallback_share": self.fallback_share,
         }
         others = {name: value for name, value in asdict(self).items() if name not in ("cache", "host", "links")}
         links = {"link_bytes": self.link_bytes, "link_seconds": self.link_seconds, "links": [asdict(link) for link in self.links]}
@@ -128,20 +128,20 @@ class ExpertStats:
             return ["experts: all at hand"]
         rate = f", {format_size(self.disk_bytes / self.read_seconds)}/s while reading" if self.read_seconds else ""
         found = []
-        if self.degraded:
-            found.append(f"low-bit copy: answered {self.degraded} misses, {self.degraded_share:.1%} of all requests")
+        if self.fallback_hits:
+            found.append(f"fallback copy: answered {self.fallback_hits} misses, {self.fallback_share:.1%} of all requests")
         if self.host.requests:
             found.append(f"misses: {self.on_cpu} computed by the CPU, the others copied")
             for link in self.links:
                 speed = f", {format_size(link.nbytes / link.seconds)}/s in {link.seconds:.2f} s of copying" if link.seconds else ""
-                found.append(f"link to {link.card}: {format_size(link.nbytes)} copied{speed}")
+                found.append(f"link to {link.gpu}: {format_size(link.nbytes)} copied{speed}")
             found += [
                 f"host memory: {self.host.requests} requests, {self.host.hit_rate:.1%} hits, {self.host.evictions} evictions",
             ]
         return [
             f"experts: {cache.requests} requests, {cache.hit_rate:.1%} hits ({cache.prefetch_hits} by prefetch), {cache.misses} misses, "
             f"{cache.evictions} evictions",
-            f"prefetch: {cache.prefetches} experts fetched early; {self.prefetch_accuracy:.1%} of what was needed was foreseen",
+            f"prefetch: {cache.prefetches} experts fetched early; {self.prefetch_accuracy:.1%} of what was needed was predicted",
             *found,
             f"disk: {format_size(self.disk_bytes)} read{rate}",
             f"time: {self.compute_seconds:.2f} s in products of experts, {self.wait_seconds:.2f} s waiting for them, "

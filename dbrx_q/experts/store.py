@@ -24,7 +24,7 @@ class ExpertStore(ABC):
         renewed: whether a layer's weights are read or decoded again whenever it is reached, so that many tokens should go through at once.
     """
 
-    renewed = False
+    reloads_each_step = False
 
     @abstractmethod
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:

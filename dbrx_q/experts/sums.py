@@ -35,7 +35,7 @@ class ExpertSum(ABC):
     counts: dict[int, int]
 
     @abstractmethod
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+    def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         """Experts whose matrices lie in these slots of the device that computes."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class PairSum(ExpertSum):
         self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
         self.counts = self._outputs.counts
 
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+    def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         self._outputs.add(weights, slots)
 
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
@@ -69,7 +69,7 @@ class PartialSum(ExpertSum):
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         self._x, self._routing = x, routing
-        self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the card in a layer
+        self._chosen, self._weights = routing.experts.cpu(), routing.weights.cpu()  # the only wait for the GPU in a layer
         counts = self._chosen.flatten().bincount().tolist()
         self.counts = {e: count for e, count in enumerate(counts) if count}
         self._total: torch.Tensor | None = None  # float32 [T, D]
@@ -77,7 +77,7 @@ class PartialSum(ExpertSum):
         self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
         self._host: ExpertOutputs | None = None
 
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+    def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         n_experts = self._routing.logits.shape[1]
         on_gpu = self._x.device.type == "cuda"
         where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)

@@ -13,8 +13,8 @@ from dbrx_q.checkpoint.layout import tensor_formats
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.planning.expert_kinds import ExpertKind, expert_kinds
-from dbrx_q.planning.footprint import Request
-from dbrx_q.planning.machine import DevicePlan, Placement, Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import DevicePlan, Machine, Placement
 from dbrx_q.planning.offloading import DEFAULT_POLICY, POLICIES, MissPolicy
 from dbrx_q.planning.placement import place
 
@@ -24,17 +24,17 @@ from .simulated_speed import simulated_seconds
 from .stats import ExpertStats
 from .trace import Trace
 
-__all__ = ["Point", "Row", "Sweep", "sweep"]
+__all__ = ["Point", "PolicyResult", "Sweep", "sweep"]
 
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 BOUND = "belady"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A policy with the rig's slots. hit_rate: of requests for an expert. brought: experts that came into slots where they are computed, a
-    token; on_cpu: misses of cards that the CPU computed, a token; disk_bytes: read, a token. accuracy: share of what was needed that
-    was foreseen. tokens_per_second: what the rig's bandwidths allow (`speed.simulated_seconds`)."""
+class PolicyResult:
+    """A policy with the machine's slots. hit_rate: of requests for an expert. brought: experts that came into slots where they are computed, a
+    token; on_cpu: misses of GPUs that the CPU computed, a token; disk_bytes: read, a token. accuracy: share of what was needed that
+    was predicted. tokens_per_second: what the machine's bandwidths allow (`speed.simulated_seconds`)."""
 
     policy: str
     prefetch: bool
@@ -50,8 +50,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy with slots for this share of all experts where they are computed, without prefetch; figures as of `Row`. Under cards host
-    memory stays as the rig's plan has it."""
+    """A policy with slots for this share of all experts where they are computed, without prefetch; figures as of `PolicyResult`. Under GPUs host
+    memory stays as the machine's plan has it."""
 
     policy: str
     share: float
@@ -62,14 +62,14 @@ class Point:
 @dataclass(frozen=True)
 class Sweep:
     """tokens: simulated. one_by_one: whether as decoding takes them, or in the steps of the recording. slots: where experts are computed.
-    miss_policy: of cards, empty without one. bound: the name of the policy that knows the future."""
+    miss_policy: of GPUs, empty without one. bound: the name of the policy that knows the future."""
 
     tokens: int
     one_by_one: bool
     slots: int
     experts: int
     miss_policy: str
-    rows: tuple[Row, ...]
+    rows: tuple[PolicyResult, ...]
     curve: tuple[Point, ...]
     bound: str = BOUND
 
@@ -80,8 +80,8 @@ class Sweep:
 
 def sweep(
     trace: Trace,
-    rig: Rig,
-    request: Request,
+    machine: Machine,
+    request: MemoryRequest,
     *,
     tokens: int | None = None,
     one_by_one: bool = True,
@@ -89,30 +89,30 @@ def sweep(
     curve: bool = True,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sweep:
-    """Simulate all policies, with and without prefetch, on a rig; and each of them with caches of other sizes.
+    """Simulate all policies, with and without prefetch, on a machine; and each of them with caches of other sizes.
 
     "static" pins what the whole trace uses most; a profile of another text would do less.
 
     Args:
         trace: what every token chose.
-        rig: whose plan says how many slots there are.
+        machine: whose plan says how many slots there are.
         request: what keys and values take.
         tokens: so many from the start of the trace; None for all.
         one_by_one: whether every token is a forward pass, as in decoding.
-        miss_policy: how misses of cards are served.
+        miss_policy: how misses of GPUs are served.
         curve: whether other sizes are simulated as well.
         on_run: called with (runs done, runs in all).
 
     Raises:
-        RequestError: the rig cannot hold the least that works, or a number of tokens that is none.
+        RequestError: the machine cannot hold the least that works, or a number of tokens that is none.
     """
     if tokens is not None and tokens < 1:
         raise RequestError(f"a simulation must take at least 1 token; found {tokens}")
     config = DbrxConfig.from_dict(trace.config)
-    plan = place(config, tensor_formats(config, "the trace"), rig, request)
+    plan = place(config, tensor_formats(config, "the trace"), machine, request)
     if not plan.fits:
         raise RequestError(
-            f"the rig must hold the weights that every token reads, keys and values and an expert; {plan.shortfall:,} bytes are missing on "
+            f"the machine must hold the weights that every token reads, keys and values and an expert; {plan.shortfall:,} bytes are missing on "
             f"{plan.short_of}. Give more"
         )
     passes = [some for some in trace.passes(one_by_one=one_by_one) if tokens is None or some.stop <= tokens]
@@ -135,33 +135,35 @@ def sweep(
         return make
 
     def run(name: str, plan: Placement, *, prefetch: bool) -> ExpertStats:
-        worth = profile if name == "static" else None
-        return simulate(trace, passes, kinds, plan, rig, policy(name), prefetch=prefetch, miss_policy=miss_policy, worth=worth)
+        priority = profile if name == "static" else None
+        return simulate(trace, passes, kinds, plan, machine, policy(name), prefetch=prefetch, miss_policy=miss_policy, priority=priority)
 
     total = 2 * len(names) + (len(names) * len(_SHARES) if curve else 0)
-    rows: list[Row] = []
+    rows: list[PolicyResult] = []
     points: list[Point] = []
     count = passes[-1].stop
     for name in names:
         for prefetch in (False, True):
             found = run(name, plan, prefetch=prefetch)
             cache = found.cache
-            speed = count / simulated_seconds(found, plan, rig, tokens=count)
+            speed = count / simulated_seconds(found, plan, machine, tokens=count)
             each = plan.expert_bytes / plan.experts
-            brought = (found.link_bytes / each if plan.cards else cache.misses + cache.prefetches) / count
+            brought = (found.link_bytes / each if plan.gpus else cache.misses + cache.prefetches) / count
             disk = found.disk_bytes / count
             accuracy = found.prefetch_accuracy
-            row = Row(name, prefetch, cache.hit_rate, cache.misses, cache.prefetches, brought, found.on_cpu / count, disk, accuracy, speed)
+            row = PolicyResult(
+                name, prefetch, cache.hit_rate, cache.misses, cache.prefetches, brought, found.on_cpu / count, disk, accuracy, speed
+            )
             rows.append(row)
             on_run(len(rows), total)
     for name in names if curve else ():
         for share in _SHARES:
             other = _with_share(plan, kinds, E, share)
             found = run(name, other, prefetch=False)
-            points.append(Point(name, share, found.cache.hit_rate, count / simulated_seconds(found, other, rig, tokens=count)))
+            points.append(Point(name, share, found.cache.hit_rate, count / simulated_seconds(found, other, machine, tokens=count)))
             on_run(len(rows) + len(points), total)
-    slots = sum(device.n_slots for device in plan.cards or (plan.host,))
-    return Sweep(count, one_by_one, slots, plan.experts, miss_policy.value if plan.cards else "", tuple(rows), tuple(points))
+    slots = sum(device.n_slots for device in plan.gpus or (plan.host,))
+    return Sweep(count, one_by_one, slots, plan.experts, miss_policy.value if plan.gpus else "", tuple(rows), tuple(points))
 
 
 def _with_share(plan: Placement, kinds: list[ExpertKind], n_experts: int, share: float) -> Placement:
@@ -171,6 +173,6 @@ def _with_share(plan: Placement, kinds: list[ExpertKind], n_experts: int, share:
         wanted = Counter(kinds[slice(*device.layers)])
         return replace(device, slots={kind: max(1, round(share * count * n_experts)) for kind, count in wanted.items()})
 
-    if not plan.cards:
+    if not plan.gpus:
         return replace(plan, host=scaled(plan.host))
-    return replace(plan, cards=tuple(scaled(card) for card in plan.cards))
+    return replace(plan, gpus=tuple(scaled(gpu) for gpu in plan.gpus))

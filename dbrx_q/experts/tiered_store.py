@@ -1,4 +1,4 @@
-"""What the stores over tiers share: foreseeing what the next layer needs, and a low-bit copy that answers for what lies on disk."""
+"""What the stores over tiers share: predicting what the next layer needs, and a fallback copy that answers for what lies on disk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from dbrx_q.kernels.formats.expert_weights import Routing
 from dbrx_q.kernels.router import route
 
 from .host_tier import HostTier
-from .predictor import Foresight
+from .predictor import ExpertPredictor
 from .store import ExpertStore
 from .sums import ExpertSum, sum_for
 
-__all__ = ["LowBitCopy", "NextRouter", "TieredExpertStore"]
+__all__ = ["FallbackCopy", "NextRouter", "TieredExpertStore"]
 
 
 @dataclass(frozen=True)
 class NextRouter:
-    """What foresees the experts of a layer from the input of the layer before: its router. weight: [E, D]."""
+    """What predicts the experts of a layer from the input of the layer before: its router. weight: [E, D]."""
 
     weight: torch.Tensor
     top_k: int
 
 
 @dataclass(frozen=True)
-class LowBitCopy:
+class FallbackCopy:
     """A copy of all experts at fewer bits, which answers for those that lie on disk.
 
     tier: host memory that holds all of it once it is filled. upgrade: whether experts that it answered for are brought at their full bits
@@ -47,21 +47,21 @@ class TieredExpertStore(ExpertStore):
     Args:
         tier: host memory over disk; closed with the store.
         prefetch: whether experts are brought before they are needed.
-        routers: of every layer, which foresee them; None where `run` is given the guesses.
-        low_bit: answers for what lies on disk, from which nothing is then prefetched: a layer is too short for that. None to wait for it.
+        routers: of every layer, which predict them; None where `run` is given the guesses.
+        fallback: answers for what lies on disk, from which nothing is then prefetched: a layer is too short for that. None to wait for it.
     """
 
     def __init__(
-        self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None, low_bit: LowBitCopy | None = None
+        self, tier: HostTier, *, prefetch: bool, routers: Sequence[NextRouter] | None = None, fallback: FallbackCopy | None = None
     ) -> None:
-        self.tier, self.low_bit = tier, low_bit
-        self._foresight = Foresight(tier.n_layers, tier.n_experts) if prefetch else None
+        self.tier, self.fallback = tier, fallback
+        self._predictor = ExpertPredictor(tier.n_layers, tier.n_experts) if prefetch else None
         self._routers = routers
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         total = sum_for(x, routing)
         guesses = None
-        if self._foresight is not None and self._routers is not None and self._follows(index) and len(x):
+        if self._predictor is not None and self._routers is not None and self._follows(index) and len(x):
             router = self._routers[index + 1]
             guesses = route(x, router.weight, router.top_k, None).experts.cpu().numpy()
         self.run(index, total, guesses)
@@ -73,33 +73,33 @@ class TieredExpertStore(ExpertStore):
         Args:
             index: the layer.
             total: tells what is needed.
-            guesses: [T, A], best first, what the next layer's router chooses from this layer's input; None to foresee nothing.
+            guesses: [T, A], best first, what the next layer's router chooses from this layer's input; None to predict nothing.
         """
         needed, ahead = list(total.counts), []
-        if self._foresight is not None:
-            self._foresight.judge(index, needed)
+        if self._predictor is not None:
+            self._predictor.judge(index, needed)
             if guesses is not None and self._follows(index):
-                ahead = self._foresight.guess(index + 1, guesses)
+                ahead = self._predictor.guess(index + 1, guesses)
         self._serve(index, total, needed, ahead)
 
-    def fill(self, worth: np.ndarray | None = None) -> None:
-        """Bring the likeliest experts, by `worth` [L, E], or as many of each layer, into the slots, and return when they are there.
+    def fill(self, priority: np.ndarray | None = None) -> None:
+        """Bring the likeliest experts, by `priority` [L, E], or as many of each layer, into the slots, and return when they are there.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        self.tier.fill(worth)
-        self._fill_low_bit()
+        self.tier.fill(priority)
+        self._fill_fallback()
 
     def close(self) -> None:
         self.tier.close()
-        if self.low_bit is not None:
-            self.low_bit.tier.close()
+        if self.fallback is not None:
+            self.fallback.tier.close()
 
-    def _fill_low_bit(self) -> None:
-        if self.low_bit is not None:
-            self.low_bit.tier.fill()
-            self.low_bit.tier.close()  # nothing is left to be read
+    def _fill_fallback(self) -> None:
+        if self.fallback is not None:
+            self.fallback.tier.fill()
+            self.fallback.tier.close()  # nothing is left to be read
 
     def _follows(self, index: int) -> bool:
         """Whether what is brought for the next layer goes to the same place."""
@@ -110,5 +110,5 @@ class TieredExpertStore(ExpertStore):
         """Add the experts of a layer to the sum, and bring some of the next layer's meanwhile."""
 
     def _guessed(self) -> tuple[int, int]:
-        """(requests that had been foreseen, requests that could have been)."""
-        return (0, 0) if self._foresight is None else (self._foresight.foreseen, self._foresight.needed)
+        """(requests that had been predicted, requests that could have been)."""
+        return (0, 0) if self._predictor is None else (self._predictor.predicted, self._predictor.needed)

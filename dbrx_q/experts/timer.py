@@ -1,4 +1,4 @@
-"""Time that a card and the CPU spend, without making either wait for the other."""
+"""Time that a GPU and the CPU spend, without making either wait for the other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timed", "Timer", "on_device"]
+__all__ = ["TimedWork", "Timer", "on_device"]
 
 _MANY = 256  # pieces of work that may wait to be read off
 
 
 @dataclass
-class Timed:
+class TimedWork:
     """A piece of work. end: when a GPU is through with it; None on the CPU, or before it was begun."""
 
     end: torch.cuda.Event | None = None
@@ -47,9 +47,9 @@ class Timer:
         self._seconds += seconds
 
     @contextmanager
-    def of_card(self) -> Iterator[Timed]:
+    def of_gpu(self) -> Iterator[TimedWork]:
         """Time what is begun within it on the device."""
-        timed = Timed()
+        timed = TimedWork()
         if self._device.type != "cuda":
             started = time.perf_counter()
             yield timed

@@ -1,4 +1,4 @@
-"""A trace: which experts every token of a text chose, and which were foreseen.
+"""A trace: which experts every token of a text chose, and which were predicted.
 
 Dimension letters: `N` tokens, `L` layers, `A` active experts of a token, `E` experts.
 """
@@ -23,12 +23,12 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Trace:
-    """experts: uint8 [N, L, A], ascending. foreseen: uint8 [N, L, A], what the router of a layer chose from the input of the layer before,
-    best first; the first layer's are its own experts, which nothing foresees. steps: int64, the tokens of every forward pass, in order;
+    """experts: uint8 [N, L, A], ascending. predicted: uint8 [N, L, A], what the router of a layer chose from the input of the layer before,
+    best first; the first layer's are its own experts, which nothing predicts. steps: int64, the tokens of every forward pass, in order;
     they add up to N. config: config.json of the checkpoint, which says how large its experts are."""
 
     experts: np.ndarray
-    foreseen: np.ndarray
+    predicted: np.ndarray
     steps: np.ndarray
     config: dict[str, Any]
 
@@ -51,7 +51,7 @@ class Trace:
                     version=_VERSION,
                     config=json.dumps(self.config),
                     experts=self.experts,
-                    foreseen=self.foreseen,
+                    predicted=self.predicted,
                     steps=self.steps,
                 )
             partial.replace(path)
@@ -70,13 +70,13 @@ class Trace:
             with np.load(path, allow_pickle=False) as data:
                 if int(data["version"]) != _VERSION:
                     raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
-                trace = cls(data["experts"], data["foreseen"], data["steps"], json.loads(str(data["config"])))
+                trace = cls(data["experts"], data["predicted"], data["steps"], json.loads(str(data["config"])))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             found = error.strerror if isinstance(error, OSError) else "its contents are other"
             raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {found}. Record one with that command") from None
         shape = trace.experts.shape
-        sound = len(shape) == 3 and trace.foreseen.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
-        if not sound or max(int(trace.experts.max(initial=0)), int(trace.foreseen.max(initial=0))) >= trace.n_experts:
+        sound = len(shape) == 3 and trace.predicted.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
+        if not sound or max(int(trace.experts.max(initial=0)), int(trace.predicted.max(initial=0))) >= trace.n_experts:
             raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not belong together")
         return trace.check(DbrxConfig.from_dict(trace.config, source=str(path)))
 

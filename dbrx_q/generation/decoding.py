@@ -52,7 +52,9 @@ class Decoder(ABC):
             self.prefilled[index] += len(prompt)
             return prefill(self._model, prompt, cache)
         step = _chunk(self._model) if pick(self._model.device) is Backend.CPU else 1
-        donor, shared = max(((i, _alike(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0))
+        donor, shared = max(
+            ((i, _common_prefix_length(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0)
+        )
         shared = min(shared, len(prompt) - 1) // step * step
         if shared:
             cache.copy_beginning(self._cache(donor), shared)
@@ -96,7 +98,7 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
         yield _Together(model, batch)
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 

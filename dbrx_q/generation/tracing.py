@@ -60,7 +60,7 @@ def record(
                 on_tokens(first + at + len(some), len(ids))
     finally:
         model.transformer.expert_store = own
-    return Trace(recorder.joined(recorder.chosen), recorder.joined(recorder.foreseen), np.array(steps), config.to_dict())
+    return Trace(recorder.joined(recorder.chosen), recorder.joined(recorder.predicted), np.array(steps), config.to_dict())
 
 
 class _Recorder(ExpertStore):
@@ -70,7 +70,7 @@ class _Recorder(ExpertStore):
         self._store = store
         self._routers = [block.ffn.router.layer.weight for block in model.transformer.layers()]
         self.chosen: list[list[np.ndarray]] = [[] for _ in self._routers]
-        self.foreseen: list[list[np.ndarray]] = [[] for _ in self._routers]
+        self.predicted: list[list[np.ndarray]] = [[] for _ in self._routers]
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         return self._store.layer(index, experts)
@@ -79,11 +79,11 @@ class _Recorder(ExpertStore):
         best_first = routing.experts.cpu().numpy().astype(np.uint8)  # [T, A]
         self.chosen[index].append(np.sort(best_first, axis=1))
         if index == 0:
-            self.foreseen[0].append(best_first)
+            self.predicted[0].append(best_first)
         if index + 1 < len(self._routers):
-            router = self._routers[index + 1].to(x.device)  # which may be another card's
+            router = self._routers[index + 1].to(x.device)  # which may be another GPU's
             ahead = route(x, router, routing.experts.shape[1], None).experts
-            self.foreseen[index + 1].append(ahead.cpu().numpy().astype(np.uint8))
+            self.predicted[index + 1].append(ahead.cpu().numpy().astype(np.uint8))
         return self._store.forward(index, x, routing)
 
     @staticmethod

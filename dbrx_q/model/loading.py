@@ -19,9 +19,9 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.experts.build import Parts, build_store
-from dbrx_q.experts.fallback import open_low_bit
+from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.experts.files import ExpertFiles
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.link import make_link
 from dbrx_q.experts.measured_rates import measure_rates
 from dbrx_q.experts.policies import CachePolicy, make_policy
@@ -35,7 +35,7 @@ from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.weights import PackedFormat
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import DEFAULT_CONTEXT, Budget, check_fits, check_free
-from dbrx_q.planning.footprint import Request, step_tokens
+from dbrx_q.planning.footprint import MemoryRequest, step_tokens
 from dbrx_q.planning.host_memory import empty_host
 from dbrx_q.planning.machine import Placement
 from dbrx_q.planning.placement import place
@@ -64,14 +64,14 @@ def load_pretrained(
     """`DbrxForCausalLM.from_pretrained` with all that can be said of memory."""
     if budget is not None and check_device(device).type != "cpu":
         raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
-    place = check_device(device) if budget is None or not budget.rig.cards else budget.cards[0]
+    place = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
     triton = pick(place) is Backend.TRITON
     implementation = attn_implementation or ("triton" if triton else "sdpa")
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
     if implementation == "triton" and not triton:
         raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
-    folder = resolve_folder(path_or_hub_id, revision=revision, token=token, low_bit=budget is not None and budget.degraded)
+    folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=budget is not None and budget.fallback)
     model = load_model(folder, dtype=dtype, device=place, budget=budget)
     for block in model.transformer.layers():
         block.norm_attn_norm.attn.implementation = implementation
@@ -87,13 +87,13 @@ def load_model(
         checkpoint = opened.enter_context(Checkpoint(folder))
         config = checkpoint.config
         chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
-        low_bit = opened.enter_context(open_low_bit(checkpoint)) if budget is not None and budget.degraded else None
-        its = None if low_bit is None else low_bit.formats
+        fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
+        its = None if fallback is None else fallback.formats
         plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder), its)
         profile = None if budget is None or budget.profile is None else Trace.read(budget.profile).check(config).counts()
-        cards = budget.cards if budget is not None else ()
+        gpus = budget.gpus if budget is not None else ()
         tiered = budget is not None and plan is not None and not plan.resident
-        device_of = _devices_of(config, plan, cards, device)
+        device_of = _devices_of(config, plan, gpus, device)
         device = device_of(config.n_layers)
         model = _empty(config, chosen, device)
         products: dict[TensorFormat, PackedFormat] = {}
@@ -112,11 +112,11 @@ def load_model(
             if tensor.name != "transformer.wte.weight":  # whose rows are looked up
                 products[fmt] = weight[0] if tensor.experts else weight
         files = ExpertFiles(checkpoint, chosen) if tiered else None
-        low_bit_files = None
-        if low_bit is not None and plan is not None and plan.host.low_bit:
-            low_bit_files = ExpertFiles(low_bit, chosen)
+        fallback_files = None
+        if fallback is not None and plan is not None and plan.host.fallback:
+            fallback_files = ExpertFiles(fallback, chosen)
             products |= {
-                fmt: _one_row(low_bit.tensors[name], fmt) for name, fmt in low_bit.formats.items() if low_bit.tensors[name].experts
+                fmt: _one_row(fallback.tensors[name], fmt) for name, fmt in fallback.formats.items() if fallback.tensors[name].experts
             }
     if pick(device) is Backend.CPU or tiered:
         for weight in products.values():
@@ -124,14 +124,14 @@ def load_model(
                 warm_up(weight, chosen)
     store = None
     if files is not None and plan is not None and budget is not None:
-        store = _tiered_store(model, files, plan, budget, profile, low_bit_files)
+        store = _tiered_store(model, files, plan, budget, profile, fallback_files)
     model = _ready(model, device, eos_ids(folder), store)
     if plan is not None and budget is not None:
         model.placement, model.transformer.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
         # The head runs when what the layers needed is free again; a little more is part of what the process takes besides.
-        last = next(there for there in reversed(plan.cards or (plan.host,)) if there.layers[1] > there.layers[0])
+        last = next(there for there in reversed(plan.gpus or (plan.host,)) if there.layers[1] > there.layers[0])
         model.logit_room = last.workspace + _SMALL
-        model.transformer.step_limit = step_tokens(config, _request_of(config, budget), "cuda" if plan.cards else "cpu")
+        model.transformer.step_limit = step_tokens(config, _request_of(config, budget), "cuda" if plan.gpus else "cpu")
     return model
 
 
@@ -140,24 +140,24 @@ def plan_of(
     formats: Mapping[str, TensorFormat],
     budget: Budget,
     source: str,
-    low_bit: Mapping[str, TensorFormat] | None = None,
+    fallback: Mapping[str, TensorFormat] | None = None,
 ) -> Placement:
     """The plan that `load_model` follows.
 
-    low_bit: formats of the copy that the checkpoint carries, where it is to answer.
+    fallback: formats of the copy that the checkpoint carries, where it is to answer.
 
     Raises:
         RequestError: it does not fit, or not into what is free now, or a context or a batch that the model cannot have.
     """
-    request = _request_of(config, budget, low_bit)
+    request = _request_of(config, budget, fallback)
     context = request.context
     for name, value, most in (("context", context, config.max_seq_len), ("batch", budget.batch, None)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
             limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
             raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
-    plan = place(config, formats, budget.rig, request)
+    plan = place(config, formats, budget.machine, request)
     check_fits(plan, source)
-    check_free(plan, budget.cards, source)
+    check_free(plan, budget.gpus, source)
     return plan
 
 
@@ -205,10 +205,10 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _request_of(config: DbrxConfig, budget: Budget, low_bit: Mapping[str, TensorFormat] | None = None) -> Request:
+def _request_of(config: DbrxConfig, budget: Budget, fallback: Mapping[str, TensorFormat] | None = None) -> MemoryRequest:
     """What a budget wants memory for."""
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
-    return Request(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, low_bit)
+    return MemoryRequest(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, fallback)
 
 
 def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> DbrxForCausalLM:
@@ -230,12 +230,12 @@ def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence
 
 
 def _devices_of(
-    config: DbrxConfig, plan: Placement | None, cards: Sequence[torch.device], device: torch.device
+    config: DbrxConfig, plan: Placement | None, gpus: Sequence[torch.device], device: torch.device
 ) -> Callable[[int], torch.device]:
     """The device of each layer by its index, -1 being the embedding and `n_layers` the head."""
-    if plan is None or not plan.cards:
+    if plan is None or not plan.gpus:
         return lambda layer: device
-    of = [card for card, there in zip(cards, plan.cards, strict=True) for _ in range(*there.layers)]
+    of = [gpu for gpu, there in zip(gpus, plan.gpus, strict=True) for _ in range(*there.layers)]
     return lambda layer: of[min(max(layer, 0), config.n_layers - 1)]
 
 
@@ -250,7 +250,7 @@ def _tiered_store(
     plan: Placement,
     budget: Budget,
     profile: np.ndarray | None,
-    low_bit: ExpertFiles | None,
+    fallback: ExpertFiles | None,
 ) -> ExpertStore:
     """A store with the plan's slots, full of experts."""
     config = model.config
@@ -265,13 +265,13 @@ def _tiered_store(
     routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
     with ExitStack() as failed:
         reader = failed.enter_context(closing(ExpertReader(files, direct=direct)))
-        its = None if low_bit is None else (low_bit, failed.enter_context(closing(ExpertReader(low_bit, direct=direct))))
-        parts = Parts(files, reader, budget.cards, make_link, policy, low_bit=its, upgrade=budget.upgrade)
-        store = build_store(parts, plan, budget.rig, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
+        its = None if fallback is None else (fallback, failed.enter_context(closing(ExpertReader(fallback, direct=direct))))
+        parts = Parts(files, reader, budget.gpus, make_link, policy, fallback=its, upgrade=budget.upgrade)
+        store = build_store(parts, plan, budget.machine, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
         failed.enter_context(closing(store))
         store.fill(profile)
-        for card in store.cards if isinstance(store, CardExpertStore) else ():
-            card.calibrated(measure_rates(card, store.tier, model.dtype))
+        for gpu in store.gpus if isinstance(store, GpuExpertStore) else ():
+            gpu.calibrated(measure_rates(gpu, store.tier, model.dtype))
         failed.pop_all()
     return store
 

@@ -153,7 +153,7 @@ class DbrxModel(nn.Module):
         store = self.store
         delta, router_logits = None, []
         for block in self.layers():
-            if block.device != x.device:  # the next card's layers begin; tokens cross, 2 D bytes each
+            if block.device != x.device:  # the next GPU's layers begin; tokens cross, 2 D bytes each
                 batch = batch.to(block.device)
                 rotation = rotation_of(batch.positions, self.config)
                 x, delta = x.to(block.device), None if delta is None else delta.to(block.device)
@@ -274,7 +274,7 @@ class DbrxForCausalLM(nn.Module):
         cache_policy: str = DEFAULT_POLICY,
         miss_policy: str = "hybrid",
         prefetch: bool = True,
-        degraded: bool = False,
+        fallback: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -292,10 +292,10 @@ class DbrxForCausalLM(nn.Module):
             context, batch_size, kv_format: with "auto", what keys and values are kept room for: tokens of a sequence (None for 4096, or
                 the model's context where that is shorter), sequences together, and their format.
             cache_policy: with "auto", which expert gives way: "least-stale", "lru" or "lfu".
-            miss_policy: with "auto" and GPUs, how an expert is served that is not on its card: computed by the CPU ("cpu"), copied
+            miss_policy: with "auto" and GPUs, how an expert is served that is not on its gpu: computed by the CPU ("cpu"), copied
                 ("copy"), or the mix of both that ends first ("hybrid").
-            prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router foresees them.
-            degraded: with "auto", whether the low-bit copy that the checkpoint carries answers for experts on disk.
+            prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router predicts them.
+            fallback: with "auto", whether the fallback copy that the checkpoint carries answers for experts on disk.
             attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
             revision: branch, tag or commit on the hub.
             token: for a gated repository.
@@ -305,7 +305,7 @@ class DbrxForCausalLM(nn.Module):
             RequestError: arguments that contradict each other, or memory that cannot hold the least that works, with what would.
             UnsupportedError: an argument that this version does not offer.
         """
-        from dbrx_q.planning.budget import Budget, rig_of
+        from dbrx_q.planning.budget import Budget, machine_of
 
         from .loading import load_pretrained
 
@@ -313,21 +313,21 @@ class DbrxForCausalLM(nn.Module):
             raise UnsupportedError(f"device_map must be 'auto' or None; found {device_map!r}")
         if device_map is None and max_memory is not None:
             raise RequestError(f"max_memory needs device_map='auto'; found {max_memory!r} alone")
-        if device_map is None and degraded:
-            raise RequestError("degraded needs device_map='auto': with all experts in memory there is no miss to answer. Leave it out")
+        if device_map is None and fallback:
+            raise RequestError("fallback needs device_map='auto': with all experts in memory there is no miss to answer. Leave it out")
         if device_map is not None and device is not None:
             raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
         budget = None
         if device_map is not None:
             budget = Budget(
-                rig_of(max_memory),
+                machine_of(max_memory),
                 context,
                 batch_size,
                 kv_format,
                 policy=cache_policy,
                 prefetch=prefetch,
                 miss_policy=_miss_policy(miss_policy),
-                degraded=degraded,
+                fallback=fallback,
             )
         return load_pretrained(
             path_or_hub_id,

@@ -18,13 +18,13 @@ from dbrx_q.errors import RequestError
 from dbrx_q.kernels.triton.launch import Chip
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
 
-__all__ = ["Choice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
+__all__ = ["TileChoice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
 
 _SHIPPED = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
-class Choice:
+class TileChoice:
     """The fastest tiles of a problem. Times in seconds, `default_seconds` that of the default tiles; candidates: that were measured."""
 
     problem: Problem
@@ -43,7 +43,7 @@ class Tuning:
     device: str
     date: str
     versions: dict[str, str]
-    choices: tuple[Choice, ...]
+    choices: tuple[TileChoice, ...]
 
 
 def tuning_path(chip: str) -> Path:
@@ -101,13 +101,13 @@ def _tuning(data: Any) -> Tuning:
     return Tuning(**values)
 
 
-def _choice(data: Any) -> Choice:
-    values = _values(Choice, data)
+def _choice(data: Any) -> TileChoice:
+    values = _values(TileChoice, data)
     problem, tiles = _values(Problem, values["problem"]), _values(Tiles, values["tiles"])
     _check_types(problem, {field.name: str if field.name == "op" else int for field in fields(Problem)})
     _check_types(tiles, {field.name: int for field in fields(Tiles)})
     _check_types(values, {"seconds": float, "default_seconds": float, "candidates": int})
-    choice = Choice(Problem(**problem), Tiles(**tiles), values["seconds"], values["default_seconds"], values["candidates"])
+    choice = TileChoice(Problem(**problem), Tiles(**tiles), values["seconds"], values["default_seconds"], values["candidates"])
     _check_tiles(choice.problem, choice.tiles)
     return choice
 

@@ -12,11 +12,11 @@ import torch
 from dbrx_q.errors import RequestError
 
 from .host_memory import available_bytes
-from .machine import Card, Placement, Rig
+from .machine import Gpu, Machine, Placement
 from .offloading import DEFAULT_POLICY, MissPolicy
 from .sizes import format_size, parse_size
 
-__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "rig_of"]
+__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "machine_of"]
 
 DEFAULT_CONTEXT = 4096
 """Tokens that keys and values are kept room for unless the user says otherwise."""
@@ -29,16 +29,16 @@ _HOST_MARGIN = 0.1
 class Budget:
     """A machine, and how a model is to use it.
 
-    rig: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the model's
+    machine: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the model's
     context where that is shorter. step_tokens, logit_rows: as of `footprint.Request`. policy: which expert gives way,
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
-    read before they are needed, as the next layer's router foresees them. direct: whether experts are read past the page cache; None for
-    whichever is measured to be faster. miss_policy: how an expert is served that is not on its card. devices: the cards; None for cuda:0,
-    cuda:1 ... dtype: of activations; None for the checkpoint's. degraded: whether the low-bit copy that the checkpoint carries answers for
-    experts on disk. upgrade: with that, as of `LowBitCopy`.
+    read before they are needed, as the next layer's router predicts them. direct: whether experts are read past the page cache; None for
+    whichever is measured to be faster. miss_policy: how an expert is served that is not on its GPU. devices: the GPUs; None for cuda:0,
+    cuda:1 ... dtype: of activations; None for the checkpoint's. fallback: whether the fallback copy that the checkpoint carries answers for
+    experts on disk. upgrade: with that, as of `FallbackCopy`.
     """
 
-    rig: Rig
+    machine: Machine
     context: int | None = None
     batch: int = 1
     kv_format: str = "plain"
@@ -51,16 +51,16 @@ class Budget:
     miss_policy: MissPolicy = MissPolicy.hybrid
     devices: tuple[torch.device, ...] | None = None
     dtype: torch.dtype | None = None
-    degraded: bool = False
+    fallback: bool = False
     upgrade: bool = True
 
     @property
-    def cards(self) -> tuple[torch.device, ...]:
-        """The devices of the rig's cards, in their order."""
-        return tuple(torch.device("cuda", i) for i in range(len(self.rig.cards))) if self.devices is None else self.devices
+    def gpus(self) -> tuple[torch.device, ...]:
+        """The devices of the machine's GPUs, in their order."""
+        return tuple(torch.device("cuda", i) for i in range(len(self.machine.gpus))) if self.devices is None else self.devices
 
 
-def rig_of(max_memory: Mapping[int | str, int | str] | None) -> Rig:
+def machine_of(max_memory: Mapping[int | str, int | str] | None) -> Machine:
     """The machine that `max_memory` allows, or, for None, all of it that is free now.
 
     Args:
@@ -72,8 +72,8 @@ def rig_of(max_memory: Mapping[int | str, int | str] | None) -> Rig:
     """
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if max_memory is None:
-        return Rig(_free_host(), tuple(Card(torch.cuda.mem_get_info(i)[0]) for i in range(seen)))
-    cards = []
+        return Machine(_free_host(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(seen)))
+    gpus = []
     ram = _free_host()
     for key, value in max_memory.items():
         size = parse_size(value) if isinstance(value, str) else value
@@ -82,14 +82,14 @@ def rig_of(max_memory: Mapping[int | str, int | str] | None) -> Rig:
         if key == "cpu":
             ram = size
         elif isinstance(key, int) and not isinstance(key, bool) and key >= 0:
-            cards.append((key, size))
+            gpus.append((key, size))
         else:
             raise RequestError(f"a key of max_memory must be the index of a GPU or 'cpu'; found {key!r}. The disk has no limit")
-    check_cards([key for key, _ in cards], seen)
-    return Rig(ram, tuple(Card(size) for _, size in sorted(cards)))
+    check_gpus([key for key, _ in gpus], seen)
+    return Machine(ram, tuple(Gpu(size) for _, size in sorted(gpus)))
 
 
-def check_cards(indices: Sequence[int], seen: int) -> None:
+def check_gpus(indices: Sequence[int], seen: int) -> None:
     """Refuse GPUs that are not there.
 
     Raises:
@@ -115,14 +115,14 @@ def check_fits(placement: Placement, source: str) -> None:
     parts = [
         f"{'the host' if short.device == 'cpu' else short.device} must hold {short.total:,} bytes ({format_size(short.total)}) at least: "
         f"{format_size(short.dense)} of weights that every token reads, {format_size(short.kv_cache)} of KV cache, "
-        f"{f'{format_size(short.low_bit)} of a low-bit copy, ' if short.low_bit else ''}"
+        f"{f'{format_size(short.fallback)} of a fallback copy, ' if short.fallback else ''}"
         f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget:,} bytes"
         for short in placement.short
     ]
     raise RequestError(f"{source}: {'; '.join(parts)}. Give more, or shorten the context")
 
 
-def check_free(placement: Placement, cards: Sequence[torch.device], source: str) -> None:
+def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) -> None:
     """Refuse a plan for memory that is not free any more.
 
     Raises:
@@ -132,7 +132,7 @@ def check_free(placement: Placement, cards: Sequence[torch.device], source: str)
     def free_on(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
-    for plan, device in [*zip(placement.cards, cards, strict=True), (placement.host, torch.device("cpu"))]:
+    for plan, device in [*zip(placement.gpus, gpus, strict=True), (placement.host, torch.device("cpu"))]:
         wanted = plan.total - (plan.reserve if device.type == "cuda" else 0)
         if wanted > free_on(device):  # a model that nobody uses any more may not have been given back yet
             gc.collect()

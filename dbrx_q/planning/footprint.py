@@ -18,7 +18,7 @@ from dbrx_q.kernels.formats.kv import allocate_kv
 
 from .expert_kinds import ExpertKind, expert_kinds
 
-__all__ = ["PREFILL_TOKENS", "Footprint", "Request", "step_tokens"]
+__all__ = ["PREFILL_TOKENS", "Footprint", "MemoryRequest", "step_tokens"]
 
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens that a prefill step brings at most: enough to keep matrix units busy, few enough to bound memory."""
@@ -27,10 +27,10 @@ _FEW_ROWS = 4  # that every chip multiplies without decoding a weight, see `kern
 
 
 @dataclass(frozen=True)
-class Request:
+class MemoryRequest:
     """What memory is to be kept for. context: tokens of a sequence. batch: sequences together. kv_format: "plain", "int8" or "int4".
     step_tokens: tokens that one forward pass brings at most; None for a prefill step. logit_rows: of how many tokens logits are held at
-    once; None for one of each sequence. dtype: of activations; None for the checkpoint's. low_bit: formats of a low-bit copy of the
+    once; None for one of each sequence. dtype: of activations; None for the checkpoint's. fallback: formats of a fallback copy of the
     experts, which answers for those on disk; None without one."""
 
     context: int
@@ -39,16 +39,16 @@ class Request:
     step_tokens: int | None = None
     logit_rows: int | None = None
     dtype: torch.dtype | None = None
-    low_bit: Mapping[str, TensorFormat] | None = None
+    fallback: Mapping[str, TensorFormat] | None = None
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a model by what they are for. kinds, dense, kv: by layer; low_bit: the kinds of a low-bit copy, none without. workspace: of
-    activations on the host, on a card, and on a host that computes experts for cards."""
+    """Bytes of a model by what they are for. kinds, dense, kv: by layer; fallback: the kinds of a fallback copy, none without. workspace: of
+    activations on the host, on a GPU, and on a host that computes experts for GPUs."""
 
     kinds: list[ExpertKind]
-    low_bit: list[ExpertKind]
+    fallback: list[ExpertKind]
     n_experts: int
     top_k: int
     dense: list[int]
@@ -56,11 +56,11 @@ class Footprint:
     head: int
     kv: int
     host_workspace: int
-    card_workspace: int
+    gpu_workspace: int
     helper_workspace: int
 
     @classmethod
-    def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: Request) -> Footprint:
+    def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: MemoryRequest) -> Footprint:
         """Of a model whose tensors are packed as `formats` says, for what is asked of it."""
         dtype = request.dtype or getattr(torch, config.torch_dtype or "bfloat16")
         dense, embedding, head = [0] * config.n_layers, 0, 0
@@ -82,18 +82,18 @@ class Footprint:
         kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
         tokens = {kind: step_tokens(config, request, kind) for kind in PREFILL_TOKENS}
         rows = request.batch if request.logit_rows is None else request.logit_rows
-        host, card = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
+        host, gpu = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
         ffn = config.ffn_config
         stored = getattr(torch, config.torch_dtype or "bfloat16")
         plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
         kinds = expert_kinds(config, formats, dtype, plain)
-        low_bit = expert_kinds(config, request.low_bit, dtype) if request.low_bit else []
+        fallback = expert_kinds(config, request.fallback, dtype) if request.fallback else []
         decoded = _decoded_rows(config, formats, rows)
         helper = _helper_workspace(config, tokens["cuda"]) + decoded
-        return cls(kinds, low_bit, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host + decoded, card, helper)
+        return cls(kinds, fallback, ffn.moe_num_experts, ffn.moe_top_k, dense, embedding, head, kv, host + decoded, gpu, helper)
 
 
-def step_tokens(config: DbrxConfig, request: Request, kind: str) -> int:
+def step_tokens(config: DbrxConfig, request: MemoryRequest, kind: str) -> int:
     """Tokens of one forward pass that memory is kept for on a "cpu" or "cuda" device."""
     return min(request.step_tokens or PREFILL_TOKENS[kind], request.batch * min(request.context, config.max_seq_len))
 
@@ -105,7 +105,7 @@ def _workspace(config: DbrxConfig, T: int, logit_rows: int, width: int) -> int:
 
 
 def _helper_workspace(config: DbrxConfig, T: int) -> int:
-    """Tokens that came from a card and the sum that goes back, a row of every pair before and after, and one expert with all tokens."""
+    """Tokens that came from a GPU and the sum that goes back, a row of every pair before and after, and one expert with all tokens."""
     D, F, A = config.d_model, config.ffn_config.ffn_hidden_size, config.ffn_config.moe_top_k
     return 4 * T * (2 * D + 2 * A * D + D + 2 * F)
 

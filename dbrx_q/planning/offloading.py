@@ -22,11 +22,11 @@ __all__ = [
 
 
 SCRATCH_SLOTS = 2
-"""Slots of a card that are left empty at first: where every expert lies in one memory only, a card can give up none but what it copied."""
+"""Slots of a GPU that are left empty at first: where every expert lies in one memory only, a GPU can give up none but what it copied."""
 
 
 def first_slots(slots: int, experts: int) -> int:
-    """How many of a card's slots are filled at first, of those for one kind of which its layers have so many experts."""
+    """How many of a GPU's slots are filled at first, of those for one kind of which its layers have so many experts."""
     return slots if slots >= experts else max(0, slots - SCRATCH_SLOTS)
 
 

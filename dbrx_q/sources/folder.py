@@ -20,8 +20,8 @@ from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.model.loading import eos_ids, load_pretrained
 from dbrx_q.model.modeling import DbrxForCausalLM
-from dbrx_q.planning.footprint import Request
-from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -69,7 +69,7 @@ class PackedFolder(Source):
             self.config = checkpoint.config
             inventory = take_inventory(checkpoint)
             self._shards = checkpoint.shards
-            plan = place(checkpoint.config, checkpoint.formats, Rig(), Request(context=1)).host
+            plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=1)).host
         self.loaded_bytes = plan.dense + plan.experts
         self.nbytes, self.parameters = inventory.total.bytes, inventory.total.parameters
         self.format = _matrices_format(inventory)

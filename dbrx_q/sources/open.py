@@ -13,10 +13,10 @@ from .base import Source
 __all__ = ["open_source"]
 
 
-def open_source(path_or_hub_id: str | os.PathLike[str], *, low_bit: bool = False) -> Source:
+def open_source(path_or_hub_id: str | os.PathLike[str], *, fallback: bool = False) -> Source:
     """The checkpoint at a path: a folder that is plain or quantized by dbrx_q, one that transformers saved (plain, or in 4 bits through
-    bitsandbytes), a GGUF file (of a split one, any part); or a hub id of such a folder, with the low-bit copy that it carries only if
-    `low_bit` says so.
+    bitsandbytes), a GGUF file (of a split one, any part); or a hub id of such a folder, with the fallback copy that it carries only if
+    `fallback` says so.
 
     Raises:
         CheckpointError: nothing there, a file that is damaged, or of another model.
@@ -32,7 +32,7 @@ def open_source(path_or_hub_id: str | os.PathLike[str], *, low_bit: bool = False
         if not is_gguf(path):
             raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
         return GgufSource(name, path)
-    folder = resolve_folder(path_or_hub_id, low_bit=low_bit)
+    folder = resolve_folder(path_or_hub_id, fallback=fallback)
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():
         raise CheckpointError(

@@ -58,9 +58,9 @@ class DecodedSource(Source):
         if self.budget is None:
             due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
             return available_memory(device) - due
-        if self.budget.rig.cards:
+        if self.budget.machine.gpus:
             raise RequestError(f"{self.name}: weights that are decoded when they are loaded go to one --device; found --gpu. Leave it out")
-        return available_memory(device) if self.budget.rig.ram is None else self.budget.rig.ram
+        return available_memory(device) if self.budget.machine.ram is None else self.budget.machine.ram
 
 
 class StreamedExpertStore(ExpertStore):
@@ -75,7 +75,7 @@ class StreamedExpertStore(ExpertStore):
         nbytes: of one layer's experts.
     """
 
-    renewed = True
+    reloads_each_step = True
 
     def __init__(
         self, config: DbrxConfig, reader: Callable[[], AbstractContextManager[Reader]], dtype: torch.dtype, device: torch.device

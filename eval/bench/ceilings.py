@@ -22,7 +22,7 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .device_timing import turns
 
-__all__ = ["MATMUL_ON_GPU", "CeilingMeter", "Footprint", "Need", "Rates", "ceiling", "decode_need", "prefill_need", "touched_experts"]
+__all__ = ["MATMUL_ON_GPU", "CeilingMeter", "ModelWork", "Need", "Rates", "ceiling", "decode_need", "prefill_need", "touched_experts"]
 
 _BYTES = 1 << 30
 # 17 GFLOP: 0.60 TFLOP/s in bfloat16 and 0.21 in float32 on 2 cores with AMX, where twice the size gave 0.66 and 0.13 in 8 times the time.
@@ -84,7 +84,7 @@ class CeilingMeter:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ModelWork:
     """What a model is made of, as far as speed goes.
 
     nbytes, parameters: by kind of tensor; bytes as they lie in memory, of all experts even where it holds a part of them. kv_bytes: of one
@@ -97,7 +97,7 @@ class Footprint:
     kv_bytes: float
 
     @classmethod
-    def of(cls, model: DbrxForCausalLM, kv_format: str) -> Footprint:
+    def of(cls, model: DbrxForCausalLM, kv_format: str) -> ModelWork:
         """Of a loaded model, with its cache in `kv_format`."""
         config = model.config
         nbytes, parameters = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
@@ -119,7 +119,7 @@ def touched_experts(experts: int, active: int, tokens: int) -> float:
     return experts * (1 - (1 - active / experts) ** tokens)
 
 
-def decode_need(footprint: Footprint, *, batch: int, depth: int, tokens: int) -> Need:
+def decode_need(footprint: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
     """What each of N tokens needs that B sequences of D tokens are continued by together.
 
     A step reads every weight but the embedding once, of the experts those that some sequence is sent to, and each sequence's keys and
@@ -130,7 +130,7 @@ def decode_need(footprint: Footprint, *, batch: int, depth: int, tokens: int) ->
     return Need(step / batch, 2 * (_layer_parameters(footprint) + footprint.parameters["head"]) + _attention_flops(footprint, seen))
 
 
-def prefill_need(footprint: Footprint, *, batch: int, depth: int, tokens: int) -> Need:
+def prefill_need(footprint: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
     """What each token of B prompts of P tokens needs that follow D tokens each.
 
     Every weight but the embedding is read at least once for all prompts, and so are keys and values. Operations are two per active
@@ -150,7 +150,7 @@ def ceiling(need: Need, rates: Rates) -> tuple[float, str]:
     return (1 / read, "bandwidth") if read >= compute else (1 / compute, "matmul")
 
 
-def _weight_bytes(footprint: Footprint, tokens: int) -> float:
+def _weight_bytes(footprint: ModelWork, tokens: int) -> float:
     """Of the weights that `tokens` tokens read together."""
     ffn = footprint.config.ffn_config
     share = touched_experts(ffn.moe_num_experts, ffn.moe_top_k, tokens) / ffn.moe_num_experts
@@ -158,14 +158,14 @@ def _weight_bytes(footprint: Footprint, tokens: int) -> float:
     return others + footprint.nbytes["experts"] * share
 
 
-def _layer_parameters(footprint: Footprint) -> float:
+def _layer_parameters(footprint: ModelWork) -> float:
     """Of the matrices in all layers that one token is multiplied by."""
     ffn = footprint.config.ffn_config
     sizes = footprint.parameters
     return sizes["attention"] + sizes["router"] + sizes["experts"] * ffn.moe_top_k / ffn.moe_num_experts
 
 
-def _attention_flops(footprint: Footprint, seen: float) -> float:
+def _attention_flops(footprint: ModelWork, seen: float) -> float:
     """Of one token's scores and sums over `seen` tokens in all layers: 2 * 2 H C each."""
     config = footprint.config
     return 4 * config.n_layers * config.n_heads * config.head_dim * seen

@@ -14,9 +14,9 @@ from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.weights import PackedFormat
 
-from .kernel_shapes import Format, empty_weight
+from .kernel_shapes import KernelFormat, empty_weight
 
-__all__ = ["Environment", "Timed", "captured", "copies", "device_or_error", "environment", "random_weight", "turns"]
+__all__ = ["Environment", "MedianTime", "captured", "copies", "device_or_error", "environment", "random_weight", "turns"]
 
 _CACHE_TIMES = 4  # what a rotation reads between two visits, in sizes of the L2 cache
 
@@ -34,7 +34,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Timed:
+class MedianTime:
     """seconds: the median of one call. graph: whether it ran from a CUDA graph."""
 
     seconds: float
@@ -69,7 +69,7 @@ def environment(device: torch.device) -> Environment:
     return Environment(now, properties.name, chip.name, chip.multiprocessors, properties.total_memory, versions)
 
 
-def random_weight(fmt: Format, *shape: int, device: torch.device) -> PackedFormat:
+def random_weight(fmt: KernelFormat, *shape: int, device: torch.device) -> PackedFormat:
     """A packed weight [..., N, K] with random codes and scales that give values around 0.01, as a trained one has them."""
     weight = empty_weight(fmt, *shape, device=device)
     weight.qweight.random_(0, 256) if weight.qweight.dtype == torch.uint8 else weight.qweight.random_(-127, 128)
@@ -110,7 +110,7 @@ def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True) -> 
     return graph.replay, True
 
 
-def turns(contenders: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int, capture: bool = True) -> dict[str, Timed]:
+def turns(contenders: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int, capture: bool = True) -> dict[str, MedianTime]:
     """The median time of one call of each contender; all of them are run in each turn, so that clocks and neighbours treat them alike.
 
     Args:
@@ -129,7 +129,7 @@ def turns(contenders: Mapping[str, Sequence[Callable[[], object]]], *, repeats: 
             end.synchronize()
             if turn:
                 times[name].append(start.elapsed_time(end) / 1000 / count)
-    return {name: Timed(statistics.median(times[name]), graph) for name, (_, graph, _) in works.items()}
+    return {name: MedianTime(statistics.median(times[name]), graph) for name, (_, graph, _) in works.items()}
 
 
 def _driver() -> str:

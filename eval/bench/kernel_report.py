@@ -18,7 +18,7 @@ from dbrx_q.kernels.triton.launch import CHIPS, Chip, Launch
 from .kernel_resources import Resources, compile_launch
 from .kernel_shapes import FORMATS, dbrx_launches, usual_launches
 
-__all__ = ["BEGIN", "END", "Row", "document", "problems", "resources", "table", "write_report"]
+__all__ = ["BEGIN", "END", "ResourceRow", "document", "problems", "resources", "table", "write_report"]
 
 BEGIN = "<!-- written by `dbrx-q bench resources` -->"
 END = "<!-- end of what is written -->"
@@ -26,7 +26,7 @@ _PACKED_LOAD = 16  # bytes
 
 
 @dataclass(frozen=True)
-class Row:
+class ResourceRow:
     """One kernel of one case on one chip."""
 
     case: str
@@ -39,7 +39,7 @@ def resources(
     everything: bool = False,
     processes: int = 2,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Row]:
+) -> Iterator[ResourceRow]:
     """Compile the launches of `dbrx_launches` for `chips`, in processes of their own.
 
     Args:
@@ -61,7 +61,7 @@ def resources(
             yield row
 
 
-def problems(row: Row, chip: Chip) -> list[str]:
+def problems(row: ResourceRow, chip: Chip) -> list[str]:
     """What a compiled kernel breaks: the chip's shared memory, no spills, packed data 16 bytes a load."""
     found, each = [], row.resources
     if each.shared_memory > chip.shared_memory:
@@ -73,7 +73,7 @@ def problems(row: Row, chip: Chip) -> list[str]:
     return found
 
 
-def document(rows: Sequence[Row]) -> str:
+def document(rows: Sequence[ResourceRow]) -> str:
     """The table with what it says and how it came about."""
     import triton
 
@@ -87,7 +87,7 @@ def document(rows: Sequence[Row]) -> str:
     )
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[ResourceRow]) -> str:
     """Markdown: one line per kernel and case, a column per chip with registers / shared memory in KB / spills."""
     rows = list(rows)
     chips = [name for name in CHIPS if any(row.resources.chip == name for row in rows)]
@@ -121,10 +121,10 @@ def _launches(name: str, everything: bool) -> list[tuple[str, Launch]]:
     return dbrx_launches(CHIPS[name]) + dbrx_launches(CHIPS[name], formats=FORMATS[:1], dtypes=(torch.float16,))
 
 
-def _compile(which: tuple[str, bool, int]) -> Row:
+def _compile(which: tuple[str, bool, int]) -> ResourceRow:
     name, everything, number = which
     case, launch = _launches(name, everything)[number]
     try:
-        return Row(case, compile_launch(launch, CHIPS[name]))
+        return ResourceRow(case, compile_launch(launch, CHIPS[name]))
     except Exception as error:  # Triton's errors are of many kinds, and not all of them can be sent to another process
         raise DbrxError(f"{launch.kernel.__name__}, {case}, does not compile for {name}: {type(error).__name__}: {error}") from None

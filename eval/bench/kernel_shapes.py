@@ -27,7 +27,7 @@ from dbrx_q.kernels.triton.launch import Chip, Launch, recording
 
 from .kernel_resources import launch_key
 
-__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Format", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "KernelFormat", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
@@ -37,7 +37,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Format:
+class KernelFormat:
     """A packed weight format: "int4", "int8" or "nf4", and the elements that share a scale."""
 
     name: str
@@ -53,7 +53,9 @@ class Format:
 
 
 FORMATS = (
-    tuple(Format("int4", group) for group in (64, 32, 128)) + tuple(Format("int8", group) for group in (64, 32, 128)) + (Format("nf4", 64),)
+    tuple(KernelFormat("int4", group) for group in (64, 32, 128))
+    + tuple(KernelFormat("int8", group) for group in (64, 32, 128))
+    + (KernelFormat("nf4", 64),)
 )
 """Every format on offer, the default ones (groups of 64) among them."""
 
@@ -83,7 +85,7 @@ class Shapes:
 DBRX = Shapes()
 
 
-def empty_weight(fmt: Format, *shape: int, device: torch.device | str = "meta") -> PackedFormat:
+def empty_weight(fmt: KernelFormat, *shape: int, device: torch.device | str = "meta") -> PackedFormat:
     """A packed weight [..., N, K] of `fmt` with whatever its memory holds."""
     *rows, K = shape
     groups = K // fmt.group
@@ -109,7 +111,7 @@ class _Call:
 def dbrx_launches(
     chip: Chip,
     *,
-    formats: tuple[Format, ...] = FORMATS,
+    formats: tuple[KernelFormat, ...] = FORMATS,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
     shapes: Shapes = DBRX,
 ) -> list[tuple[str, Launch]]:
@@ -146,14 +148,14 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
     return list(kept.values())
 
 
-_USUAL = (Format("int4", 64), Format("int8", 64))
+_USUAL = (KernelFormat("int4", 64), KernelFormat("int8", 64))
 _WIDELY = "sm_86"
 
 
 def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
     """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format; on sm_86 NF4 and plain experts too."""
     if chip.name == _WIDELY:
-        return essential(dbrx_launches(chip, formats=(*_USUAL, Format("nf4", 64))))
+        return essential(dbrx_launches(chip, formats=(*_USUAL, KernelFormat("nf4", 64))))
     found = essential(dbrx_launches(chip, formats=_USUAL))
     return [(case, launch) for case, launch in found if not case.startswith("experts plain")]
 
@@ -162,7 +164,7 @@ def _extent(launch: Launch) -> int:
     return sum(int(launch.constants.get(name, 0)) > (name == "SPLITS") for name in _AROUND_THE_LOOP)
 
 
-def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+def _calls(formats: tuple[KernelFormat, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     for fmt in formats:
         yield from _linear(fmt, dtype, shapes)
         yield from _experts(str(fmt), partial(empty_weight, fmt), dtype, shapes)
@@ -173,7 +175,7 @@ def _calls(formats: tuple[Format, ...], dtype: torch.dtype, shapes: Shapes) -> I
         yield from _attention(kv_format, dtype, shapes)
 
 
-def _linear(fmt: Format, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+def _linear(fmt: KernelFormat, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     D = shapes.width
     places = (("Wqkv", shapes.qkv, shapes.clip, False), ("out_proj", D, None, True), ("lm_head", shapes.vocabulary, None, False))
     for name, N, clip, adds in places:

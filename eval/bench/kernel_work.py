@@ -26,12 +26,12 @@ from dbrx_q.kernels.qkv import store_qkv
 from dbrx_q.kernels.router import route
 
 from .device_timing import copies, random_weight
-from .kernel_shapes import DBRX, Format
+from .kernel_shapes import DBRX, KernelFormat
 
 __all__ = ["COPY", "MATMUL", "Work", "dbrx_works", "decode_step_work"]
 
 COPY, MATMUL = "copy bandwidth", "bf16 matmul rate"
-_INT4, _INT8, _NF4 = Format("int4", 64), Format("int8", 64), Format("nf4", 64)
+_INT4, _INT8, _NF4 = KernelFormat("int4", 64), KernelFormat("int8", 64), KernelFormat("nf4", 64)
 _BF16 = torch.bfloat16
 _DEQUANTIZE = "dequantize, then matmul"
 
@@ -74,7 +74,7 @@ def dbrx_works(device: torch.device) -> Iterator[Callable[[], Work]]:
         yield from (partial(make, T, device) for make in (_router, _norm, _store))
 
 
-def _experts(fmt: Format, T: int, target: float | None, device: torch.device) -> Work:
+def _experts(fmt: KernelFormat, T: int, target: float | None, device: torch.device) -> Work:
     E, A, D, hidden = DBRX.experts, DBRX.active, DBRX.width, DBRX.hidden
     torch.manual_seed(0)
     w1, v1, w2 = (random_weight(fmt, E, *shape, device=device) for shape in ((hidden, D), (hidden, D), (D, hidden)))
@@ -115,7 +115,7 @@ def _experts(fmt: Format, T: int, target: float | None, device: torch.device) ->
     return Work("moe_experts", case, MATMUL, 2 * 3 * T * A * D * hidden, contenders, target)
 
 
-def _linear(name: str, N: int, fmt: Format, T: int, target: float | None, device: torch.device) -> Work:
+def _linear(name: str, N: int, fmt: KernelFormat, T: int, target: float | None, device: torch.device) -> Work:
     K = DBRX.width
     x = torch.randn(T, K, dtype=_BF16, device=device)
     weights = [random_weight(fmt, N, K, device=device) for _ in range(copies(N * K * fmt.bits // 8, device))]
@@ -239,7 +239,7 @@ def _plain(N: int, K: int, device: torch.device) -> list[torch.Tensor]:
 _Prepare = Callable[[int, int, torch.device], Callable[[torch.Tensor], torch.Tensor]]
 
 
-def _packed_peer(fmt: Format) -> tuple[str, _Prepare] | None:
+def _packed_peer(fmt: KernelFormat) -> tuple[str, _Prepare] | None:
     """What else multiplies by packed weights: its name, and what makes a product with a random weight [N, K]."""
     if fmt.name == "int4":
         return "torch._weight_int4pack_mm", partial(_int4pack, fmt.group)

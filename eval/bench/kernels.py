@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from .ceilings import MATMUL_ON_GPU, CeilingMeter
-from .device_timing import Environment, Timed, environment, turns
+from .device_timing import Environment, MedianTime, environment, turns
 from .kernel_work import COPY, MATMUL, Work, dbrx_works, decode_step_work
 
-__all__ = ["KernelBenchmark", "Row", "bench_kernels", "markdown"]
+__all__ = ["KernelBenchmark", "KernelTiming", "bench_kernels", "markdown"]
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelTiming:
     """One kernel. seconds: the median of one call; peers: of the same work by other means.
 
     share: of `ceiling`, the copy bandwidth counted on packed bytes or the bf16 matmul rate. target: the share that it should reach, or
@@ -49,7 +49,7 @@ class KernelBenchmark:
     command: str
     copy_bandwidth: float
     matmul_rate: float
-    rows: tuple[Row, ...]
+    rows: tuple[KernelTiming, ...]
 
     def as_json(self) -> dict[str, object]:
         """Plain values."""
@@ -109,7 +109,7 @@ def markdown(result: KernelBenchmark) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _cells(row: KernelTiming) -> Iterator[str]:
     yield row.kernel
     yield row.case
     yield "" if row.seconds is None else _time(row.seconds) + (" (no graph)" if "dbrx_q" in row.eager else "")
@@ -124,7 +124,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) -> Row:
+def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) -> KernelTiming:
     work = make()
     times, failed = _times(work, repeats)
     ours = times.pop("dbrx_q", None)
@@ -137,7 +137,7 @@ def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) 
     eager = [name for name, timed in times.items() if not timed.graph]
     if ours is not None and not ours.graph:
         eager.append("dbrx_q")
-    return Row(
+    return KernelTiming(
         work.kernel,
         work.case,
         None if ours is None else ours.seconds,
@@ -152,7 +152,7 @@ def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) 
     )
 
 
-def _times(work: Work, repeats: int) -> tuple[dict[str, Timed], dict[str, str]]:
+def _times(work: Work, repeats: int) -> tuple[dict[str, MedianTime], dict[str, str]]:
     """What could be timed, and why the rest could not: a library that is missing, memory that is too small."""
     calls: dict[str, Sequence[Callable[[], object]]] = {}
     failed: dict[str, str] = {}

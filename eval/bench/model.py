@@ -22,7 +22,7 @@ from dbrx_q.generation.sampling import SamplingParams, sample
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.base import Source
 
-from .ceilings import CeilingMeter, Footprint, Rates, ceiling, decode_need, prefill_need
+from .ceilings import CeilingMeter, ModelWork, Rates, ceiling, decode_need, prefill_need
 from .memory_growth import MemoryGrowth
 
 __all__ = ["FirstToken", "ModelBenchmark", "SpeedRow", "SpeedTest", "bench_model", "check_tests", "speed_tests"]
@@ -54,7 +54,7 @@ class SpeedRow:
     bandwidth, matmul_rate: medians of `Rates`, measured before each repeat.
     bytes_per_token, flops_per_token: `decode_need` or `prefill_need`. bytes_per_second: bytes_per_token * median.
     ceiling: tokens/s that these rates allow with all weights at hand. bound: what sets it, "bandwidth" or "matmul". of_ceiling: median /
-    ceiling. hit_rate, degraded: shares of the requests for experts that found them where they are computed, and that a low-bit copy
+    ceiling. hit_rate, fallback_share: shares of the requests for experts that found them where they are computed, and that a fallback copy
     answered; 1 and 0 where all lie there.
     """
 
@@ -76,7 +76,7 @@ class SpeedRow:
     bound: str
     of_ceiling: float
     hit_rate: float = 1.0
-    degraded: float = 0.0
+    fallback_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def bench_model(
     started = _now(device)
     model = source.load(dtype=dtype, device=device)
     load_seconds = _now(device) - started
-    if model.expert_store.renewed:
+    if model.expert_store.reloads_each_step:
         raise RequestError(
             f"{source.name}: speed is that of weights in memory; decoded, these do not fit. Free some, or choose --dtype bfloat16"
         )
     loaded, load_peak = memory.used(), memory.peak()
-    footprint = Footprint.of(model, kv_format)
+    footprint = ModelWork.of(model, kv_format)
     result = ModelBenchmark(
         path=source.name,
         format=source.format,
@@ -249,7 +249,7 @@ def bench_model(
     return replace(result, peak_memory=peak, complete=complete, provenance=result.provenance | known)
 
 
-def _row(model: DbrxForCausalLM, footprint: Footprint, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:
+def _row(model: DbrxForCausalLM, footprint: ModelWork, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:
     measure, need_of = (_prefill_seconds, prefill_need) if test.kind == "pp" else (_decode_seconds, decode_need)
     measure(model, test, kv_format)  # compiles, fills caches
     seconds, rates = [], []
@@ -279,17 +279,17 @@ def _row(model: DbrxForCausalLM, footprint: Footprint, test: SpeedTest, kv_forma
         bound=bound,
         of_ceiling=median / allowed,
         hit_rate=served.cache.hit_rate,
-        degraded=served.degraded_share,
+        fallback_share=served.fallback_share,
     )
 
 
-def _weight_bytes(model: DbrxForCausalLM, footprint: Footprint) -> int:
+def _weight_bytes(model: DbrxForCausalLM, footprint: ModelWork) -> int:
     """Of what lies in memory."""
     plan = model.placement
     if plan is None or plan.resident:
         return sum(footprint.nbytes.values())
     dense = sum(nbytes for kind, nbytes in footprint.nbytes.items() if kind != "experts")
-    return dense + sum(there.experts + there.low_bit for there in plan.devices)
+    return dense + sum(there.experts + there.fallback for there in plan.devices)
 
 
 def _prefill_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> float:

@@ -17,10 +17,10 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.provenance import provenance
-from dbrx_q.experts.cpu_store import HostExpertStore
+from dbrx_q.experts.cpu_store import CpuExpertStore
 from dbrx_q.experts.fallback import carried_formats
 from dbrx_q.experts.files import ExpertFiles
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.measured_rates import measure_rates
 from dbrx_q.experts.reader import ExpertReader, supports_direct
 from dbrx_q.experts.slots import ExpertSlots
@@ -28,9 +28,9 @@ from dbrx_q.generation.decoding import decoder_for
 from dbrx_q.model.loading import load_model
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.footprint import Request
+from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.host_memory import available_bytes
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import MissPolicy, staging_bytes
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.sizes import format_size
@@ -38,10 +38,10 @@ from dbrx_q.planning.sizes import format_size
 __all__ = [
     "FILES",
     "KEYS",
-    "CardRow",
+    "GpuRow",
     "OffloadBenchmark",
     "OffloadRow",
-    "bench_card",
+    "bench_gpu",
     "bench_offload",
     "disk_bandwidth",
     "files",
@@ -61,7 +61,7 @@ class OffloadRow:
     """One budget. share: of the experts that have a slot. prefill: whether a prompt was run, or tokens were decoded. prefetch: whether
     experts were fetched ahead. hit_rate: of requests. needed_bytes: of experts that were needed and came from disk, a token; read_bytes:
     all that was read. link: bytes/s that the disk gave alone, before and after. bound: tokens/s = link / needed_bytes. of_bound:
-    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. degraded: share of the requests that a low-bit
+    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. fallback_share: share of the requests that a fallback
     copy answered, which the bound has come from disk as well."""
 
     share: float
@@ -78,13 +78,13 @@ class OffloadRow:
     of_bound: float
     compute_seconds: float
     wait_seconds: float
-    degraded: float = 0.0
+    fallback_share: float = 0.0
 
 
 @dataclass(frozen=True)
-class CardRow:
-    """One budget of a card over host memory. miss_policy: how misses were served. needed_bytes: of experts that were needed and not on the
-    card, a token. cpu, link: bytes/s of experts that the CPU computed and the link carried, at the same time for "hybrid", alone for the
+class GpuRow:
+    """One budget of a GPU over host memory. miss_policy: how misses were served. needed_bytes: of experts that were needed and not on the
+    GPU, a token. cpu, link: bytes/s of experts that the CPU computed and the link carried, at the same time for "hybrid", alone for the
     others. bound: tokens/s = (cpu + link) / needed_bytes. on_cpu: misses that the CPU computed, of all."""
 
     share: float
@@ -104,7 +104,7 @@ class CardRow:
 
 @dataclass
 class OffloadBenchmark:
-    """All rows of a run. direct: whether the page cache was passed by. cards: rows of a card over host memory."""
+    """All rows of a run. direct: whether the page cache was passed by. gpus: rows of a GPU over host memory."""
 
     path: str
     experts: int
@@ -113,7 +113,7 @@ class OffloadBenchmark:
     policy: str
     provenance: dict[str, Any]
     rows: list[OffloadRow] = field(default_factory=list)
-    cards: list[CardRow] = field(default_factory=list)
+    gpus: list[GpuRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -129,7 +129,7 @@ def bench_offload(
     policy: str,
     prefetch: Sequence[bool] = (True, False),
     direct: bool | None = None,
-    degraded: bool = False,
+    fallback: bool = False,
     command: str = "",
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> OffloadBenchmark:
@@ -143,12 +143,12 @@ def bench_offload(
         policy: which expert gives way.
         prefetch: with and without, in this order.
         direct: whether to read past the page cache; None for yes where the disk can be read so.
-        degraded: whether to run with the low-bit copy, too, in the same memory as without it and without prefetch.
+        fallback: whether to run with the fallback copy, too, in the same memory as without it and without prefetch.
         command: that is noted with the results.
         on_row: called with (rows done, rows in all).
 
     Raises:
-        RequestError: a share or a number of tokens that is none, or a share in whose place the low-bit copy does not fit.
+        RequestError: a share or a number of tokens that is none, or a share in whose place the fallback copy does not fit.
         CheckpointError: the checkpoint is damaged.
     """
     _check_shares(shares)
@@ -157,26 +157,26 @@ def bench_offload(
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
         files = ExpertFiles(checkpoint, getattr(torch, config.torch_dtype or "bfloat16"))
-        low_bit = carried_formats(folder, config, formats) if degraded else None
+        copy = carried_formats(folder, config, formats) if fallback else None
     by = supports_direct(files.paths[0]) if direct is None else direct
-    whole = place(config, formats, Rig(), Request(tokens + prompt + _UNCOUNTED_TOKENS))
+    whole = place(config, formats, Machine(), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS))
     about = provenance(torch.device("cpu"), command)
     rams = [whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds) for share in shares]
     for share, ram in zip(shares, rams, strict=True):  # before minutes of the others
-        plan = place(config, formats, Rig(ram), Request(tokens + prompt + _UNCOUNTED_TOKENS, low_bit=low_bit))
+        plan = place(config, formats, Machine(ram), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS, fallback=copy))
         if not plan.fits:
             raise RequestError(
-                f"the memory of a share must hold the low-bit copy; in that of {share:.0%} {plan.shortfall:,} bytes are missing. Give a "
+                f"the memory of a share must hold the fallback copy; in that of {share:.0%} {plan.shortfall:,} bytes are missing. Give a "
                 "larger --share"
             )
     result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, by, policy, about)
     kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
-    ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if degraded else [])
+    ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if fallback else [])
     total = len(shares) * len(ways) * len(kinds)
     for share, ram in zip(shares, rams, strict=True):
-        budget = Budget(Rig(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
+        budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
         for ahead, copied in ways:
-            with closing(load_model(folder, budget=replace(budget, prefetch=ahead, degraded=copied))) as model:
+            with closing(load_model(folder, budget=replace(budget, prefetch=ahead, fallback=copied))) as model:
                 for prefill in kinds:
                     count = prompt if prefill else tokens
                     result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=ahead, direct=by))
@@ -185,7 +185,7 @@ def bench_offload(
     return result
 
 
-def bench_card(
+def bench_gpu(
     folder: Path,
     shares: Sequence[float],
     device: torch.device,
@@ -194,36 +194,36 @@ def bench_card(
     policy: str,
     prefetch: Sequence[bool] = (True, False),
     on_row: Callable[[int, int], None] = lambda done, total: None,
-) -> list[CardRow]:
-    """Decode with a share of the experts on a card and the others in host memory, by every miss policy; errors as for `bench_offload`."""
+) -> list[GpuRow]:
+    """Decode with a share of the experts on a GPU and the others in host memory, by every miss policy; errors as for `bench_offload`."""
     _check_shares(shares)
     if tokens < 1:
         raise RequestError(f"tokens to decode must be at least 1; found {tokens}")
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
     context = tokens + _UNCOUNTED_TOKENS
-    request = Request(context, step_tokens=_UNCOUNTED_TOKENS)
-    one = place(config, formats, Rig(None, (Card(1 << 50),)), request).cards[0]
-    rows: list[CardRow] = []
+    request = MemoryRequest(context, step_tokens=_UNCOUNTED_TOKENS)
+    one = place(config, formats, Machine(None, (Gpu(1 << 50),)), request).gpus[0]
+    rows: list[GpuRow] = []
     for share in shares:
-        rig = Rig(int(_HOST_SHARE * available_bytes()), (Card(one.total - one.experts + int(share * one.experts)),))
+        machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(one.total - one.experts + int(share * one.experts)),))
         for miss_policy in MissPolicy:
             for ahead in prefetch:
-                budget = Budget(rig, context, step_tokens=_UNCOUNTED_TOKENS, policy=policy, prefetch=ahead)
+                budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, policy=policy, prefetch=ahead)
                 with closing(load_model(folder, budget=replace(budget, miss_policy=miss_policy, devices=(device,)))) as model:
-                    rows.append(_card_row(model, share, miss_policy, tokens=tokens, prefetch=ahead))
+                    rows.append(_gpu_row(model, share, miss_policy, tokens=tokens, prefetch=ahead))
                     on_row(len(rows), len(shares) * len(MissPolicy) * len(prefetch))
                 del model  # before the next one is loaded
     return rows
 
 
-def _card_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, tokens: int, prefetch: bool) -> CardRow:
+def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, tokens: int, prefetch: bool) -> GpuRow:
     store, plan = model.expert_store, model.placement
-    assert isinstance(store, CardExpertStore)
+    assert isinstance(store, GpuExpertStore)
     assert plan is not None
-    [card] = store.cards
+    [gpu] = store.gpus
     which = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
-    rates = [measure_rates(card, store.tier, model.dtype, **which)]
+    rates = [measure_rates(gpu, store.tier, model.dtype, **which)]
     generator = torch.Generator().manual_seed(_SEED)
     ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
     with decoder_for(model, [len(ids)], "plain") as decoder:
@@ -238,9 +238,9 @@ def _card_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, 
     each = plan.expert_bytes / plan.experts
     needed = (did.cache.misses + did.cache.prefetch_hits) * each / tokens
     bound = statistics.mean(both) / needed if needed else float("inf")
-    return CardRow(
+    return GpuRow(
         share=share,
-        slots=plan.cards[0].n_slots,
+        slots=plan.gpus[0].n_slots,
         miss_policy=miss_policy.value,
         prefetch=prefetch,
         tokens=tokens,
@@ -297,10 +297,10 @@ def markdown(found: OffloadBenchmark) -> str:
         f"{about['device']}, {about['threads']} threads; {versions}. `{about['command']}`",
         "",
         f"{found.experts} experts of {format_size(found.expert_bytes)}, read {how}; policy {found.policy}. The bound is what the disk's "
-        "bandwidth, measured before and after each row, allows for the experts that were needed and not there, even if a low-bit "
+        "bandwidth, measured before and after each row, allows for the experts that were needed and not there, even if a fallback "
         "copy answered; where nearly all of the time went into products of experts, the processor is what limits, not the disk.",
         "",
-        "| experts held | test | prefetch | hits | low-bit copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
+        "| experts held | test | prefetch | hits | fallback copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
         "| of the bound | time in products |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -308,22 +308,22 @@ def markdown(found: OffloadBenchmark) -> str:
         test = f"pp{row.tokens}" if row.prefill else f"tg{row.tokens}"
         lines.append(
             f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
-            f"{row.degraded:.1%} | {format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | "
+            f"{row.fallback_share:.1%} | {format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | "
             f"{row.tokens_per_second:.2f} | {row.bound:.2f} | {row.of_bound:.1%} | {row.compute_seconds * row.tokens_per_second:.0%} |"
         )
-    if found.cards:
+    if found.gpus:
         lines += [
             "",
-            "A card over host memory; the bound is what the CPU computed and the link carried, at once for hybrid, of what was missed.",
+            "A GPU over host memory; the bound is what the CPU computed and the link carried, at once for hybrid, of what was missed.",
             "",
             "| experts held | misses | prefetch | hits | needed, a token | CPU | link | by the CPU | tokens/s | bound | of the bound |",
             "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
-    for card in found.cards:
+    for gpu in found.gpus:
         lines.append(
-            f"| {card.slots} ({card.share:.0%}) | {card.miss_policy} | {'yes' if card.prefetch else 'no'} | {card.hit_rate:.1%} | "
-            f"{format_size(card.needed_bytes)} | {format_size(card.cpu)}/s | {format_size(card.link)}/s | {card.on_cpu:.0%} | "
-            f"{card.tokens_per_second:.2f} | {card.bound:.2f} | {card.of_bound:.1%} |"
+            f"| {gpu.slots} ({gpu.share:.0%}) | {gpu.miss_policy} | {'yes' if gpu.prefetch else 'no'} | {gpu.hit_rate:.1%} | "
+            f"{format_size(gpu.needed_bytes)} | {format_size(gpu.cpu)}/s | {format_size(gpu.link)}/s | {gpu.on_cpu:.0%} | "
+            f"{gpu.tokens_per_second:.2f} | {gpu.bound:.2f} | {gpu.of_bound:.1%} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -337,7 +337,7 @@ def _row(
     model: DbrxForCausalLM, files: ExpertFiles, share: float, *, prefill: bool, tokens: int, prefetch: bool, direct: bool
 ) -> OffloadRow:
     store = model.expert_store
-    assert isinstance(store, HostExpertStore)
+    assert isinstance(store, CpuExpertStore)
     generator = torch.Generator().manual_seed(_SEED)
     ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
     links = [disk_bandwidth(files, direct=direct)]
@@ -373,5 +373,5 @@ def _row(
         of_bound=tokens / seconds / bound,
         compute_seconds=did.compute_seconds / tokens,
         wait_seconds=did.wait_seconds / tokens,
-        degraded=did.degraded_share,
+        fallback_share=did.fallback_share,
     )

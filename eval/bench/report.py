@@ -65,7 +65,7 @@ def markdown(result: ModelBenchmark) -> str:
         "",
     ]
     for row in (row for row in result.rows if row.hit_rate < 1):
-        copy = f", and {_share(row.degraded)} were answered by the low-bit copy" if row.degraded else ""
+        copy = f", and {_share(row.fallback_share)} were answered by the fallback copy" if row.fallback_share else ""
         lines += [f"{row.name}: {_share(row.hit_rate)} of the requests for experts found them where they are computed{copy}.", ""]
     if result.first_token:
         lines += ["| prompt | time to first token |", "|---|---|"]

@@ -22,15 +22,15 @@ def markdown(found: Sweep) -> str:
         f"{found.tokens:,} tokens, {how}; {found.slots} slots for {found.experts} experts ({found.slots / found.experts:.0%})"
         + (f"; misses: {found.miss_policy}" if found.miss_policy else ""),
         "",
-        "| policy | prefetch | hits | misses | prefetched | brought, a token | by the CPU | from disk, a token | foreseen | tokens/s |",
+        "| policy | prefetch | hits | misses | prefetched | brought, a token | by the CPU | from disk, a token | predicted | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found.rows:
         name = f"{row.policy} (the bound: it knows the future)" if row.policy == found.bound else row.policy
-        foreseen = f"{row.accuracy:.1%}" if row.prefetch else ""
+        predicted = f"{row.accuracy:.1%}" if row.prefetch else ""
         lines.append(
             f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | "
-            f"{row.brought:.2f} | {row.on_cpu:.2f} | {format_size(row.disk_bytes)} | {foreseen} | {row.tokens_per_second:.2f} |"
+            f"{row.brought:.2f} | {row.on_cpu:.2f} | {format_size(row.disk_bytes)} | {predicted} | {row.tokens_per_second:.2f} |"
         )
     if found.curve:
         shares = sorted({point.share for point in found.curve})
@@ -65,7 +65,7 @@ def files(found: Sweep) -> dict[str, bytes]:
     hits.set_ylim(0, 100)
     hits.set_ylabel("requests that hit, %")
     speed.set_ylim(bottom=0)
-    speed.set_ylabel("tokens/s that the rig's bandwidths allow")
+    speed.set_ylabel("tokens/s that the machine's bandwidths allow")
     hits.legend(frameon=False, fontsize=9)
     return {
         "simulation.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(),

@@ -18,14 +18,14 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton.launch import Chip, chip_of
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, trying
-from dbrx_q.model.tuned_tiles import Choice, Tuning
+from dbrx_q.model.tuned_tiles import TileChoice, Tuning
 
 from .device_timing import copies, environment, random_weight, turns
-from .kernel_shapes import DBRX, FORMATS, Format, Shapes
+from .kernel_shapes import DBRX, FORMATS, KernelFormat, Shapes
 
 __all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
 
-DEFAULT_FORMATS = (Format("int4", 64), Format("int8", 64))
+DEFAULT_FORMATS = (KernelFormat("int4", 64), KernelFormat("int8", 64))
 """Other 4-bit codes in groups of 64, NF4, take the tiles of int4."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
@@ -44,7 +44,7 @@ class Failure:
     reason: str
 
 
-def dbrx_problems(formats: Sequence[Format] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
+def dbrx_problems(formats: Sequence[KernelFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
     """Every product of a DBRX layer and of its head, for powers of two of tokens."""
     E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
     found = []
@@ -66,7 +66,7 @@ def sweep(
     *,
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Choice], list[Failure]]:
+) -> tuple[list[TileChoice], list[Failure]]:
     """The fastest candidate of each problem, and the candidates that failed. A problem whose default fails is left to the default.
 
     Args:
@@ -76,7 +76,7 @@ def sweep(
         thorough: measure every candidate; otherwise those that differ from the best so far in one respect, until none is faster.
         report: called with (done, total).
     """
-    choices: list[Choice] = []
+    choices: list[TileChoice] = []
     failures: list[Failure] = []
     for done, problem in enumerate(problems):
         report(done, len(problems))
@@ -94,7 +94,7 @@ def sweep(
                 break
             best = min(times, key=lambda tiles: times[tiles])
         if default in times:
-            choices.append(Choice(problem, best, times[best], times[default], len(times)))
+            choices.append(TileChoice(problem, best, times[best], times[default], len(times)))
     report(len(problems), len(problems))
     return choices, failures
 
@@ -111,7 +111,7 @@ def _respects(tiles: Tiles) -> tuple[object, ...]:
 
 def tune(
     device: torch.device,
-    formats: Sequence[Format] = DEFAULT_FORMATS,
+    formats: Sequence[KernelFormat] = DEFAULT_FORMATS,
     *,
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,

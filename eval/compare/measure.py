@@ -348,12 +348,12 @@ def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.nd
     kl, kl_error = mean_and_stderr(found.kl)
     change, change_error = mean_and_stderr(found.nll - found.nll_reference)
     median, p90, p99, p999 = (float(np.quantile(found.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
-    degraded = pair.served.degraded_share
+    fallback_share = pair.served.fallback_share
     worst = np.argsort(-np.nan_to_num(found.kl, nan=np.inf), kind="stable")[:_WORST]
     return QuantResult(
         path=pair.source.name,
-        format=pair.source.format + (f", {degraded:.1%} of requests answered by the low-bit copy" if degraded else ""),
-        degraded=degraded,
+        format=pair.source.format + (f", {fallback_share:.1%} of requests answered by the fallback copy" if fallback_share else ""),
+        fallback_share=fallback_share,
         bits_per_weight=pair.source.bits_per_weight,
         bytes=pair.source.nbytes,
         perplexity=float(np.exp(mean)),

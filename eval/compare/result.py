@@ -40,7 +40,7 @@ class QuantResult:
     router_agreement: per layer, share of tokens whose experts are the same set. router_jaccard: per layer, mean of |A and B| / |A or B|.
     hidden_error: after every block, |h - h_ref| / |h_ref| over a sample of `hidden_tokens` tokens (root of summed squares over root of
     summed squares).
-    worst_tokens: largest divergence first. degraded: share of the requests for experts that a low-bit copy answered.
+    worst_tokens: largest divergence first. fallback_share: share of the requests for experts that a fallback copy answered.
     quantize_seconds: what quantizing took, where the checkpoint tells.
     """
 
@@ -70,7 +70,7 @@ class QuantResult:
     hidden_tokens: int = 0
     worst_tokens: list[WorstToken] = field(default_factory=list)
     quantize_seconds: float | None = None
-    degraded: float = 0.0
+    fallback_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Seen:
 
 
 @dataclass
-class _Run:
+class _PartialRun:
     """A part on its way. error: why it cannot go on."""
 
     tensors: Sequence[str]
@@ -97,7 +97,7 @@ class Walk:
         for place in range(self._end):
             self._pass(place, streams, {})
         self._reference = self._hidden(streams)  # [P, D] of every step
-        self.together = _TOGETHER if self._store.renewed else 1
+        self.together = _TOGETHER if self._store.reloads_each_step else 1
 
     def place_of(self, name: str) -> int:
         """The place that a tensor belongs to."""
@@ -124,14 +124,14 @@ class Walk:
         Parts go through the model together, block by block; each takes 2 D numbers a token. FormatError, with the tensor's name, stands for
         a part of which the format cannot hold a tensor.
         """
-        runs = [_Run(tensors, fmt, [*self._streams]) for tensors, fmt in parts]
+        runs = [_PartialRun(tensors, fmt, [*self._streams]) for tensors, fmt in parts]
         for place in range(self._place, self._end):
             for run in runs:
                 self._advance(run, place)
         for run in runs:
             yield self._seen(run)
 
-    def _advance(self, run: _Run, place: int) -> None:
+    def _advance(self, run: _PartialRun, place: int) -> None:
         if run.error is None:
             try:
                 self._pass(place, run.streams, self._rounded(run, place))
@@ -139,7 +139,7 @@ class Walk:
                 run.error = str(error)
                 run.streams.clear()
 
-    def _seen(self, run: _Run) -> Seen | FormatError:
+    def _seen(self, run: _PartialRun) -> Seen | FormatError:
         if run.error is None:
             try:
                 head = self._rounded(run, self._end).get(_HEAD)
@@ -148,7 +148,7 @@ class Walk:
                 run.error = str(error)
         return FormatError(run.error)
 
-    def _rounded(self, run: _Run, place: int) -> dict[str, torch.Tensor]:
+    def _rounded(self, run: _PartialRun, place: int) -> dict[str, torch.Tensor]:
         """A run's own weights of a place."""
         weights = {}
         for name in run.tensors:

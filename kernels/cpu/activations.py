@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numba import prange
 
-__all__ = ["Activations", "quantize_activations"]
+__all__ = ["QuantizedActivations", "quantize_activations"]
 
 _BLOCK = 128
 _SUMS_MULTIPLE = 16  # the int4 kernel reads the sums of 16 groups at a time
 
 
 @dataclass(frozen=True)
-class Activations:
+class QuantizedActivations:
     """`T` rows of `K` activations.
 
     codes: int16 [T, K]; for int4 weights lane `l` of vector `s` of a block of 128 is element 4l+s, else in their own order.
@@ -32,7 +32,7 @@ class Activations:
     sums: torch.Tensor
 
 
-def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> Activations:
+def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> QuantizedActivations:
     """Quantize `x` [T, K], K a multiple of 128; `sums_of` is the group size of int4 weights, 0 for weights without zero-points."""
     T, K = x.shape
     groups = K // sums_of if sums_of else 0
@@ -40,7 +40,7 @@ def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> Activations:
     scales = torch.empty(T, K // _BLOCK)
     sums = torch.zeros(T, (groups + _SUMS_MULTIPLE - 1) // _SUMS_MULTIPLE * _SUMS_MULTIPLE)
     _quantize(x.float().contiguous().numpy(), codes.numpy(), scales.numpy(), sums.numpy(), sums_of)
-    return Activations(codes, scales, sums)
+    return QuantizedActivations(codes, scales, sums)
 
 
 @numba.njit(nogil=True, parallel=True, cache=True)

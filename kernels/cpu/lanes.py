@@ -24,9 +24,9 @@ __all__ = [
     "LANES",
     "VECTOR_BYTES",
     "absolute",
-    "as_it_lies",
     "fill_tile",
     "fused",
+    "in_memory_order",
     "inverse_power",
     "larger",
     "load",
@@ -52,7 +52,7 @@ _MANTISSA = (1.59494577, -1.0344345, 0.60697696, -0.19232724, 0.02480698)
 _EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
 
 
-def as_it_lies(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+def in_memory_order(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
     """A weight [N, K] whose memory must stay while it is used, and what `fill_tile` must know of it: address, item and both pitches.
 
     bfloat16 and float32 are read where they are if rows or columns lie back to back; all else is copied.

@@ -27,7 +27,7 @@ from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
 from . import amx
 from . import int4 as _cpu_int4
 from . import int8 as _cpu_int8
-from .activations import Activations, quantize_activations
+from .activations import QuantizedActivations, quantize_activations
 from .choice import BLOCK, CpuChoice, Regime, choose, padded
 from .vector import has_bfloat16
 
@@ -74,13 +74,13 @@ def choice_for(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
     return choose(tokens, weight.shape[-1], x.dtype, **chip, nf4=isinstance(weight, Nf4Weight))
 
 
-def quantized(x: torch.Tensor, weight: Dotted) -> Activations:
+def quantized(x: torch.Tensor, weight: Dotted) -> QuantizedActivations:
     """`x` [T, K] as dot products with `weight` take it."""
     _use_threads(x.numel() * 4)
     return quantize_activations(x, sums_of=weight.group_size if isinstance(weight, Int4Weight) else 0)
 
 
-def matvec(x: Activations, weight: Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+def matvec(x: QuantizedActivations, weight: Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
     """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` go through weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
     N, groups = weight.shape[-2], weight.scales.shape[-1]
     out = torch.empty(x.codes.shape[0], N)

@@ -17,7 +17,7 @@ from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.weights import PackedFormat
 
-from .activations import Activations
+from .activations import QuantizedActivations
 from .choice import Regime, matmul
 from .linear import Dotted, choice_for, linear, matvec, quantized
 
@@ -46,7 +46,7 @@ class ExpertOutputs:
         ends = np.cumsum([0, *counts]).tolist()
         self._places = {e: (ends[e], ends[e + 1]) for e, count in enumerate(counts) if count}
         self._rows = torch.zeros(self._by_expert.numel(), x.shape[1])  # [P, D], zeros for experts that do not come
-        self._quantized: dict[int, Activations] = {}
+        self._quantized: dict[int, QuantizedActivations] = {}
 
     @property
     def counts(self) -> dict[int, int]:
@@ -97,7 +97,7 @@ class ExpertOutputs:
         h = F.silu(matvec(gate_x, layer.w1, chosen, offsets)) * matvec(up_x, layer.v1, chosen, offsets)  # [pairs, F]
         self._rows[self._by_expert[pairs]] = matvec(quantized(h, layer.w2), layer.w2, chosen, offsets)
 
-    def _activations(self, weight: Dotted) -> Activations:
+    def _activations(self, weight: Dotted) -> QuantizedActivations:
         """The tokens as dot products with such a weight take them."""
         kind = weight.group_size if isinstance(weight, Int4Weight) else 0
         if kind not in self._quantized:
@@ -123,8 +123,8 @@ def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
     return all(isinstance(w, (Int4Weight, Int8Weight)) and choice_for(count, x, w).regime is Regime.MATVEC for w in weights)
 
 
-def _take(x: Activations, rows: torch.Tensor) -> Activations:
-    return Activations(x.codes[rows], x.scales[rows], x.sums[rows])
+def _take(x: QuantizedActivations, rows: torch.Tensor) -> QuantizedActivations:
+    return QuantizedActivations(x.codes[rows], x.scales[rows], x.sums[rows])
 
 
 def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: int) -> torch.Tensor:

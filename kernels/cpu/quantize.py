@@ -14,7 +14,7 @@ from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 
-from .lanes import LANES, as_it_lies, fill_tile, fused, larger, load, load_half, nearest, smaller, splat, store, store_half, with_code
+from .lanes import LANES, fill_tile, fused, in_memory_order, larger, load, load_half, nearest, smaller, splat, store, store_half, with_code
 from .lanes import VECTOR_BYTES as _VECTOR
 from .search import group_ranges, range_scale_and_zero, step_of
 
@@ -71,7 +71,7 @@ def _rounded(
 ) -> tuple[torch.Tensor, float, float]:
     """Fill qweight, and without scales the zeros; the scales and both sums."""
     N, K = weight.shape
-    weight, place = as_it_lies(weight)
+    weight, place = in_memory_order(weight)
     found = torch.empty(N, K // group_size, dtype=torch.float16) if scales is None else scales.contiguous()
     sums = np.zeros((N, 2))  # one row each, added in order: the same on any number of threads
     words = qweight.view(torch.int32).numpy()

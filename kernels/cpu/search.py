@@ -13,9 +13,9 @@ import torch
 from .lanes import (
     LANES,
     absolute,
-    as_it_lies,
     fill_tile,
     fused,
+    in_memory_order,
     inverse_power,
     larger,
     load,
@@ -37,7 +37,7 @@ def least_squares(
     weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.least_squares`, on the CPU."""
-    weight, place = as_it_lies(weight)
+    weight, place = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
     each = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
     _least_squares(*place, group_size, levels, shares.numpy(), each.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
@@ -46,7 +46,7 @@ def least_squares(
 
 def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.half_quadratic`, on the CPU."""
-    weight, place = as_it_lies(weight)
+    weight, place = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
     _half_quadratic(*place, group_size, levels, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
     return scales, zeros

@@ -13,12 +13,12 @@ import torch
 
 from dbrx_q.errors import CheckpointError
 
-__all__ = ["Activations"]
+__all__ = ["ActivationStore"]
 
 _STEP_BYTES = 32 << 20
 
 
-class Activations:
+class ActivationStore:
     """float32 [T, D], zeros at first.
 
     Args:

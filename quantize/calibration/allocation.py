@@ -14,7 +14,7 @@ import numpy as np
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import RequestError
 
-__all__ = ["Choice", "allocate"]
+__all__ = ["FormatChoice", "allocate"]
 
 # Steps that the bits to be given out are cut into, where the sizes have no coarser common measure: for the tensors of DBRX at 6 bits, with
 # made-up errors, 2^14 steps leave 0.2 % more error than 2^16, and take 0.2 s instead of 1.1.
@@ -22,7 +22,7 @@ _STEPS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormatChoice:
     """What a tensor may become. fmt: None keeps it as it is. bits: all that are stored of it. error: what it costs, 0 or more."""
 
     fmt: TensorFormat | None
@@ -30,7 +30,7 @@ class Choice:
     error: float
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], target_bits: int) -> dict[str, Choice]:
+def allocate(choices: Mapping[str, Sequence[FormatChoice]], target_bits: int) -> dict[str, FormatChoice]:
     """One choice for every tensor, of at most `target_bits` in all, with the least sum of errors.
 
     Exactly the least where all sizes have a common measure of which fewer than 65536 fill the bits that are to be given out; otherwise
@@ -59,7 +59,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], target_bits: int) -> dict[
         pick = totals.argmin(0)
         best = np.take_along_axis(totals, pick[None], 0)[0]
         taken.append((pick.astype(np.uint8), steps))
-    found: dict[str, Choice] = {}
+    found: dict[str, FormatChoice] = {}
     left = capacity
     for (name, some), (pick, steps) in zip(reversed(offered.items()), reversed(taken), strict=True):
         found[name] = some[pick[left]]
@@ -68,16 +68,16 @@ def allocate(choices: Mapping[str, Sequence[Choice]], target_bits: int) -> dict[
     return {name: found[name] for name in choices}
 
 
-def _useful(choices: Sequence[Choice]) -> list[Choice]:
+def _useful(choices: Sequence[FormatChoice]) -> list[FormatChoice]:
     """By size, without those that a smaller or equal one is no worse than."""
-    found: list[Choice] = []
+    found: list[FormatChoice] = []
     for choice in sorted(choices, key=lambda choice: (choice.bits, choice.error)):
         if not found or choice.error < found[-1].error:
             found.append(choice)
     return found
 
 
-def _fill(found: dict[str, Choice], offered: Mapping[str, Sequence[Choice]], target_bits: int) -> None:
+def _fill(found: dict[str, FormatChoice], offered: Mapping[str, Sequence[FormatChoice]], target_bits: int) -> None:
     """Give what is left to the tensors to which it brings most, one after the other."""
     while True:
         left = target_bits - sum(choice.bits for choice in found.values())

@@ -27,7 +27,7 @@ from dbrx_q.model.layers import rotation_of
 from dbrx_q.quantize.methods.moments import Moments, moments_of
 from dbrx_q.quantize.methods.products import Products
 
-from .activations import Activations
+from .activations import ActivationStore
 
 __all__ = ["ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
 
@@ -68,8 +68,8 @@ class Fit:
 class _Side:
     """One of the models: what runs through its layers, and what enters the next matrix; an expert's weights, the router's decision."""
 
-    stream: Activations
-    entering: Activations
+    stream: ActivationStore
+    entering: ActivationStore
     expert: dict[str, torch.Tensor]
     routing: Routing | None = None
 
@@ -114,9 +114,9 @@ class Calibration:
         if folder is not None:
             folder.mkdir(exist_ok=True)
 
-        def activations(side: str, what: str) -> Activations:
+        def activations(side: str, what: str) -> ActivationStore:
             path = folder / f"{what}.{side}.bin" if in_files and folder is not None else None
-            return Activations(ids.numel(), config.d_model, path)
+            return ActivationStore(ids.numel(), config.d_model, path)
 
         self._sides = {side: _Side(activations(side, "stream"), activations(side, "entering"), {}) for side in sides}
         self._fit: tuple[tuple[str, int, torch.device | None], Fit] | None = None

@@ -108,7 +108,7 @@ def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
     if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
     wide = weight.float()
-    grid = searched_grid(wide, fmt, moments.stakes)
+    grid = searched_grid(wide, fmt, moments.inverse_hessian_cost)
     return _fitted(weight, wide, grid, gptq(wide, moments, grid), moments.hessian)
 
 
@@ -116,8 +116,8 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
     """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
     if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
-    target = moments.made_up(weight.float())
-    grid = searched_grid(target, fmt, moments.stakes)
+    target = moments.corrected_target(weight.float())
+    grid = searched_grid(target, fmt, moments.inverse_hessian_cost)
     u = gptq(target, moments, grid)
     grid = fit_scales(target, moments.hessian, grid, u)
     return _fitted(weight, target, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments.hessian)

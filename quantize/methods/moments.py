@@ -36,9 +36,9 @@ class Moments:
         act_order: whether the columns with the largest inputs come first.
     """
 
-    def __init__(self, hessian: torch.Tensor, drift: torch.Tensor | None, products: Products, *, act_order: bool = True) -> None:
+    def __init__(self, hessian: torch.Tensor, cross_term: torch.Tensor | None, products: Products, *, act_order: bool = True) -> None:
         self.hessian = hessian if hessian.ndim == 2 else None
-        self.drift, self.act_order, self._products = drift, act_order, products
+        self.cross_term, self.act_order, self._products = cross_term, act_order, products
         self.importance = hessian.diagonal().clone() if hessian.ndim == 2 else hessian
         """float32 [K], sum of g^2 x^2."""
         self._mean = float(self.importance.double().mean()) or 1.0
@@ -64,7 +64,7 @@ class Moments:
         return found
 
     @cached_property
-    def stakes(self) -> torch.Tensor:
+    def inverse_hessian_cost(self) -> torch.Tensor:
         """float32 [K]: what a squared error in each column costs once all columns that GPTQ rounds after it have made up for it.
 
         1 / R[i, i]^2 with R the `factor` (Frantar et al. 2022, "GPTQ", equation 2). It is far from the Hessian's diagonal where inputs
@@ -77,18 +77,18 @@ class Moments:
     def prepare(self) -> None:
         """Compute what threads would otherwise wait for."""
         if self.hessian is not None:
-            _ = self.stakes
+            _ = self.inverse_hessian_cost
 
-    def made_up(self, weight: torch.Tensor) -> torch.Tensor:
+    def corrected_target(self, weight: torch.Tensor) -> torch.Tensor:
         """float32 [N, K]: the weight that makes up for the errors of what comes before it.
 
         W' = W (C + d I) (H + d I)^-1 with C = sum of g^2 y x^T minimises |W' X - W Y|^2 + d |W' - W|^2: on the inputs X it gives what W
         gives on the original's, Y (the aim of GPTAQ, Li et al. 2025, and of Qronos, Zhang et al. 2025, here in closed form). With the
         drift D = C - H that is W + W D (H + d I)^-1; d I is what damping adds.
         """
-        if self.drift is None:
+        if self.cross_term is None:
             return weight
-        change = (weight @ self.drift)[:, self.order] @ self.factor.T @ self.factor
+        change = (weight @ self.cross_term)[:, self.order] @ self.factor.T @ self.factor
         made = weight.clone()
         made[:, self.order] += change
         return made
@@ -111,7 +111,7 @@ def moments_of(
     act_order: as in `Moments`. squares: the Hessian's diagonal is enough.
     """
     place = products.place
-    hessian, drift = torch.zeros(K if squares else (K, K), device=place), None
+    hessian, cross_term = torch.zeros(K if squares else (K, K), device=place), None
     for x, y, g in pieces:
         x, y, g = x.to(place), None if y is None else y.to(place), None if g is None else g.to(place)
         if g is not None:
@@ -121,11 +121,11 @@ def moments_of(
             continue
         products.add_outer(hessian, x, x, upper=True)
         if y is not None:
-            drift = torch.zeros(K, K, device=place) if drift is None else drift
-            products.add_outer(drift, y - x, x)
+            cross_term = torch.zeros(K, K, device=place) if cross_term is None else cross_term
+            products.add_outer(cross_term, y - x, x)
     if not squares:
         _mirror(hessian)
-    return Moments(hessian, drift, products, act_order=act_order)
+    return Moments(hessian, cross_term, products, act_order=act_order)
 
 
 def _mirror(matrix: torch.Tensor, step: int = 1024) -> None:

@@ -12,7 +12,7 @@ from dbrx_q.checkpoint.layout import GROUP_SIZES, DenseTensor, TensorFormat, den
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.groups import check_group_size
-from dbrx_q.quantize.calibration.allocation import Choice, allocate
+from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
 
 if TYPE_CHECKING:
     import torch
@@ -202,15 +202,15 @@ def allocated_recipe(
     measured = output_errors(checkpoint, sequences, packed, on_layer=on_layer)
     errors = {name: dict(zip(some, measured.errors[name], strict=True)) for name, some in packed.items()}
     choices = {
-        name: [Choice(fmt, size, errors[name][fmt] if fmt else 0.0) for fmt, size in zip(formats, bits[name], strict=True)]
+        name: [FormatChoice(fmt, size, errors[name][fmt] if fmt else 0.0) for fmt, size in zip(formats, bits[name], strict=True)]
         for name, formats in offered.items()
     }
     return {name: choice.fmt for name, choice in _least_harm(choices, measured, target).items() if choice.fmt is not None}
 
 
-def _least_harm(choices: Mapping[str, Sequence[Choice]], measured: OutputErrors, target: int) -> dict[str, Choice]:
+def _least_harm(choices: Mapping[str, Sequence[FormatChoice]], measured: OutputErrors, target: int) -> dict[str, FormatChoice]:
     """What an error does at the end depends on the others that reach the same routers: weigh by that, allocate, and so on while it pays."""
-    best: dict[str, Choice] = {}
+    best: dict[str, FormatChoice] = {}
     least = math.inf
     weights = dict.fromkeys(choices, 1.0)
     while True:

@@ -68,7 +68,7 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
     calibration = run.options.get("calibration")
     if calibration:
         lines += ["Calibration: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in calibration.items()) + "."]
-    fallen = sorted({(record.layer, record.expert) for record in run.fallbacks})
+    fallen = sorted({(record.layer, record.expert) for record in run.undersampled})
     if fallen:
         fell = "were reached by too few of its tokens, and calibrated with all of their layer or without"
         lines += ["", f"{len(fallen)} expert(s) {fell}."]

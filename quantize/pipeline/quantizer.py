@@ -77,10 +77,10 @@ class Quantizer:
             return self._record(job, math.sqrt(square), started), notes, blocks
         blocks = self._folded(job, blocks)
         try:
-            fit, parts, sums, device = self._made(job, blocks)
+            fit, parts, sums, device = self._quantize_matrix(job, blocks)
         except FormatError as problem:
             raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
-        self._told(job, blocks, parts)
+        self._advance_calibration(job, blocks, parts)
         error, square, output_error, output_square = sums
         found = {
             "relative_error": math.sqrt(error / square) if square else 0.0,
@@ -97,7 +97,7 @@ class Quantizer:
         if job.fmt is None:
             self._keep(job, blocks[0], notes)
         else:
-            self._told(job, self._folded(job, blocks), parts)
+            self._advance_calibration(job, self._folded(job, blocks), parts)
 
     def restore(self, layer: int) -> int:
         """Go back to the latest snapshot of what enters a layer up to this one; which layer that is, -1 for the beginning of the model."""
@@ -146,7 +146,7 @@ class Quantizer:
         (weight,) = read_rows(self._checkpoint, Job(w2, job.expert, fmt, ()))
         return column_scales(weight, importance, fmt)
 
-    def _told(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+    def _advance_calibration(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         """Let the calibration go on past a packed matrix."""
         assert job.fmt is not None
         if self._calibration is None or job.kind == "head":
@@ -171,7 +171,7 @@ class Quantizer:
         self._workers.map(decode, range(0, len(out), TASK_ROWS))
         return out
 
-    def _made(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
+    def _quantize_matrix(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
         """(what it is fitted to, the parts, sums of what `Rounded` says of rows, where that was done)."""
         accelerator, device = self._accelerator, "cpu"
         where: AbstractContextManager[None] = nullcontext()

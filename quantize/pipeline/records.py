@@ -77,7 +77,7 @@ class RunRecord:
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
 
     @property
-    def fallbacks(self) -> list[TensorRecord]:
+    def undersampled(self) -> list[TensorRecord]:
         """Matrices that the tokens which reach them did not suffice to calibrate."""
         return [record for record in self.records if record.calibrated_by in ("layer", "none")]
 

@@ -38,7 +38,11 @@ def write_report(folder: Path, run: RunRecord) -> list[str]:
         plots = {f"{NAME}_{name}.png": draw(run) for name, draw in _drawings(run).items()}
     except UnsupportedError as error:
         missing = str(error)
-    data = asdict(run) | {"bits_per_weight": _bits(run.records), "bits_by_kind": bits_by_kind(run), "fallbacks": _fallbacks(run)}
+    data = asdict(run) | {
+        "bits_per_weight": _bits(run.records),
+        "bits_by_kind": bits_by_kind(run),
+        "undersampled_experts": _undersampled(run),
+    }
     _write(folder / f"{NAME}.json", (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
     for name, png in plots.items():
         _write(folder / name, png)
@@ -93,13 +97,13 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
         for layer, counts in sorted(run.expert_tokens.items()):
             ordered = sorted(counts)
             lines.append(f"| {layer} | {ordered[0]:,} | {ordered[len(ordered) // 2]:,} | {ordered[-1]:,} |")
-    lines += ["", "## Fallbacks", "", *_fallback_lines(run)]
+    lines += ["", "## Experts with few tokens", "", *_undersampled_lines(run)]
     lines += ["", "## Plots", ""] + [f"![{name}]({name})" for name in plots] + ([missing] if missing else [])
     return "\n".join(lines) + "\n"
 
 
-def _fallback_lines(run: RunRecord) -> list[str]:
-    found = _fallbacks(run)
+def _undersampled_lines(run: RunRecord) -> list[str]:
+    found = _undersampled(run)
     moved = [record for record in run.records if record.device.startswith("cpu:")]
     lines = []
     for how, says in (("layer", "took all tokens of their layer, weighted by the router"), ("none", "were rounded without data")):
@@ -112,8 +116,8 @@ def _fallback_lines(run: RunRecord) -> list[str]:
     return lines or ["None."]
 
 
-def _fallbacks(run: RunRecord) -> list[tuple[int, int, str]]:
-    return sorted({(record.layer, record.expert, record.calibrated_by) for record in run.fallbacks})
+def _undersampled(run: RunRecord) -> list[tuple[int, int, str]]:
+    return sorted({(record.layer, record.expert, record.calibrated_by) for record in run.undersampled})
 
 
 def _drawings(run: RunRecord) -> dict[str, Callable[[RunRecord], bytes]]:

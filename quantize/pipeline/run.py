@@ -43,7 +43,7 @@ from .records import RunRecord
 from .report import NAME as REPORT_NAME
 from .report import write_report
 
-__all__ = ["Request", "already_there", "plan_checkpoint", "quantize_checkpoint"]
+__all__ = ["QuantizationRequest", "already_there", "plan_checkpoint", "quantize_checkpoint"]
 
 _SHARD_BYTES = 4 << 30
 _CARD_NAME = "README.md"
@@ -51,7 +51,7 @@ _ACTIVATIONS_NAME = ".calibration"
 
 
 @dataclass(frozen=True)
-class Request:
+class QuantizationRequest:
     """What is to be made, by which the bytes of the result are decided.
 
     recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
@@ -79,7 +79,7 @@ class _Run:
     """An opened source and what is to become of it."""
 
     checkpoint: Checkpoint
-    request: Request
+    request: QuantizationRequest
     method: Method
     formats: dict[str, TensorFormat]
     shards: list[list[Job]]
@@ -116,7 +116,7 @@ class _Run:
 def quantize_checkpoint(
     source: Path | ShardSource,
     destination: Path,
-    request: Request,
+    request: QuantizationRequest,
     *,
     resume: bool = False,
     memory: int | None = None,
@@ -164,13 +164,13 @@ def quantize_checkpoint(
     return record
 
 
-def plan_checkpoint(source: Path | ShardSource, request: Request, *, memory: int | None = None) -> RunPlan:
+def plan_checkpoint(source: Path | ShardSource, request: QuantizationRequest, *, memory: int | None = None) -> RunPlan:
     """What `quantize_checkpoint` would do; errors as for that."""
     with ExitStack() as stack:
         return _open(source, request, memory, stack).plan
 
 
-def already_there(source: Path | ShardSource, destination: Path, request: Request) -> bool:
+def already_there(source: Path | ShardSource, destination: Path, request: QuantizationRequest) -> bool:
     """Whether the destination is what this request makes: an earlier run of it was killed after its last step, or not at all."""
     manifest = destination / MANIFEST_NAME
     if not manifest.exists():
@@ -183,7 +183,9 @@ def already_there(source: Path | ShardSource, destination: Path, request: Reques
     return same
 
 
-def _open(source: Path | ShardSource, request: Request, memory: int | None, stack: ExitStack, begun: Path | None = None) -> _Run:
+def _open(
+    source: Path | ShardSource, request: QuantizationRequest, memory: int | None, stack: ExitStack, begun: Path | None = None
+) -> _Run:
     """begun: the journal of an earlier run, if there is one."""
     checkpoint = stack.enter_context(Checkpoint(source))
     if checkpoint.formats:
@@ -218,7 +220,7 @@ def _open(source: Path | ShardSource, request: Request, memory: int | None, stac
     return _Run(checkpoint, request, method, formats, shards, sides, plan)
 
 
-def _measured_before(request: Request, begun: Path | None) -> dict[str, TensorFormat]:
+def _measured_before(request: QuantizationRequest, begun: Path | None) -> dict[str, TensorFormat]:
     """The formats that an earlier run of the same request has measured; empty where there is none."""
     before = options_of(begun) if begun is not None and request.measured is not None else None
     if before is None or before.get("measured") != json.loads(json.dumps(request.measured)):
@@ -234,7 +236,7 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
     return METHODS[name]
 
 
-def _check_sequences(checkpoint: Checkpoint, request: Request) -> torch.Tensor:
+def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> torch.Tensor:
     sequences, config = request.sequences, checkpoint.config
     if sequences is None or not sequences.numel():
         raise RequestError(

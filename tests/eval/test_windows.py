@@ -12,8 +12,8 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.observe import batches, step_tokens
 from dbrx_q.eval.windows import Protocol
-from dbrx_q.planning.footprint import Request
-from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.streamed import DecodedSource
@@ -99,7 +99,7 @@ def test_more_tokens_go_together_where_experts_are_decoded_for_each_step() -> No
     whole, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
     assert step_tokens([whole]) == step_tokens([]) == 4096
     assert step_tokens([whole, streamed]) == 32_768
-    whole.placement = place(whole.config, {}, Rig(), Request(64))  # loaded within a budget, which has room for steps of 4,096
+    whole.placement = place(whole.config, {}, Machine(), MemoryRequest(64))  # loaded within a budget, which has room for steps of 4,096
     assert step_tokens([whole, streamed]) == 4096
 
 

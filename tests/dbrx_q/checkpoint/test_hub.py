@@ -25,9 +25,9 @@ import pytest
 from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+from dbrx_q.experts.fallback import FALLBACK_FOLDER
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
@@ -242,19 +242,19 @@ def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
     return names
 
 
-def test_a_low_bit_copy_is_fetched_for_those_who_want_it(small: Path, hub: type[Hub], tmp_path: Path) -> None:
+def test_a_fallback_copy_is_fetched_for_those_who_want_it(small: Path, hub: type[Hub], tmp_path: Path) -> None:
     hub.folder = tmp_path / "served" / "dbrx-nano"
-    for folder, fmt in ((hub.folder, "int8"), (hub.folder / LOW_BIT_FOLDER, "int4")):
+    for folder, fmt in ((hub.folder, "int8"), (hub.folder / FALLBACK_FOLDER, "int4")):
         recipe = default_recipe(DbrxConfig.from_pretrained(small), TensorFormat(fmt, 64))
-        quantize_checkpoint(small, folder, Request(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
+        quantize_checkpoint(small, folder, QuantizationRequest(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
     [shard] = hub.folder.glob("*.safetensors")
     prompt = ("generate", REPOSITORY, "--prompt", "The", "--max-new-tokens", 2)
     code, _, err = finish(start(hub.address, tmp_path, *prompt))
     assert code == 0, err
     assert weights_sent(hub) == [shard.name]
-    code, _, err = finish(start(hub.address, tmp_path, *prompt, "--ram", "1GiB", "--degraded"))
+    code, _, err = finish(start(hub.address, tmp_path, *prompt, "--ram", "1GiB", "--fallback"))
     assert code == 0, err
-    assert weights_sent(hub) == [shard.name, f"{LOW_BIT_FOLDER}/{shard.name}"]
+    assert weights_sent(hub) == [shard.name, f"{FALLBACK_FOLDER}/{shard.name}"]
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -276,7 +276,7 @@ def test_shards_come_in_their_order_and_the_plan_needs_none(hub: type[Hub], many
     code, _, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out"))
     assert code == 0, err
     assert weights_sent(hub) == many
-    quantize_checkpoint(hub.folder, tmp_path / "local", Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
     assert f"base_model: {REPOSITORY}" in (tmp_path / "out" / "README.md").read_text()
 
@@ -312,7 +312,7 @@ def test_low_disk_goes_on_with_what_is_missing(hub: type[Hub], many: list[str], 
     assert code == 0, err
     assert weights_sent(hub)[before:] == many[4:]
     assert not (tmp_path / "out.source").exists()
-    quantize_checkpoint(hub.folder, tmp_path / "local", Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 

@@ -1,4 +1,4 @@
-"""Models on cards that are pieces of host memory."""
+"""Models on GPUs that are pieces of host memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from dbrx_q import DbrxForCausalLM
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import PINNED_BYTES
 
 
 @pytest.fixture(scope="session")
-def cards() -> Callable[..., Budget]:
-    """Gives a budget of cards of so many megabytes beside what is reserved of a real one, which the planner takes off."""
+def gpus() -> Callable[..., Budget]:
+    """Gives a budget of GPUs of so many megabytes beside what is reserved of a real one, which the planner takes off."""
 
     def budget(*megabytes: float, ram: float, **options: Any) -> Budget:
-        reserve = Card(0).reserve
-        rig = Rig(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Card(int(size * 1e6) + reserve) for size in megabytes))
-        return Budget(rig, context=64, step_tokens=40, devices=(torch.device("cpu"),) * len(megabytes), direct=False, **options)
+        reserve = Gpu(0).reserve
+        machine = Machine(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + reserve) for size in megabytes))
+        return Budget(machine, context=64, step_tokens=40, devices=(torch.device("cpu"),) * len(megabytes), direct=False, **options)
 
     return budget
 

@@ -17,7 +17,7 @@ from dbrx_q.experts.policies import Belady, CachePolicy, LeastStale, LfuDecay, L
 L, E = 3, 6
 
 Visit = tuple[int, list[int], list[int]]
-"""A layer, the experts that it needs, and those that the next is foreseen to need."""
+"""A layer, the experts that it needs, and those that the next is predicted to need."""
 
 
 @st.composite
@@ -40,10 +40,10 @@ def test_what_is_computed_lies_in_a_slot_of_its_own(visits: list[Visit], slots: 
         cache = ExpertCache(slots, policy)
         lies: dict[int, tuple[int, int]] = {}  # by slot
         hits = misses = fetched = 0
-        for layer, needed, foreseen in visits:
+        for layer, needed, predicted in visits:
             there = {place for place in lies.values() if place[0] == layer}
             computed: list[int] = []
-            for step in serve(cache, layer, needed, foreseen if prefetch else (), cache):
+            for step in serve(cache, layer, needed, predicted if prefetch else (), cache):
                 if isinstance(step, Assignment):
                     assert 0 <= step.slot < slots
                     assert lies.get(step.slot) == step.evicted
@@ -107,7 +107,7 @@ def _age(place: tuple[int, int], held: OrderedDict[tuple[int, int], None], used:
 @given(requests(), st.integers(1, L * E))
 def test_nothing_beats_belady_where_a_layer_needs_one_expert(visits: list[Visit], slots: int) -> None:
     """With one expert a visit nothing is ever shielded, and Belady's rule is the best that can be."""
-    single = [(layer, needed[:1], foreseen) for layer, needed, foreseen in visits]
+    single = [(layer, needed[:1], predicted) for layer, needed, predicted in visits]
 
     def misses(policy: CachePolicy) -> int:
         cache = ExpertCache(slots, policy)
@@ -151,16 +151,16 @@ def test_a_use_counts_half_after_its_half_life() -> None:
         policy.enter(0)
         for expert in experts:
             policy.use(expert)
-    assert policy.worth().tolist() == [0.25 + 0.125, 1.5]
+    assert policy.priority().tolist() == [0.25 + 0.125, 1.5]
 
 
-def test_a_prefetch_leaves_alone_what_is_needed_and_what_is_foreseen() -> None:
+def test_a_prefetch_leaves_alone_what_is_needed_and_what_is_predicted() -> None:
     cache = ExpertCache(3, Lru(2, 4))
     for _ in serve(cache, 1, [0]):
         pass
     steps = list(serve(cache, 0, [0, 1], [0, 3, 2], cache))
     loads = [(step.layer, step.expert, step.evicted) for step in steps if isinstance(step, Assignment)]
-    assert loads == [(0, 0, None), (0, 1, None)]  # no room for 3 and 2: two are needed now, one is foreseen and here
+    assert loads == [(0, 0, None), (0, 1, None)]  # no room for 3 and 2: two are needed now, one is predicted and here
     assert (cache.stats.prefetches, cache.stats.evictions) == (0, 0)
 
 
@@ -169,9 +169,9 @@ def test_what_is_lent_goes_first_and_what_is_dropped_leaves_its_slot() -> None:
     for e in range(4):
         for _ in serve(cache, 0, [e]):
             pass
-    lent = np.zeros(8, bool)
-    lent[[2, 3]] = True
-    cache.lent = lambda: lent
+    evict_first = np.zeros(8, bool)
+    evict_first[[2, 3]] = True
+    cache.evict_first = lambda: evict_first
     evicted = []
     for e in range(4):
         [step] = [step for step in serve(cache, 1, [e]) if isinstance(step, Assignment)]

@@ -19,7 +19,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.experts import ResidentExpertStore
-from dbrx_q.experts.cpu_store import HostExpertStore
+from dbrx_q.experts.cpu_store import CpuExpertStore
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.experts.host_tier import HostTier
 from dbrx_q.experts.policies import make_policy
@@ -30,8 +30,8 @@ from dbrx_q.generation import generate as generation
 from dbrx_q.model.loading import load_model, load_pretrained
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.expert_kinds import ExpertKind
-from dbrx_q.planning.footprint import Request
-from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.quantize.pipeline import run as pipeline
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
@@ -76,7 +76,7 @@ def store_over(
     policy: str = "least-stale",
     prefetch: bool = True,
     direct: bool = False,
-) -> HostExpertStore:
+) -> CpuExpertStore:
     """A store with so many slots of each kind; the reader's threads end with it."""
     with Checkpoint(folder) as checkpoint:
         files = ExpertFiles(checkpoint, model.dtype)
@@ -85,7 +85,7 @@ def store_over(
     routers = [NextRouter(block.ffn.router.layer.weight, config.ffn_config.moe_top_k) for block in model.transformer.layers()]
     counts = {kind: slots if isinstance(slots, int) else slots(kind) for kind in policies}
     tier = HostTier(files, ExpertReader(files, direct=direct), slots=counts, policies=policies)
-    return HostExpertStore(tier, prefetch=prefetch, routers=routers)
+    return CpuExpertStore(tier, prefetch=prefetch, routers=routers)
 
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
@@ -98,11 +98,11 @@ def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def replaced() -> Iterator[Callable[[DbrxForCausalLM, HostExpertStore], None]]:
+def replaced() -> Iterator[Callable[[DbrxForCausalLM, CpuExpertStore], None]]:
     """Gives a model another store until the test ends."""
-    opened: list[tuple[DbrxForCausalLM, Any, HostExpertStore]] = []
+    opened: list[tuple[DbrxForCausalLM, Any, CpuExpertStore]] = []
 
-    def give(model: DbrxForCausalLM, store: HostExpertStore) -> None:
+    def give(model: DbrxForCausalLM, store: CpuExpertStore) -> None:
         opened.append((model, model.transformer.expert_store, store))
         model.transformer.expert_store = store
 
@@ -186,7 +186,7 @@ def bounded(action: Callable[[], Any]) -> BaseException | None:
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_file_that_shrinks_under_the_reader(copied: Path, prefetch: bool) -> None:
-    budget = Budget(Rig(2 << 20), context=100, step_tokens=8, prefetch=prefetch, direct=False)
+    budget = Budget(Machine(2 << 20), context=100, step_tokens=8, prefetch=prefetch, direct=False)
     model = load_model(copied, budget=budget)
     expected = generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids
     [shard] = copied.glob("*.safetensors")
@@ -202,7 +202,7 @@ def test_a_file_that_shrinks_under_the_reader(copied: Path, prefetch: bool) -> N
 
 @pytest.mark.parametrize("problem", [OSError(5, "Input/output error"), RuntimeError("a bug in a thread")], ids=["disk", "thread"])
 def test_a_reader_that_fails(copied: Path, problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(copied, budget=Budget(Rig(2 << 20), context=100, step_tokens=8, direct=False))
+    model = load_model(copied, budget=Budget(Machine(2 << 20), context=100, step_tokens=8, direct=False))
     expected = generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids
     real, calls = os.preadv, []
 
@@ -235,7 +235,7 @@ def test_a_damaged_expert_is_refused_when_it_is_first_read(copied: Path, expert:
         file.write(b"\x00\x7c")  # infinity
 
     def use() -> None:
-        model = load_model(copied, budget=Budget(Rig(2_200_000), context=100, step_tokens=8))
+        model = load_model(copied, budget=Budget(Machine(2_200_000), context=100, step_tokens=8))
         assert expert, "it was among those that are read when the model is loaded"
         for seed in range(300):
             generate(model, [[seed, 3, seed]], max_new_tokens=8)
@@ -246,7 +246,7 @@ def test_a_damaged_expert_is_refused_when_it_is_first_read(copied: Path, expert:
 
 
 def test_an_interruption_in_the_middle_leaves_no_expert_that_did_not_arrive(
-    quantized_nano: Path, replaced: Callable[[DbrxForCausalLM, HostExpertStore], None], monkeypatch: pytest.MonkeyPatch
+    quantized_nano: Path, replaced: Callable[[DbrxForCausalLM, CpuExpertStore], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(quantized_nano)
     expected = logits_of(model)
@@ -269,7 +269,7 @@ def test_an_interruption_in_the_middle_leaves_no_expert_that_did_not_arrive(
 
 
 def test_a_closed_store_says_so_and_does_not_hang(quantized_nano: Path) -> None:
-    model = load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
+    model = load_model(quantized_nano, budget=Budget(Machine(2 << 20), context=100, step_tokens=8))
     model.close()
     model.close()
     error = bounded(lambda: generate(model, [PROMPT[:5]], max_new_tokens=12))
@@ -278,7 +278,7 @@ def test_a_closed_store_says_so_and_does_not_hang(quantized_nano: Path) -> None:
 
 
 def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Path) -> None:
-    """Whatever is foreseen and not needed, the slot gets the right bytes afterwards."""
+    """Whatever is predicted and not needed, the slot gets the right bytes afterwards."""
     model = load_model(quantized_nano)
     with Checkpoint(quantized_nano) as checkpoint:
         files = ExpertFiles(checkpoint, model.dtype)
@@ -293,7 +293,7 @@ def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Pa
     reader.close()
 
 
-def test_experts_that_are_waited_for_come_before_those_that_are_foreseen(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_are_waited_for_come_before_those_that_are_predicted(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpoint(quantized_nano) as checkpoint:
         files = ExpertFiles(checkpoint, torch.bfloat16)
     reader = ExpertReader(files, threads=1)
@@ -330,20 +330,20 @@ def test_the_page_cache_serves_where_it_can_hold_what_is_read(quantized_nano: Pa
     [(1 << 20, r"the host must hold ([\d,]+) bytes .* at least: .* the budget is 1,048,576 bytes"), (0, "the budget is 0 bytes")],
 )
 def test_a_budget_that_cannot_work_names_the_smallest_that_can(quantized_nano: Path, ram: int, message: str) -> None:
-    budget = Budget(Rig(ram), context=100, step_tokens=8)
+    budget = Budget(Machine(ram), context=100, step_tokens=8)
     with pytest.raises(RequestError, match=message) as refused:
         load_model(quantized_nano, budget=budget)
     least = int(str(refused.value).split("must hold ")[1].split(" bytes")[0].replace(",", ""))
-    load_model(quantized_nano, budget=replace(budget, rig=Rig(least))).close()
+    load_model(quantized_nano, budget=replace(budget, machine=Machine(least))).close()
     with pytest.raises(RequestError):
-        load_model(quantized_nano, budget=replace(budget, rig=Rig(least - 1)))
+        load_model(quantized_nano, budget=replace(budget, machine=Machine(least - 1)))
 
 
 def test_memory_that_another_program_took(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbrx_q.planning.budget.available_bytes", lambda: 1_900_000)
     with pytest.raises(RequestError, match=r"of host memory, of which 1\.90 MB are free now: .* at most 1,900,000 bytes"):
-        load_model(quantized_nano, budget=Budget(Rig(2 << 20), context=100, step_tokens=8))
-    load_model(quantized_nano, budget=Budget(Rig(1_900_000), context=10, step_tokens=8)).close()
+        load_model(quantized_nano, budget=Budget(Machine(2 << 20), context=100, step_tokens=8))
+    load_model(quantized_nano, budget=Budget(Machine(1_900_000), context=10, step_tokens=8)).close()
 
 
 def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:
@@ -365,7 +365,7 @@ def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:
 
 
 def test_a_context_that_outgrows_the_cache_stops_and_says_why(quantized_nano: Path) -> None:
-    model = load_pretrained(quantized_nano, budget=Budget(Rig(3 << 20), context=20, step_tokens=20))
+    model = load_pretrained(quantized_nano, budget=Budget(Machine(3 << 20), context=20, step_tokens=20))
     [result] = generate(model, [PROMPT[:10]], max_new_tokens=50)
     assert (result.finish_reason, len(result.token_ids)) == ("memory", 10)
     whole = load_model(quantized_nano)
@@ -402,20 +402,20 @@ def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(RequestError, match="pins what a profile used most"):
-            load_model(quantized_nano, budget=Budget(Rig(3_000_000), context=64, step_tokens=16, policy="static"))
+            load_model(quantized_nano, budget=Budget(Machine(3_000_000), context=64, step_tokens=16, policy="static"))
     assert threading.active_count() == before
 
 
 def test_a_device_beside_a_budget_is_refused(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbrx_q.model.loading.check_device", lambda device: torch.device("cuda"))
     with pytest.raises(RequestError, match="a budget says which devices are used; found device 'cuda' beside it"):
-        load_pretrained(quantized_nano, budget=Budget(Rig(3_000_000)), device="cuda")
+        load_pretrained(quantized_nano, budget=Budget(Machine(3_000_000)), device="cuda")
 
 
 def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cli: Callable[..., Any]) -> None:
     """Not that of the whole prompt, as `plan` has it."""
     with Checkpoint(quantized_nano) as checkpoint:
-        least = place(checkpoint.config, checkpoint.formats, Rig(1), Request(1100)).shortfall + 1
+        least = place(checkpoint.config, checkpoint.formats, Machine(1), MemoryRequest(1100)).shortfall + 1
     ram = f"{-(-least // 1000)}KB"
     done = cli("generate", quantized_nano, "--prompt", "a b c d " * 200, "--max-new-tokens", 2, "--ram", ram, "--context", 1100, "--json")
     assert (done.code, done.err) == (0, "")

@@ -1,4 +1,4 @@
-"""A low-bit copy answers for experts on disk: which of the two computed what, at once, and what it costs."""
+"""A fallback copy answers for experts on disk: which of the two computed what, at once, and what it costs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.eval.provenance import degraded_by
+from dbrx_q.eval.provenance import fallback_of
 from dbrx_q.experts import ExpertStore
 from dbrx_q.experts import tiered_store as tiered
-from dbrx_q.experts.cpu_store import HostExpertStore
-from dbrx_q.experts.fallback import LOW_BIT_FOLDER
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.cpu_store import CpuExpertStore
+from dbrx_q.experts.fallback import FALLBACK_FOLDER
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.reader import ExpertReader
 from dbrx_q.experts.sums import PairSum
 from dbrx_q.kernels.cpu.moe import ExpertOutputs
@@ -34,7 +34,7 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import PINNED_BYTES, MissPolicy
 from dbrx_q.quantize.pipeline import run as pipeline
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
@@ -52,7 +52,7 @@ Cli = Callable[..., Any]
 def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at int8, with a copy at int4."""
     folder = tmp_path_factory.mktemp("carrying") / "dbrx-nano-int8"
-    for name, fmt in ((".", "int8"), (LOW_BIT_FOLDER, "int4")):
+    for name, fmt in ((".", "int8"), (FALLBACK_FOLDER, "int4")):
         recipe = default_recipe(DbrxConfig.from_pretrained(nano), TensorFormat(fmt, 64))
         pipeline.quantize_checkpoint(nano, folder / name, pipeline.Request(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
     return folder
@@ -60,14 +60,14 @@ def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_host(slots: int, **options: Any) -> Budget:
     """Host memory for so many experts beside the copy."""
-    budget = Budget(Rig(1), context=64, step_tokens=40, direct=False, degraded=True, **options)
-    return replace(budget, rig=Rig(6_163_712 + slots * EXPERT["int8"]))
+    budget = Budget(Machine(1), context=64, step_tokens=40, direct=False, fallback=True, **options)
+    return replace(budget, machine=Machine(6_163_712 + slots * EXPERT["int8"]))
 
 
-def on_cards(*megabytes: float, ram: float, **options: Any) -> Budget:
-    """Two cards of so much memory beside what is reserved of a real one."""
-    rig = Rig(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in megabytes))
-    return Budget(rig, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, degraded=True, **options)
+def on_gpus(*megabytes: float, ram: float, **options: Any) -> Budget:
+    """Two GPUs of so much memory beside what is reserved of a real one."""
+    machine = Machine(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in megabytes))
+    return Budget(machine, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, fallback=True, **options)
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ class Recorded(PairSum):
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         super().__init__(x, routing)
-        self.low_bit: set[int] = set()
+        self.fallback: set[int] = set()
         self.came: list[int] = []
 
-    def add_card(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
+    def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         self._note(weights, slots)
-        super().add_card(weights, slots)
+        super().add_gpu(weights, slots)
 
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         self._note(weights, slots)
@@ -110,7 +110,7 @@ class Recorded(PairSum):
 
     def _note(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         self.came += slots
-        self.low_bit |= set(slots) if isinstance(weights.w1, Int4Weight) else set()
+        self.fallback |= set(slots) if isinstance(weights.w1, Int4Weight) else set()
 
 
 @pytest.fixture
@@ -129,15 +129,15 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
 class Replayed(ExpertStore):
     """Experts of two models that lie whole in memory, each pass with those at fewer bits that were recorded."""
 
-    def __init__(self, full: DbrxForCausalLM, low_bit: DbrxForCausalLM, recorded: list[Recorded]) -> None:
-        self._layers = [[block.ffn.experts.mlp.weights() for block in model.transformer.layers()] for model in (full, low_bit)]
+    def __init__(self, full: DbrxForCausalLM, fallback: DbrxForCausalLM, recorded: list[Recorded]) -> None:
+        self._layers = [[block.ffn.experts.mlp.weights() for block in model.transformer.layers()] for model in (full, fallback)]
         self._recorded = iter(recorded)
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         raise AssertionError("only whole passes are replayed")
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        outputs, chosen = ExpertOutputs(x, routing.experts), next(self._recorded).low_bit
+        outputs, chosen = ExpertOutputs(x, routing.experts), next(self._recorded).fallback
         outputs.add(self._layers[0][index], {e: e for e in outputs.counts if e not in chosen})
         outputs.add(self._layers[1][index], {e: e for e in outputs.counts if e in chosen})
         return outputs.total(routing.weights).to(x.dtype)
@@ -147,10 +147,10 @@ BUDGETS = {
     "one slot": on_host(1),
     "some slots": on_host(20, policy="lru"),
     "nothing is brought": on_host(20, upgrade=False),
-    "cards, hybrid": on_cards(1.9, 1.6, ram=6.0),
-    "cards, cpu": on_cards(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.cpu),
-    "cards, copy": on_cards(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.copy),
-    "cards, copy, no prefetch": on_cards(1.9, 1.6, ram=5.5, miss_policy=MissPolicy.copy, prefetch=False, upgrade=False),
+    "GPUs, hybrid": on_gpus(1.9, 1.6, ram=6.0),
+    "GPUs, cpu": on_gpus(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.cpu),
+    "GPUs, copy": on_gpus(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.copy),
+    "GPUs, copy, no prefetch": on_gpus(1.9, 1.6, ram=5.5, miss_policy=MissPolicy.copy, prefetch=False, upgrade=False),
 }
 
 
@@ -164,21 +164,21 @@ def test_every_expert_is_computed_once_from_one_of_the_two(
     did = model.expert_store.stats() - before
     for each in recorded:
         assert sorted(each.came) == sorted(each.counts)
-    assert did.degraded == sum(len(each.low_bit) for each in recorded)
-    assert 0 < did.degraded < did.cache.requests
-    assert did.degraded <= did.cache.misses
+    assert did.fallback == sum(len(each.fallback) for each in recorded)
+    assert 0 < did.fallback < did.cache.requests
+    assert did.fallback <= did.cache.misses
     assert did.cache.requests == sum(len(each.counts) for each in recorded)
-    assert did.degraded_share == did.as_dict()["degraded_share"] == did.degraded / did.cache.requests
-    assert any("low-bit copy: answered" in line for line in did.lines())
+    assert did.fallback_share == did.as_dict()["fallback_share"] == did.fallback / did.cache.requests
+    assert any("fallback copy: answered" in line for line in did.lines())
     oracle = load_model(carrying)
-    oracle.transformer.expert_store = Replayed(oracle, load_model(carrying / LOW_BIT_FOLDER), recorded)
+    oracle.transformer.expert_store = Replayed(oracle, load_model(carrying / FALLBACK_FOLDER), recorded)
     assert all(torch.equal(a, b) for a, b in zip(found, logits_of(oracle) + logits_of(oracle), strict=True))
 
 
 STEADY = {
     "host": on_host(20, upgrade=False),
-    "cards, copy": on_cards(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.copy, upgrade=False),
-    "cards, hybrid": on_cards(1.9, 1.6, ram=6.0, upgrade=False, prefetch=False),
+    "GPUs, copy": on_gpus(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.copy, upgrade=False),
+    "GPUs, hybrid": on_gpus(1.9, 1.6, ram=6.0, upgrade=False, prefetch=False),
 }
 
 
@@ -189,14 +189,14 @@ def test_what_nothing_is_brought_for_repeats(budget: Budget, loaded: Callable[..
     first = logits_of(model)
     assert all(torch.equal(a, b) for a, b in zip(first, logits_of(model), strict=True))
     did = model.expert_store.stats() - before
-    assert did.degraded > 0
+    assert did.fallback > 0
     assert did.disk_bytes == did.host.evictions == 0
 
 
 def test_experts_come_at_their_full_bits_while_the_disk_is_idle(carrying: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
     model = loaded(on_host(20))
     store = model.expert_store
-    assert isinstance(store, HostExpertStore)
+    assert isinstance(store, CpuExpertStore)
     full = load_model(carrying)
 
     def step(of: DbrxForCausalLM) -> torch.Tensor:
@@ -207,7 +207,7 @@ def test_experts_come_at_their_full_bits_while_the_disk_is_idle(carrying: Path, 
     for _ in range(100):
         before = store.stats()
         found = step(model)
-        if not (store.stats() - before).degraded:
+        if not (store.stats() - before).fallback:
             break
         time.sleep(0.01)
     assert torch.equal(found, expected)
@@ -248,30 +248,30 @@ def test_a_disk_that_fails_under_what_is_brought(carrying: Path, tmp_path: Path,
     generate(model, [PROMPT[:7]], max_new_tokens=12)
 
 
-@pytest.mark.parametrize("budget", [on_host(10), on_cards(1.9, 1.6, ram=6.0)], ids=["host", "cards"])
+@pytest.mark.parametrize("budget", [on_host(10), on_gpus(1.9, 1.6, ram=6.0)], ids=["host", "gpus"])
 def test_a_loaded_model_takes_what_the_plan_says(carrying: Path, budget: Budget, loaded: Callable[..., DbrxForCausalLM]) -> None:
     model = loaded(budget)
     plan, store = model.placement, model.expert_store
     assert plan is not None
-    assert isinstance(store, HostExpertStore | CardExpertStore)
-    assert store.low_bit is not None
-    with Checkpoint(carrying / LOW_BIT_FOLDER) as checkpoint:
+    assert isinstance(store, CpuExpertStore | GpuExpertStore)
+    assert store.fallback is not None
+    with Checkpoint(carrying / FALLBACK_FOLDER) as checkpoint:
         copy = sum(info.nbytes for name, info in checkpoint.infos.items() if ".experts." in name)
-    assert plan.host.low_bit == store.low_bit.tier.nbytes == copy == 64 * EXPERT["int4"]
+    assert plan.host.fallback == store.fallback.tier.nbytes == copy == 64 * EXPERT["int4"]
     assert plan.host.experts == store.tier.nbytes
-    if isinstance(store, CardExpertStore):
-        assert [card.nbytes for card in store.cards] == [there.experts + there.low_bit for there in plan.cards]
-        assert [there.low_bit for there in plan.cards] == [2 * EXPERT["int4"]] * 2
+    if isinstance(store, GpuExpertStore):
+        assert [gpu.nbytes for gpu in store.gpus] == [there.experts + there.fallback for there in plan.gpus]
+        assert [there.fallback for there in plan.gpus] == [2 * EXPERT["int4"]] * 2
     for there in plan.devices:
         assert there.budget is not None
         assert there.total <= there.budget
 
 
 def test_all_experts_in_memory_need_no_copy(carrying: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
-    for budget in (on_host(64 + 40), on_cards(2.5, 2.4, ram=12.0)):
+    for budget in (on_host(64 + 40), on_gpus(2.5, 2.4, ram=12.0)):
         model = loaded(budget)
         assert model.placement is not None
-        assert model.placement.host.low_bit == 0
+        assert model.placement.host.fallback == 0
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), logits_of(load_model(carrying)), strict=True))
 
 
@@ -282,27 +282,27 @@ def test_figures_to_go_on_from_are_of_the_same_copy(carrying: Path, nano: Path, 
     def key(slots: int) -> str:
         source = open_source(folder)
         source.budget = on_host(slots, upgrade=False)
-        return degraded_by(source)
+        return fallback_of(source)
 
     first = key(20)
     assert first == key(20) != key(30)
-    config = DbrxConfig.from_pretrained(folder / LOW_BIT_FOLDER)
-    shutil.rmtree(folder / LOW_BIT_FOLDER)
+    config = DbrxConfig.from_pretrained(folder / FALLBACK_FOLDER)
+    shutil.rmtree(folder / FALLBACK_FOLDER)
     recipe = default_recipe(config, TensorFormat("int4", 32))
-    pipeline.quantize_checkpoint(nano, folder / LOW_BIT_FOLDER, pipeline.Request(lambda _: recipe))
+    pipeline.quantize_checkpoint(nano, folder / FALLBACK_FOLDER, pipeline.Request(lambda _: recipe))
     assert first != key(20)
 
 
 def test_the_cost_is_measured_and_repeats(carrying: Path, cli: Cli) -> None:
-    command = ("--text", TEXT, "--context", 64, "--limit", 8, "--ram", "86.6MB", "--degraded", "--json")
+    command = ("--text", TEXT, "--context", 64, "--limit", 8, "--ram", "86.6MB", "--fallback", "--json")
     first, second = (json.loads(cli("perplexity", carrying, *command).out) for _ in range(2))
     assert first["nll"] == second["nll"]
-    assert 0.2 < first["degraded"] == second["degraded"] < 0.99
+    assert 0.2 < first["fallback"] == second["fallback"] < 0.99
     [row] = json.loads(cli("compare", carrying, carrying, *command).out)["results"]
-    assert row["degraded"] == first["degraded"]
+    assert row["fallback"] == first["fallback"]
     assert row["perplexity"] == pytest.approx(first["perplexity"], rel=1e-9)
-    assert f"{row['degraded']:.1%} of requests answered by the low-bit copy" in row["format"]
-    [small] = json.loads(cli("compare", carrying, carrying / LOW_BIT_FOLDER, *command[:6], "--json").out)["results"]
+    assert f"{row['fallback']:.1%} of requests answered by the fallback copy" in row["format"]
+    [small] = json.loads(cli("compare", carrying, carrying / FALLBACK_FOLDER, *command[:6], "--json").out)["results"]
     assert 0 < row["mean_kl"] < small["mean_kl"]
     assert "answered" in cli("perplexity", carrying, *command[:-1]).out
 
@@ -312,8 +312,8 @@ def test_a_copy_that_does_not_belong_there(
     carrying: Path, quantized_nano: Path, quantized_small: Path, nano: Path, tmp_path: Path, cli: Cli, name: str
 ) -> None:
     folder = tmp_path / "model"
-    inner = folder / LOW_BIT_FOLDER
-    shutil.copytree(carrying if name != "larger" else quantized_nano, folder, ignore=shutil.ignore_patterns(LOW_BIT_FOLDER))
+    inner = folder / FALLBACK_FOLDER
+    shutil.copytree(carrying if name != "larger" else quantized_nano, folder, ignore=shutil.ignore_patterns(FALLBACK_FOLDER))
     if name in ("plain", "larger", "other"):
         shutil.copytree({"plain": nano, "larger": carrying, "other": quantized_small}[name], inner)
     if name == "weights":
@@ -322,55 +322,55 @@ def test_a_copy_that_does_not_belong_there(
         recipe = default_recipe(config, TensorFormat("int4", 64))
         pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.Request(lambda _: recipe))
     wanted = {
-        "none": "--degraded needs a low-bit copy in the folder 'low-bit'; there is none",
-        "plain": "a low-bit copy must be quantized; this one is plain",
-        "larger": "the experts of a low-bit copy must take fewer bytes than the checkpoint's; one of layer 0 takes 101,376, and 52,992",
-        "other": "a low-bit copy must be of the same model",
-        "weights": "a low-bit copy must be made of the same weights; its router of layer 0 differs",
+        "none": "--fallback needs a fallback copy in the folder 'fallback'; there is none",
+        "plain": "a fallback copy must be quantized; this one is plain",
+        "larger": "the experts of a fallback copy must take fewer bytes than the checkpoint's; one of layer 0 takes 101,376, and 52,992",
+        "other": "a fallback copy must be of the same model",
+        "weights": "a fallback copy must be made of the same weights; its router of layer 0 differs",
     }[name]
-    found = cli("generate", folder, "--prompt", "The", "--ram", "7MB", "--max-new-tokens", 2, "--degraded")
+    found = cli("generate", folder, "--prompt", "The", "--ram", "7MB", "--max-new-tokens", 2, "--fallback")
     assert (found.code, found.out) == (2, "")
     assert wanted in found.err.replace("\n", " ")
     if name != "weights":  # which a plan does not read
-        assert wanted in cli("plan", folder, "--degraded").err.replace("\n", " ")
+        assert wanted in cli("plan", folder, "--fallback").err.replace("\n", " ")
 
 
-def test_what_cannot_be_degraded(carrying: Path, nano: Path, cli: Cli) -> None:
+def test_what_cannot_be_fallback(carrying: Path, nano: Path, cli: Cli) -> None:
     for arguments, wanted in (
         (("generate", carrying, "--prompt", "The"), "found no limit to memory. Add --ram or --gpu"),
-        (("generate", carrying, "--prompt", "The", "--ram", "4MB"), "of a low-bit copy"),
-        (("perplexity", nano, "--text", TEXT, "--ram", "90MB"), "--degraded is for checkpoints that dbrx_q quantized"),
-        (("plan", nano, "--low-bit", "int4"), "--low-bit goes with --format and --degraded"),
-        (("plan", nano, "--format", "int4", "--low-bit", "int8"), "must take fewer bytes"),
+        (("generate", carrying, "--prompt", "The", "--ram", "4MB"), "of a fallback copy"),
+        (("perplexity", nano, "--text", TEXT, "--ram", "90MB"), "--fallback is for checkpoints that dbrx_q quantized"),
+        (("plan", nano, "--fallback-format", "int4"), "--fallback-format goes with --format and --fallback"),
+        (("plan", nano, "--format", "int4", "--fallback-format", "int8"), "must take fewer bytes"),
     ):
-        found = cli(*arguments, "--degraded")
+        found = cli(*arguments, "--fallback")
         assert (found.code, found.out) == (2, ""), arguments
         assert wanted in found.err.replace("\n", " ")
-    with pytest.raises(RequestError, match="degraded needs device_map='auto'"):
-        DbrxForCausalLM.from_pretrained(carrying, degraded=True)
+    with pytest.raises(RequestError, match="fallback needs device_map='auto'"):
+        DbrxForCausalLM.from_pretrained(carrying, fallback=True)
 
 
 def test_a_quantizer_makes_it_and_goes_on_with_it(small: Path, tmp_path: Path, cli: Cli) -> None:
-    plan = json.loads(cli("quantize", small, tmp_path / "out", "--format", "int8", "--low-bit", "int4", "--dry-run", "--json").out)
-    assert plan["low_bit"]["bytes_out"] < plan["bytes_out"]
-    refused = cli("quantize", small, tmp_path / "out", "--format", "int4", "--low-bit", "int8")
+    plan = json.loads(cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--dry-run", "--json").out)
+    assert plan["fallback"]["bytes_out"] < plan["bytes_out"]
+    refused = cli("quantize", small, tmp_path / "out", "--format", "int4", "--fallback-format", "int8")
     assert (refused.code, refused.out) == (2, "")
     assert "must take fewer bytes" in refused.err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
     # As a run leaves it that was killed between the two.
     assert cli("quantize", small, tmp_path / "out", "--format", "int8").code == 0
-    made = cli("quantize", small, tmp_path / "out", "--format", "int8", "--low-bit", "int4", "--resume")
+    made = cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--resume")
     assert (made.code, made.err.count("is complete already")) == (0, 1)
     assert cli("quantize", small, tmp_path / "int4", "--format", "int4").code == 0
     for shard in (tmp_path / "int4").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "out" / LOW_BIT_FOLDER / shard.name).read_bytes()
+        assert shard.read_bytes() == (tmp_path / "out" / FALLBACK_FOLDER / shard.name).read_bytes()
     assert cli("verify", tmp_path / "out").code == 0
-    again = cli("quantize", small, tmp_path / "out", "--format", "int8", "--low-bit", "int4", "--resume")
+    again = cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--resume")
     assert (again.code, again.err.count("is complete already")) == (0, 2)
-    shard = next((tmp_path / "out" / LOW_BIT_FOLDER).glob("*.safetensors"))
+    shard = next((tmp_path / "out" / FALLBACK_FOLDER).glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     damaged = cli("verify", tmp_path / "out")
     assert damaged.code == 1
-    assert f"{LOW_BIT_FOLDER}/{shard.name}: differs" in damaged.err
-    (tmp_path / "out" / LOW_BIT_FOLDER / "manifest.json").unlink()
+    assert f"{FALLBACK_FOLDER}/{shard.name}: differs" in damaged.err
+    (tmp_path / "out" / FALLBACK_FOLDER / "manifest.json").unlink()
     assert cli("verify", tmp_path / "out").code == 2

@@ -1,4 +1,4 @@
-"""Copies to a card: their order, what waits for them and what does not, and which experts the CPU takes instead."""
+"""Copies to a gpu: their order, what waits for them and what does not, and which experts the CPU takes instead."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from dbrx_q import DbrxForCausalLM
 from dbrx_q.errors import DbrxError
 from dbrx_q.experts.cache import ExpertCache
-from dbrx_q.experts.gpu_experts import CardExperts
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.gpu_experts import GpuExperts
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.link import Arrival, Link, make_link
 from dbrx_q.experts.split import MissRates, split_misses
 from dbrx_q.experts.sums import PairSum
@@ -29,8 +29,8 @@ from dbrx_q.planning.offloading import MissPolicy
 CPU = torch.device("cpu")
 TIMEOUT = 60
 
-Cards = Callable[..., Budget]
-OneCard = Callable[[MissPolicy], CardExperts]
+Gpus = Callable[..., Budget]
+OneGpu = Callable[[MissPolicy], GpuExperts]
 
 
 class Gate:
@@ -108,9 +108,9 @@ class Noted(PairSum):
         super().__init__(x, routing)
         self._notes = notes
 
-    def add_card(self, weights: Any, slots: Any) -> None:
-        self._notes.append(("card", sorted(slots)))
-        super().add_card(weights, slots)
+    def add_gpu(self, weights: Any, slots: Any) -> None:
+        self._notes.append(("gpu", sorted(slots)))
+        super().add_gpu(weights, slots)
 
     def add_host(self, weights: Any, slots: Any) -> None:
         self._notes.append(("host", sorted(slots)))
@@ -121,84 +121,84 @@ ROUTING = Routing(torch.zeros(1, 16), torch.tensor([[3, 7, 1, 9]]), torch.full((
 
 
 @pytest.fixture
-def one_card(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> OneCard:
-    """Makes a card with slots for some experts, none of which it holds; those of the first two layers lie in host memory."""
+def one_gpu(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> OneGpu:
+    """Makes a GPU with slots for some experts, none of which it holds; those of the first two layers lie in host memory."""
 
-    def make(miss_policy: MissPolicy) -> CardExperts:
-        store = loaded(cards(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
-        assert isinstance(store, CardExpertStore)
-        [card] = store.cards
-        card._full.arrived.clear()
-        card.recover()
-        card._full.cache(0).kept_elsewhere = None
+    def make(miss_policy: MissPolicy) -> GpuExperts:
+        store = loaded(gpus(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
+        assert isinstance(store, GpuExpertStore)
+        [gpu] = store.gpus
+        gpu._full.arrived.clear()
+        gpu.recover()
+        gpu._full.cache(0).evictable = None
         store.tier.forget()
         store.tier.fill(np.repeat([1.0, 1.0, 0.0, 0.0], 16).reshape(4, 16))
-        return card
+        return gpu
 
     return make
 
 
-def test_the_cpu_does_not_wait_for_what_was_foreseen(one_card: OneCard) -> None:
+def test_the_cpu_does_not_wait_for_what_was_predicted(one_gpu: OneGpu) -> None:
     """Copies for the next layer begin before the CPU computes, and what is not there yet is computed last."""
-    card, x, notes = one_card(MissPolicy.cpu), torch.randn(1, 128), []
+    gpu, x, notes = one_gpu(MissPolicy.cpu), torch.randn(1, 128), []
     began: list[list[int]] = []
-    real = card.link.copy
+    real = gpu.link.copy
 
     def copy(sources: Any, targets: Any, **options: Any) -> Any:
         began.append([len(notes)])
         return real(sources, targets, **options)
 
-    card.link.copy = copy  # type: ignore[method-assign] # to see when
-    gate = Gate(card.link)
-    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    gpu.link.copy = copy  # type: ignore[method-assign] # to see when
+    gate = Gate(gpu.link)
+    gpu.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
     assert notes == [("host", [1, 3, 7, 9])]
     assert began == [[0], [0]]  # before the CPU computed
     notes.clear()
     threading.Timer(0.2, gate.open).start()
-    before = card.wait_seconds
-    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
-    assert notes == [("host", [7, 9]), ("card", [3]), ("card", [1])]
-    assert card.wait_seconds > before
-    assert card.stats.prefetch_hits == 2
-    assert card._coming == {}
+    before = gpu.wait_seconds
+    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert notes == [("host", [7, 9]), ("gpu", [3]), ("gpu", [1])]
+    assert gpu.wait_seconds > before
+    assert gpu.stats.prefetch_hits == 2
+    assert gpu._coming == {}
 
 
-def test_hybrid_computes_what_does_not_come_in_time(one_card: OneCard) -> None:
-    card, x, notes = one_card(MissPolicy.hybrid), torch.randn(1, 128), []
-    card.rates = MissRates(cpu=1e12, link=1.0)  # nothing that must travel is worth it
-    gate = Gate(card.link)  # and nothing does
-    card.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
-    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
+def test_hybrid_computes_what_does_not_come_in_time(one_gpu: OneGpu) -> None:
+    gpu, x, notes = one_gpu(MissPolicy.hybrid), torch.randn(1, 128), []
+    gpu.rates = MissRates(cpu=1e12, link=1.0)  # nothing that must travel is worth it
+    gate = Gate(gpu.link)  # and nothing does
+    gpu.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
+    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
     assert notes == [("host", [1, 3, 7, 9])] * 2
-    assert card.on_cpu == card.stats.misses == 8
+    assert gpu.on_cpu == gpu.stats.misses == 8
     gate.open()
-    card.link.settle()
+    gpu.link.settle()
     notes.clear()
-    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
-    assert notes == [("card", [1, 3]), ("host", [7, 9])]
-    assert card.stats.prefetch_hits == 2
+    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
+    assert notes == [("gpu", [1, 3]), ("host", [7, 9])]
+    assert gpu.stats.prefetch_hits == 2
 
 
-def test_host_memory_that_is_still_read_is_not_given_away(one_card: OneCard) -> None:
-    card = one_card(MissPolicy.cpu)
-    gate = Gate(card.link)
-    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
-    assert list(card._coming) == [(1, 3)]
-    [(_, arrival)] = [read for read in card._read if not read[1].done]
-    begun(card.link, arrival)
-    assert list(card._tier.watchers) == [card]
+def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> None:
+    gpu = one_gpu(MissPolicy.cpu)
+    gate = Gate(gpu.link)
+    gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
+    assert list(gpu._coming) == [(1, 3)]
+    [(_, arrival)] = [read for read in gpu._read if not read[1].done]
+    begun(gpu.link, arrival)
+    assert list(gpu._tier.watchers) == [gpu]
     for wanted in (True, False):  # nor when it is given up in the middle
         if not wanted:
-            gate = Gate(card.link)
-            card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
-            [arrival] = [arrival for place, arrival in card._read if place == (1, 9)]
-            begun(card.link, arrival)
-            card.link.abandon(arrival)
+            gate = Gate(gpu.link)
+            gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
+            [arrival] = [arrival for place, arrival in gpu._read if place == (1, 9)]
+            begun(gpu.link, arrival)
+            gpu.link.abandon(arrival)
         reused = threading.Event()
         place = (1, 3) if wanted else (1, 9)
 
         def reuse(place: tuple[int, int] = place, reused: threading.Event = reused) -> None:
-            card.let_leave(place)
+            gpu.wait_until_unread(place)
             reused.set()
 
         threading.Thread(target=reuse, daemon=True).start()
@@ -207,97 +207,97 @@ def test_host_memory_that_is_still_read_is_not_given_away(one_card: OneCard) -> 
         assert reused.wait(TIMEOUT)
 
 
-def occupied(card: CardExperts, free: int) -> ExpertCache:
-    """The card's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
-    cache = card._full.cache(1)
+def occupied(gpu: GpuExperts, free: int) -> ExpertCache:
+    """The GPU's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
+    cache = gpu._full.cache(1)
     for key in range(32, 64):
         if len(cache._free) > free:
             assert cache.assign(*divmod(key, 16)) is not None
     assert len(cache._free) == free
-    cache.kept_elsewhere = lambda: np.arange(64) < 32
+    cache.evictable = lambda: np.arange(64) < 32
     return cache
 
 
-def test_a_wrong_guess_does_not_keep_host_memory(one_card: OneCard) -> None:
+def test_a_wrong_guess_does_not_keep_host_memory(one_gpu: OneGpu) -> None:
     """It is cut off when its place in host memory is wanted; what somebody waits for is not."""
-    card = one_card(MissPolicy.hybrid)
-    card.rates = MissRates(cpu=1e12, link=1.0)
-    gate = Gate(card.link)
-    card.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3, 9])
-    cache, (first, second) = card._full.cache(1), card._coming.values()
-    begun(card.link, first)
-    card.link.hurry(second)
+    gpu = one_gpu(MissPolicy.hybrid)
+    gpu.rates = MissRates(cpu=1e12, link=1.0)
+    gate = Gate(gpu.link)
+    gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3, 9])
+    cache, (first, second) = gpu._full.cache(1), gpu._coming.values()
+    begun(gpu.link, first)
+    gpu.link.hurry(second)
     threading.Timer(0.2, gate.open).start()
-    card.let_leave((1, 3))
+    gpu.wait_until_unread((1, 3))
     assert first.abandoned
     assert [cache.slot_of(1, e) >= 0 for e in (3, 9)] == [False, True]
-    card.let_leave((1, 9))
+    gpu.wait_until_unread((1, 9))
     assert second.done
     assert not second.abandoned
-    assert list(card._coming) == [(1, 9)]
+    assert list(gpu._coming) == [(1, 9)]
     assert len(cache._free) == cache.slots - 1
 
 
-def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
-    """Host memory gives up first what lies on a card, too."""
-    store = loaded(cards(2.2, ram=1.6, miss_policy=MissPolicy.cpu)).expert_store
-    assert isinstance(store, CardExpertStore)
-    [card] = store.cards
+def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+    """Host memory gives up first what lies on a GPU, too."""
+    store = loaded(gpus(2.2, ram=1.6, miss_policy=MissPolicy.cpu)).expert_store
+    assert isinstance(store, GpuExpertStore)
+    [gpu] = store.gpus
     [host] = [pool.cache for pool in store.tier._pools.values()]
-    assert host.lent is not None
-    assert host.lent().sum() == card.caches[0].held.sum() > 0
-    here = [e for e in range(16) if store.tier.has(1, e) and card.caches[0].slot_of(1, e) < 0]
-    gate = Gate(card.link)
+    assert host.evict_first is not None
+    assert host.evict_first().sum() == gpu.caches[0].held.sum() > 0
+    here = [e for e in range(16) if store.tier.has(1, e) and gpu.caches[0].slot_of(1, e) < 0]
+    gate = Gate(gpu.link)
     x = torch.randn(1, 128)
-    needed = [e for e in range(16) if store.tier.has(0, e) or card.caches[0].slot_of(0, e) >= 0][:4]
+    needed = [e for e in range(16) if store.tier.has(0, e) or gpu.caches[0].slot_of(0, e) >= 0][:4]
     routing = replace(ROUTING, experts=torch.tensor([needed]))
-    card.serve(0, PairSum(x, routing), needed, here[:1])
-    assert card.coming == [(1, here[0])]
-    assert card.caches[0].slot_of(1, here[0]) >= 0
-    assert not host.lent()[16 + here[0]]
+    gpu.serve(0, PairSum(x, routing), needed, here[:1])
+    assert gpu.coming == [(1, here[0])]
+    assert gpu.caches[0].slot_of(1, here[0]) >= 0
+    assert not host.evict_first()[16 + here[0]]
     gate.open()
 
 
-def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_card: OneCard) -> None:
+def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_gpu: OneGpu) -> None:
     """Not when the CPU has computed its share."""
-    card, x, notes = one_card(MissPolicy.hybrid), torch.randn(1, 128), []
-    cache = occupied(card, free=2)
+    gpu, x, notes = one_gpu(MissPolicy.hybrid), torch.randn(1, 128), []
+    cache = occupied(gpu, free=2)
     for e in (3, 9):
         assignment = cache.assign(1, e)
         assert assignment is not None
-        card.bring(assignment, card._sources(card._full, 1, e))
-    card.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
+        gpu.bring(assignment, gpu._sources(gpu._full, 1, e))
+    gpu.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
     began: list[list[tuple[str, list[int]]]] = []
-    real = card.link.copy
+    real = gpu.link.copy
 
     def copy(sources: Any, targets: Any, **options: Any) -> Any:
         began.append(list(notes))
         return real(sources, targets, **options)
 
-    card.link.copy = copy  # type: ignore[method-assign] # to see when
-    card.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
-    assert began == [[("card", [3, 9])]]
+    gpu.link.copy = copy  # type: ignore[method-assign] # to see when
+    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
+    assert began == [[("gpu", [3, 9])]]
     assert sorted(e for _, experts in notes for e in experts) == [1, 3, 7, 9]
-    assert sorted(where for where, _ in notes) == ["card", "card", "host"]
+    assert sorted(where for where, _ in notes) == ["gpu", "gpu", "host"]
 
 
-def test_what_is_foreseen_does_not_drive_out_what_was_foreseen(one_card: OneCard) -> None:
-    card, x = one_card(MissPolicy.cpu), torch.randn(1, 128)
-    cache = occupied(card, free=2)
-    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
-    assert list(card._coming) == [(1, 5), (1, 3)]
-    assert card.stats.prefetches == 2
-    card.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
-    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is foreseen again stays
+def test_what_is_predicted_does_not_drive_out_what_was_predicted(one_gpu: OneGpu) -> None:
+    gpu, x = one_gpu(MissPolicy.cpu), torch.randn(1, 128)
+    cache = occupied(gpu, free=2)
+    gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
+    assert list(gpu._coming) == [(1, 5), (1, 3)]
+    assert gpu.stats.prefetches == 2
+    gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
+    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is predicted again stays
 
 
-def test_an_error_waits_for_the_copies_of_other_cards(
-    loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch, cards: Cards
+def test_an_error_waits_for_the_copies_of_other_gpus(
+    loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch, gpus: Gpus
 ) -> None:
     """What they read in host memory may be free after it."""
-    store = loaded(cards(1.6, 1.6, ram=5.0)).expert_store
-    assert isinstance(store, CardExpertStore)
-    first, second = store.cards
+    store = loaded(gpus(1.6, 1.6, ram=5.0)).expert_store
+    assert isinstance(store, GpuExpertStore)
+    first, second = store.gpus
     gate = Gate(second.link)
     arrival = second.link.copy([torch.ones(3)], [torch.zeros(3)], urgent=False)
     threading.Timer(0.2, gate.open).start()

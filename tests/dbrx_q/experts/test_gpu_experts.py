@@ -1,4 +1,4 @@
-"""Layers split over cards, here two pieces of host memory: the code of GPUs, and the bits of a model in one place."""
+"""Layers split over GPUs, here two pieces of host memory: the code of GPUs, and the bits of a model in one place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.link import Link
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.experts.sums import PartialSum
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 TIMEOUT = 60
 PROMPT = list(range(5, 45))
 
-Cards = Callable[..., Budget]
+Gpus = Callable[..., Budget]
 
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
@@ -47,42 +47,40 @@ def expected(quantized_nano: Path) -> list[torch.Tensor]:
     return logits_of(load_model(quantized_nano))
 
 
-# Of the 64 experts of 53 kB: host memory holds all; all lie on the cards or there, some of them on both; some on disk alone; hardly a slot
-# on the cards; one card; three of unequal size.
-RIGS = {
+# Of the 64 experts of 53 kB: host memory holds all; all lie on the GPUs or there, some of them on both; some on disk alone; hardly a slot
+# on the GPUs; one GPU; three of unequal size.
+MACHINES = {
     "in memory": ((2.3, 2.0), 5.0),
     "once": ((2.3, 2.0), 2.6),
     "on disk": ((2.3, 2.0), 1.4),
     "few slots": ((1.4, 1.1), 1.4),
-    "one card": ((3.2,), 1.6),
+    "one GPU": ((3.2,), 1.6),
     "three": ((1.5, 2.2, 1.2), 1.5),
 }
 
 
-@pytest.mark.parametrize("rig", RIGS)
+@pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("miss_policy", list(MissPolicy))
 def test_any_split_gives_the_same_bits(
-    rig: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
+    machine: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus
 ) -> None:
-    sizes, ram = RIGS[rig]
+    sizes, ram = MACHINES[machine]
     every = [("least-stale", True), ("lru", True), ("lfu", False)]
-    turn = (list(RIGS).index(rig) + list(MissPolicy).index(miss_policy)) % len(every)
-    for policy, prefetch in every if rig == "few slots" else every[turn : turn + 1]:
-        model = loaded(cards(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
+    turn = (list(MACHINES).index(machine) + list(MissPolicy).index(miss_policy)) % len(every)
+    for policy, prefetch in every if machine == "few slots" else every[turn : turn + 1]:
+        model = loaded(gpus(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
         plan, store = model.placement, model.expert_store
         assert plan is not None
-        assert isinstance(store, CardExpertStore)
-        assert [card.layers for card in store.cards] == [device.layers for device in plan.cards]
-        assert (plan.disk_experts == 0) == (rig in ("in memory", "once"))
-        assert [cache.kept_elsewhere is None for card in store.cards for _, cache in card._full.pools.values()] == [rig != "once"] * len(
-            sizes
-        )
+        assert isinstance(store, GpuExpertStore)
+        assert [gpu.layers for gpu in store.gpus] == [device.layers for device in plan.gpus]
+        assert (plan.disk_experts == 0) == (machine in ("in memory", "once"))
+        assert [cache.evictable is None for gpu in store.gpus for _, cache in gpu._full.pools.values()] == [machine != "once"] * len(sizes)
         before = store.stats()
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True)), (policy, prefetch)
         did = store.stats() - before
         assert did.cache.misses > 0
         assert did.host.requests == did.cache.misses
-        assert (did.disk_bytes == 0) == (rig in ("in memory", "once"))
+        assert (did.disk_bytes == 0) == (machine in ("in memory", "once"))
         if miss_policy is MissPolicy.cpu:
             assert did.on_cpu == did.cache.misses
         if miss_policy is MissPolicy.copy:
@@ -91,47 +89,45 @@ def test_any_split_gives_the_same_bits(
         model.close()
 
 
-def test_the_memory_of_every_card_is_the_plans(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
-    model = loaded(cards(2.3, 2.0, ram=1.4))
+def test_the_memory_of_every_gpu_is_the_plans(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+    model = loaded(gpus(2.3, 2.0, ram=1.4))
     plan, store = model.placement, model.expert_store
     assert plan is not None
-    assert isinstance(store, CardExpertStore)
-    assert [card.nbytes for card in store.cards] == [device.experts for device in plan.cards]
+    assert isinstance(store, GpuExpertStore)
+    assert [gpu.nbytes for gpu in store.gpus] == [device.experts for device in plan.gpus]
     assert store.tier.nbytes == plan.host.experts
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
-    assert held == sum(device.dense for device in plan.cards)
+    assert held == sum(device.dense for device in plan.gpus)
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
-    assert cache.nbytes == sum(device.kv_cache for device in plan.cards)
+    assert cache.nbytes == sum(device.kv_cache for device in plan.gpus)
 
 
-def test_all_on_cards_is_simply_resident(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards) -> None:
-    model = loaded(cards(9.0, 9.0, ram=1.0))
-    assert not isinstance(model.expert_store, CardExpertStore)
+def test_all_on_gpus_is_simply_resident(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus) -> None:
+    model = loaded(gpus(9.0, 9.0, ram=1.0))
+    assert not isinstance(model.expert_store, GpuExpertStore)
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
-def test_a_model_that_is_loaded_in_inference_mode(
-    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
-) -> None:
+def test_a_model_that_is_loaded_in_inference_mode(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus) -> None:
     with torch.inference_mode():
-        model = loaded(cards(1.4, 1.1, ram=1.4, miss_policy=MissPolicy.copy))
+        model = loaded(gpus(1.4, 1.1, ram=1.4, miss_policy=MissPolicy.copy))
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
-def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path, cards: Cards) -> None:
-    model = loaded(cards(2.3, 2.0, ram=1.4))
+def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path, gpus: Gpus) -> None:
+    model = loaded(gpus(2.3, 2.0, ram=1.4))
     prompts = [PROMPT[:7], PROMPT[3:20]]
     wanted = [found.token_ids for found in generate(load_model(quantized_nano), prompts, max_new_tokens=12)]
     assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
     shown = "\n".join(model.expert_store.stats().lines())
     assert "host memory:" in shown
     did = model.expert_store.stats()
-    assert [link.card for link in did.links] == ["cuda:0", "cuda:1"]
+    assert [link.gpu for link in did.links] == ["cuda:0", "cuda:1"]
     for link, its in zip(did.links, did.as_dict()["links"], strict=True):
         assert link.nbytes > 0
         assert link.seconds > 0
-        assert f"link to {link.card}: {format_size(link.nbytes)} copied" in shown
-        assert its == {"card": link.card, "nbytes": link.nbytes, "seconds": link.seconds}
+        assert f"link to {link.gpu}: {format_size(link.nbytes)} copied" in shown
+        assert its == {"gpu": link.gpu, "nbytes": link.nbytes, "seconds": link.seconds}
     assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_bytes"]
     twice = did + did
     assert [link.nbytes for link in twice.links] == [2 * link.nbytes for link in did.links]
@@ -139,11 +135,11 @@ def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], qua
     assert (ExpertStats() + did).links == did.links
 
 
-def test_a_reader_that_fails_under_cards(
-    quantized_nano: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], cards: Cards
+def test_a_reader_that_fails_under_gpus(
+    quantized_nano: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus
 ) -> None:
     copy = Path(shutil.copytree(quantized_nano, tmp_path / "copy"))
-    model = loaded(cards(1.4, 1.1, ram=1.4), copy)
+    model = loaded(gpus(1.4, 1.1, ram=1.4), copy)
     [shard] = copy.glob("*.safetensors")
     whole = shard.read_bytes()
     os.truncate(shard, 100)
@@ -155,11 +151,11 @@ def test_a_reader_that_fails_under_cards(
 
 
 def test_a_link_that_fails_and_an_interruption(
-    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, cards: Cards
+    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, gpus: Gpus
 ) -> None:
-    model = loaded(cards(2.3, 2.0, ram=1.4, miss_policy=MissPolicy.copy))
+    model = loaded(gpus(2.3, 2.0, ram=1.4, miss_policy=MissPolicy.copy))
     store = model.expert_store
-    assert isinstance(store, CardExpertStore)
+    assert isinstance(store, GpuExpertStore)
     real = Link.copy
     for problem in (RuntimeError("the bus is gone"), KeyboardInterrupt()):
         for good in (0, 3, 8):
@@ -177,8 +173,8 @@ def test_a_link_that_fails_and_an_interruption(
             assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
-def test_a_closed_store_of_cards_says_so(loaded: Callable[..., DbrxForCausalLM], cards: Cards) -> None:
-    model = loaded(cards(1.4, 1.1, ram=1.4))
+def test_a_closed_store_of_gpus_says_so(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+    model = loaded(gpus(1.4, 1.1, ram=1.4))
     model.close()
     error = ends(lambda: logits_of(model))
     assert isinstance(error, DbrxError)
@@ -204,7 +200,7 @@ def ends(action: Callable[[], Any]) -> BaseException | None:
 
 
 @pytest.mark.parametrize("T", [1, 70])
-def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int) -> None:
+def test_parts_from_a_gpu_and_from_the_cpu_add_up(quantized_nano: Path, T: int) -> None:
     """What a GPU does, on the CPU: partial sums of some experts here and the others there."""
     model = load_model(quantized_nano)
     layer = model.transformer.layers()[1].ffn.experts.mlp.weights()
@@ -212,32 +208,32 @@ def test_parts_from_a_card_and_from_the_cpu_add_up(quantized_nano: Path, T: int)
     routing = route(x, torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), 4, 1.0)
     total = PartialSum(x, routing)
     every = list(total.counts)
-    total.add_card(layer, {e: e for e in every[::2]})
+    total.add_gpu(layer, {e: e for e in every[::2]})
     total.add_host(layer, {e: e for e in every[1::2][:2]})
-    total.add_card(layer, {e: e for e in every[1::2][2:]})
+    total.add_gpu(layer, {e: e for e in every[1::2][2:]})
     whole = moe_experts(x, routing.experts, routing.weights, layer)
     torch.testing.assert_close(total.result(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
     assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
 
 
-def test_what_does_not_fit_on_a_card_is_refused(quantized_nano: Path, cards: Cards) -> None:
-    budget = cards(0.3, 2.0, ram=4.0)
+def test_what_does_not_fit_on_a_gpu_is_refused(quantized_nano: Path, gpus: Gpus) -> None:
+    budget = gpus(0.3, 2.0, ram=4.0)
     with pytest.raises(RequestError, match=r"cuda:0 must hold [\d,]+ bytes .* at least"):
         load_model(quantized_nano, budget=budget)
     with pytest.raises(RequestError, match="the host must hold"):
-        load_model(quantized_nano, budget=replace(budget, rig=replace(cards(2.3, 2.0, ram=0.2).rig)))
+        load_model(quantized_nano, budget=replace(budget, machine=replace(gpus(2.3, 2.0, ram=0.2).machine)))
     with pytest.raises(RequestError, match="miss_policy must be 'cpu', 'copy' or 'hybrid'; found 'gpu'"):
         DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", miss_policy="gpu")
 
 
-def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path, cards: Cards) -> None:
+def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path, gpus: Gpus) -> None:
     model = load_model(quantized_nano)
     from dbrx_q.checkpoint.folder import Checkpoint
-    from dbrx_q.planning.footprint import Request
+    from dbrx_q.planning.footprint import MemoryRequest
 
     with Checkpoint(quantized_nano) as checkpoint:
-        plan = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=2.4).rig, Request(64, step_tokens=40))
-        roomy = place(model.config, checkpoint.formats, cards(2.3, 2.0, ram=5.0).rig, Request(64, step_tokens=40))
-    assert [device.scratch for device in plan.cards] == [2, 2]
-    assert sum(device.n_slots for device in plan.cards) < 64 < sum(device.n_slots for device in plan.devices)
+        plan = place(model.config, checkpoint.formats, gpus(2.3, 2.0, ram=2.4).machine, MemoryRequest(64, step_tokens=40))
+        roomy = place(model.config, checkpoint.formats, gpus(2.3, 2.0, ram=5.0).machine, MemoryRequest(64, step_tokens=40))
+    assert [device.scratch for device in plan.gpus] == [2, 2]
+    assert sum(device.n_slots for device in plan.gpus) < 64 < sum(device.n_slots for device in plan.devices)
     assert roomy.host.n_slots == 64

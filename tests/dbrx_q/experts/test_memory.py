@@ -16,14 +16,14 @@ from dbrx_q import DbrxConfig, KVCache, generate
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.experts.cpu_store import HostExpertStore
-from dbrx_q.experts.fallback import LOW_BIT_FOLDER
+from dbrx_q.experts.cpu_store import CpuExpertStore
+from dbrx_q.experts.fallback import FALLBACK_FOLDER
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.offloading import PINNED_BYTES
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 MEASURE = """
 import ctypes, gc, json, sys
@@ -32,16 +32,16 @@ from dbrx_q import generate
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.model.loading import load_model
-from dbrx_q.planning.placement import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 import torch
 
 warm, folder, ram, direct = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] != "page-cache"
-degraded = sys.argv[4] == "degraded"
-cards = [Card(int(size) + Card(0).reserve) for size in sys.argv[5:]]
+fallback = sys.argv[4] == "fallback"
+gpus = [Gpu(int(size) + Gpu(0).reserve) for size in sys.argv[5:]]
 
-def run(folder, ram, degraded, cards=()):
+def run(folder, ram, fallback, gpus=()):
     cpu = torch.device("cpu")
-    budget = Budget(Rig(ram, tuple(cards)), context=160, step_tokens=128, direct=direct, degraded=degraded, devices=(cpu,) * len(cards))
+    budget = Budget(Machine(ram, tuple(gpus)), context=160, step_tokens=128, direct=direct, fallback=fallback, devices=(cpu,) * len(gpus))
     model = load_model(folder, budget=budget)
     # Every prompt has other numbers of tokens for its experts.
     found = [generate(model, [list(range(2, 2 + n))], max_new_tokens=16)[0].token_ids for n in (128, 117, 103, 90)]
@@ -54,8 +54,8 @@ gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what was free again would be taken again, and not be seen
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far
-tokens, stats = run(folder, ram, degraded, cards)
-counters = {"misses": stats.cache.misses, "read": stats.disk_bytes, "degraded": stats.degraded}
+tokens, stats = run(folder, ram, fallback, gpus)
+counters = {"misses": stats.cache.misses, "read": stats.disk_bytes, "fallback_hits": stats.fallback_hits}
 print(json.dumps({"tokens": tokens, "grown": peak_memory_bytes() - before} | counters))
 """
 RAM = 44 << 20
@@ -75,11 +75,13 @@ def make(folder: Path, layers: int) -> None:
     )
     write_checkpoint(config, folder / "plain")
     quantize_checkpoint(
-        folder / "plain", folder / "int4", Request(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64)))
+        folder / "plain",
+        folder / "int4",
+        QuantizationRequest(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))),
     )
     int8 = default_recipe(config, TensorFormat("int8", 64))
-    quantize_checkpoint(folder / "plain", folder / "int8", Request(lambda _: int8))
-    (folder / "int8" / LOW_BIT_FOLDER).symlink_to(folder / "int4")
+    quantize_checkpoint(folder / "plain", folder / "int8", QuantizationRequest(lambda _: int8))
+    (folder / "int8" / FALLBACK_FOLDER).symlink_to(folder / "int4")
     shutil.rmtree(folder / "plain")
 
 
@@ -116,25 +118,25 @@ def test_a_model_of_twice_the_budget_stays_below_it(large: Path, warm: Path, way
     assert found["grown"] > RAM / 2
 
 
-def test_a_low_bit_copy_lies_within_the_budget(large: Path, warm: Path) -> None:
+def test_a_fallback_copy_lies_within_the_budget(large: Path, warm: Path) -> None:
     folder = large.with_name("int8")
-    copy = sum(info.nbytes for name, info in Checkpoint(folder / LOW_BIT_FOLDER).infos.items() if ".experts." in name)
+    copy = sum(info.nbytes for name, info in Checkpoint(folder / FALLBACK_FOLDER).infos.items() if ".experts." in name)
     budget = RAM + copy
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 1.2 * budget
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(warm.with_name("int8")), str(folder), str(budget), "degraded"],
+        [sys.executable, "-c", MEASURE, str(warm.with_name("int8")), str(folder), str(budget), "fallback"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["degraded"] > 0
+    assert found["fallback_hits"] > 0
     assert copy < found["grown"] <= budget
 
 
-def test_cards_and_the_memory_under_them_stay_below_their_budgets(large: Path, warm: Path) -> None:
-    """Two cards that are host memory, too: slots of both, what stages between them, and what computes experts for them."""
+def test_gpus_and_the_memory_under_them_stay_below_their_budgets(large: Path, warm: Path) -> None:
+    """Two gpus that are host memory, too: slots of both, what stages between them, and what computes experts for them."""
     memory = 24 << 20, 20 << 20
     ram = (34 << 20) + 2 * PINNED_BYTES
     command = [sys.executable, "-c", MEASURE, str(warm), str(large), str(ram), "direct", *map(str, memory)]
@@ -148,10 +150,10 @@ def test_cards_and_the_memory_under_them_stay_below_their_budgets(large: Path, w
 
 
 def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:
-    model = load_model(large, budget=Budget(Rig(RAM), context=160, batch=2, step_tokens=128))
+    model = load_model(large, budget=Budget(Machine(RAM), context=160, batch=2, step_tokens=128))
     plan, store = model.placement, model.expert_store
     assert plan is not None
-    assert isinstance(store, HostExpertStore)
+    assert isinstance(store, CpuExpertStore)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta)
     cache = KVCache(model.config, 2, 160, dtype=torch.bfloat16)
     for planned, measured in ((plan.host.dense, held), (plan.host.experts, store.tier.nbytes), (plan.host.kv_cache, cache.nbytes)):

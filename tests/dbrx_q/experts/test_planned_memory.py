@@ -14,29 +14,29 @@ import torch
 
 from dbrx_q import generate
 from dbrx_q.errors import RequestError
-from dbrx_q.experts.gpu_experts import CardExperts
+from dbrx_q.experts.gpu_experts import GpuExperts
 from dbrx_q.experts.tiered_store import TieredExpertStore
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.host_memory import allowed_bytes, available_bytes
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import PINNED_BYTES
 
 TIMEOUT = 60
 
 
-@pytest.mark.parametrize("cards", [(), (2.3,)], ids=["host", "card"])
-def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, cards: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("gpus", [(), (2.3,)], ids=["host", "gpu"])
+def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, gpus: tuple[float, ...]) -> None:
     """Slots and threads, once nobody has the model any more."""
-    rig = Rig(5 << 20 if cards else 2_400_000, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in cards))
-    rig = replace(rig, ram=(rig.ram or 0) + PINNED_BYTES * len(cards))
+    machine = Machine(5 << 20 if gpus else 2_400_000, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in gpus))
+    machine = replace(machine, ram=(machine.ram or 0) + PINNED_BYTES * len(gpus))
     before = set(threading.enumerate())
-    budget = Budget(rig, context=100, step_tokens=8, devices=(torch.device("cpu"),) * len(cards))
+    budget = Budget(machine, context=100, step_tokens=8, devices=(torch.device("cpu"),) * len(gpus))
     model = load_model(quantized_nano, budget=budget)
     generate(model, [[5, 6, 7]], max_new_tokens=6)
     store = model.expert_store
     assert isinstance(store, TieredExpertStore)
-    slots = [store.tier.slots(0), *(card._full.slots(card.layers[0]) for card in getattr(store, "cards", ()))]
+    slots = [store.tier.slots(0), *(gpu._full.slots(gpu.layers[0]) for gpu in getattr(store, "gpus", ()))]
     memory = [weakref.ref(stack) for each in slots for stack in each._stacks]
     threads = set(threading.enumerate()) - before
     assert len(threads) >= 4
@@ -48,26 +48,26 @@ def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, cards: t
         assert not thread.is_alive()
 
 
-def test_a_store_of_cards_that_cannot_be_made_leaves_no_thread(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig((5 << 20) + 2 * PINNED_BYTES, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in (1.6, 1.6)))
+def test_a_store_of_gpus_that_cannot_be_made_leaves_no_thread(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine((5 << 20) + 2 * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (1.6, 1.6)))
     cpu = torch.device("cpu")
-    real, made = CardExperts.__init__, []
+    real, made = GpuExperts.__init__, []
 
-    def fails_second(self: CardExperts, *arguments: Any, **options: Any) -> None:
+    def fails_second(self: GpuExperts, *arguments: Any, **options: Any) -> None:
         made.append(self)
         if len(made) == 2:
             raise torch.OutOfMemoryError("the GPU is full")
         real(self, *arguments, **options)
 
-    monkeypatch.setattr(CardExperts, "__init__", fails_second)
+    monkeypatch.setattr(GpuExperts, "__init__", fails_second)
     before = set(threading.enumerate())
     with pytest.raises(torch.OutOfMemoryError):
-        load_model(quantized_nano, budget=Budget(rig, context=64, step_tokens=8, devices=(cpu, cpu)))
+        load_model(quantized_nano, budget=Budget(machine, context=64, step_tokens=8, devices=(cpu, cpu)))
     assert set(threading.enumerate()) <= before
 
 
 def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) -> None:
-    model = load_model(quantized_nano, budget=Budget(Rig(3 << 20), context=40, step_tokens=20))
+    model = load_model(quantized_nano, budget=Budget(Machine(3 << 20), context=40, step_tokens=20))
     ids = torch.arange(21)[None]
     with pytest.raises(RequestError, match=r"at most the 20 tokens that the model was given memory for; found 21\. Bring fewer"):
         model(ids)
@@ -80,7 +80,7 @@ def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) ->
     model(torch.zeros(1, 19, dtype=torch.int64), None, cache, True)
     with pytest.raises(RequestError, match="a sequence must fit 40 tokens, the room of its cache; found 41"):
         model(torch.tensor([[1]]), None, cache, True)
-    wide = load_model(quantized_nano, budget=Budget(Rig(3 << 20), context=40))
+    wide = load_model(quantized_nano, budget=Budget(Machine(3 << 20), context=40))
     mask = torch.ones(2, 30, dtype=torch.int64)
     mask[1, :25] = 0  # 35 tokens, and room for 60
     with pytest.raises(RequestError, match=r"20 tokens of 2 sequences; found 30\. Load the model with a longer context or a larger batch"):

@@ -16,7 +16,7 @@ from dbrx_q import DbrxForCausalLM, KVCache
 from dbrx_q.checkpoint.layout import tensor_formats
 from dbrx_q.errors import RequestError
 from dbrx_q.experts.policies import make_policy
-from dbrx_q.experts.predictor import Foresight, by_promise
+from dbrx_q.experts.predictor import ExpertPredictor, by_likelihood
 from dbrx_q.experts.simulate import simulate
 from dbrx_q.experts.simulated_speed import simulated_seconds
 from dbrx_q.experts.stats import ExpertStats
@@ -25,8 +25,8 @@ from dbrx_q.generation.tracing import record
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.expert_kinds import expert_kinds
-from dbrx_q.planning.footprint import Request
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import PINNED_BYTES, MissPolicy
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.speed import speed_bounds
@@ -69,24 +69,24 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
         trace.passes(one_by_one=False),
         kinds,
         model.placement,
-        budget.rig,
+        budget.machine,
         lambda layers, under: make_policy(policy, 4, 16, profile),
         prefetch=budget.prefetch,
         miss_policy=budget.miss_policy,
-        worth=profile,
+        priority=profile,
     )
 
 
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("miss_policy", [MissPolicy.cpu, MissPolicy.copy])
 @pytest.mark.parametrize("ram", [5.0, 2.6, 1.4], ids=["in memory", "once", "on disk"])
-def test_a_simulation_of_cards_does_so_too(
+def test_a_simulation_of_gpus_does_so_too(
     model: DbrxForCausalLM, quantized_nano: Path, miss_policy: MissPolicy, ram: float, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
-    rig = Rig(int(ram * 1e6) + 2 * PINNED_BYTES, tuple(Card(int(size * 1e6) + Card(0).reserve) for size in (2.2, 1.9)))
+    machine = Machine(int(ram * 1e6) + 2 * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (2.2, 1.9)))
     cpu = torch.device("cpu")
-    budget = Budget(rig, context=24, step_tokens=16, devices=(cpu, cpu), miss_policy=miss_policy, direct=False)
+    budget = Budget(machine, context=24, step_tokens=16, devices=(cpu, cpu), miss_policy=miss_policy, direct=False)
     split = load_model(quantized_nano, budget=budget)
     before = split.expert_store.stats()
     run(split, 24, step)
@@ -100,8 +100,8 @@ def test_a_simulation_of_cards_does_so_too(
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
-def test_cards_follow_their_policy_where_host_memory_holds_all(model: DbrxForCausalLM, policy: str) -> None:
-    """Of a text that uses the last experts of every layer, which do not lie on the cards at first, nothing is missed for long."""
+def test_gpus_follow_their_policy_where_host_memory_holds_all(model: DbrxForCausalLM, policy: str) -> None:
+    """Of a text that uses the last experts of every layer, which do not lie on the GPUs at first, nothing is missed for long."""
     N, L = 40, 4
     few = np.tile(np.arange(12, 16, dtype=np.uint8), (N, L, 1))
     trace = Trace(few, few, np.array([1] * N), model.config.to_dict())
@@ -109,17 +109,17 @@ def test_cards_follow_their_policy_where_host_memory_holds_all(model: DbrxForCau
     each = kinds[0].nbytes
 
     def hits(ram: int) -> float:
-        rig = Rig(ram, tuple(Card(size + Card(0).reserve) for size in (14 << 20, 14 << 20)))
-        plan = place(model.config, tensor_formats(model.config, ""), rig, Request(64, step_tokens=1))
-        cards = tuple(replace(card, slots=dict.fromkeys(card.slots, 12)) for card in plan.cards)
+        machine = Machine(ram, tuple(Gpu(size + Gpu(0).reserve) for size in (14 << 20, 14 << 20)))
+        plan = place(model.config, tensor_formats(model.config, ""), machine, MemoryRequest(64, step_tokens=1))
+        gpus = tuple(replace(gpu, slots=dict.fromkeys(gpu.slots, 12)) for gpu in plan.gpus)
         host = replace(plan.host, slots={kinds[0]: min(64, (ram - (8 << 20)) // each)})
         passes = trace.passes(one_by_one=True)
         found = simulate(
             trace,
             passes,
             kinds,
-            replace(plan, cards=cards, host=host),
-            rig,
+            replace(plan, gpus=gpus, host=host),
+            machine,
             lambda layers, under: make_policy(policy, L, 16),
             prefetch=False,
             miss_policy=MissPolicy.copy,
@@ -128,36 +128,36 @@ def test_cards_follow_their_policy_where_host_memory_holds_all(model: DbrxForCau
         return found.cache.hit_rate
 
     assert hits((8 << 20) + 64 * each) > 0.9
-    assert hits((8 << 20) + 50 * each) < 0.5  # a card may give up little of what it holds
+    assert hits((8 << 20) + 50 * each) < 0.5  # a GPU may give up little of what it holds
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
-@pytest.mark.parametrize("cards", [(), (2_400_000,)], ids=["host", "card"])
-def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, cards: tuple[int, ...], policy: str) -> None:
+@pytest.mark.parametrize("gpus", [(), (2_400_000,)], ids=["host", "gpu"])
+def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tuple[int, ...], policy: str) -> None:
     """Tokens that need other experts in every turn, so that nothing hits that could hit."""
     N = 60
     few = np.array([[[(4 * token + i) % 16 for i in range(4)]] * 4 for token in range(N)], np.uint8)
     trace = Trace(np.sort(few, -1), few, np.array([1] * N), model.config.to_dict())
     formats = tensor_formats(model.config, "")
     kinds = expert_kinds(model.config, formats, model.dtype)
-    ram = 2_900_000 if not cards else 2_000_000 + PINNED_BYTES
-    rig = Rig(ram, tuple(Card(size + Card(0).reserve) for size in cards))
-    plan = place(model.config, formats, rig, Request(64, step_tokens=1))
+    ram = 2_900_000 if not gpus else 2_000_000 + PINNED_BYTES
+    machine = Machine(ram, tuple(Gpu(size + Gpu(0).reserve) for size in gpus))
+    plan = place(model.config, formats, machine, MemoryRequest(64, step_tokens=1))
     assert plan.fits
     assert plan.disk_experts > 0
-    bounds = speed_bounds(plan, rig, n_experts=16, top_k=4)
+    bounds = speed_bounds(plan, machine, n_experts=16, top_k=4)
     found = simulate(
         trace,
         trace.passes(one_by_one=True),
         kinds,
         plan,
-        rig,
+        machine,
         lambda layers, under: make_policy(policy, 4, 16),
         prefetch=False,
         miss_policy=MissPolicy.copy,
     )
     assert found.disk_bytes > N * 4 * kinds[0].nbytes  # it is hard
-    assert N / simulated_seconds(found, plan, rig, tokens=N) >= bounds.lower * 0.9999
+    assert N / simulated_seconds(found, plan, machine, tokens=N) >= bounds.lower * 0.9999
     [disk] = [term.nbytes for term in bounds.lower_terms if term.path == "disk"]
     assert found.disk_bytes / N <= disk * 1.0001
 
@@ -174,7 +174,7 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
         profile = tmp_path / "profile.npz"
         trace.write(profile)
     for ram in (2_150_000, 2_900_000) if policy == "least-stale" else (2_500_000,):
-        budget = Budget(Rig(ram), context=24, step_tokens=16, policy=policy, prefetch=prefetch, profile=profile)
+        budget = Budget(Machine(ram), context=24, step_tokens=16, policy=policy, prefetch=prefetch, profile=profile)
         small = load_model(quantized_nano, budget=budget)
         assert small.placement is not None
         slots = small.placement.host.n_slots
@@ -194,7 +194,7 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
 
 def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path) -> None:
     trace = Trace.read(saved)
-    assert trace.experts.shape == trace.foreseen.shape == (36, 4, 4)
+    assert trace.experts.shape == trace.predicted.shape == (36, 4, 4)
     assert trace.steps.tolist() == [1] * 36
     assert trace.counts().sum() == 36 * 4 * 4
     assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(one_by_one=False)] == [(0, 24), (24, 36)]
@@ -207,22 +207,22 @@ def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path)
     for layer, scores in enumerate(logits):
         chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
         assert (chosen == whole.experts[:24, layer]).all()
-    assert (whole.foreseen[:, 3, 0, None] == whole.experts[:, 3]).any(1).mean() > 0.8  # the first guess of the last layer
+    assert (whole.predicted[:, 3, 0, None] == whole.experts[:, 3]).any(1).mean() > 0.8  # the first guess of the last layer
 
 
 def test_guesses_are_ordered_by_promise_and_followed_while_they_come_true() -> None:
-    assert by_promise(np.array([[3, 1, 0, 2]]), 5) == [3, 1, 0, 2]
-    assert by_promise(np.array([[3, 1], [1, 4], [1, 0]]), 5) == [1, 3, 0, 4]
-    foresight = Foresight(2, 4, least_precision=0.5)
-    assert foresight.guess(1, np.array([[2, 0]])) == [2, 0]
-    foresight.judge(1, [1, 2])
-    assert foresight.guess(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
-    foresight.judge(1, [1, 2])
-    assert foresight.guess(1, np.array([[2, 0]])) == [2]
-    assert foresight.guess(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
-    foresight.judge(0, [2])  # another layer's
-    foresight.judge(1, [0, 2])
-    assert (foresight.foreseen, foresight.needed) == (4, 6)
+    assert by_likelihood(np.array([[3, 1, 0, 2]]), 5) == [3, 1, 0, 2]
+    assert by_likelihood(np.array([[3, 1], [1, 4], [1, 0]]), 5) == [1, 3, 0, 4]
+    predictor = ExpertPredictor(2, 4, least_precision=0.5)
+    assert predictor.guess(1, np.array([[2, 0]])) == [2, 0]
+    predictor.judge(1, [1, 2])
+    assert predictor.guess(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
+    predictor.judge(1, [1, 2])
+    assert predictor.guess(1, np.array([[2, 0]])) == [2]
+    assert predictor.guess(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
+    predictor.judge(0, [2])  # another layer's
+    predictor.judge(1, [0, 2])
+    assert (predictor.predicted, predictor.needed) == (4, 6)
 
 
 def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -248,8 +248,8 @@ def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., A
         assert by_share == sorted(by_share)
         assert by_share[0] < by_share[-1]
     assert {path.name for path in out.iterdir()} == {"simulation.json", "simulation.md", "simulation.png", "simulation.svg"}
-    cards = json.loads(cli("simulate", trace, "--gpu", "1GiB", "--gpu", "1GiB", "--ram", "1GiB", "--tokens", 20, "--json").out)
-    assert cards["slots"] == 64
+    gpus = json.loads(cli("simulate", trace, "--gpu", "1GiB", "--gpu", "1GiB", "--ram", "1GiB", "--tokens", 20, "--json").out)
+    assert gpus["slots"] == 64
     used = cli(
         "generate", quantized_nano, "--prompt", "The old", "--max-new-tokens", 4, "--ram", "3MiB", "--profile", trace, "--policy", "static"
     )
@@ -298,12 +298,12 @@ def test_what_cannot_be_done_is_refused(
 
 def test_a_trace_of_another_model_is_refused(saved: Path, tmp_path: Path, quantized_small: Path, model: DbrxForCausalLM) -> None:
     with pytest.raises(RequestError, match="the model's 1 layers, 2 active experts and 4 experts; found 4, 4 and 16"):
-        load_model(quantized_small, budget=Budget(Rig(1 << 20), context=8, step_tokens=4, profile=saved))
+        load_model(quantized_small, budget=Budget(Machine(1 << 20), context=8, step_tokens=4, profile=saved))
     trace = Trace.read(saved)
     for broken in (
         replace(trace, steps=np.array([3])),
         replace(trace, experts=trace.experts + 200),
-        replace(trace, foreseen=trace.foreseen[:5]),
+        replace(trace, predicted=trace.predicted[:5]),
     ):
         broken.write(tmp_path / "broken.npz")
         with pytest.raises(RequestError, match="its arrays do not belong together"):

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from dbrx_q import DbrxForCausalLM, generate
-from dbrx_q.experts.gpu_store import CardExpertStore
+from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.link import make_link
 from dbrx_q.model.loading import load_pretrained
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.machine import Card, Rig
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import MissPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
 PROMPTS = [list(range(5, 45)), list(range(300, 317))]
-RESERVE = Card(0).reserve
+RESERVE = Gpu(0).reserve
 
 
 def budget(megabytes: float, *, ram: int = 1 << 30, **options: object) -> Budget:
-    rig = Rig(ram, (Card(int(megabytes * 1e6) + RESERVE),))
-    return Budget(rig, context=64, batch=2, step_tokens=40, **options)  # type: ignore[arg-type] # by name
+    machine = Machine(ram, (Gpu(int(megabytes * 1e6) + RESERVE),))
+    return Budget(machine, context=64, batch=2, step_tokens=40, **options)  # type: ignore[arg-type] # by name
 
 
 @pytest.mark.parametrize("miss_policy", list(MissPolicy))
@@ -34,7 +34,7 @@ def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_pol
     whole = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")(ids).logits.cpu()
     for megabytes in (2.4, 3.4, 4.4):
         model = load_pretrained(quantized_nano, budget=budget(megabytes, miss_policy=miss_policy, prefetch=prefetch))
-        assert isinstance(model.expert_store, CardExpertStore)
+        assert isinstance(model.expert_store, GpuExpertStore)
         found = model(ids).logits.cpu()
         assert (found - exact).abs().mean() <= 2 * (whole - exact).abs().mean() + 1e-3
         steps = [model(torch.tensor([[token]])).logits.cpu() for token in (7, 300, 7, 9)]  # decode: few tokens
@@ -53,18 +53,18 @@ def test_generation_agrees(quantized_nano: Path) -> None:
     model.close()
 
 
-def test_a_card_takes_what_the_plan_says(quantized_nano: Path) -> None:
+def test_a_gpu_takes_what_the_plan_says(quantized_nano: Path) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     model = load_pretrained(quantized_nano, budget=budget(3.0))
     assert model.placement is not None
-    card = model.placement.cards[0]
-    assert torch.cuda.memory_allocated() - before == pytest.approx(card.dense + card.experts, rel=0.03)
+    gpu = model.placement.gpus[0]
+    assert torch.cuda.memory_allocated() - before == pytest.approx(gpu.dense + gpu.experts, rel=0.03)
     loaded = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     generate(model, PROMPTS, max_new_tokens=4)
     libraries = 64 << 20  # matmuls of torch keep a workspace of their own, which is part of the reserve
-    assert torch.cuda.max_memory_allocated() - loaded <= card.kv_cache + card.workspace + libraries
+    assert torch.cuda.max_memory_allocated() - loaded <= gpu.kv_cache + gpu.workspace + libraries
     model.close()
 
 

@@ -14,7 +14,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.kernels.triton import tiles
 from dbrx_q.kernels.triton.launch import CHIPS
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, choose
-from dbrx_q.model.tuned_tiles import Choice, Tuning, load_tuning, read_tuning, tuning_path, write_tuning
+from dbrx_q.model.tuned_tiles import TileChoice, Tuning, load_tuning, read_tuning, tuning_path, write_tuning
 
 CHIP = CHIPS["sm_90"]
 PROBLEM = Problem("linear", 4, 6144, 6144, 4, 64)
@@ -24,7 +24,7 @@ TUNING = Tuning(
     device="NVIDIA H200",
     date="2026-11-22T10:00:00+00:00",
     versions={"torch": "2.13.0"},
-    choices=(Choice(PROBLEM, Tiles(16, 8, 128, 2, 1, 5), 1.5e-5, 2e-5, 40),),
+    choices=(TileChoice(PROBLEM, Tiles(16, 8, 128, 2, 1, 5), 1.5e-5, 2e-5, 40),),
 )
 
 

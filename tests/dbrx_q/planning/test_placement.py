@@ -1,4 +1,4 @@
-"""Where a model lies, from its configuration alone: bytes against the real ones, and rigs of every size."""
+"""Where a model lies, from its configuration alone: bytes against the real ones, and machines of every size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.kernels.formats.kv import KV_FORMATS
 from dbrx_q.planning.advice import advice
-from dbrx_q.planning.footprint import Footprint, Request
-from dbrx_q.planning.machine import Card, Placement, Rig
+from dbrx_q.planning.footprint import Footprint, MemoryRequest
+from dbrx_q.planning.machine import Gpu, Machine, Placement
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.speed import hit_rate, speed_bounds
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
@@ -39,45 +39,45 @@ EXPERT = 3 * 6144 * 10752 * (4 + 16 / 64 + 4 / 64) / 8
 GIB = 1 << 30
 
 
-def card(gib: int, *, desktop: bool = False) -> Card:
-    return Card(gib * GIB, desktop)
+def gpu(gib: int, *, desktop: bool = False) -> Gpu:
+    return Gpu(gib * GIB, desktop)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A rig: cards by GiB, negative for one that shows a desktop, and GiB of RAM."""
+    """A machine: GPUs by GiB, negative for one that shows a desktop, and GiB of RAM."""
 
-    cards: tuple[int, ...]
+    gpus: tuple[int, ...]
     ram: int
 
     @property
-    def rig(self) -> Rig:
-        return Rig(self.ram * GIB, tuple(card(abs(gib), desktop=gib < 0) for gib in self.cards))
+    def machine(self) -> Machine:
+        return Machine(self.ram * GIB, tuple(gpu(abs(gib), desktop=gib < 0) for gib in self.gpus))
 
     def __str__(self) -> str:
-        names = [f"{abs(gib)}desktop" if gib < 0 else str(gib) for gib in self.cards]
+        names = [f"{abs(gib)}desktop" if gib < 0 else str(gib) for gib in self.gpus]
         return f"{'+'.join(names) or 'cpu'}-ram{self.ram}"
 
 
-RIGS = [(24,), (24, 24), (24, 24, 24), (24, 24, 24, 24), (24, 12), (12, 24), (24, -24)]
-CASES = [Case(cards, ram) for cards in RIGS for ram in (32, 64, 128)] + [Case((), ram) for ram in (32, 64, 128)]
+MACHINES = [(24,), (24, 24), (24, 24, 24), (24, 24, 24, 24), (24, 12), (12, 24), (24, -24)]
+CASES = [Case(gpus, ram) for gpus in MACHINES for ram in (32, 64, 128)] + [Case((), ram) for ram in (32, 64, 128)]
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
 def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano: Path, quantized: bool, kv_format: str) -> None:
     with Checkpoint(quantized_nano if quantized else nano) as checkpoint:
-        plan = place(checkpoint.config, checkpoint.formats, Rig(), Request(300, 2, kv_format))
+        plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(300, 2, kv_format))
         assert plan.host.dense + plan.host.experts == sum(info.nbytes for info in checkpoint.infos.values())
         assert plan.host.kv_cache == KVCache(checkpoint.config, 2, 300, dtype=torch.bfloat16, format=kv_format).nbytes
         assert plan.resident
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_byte_of_every_rig_is_accounted_for(case: Case) -> None:
-    request = Request(8192)
-    plan = place(DBRX, INT4, case.rig, request)
-    whole = place(DBRX, INT4, Rig(), request)
+def test_every_byte_of_every_machine_is_accounted_for(case: Case) -> None:
+    request = MemoryRequest(8192)
+    plan = place(DBRX, INT4, case.machine, request)
+    whole = place(DBRX, INT4, Machine(), request)
     assert plan.fits
     for device in plan.devices:
         assert device.budget is not None
@@ -85,34 +85,34 @@ def test_every_byte_of_every_rig_is_accounted_for(case: Case) -> None:
         assert device.experts == pytest.approx(device.n_slots * EXPERT)
     assert sum(device.dense for device in plan.devices) == whole.host.dense
     assert sum(device.kv_cache for device in plan.devices) == whole.host.kv_cache
-    on_cards = sum(device.n_slots - device.scratch for device in plan.cards)
-    if plan.disk_experts or not plan.cards:
-        assert on_cards + plan.host.n_slots + plan.disk_experts == 640
-    else:  # what lies on cards lies in host memory, too, as far as there is room
+    on_gpus = sum(device.n_slots - device.scratch for device in plan.gpus)
+    if plan.disk_experts or not plan.gpus:
+        assert on_gpus + plan.host.n_slots + plan.disk_experts == 640
+    else:  # what lies on GPUs lies in host memory, too, as far as there is room
         spare = case.ram * GIB - plan.host.total
-        assert 640 - on_cards <= plan.host.n_slots <= 640
+        assert 640 - on_gpus <= plan.host.n_slots <= 640
         assert plan.host.n_slots in (0, 640) or spare < EXPERT
-    assert all(device.scratch in (0, 2) for device in plan.cards)
+    assert all(device.scratch in (0, 2) for device in plan.gpus)
     assert plan.expert_bytes == pytest.approx(640 * EXPERT)
     if plan.disk_experts:  # then no device has room for one more
         assert all((device.budget or 0) - device.total < EXPERT for device in plan.devices if device.layers != (0, 0) or device.n_slots)
-    ends = [end for layers in (device.layers for device in plan.cards) for end in layers]
+    ends = [end for layers in (device.layers for device in plan.gpus) for end in layers]
     assert ends == sorted(ends)
-    assert not plan.cards or (ends[0], ends[-1]) == (0, 40)
-    for first, second in zip(plan.cards, plan.cards[1:], strict=False):
+    assert not plan.gpus or (ends[0], ends[-1]) == (0, 40)
+    for first, second in zip(plan.gpus, plan.gpus[1:], strict=False):
         assert first.layers[1] == second.layers[0]
-    for device, spec in zip(plan.cards, case.rig.cards, strict=True):
+    for device, spec in zip(plan.gpus, case.machine.gpus, strict=True):
         assert device.reserve == spec.reserve
         assert spec.reserve >= (1 << 30 if spec.desktop else 500 << 20)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.cards], ids=str)
-def test_no_card_ends_with_all_the_offloaded_layers(case: Case) -> None:
-    """Every card holds about the same share of its layers' experts, and gives a layer away to nobody who would be faster."""
-    plan = place(DBRX, INT4, case.rig, Request(8192))
-    shares = [device.n_slots / (16 * (device.layers[1] - device.layers[0])) for device in plan.cards]
+@pytest.mark.parametrize("case", [case for case in CASES if case.gpus], ids=str)
+def test_no_gpu_ends_with_all_the_offloaded_layers(case: Case) -> None:
+    """Every GPU holds about the same share of its layers' experts, and gives a layer away to nobody who would be faster."""
+    plan = place(DBRX, INT4, case.machine, MemoryRequest(8192))
+    shares = [device.n_slots / (16 * (device.layers[1] - device.layers[0])) for device in plan.gpus]
     assert max(shares) - min(shares) <= 0.12  # a layer of 40 more or less
-    bounds = speed_bounds(plan, case.rig, n_experts=16, top_k=4)
+    bounds = speed_bounds(plan, case.machine, n_experts=16, top_k=4)
     assert 0 < bounds.lower <= bounds.expected * 1.0000001 <= bounds.upper * 1.0000002
     assert bounds.expected == pytest.approx(1 / sum(term.seconds for term in bounds.terms))
 
@@ -123,44 +123,44 @@ def test_the_split_is_the_best_of_all(case: Case) -> None:
 
     from dbrx_q.planning import placement
 
-    request = Request(8192)
+    request = MemoryRequest(8192)
     model = Footprint.of(DBRX, INT4, request)
-    every = [placement._on_cards(model, case.rig, (*ends, 40)) for ends in combinations(range(1, 40), len(case.cards) - 1)]
-    least = min(placement._badness(model, case.rig, plan) for plan in every)
-    assert placement._badness(model, case.rig, place(DBRX, INT4, case.rig, request)) == least
+    every = [placement._on_gpus(model, case.machine, (*ends, 40)) for ends in combinations(range(1, 40), len(case.gpus) - 1)]
+    least = min(placement._cost(model, case.machine, plan) for plan in every)
+    assert placement._cost(model, case.machine, place(DBRX, INT4, case.machine, request)) == least
 
 
 def test_more_of_anything_is_never_slower() -> None:
-    def expected(rig: Rig, request: Request) -> float:
-        return speed_bounds(place(DBRX, INT4, rig, request), rig, n_experts=16, top_k=4).expected
+    def expected(machine: Machine, request: MemoryRequest) -> float:
+        return speed_bounds(place(DBRX, INT4, machine, request), machine, n_experts=16, top_k=4).expected
 
-    base, request = Case((24,), 32).rig, Request(8192)
+    base, request = Case((24,), 32).machine, MemoryRequest(8192)
     now = expected(base, request)
     assert expected(replace(base, ram=64 * GIB), request) > now
-    assert expected(replace(base, cards=(*base.cards, card(24))), request) > now
+    assert expected(replace(base, gpus=(*base.gpus, gpu(24))), request) > now
     assert expected(base, replace(request, kv_format="int4")) > now
     assert expected(base, replace(request, context=1024)) > now
     assert expected(replace(base, disk_bandwidth=1e10), request) > now
-    assert expected(Case((-24,), 32).rig, request) < now
+    assert expected(Case((-24,), 32).machine, request) < now
 
 
 def test_a_shorter_context_is_found_however_short_it_must_be() -> None:
     """With several sequences, and together with smaller keys and values."""
-    rig, request = Rig(12 * GIB, (card(10),)), Request(32768, batch=8)
-    sentence = advice(DBRX, INT4, rig, request)
+    machine, request = Machine(12 * GIB, (gpu(10),)), MemoryRequest(32768, batch=8)
+    sentence = advice(DBRX, INT4, machine, request)
     options = re.findall(r"--context (\d+)(?: --kv (int\d))?", sentence)
     assert len(options) == 3
     for context, kv_format in options:
         fitting = replace(request, context=int(context), kv_format=kv_format or "plain")
-        assert place(DBRX, INT4, rig, fitting).fits
-        assert not place(DBRX, INT4, rig, replace(fitting, context=2 * int(context))).fits
-    tiny = advice(DBRX, INT4, Rig(64 * GIB, (card(1),)), Request(8192))
-    assert "no smaller KV cache, shorter context or other card makes it fit" in tiny
+        assert place(DBRX, INT4, machine, fitting).fits
+        assert not place(DBRX, INT4, machine, replace(fitting, context=2 * int(context))).fits
+    tiny = advice(DBRX, INT4, Machine(64 * GIB, (gpu(1),)), MemoryRequest(8192))
+    assert "no smaller KV cache, shorter context or other GPU makes it fit" in tiny
 
 
-def test_a_kind_that_lies_on_cards_alone_passes_through_host_memory() -> None:
+def test_a_kind_that_lies_on_gpus_alone_passes_through_host_memory() -> None:
     formats = {name: TensorFormat("int8", 64) if ".blocks.0.ffn" in name else fmt for name, fmt in INT4.items()}
-    plan = place(DBRX, formats, Rig(32 * GIB, (card(24), card(48))), Request(4096))
+    plan = place(DBRX, formats, Machine(32 * GIB, (gpu(24), gpu(48))), MemoryRequest(4096))
     assert len(plan.host.slots) == 2
     assert min(plan.host.slots.values()) >= 1
     assert plan.host.experts == sum(kind.nbytes * count for kind, count in plan.host.slots.items())
@@ -170,14 +170,14 @@ def test_a_kind_that_lies_on_cards_alone_passes_through_host_memory() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
     """Of the requests of a token as many come from disk as experts can lie on it alone, over the link and over nothing else at the time."""
-    plan = place(DBRX, INT4, case.rig, Request(8192))
-    bounds = speed_bounds(plan, case.rig, n_experts=16, top_k=4)
+    plan = place(DBRX, INT4, case.machine, MemoryRequest(8192))
+    bounds = speed_bounds(plan, case.machine, n_experts=16, top_k=4)
     moved = {what: sum(term.nbytes for term in bounds.lower_terms if what in term.path) for what in ("disk", "link")}
-    slots = sum(there.n_slots for there in plan.cards), plan.host.n_slots
+    slots = sum(there.n_slots for there in plan.gpus), plan.host.n_slots
     nowhere = 640 - max(slots) if plan.disk_experts else 0
     assert moved["disk"] == pytest.approx(min(160, nowhere) * EXPERT)
-    off_cards = sum(min(4 * (end - first), 16 * (end - first) - there.n_slots) for there in plan.cards for first, end in [there.layers])
-    assert moved["link"] == pytest.approx(off_cards * EXPERT)
+    off_gpus = sum(min(4 * (end - first), 16 * (end - first) - there.n_slots) for there in plan.gpus for first, end in [there.layers])
+    assert moved["link"] == pytest.approx(off_gpus * EXPERT)
     assert bounds.lower == pytest.approx(1 / sum(term.seconds for term in bounds.lower_terms))
     assert bounds.lower <= bounds.expected * 1.0000001
     assert bounds.expected <= bounds.upper * 1.0000001
@@ -186,16 +186,16 @@ def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
 
 def test_the_arithmetic_of_a_token() -> None:
     """All-miss over 25 GB/s, and from 60 GB/s of host memory."""
-    rig = Rig(128 * GIB, (card(24),))
-    bounds = speed_bounds(place(DBRX, INT4, rig, Request(8192)), rig, n_experts=16, top_k=4)
+    machine = Machine(128 * GIB, (gpu(24),))
+    bounds = speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4)
     dense = next(term for term in bounds.terms if "every token" in term.what)
     assert bounds.lower == pytest.approx(1 / (dense.seconds + 160 * EXPERT / 25e9))
-    held = place(DBRX, INT4, rig, Request(8192)).cards[0].n_slots
+    held = place(DBRX, INT4, machine, MemoryRequest(8192)).gpus[0].n_slots
     assert bounds.hit_rate == pytest.approx(held / 640)
     missed = 160 * (1 - held / 640) * EXPERT
     assert bounds.expected == pytest.approx(1 / (dense.seconds + 160 * held / 640 * EXPERT / 900e9 + missed / 60e9))
-    cpu = Rig(32 * GIB)
-    plan = place(DBRX, INT4, cpu, Request(8192))
+    cpu = Machine(32 * GIB)
+    plan = place(DBRX, INT4, cpu, MemoryRequest(8192))
     share = plan.host.n_slots / 640
     seconds = plan.host.dense_read / 60e9 + 160 * EXPERT * (1 / 60e9 + (1 - share) / 5e9)
     assert speed_bounds(plan, cpu, n_experts=16, top_k=4).expected == pytest.approx(1 / seconds)
@@ -207,7 +207,7 @@ def test_formats_that_differ_share_the_room_evenly() -> None:
     for name in formats:
         if ".blocks.7.ffn" in name:
             formats[name] = TensorFormat("int8", 64)
-    plan = place(DBRX, formats, Rig(32 * GIB), Request(4096))
+    plan = place(DBRX, formats, Machine(32 * GIB), MemoryRequest(4096))
     counts = sorted(plan.host.slots.values())
     assert len(counts) == 2
     assert abs(counts[0] / 16 - counts[1] / 624) < 0.07  # an expert of 16 more or less
@@ -215,40 +215,46 @@ def test_formats_that_differ_share_the_room_evenly() -> None:
     assert 32 * GIB - plan.host.total < min(kind.nbytes for kind in plan.host.slots)
 
 
-def test_more_cards_than_layers(nano: Path) -> None:
+def test_more_gpus_than_layers(nano: Path) -> None:
     config = DbrxConfig.from_pretrained(nano)
-    plan = place(config, {}, Rig(None, tuple(card(24) for _ in range(6))), Request(64))
-    assert [device.layers for device in plan.cards] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (4, 4)]
+    plan = place(config, {}, Machine(None, tuple(gpu(24) for _ in range(6))), MemoryRequest(64))
+    assert [device.layers for device in plan.gpus] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (4, 4)]
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_fits_instead() -> None:
-    rig = Rig(64 * GIB, (card(8),))
-    plan = place(DBRX, INT4, rig, Request(32768))
+    machine = Machine(64 * GIB, (gpu(8),))
+    plan = place(DBRX, INT4, machine, MemoryRequest(32768))
     assert not plan.fits
     assert plan.short_of == "cuda:0"
-    least = replace(rig, cards=(Card(8 * GIB + plan.shortfall),))
-    assert place(DBRX, INT4, least, Request(32768)).fits
-    assert not place(DBRX, INT4, replace(rig, cards=(Card(8 * GIB + plan.shortfall - 1),)), Request(32768)).fits
-    sentence = advice(DBRX, INT4, rig, Request(32768))
+    least = replace(machine, gpus=(Gpu(8 * GIB + plan.shortfall),))
+    assert place(DBRX, INT4, least, MemoryRequest(32768)).fits
+    assert not place(DBRX, INT4, replace(machine, gpus=(Gpu(8 * GIB + plan.shortfall - 1),)), MemoryRequest(32768)).fits
+    sentence = advice(DBRX, INT4, machine, MemoryRequest(32768))
     assert f"{8 * GIB + plan.shortfall:,} bytes for cuda:0" in sentence
     assert "--kv int4" in sentence
-    assert place(DBRX, INT4, rig, Request(32768, kv_format="int4")).fits
+    assert place(DBRX, INT4, machine, MemoryRequest(32768, kv_format="int4")).fits
     for kv_format, option in (("plain", ""), ("int8", " --kv int8"), ("int4", " --kv int4")):
-        longest = next(c for c in (16384, 8192, 4096, 2048) if place(DBRX, INT4, rig, Request(c, kv_format=kv_format)).fits)
+        longest = next(c for c in (16384, 8192, 4096, 2048) if place(DBRX, INT4, machine, MemoryRequest(c, kv_format=kv_format)).fits)
         assert f"--context {longest}{option}{'.' if option == ' --kv int4' else ', '}" in sentence
 
 
 @pytest.mark.parametrize(
-    ("rig", "most"),
-    [(Rig(32 * GIB, (card(24),)), "another card"), (Rig(16 * GIB), "34.36 GB more of RAM"), (Case((24, 24, 24, 24), 64).rig, "Neither")],
+    ("machine", "most"),
+    [
+        (Machine(32 * GIB, (gpu(24),)), "another GPU"),
+        (Machine(16 * GIB), "34.36 GB more of RAM"),
+        (Case((24, 24, 24, 24), 64).machine, "Neither"),
+    ],
 )
-def test_advice_names_what_helps_most(rig: Rig, most: str) -> None:
-    sentence = advice(DBRX, INT4, rig, Request(8192))
+def test_advice_names_what_helps_most(machine: Machine, most: str) -> None:
+    sentence = advice(DBRX, INT4, machine, MemoryRequest(8192))
     assert most in sentence
     if "instead of" in sentence:
         better, now = (float(part) for part in sentence.split("(")[1].replace(" tokens/s expected instead of", "").rstrip(").").split())
         assert better > now
-        assert math.isclose(now, speed_bounds(place(DBRX, INT4, rig, Request(8192)), rig, n_experts=16, top_k=4).expected, abs_tol=0.06)
+        assert math.isclose(
+            now, speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4).expected, abs_tol=0.06
+        )
 
 
 def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callable[..., Any]) -> None:
@@ -271,7 +277,7 @@ def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callab
     assert f"The least that works is {1_000_000 + missing:,} bytes for cpu" in short.out
 
 
-def test_cards_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = cli("plan", nano, "--gpu", "24GiB", "--gpu", "12GiB,desktop,link=16GB,bandwidth=500GB", "--json")
     devices = json.loads(done.out)["devices"]
@@ -293,66 +299,66 @@ def test_cards_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: 
 
 
 def test_a_plan_is_quick() -> None:
-    """Four cards have 9,139 splits; few are looked at."""
+    """Four GPUs have 9,139 splits; few are looked at."""
     from dbrx_q.planning import placement
 
     seen: list[tuple[int, ...]] = []
-    real = placement._on_cards
+    real = placement._on_gpus
 
-    def counted(model: Any, rig: Rig, ends: Any) -> Placement:
+    def counted(model: Any, machine: Machine, ends: Any) -> Placement:
         seen.append(tuple(ends))
-        return real(model, rig, ends)
+        return real(model, machine, ends)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(placement, "_on_cards", counted)
-        place(DBRX, INT4, Case((24, 24, 24, 24), 64).rig, Request(8192))
+        patched.setattr(placement, "_on_gpus", counted)
+        place(DBRX, INT4, Case((24, 24, 24, 24), 64).machine, MemoryRequest(8192))
     assert len(seen) < 1500
 
 
 def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
-    for cards in ((), (card(24), card(24))):
-        rig = Rig(80 * GIB, cards)
-        plans = [place(DBRX, INT8, rig, Request(4096, low_bit=copy)) for copy in (None, INT4)]
-        without, with_copy = (speed_bounds(plan, rig, n_experts=16, top_k=4) for plan in plans)
+    for gpus in ((), (gpu(24), gpu(24))):
+        machine = Machine(80 * GIB, gpus)
+        plans = [place(DBRX, INT8, machine, MemoryRequest(4096, fallback=copy)) for copy in (None, INT4)]
+        without, with_copy = (speed_bounds(plan, machine, n_experts=16, top_k=4) for plan in plans)
         assert any(term.path == "disk" for term in without.terms)
         assert not any(term.path == "disk" for term in with_copy.terms)
         assert with_copy.lower <= with_copy.expected <= with_copy.upper
         assert with_copy.expected > 1.5 * without.expected
         [copies] = [term for term in with_copy.terms if "low-bit" in term.what][:1]
         assert copies.nbytes > 0
-        assert plans[1].host.low_bit == pytest.approx(640 * EXPERT)
+        assert plans[1].host.fallback == pytest.approx(640 * EXPERT)
         assert plans[1].host.total <= 80 * GIB
 
 
 @pytest.mark.parametrize("memory", [(24, 1, 24), (12, 0.5, 12, 24), (1, 24), (24, 0.6, 0.6, 24)])
-def test_a_card_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None:
-    plan = place(DBRX, INT4, Rig(64 * GIB, tuple(Card(int(size * GIB)) for size in memory)), Request(4096))
-    assert all(there.layers[1] > there.layers[0] for there in plan.cards)
-    assert [there.layers[0] for there in plan.cards[1:]] == [there.layers[1] for there in plan.cards[:-1]]
+def test_a_gpu_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None:
+    plan = place(DBRX, INT4, Machine(64 * GIB, tuple(Gpu(int(size * GIB)) for size in memory)), MemoryRequest(4096))
+    assert all(there.layers[1] > there.layers[0] for there in plan.gpus)
+    assert [there.layers[0] for there in plan.gpus[1:]] == [there.layers[1] for there in plan.gpus[:-1]]
     assert {there.device for there in plan.short} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
 
 
 @pytest.mark.parametrize(("memory", "ram"), [((2, 2), 1.0), ((6,), 0.3), ((24, 24), 0.2), ((1, 1, 1), 0.1), ((24, 1, 24), 64)])
 def test_what_is_named_as_the_least_works(memory: tuple[float, ...], ram: float) -> None:
-    rig = Rig(int(ram * GIB), tuple(Card(int(size * GIB)) for size in memory))
-    plan, request = place(DBRX, INT4, rig, Request(4096)), Request(4096)
-    sentence = advice(DBRX, INT4, rig, request)
+    machine = Machine(int(ram * GIB), tuple(Gpu(int(size * GIB)) for size in memory))
+    plan, request = place(DBRX, INT4, machine, MemoryRequest(4096)), MemoryRequest(4096)
+    sentence = advice(DBRX, INT4, machine, request)
     least = {there.device: there.total for there in plan.short}
     assert all(f"{size:,} bytes for {device}" in sentence for device, size in least.items())
-    given = tuple(replace(card, memory=least.get(f"cuda:{c}", card.memory)) for c, card in enumerate(rig.cards))
-    assert place(DBRX, INT4, Rig(least.get("cpu", rig.ram), given), request).fits
+    given = tuple(replace(gpu, memory=least.get(f"cuda:{c}", gpu.memory)) for c, gpu in enumerate(machine.gpus))
+    assert place(DBRX, INT4, Machine(least.get("cpu", machine.ram), given), request).fits
 
 
-def test_cards_without_layers_hold_nothing() -> None:
+def test_gpus_without_layers_hold_nothing() -> None:
     config = DbrxConfig.from_dict(DBRX.to_dict() | {"n_layers": 2})
-    plan = place(config, {}, Rig(None, (card(24),) * 4), Request(64))
-    whole = place(config, {}, Rig(), Request(64))
-    assert [there.dense > 0 for there in plan.cards] == [True, True, False, False]
-    assert sum(there.dense for there in plan.cards) == whole.host.dense
+    plan = place(config, {}, Machine(None, (gpu(24),) * 4), MemoryRequest(64))
+    whole = place(config, {}, Machine(), MemoryRequest(64))
+    assert [there.dense > 0 for there in plan.gpus] == [True, True, False, False]
+    assert sum(there.dense for there in plan.gpus) == whole.host.dense
 
 
-def test_a_host_that_computes_for_cards_has_room_for_their_steps() -> None:
-    """A row of every pair alone takes 201 MB of the 2,048 tokens that a card's step brings."""
-    plan = place(DBRX, INT4, Rig(64 * GIB, (card(24),)), Request(8192))
-    one = place(DBRX, INT4, Rig(64 * GIB, (card(24),)), Request(8192, step_tokens=1))
+def test_a_host_that_computes_for_gpus_has_room_for_their_steps() -> None:
+    """A row of every pair alone takes 201 MB of the 2,048 tokens that a GPU's step brings."""
+    plan = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192))
+    one = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192, step_tokens=1))
     assert plan.host.workspace - one.host.workspace > 2 * 2048 * 4 * 6144 * 4

@@ -12,11 +12,10 @@ import torch
 
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.device_timing import Environment
-from dbrx_q.eval.bench.kernel_report import BEGIN, END, problems, table, write_report
-from dbrx_q.eval.bench.kernel_report import Row as ResourceRow
+from dbrx_q.eval.bench.kernel_report import BEGIN, END, ResourceRow, problems, table, write_report
 from dbrx_q.eval.bench.kernel_resources import Resources, global_loads
-from dbrx_q.eval.bench.kernel_shapes import DBRX, Format, empty_weight
-from dbrx_q.eval.bench.kernels import KernelBenchmark, Row, markdown
+from dbrx_q.eval.bench.kernel_shapes import DBRX, KernelFormat, empty_weight
+from dbrx_q.eval.bench.kernels import KernelBenchmark, KernelTiming, markdown
 from dbrx_q.eval.bench.tune import Failure, dbrx_problems, sweep
 from dbrx_q.kernels.triton.launch import CHIPS
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, candidates
@@ -34,8 +33,8 @@ def test_without_a_gpu_the_command_says_so(command: str, cli: Callable[..., obje
     assert "Run it on a machine" in done.err  # type: ignore[attr-defined] # the same
 
 
-def row(**changes: object) -> Row:
-    made = Row(
+def row(**changes: object) -> KernelTiming:
+    made = KernelTiming(
         kernel="linear",
         case="Wqkv, int4-g64, 1 token",
         seconds=9.7e-6,
@@ -48,7 +47,7 @@ def row(**changes: object) -> Row:
         eager=("torch._weight_int4pack_mm",),
         failed={},
     )
-    return replace(made, **changes)  # type: ignore[arg-type] # fields of Row
+    return replace(made, **changes)  # type: ignore[arg-type] # fields of KernelTiming
 
 
 def test_results_as_markdown_and_json() -> None:
@@ -116,8 +115,8 @@ def test_every_product_of_dbrx_is_swept() -> None:
     assert DBRX.qkv == 8192
 
 
-@pytest.mark.parametrize("fmt", [Format("int4", 128), Format("int8", 32), Format("nf4", 64)], ids=str)
-def test_an_empty_weight_has_the_shape_that_it_stands_for(fmt: Format) -> None:
+@pytest.mark.parametrize("fmt", [KernelFormat("int4", 128), KernelFormat("int8", 32), KernelFormat("nf4", 64)], ids=str)
+def test_an_empty_weight_has_the_shape_that_it_stands_for(fmt: KernelFormat) -> None:
     assert empty_weight(fmt, 3, 24, 384).shape == (3, 24, 384)
 
 

@@ -20,7 +20,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench import ceilings
 from dbrx_q.eval.bench import model as benchmark
-from dbrx_q.eval.bench.ceilings import Footprint, Need, Rates, ceiling, decode_need, prefill_need, touched_experts
+from dbrx_q.eval.bench.ceilings import ModelWork, Need, Rates, ceiling, decode_need, prefill_need, touched_experts
 from dbrx_q.eval.bench.model import ModelBenchmark, SpeedTest, bench_model, speed_tests
 from dbrx_q.eval.bench.report import markdown
 from dbrx_q.generation.decoding import decoder_for
@@ -47,7 +47,7 @@ def stored_bytes(folder: Path) -> int:
 # What a token needs, by hand
 
 
-FOOTPRINT = Footprint(
+FOOTPRINT = ModelWork(
     DbrxConfig(
         d_model=8,
         n_heads=2,
@@ -93,7 +93,7 @@ def test_touched_experts_over_all_choices(experts: int, active: int, tokens: int
 
 @pytest.mark.parametrize(("kv_format", "kv_bytes"), [("plain", 4 * 2 * 2 * 32 * 2), ("int8", 4 * 2 * 2 * (32 + 2))])
 def test_a_footprint_is_what_lies_in_memory(kv_format: str, kv_bytes: int, quantized_nano: Path) -> None:
-    found = Footprint.of(DbrxForCausalLM.from_pretrained(quantized_nano), kv_format)
+    found = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), kv_format)
     assert sum(found.nbytes.values()) == stored_bytes(quantized_nano)
     assert found.nbytes["embedding"] == 4096 * 128 * (1 + 2 / 64)  # int8 with a float16 scale for 64
     assert found.parameters["experts"] == 4 * 16 * 3 * 128 * 256
@@ -152,7 +152,7 @@ def test_json_holds_every_row_and_how_it_came_about(written: tuple[ModelBenchmar
     result, folder = written
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == result.to_dict()
     assert [row.name for row in result.rows] == NAMES
-    footprint = Footprint.of(DbrxForCausalLM.from_pretrained(quantized_small), "plain")
+    footprint = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_small), "plain")
     for row in result.rows:
         need = (prefill_need if row.kind == "pp" else decode_need)(footprint, batch=row.batch, depth=row.depth, tokens=row.tokens)
         assert (row.bytes_per_token, row.flops_per_token) == (need.nbytes, need.flops)
@@ -292,7 +292,7 @@ def test_experts_that_memory_does_not_hold(quantized_nano: Path, nano: Path, cli
     done = cli("bench", quantized_nano, *sizes, "--ram", "3MiB", "--json")
     assert done.code == 0
     result = ModelBenchmark.from_dict(json.loads(done.out))
-    footprint = Footprint.of(DbrxForCausalLM.from_pretrained(quantized_nano), "plain")
+    footprint = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), "plain")
     assert result.weight_bytes < 3 << 20 < sum(footprint.nbytes.values())
     for row in result.rows:
         assert 0 <= row.hit_rate < 1

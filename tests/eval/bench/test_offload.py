@@ -1,4 +1,4 @@
-"""`bench offload`: what is measured with experts on disk, and on a card over host memory."""
+"""`bench offload`: what is measured with experts on disk, and on a GPU over host memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dbrx_q.errors import RequestError
-from dbrx_q.eval.bench.offload import bench_card, bench_offload, markdown
+from dbrx_q.eval.bench.offload import bench_gpu, bench_offload, markdown
 
 
 def test_the_command_measures_and_writes(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -36,8 +36,8 @@ def test_the_command_measures_and_writes(quantized_nano: Path, tmp_path: Path, c
     assert "| 19 (30%) | tg4 | yes |" in (out / "offload.md").read_text()
 
 
-def test_a_card_over_host_memory(quantized_nano: Path) -> None:
-    rows = bench_card(quantized_nano, [0.4], torch.device("cpu"), tokens=4, policy="least-stale")
+def test_a_gpu_over_host_memory(quantized_nano: Path) -> None:
+    rows = bench_gpu(quantized_nano, [0.4], torch.device("cpu"), tokens=4, policy="least-stale")
     assert [(row.miss_policy, row.prefetch) for row in rows] == [(p, f) for p in ("cpu", "copy", "hybrid") for f in (True, False)]
     for row in rows:
         assert row.slots == 25
@@ -45,7 +45,7 @@ def test_a_card_over_host_memory(quantized_nano: Path) -> None:
         assert row.bound == pytest.approx((row.cpu + row.link) / row.needed_bytes)
         assert row.on_cpu == {"cpu": 1.0, "copy": 0.0}.get(row.miss_policy, row.on_cpu)
     found = bench_offload(quantized_nano, [0.4], tokens=2, prompt=0, policy="lru", prefetch=[False])
-    found.cards = rows
+    found.gpus = rows
     assert "| 25 (40%) | hybrid | yes |" in markdown(found)
 
 
@@ -66,19 +66,19 @@ def test_what_cannot_be_measured(quantized_nano: Path, arguments: tuple[str, ...
 
 def test_shares_that_are_none(quantized_nano: Path) -> None:
     with pytest.raises(RequestError, match=r"between 0 and 1; found 1\.5"):
-        bench_card(quantized_nano, [1.5], torch.device("cpu"), policy="lru")
+        bench_gpu(quantized_nano, [1.5], torch.device("cpu"), policy="lru")
     with pytest.raises(RequestError, match="at least 1; found 0"):
-        bench_card(quantized_nano, [0.5], torch.device("cpu"), tokens=0, policy="lru")
+        bench_gpu(quantized_nano, [0.5], torch.device("cpu"), tokens=0, policy="lru")
 
 
-def test_beside_it_a_low_bit_copy(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_beside_it_a_fallback_copy(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = tmp_path / "int8"
-    assert cli("quantize", nano, folder, "--format", "int8", "--low-bit", "int4").code == 0
-    found = bench_offload(folder, [0.8], tokens=4, prompt=0, policy="lru", prefetch=[False], degraded=True)
+    assert cli("quantize", nano, folder, "--format", "int8", "--fallback-format", "int4").code == 0
+    found = bench_offload(folder, [0.8], tokens=4, prompt=0, policy="lru", prefetch=[False], fallback=True)
     without, row = found.rows
-    assert without.degraded == 0
-    assert 0 < row.degraded <= 1 - row.hit_rate
+    assert without.fallback == 0
+    assert 0 < row.fallback <= 1 - row.hit_rate
     assert row.slots < without.slots  # the copy takes the memory of some
-    assert f"| {row.degraded:.1%} |" in markdown(found)
+    assert f"| {row.fallback:.1%} |" in markdown(found)
     with pytest.raises(RequestError, match=r"in that of 25% .* bytes are missing"):
-        bench_offload(folder, [0.8, 0.25], tokens=4, prompt=0, policy="lru", degraded=True, on_row=lambda *_: pytest.fail("measured"))
+        bench_offload(folder, [0.8, 0.25], tokens=4, prompt=0, policy="lru", fallback=True, on_row=lambda *_: pytest.fail("measured"))

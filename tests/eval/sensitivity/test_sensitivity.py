@@ -178,11 +178,11 @@ def test_what_is_counted(model: DbrxForCausalLM, ids: list[int]) -> None:
 
 
 def test_it_is_what_the_packed_checkpoint_loses(model: DbrxForCausalLM, ids: list[int], tmp_path: Path) -> None:
-    from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+    from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
     fmt = TensorFormat("int4", 64)
     (experts,) = (unit for unit in units_of(model.config, "kind") if unit.name == "experts")
-    quantize_checkpoint(NANO, tmp_path / "packed", Request(lambda checkpoint: dict.fromkeys(experts.tensors, fmt)))
+    quantize_checkpoint(NANO, tmp_path / "packed", QuantizationRequest(lambda checkpoint: dict.fromkeys(experts.tensors, fmt)))
     packed = DbrxForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     (unit,) = measured(model, ids, [experts], [fmt], by="kind").units
     # A few tokens' fourth expert differs by one rounding of a float32.

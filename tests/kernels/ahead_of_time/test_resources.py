@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dbrx_q.kernels.triton.launch as launch_module
-from dbrx_q.eval.bench.kernel_report import Row, problems
+from dbrx_q.eval.bench.kernel_report import ResourceRow, problems
 from dbrx_q.eval.bench.kernel_resources import compile_launch, global_loads, packed_parameters
 from dbrx_q.eval.bench.kernel_shapes import usual_launches
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
@@ -35,7 +35,7 @@ def launches(chip: str) -> dict[str, Launch]:
 def test_compiles_within_the_chip(chip: str, case: str) -> None:
     launch = launches(chip)[case]
     compiled = compile_launch(launch, CHIPS[chip])
-    assert problems(Row(case, compiled), CHIPS[chip]) == []
+    assert problems(ResourceRow(case, compiled), CHIPS[chip]) == []
     if CHIPS[chip].vendor == "cuda":
         loads = global_loads(compiled.assembly)
         # Nothing is overlooked: each load is traced to one parameter, and packed data is read at all.

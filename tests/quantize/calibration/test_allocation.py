@@ -17,7 +17,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat, kind_of, oriented, parts_of
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.weights import dequantize
-from dbrx_q.quantize.calibration.allocation import Choice, allocate
+from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
 from dbrx_q.quantize.calibration.output_errors import OutputErrors, output_errors
 from dbrx_q.quantize.calibration.sequences import sequences_of
 from dbrx_q.quantize.methods.rtn import rtn
@@ -34,15 +34,15 @@ SMALL = st.lists(
 )
 
 
-def choices_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[Choice]]:
-    return {f"t{i}": [Choice(INT4, bits, error) for bits, error in some] for i, some in enumerate(tensors)}
+def choices_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[FormatChoice]]:
+    return {f"t{i}": [FormatChoice(INT4, bits, error) for bits, error in some] for i, some in enumerate(tensors)}
 
 
-def spent(found: dict[str, Choice]) -> int:
+def spent(found: dict[str, FormatChoice]) -> int:
     return sum(choice.bits for choice in found.values())
 
 
-def harm(found: dict[str, Choice]) -> float:
+def harm(found: dict[str, FormatChoice]) -> float:
     return sum(choice.error for choice in found.values())
 
 
@@ -58,7 +58,7 @@ def test_small_cases_are_solved_exactly(tensors: list[list[tuple[int, float]]], 
     assert harm(found) == pytest.approx(best, abs=1e-9)
 
 
-def lower_bound(choices: dict[str, list[Choice]], target: int) -> float:
+def lower_bound(choices: dict[str, list[FormatChoice]], target: int) -> float:
     """Of the sum of errors, where a tensor may be part one choice and part another: the largest value of the Lagrange dual on a grid."""
     return max(
         sum(min(choice.error + price * choice.bits for choice in some) for some in choices.values()) - price * target
@@ -73,7 +73,9 @@ def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None
     for i in range(80):
         size, sensitivity = (float(torch.rand((), generator=generator)) for _ in range(2))
         weights = 10**6 + int(size * 10**8)
-        choices[f"t{i}"] = [Choice(INT4, int(weights * bits), 10 ** (2 * sensitivity) * 4**-bits) for bits in (4.17, 4.31, 4.63, 8.25, 16)]
+        choices[f"t{i}"] = [
+            FormatChoice(INT4, int(weights * bits), 10 ** (2 * sensitivity) * 4**-bits) for bits in (4.17, 4.31, 4.63, 8.25, 16)
+        ]
     least, most = (sum(of(choice.bits for choice in some) for some in choices.values()) for of in (min, max))
     target = least + int(share * (most - least))
     found = allocate(choices, target)
@@ -84,7 +86,13 @@ def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None
 @pytest.mark.parametrize("target", [99, 801])
 def test_a_target_out_of_reach_is_refused(target: int) -> None:
     with pytest.raises(RequestError, match=rf"from 100 to 800 bits .* found {target}"):
-        allocate({"a": [Choice(INT4, 40, 1.0), Choice(INT8, 400, 0.1)], "b": [Choice(INT4, 60, 1.0), Choice(INT8, 400, 0.1)]}, target)
+        allocate(
+            {
+                "a": [FormatChoice(INT4, 40, 1.0), FormatChoice(INT8, 400, 0.1)],
+                "b": [FormatChoice(INT4, 60, 1.0), FormatChoice(INT8, 400, 0.1)],
+            },
+            target,
+        )
 
 
 @pytest.fixture(scope="module")

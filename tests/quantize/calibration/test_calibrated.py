@@ -24,7 +24,7 @@ from dbrx_q.quantize.pipeline import run as pipeline
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.sources.open import open_source
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -37,7 +37,9 @@ def ids(nano: Path) -> list[int]:
 
 
 def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> RunRecord:
-    request = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options)
+    request = QuantizationRequest(
+        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
+    )
     return quantize_checkpoint(source, destination, request)
 
 
@@ -93,8 +95,8 @@ def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_
     report = quantize(nano, tmp_path / "out", sequences_of(ids, count=6, length=100, seed=0), "gptq")
     (calibration,) = calibrations
     few = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
-    assert {(record.layer, record.expert) for record in report.fallbacks} == set(few)
-    assert {record.calibrated_by for record in report.fallbacks} == {"layer"}
+    assert {(record.layer, record.expert) for record in report.undersampled} == set(few)
+    assert {record.calibrated_by for record in report.undersampled} == {"layer"}
     assert 0 < len(few) < 64
     errors = report.relative_error
     fallen, others = (

@@ -15,7 +15,7 @@ from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.accelerator import open_accelerator
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 from dbrx_q.quantize.pipeline.records import RunRecord
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
@@ -25,7 +25,9 @@ SHARES, BETAS = torch.tensor([1.0, 0.9, 0.8, 0.7]), torch.tensor([10 * 1.01**n f
 def quantize(source: Path, out: Path, method: str, memory: int | None, device: str = "cuda") -> RunRecord:
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
     accelerator = open_accelerator(device, memory)
-    asked = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator)
+    asked = QuantizationRequest(
+        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
+    )
     return quantize_checkpoint(source, out, asked)
 
 

@@ -50,7 +50,7 @@ def sums(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [K, K]: H without damping, and C."""
     hessian = moments.hessian.double()
     hessian.diagonal().copy_(moments.importance)
-    return hessian, hessian if moments.drift is None else hessian + moments.drift.double()
+    return hessian, hessian if moments.cross_term is None else hessian + moments.cross_term.double()
 
 
 def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -169,14 +169,14 @@ def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments
 
 
 def test_what_makes_up_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments, products: Products) -> None:
-    found = moments.made_up(weight).double()
+    found = moments.corrected_target(weight).double()
     hessian, cross = sums(moments)
     d = DAMPING * hessian.diagonal().mean()
     # The gradient of |W' X - W Y|^2 + d |W' - W|^2 with respect to W'.
     gradient = found @ hessian - weight.double() @ cross + d * (found - weight.double())
     assert gradient.abs().max() < 1e-4 * (weight.double() @ cross).abs().max()
     assert (found - weight).norm() > 0.01 * weight.norm()
-    assert torch.equal(Moments(moments.hessian, None, products).made_up(weight), weight)
+    assert torch.equal(Moments(moments.hessian, None, products).corrected_target(weight), weight)
 
 
 def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch, products: Products) -> None:
@@ -253,11 +253,11 @@ def test_workers_keep_the_order_and_give_the_threads_back() -> None:
 def test_stakes_are_what_an_error_costs_once_later_columns_made_up_for_it(moments: Moments) -> None:
     """The Schur complement: of all w with w[i] = 1, zero before i in the order and free after it, the least w H w^T."""
     hessian = moments.hessian.double()[moments.order][:, moments.order]
-    found = moments.stakes[moments.order]
+    found = moments.inverse_hessian_cost[moments.order]
     for i in (0, 5, K // 2, K - 2, K - 1):
         later = hessian[i + 1 :, i + 1 :]
-        made_up = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
-        assert found[i] == pytest.approx(float(hessian[i, i] - made_up), rel=1e-4)
+        corrected_target = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
+        assert found[i] == pytest.approx(float(hessian[i, i] - corrected_target), rel=1e-4)
     assert found[0] < 0.5 * hessian[0, 0]
 
 

@@ -19,16 +19,16 @@ from dbrx_q.errors import FormatError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.kernels.formats import nf4
 from dbrx_q.model.layers import PackedWeight
-from dbrx_q.planning.footprint import Request as MemoryRequest
-from dbrx_q.planning.machine import Rig
+from dbrx_q.planning.footprint import MemoryRequest
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe, override
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.sources.folder import PackedFolder
 
 DOUBLE = TensorFormat("nf4-double", 64)
-REQUEST = Request(
+REQUEST = QuantizationRequest(
     lambda checkpoint: override(default_recipe(checkpoint.config, DOUBLE), checkpoint.config, ["Wqkv=nf4-double", "head=nf4-double"])
 )
 
@@ -106,7 +106,7 @@ def test_bits_are_those_stored_and_memory_is_that_of_decoded_scales(made: Path) 
         experts = take_inventory(checkpoint).kinds["experts"]
         bits = 4 + 8 / 64 + (2 + 1) * 32 / (192 * 128)  # codes, scales, and of 384 scales two nested ones and an offset
         assert (experts.format, experts.bits_per_weight) == ("nf4-double g64", bits)
-        plan = place(checkpoint.config, checkpoint.formats, Rig(), MemoryRequest(context=10)).host
+        plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=10)).host
     assert plan.experts == (4 + 32 / 64) * experts.parameters / 8
     model = DbrxForCausalLM.from_pretrained(made)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -25,7 +25,7 @@ from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -34,7 +34,9 @@ def sums(folder: Path) -> dict[str, str]:
 
 def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict[str, object]:
     sequences = torch.arange(8 * 48).view(8, 48) % 90 if METHODS[method].calibrated else None
-    request = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, shard_bytes=100_000)
+    request = QuantizationRequest(
+        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, shard_bytes=100_000
+    )
     if METHODS[method].in_pieces:
         quantize_checkpoint(source, folder / "first", request)  # compiled code that starts no threads is loaded once
     whole = run(source, folder / "whole", request, None)
@@ -67,7 +69,7 @@ class Run(NamedTuple):
     seconds: float
 
 
-def run(source: Path, out: Path, request: Request, kill: tuple[int, float] | None) -> Run:
+def run(source: Path, out: Path, request: QuantizationRequest, kill: tuple[int, float] | None) -> Run:
     """A run that gets SIGKILL some seconds after it has rounded some tensors (or has begun, for 0)."""
     reading, writing = os.pipe()
     child = os.fork()

@@ -17,7 +17,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import load_plain_model
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe, override
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 RULES = [
     "w1=int4:128",
@@ -43,7 +43,7 @@ def mixed(config: DbrxConfig, *more: str) -> dict[str, TensorFormat]:
 @pytest.fixture(scope="module", params=["int8:128", "plain"], ids=lambda fmt: f"embedding={fmt}")
 def checkpoint(request: pytest.FixtureRequest, nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed") / "nano"
-    quantize_checkpoint(nano, folder, Request(lambda source: mixed(source.config, f"embedding={request.param}")))
+    quantize_checkpoint(nano, folder, QuantizationRequest(lambda source: mixed(source.config, f"embedding={request.param}")))
     return folder
 
 

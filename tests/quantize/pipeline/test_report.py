@@ -18,14 +18,14 @@ from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 IDS = torch.arange(16 * 60).view(16, 60) % 500
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def quantize(source: Path, out: Path, method: str = "best", ids: torch.Tensor | None = IDS, **options: Any) -> RunRecord:
-    asked = Request(
+    asked = QuantizationRequest(
         lambda c: default_recipe(c.config, TensorFormat("int4", 64)),
         method=method,
         sequences=ids,
@@ -88,7 +88,7 @@ def test_experts_that_too_few_tokens_reach_are_named(small: Path, tmp_path: Path
     run = quantize(small, tmp_path / "out", "gptq", ids, min_tokens=tokens if by == "layer" else tokens + 1)
     data, text = told(tmp_path / "out")
     assert {record.calibrated_by for record in run.records if record.expert >= 0} == {by}
-    assert data["fallbacks"] == [[0, expert, by] for expert in range(4)]
+    assert data["undersampled_experts"] == [[0, expert, by] for expert in range(4)]
     assert "4 expert(s) that too few tokens reach" in text
     assert "4 expert(s) were reached by too few" in (tmp_path / "out" / "README.md").read_text()
     errors = {record.label: record.relative_error for record in run.records if record.expert >= 0}

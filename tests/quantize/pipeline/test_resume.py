@@ -25,15 +25,15 @@ from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
-from dbrx_q.quantize.pipeline.run import Request, already_there, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, already_there, quantize_checkpoint
 
 KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 
 
-def request(method: str = "rtn", **changes: Any) -> Request:
+def request(method: str = "rtn", **changes: Any) -> QuantizationRequest:
     sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("awq", "gptq", "best") else None
     recipe = changes.pop("recipe", lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
-    return Request(recipe, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
+    return QuantizationRequest(recipe, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -70,7 +70,7 @@ def stop_after(tensors: int) -> Callable[[int, int], None]:
     return on_bytes
 
 
-def begun(source: Path, out: Path, asked: Request, tensors: int) -> Path:
+def begun(source: Path, out: Path, asked: QuantizationRequest, tensors: int) -> Path:
     """A run that was stopped after some tensors; where it was built."""
     with pytest.raises(StoppedError):
         quantize_checkpoint(source, out, asked, on_bytes=stop_after(tensors))
@@ -208,7 +208,7 @@ def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -
 
 def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
-    asked = Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    asked = QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
     partial = begun(nano, out, asked, 20)
     done = cli("quantize", nano, out)
     assert (done.code, done.out) == (2, "")
@@ -223,7 +223,7 @@ def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Pat
     assert (done.code, done.out) == (0, "")
     assert "is complete already" in done.err
     assert not (out / MARKER_NAME).exists()
-    assert not already_there(nano, out, Request(asked.recipe, method="clip"))
+    assert not already_there(nano, out, QuantizationRequest(asked.recipe, method="clip"))
     done = cli("quantize", nano, out, "--resume", "--recipe", "clip")
     assert done.code == 2
     assert "must be empty or not exist" in done.err

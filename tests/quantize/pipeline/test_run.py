@@ -21,7 +21,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.kernels.formats import int4, int8, nf4
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
-from dbrx_q.quantize.pipeline.run import Request, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 
@@ -35,7 +35,9 @@ def small_config(**changes: int) -> DbrxConfig:
 
 def quantize(source: Path, destination: Path, fmt: str = "int4", group_size: int = 64, **options: int) -> dict[str, torch.Tensor]:
     """All tensors of the result, as the safetensors package reads them."""
-    quantize_checkpoint(source, destination, Request(lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options))  # type: ignore[arg-type] # one option
+    quantize_checkpoint(
+        source, destination, QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options)
+    )  # type: ignore[arg-type] # one option
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(destination.glob("*.safetensors")):
         tensors |= safetensors.torch.load_file(shard)
@@ -130,5 +132,5 @@ def test_a_recipe_that_leaves_experts_out_is_refused(source: Path, tmp_path: Pat
         return {name: fmt for name, fmt in formats.items() if ".1.ffn.experts.mlp.w2" not in name}
 
     with pytest.raises(FormatError, match=r"the experts of every layer; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"):
-        quantize_checkpoint(source, tmp_path / "out", Request(without))
+        quantize_checkpoint(source, tmp_path / "out", QuantizationRequest(without))
     assert not list(tmp_path.iterdir())
