@@ -54,7 +54,7 @@ def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("carrying") / "dbrx-nano-int8"
     for name, fmt in ((".", "int8"), (FALLBACK_FOLDER, "int4")):
         recipe = default_recipe(DbrxConfig.from_pretrained(nano), TensorFormat(fmt, 64))
-        pipeline.quantize_checkpoint(nano, folder / name, pipeline.Request(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
+        pipeline.quantize_checkpoint(nano, folder / name, pipeline.QuantizationRequest(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
     return folder
 
 
@@ -289,7 +289,7 @@ def test_figures_to_go_on_from_are_of_the_same_copy(carrying: Path, nano: Path, 
     config = DbrxConfig.from_pretrained(folder / FALLBACK_FOLDER)
     shutil.rmtree(folder / FALLBACK_FOLDER)
     recipe = default_recipe(config, TensorFormat("int4", 32))
-    pipeline.quantize_checkpoint(nano, folder / FALLBACK_FOLDER, pipeline.Request(lambda _: recipe))
+    pipeline.quantize_checkpoint(nano, folder / FALLBACK_FOLDER, pipeline.QuantizationRequest(lambda _: recipe))
     assert first != key(20)
 
 
@@ -320,7 +320,7 @@ def test_a_copy_that_does_not_belong_there(
         config = DbrxConfig.from_pretrained(nano)
         write_checkpoint(config, tmp_path / "random")
         recipe = default_recipe(config, TensorFormat("int4", 64))
-        pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.Request(lambda _: recipe))
+        pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.QuantizationRequest(lambda _: recipe))
     wanted = {
         "none": "--fallback needs a fallback copy in the folder 'fallback'; there is none",
         "plain": "a fallback copy must be quantized; this one is plain",
@@ -335,7 +335,7 @@ def test_a_copy_that_does_not_belong_there(
         assert wanted in cli("plan", folder, "--fallback").err.replace("\n", " ")
 
 
-def test_what_cannot_be_fallback(carrying: Path, nano: Path, cli: Cli) -> None:
+def test_a_fallback_copy_that_cannot_be_used(carrying: Path, nano: Path, cli: Cli) -> None:
     for arguments, wanted in (
         (("generate", carrying, "--prompt", "The"), "found no limit to memory. Add --ram or --gpu"),
         (("generate", carrying, "--prompt", "The", "--ram", "4MB"), "of a fallback copy"),

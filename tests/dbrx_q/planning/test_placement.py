@@ -324,7 +324,7 @@ def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
         assert not any(term.path == "disk" for term in with_copy.terms)
         assert with_copy.lower <= with_copy.expected <= with_copy.upper
         assert with_copy.expected > 1.5 * without.expected
-        [copies] = [term for term in with_copy.terms if "low-bit" in term.what][:1]
+        [copies] = [term for term in with_copy.terms if "fallback" in term.what][:1]
         assert copies.nbytes > 0
         assert plans[1].host.fallback == pytest.approx(640 * EXPERT)
         assert plans[1].host.total <= 80 * GIB
