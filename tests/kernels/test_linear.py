@@ -141,7 +141,7 @@ def test_a_token_gives_the_same_bits_in_any_small_batch() -> None:
 def test_results_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     code = """
 import torch
-from dbrx_q.kernels import int4
+from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.linear import linear
 torch.manual_seed(1)
 weight, x = int4.quantize(torch.randn(4096, 1024), 64), torch.randn(2, 1024)
@@ -160,7 +160,7 @@ print(torch.equal(*outs))
 def test_the_first_product_leaves_torchs_threads_as_they_are(tmp_path: Path) -> None:
     code = """
 import torch
-from dbrx_q.kernels import int4
+from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.linear import linear
 before = torch.get_num_threads()
 linear(torch.ones(1, 256), int4.quantize(torch.ones(64, 256), 64))

@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.checkpoint.layout import TensorFormat
-from dbrx_q.quantize.pipeline.run import Request, plan_checkpoint, quantize_checkpoint
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 from dbrx_q.quantize.pipeline.format_assignment import default_recipe
 
 warm, source, out, method, tokens = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
 
 def request(tokens):
     ids = torch.arange(tokens).view(-1, 256) % 500 if tokens else None
-    return Request(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
+    return QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
 
 quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # compiled code is not the tensors' memory
 plan = plan_checkpoint(source, request(tokens))
