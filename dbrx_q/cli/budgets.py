@@ -50,7 +50,8 @@ PREFETCH_HELP = "With --ram or --gpu, whether experts are fetched before they ar
 
 
 FALLBACK_HELP = (
-    "With --ram or --gpu, let the fallback copy that the checkpoint carries (`quantize --fallback-format`) answer for experts on disk: faster, and "
+    "With --ram or --gpu, let the fallback copy that the checkpoint carries (`quantize "
+    "--fallback-format`) answer for experts on disk: faster, and "
     "less exact."
 )
 

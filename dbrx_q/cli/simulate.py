@@ -32,7 +32,8 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the table, the figures as JSON, and the plot.")] = None,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
 ) -> None:
-    """Replay a trace through every cache policy on a machine: hits, experts brought, tokens/s; with --out also with caches of other sizes."""
+    """Replay a trace through every cache policy on a machine: hits, experts brought, tokens/s; with --out also with caches of other
+    sizes."""
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.simulation_report import FILES, KEYS, files, markdown

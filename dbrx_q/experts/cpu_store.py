@@ -23,7 +23,8 @@ __all__ = ["CpuExpertStore"]
 class CpuExpertStore(TieredExpertStore):
     """Computes experts where they lie in host memory.
 
-    While an expert is computed the next ones are read. Without a fallback copy, what is computed does not depend on what lay where: the same
+    While an expert is computed the next ones are read. Without a fallback copy, what is computed does not depend on what lay where: the
+    same
     tokens give the same bits with any number of slots, any policy and with or without prefetch.
 
     Args:

@@ -312,7 +312,8 @@ class HostTier:
 
 
 def fill_order(layers: int, experts: int, priority: np.ndarray | None, last: Sequence[Place] = ()) -> list[Place]:
-    """All experts, the likeliest first, by `priority` [L, E] or as many of each layer; behind them those of `last`, the least likely first."""
+    """All experts, the likeliest first, by `priority` [L, E] or as many of each layer; behind them those of `last`, the least likely
+    first."""
     order = [(layer, e) for e in range(experts) for layer in range(layers)]
     if priority is not None:
         order.sort(key=lambda place: -float(priority[place]))

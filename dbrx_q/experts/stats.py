@@ -58,7 +58,8 @@ class ExpertStats:
 
     cache: of the memory that computes. predicted, predictable: of the requests for which there were guesses, how many had been guessed,
     followed or not, and how many there were. disk_bytes: read from disk. compute_seconds: in the products of experts. wait_seconds: in
-    which products waited for bytes. read_seconds: in which at least one read was under way. fallback_hits: misses that a fallback copy answered.
+    which products waited for bytes. read_seconds: in which at least one read was under way. fallback_hits: misses that a fallback copy
+    answered.
 
     Of GPUs. host: of the host's memory under them. on_cpu: misses that the CPU computed. links: the way to each GPU that has slots.
     """

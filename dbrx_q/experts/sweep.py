@@ -32,7 +32,8 @@ BOUND = "belady"
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A policy with the machine's slots. hit_rate: of requests for an expert. brought: experts that came into slots where they are computed, a
+    """A policy with the machine's slots. hit_rate: of requests for an expert. brought: experts that came into slots where they are
+    computed, a
     token; on_cpu: misses of GPUs that the CPU computed, a token; disk_bytes: read, a token. accuracy: share of what was needed that
     was predicted. tokens_per_second: what the machine's bandwidths allow (`speed.simulated_seconds`)."""
 
@@ -50,7 +51,8 @@ class PolicyResult:
 
 @dataclass(frozen=True)
 class Point:
-    """A policy with slots for this share of all experts where they are computed, without prefetch; figures as of `PolicyResult`. Under GPUs host
+    """A policy with slots for this share of all experts where they are computed, without prefetch; figures as of `PolicyResult`. Under
+    GPUs host
     memory stays as the machine's plan has it."""
 
     policy: str
@@ -112,7 +114,8 @@ def sweep(
     plan = place(config, tensor_formats(config, "the trace"), machine, request)
     if not plan.fits:
         raise RequestError(
-            f"the machine must hold the weights that every token reads, keys and values and an expert; {plan.shortfall:,} bytes are missing on "
+            f"the machine must hold the weights that every token reads, keys and values and an expert; "
+            f"{plan.shortfall:,} bytes are missing on "
             f"{plan.short_of}. Give more"
         )
     passes = [some for some in trace.passes(one_by_one=one_by_one) if tokens is None or some.stop <= tokens]

@@ -29,7 +29,8 @@ _HOST_MARGIN = 0.1
 class Budget:
     """A machine, and how a model is to use it.
 
-    machine: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the model's
+    machine: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the
+    model's
     context where that is shorter. step_tokens, logit_rows: as of `footprint.Request`. policy: which expert gives way,
     one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router predicts them. direct: whether experts are read past the page cache; None for

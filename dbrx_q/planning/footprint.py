@@ -44,7 +44,8 @@ class MemoryRequest:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a model by what they are for. kinds, dense, kv: by layer; fallback: the kinds of a fallback copy, none without. workspace: of
+    """Bytes of a model by what they are for. kinds, dense, kv: by layer; fallback: the kinds of a fallback copy, none without.
+    workspace: of
     activations on the host, on a GPU, and on a host that computes experts for GPUs."""
 
     kinds: list[ExpertKind]

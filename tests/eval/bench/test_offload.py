@@ -76,9 +76,9 @@ def test_beside_it_a_fallback_copy(nano: Path, tmp_path: Path, cli: Callable[...
     assert cli("quantize", nano, folder, "--format", "int8", "--fallback-format", "int4").code == 0
     found = bench_offload(folder, [0.8], tokens=4, prompt=0, policy="lru", prefetch=[False], fallback=True)
     without, row = found.rows
-    assert without.fallback == 0
-    assert 0 < row.fallback <= 1 - row.hit_rate
+    assert without.fallback_share == 0
+    assert 0 < row.fallback_share <= 1 - row.hit_rate
     assert row.slots < without.slots  # the copy takes the memory of some
-    assert f"| {row.fallback:.1%} |" in markdown(found)
+    assert f"| {row.fallback_share:.1%} |" in markdown(found)
     with pytest.raises(RequestError, match=r"in that of 25% .* bytes are missing"):
         bench_offload(folder, [0.8, 0.25], tokens=4, prompt=0, policy="lru", fallback=True, on_row=lambda *_: pytest.fail("measured"))
