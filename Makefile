@@ -84,15 +84,15 @@ METHODS := $(OUT)/methods
 quantization: .venv/installed-dev
 	@test -f "$(CALIBRATION)" || { echo "Name WikiText-2's validation text: make quantization CALIBRATION=FILE"; exit 2; }
 	rm -rf $(METHODS)
-	for recipe in rtn clip hqq; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe || exit 1; done
+	for method in rtn clip hqq; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$method-g64 --method $$method || exit 1; done
 	for format in nf4 nf4-double int8; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/rtn-$$format --format $$format || exit 1; done
-	for recipe in awq gptq best; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$recipe-g64 --recipe $$recipe --calibration $(CALIBRATION) || exit 1; done
+	for method in awq gptq best; do \
+		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$method-g64 --method $$method --calibration $(CALIBRATION) || exit 1; done
 	for size in 32 128; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-g$$size --recipe best --group-size $$size --calibration $(CALIBRATION) || exit 1; done
-	$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-int8 --recipe best --format int8 --calibration $(CALIBRATION)
+		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-g$$size --method best --group-size $$size --calibration $(CALIBRATION) || exit 1; done
+	$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-int8 --method best --format int8 --calibration $(CALIBRATION)
 	for bits in 5 6; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-$$bits-bits --recipe best --target-bpw $$bits --calibration $(CALIBRATION) || exit 1; done
+		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-$$bits-bits --method best --target-bpw $$bits --calibration $(CALIBRATION) || exit 1; done
 	$(BIN)/dbrx-q compare $(MODEL) $(addprefix $(METHODS)/,rtn-g64 clip-g64 hqq-g64 awq-g64 gptq-g64 best-g64 best-g128 best-g32 rtn-nf4 rtn-nf4-double \
 		best-5-bits best-6-bits rtn-int8 best-int8) --text $(WIKITEXT) --context 512 --document docs/quantization.md --section methods
 

@@ -40,11 +40,11 @@ def nano() -> Path:
 def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with int4 experts in groups of 64 and the rest int8."""
     from dbrx_q.checkpoint.layout import TensorFormat
-    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+    from dbrx_q.quantize.pipeline.format_assignment import default_formats
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("quantized") / "dbrx-nano-int4"
-    quantize_checkpoint(nano, folder, QuantizationRequest(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(nano, folder, QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, TensorFormat("int4", 64))))
     return folder
 
 
@@ -97,9 +97,9 @@ def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small` with int4 experts in groups of 64."""
     from dbrx_q.checkpoint.layout import TensorFormat
-    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+    from dbrx_q.quantize.pipeline.format_assignment import default_formats
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("small-quantized") / "dbrx-small-int4"
-    quantize_checkpoint(small, folder, QuantizationRequest(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(small, folder, QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, TensorFormat("int4", 64))))
     return folder

@@ -54,7 +54,7 @@ def command(
     from dbrx_q.planning.machine import Machine
     from dbrx_q.planning.placement import place
     from dbrx_q.planning.speed import speed_bounds
-    from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+    from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
     config = DbrxConfig.from_pretrained(path)
     formats = tensor_formats(config, path)
@@ -63,14 +63,14 @@ def command(
     if format is not None:
         if formats:
             raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
-        formats = default_recipe(config, TensorFormat(format.value, 64 if group_size is None else group_size))
+        formats = default_formats(config, TensorFormat(format.value, 64 if group_size is None else group_size))
     if fallback_format is not None and (format is None or not fallback):
         raise RequestError(
             f"--fallback-format goes with --format and --fallback; found {fallback_format.value} without. Add them, or leave it out"
         )
     copy = None
     if fallback_format is not None:
-        copy = default_recipe(config, TensorFormat(fallback_format.value, 64))
+        copy = default_formats(config, TensorFormat(fallback_format.value, 64))
         check_fallback(config, formats, copy, path)
     elif fallback:
         copy = carried_formats(path, config, formats)

@@ -38,8 +38,8 @@ class FormatName(str, Enum):
     nf4_double = "nf4-double"
 
 
-class Recipe(str, Enum):
-    """How weights are rounded; the last three are calibrated with a text."""
+class MethodName(str, Enum):
+    """Quantization methods; the last three are calibrated with a text."""
 
     rtn = "rtn"
     clip = "clip"
@@ -76,12 +76,10 @@ def command(
             show_default=False,
         ),
     ] = None,
-    recipe: Annotated[
-        Recipe,
-        typer.Option(
-            help="How weights are rounded: rtn to nearest, clip and hqq in searched ranges; awq, gptq and best with --calibration."
-        ),
-    ] = Recipe.rtn,
+    method: Annotated[
+        MethodName,
+        typer.Option(help="Quantization method: rtn rounds to nearest, clip and hqq search ranges; awq, gptq and best take --calibration."),
+    ] = MethodName.rtn,
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text to calibrate with: text, JSONL, either gzipped, or wikitext2 or c4.")
     ] = None,
@@ -98,7 +96,7 @@ def command(
     fallback_format: Annotated[
         FormatName | None,
         typer.Option(
-            help="Also write a fallback copy, by the same recipe, for `--fallback`; it lies in DST/fallback and is a checkpoint by itself.",
+            help="Also write a fallback copy, by the same method, for `--fallback`; it lies in DST/fallback and is a checkpoint by itself.",
             show_default=False,
         ),
     ] = None,
@@ -141,11 +139,11 @@ def command(
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, already_there, plan_checkpoint, quantize_checkpoint
 
-    method = METHODS[recipe.value]
-    if calibration is not None and not method.calibrated and target_bpw is None:
-        raise RequestError(f"the recipe {recipe.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
-    if method.compares and activations is ActivationsFrom.original:
-        raise RequestError(f"the recipe {recipe.value} must see the quantized model's activations; found --activations original. Name gptq")
+    chosen = METHODS[method.value]
+    if calibration is not None and not chosen.calibrated and target_bpw is None:
+        raise RequestError(f"the method {method.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
+    if chosen.compares and activations is ActivationsFrom.original:
+        raise RequestError(f"the method {method.value} must see the quantized model's activations; found --activations original. Name gptq")
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
@@ -156,7 +154,7 @@ def command(
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = QuantizationRequest(
         _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens, fallback_format),
-        method=recipe.value,
+        method=method.value,
         source=source,
         name=push or "",
         measured=None if target_bpw is None else {"target_bpw": target_bpw, "rules": tensor or [], "calibration": about},
@@ -168,8 +166,8 @@ def command(
     requests = [(destination, request)]
     if fallback_format is not None:
         small = _formats(TensorFormat(fallback_format.value, 64), [], None, None)
-        other = replace(request, recipe=small, measured=None, name="")
-        if not method.calibrated:  # the text was for --target-bpw
+        other = replace(request, assign_formats=small, measured=None, name="")
+        if not chosen.calibrated:  # the text was for --target-bpw
             other = replace(other, sequences=None, about=None)
         requests.append((destination / FALLBACK_FOLDER, other))
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
@@ -232,23 +230,23 @@ def _formats(
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
     from dbrx_q.experts.fallback import check_fallback
-    from dbrx_q.quantize.pipeline.format_assignment import allocated_recipe, default_recipe, override
+    from dbrx_q.quantize.pipeline.format_assignment import allocated_formats, default_formats, override
 
     def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
         if fallback_format is not None:
             check_fallback(
-                checkpoint.config, formats, default_recipe(checkpoint.config, TensorFormat(fallback_format.value, 64)), "--fallback-format"
+                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat(fallback_format.value, 64)), "--fallback-format"
             )
         return formats
 
     if target is None:
-        return lambda checkpoint: checked(checkpoint, override(default_recipe(checkpoint.config, experts), checkpoint.config, rules))
+        return lambda checkpoint: checked(checkpoint, override(default_formats(checkpoint.config, experts), checkpoint.config, rules))
     if tokens is None:
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration FILE")
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with output.progress("measuring errors") as on_layer:
-            return checked(checkpoint, allocated_recipe(checkpoint, tokens, target, rules=rules, on_layer=on_layer))
+            return checked(checkpoint, allocated_formats(checkpoint, tokens, target, rules=rules, on_layer=on_layer))
 
     return allocated
 
@@ -320,7 +318,7 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
     return {
         "source": run.source,
         "destination": str(destination),
-        "recipe": run.method,
+        "method": run.method,
         "calibration": run.options.get("calibration"),
         "undersampled_experts": _undersampled(run),
         "parameters": run.parameters,

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.quantize.calibration.output_errors import OutputErrors
 
-__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_recipe", "default_recipe", "label", "override", "parse_rules"]
+__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "label", "override", "parse_rules"]
 
 EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
-"""That `allocated_recipe` chooses from for experts."""
+"""That `allocated_formats` chooses from for experts."""
 OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
 """For attention, embedding and head, None for plain."""
 
@@ -36,38 +36,38 @@ _EMBEDDING_FORMAT = "int8"  # whose rows can be looked up
 _RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+)(?::(?P<group>\d+))?")
 
 
-def default_recipe(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
+def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
     """Experts in the given format; embedding, attention and head int8, in groups of at most 64; router and norms as they are.
 
     Raises:
         FormatError: a group size that is not offered or does not divide a tensor's reduction axis.
     """
     others = TensorFormat("int8", min(experts.group_size, 64))
-    recipe = {}
+    formats = {}
     for tensor in dense_tensors(config):
         kind = kind_of(tensor.name)
         if kind == "experts" or kind in _INT8_KINDS:
             fmt = experts if kind == "experts" else others
-            recipe[tensor.name] = fmt
+            formats[tensor.name] = fmt
             try:
                 check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
             except FormatError as error:
                 raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
-    return recipe
+    return formats
 
 
-def override(recipe: Mapping[str, TensorFormat], config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFormat]:
-    """`recipe` with what the rules say of some tensors; one that a rule leaves plain is not in it.
+def override(formats: Mapping[str, TensorFormat], config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFormat]:
+    """`formats` with what the rules say of some tensors; one that a rule leaves plain is not in it.
 
     Args:
-        recipe: formats by tensor.
+        formats: of the tensors that are packed.
         config: the model's.
         rules: as `parse_rules` reads them.
 
     Raises:
         RequestError: as `parse_rules` does.
     """
-    changed: dict[str, TensorFormat | None] = {**recipe, **parse_rules(config, rules)}
+    changed: dict[str, TensorFormat | None] = {**formats, **parse_rules(config, rules)}
     return {tensor.name: fmt for tensor in dense_tensors(config) if (fmt := changed.get(tensor.name)) is not None}
 
 
@@ -156,7 +156,7 @@ def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> Tensor
     return fmt
 
 
-def allocated_recipe(
+def allocated_formats(
     checkpoint: Checkpoint,
     sequences: torch.Tensor,
     target_bpw: float,

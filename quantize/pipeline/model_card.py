@@ -64,7 +64,7 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
     for kind, each in bits_by_kind(run).items():
         formats = sorted({record.format for record in run.records if record.kind == kind})
         lines.append(f"| {kind} | {', '.join(formats)} | {each:.3f} |")
-    lines += ["", "## How it was made", "", f"Recipe `{run.method}`."]
+    lines += ["", "## How it was made", "", f"Quantization method `{run.method}`."]
     calibration = run.options.get("calibration")
     if calibration:
         lines += ["Calibration: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in calibration.items()) + "."]

@@ -72,7 +72,8 @@ def error_table(run: RunRecord) -> list[tuple[str, str, float, float, float | No
 
 def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     lines = [f"# Quantization of {Path(run.source).name or run.source}", ""]
-    lines += [f"Recipe `{run.method}`, {_bits(run.records):.3f} bits per weight ({8 * run.bytes_in / run.parameters:.3f} before), "]
+    before = 8 * run.bytes_in / run.parameters
+    lines += [f"Quantization method `{run.method}`, {_bits(run.records):.3f} bits per weight ({before:.3f} before), "]
     lines[-1] += f"{run.bytes_out:,} bytes of {run.bytes_in:,} in {run.shards} shard(s)."
     calibration = run.options.get("calibration")
     if calibration:

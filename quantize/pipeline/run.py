@@ -54,15 +54,15 @@ _ACTIVATIONS_NAME = ".calibration"
 class QuantizationRequest:
     """What is to be made, by which the bytes of the result are decided.
 
-    recipe: the formats of the tensors to pack, chosen when the source has been opened; the others are copied. method: one of
+    assign_formats: gives the formats of the tensors to pack once the source is open; the others are copied. method: one of
     `methods.METHODS`. sequences: int64 [B, S], the tokens that a calibrated method fits to; the others need none. about: what
     quantization_config shall say of them. options: how they calibrate. accelerator: a GPU that multiplies and rounds, whose results are not
     the CPU's to the last bit. shard_bytes: a shard is closed before it grows past this, unless one
-    expert alone is larger. measured: what decides a recipe that takes long to make; a run that goes on after one with the same takes its
+    expert alone is larger. measured: what decides formats that take long to choose; a run that goes on after one with the same takes its
     formats. source, name: what the model card calls the source and the result; its own names unless given.
     """
 
-    recipe: Callable[[Checkpoint], Mapping[str, TensorFormat]]
+    assign_formats: Callable[[Checkpoint], Mapping[str, TensorFormat]]
     method: str = "rtn"
     sequences: torch.Tensor | None = None
     about: Mapping[str, Any] | None = None
@@ -134,7 +134,7 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: the source is damaged, or already quantized.
-        FormatError: a recipe without a format for some experts, a tensor that its format cannot hold, or a format that the method does
+        FormatError: some experts without a format, a tensor that its format cannot hold, or a format that the method does
             not make.
         RequestError: a calibrated method without sequences, tokens that the model does not know, too little memory, a destination that is
             not empty, cannot be written, or has too little room; an earlier run's progress without `resume`, or under another request.
@@ -191,13 +191,13 @@ def _open(
     if checkpoint.formats:
         raise CheckpointError(f"{checkpoint.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
     try:
-        formats = _measured_before(request, begun) or dict(request.recipe(checkpoint))
+        formats = _measured_before(request, begun) or dict(request.assign_formats(checkpoint))
     except FormatError as error:
         raise FormatError(f"{checkpoint.folder}: {error}") from None
     left = unpacked_experts(checkpoint.config, formats)
     if left:
         raise FormatError(
-            f"{checkpoint.folder}: a recipe must pack the experts of every layer; {left[0]} and {len(left) - 1} more have no format"
+            f"{checkpoint.folder}: the experts of every layer must be packed; {left[0]} and {len(left) - 1} more have no format"
         )
     method = _method(request.method, formats)
     tokens = 0

@@ -26,7 +26,7 @@ from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.experts.fallback import FALLBACK_FOLDER
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
@@ -245,8 +245,8 @@ def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
 def test_a_fallback_copy_is_fetched_for_those_who_want_it(small: Path, hub: type[Hub], tmp_path: Path) -> None:
     hub.folder = tmp_path / "served" / "dbrx-nano"
     for folder, fmt in ((hub.folder, "int8"), (hub.folder / FALLBACK_FOLDER, "int4")):
-        recipe = default_recipe(DbrxConfig.from_pretrained(small), TensorFormat(fmt, 64))
-        quantize_checkpoint(small, folder, QuantizationRequest(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
+        formats = default_formats(DbrxConfig.from_pretrained(small), TensorFormat(fmt, 64))
+        quantize_checkpoint(small, folder, QuantizationRequest(lambda _, formats=formats: formats))  # type: ignore[misc]
     [shard] = hub.folder.glob("*.safetensors")
     prompt = ("generate", REPOSITORY, "--prompt", "The", "--max-new-tokens", 2)
     code, _, err = finish(start(hub.address, tmp_path, *prompt))
@@ -276,12 +276,12 @@ def test_shards_come_in_their_order_and_the_plan_needs_none(hub: type[Hub], many
     code, _, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out"))
     assert code == 0, err
     assert weights_sent(hub) == many
-    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64))))
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
     assert f"base_model: {REPOSITORY}" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("options", [(), ("--recipe", "awq", "--calibration", BOOK, "--sequences", 2, "--length", 64)])
+@pytest.mark.parametrize("options", [(), ("--method", "awq", "--calibration", BOOK, "--sequences", 2, "--length", 64)])
 def test_low_disk_deletes_what_was_used(hub: type[Hub], many: list[str], tmp_path: Path, options: tuple[object, ...]) -> None:
     storage, most = tmp_path / "out.source", 0
     running = start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk", *options)
@@ -312,7 +312,7 @@ def test_low_disk_goes_on_with_what_is_missing(hub: type[Hub], many: list[str], 
     assert code == 0, err
     assert weights_sent(hub)[before:] == many[4:]
     assert not (tmp_path / "out.source").exists()
-    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64))))
+    quantize_checkpoint(hub.folder, tmp_path / "local", QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64))))
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 

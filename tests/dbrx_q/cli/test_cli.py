@@ -25,7 +25,7 @@ from dbrx_q.checkpoint.staging import MARKER_NAME
 from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.model.modeling import DbrxForCausalLM
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -69,8 +69,8 @@ def header_of(shard: Path) -> dict[str, Any]:
     return header
 
 
-def recipe(checkpoint: Any) -> dict[str, TensorFormat]:
-    return default_recipe(checkpoint.config, TensorFormat("int4", 64))
+def assign_formats(checkpoint: Any) -> dict[str, TensorFormat]:
+    return default_formats(checkpoint.config, TensorFormat("int4", 64))
 
 
 # What is printed
@@ -277,7 +277,7 @@ def test_manifest_holds_the_sums_of_hashlib(quantized_nano: Path, cli: Callable[
 
 def test_small_shards_hold_the_same_tensors(nano: Path, quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder, limit = tmp_path / "shards", 1 << 20
-    report = quantize_checkpoint(nano, folder, QuantizationRequest(recipe, shard_bytes=limit))
+    report = quantize_checkpoint(nano, folder, QuantizationRequest(assign_formats, shard_bytes=limit))
     shards = shards_of(folder)
     assert len(shards) == report.shards > 3
     assert all(sum(tensor.nbytes for tensor in safetensors.torch.load_file(shard).values()) <= limit for shard in shards)
@@ -289,7 +289,7 @@ def test_small_shards_hold_the_same_tensors(nano: Path, quantized_nano: Path, tm
 
 def test_parts_of_an_expert_lie_back_to_back(nano: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
-    quantize_checkpoint(nano, folder, QuantizationRequest(recipe, shard_bytes=300_000))
+    quantize_checkpoint(nano, folder, QuantizationRequest(assign_formats, shard_bytes=300_000))
     ranges: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for shard in shards_of(folder):
         for name, entry in header_of(shard).items():

@@ -34,7 +34,7 @@ from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.quantize.pipeline import run as pipeline
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
 PROMPT = list(range(5, 95))
 TIMEOUT = 60
@@ -47,8 +47,8 @@ SETTINGS += [(5, "least-stale", True), (5, "lru", True), (5, "lfu", False), (64,
 def mixed_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers of three kinds: int8, nf4 with double quantization, which is decoded on the way in, and plain beside int4."""
 
-    def recipe(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
-        formats = default_recipe(checkpoint.config, TensorFormat("int4", 64))
+    def assign_formats(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+        formats = default_formats(checkpoint.config, TensorFormat("int4", 64))
         for name in list(formats):
             if ".blocks.0.ffn" in name:
                 formats[name] = TensorFormat("int8", 64)
@@ -59,7 +59,7 @@ def mixed_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return formats
 
     folder = tmp_path_factory.mktemp("mixed") / "dbrx-nano-mixed"
-    pipeline.quantize_checkpoint(nano, folder, pipeline.Request(recipe))
+    pipeline.quantize_checkpoint(nano, folder, pipeline.QuantizationRequest(assign_formats))
     return folder
 
 

@@ -37,7 +37,7 @@ from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import PINNED_BYTES, MissPolicy
 from dbrx_q.quantize.pipeline import run as pipeline
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.sources.open import open_source
 
 CPU = torch.device("cpu")
@@ -53,8 +53,8 @@ def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model at int8, with a copy at int4."""
     folder = tmp_path_factory.mktemp("carrying") / "dbrx-nano-int8"
     for name, fmt in ((".", "int8"), (FALLBACK_FOLDER, "int4")):
-        recipe = default_recipe(DbrxConfig.from_pretrained(nano), TensorFormat(fmt, 64))
-        pipeline.quantize_checkpoint(nano, folder / name, pipeline.QuantizationRequest(lambda _, recipe=recipe: recipe))  # type: ignore[misc]
+        formats = default_formats(DbrxConfig.from_pretrained(nano), TensorFormat(fmt, 64))
+        pipeline.quantize_checkpoint(nano, folder / name, pipeline.QuantizationRequest(lambda _, formats=formats: formats))  # type: ignore[misc]
     return folder
 
 
@@ -288,8 +288,8 @@ def test_figures_to_go_on_from_are_of_the_same_copy(carrying: Path, nano: Path, 
     assert first == key(20) != key(30)
     config = DbrxConfig.from_pretrained(folder / FALLBACK_FOLDER)
     shutil.rmtree(folder / FALLBACK_FOLDER)
-    recipe = default_recipe(config, TensorFormat("int4", 32))
-    pipeline.quantize_checkpoint(nano, folder / FALLBACK_FOLDER, pipeline.QuantizationRequest(lambda _: recipe))
+    formats = default_formats(config, TensorFormat("int4", 32))
+    pipeline.quantize_checkpoint(nano, folder / FALLBACK_FOLDER, pipeline.QuantizationRequest(lambda _: formats))
     assert first != key(20)
 
 
@@ -319,8 +319,8 @@ def test_a_copy_that_does_not_belong_there(
     if name == "weights":
         config = DbrxConfig.from_pretrained(nano)
         write_checkpoint(config, tmp_path / "random")
-        recipe = default_recipe(config, TensorFormat("int4", 64))
-        pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.QuantizationRequest(lambda _: recipe))
+        formats = default_formats(config, TensorFormat("int4", 64))
+        pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.QuantizationRequest(lambda _: formats))
     wanted = {
         "none": "--fallback needs a fallback copy in the folder 'fallback'; there is none",
         "plain": "a fallback copy must be quantized; this one is plain",

@@ -22,7 +22,7 @@ from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.offloading import PINNED_BYTES
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 MEASURE = """
@@ -77,9 +77,9 @@ def make(folder: Path, layers: int) -> None:
     quantize_checkpoint(
         folder / "plain",
         folder / "int4",
-        QuantizationRequest(lambda checkpoint: default_recipe(checkpoint.config, TensorFormat("int4", 64))),
+        QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, TensorFormat("int4", 64))),
     )
-    int8 = default_recipe(config, TensorFormat("int8", 64))
+    int8 = default_formats(config, TensorFormat("int8", 64))
     quantize_checkpoint(folder / "plain", folder / "int8", QuantizationRequest(lambda _: int8))
     (folder / "int8" / FALLBACK_FOLDER).symlink_to(folder / "int4")
     shutil.rmtree(folder / "plain")

@@ -22,7 +22,7 @@ from dbrx_q.planning.footprint import Footprint, MemoryRequest
 from dbrx_q.planning.machine import Gpu, Machine, Placement
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.speed import hit_rate, speed_bounds
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
 DBRX = DbrxConfig(
     d_model=6144,
@@ -34,7 +34,7 @@ DBRX = DbrxConfig(
     ffn_config={"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     torch_dtype="bfloat16",
 )
-INT4, INT8 = (default_recipe(DBRX, TensorFormat(name, 64)) for name in ("int4", "int8"))
+INT4, INT8 = (default_formats(DBRX, TensorFormat(name, 64)) for name in ("int4", "int8"))
 EXPERT = 3 * 6144 * 10752 * (4 + 16 / 64 + 4 / 64) / 8
 GIB = 1 << 30
 

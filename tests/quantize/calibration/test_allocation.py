@@ -1,4 +1,4 @@
-"""Allocation: the solver against exhaustive search and a bound, measured errors against the model itself, recipes against their targets."""
+"""Allocation: the solver against exhaustive search and a bound, measured errors against the model itself, formats against targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
 from dbrx_q.quantize.calibration.output_errors import OutputErrors, output_errors
 from dbrx_q.quantize.calibration.sequences import sequences_of
 from dbrx_q.quantize.methods.rtn import rtn
-from dbrx_q.quantize.pipeline.format_assignment import allocated_recipe, label
+from dbrx_q.quantize.pipeline.format_assignment import allocated_formats, label
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
@@ -181,47 +181,47 @@ def test_figures_do_not_depend_on_the_number_of_threads(nano: Path, sequences: t
         torch.set_num_threads(threads)
 
 
-def bits_per_weight(checkpoint: Checkpoint, recipe: dict[str, TensorFormat]) -> float:
+def bits_per_weight(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> float:
     nbytes = parameters = 0
     for name, tensor in checkpoint.tensors.items():
         parameters += math.prod(tensor.shape)
-        if name in recipe:
-            nbytes += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, recipe[name]))
+        if name in formats:
+            nbytes += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, formats[name]))
         else:
             nbytes += checkpoint.infos[name].nbytes
     return 8 * nbytes / parameters
 
 
 @pytest.mark.parametrize("target", [4.5, 5.0, 6.0, 8.0])
-def test_a_recipe_meets_its_target(nano: Path, sequences: torch.Tensor, target: float) -> None:
+def test_allocated_formats_meet_their_target(nano: Path, sequences: torch.Tensor, target: float) -> None:
     with Checkpoint(nano) as checkpoint:
-        recipe = allocated_recipe(checkpoint, sequences[:2], target)
-        assert target - 0.02 <= bits_per_weight(checkpoint, recipe) <= target
+        formats = allocated_formats(checkpoint, sequences[:2], target)
+        assert target - 0.02 <= bits_per_weight(checkpoint, formats) <= target
 
 
-def test_a_recipe_keeps_to_its_rules_and_formats(nano: Path, sequences: torch.Tensor) -> None:
+def test_allocated_formats_keep_to_rules_and_formats(nano: Path, sequences: torch.Tensor) -> None:
     rules = ["w2=int8:128", "blocks.0.w2=nf4", "head=plain"]
     with Checkpoint(nano) as checkpoint:
-        recipe = allocated_recipe(checkpoint, sequences[:2], 6.5, experts=(INT4, INT8), others=(INT8,), rules=rules)
-        assert bits_per_weight(checkpoint, recipe) <= 6.5
+        formats = allocated_formats(checkpoint, sequences[:2], 6.5, experts=(INT4, INT8), others=(INT8,), rules=rules)
+        assert bits_per_weight(checkpoint, formats) <= 6.5
         offered = {"transformer.blocks.0.ffn.experts.mlp.w2": {"nf4"}}
         for name in checkpoint.tensors:
             kind = kind_of(name)
             matrix = {"int8:128"} if name.endswith("w2") else {"int4:64", "int8:64"}
             allowed = {"experts": matrix, "attention": {"int8:64"}, "embedding": {"int8:64"}}.get(kind, {"plain"})
-            assert label(recipe.get(name)) in offered.get(name, allowed), name
+            assert label(formats.get(name)) in offered.get(name, allowed), name
 
 
 @pytest.mark.parametrize("target", [4.0, 17.0])
 def test_the_reachable_range_is_said(nano: Path, sequences: torch.Tensor, target: float) -> None:
     with Checkpoint(nano) as checkpoint:
         with pytest.raises(RequestError, match=r"from 4\.468 to 9\.434 bits per weight") as refused:
-            allocated_recipe(checkpoint, sequences, target)
+            allocated_formats(checkpoint, sequences, target)
         assert str(target) in str(refused.value)
         for end in (4.468, 9.434):  # what it says can be had
-            assert allocated_recipe(checkpoint, sequences[:1, :8], end)
+            assert allocated_formats(checkpoint, sequences[:1, :8], end)
 
 
 def test_formats_that_fit_no_shape_are_refused(small: Path) -> None:
     with Checkpoint(small) as checkpoint, pytest.raises(FormatError, match=r"mlp\.w1: .* 64 inputs; found int4:128"):
-        allocated_recipe(checkpoint, torch.zeros(1, 4, dtype=torch.int64), 4.5, experts=(TensorFormat("int4", 128),))
+        allocated_formats(checkpoint, torch.zeros(1, 4, dtype=torch.int64), 4.5, experts=(TensorFormat("int4", 128),))

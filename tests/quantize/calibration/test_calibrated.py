@@ -21,7 +21,7 @@ from dbrx_q.eval.windows import Protocol
 from dbrx_q.quantize.calibration.calibrated import Calibration
 from dbrx_q.quantize.calibration.sequences import sequences_of
 from dbrx_q.quantize.pipeline import run as pipeline
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
@@ -38,7 +38,7 @@ def ids(nano: Path) -> list[int]:
 
 def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> RunRecord:
     request = QuantizationRequest(
-        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
+        lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
     )
     return quantize_checkpoint(source, destination, request)
 
@@ -177,20 +177,20 @@ def test_what_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
 def test_the_command(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
     command = ("quantize", nano, out, "--calibration", BOOK, "--sequences", 6, "--length", 128)
-    done = cli(*command, "--recipe", "awq", "--json")
+    done = cli(*command, "--method", "awq", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found["recipe"] == "awq"
+    assert found["method"] == "awq"
     assert found["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
     assert found["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
     assert cli("verify", out).code == 0
     short = tmp_path / "short.txt"
     short.write_text("The old man")
     for arguments, says in (
-        (("quantize", nano, tmp_path / "x", "--recipe", "best"), "must have a text to calibrate with"),
-        (("quantize", nano, tmp_path / "x", "--calibration", BOOK), "the recipe rtn takes no calibration"),
-        (("quantize", nano, tmp_path / "x", "--recipe", "best", "--calibration", short), "at least one sequence of 512 tokens"),
-        (("quantize", nano, tmp_path / "x", "--recipe", "best", "--calibration", BOOK, "--format", "nf4"), "best makes int4 and int8"),
+        (("quantize", nano, tmp_path / "x", "--method", "best"), "must have a text to calibrate with"),
+        (("quantize", nano, tmp_path / "x", "--calibration", BOOK), "the method rtn takes no calibration"),
+        (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", short), "at least one sequence of 512 tokens"),
+        (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", BOOK, "--format", "nf4"), "best makes int4 and int8"),
     ):
         done = cli(*arguments)
         assert (done.code, done.out) == (2, "")

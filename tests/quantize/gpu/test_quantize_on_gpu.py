@@ -13,7 +13,7 @@ from dbrx_q.kernels.cpu import search as cpu_search
 from dbrx_q.kernels.grid_search import half_quadratic, least_squares
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.accelerator import open_accelerator
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
@@ -26,7 +26,7 @@ def quantize(source: Path, out: Path, method: str, memory: int | None, device: s
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
     accelerator = open_accelerator(device, memory)
     asked = QuantizationRequest(
-        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
+        lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
     )
     return quantize_checkpoint(source, out, asked)
 

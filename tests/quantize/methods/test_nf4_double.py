@@ -22,14 +22,14 @@ from dbrx_q.model.layers import PackedWeight
 from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe, override
+from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.sources.folder import PackedFolder
 
 DOUBLE = TensorFormat("nf4-double", 64)
 REQUEST = QuantizationRequest(
-    lambda checkpoint: override(default_recipe(checkpoint.config, DOUBLE), checkpoint.config, ["Wqkv=nf4-double", "head=nf4-double"])
+    lambda checkpoint: override(default_formats(checkpoint.config, DOUBLE), checkpoint.config, ["Wqkv=nf4-double", "head=nf4-double"])
 )
 
 

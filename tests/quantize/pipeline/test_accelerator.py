@@ -14,7 +14,7 @@ from dbrx_q.quantize.methods import choose as methods
 from dbrx_q.quantize.methods.choose import METHODS, Rounded
 from dbrx_q.quantize.methods.moments import Moments
 from dbrx_q.quantize.pipeline.accelerator import Accelerator, open_accelerator
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
@@ -26,7 +26,7 @@ def quantize(source: Path, out: Path, method: str, memory: int | None) -> RunRec
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
     accelerator = None if memory is None else Accelerator(PLACE, memory, "a GPU")
     asked = QuantizationRequest(
-        lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
+        lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
     )
     return quantize_checkpoint(source, out, asked)
 
@@ -73,7 +73,7 @@ def test_an_unfinished_run_on_another_device_is_not_gone_on_with(small: Path, tm
     def end(done: int, total: int) -> None:
         raise EndedError
 
-    asked = QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method="clip")
+    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="clip")
     with pytest.raises(EndedError):
         quantize_checkpoint(small, tmp_path / "out", asked, on_bytes=end)
     other = replace(asked, accelerator=Accelerator(PLACE, ROOM, "a GPU"))

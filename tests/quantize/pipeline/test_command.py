@@ -74,29 +74,29 @@ def test_what_was_measured_is_not_measured_again(small: Path, tmp_path: Path, cl
 
 
 def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) -> None:
-    done = cli("quantize", nano, tmp_path / "out", "--recipe", "best", *TEXT, "--dry-run", "--json")
+    done = cli("quantize", nano, tmp_path / "out", "--method", "best", *TEXT, "--dry-run", "--json")
     plan = json.loads(done.out)
     assert not list(tmp_path.iterdir())
-    assert cli("quantize", nano, tmp_path / "out", "--recipe", "best", *TEXT).code == 0
+    assert cli("quantize", nano, tmp_path / "out", "--method", "best", *TEXT).code == 0
     with open(tmp_path / "out" / "quantization_report.json") as file:
         report = json.load(file)
     assert (plan["bytes_in"], plan["bytes_out"]) == (report["bytes_in"], report["bytes_out"])
     assert plan["bits"] == report["bits_by_kind"]
     assert plan["seconds"] > 0
-    shown = cli("quantize", nano, tmp_path / "other", "--recipe", "best", *TEXT, "--dry-run").out
+    shown = cli("quantize", nano, tmp_path / "other", "--method", "best", *TEXT, "--dry-run").out
     assert all(word in shown for word in ("reads", "writes", "memory", "disk", "time", "experts"))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--recipe", "best", *TEXT, "--activations", "original"), "must see the quantized model's activations"),
+        (("--method", "best", *TEXT, "--activations", "original"), "must see the quantized model's activations"),
         (("--memory", "many"), "a size must be a number with a unit, as 96GiB or 64GB; found 'many'"),
         (("--memory", "1MiB"), "--memory must be at least"),
         (("--device", "tpu"), "device must be 'cpu', 'cuda' or 'cuda:N'; found 'tpu'"),
         (("--device-memory", "20GiB"), "--device-memory limits a GPU's memory; found it with --device cpu"),
         (("--group-size", 48), "the group size must be one of"),
-        (("--recipe", "gptq"), "must have a text to calibrate with"),
+        (("--method", "gptq"), "must have a text to calibrate with"),
     ],
 )
 def test_bad_options_are_refused(small: Path, tmp_path: Path, cli: Cli, options: tuple[object, ...], says: str) -> None:
@@ -109,7 +109,7 @@ def test_bad_options_are_refused(small: Path, tmp_path: Path, cli: Cli, options:
 def test_an_empty_text_is_refused(small: Path, tmp_path: Path, cli: Cli) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
-    done = cli("quantize", small, tmp_path / "out", "--recipe", "gptq", "--calibration", empty)
+    done = cli("quantize", small, tmp_path / "out", "--method", "gptq", "--calibration", empty)
     assert (done.code, done.out) == (2, "")
     assert "empty.txt" in done.err
     assert not (tmp_path / "out").exists()

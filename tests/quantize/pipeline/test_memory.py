@@ -17,7 +17,7 @@ from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 
 # In a process whose data may not grow past the limit (RLIMIT_DATA: what it allocates, and 8 MB a thread): an allocation beyond it fails.
@@ -28,13 +28,13 @@ import torch
 from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
 warm, source, out, method, tokens = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
 
 def request(tokens):
     ids = torch.arange(tokens).view(-1, 256) % 500 if tokens else None
-    return QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
+    return QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
 
 quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # compiled code is not the tensors' memory
 plan = plan_checkpoint(source, request(tokens))
@@ -87,7 +87,7 @@ def test_a_model_several_times_larger_than_the_limit(large: tuple[Path, Path], t
 
 def test_files_and_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
     ids = torch.arange(64 * 60).view(64, 60) % 500
-    asked = QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
+    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
     quantize_checkpoint(small, tmp_path / "memory", asked)  # first: compiled code and the allocator's reserves have come then
     whole = plan_checkpoint(small, asked)
     tight = whole.peak_memory - whole.activations // 2
@@ -98,7 +98,7 @@ def test_files_and_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> No
 
 
 def test_too_little_memory_is_refused(small: Path, tmp_path: Path) -> None:
-    asked = QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
     with pytest.raises(RequestError, match=r"--memory must be at least [\d,]+ bytes here, of which .*; found 1,048,576"):
         quantize_checkpoint(small, tmp_path / "out", asked, memory=1 << 20)
     assert not list(tmp_path.iterdir())

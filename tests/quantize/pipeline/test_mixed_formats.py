@@ -16,7 +16,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, p
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import load_plain_model
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe, override
+from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 RULES = [
@@ -37,7 +37,7 @@ RULES = [
 
 
 def mixed(config: DbrxConfig, *more: str) -> dict[str, TensorFormat]:
-    return override(default_recipe(config, TensorFormat("int4", 64)), config, [*RULES, *more])
+    return override(default_formats(config, TensorFormat("int4", 64)), config, [*RULES, *more])
 
 
 @pytest.fixture(scope="module", params=["int8:128", "plain"], ids=lambda fmt: f"embedding={fmt}")
@@ -133,7 +133,7 @@ def test_rules_that_cannot_be_kept_are_refused(nano: Path, rule: str, said: str)
 def test_a_group_size_that_does_not_divide_is_refused_with_the_tensor() -> None:
     ffn = {"ffn_hidden_size": 192, "moe_num_experts": 2, "moe_top_k": 1}
     config = DbrxConfig(d_model=128, n_heads=4, n_layers=1, vocab_size=100, attn_config={"kv_n_heads": 2}, ffn_config=ffn)
-    recipe = default_recipe(config, TensorFormat("int4", 64))
-    assert override(recipe, config, ["w1=int8:128"])["transformer.blocks.0.ffn.experts.mlp.w1"] == TensorFormat("int8", 128)
+    formats = default_formats(config, TensorFormat("int4", 64))
+    assert override(formats, config, ["w1=int8:128"])["transformer.blocks.0.ffn.experts.mlp.w1"] == TensorFormat("int8", 128)
     with pytest.raises(RequestError, match=r"mlp\.w2: the group size must divide .* 128 and 192"):
-        override(recipe, config, ["experts=int8:128"])
+        override(formats, config, ["experts=int8:128"])

@@ -15,7 +15,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.inventory import take_inventory
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
@@ -26,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def quantize(source: Path, out: Path, method: str = "best", ids: torch.Tensor | None = IDS, **options: Any) -> RunRecord:
     asked = QuantizationRequest(
-        lambda c: default_recipe(c.config, TensorFormat("int4", 64)),
+        lambda c: default_formats(c.config, TensorFormat("int4", 64)),
         method=method,
         sequences=ids,
         about={"sequences": 16, "length": 60, "seed": 0} if ids is not None else None,

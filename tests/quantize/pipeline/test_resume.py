@@ -22,7 +22,7 @@ from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.staging import MARKER_NAME
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, already_there, quantize_checkpoint
@@ -32,8 +32,8 @@ KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 
 def request(method: str = "rtn", **changes: Any) -> QuantizationRequest:
     sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("awq", "gptq", "best") else None
-    recipe = changes.pop("recipe", lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
-    return QuantizationRequest(recipe, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
+    assign_formats = changes.pop("assign_formats", lambda c: default_formats(c.config, TensorFormat("int4", 64)))
+    return QuantizationRequest(assign_formats, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -162,7 +162,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
         (request("best"), "rounding was 'gptq', found 'best'"),
         (request("gptq", shard_bytes=90_000), "shard_bytes was 100000, found 90000"),
         (request("gptq", sequences=torch.zeros(2, 30, dtype=torch.int64)), "sequences was '"),
-        (request("gptq", recipe=lambda c: default_recipe(c.config, TensorFormat("int4", 32))), "group_size was 64, found 32"),
+        (request("gptq", assign_formats=lambda c: default_formats(c.config, TensorFormat("int4", 32))), "group_size was 64, found 32"),
     ):
         with pytest.raises(RequestError, match=says):
             quantize_checkpoint(source, out, asked, resume=True)
@@ -208,7 +208,7 @@ def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -
 
 def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
-    asked = QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat("int4", 64)))
+    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
     partial = begun(nano, out, asked, 20)
     done = cli("quantize", nano, out)
     assert (done.code, done.out) == (2, "")
@@ -223,7 +223,7 @@ def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Pat
     assert (done.code, done.out) == (0, "")
     assert "is complete already" in done.err
     assert not (out / MARKER_NAME).exists()
-    assert not already_there(nano, out, QuantizationRequest(asked.recipe, method="clip"))
-    done = cli("quantize", nano, out, "--resume", "--recipe", "clip")
+    assert not already_there(nano, out, QuantizationRequest(asked.assign_formats, method="clip"))
+    done = cli("quantize", nano, out, "--resume", "--method", "clip")
     assert done.code == 2
     assert "must be empty or not exist" in done.err

@@ -20,7 +20,7 @@ from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.errors import FormatError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.kernels.formats import int4, int8, nf4
-from dbrx_q.quantize.pipeline.format_assignment import default_recipe
+from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
@@ -36,7 +36,7 @@ def small_config(**changes: int) -> DbrxConfig:
 def quantize(source: Path, destination: Path, fmt: str = "int4", group_size: int = 64, **options: int) -> dict[str, torch.Tensor]:
     """All tensors of the result, as the safetensors package reads them."""
     quantize_checkpoint(
-        source, destination, QuantizationRequest(lambda c: default_recipe(c.config, TensorFormat(fmt, group_size)), **options)
+        source, destination, QuantizationRequest(lambda c: default_formats(c.config, TensorFormat(fmt, group_size)), **options)
     )  # type: ignore[arg-type] # one option
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(destination.glob("*.safetensors")):
@@ -126,9 +126,9 @@ def test_small_blocks_of_rows_and_other_thread_counts_give_the_same_bytes(
         )
 
 
-def test_a_recipe_that_leaves_experts_out_is_refused(source: Path, tmp_path: Path) -> None:
+def test_formats_that_leave_experts_out_are_refused(source: Path, tmp_path: Path) -> None:
     def without(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
-        formats = default_recipe(checkpoint.config, TensorFormat("int4", 64))
+        formats = default_formats(checkpoint.config, TensorFormat("int4", 64))
         return {name: fmt for name, fmt in formats.items() if ".1.ffn.experts.mlp.w2" not in name}
 
     with pytest.raises(FormatError, match=r"the experts of every layer; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"):
