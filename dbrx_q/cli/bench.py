@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, CachePolicyName
+
 from . import budgets, output
-from .budgets import Fallback, GpuSizes, Policy, Ram
+from .budgets import Fallback, GpuSizes, Ram
 from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
 
 __all__ = ["app"]
@@ -140,7 +142,7 @@ def offload(
     share: Annotated[list[float] | None, typer.Option(metavar="PERCENT", help=SHARE_HELP)] = None,
     gen: Annotated[int, typer.Option("--n-gen", "-n", help="Tokens to decode, the rows tg; 0 for none.")] = 24,
     prompt: Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of a prompt, the rows pp; 0 for none.")] = 512,
-    policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
+    policy: Annotated[CachePolicyName, typer.Option(help=budgets.POLICY_HELP)] = DEFAULT_POLICY,
     page_cache: Annotated[bool, typer.Option("--page-cache", help="Read through the page cache, not past it.")] = False,
     fallback: Annotated[bool, typer.Option("--fallback", help="Also with the fallback copy, in the same memory.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for offload.json and offload.md.")] = None,
@@ -161,7 +163,7 @@ def offload(
     shares = share or ([75.0, 90.0] if fallback else [25.0, 50.0, 75.0])  # less does not hold a copy of half the bits
     if not all(0 < percent < 100 for percent in shares):
         raise RequestError(f"--share must be above 0 and below 100 percent; found {', '.join(f'{percent:g}' for percent in shares)}")
-    if policy is Policy.static:
+    if policy is CachePolicyName.static:
         raise RequestError("random tokens have no profile; found --policy static. Choose another")
     if out is not None:
         check_report_folder(out, FILES, KEYS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
 from dbrx_q.planning.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ __all__ = [
     "PROFILE_HELP",
     "Fallback",
     "GpuSizes",
-    "MissPolicyName",
-    "Policy",
     "Ram",
     "budget_of",
     "give",
@@ -61,23 +59,6 @@ Ram = Annotated[str | None, typer.Option(metavar="SIZE", help=RAM_HELP, show_def
 GpuSizes = Annotated[list[str] | None, typer.Option(metavar="SIZE", help=GPU_HELP, show_default=False)]
 
 
-class Policy(str, Enum):
-    """Cache policies."""
-
-    least_stale = "least-stale"
-    lru = "lru"
-    lfu = "lfu"
-    static = "static"
-
-
-class MissPolicyName(str, Enum):
-    """How an expert is served that is not on its GPU."""
-
-    hybrid = "hybrid"
-    cpu = "cpu"
-    copy = "copy"
-
-
 def budget_of(
     ram: str | None,
     gpu: list[str] | None,
@@ -86,10 +67,10 @@ def budget_of(
     batch: int = 1,
     kv_format: str = "plain",
     step_tokens: int | None = None,
-    policy: Policy = Policy.least_stale,
+    policy: CachePolicyName = DEFAULT_POLICY,
     profile: Path | None = None,
     prefetch: bool = True,
-    miss_policy: MissPolicyName = MissPolicyName.hybrid,
+    miss_policy: MissPolicy = MissPolicy.hybrid,
     fallback: bool = False,
 ) -> Budget | None:
     """What the options allow; None where neither --ram nor --gpu was given.
@@ -99,17 +80,16 @@ def budget_of(
     """
     from dbrx_q.errors import RequestError
     from dbrx_q.planning.budget import Budget, machine_of
-    from dbrx_q.planning.offloading import MissPolicy
 
-    if not gpu and miss_policy is not MissPolicyName.hybrid:
+    if not gpu and miss_policy is not MissPolicy.hybrid:
         raise RequestError(f"--miss-policy is for experts that are not on their GPU; found {miss_policy.value} without --gpu")
     if ram is None and not gpu:
-        if policy is not Policy.least_stale or profile is not None or not prefetch:
+        if policy is not DEFAULT_POLICY or profile is not None or not prefetch:
             raise RequestError("--policy, --profile and --no-prefetch need a cache of experts; add --ram or --gpu")
         if fallback:
             raise RequestError("--fallback answers for experts that memory does not hold; found no limit to memory. Add --ram or --gpu")
         return None
-    if policy is Policy.static and profile is None:
+    if policy is CachePolicyName.static and profile is None:
         raise RequestError("--policy static pins what a profile used most; found no --profile. Record one with `dbrx-q trace`")
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
     gpus = planned_gpus(gpu)
@@ -123,7 +103,7 @@ def budget_of(
         policy=policy.value,
         profile=profile,
         prefetch=prefetch,
-        miss_policy=MissPolicy(miss_policy.value),
+        miss_policy=miss_policy,
         fallback=fallback,
     )
 

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
 from dbrx_q.planning.sizes import format_size
 
 from . import budgets, output
-from .budgets import Fallback, GpuSizes, MissPolicyName, Policy, Ram
+from .budgets import Fallback, GpuSizes, Ram
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -60,10 +61,10 @@ def command(
     ram: Ram = None,
     gpu: GpuSizes = None,
     context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default=False)] = None,
-    policy: Annotated[Policy, typer.Option(help=budgets.POLICY_HELP)] = Policy.least_stale,
+    policy: Annotated[CachePolicyName, typer.Option(help=budgets.POLICY_HELP)] = DEFAULT_POLICY,
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
     prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
-    miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
+    miss_policy: Annotated[MissPolicy, typer.Option(help=budgets.MISS_HELP)] = MissPolicy.hybrid,
     fallback: Fallback = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
     json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.sizes import parse_size
 
 from . import budgets, output
-from .budgets import MissPolicyName
 from .generate import KV_HELP, KvFormat
 
 __all__ = ["EXAMPLE", "command"]
@@ -26,7 +26,7 @@ def command(
     kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
     tokens: Annotated[int, typer.Option(help="Tokens from the start of the trace.")] = 256,
     recorded: Annotated[bool, typer.Option("--recorded", help="In the steps of the recording, not token by token.")] = False,
-    miss_policy: Annotated[MissPolicyName, typer.Option(help=budgets.MISS_HELP)] = MissPolicyName.hybrid,
+    miss_policy: Annotated[MissPolicy, typer.Option(help=budgets.MISS_HELP)] = MissPolicy.hybrid,
     host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
     disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the table, the figures as JSON, and the plot.")] = None,
@@ -43,7 +43,6 @@ def command(
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
     from dbrx_q.planning.footprint import MemoryRequest
     from dbrx_q.planning.machine import Machine
-    from dbrx_q.planning.offloading import MissPolicy
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
@@ -62,7 +61,7 @@ def command(
             request,
             tokens=tokens,
             one_by_one=not recorded,
-            miss_policy=MissPolicy(miss_policy.value),
+            miss_policy=miss_policy,
             curve=out is not None,
             on_run=on_run,
         )

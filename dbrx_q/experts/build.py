@@ -12,7 +12,7 @@ import torch
 
 from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.machine import Machine, Placement
-from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.policy_names import MissPolicy
 
 from .cpu_store import CpuExpertStore
 from .gpu_experts import GpuExperts

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from dbrx_q.planning.expert_kinds import ExpertKind
-from dbrx_q.planning.offloading import MissPolicy, first_slots
+from dbrx_q.planning.offloading import first_slots
+from dbrx_q.planning.policy_names import MissPolicy
 
 from .cache import Assignment, ExpertCache
 from .gpu_slot_pool import GpuSlotPool

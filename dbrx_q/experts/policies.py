@@ -1,8 +1,12 @@
-"""Which expert gives its slot to another: one small interface, a policy each.
+"""Cache policies: which expert is evicted when all slots are taken.
 
-A policy gives every expert a worth, and of those that may go the least worthy does. Experts are numbered layer * E + expert.
+To add a policy: write a subclass of `CachePolicy` here, enter it in the table `POLICIES` below, and add its name to `CachePolicyName` in
+`planning/policy_names.py`. The command line, `from_pretrained`, the simulator and its plots take it from there.
 
-Dimension letters: `L` layers, `E` experts.
+A policy gives every expert a priority; the cache (`cache.py`) evicts the evictable expert of the lowest priority. Policies number the
+experts: expert `e` of layer `l` is `l * E + e`.
+
+Dimension letters: `L` layers, `E` experts of each layer.
 """
 
 from __future__ import annotations
@@ -13,38 +17,39 @@ from collections.abc import Sequence
 import numpy as np
 
 from dbrx_q.errors import RequestError
-from dbrx_q.planning.offloading import POLICIES
+from dbrx_q.planning.policy_names import CachePolicyName
 
-__all__ = ["Belady", "CachePolicy", "LeastStale", "LfuDecay", "Lru", "StaticPinning", "make_policy"]
+__all__ = ["POLICIES", "Belady", "CachePolicy", "LeastStale", "LfuDecay", "Lru", "StaticPinning", "make_policy"]
 
 
 class CachePolicy(ABC):
-    """Told of every use; asked what each expert is worth.
+    """Is told of every use of an expert, and gives every expert's priority on request.
 
     Args:
         layers: L.
-        experts: E of each layer.
+        experts: E.
+        profile: how often each expert was used in a recorded trace, [L, E]; None without one. Only some policies read it.
     """
 
-    def __init__(self, layers: int, experts: int) -> None:
+    def __init__(self, layers: int, experts: int, profile: np.ndarray | None = None) -> None:
         self.layers, self.experts = layers, experts
 
-    def enter(self, layer: int) -> None:  # noqa: B027 # most policies don't look at it
-        """A layer is reached by a forward pass; one that is not after the last begins the next pass."""
+    def enter(self, layer: int) -> None:  # noqa: B027 # most policies ignore it
+        """A forward pass reaches a layer. A layer that does not follow the last one begins the next forward pass."""
 
     @abstractmethod
     def use(self, key: int) -> None:
-        """The layer that was entered last uses this expert."""
+        """The layer that was entered last uses the expert number `key`."""
 
     @abstractmethod
     def priority(self) -> np.ndarray:
-        """float64 [L * E]; of those that are held the one with the least is evicted first, the lower number among equals."""
+        """float64 [L * E]: the cached expert of the lowest priority is evicted first; of equal ones, the lowest number."""
 
 
 class Lru(CachePolicy):
-    """The one that was not used for the longest time goes."""
+    """Evicts the least recently used expert."""
 
-    def __init__(self, layers: int, experts: int) -> None:
+    def __init__(self, layers: int, experts: int, profile: np.ndarray | None = None) -> None:
         super().__init__(layers, experts)
         self._last = np.zeros(layers * experts)
         self._now = 0
@@ -58,9 +63,9 @@ class Lru(CachePolicy):
 
 
 class LfuDecay(CachePolicy):
-    """The one that was used least often goes; a use counts half after `half_life` passes."""
+    """Evicts the least frequently used expert; the weight of a use halves every `half_life` forward passes."""
 
-    def __init__(self, layers: int, experts: int, half_life: float = 64.0) -> None:
+    def __init__(self, layers: int, experts: int, profile: np.ndarray | None = None, *, half_life: float = 64.0) -> None:
         super().__init__(layers, experts)
         self._counts = np.zeros(layers * experts)
         self._decay = 0.5 ** (1 / half_life)
@@ -79,41 +84,42 @@ class LfuDecay(CachePolicy):
 
 
 class LeastStale(CachePolicy):
-    """The one that let the most passes of its layer go by unused goes; among equals the one whose layer comes last.
+    """Evicts the expert that was unused in the most recent passes of its layer; of equal ones, the one whose layer is reached last.
 
-    After Hoang et al. 2026, SpecMD (arXiv 2602.03921): layers come in a fixed order, so an expert of a layer that has just gone by cannot
-    be used for a whole pass, however recent its last use.
+    After Hoang et al. 2026, SpecMD (arXiv 2602.03921): layers run in a fixed order, so an expert of a layer that has just run cannot be
+    used for a whole forward pass, however recent its last use.
     """
 
-    def __init__(self, layers: int, experts: int) -> None:
+    def __init__(self, layers: int, experts: int, profile: np.ndarray | None = None) -> None:
         super().__init__(layers, experts)
-        self._chances = np.zeros(layers)  # how often a layer was entered
-        self._last = np.full((layers, experts), -1.0)  # which of these an expert was used in
-        self._ahead: np.ndarray = np.zeros(layers)  # how many layers until each is entered again
+        self._entered = np.zeros(layers)  # how often each layer was entered
+        self._last_used = np.full((layers, experts), -1.0)  # the value of `_entered` at an expert's last use
+        self._layers_ahead: np.ndarray = np.zeros(layers)  # how many layers run until each one is entered again
 
     def enter(self, layer: int) -> None:
-        self._chances[layer] += 1
-        self._ahead = (np.arange(self.layers) - layer - 1) % self.layers + 1.0
+        self._entered[layer] += 1
+        self._layers_ahead = (np.arange(self.layers) - layer - 1) % self.layers + 1.0
 
     def use(self, key: int) -> None:
         layer, expert = divmod(key, self.experts)
-        self._last[layer, expert] = self._chances[layer]
+        self._last_used[layer, expert] = self._entered[layer]
 
     def priority(self) -> np.ndarray:
-        stale = self._chances[:, None] - self._last  # [L, E]
-        return (-stale * (self.layers + 1) - self._ahead[:, None]).ravel()
+        staleness = self._entered[:, None] - self._last_used  # [L, E]
+        return (-staleness * (self.layers + 1) - self._layers_ahead[:, None]).ravel()
 
 
 class StaticPinning(CachePolicy):
-    """The experts that a profile used most never go; the others pass through the last slot.
+    """Never evicts the most used experts of a profile; all others share the last slot.
 
-    Args:
-        layers, experts: L and E.
-        profile: how often each expert was used, [L, E]; a larger number is worth more.
+    Raises:
+        RequestError: without a profile, or if it is not [L, E].
     """
 
-    def __init__(self, layers: int, experts: int, profile: np.ndarray) -> None:
+    def __init__(self, layers: int, experts: int, profile: np.ndarray | None = None) -> None:
         super().__init__(layers, experts)
+        if profile is None:
+            raise RequestError("the policy 'static' pins what a profile used most; found no profile. Record one with `dbrx-q trace`")
         if profile.shape != (layers, experts):
             raise RequestError(f"a profile must count the uses of {layers} x {experts} experts; found {profile.shape}")
         self._profile = profile.astype(np.float64).ravel()
@@ -125,47 +131,53 @@ class StaticPinning(CachePolicy):
         return self._profile
 
 
+POLICIES: dict[CachePolicyName, type[CachePolicy]] = {
+    CachePolicyName.lru: Lru,
+    CachePolicyName.lfu: LfuDecay,
+    CachePolicyName.least_stale: LeastStale,
+    CachePolicyName.static: StaticPinning,
+}
+"""The policies that a user can choose."""
+
+
+def make_policy(name: str, layers: int, experts: int, profile: np.ndarray | None = None) -> CachePolicy:
+    """A policy by its name, such as "lru".
+
+    Raises:
+        RequestError: an unknown name, or "static" without a profile.
+    """
+    names = [policy.value for policy in CachePolicyName]
+    if name not in names:
+        raise RequestError(f"a cache policy must be one of {', '.join(names)}; found {name!r}")
+    return POLICIES[CachePolicyName(name)](layers, experts, profile)
+
+
 class Belady(CachePolicy):
-    """The one whose next use is farthest goes: the best that any policy could do, which must know the future (Belady 1966).
+    """Evicts the expert whose next use is farthest away: the optimum, which must know the future (Belady 1966). For simulations only.
 
     Args:
-        layers, experts: L and E.
-        visits: (layer, the experts that it uses) of everything that will come.
+        layers: L.
+        experts: E.
+        visits: (layer, the experts that it uses) of all that will run, in order.
     """
 
     def __init__(self, layers: int, experts: int, visits: Sequence[tuple[int, Sequence[int]]]) -> None:
         super().__init__(layers, experts)
-        self._uses: list[list[int]] = [[] for _ in range(layers * experts)]
-        for at, (layer, used) in reversed(list(enumerate(visits))):
+        self._uses: list[list[int]] = [[] for _ in range(layers * experts)]  # for each expert the times of its uses, the next one last
+        for time, (layer, used) in reversed(list(enumerate(visits))):
             for expert in used:
-                self._uses[layer * experts + expert].append(at)
-        self._next = np.array([-float(uses[-1]) if uses else -np.inf for uses in self._uses])
+                self._uses[layer * experts + expert].append(time)
+        self._next = np.array([-float(times[-1]) if times else -np.inf for times in self._uses])
         self._now = -1
 
     def enter(self, layer: int) -> None:
         self._now += 1
 
     def use(self, key: int) -> None:
-        uses = self._uses[key]
-        while uses and uses[-1] <= self._now:
-            uses.pop()
-        self._next[key] = -float(uses[-1]) if uses else -np.inf
+        times = self._uses[key]
+        while times and times[-1] <= self._now:
+            times.pop()
+        self._next[key] = -float(times[-1]) if times else -np.inf
 
     def priority(self) -> np.ndarray:
         return self._next
-
-
-def make_policy(name: str, layers: int, experts: int, profile: np.ndarray | None = None) -> CachePolicy:
-    """A policy by its name.
-
-    Raises:
-        RequestError: an unknown name, or "static" without a profile.
-    """
-    if name == "static":
-        if profile is None:
-            raise RequestError("the policy 'static' pins what a profile used most; found no profile. Record one with `dbrx-q trace`")
-        return StaticPinning(layers, experts, profile)
-    plain: dict[str, type[CachePolicy]] = {"lru": Lru, "lfu": LfuDecay, "least-stale": LeastStale}
-    if name not in plain:
-        raise RequestError(f"a cache policy must be one of {', '.join(POLICIES)}; found {name!r}")
-    return plain[name](layers, experts)

@@ -11,7 +11,7 @@ import torch
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.machine import Machine, Placement
-from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.policy_names import MissPolicy
 
 from .build import Parts, build_store
 from .link import Arrival, Link

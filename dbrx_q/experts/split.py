@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.policy_names import MissPolicy
 
 __all__ = ["MissRates", "split_misses"]
 

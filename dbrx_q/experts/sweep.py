@@ -15,8 +15,8 @@ from dbrx_q.errors import RequestError
 from dbrx_q.planning.expert_kinds import ExpertKind, expert_kinds
 from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import DevicePlan, Machine, Placement
-from dbrx_q.planning.offloading import DEFAULT_POLICY, POLICIES, MissPolicy
 from dbrx_q.planning.placement import place
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
 
 from .policies import Belady, CachePolicy, make_policy
 from .simulate import simulate, visits_of
@@ -124,7 +124,7 @@ def sweep(
     L, E = config.n_layers, config.ffn_config.moe_num_experts
     kinds = expert_kinds(config, tensor_formats(config, "the trace"), getattr(torch, config.torch_dtype or "bfloat16"))
     profile, visits = trace.counts(), visits_of(trace, passes)
-    names = (*POLICIES, BOUND)
+    names = (*(name.value for name in CachePolicyName), BOUND)
 
     def policy(name: str) -> Callable[[Sequence[int], bool], CachePolicy]:
         def make(layers: Sequence[int], under: bool) -> CachePolicy:

@@ -23,7 +23,7 @@ from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.attention import Sequences
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.planning.offloading import DEFAULT_POLICY, MissPolicy
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, MissPolicy
 
 from .kv_cache import KVCache
 from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, rotation_of
@@ -271,7 +271,7 @@ class DbrxForCausalLM(nn.Module):
         context: int | None = None,
         batch_size: int = 1,
         kv_format: str = "plain",
-        cache_policy: str = DEFAULT_POLICY,
+        cache_policy: str = DEFAULT_POLICY.value,
         miss_policy: str = "hybrid",
         prefetch: bool = True,
         fallback: bool = False,

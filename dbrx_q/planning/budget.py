@@ -13,7 +13,7 @@ from dbrx_q.errors import RequestError
 
 from .host_memory import available_bytes
 from .machine import Gpu, Machine, Placement
-from .offloading import DEFAULT_POLICY, MissPolicy
+from .policy_names import DEFAULT_POLICY, MissPolicy
 from .sizes import format_size, parse_size
 
 __all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "machine_of"]
@@ -32,7 +32,7 @@ class Budget:
     machine: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the
     model's
     context where that is shorter. step_tokens, logit_rows: as of `footprint.Request`. policy: which expert gives way,
-    one of `POLICIES`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
+    a `CachePolicyName`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
     read before they are needed, as the next layer's router predicts them. direct: whether experts are read past the page cache; None for
     whichever is measured to be faster. miss_policy: how an expert is served that is not on its GPU. devices: the GPUs; None for cuda:0,
     cuda:1 ... dtype: of activations; None for the checkpoint's. fallback: whether the fallback copy that the checkpoint carries answers for
@@ -45,7 +45,7 @@ class Budget:
     kv_format: str = "plain"
     step_tokens: int | None = None
     logit_rows: int | None = None
-    policy: str = DEFAULT_POLICY
+    policy: str = DEFAULT_POLICY.value
     profile: Path | None = None
     prefetch: bool = True
     direct: bool | None = None

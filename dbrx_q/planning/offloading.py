@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import Enum
 
 from .expert_kinds import ExpertKind
 
 __all__ = [
-    "DEFAULT_POLICY",
     "PINNED_BYTES",
-    "POLICIES",
     "READ_ALIGNMENT",
     "READ_BYTES",
     "READ_THREADS",
     "SCRATCH_SLOTS",
-    "MissPolicy",
     "first_slots",
     "staging_bytes",
 ]
@@ -65,18 +61,3 @@ def staging_bytes(kinds: Iterable[ExpertKind]) -> int:
     decoded = max((kind.stored_nbytes for kind in all_kinds if not kind.as_stored), default=0)
     largest = max(kind.stored_nbytes for kind in all_kinds)
     return READ_THREADS * (min(READ_BYTES, largest) + 2 * READ_ALIGNMENT + decoded)
-
-
-POLICIES = ("lru", "lfu", "least-stale", "static")
-"""The policies that a store can follow."""
-
-
-DEFAULT_POLICY = "least-stale"
-
-
-class MissPolicy(str, Enum):
-    """How a missed expert is served."""
-
-    cpu = "cpu"
-    copy = "copy"
-    hybrid = "hybrid"

@@ -31,8 +31,9 @@ from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.host_memory import available_bytes
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import MissPolicy, staging_bytes
+from dbrx_q.planning.offloading import staging_bytes
 from dbrx_q.planning.placement import place
+from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.sizes import format_size
 
 __all__ = [

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dbrx_q.errors import RequestError
 from dbrx_q.experts.cache import Assignment, ExpertCache, serve
-from dbrx_q.experts.policies import Belady, CachePolicy, LeastStale, LfuDecay, Lru, StaticPinning, make_policy
+from dbrx_q.experts.policies import POLICIES, Belady, CachePolicy, LeastStale, LfuDecay, Lru, StaticPinning, make_policy
+from dbrx_q.planning.policy_names import CachePolicyName
 
 L, E = 3, 6
 
@@ -186,6 +187,12 @@ def test_a_layer_that_needs_nothing_still_looks_ahead() -> None:
     cache = ExpertCache(3, Lru(2, 4))
     steps = list(serve(cache, 0, [], [3, 2], cache))
     assert [(step.layer, step.expert, step.urgent) for step in steps if isinstance(step, Assignment)] == [(1, 3, False), (1, 2, False)]
+
+
+def test_every_policy_name_has_a_class() -> None:
+    assert list(POLICIES) == list(CachePolicyName)
+    for name, policy_class in POLICIES.items():
+        assert type(make_policy(name.value, L, E, np.zeros((L, E)))) is policy_class
 
 
 def test_policies_that_cannot_be_made() -> None:

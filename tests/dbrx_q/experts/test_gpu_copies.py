@@ -24,7 +24,7 @@ from dbrx_q.experts.split import MissRates, split_misses
 from dbrx_q.experts.sums import PairSum
 from dbrx_q.kernels.formats.expert_weights import Routing
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.policy_names import MissPolicy
 
 CPU = torch.device("cpu")
 TIMEOUT = 60

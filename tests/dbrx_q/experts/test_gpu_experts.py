@@ -23,8 +23,8 @@ from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.router import route
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.offloading import MissPolicy
 from dbrx_q.planning.placement import place
+from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.sizes import format_size
 
 CPU = torch.device("cpu")

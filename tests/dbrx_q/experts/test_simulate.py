@@ -27,8 +27,9 @@ from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.expert_kinds import expert_kinds
 from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES, MissPolicy
+from dbrx_q.planning.offloading import PINNED_BYTES
 from dbrx_q.planning.placement import place
+from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.speed import speed_bounds
 
 IDS = [(7 * i * i + 3) % 4000 for i in range(36)]

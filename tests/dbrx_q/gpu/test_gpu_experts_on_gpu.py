@@ -13,7 +13,7 @@ from dbrx_q.experts.link import make_link
 from dbrx_q.model.loading import load_pretrained
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import MissPolicy
+from dbrx_q.planning.policy_names import MissPolicy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
