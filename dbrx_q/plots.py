@@ -1,6 +1,7 @@
-"""What every plot of this project shares: one look, colours that colour-blind people tell apart, PNG and SVG.
+"""The look that all plots of this project share, and how they become PNG and SVG; `plot_labels.py` writes names into them.
 
-Series differ by colour, marker and dash, so that no plot depends on colour alone.
+Each of the first twelve series has a colour and a marker of its own, and neighbours differ in their dashes too, so that no plot depends on
+colour alone.
 """
 
 from __future__ import annotations
@@ -28,56 +29,64 @@ __all__ = [
     "check_plot_extra",
     "figure",
     "inline_svg",
-    "label_points",
     "log_axis",
     "panels",
+    "quiet",
     "render",
     "style",
 ]
 
 INK, MUTED, GRID = "#1f2329", "#5a626d", "#d9dde3"
-# Each has a contrast of at least 4.5 with white.
-_COLOURS = ("#0067a5", "#c04a00", "#00785a", "#a3428a", "#86640a", "#4c5360")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
-_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+# Each has a contrast of at least 4.5 with white. The first six are told apart by colour-blind readers as well.
+_COLOURS = (
+    *("#0067a5", "#c04a00", "#00785a", "#a3428a", "#86640a", "#4c5360"),
+    *("#c8102e", "#6a3fc9", "#007a8a", "#7a4a2b", "#4d7a00", "#1f2f86"),
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "d", "p")
+_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _FONTS = ["DejaVu Sans", "sans-serif"]
 _SETTINGS: Any = {
     "font.family": _FONTS,
     "svg.hashsalt": "dbrx_q",  # otherwise every file has other ids
     "axes.unicode_minus": False,
 }
-_TEXT_GAP = 7.0  # points between a marker and its label
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the series of one number is drawn: a colour, a marker of matplotlib's, a dash of matplotlib's."""
+    """How one series is drawn."""
 
     colour: str
+    """Such as "#0067a5"."""
     marker: str
+    """A name of matplotlib's."""
     dash: str | tuple[int, tuple[float, ...]]
+    """A line style of matplotlib's."""
 
 
 def style(number: int) -> Style:
-    """Of series 0, 1, 2 ...: no two of the first twelve share a marker, no two of the first eighteen colour and dash."""
-    dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
-    return Style(_COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], dash)
+    """The look of series 0, 1, 2 ...: no two of the first 12 share a colour or a marker, no two of the first 144 share both."""
+    turn, place = divmod(number, len(_COLOURS))
+    return Style(_COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)], _DASHES[number % len(_DASHES)])
 
 
 def check_plot_extra(what: str = "a plot") -> None:
-    """Refuse to begin what cannot be drawn at the end.
+    """Refuse a plot before the work that it would show, if it cannot be drawn.
+
+    Args:
+        what: the subject of the error's sentence.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401 - whether it is there is the question
+        import matplotlib  # noqa: F401 - only whether it is installed matters
     except ImportError:
         raise UnsupportedError(f"{what} needs matplotlib, which is not installed: pip install 'dbrx_q[eval]'") from None
 
 
 def figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
-    """An empty plot of width x height inches: grid behind, no frame at the top and right. No state is shared with pyplot.
+    """An empty plot of width x height inches, with the grid behind the data and no frame at the top and right; pyplot is not used.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -87,17 +96,17 @@ def figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
 
 
 def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """`count` such plots side by side in one of width x height inches; errors as for `figure`."""
+    """`count` plots like that of `figure` side by side, width x height inches together; errors as for `figure`."""
     check_plot_extra()
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_SETTINGS):
         drawing = Figure(figsize=(width, height), layout="constrained")
-        every = [drawing.add_subplot(1, count, i + 1) for i in range(count)]
-    for axes in every:
+        plots = [drawing.add_subplot(1, count, i + 1) for i in range(count)]
+    for axes in plots:
         _dress(axes)
-    return drawing, every
+    return drawing, plots
 
 
 def _dress(axes: Axes) -> None:
@@ -113,9 +122,9 @@ def _dress(axes: Axes) -> None:
 
 
 def log_axis(axes: Axes, values: Sequence[float]) -> float:
-    """Make the y axis logarithmic over `values`, of which some or all may be 0; gives the height at which a 0 is to be drawn.
+    """Make the y axis logarithmic over `values`, of which some or all may be 0; the height at which to draw a 0.
 
-    That height stands below every other value, marked "0" and cut off by a dotted line. Values that are not finite have no height.
+    That height is below every other value, marked "0" and separated by a dotted line. Values that are not finite are left out.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -148,75 +157,35 @@ def log_axis(axes: Axes, values: Sequence[float]) -> float:
     return floor
 
 
-def label_points(drawing: Figure, axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write a label beside each point (data coordinates), where it hides no other label and no point, as far as there is room."""
-    from matplotlib.transforms import Bbox
-
-    gap, near = _TEXT_GAP, _TEXT_GAP * 0.7
-    places = [
-        (gap, 0.0, "left", "center"),
-        (-gap, 0.0, "right", "center"),
-        (0.0, gap, "center", "bottom"),
-        (0.0, -gap, "center", "top"),
-        (near, near, "left", "bottom"),
-        (-near, near, "right", "bottom"),
-        (near, -near, "left", "top"),
-        (-near, -near, "right", "top"),
-        (gap, 2 * gap, "left", "bottom"),
-        (gap, -2 * gap, "left", "top"),
-        (-gap, 2 * gap, "right", "bottom"),
-        (-gap, -2 * gap, "right", "top"),
-    ]
-    with _quiet():
-        drawing.draw_without_rendering()  # lays the axes out, so that data coordinates have their place
-        around = drawing.dpi / 72 * 5
-        centres = [axes.transData.transform(point) for point in points]
-        taken = [Bbox.from_extents(x - around, y - around, x + around, y + around) for x, y in centres]
-        room = axes.get_window_extent()
-        for point, text in zip(points, labels, strict=True):
-            written = axes.annotate(text, point, xytext=(gap, 0), textcoords="offset points", color=INK, fontsize=9, parse_math=False)
-            best, least = places[0], float("inf")
-            for place in places:
-                _put(written, place)
-                box = written.get_window_extent()
-                hidden = sum(_shared(box, other) for other in taken) + 4 * (_area(box) - _shared(box, room))
-                if hidden < least:
-                    best, least = place, hidden
-                if least <= 0:
-                    break
-            _put(written, best)
-            taken.append(written.get_window_extent())
-
-
 def render(drawing: Figure, kind: str) -> bytes:
     """The bytes of a "png" (200 dots per inch) or an "svg" file with a white background. The same drawing gives the same bytes."""
     import matplotlib
 
     file = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context(_SETTINGS | {"svg.fonttype": "path"}), _quiet():
+    with matplotlib.rc_context(_SETTINGS | {"svg.fonttype": "path"}), quiet():
         drawing.savefig(file, format=kind, dpi=200, facecolor="white", metadata=metadata)
     return file.getvalue()
 
 
 def inline_svg(drawing: Figure, prefix: str, description: str) -> str:
-    """An `<svg>` element for a page: as wide as its place, in the page's colours, with no address of another file.
+    """An `<svg>` element for a page: as wide as its container, in the page's colours, without references to other files.
 
-    The colours of `style`, INK, MUTED and GRID become `var(--series-0)` ... `var(--series-5)`, `currentColor`, `var(--muted)` and
-    `var(--line)`, so that the page decides what they are, for light and dark.
+    The colours of `style`, INK, MUTED and GRID become `var(--series-0)` ... `var(--series-11)`, `currentColor`, `var(--muted)` and
+    `var(--line)`, so that the page sets them for its light and its dark scheme.
 
     Args:
         prefix: put before every id, as ids are unique in a page.
-        description: what is read aloud instead.
+        description: what a screen reader reads instead.
     """
     from html import escape
 
     import matplotlib
 
     file = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS | {"svg.fonttype": "none"}), _quiet():
+    with matplotlib.rc_context(_SETTINGS | {"svg.fonttype": "none"}), quiet():
         drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    # The page has its own fonts, and a rule for "*" would hold in all of it.
+    # The page has its own fonts, and a rule for "*" would apply to all of it.
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*|font-family: [^;\"]*; ", "", file.getvalue(), flags=re.DOTALL)
     opening = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', text)
     assert opening
@@ -230,25 +199,9 @@ def inline_svg(drawing: Figure, prefix: str, description: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A character that the font lacks is drawn as a box; that is no reason to fail or to write a warning per character."""
+def quiet() -> Iterator[None]:
+    """Suppress the warning for each character that the font lacks; it is drawn as a box."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support .* natively")
         yield
-
-
-def _put(written: Any, place: tuple[float, float, str, str]) -> None:
-    x, y, horizontal, vertical = place
-    written.set(position=(x, y), ha=horizontal, va=vertical)
-
-
-def _area(box: Any) -> float:
-    return float(box.width * box.height)
-
-
-def _shared(one: Any, other: Any) -> float:
-    from matplotlib.transforms import Bbox
-
-    both = Bbox.intersection(one, other)
-    return _area(both) if both is not None else 0.0

@@ -62,9 +62,8 @@ class OffloadRow:
     """One budget. share: of the experts that have a slot. prefill: whether a prompt was run, or tokens were decoded. prefetch: whether
     experts were fetched ahead. hit_rate: of requests. needed_bytes: of experts that were needed and came from disk, a token; read_bytes:
     all that was read. link: bytes/s that the disk gave alone, before and after. bound: tokens/s = link / needed_bytes. of_bound:
-    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. fallback_share: share of the requests that a
-    fallback
-    copy answered, which the bound has come from disk as well."""
+    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. fallback_share: share of the requests
+    that a fallback copy answered, which the bound has come from disk as well."""
 
     share: float
     slots: int

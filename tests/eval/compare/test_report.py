@@ -211,7 +211,7 @@ def test_a_narrow_screen_scrolls_tables_alone(browser: Any, tmp_path: Path, laye
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_colour_schemes(browser: Any, tmp_path: Path, scheme: str) -> None:
     """WCAG 2's contrast of at least 4.5, on what lies behind the text."""
-    results = [replace(result(number), router_agreement=[1.0, 0.9, 0.8, 0.5]) for number in range(6)]
+    results = [replace(result(number), router_agreement=[1.0, 0.9, 0.8, 0.5]) for number in range(12)]
     page = opened(browser, comparison(results, complete=False), tmp_path, scheme=scheme)
     dark = page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
     assert dark == (scheme == "dark")
