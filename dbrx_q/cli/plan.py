@@ -100,12 +100,12 @@ def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
         return {"device": found.device, "budget": found.budget, "layers": list(found.layers), **bytes_of, "expert_slots": found.n_slots}
 
     def listed(terms: Iterable[Term]) -> list[dict[str, Any]]:
-        return [{"path": t.path, "what": t.what, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in terms]
+        return [{"path": t.path, "data": t.data, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in terms]
 
     return {
         "fits": plan.fits,
         "shortfall": plan.shortfall,
-        "short_of": plan.short_of,
+        "short_device": plan.short_device,
         "devices": [device(found) for found in plan.devices],
         "experts": plan.experts,
         "expert_bytes": plan.expert_bytes,
@@ -131,7 +131,7 @@ def _print(plan: Placement, bounds: SpeedBounds) -> None:
     rest = f"; {plan.disk_experts} lie on disk alone" if plan.disk_experts else ""
     print(f"of {plan.experts} experts ({format_size(plan.expert_bytes)}){rest}")
     if not plan.fits:
-        print(f"does not fit: {plan.shortfall:,} bytes more are needed on {plan.short_of}")
+        print(f"does not fit: {plan.shortfall:,} bytes more are needed on {plan.short_device}")
         return
     print(f"fits; expected hit rate {bounds.hit_rate:.1%} (experts chosen by chance; the policies of the cache do better on text)")
     worst, best = "all misses that can be", "every slot hits"
@@ -145,4 +145,4 @@ def _print(plan: Placement, bounds: SpeedBounds) -> None:
         print(what)
         for term in terms:
             rate = f"{format_size(term.nbytes)} / {format_size(term.bandwidth)}/s"
-            print(f"  {term.what} ({term.path}): {rate} = {1000 * term.seconds:.2f} ms a token")
+            print(f"  {term.data} ({term.path}): {rate} = {1000 * term.seconds:.2f} ms a token")

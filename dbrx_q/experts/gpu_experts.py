@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dbrx_q.planning.expert_kinds import ExpertKind
-from dbrx_q.planning.offloading import first_slots
+from dbrx_q.planning.offloading import initial_slots
 from dbrx_q.planning.policy_names import MissPolicy
 
 from .cache import Assignment, ExpertCache
@@ -146,7 +146,7 @@ class GpuExperts:
         found = []
         for kind, (slots, cache) in self._full.pools.items():
             own = [place for place in order if self._tier.kind(place[0]) == kind]
-            found += cache.fill(own[: first_slots(slots.count, len(own))])
+            found += cache.fill(own[: initial_slots(slots.count, len(own))])
         return found
 
     def bring(self, assignment: Assignment, sources: Sequence[torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.errors import DbrxError
-from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS, LINK_FILLERS
+from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS, LINK_COPY_THREADS
 
 __all__ = ["Arrival", "Link", "make_link"]
 
@@ -235,8 +235,8 @@ class _CudaLink(Link):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._fillers = [_Filler() for _ in range(LINK_FILLERS)]
-        self._pool = ThreadPoolExecutor(LINK_FILLERS, "expert-filler")
+        self._fillers = [_Filler() for _ in range(LINK_COPY_THREADS)]
+        self._pool = ThreadPoolExecutor(LINK_COPY_THREADS, "expert-filler")
         super().__init__()
 
     def close(self) -> None:
@@ -253,7 +253,8 @@ class _CudaLink(Link):
             for piece in zip(_bytes_of(source).split(LINK_BUFFER_BYTES), _bytes_of(target).split(LINK_BUFFER_BYTES), strict=True)
         ]
         shares = [
-            self._pool.submit(filler.send, self._stream, pieces[i::LINK_FILLERS], job.arrival) for i, filler in enumerate(self._fillers)
+            self._pool.submit(filler.send, self._stream, pieces[i::LINK_COPY_THREADS], job.arrival)
+            for i, filler in enumerate(self._fillers)
         ]
         errors = [error for share in shares if (error := share.exception()) is not None]  # all have come to an end
         if errors:

@@ -116,7 +116,7 @@ def sweep(
         raise RequestError(
             f"the machine must hold the weights that every token reads, keys and values and an expert; "
             f"{plan.shortfall:,} bytes are missing on "
-            f"{plan.short_of}. Give more"
+            f"{plan.short_device}. Give more"
         )
     passes = [some for some in trace.passes(one_by_one=one_by_one) if tokens is None or some.stop <= tokens]
     if not passes:

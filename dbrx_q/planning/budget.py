@@ -118,7 +118,7 @@ def check_fits(placement: Placement, source: str) -> None:
         f"{format_size(short.dense)} of weights that every token reads, {format_size(short.kv_cache)} of KV cache, "
         f"{f'{format_size(short.fallback)} of a fallback copy, ' if short.fallback else ''}"
         f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget:,} bytes"
-        for short in placement.short
+        for short in placement.over_budget
     ]
     raise RequestError(f"{source}: {'; '.join(parts)}. Give more, or shorten the context")
 

@@ -1,4 +1,4 @@
-"""Host memory for weights."""
+"""Host memory: tensors for weights, how much this process uses, and how much it may still take."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MADV_HUGEPAGE = 14
 
 
 def empty_host(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised CPU tensor; a large one asks Linux for huge pages, since streaming weights through 4 KB pages misses the TLB."""
+    """An uninitialized CPU tensor. A large one asks Linux for huge pages, because streaming weights through 4 KB pages misses the TLB."""
     out = torch.empty(shape, dtype=dtype)
     if math.prod(shape) * dtype.itemsize >= 8 * _HUGE_PAGE and sys.platform == "linux":
         first = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (out.data_ptr() + out.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        # Advice only: a kernel that has no huge pages to give answers with an error, and small ones serve.
+        # Advice only: a kernel without huge pages returns an error, and small pages work, too.
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
     return out
 
@@ -34,7 +34,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far. (Linux's getrusage tells the largest of the process that began it, too.)"""
+    """The largest resident memory of this process so far. (On Linux, getrusage also counts the peak of the parent process.)"""
     import resource
 
     try:
@@ -46,7 +46,7 @@ def peak_memory_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """The resident memory of this process now; where the system does not tell, the largest so far."""
+    """The resident memory of this process now; its peak where the system does not report the current value."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -55,8 +55,10 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be given to this process without swapping: what Linux estimates, or its container is still allowed, elsewhere all
-    that the machine has."""
+    """Memory that this process can take without swapping: the smaller of Linux's estimate and the rest of its container's limit.
+
+    On other systems, all memory of the machine.
+    """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
@@ -65,36 +67,36 @@ def available_bytes() -> int:
     return min([free, *allowed_bytes()])
 
 
-def allowed_bytes(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group around this process may still take, where one has a limit; what it caches of files counts as free.
+def allowed_bytes(cgroups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each control group of this process may still take, for every group with a limit. Cached file contents count as free.
 
     Args:
-        groups: which they are, as Linux tells it.
-        mounted: where they can be read.
+        cgroups: the file in which Linux lists the groups of this process.
+        mount: where the groups' files are mounted.
     """
     try:
-        lines = groups.read_text().splitlines()
+        lines = cgroups.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    remaining = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, limit, usage, prefix = (  # of version 1, and of version 2
-            (mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        root, limit_file, usage_file, prefix = (  # version 1, or version 2
+            (mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
             if controllers
-            else (mounted, "memory.max", "memory.current", "")
+            else (mount, "memory.max", "memory.current", "")
         )
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
                 break
             try:
-                most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                limit, used = int((folder / limit_file).read_text()), int((folder / usage_file).read_text())
                 stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # no limit, which is written as "max", or none that can be read
+            except (OSError, ValueError):  # no limit, which is written as "max", or an unreadable one
                 continue
             cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            found.append(max(0, most - used + cached))
-    return found
+            remaining.append(max(0, limit - used + cached))
+    return remaining

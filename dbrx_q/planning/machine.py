@@ -1,4 +1,4 @@
-"""A machine's memories and bandwidths, and a plan of what lies in each of its devices."""
+"""A machine's memories and bandwidths, and a plan of what each of its devices holds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from .expert_kinds import ExpertKind
 
 __all__ = ["DevicePlan", "Gpu", "Machine", "Placement"]
 
-
-# Of a gpu: the driver's context, compiled kernels, and what the allocator cannot use. Of a desktop besides: what its windows take.
-_GPU_RESERVE = 600 << 20
-
-
-_DESKTOP_RESERVE = 1200 << 20
+_GPU_RESERVE = 600 << 20  # the driver's context, compiled kernels, and fragmentation of the allocator
+_DESKTOP_RESERVE = 1200 << 20  # the windows of a desktop, on top
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. memory: bytes that may be used, the reserve included. desktop: whether it shows one. bandwidth: of its memory, link: from the
-    host, both in bytes/s; of a 24 GB consumer GPU and of PCIe 4.0 x16 unless they are measured."""
+    """A GPU; its default bandwidths are those of a 24 GB consumer GPU on PCIe 4.0 x16."""
 
     memory: int
+    """Bytes that may be used, the reserve included."""
     desktop: bool = False
+    """Whether it shows a desktop."""
     bandwidth: float = 900e9
+    """Of its memory, in bytes/s."""
     link: float = 25e9
+    """From host memory to the GPU, in bytes/s."""
 
     @property
     def reserve(self) -> int:
@@ -35,37 +34,51 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine. ram: bytes of host memory that the model may take, None for as many as it needs; what Python and its libraries take comes
-    on top. host_bandwidth, disk_bandwidth: bytes/s."""
+    """A machine, as far as a plan needs it."""
 
     ram: int | None = None
+    """Bytes of host memory that the model may take, None for as many as it needs. Python and its libraries take more on top."""
     gpus: tuple[Gpu, ...] = ()
+    """In the order of their indices."""
     host_bandwidth: float = 60e9
+    """Of host memory, in bytes/s."""
     disk_bandwidth: float = 5e9
+    """In bytes/s."""
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One device; bytes where nothing else is said.
+    """What one device holds, in bytes unless a field says otherwise.
 
-    budget: that may be used, None without a limit. layers: (first, end) of those that it computes. dense: all weights but experts, of which
-    every token reads `dense_read`. experts: of its slots. slots: how many for experts of each kind, of which `scratch` stay free for what
-    is copied while it runs. fallback, fallback_slots: the same of a fallback copy, whole in host memory, passing through on a GPU.
+    A fallback copy is held whole by the host; a GPU has a few slots for experts of it.
     """
 
     device: str
+    """Its name: the host is "cpu", GPUs are "cuda:0", "cuda:1" ..."""
     budget: int | None
+    """What may be used; None without a limit."""
     layers: tuple[int, int]
+    """(first, end) of the layers that the device computes; (0, 0) for a host under GPUs."""
     dense: int = 0
+    """All weights except experts."""
     experts: int = 0
+    """All slots for experts."""
     fallback: int = 0
+    """All slots for experts of the fallback copy."""
     kv_cache: int = 0
+    """Keys and values of the device's layers."""
     workspace: int = 0
+    """Activations, logits, and buffers that experts pass through."""
     reserve: int = 0
+    """Memory that is left to the driver and the desktop."""
     slots: Mapping[ExpertKind, int] = field(default_factory=dict)
+    """How many slots there are for experts of each kind."""
     fallback_slots: Mapping[ExpertKind, int] = field(default_factory=dict)
+    """How many slots there are for experts of each kind of the fallback copy."""
     dense_read: int = 0
+    """The part of `dense` that every token reads."""
     scratch: int = 0
+    """How many of `slots` are empty after loading, for experts that are copied during inference."""
 
     @property
     def total(self) -> int:
@@ -74,43 +87,45 @@ class DevicePlan:
 
     @property
     def n_slots(self) -> int:
-        """Experts that can lie here."""
+        """How many experts the device can hold."""
         return sum(self.slots.values())
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything lies.
-
-    gpus: by index. host: its memory. experts: how many the model has. expert_bytes: of all of them in memory. disk_experts: how many lie
-    in no memory when all slots are full. shortfall: bytes that the worst device lacks for the least that can work; 0 where it fits.
-    short_of: that device.
-    """
+    """Which device holds what. It may not fit: then `shortfall` says by how much."""
 
     gpus: tuple[DevicePlan, ...]
+    """By index; empty without GPUs."""
     host: DevicePlan
+    """Host memory."""
     experts: int
+    """Experts of the whole model."""
     expert_bytes: int
+    """Bytes of all experts in memory."""
     disk_experts: int
+    """Experts that are only on disk when all slots are filled."""
     shortfall: int = 0
-    short_of: str = ""
+    """Bytes that the worst device lacks for the smallest configuration that works; 0 if the plan fits."""
+    short_device: str = ""
+    """The device that lacks them."""
 
     @property
     def devices(self) -> tuple[DevicePlan, ...]:
-        """All, the host last."""
+        """All devices, the host last."""
         return *self.gpus, self.host
 
     @property
     def fits(self) -> bool:
-        """Whether the model can run so."""
+        """Whether the model can run with this plan."""
         return self.shortfall == 0
 
     @property
-    def short(self) -> tuple[DevicePlan, ...]:
-        """The devices that lack bytes; with what their plans take it would fit."""
+    def over_budget(self) -> tuple[DevicePlan, ...]:
+        """The devices whose plan exceeds their budget. With budgets of their `total` the model would run."""
         return tuple(plan for plan in self.devices if plan.budget is not None and plan.total > plan.budget)
 
     @property
     def resident(self) -> bool:
-        """Whether every expert lies on the device that computes it."""
+        """Whether every expert is in the memory of the device that computes it."""
         return sum(plan.n_slots for plan in self.gpus or (self.host,)) == self.experts

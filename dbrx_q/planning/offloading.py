@@ -1,4 +1,8 @@
-"""What a plan must know of how experts are offloaded: buffers, spare slots, and the names of the policies."""
+"""What a plan must know of how experts are moved between disk, host memory and GPUs: the memory of buffers, and which slots stay free.
+
+These constants are here, below `experts/`, because the planner accounts for the memory. `experts/link.py` (host to GPU) and
+`experts/reader.py` (disk to host) allocate it.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +11,72 @@ from collections.abc import Iterable
 from .expert_kinds import ExpertKind
 
 __all__ = [
+    "LINK_BUFFERS",
+    "LINK_BUFFER_BYTES",
+    "LINK_COPY_THREADS",
     "PINNED_BYTES",
     "READ_ALIGNMENT",
     "READ_BYTES",
     "READ_THREADS",
     "SCRATCH_SLOTS",
-    "first_slots",
+    "initial_slots",
     "staging_bytes",
 ]
 
+# Slots of a GPU.
 
 SCRATCH_SLOTS = 2
-"""Slots of a GPU that are left empty at first: where every expert lies in one memory only, a GPU can give up none but what it copied."""
+"""Slots of a GPU that are not filled at load. Where each expert is held once, on a GPU or in host memory, a GPU may evict only experts
+that host memory holds too, which are those that were copied into these slots."""
 
 
-def first_slots(slots: int, experts: int) -> int:
-    """How many of a GPU's slots are filled at first, of those for one kind of which its layers have so many experts."""
+def initial_slots(slots: int, experts: int) -> int:
+    """How many of a GPU's slots for one kind of expert are filled at load.
+
+    Args:
+        slots: of this kind on the GPU.
+        experts: of this kind in the GPU's layers.
+    """
     return slots if slots >= experts else max(0, slots - SCRATCH_SLOTS)
 
 
-LINK_FILLERS = 2  # threads that fill pinned memory: one core's memcpy is slower than 16 lanes of PCIe 4.0
+# From host memory to a GPU, through pinned buffers.
 
+LINK_COPY_THREADS = 2
+"""Threads that copy into pinned buffers: one core's memcpy is slower than 16 lanes of PCIe 4.0."""
 
-LINK_BUFFERS = 2  # of each: one is filled while the other is sent
+LINK_BUFFERS = 2
+"""Pinned buffers of each of these threads: one is filled while the other is sent."""
 
-
-# Of one pinned buffer. What stays in the last-level cache is filled faster, and takes no bandwidth of the memory that the CPU reads
+# A buffer that stays in the last-level cache is filled faster, and does not compete for the bandwidth of the memory that the CPU reads
 # experts from: one core fills 4 of 16 MiB at 8.7 to 9.7 GB/s, of 4 MiB at 9.5 to 14.9, of 2 MiB at 12.5 to 15.9 (EPYC, 32 MiB of cache).
 LINK_BUFFER_BYTES = 2 << 20
+"""Bytes of one pinned buffer."""
+
+PINNED_BYTES = LINK_COPY_THREADS * LINK_BUFFERS * LINK_BUFFER_BYTES
+"""Pinned host memory of one GPU's link."""
 
 
-PINNED_BYTES = LINK_FILLERS * LINK_BUFFERS * LINK_BUFFER_BYTES
-"""Host memory that the link of a GPU keeps."""
-
-
-READ_BYTES = 4 << 20
-
+# From disk to host memory.
 
 READ_THREADS = 4
+"""Threads that read experts."""
 
+READ_BYTES = 4 << 20
+"""Bytes of one read at most."""
 
-READ_ALIGNMENT = 4096  # what O_DIRECT wants of addresses, offsets and lengths on any disk in use
+READ_ALIGNMENT = 4096
+"""What O_DIRECT requires of addresses, offsets and lengths on any disk in use."""
 
 
 def staging_bytes(kinds: Iterable[ExpertKind]) -> int:
-    """Host memory that reading takes beside the slots, at most: a buffer for each thread, and experts that are decoded on the way in.
+    """Host memory that reading experts takes at most beside the slots; 0 without kinds.
 
-    0 without kinds.
+    Each reader thread has a buffer, and an expert whose format in memory differs from the stored one is held in both at once.
     """
     all_kinds = list(kinds)
     if not all_kinds:
         return 0
-    decoded = max((kind.stored_nbytes for kind in all_kinds if not kind.as_stored), default=0)
+    converted = max((kind.stored_nbytes for kind in all_kinds if not kind.as_stored), default=0)
     largest = max(kind.stored_nbytes for kind in all_kinds)
-    return READ_THREADS * (min(READ_BYTES, largest) + 2 * READ_ALIGNMENT + decoded)
+    return READ_THREADS * (min(READ_BYTES, largest) + 2 * READ_ALIGNMENT + converted)

@@ -1,4 +1,4 @@
-"""Sizes in bytes, written and read."""
+"""Sizes in bytes as text: `format_size` writes them, `parse_size` reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 <
 
 
 def format_size(n: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """A number of bytes as readable text, in units of powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
@@ -21,10 +21,10 @@ def format_size(n: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 96GiB or 64GB.
+    """Bytes of a size such as "96GiB" or "64GB".
 
     Raises:
-        RequestError: another text.
+        RequestError: `text` is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:

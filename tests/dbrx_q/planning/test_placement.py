@@ -188,7 +188,7 @@ def test_the_arithmetic_of_a_token() -> None:
     """All-miss over 25 GB/s, and from 60 GB/s of host memory."""
     machine = Machine(128 * GIB, (gpu(24),))
     bounds = speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4)
-    dense = next(term for term in bounds.terms if "every token" in term.what)
+    dense = next(term for term in bounds.terms if "every token" in term.data)
     assert bounds.lower == pytest.approx(1 / (dense.seconds + 160 * EXPERT / 25e9))
     held = place(DBRX, INT4, machine, MemoryRequest(8192)).gpus[0].n_slots
     assert bounds.hit_rate == pytest.approx(held / 640)
@@ -225,7 +225,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_fits_instead() -> None:
     machine = Machine(64 * GIB, (gpu(8),))
     plan = place(DBRX, INT4, machine, MemoryRequest(32768))
     assert not plan.fits
-    assert plan.short_of == "cuda:0"
+    assert plan.short_device == "cuda:0"
     least = replace(machine, gpus=(Gpu(8 * GIB + plan.shortfall),))
     assert place(DBRX, INT4, least, MemoryRequest(32768)).fits
     assert not place(DBRX, INT4, replace(machine, gpus=(Gpu(8 * GIB + plan.shortfall - 1),)), MemoryRequest(32768)).fits
@@ -324,7 +324,7 @@ def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
         assert not any(term.path == "disk" for term in with_copy.terms)
         assert with_copy.lower <= with_copy.expected <= with_copy.upper
         assert with_copy.expected > 1.5 * without.expected
-        [copies] = [term for term in with_copy.terms if "fallback" in term.what][:1]
+        [copies] = [term for term in with_copy.terms if "fallback" in term.data][:1]
         assert copies.nbytes > 0
         assert plans[1].host.fallback == pytest.approx(640 * EXPERT)
         assert plans[1].host.total <= 80 * GIB
@@ -335,7 +335,7 @@ def test_a_gpu_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None
     plan = place(DBRX, INT4, Machine(64 * GIB, tuple(Gpu(int(size * GIB)) for size in memory)), MemoryRequest(4096))
     assert all(there.layers[1] > there.layers[0] for there in plan.gpus)
     assert [there.layers[0] for there in plan.gpus[1:]] == [there.layers[1] for there in plan.gpus[:-1]]
-    assert {there.device for there in plan.short} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
+    assert {there.device for there in plan.over_budget} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
 
 
 @pytest.mark.parametrize(("memory", "ram"), [((2, 2), 1.0), ((6,), 0.3), ((24, 24), 0.2), ((1, 1, 1), 0.1), ((24, 1, 24), 64)])
@@ -343,7 +343,7 @@ def test_what_is_named_as_the_least_works(memory: tuple[float, ...], ram: float)
     machine = Machine(int(ram * GIB), tuple(Gpu(int(size * GIB)) for size in memory))
     plan, request = place(DBRX, INT4, machine, MemoryRequest(4096)), MemoryRequest(4096)
     sentence = advice(DBRX, INT4, machine, request)
-    least = {there.device: there.total for there in plan.short}
+    least = {there.device: there.total for there in plan.over_budget}
     assert all(f"{size:,} bytes for {device}" in sentence for device, size in least.items())
     given = tuple(replace(gpu, memory=least.get(f"cuda:{c}", gpu.memory)) for c, gpu in enumerate(machine.gpus))
     assert place(DBRX, INT4, Machine(least.get("cpu", machine.ram), given), request).fits
