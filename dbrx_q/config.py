@@ -12,7 +12,10 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
+__all__ = ["NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
+
+NORM_EPS = 1e-5
+"""Added to the variance by every LayerNorm of DBRX; config.json has no key for it."""
 
 _DEFAULT_ROPE_THETA = 10000.0
 _DTYPES = ("float32", "float16", "bfloat16")

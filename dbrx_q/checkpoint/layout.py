@@ -36,6 +36,7 @@ __all__ = [
     "pack_parts",
     "parts_of",
     "tensor_formats",
+    "tensors_by_role",
     "unpacked_experts",
 ]
 
@@ -43,6 +44,7 @@ GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GR
 """The formats on offer and their group sizes."""
 
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
+_ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # of other tensors the last part of the name
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
 
 
@@ -62,6 +64,12 @@ class DenseTensor:
             return self.shape[0], self.shape[1]
         rows = self.shape[0] // self.experts
         return (self.shape[1], rows) if self.name.endswith(".w2") else (rows, self.shape[1])
+
+    @property
+    def role(self) -> str:
+        """One of "embedding", "norm_1", "Wqkv", "out_proj", "norm_2", "router", "w1", "v1", "w2", "norm_f" or "head"."""
+        last = self.name.removesuffix(".weight").rsplit(".", 1)[-1]
+        return _ROLES.get(last, last)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,11 @@ def dense_tensors(config: DbrxConfig) -> list[DenseTensor]:
             *(DenseTensor(f"{block}.ffn.experts.mlp.{matrix}", (E * F, D), layer, E) for matrix in ("w1", "v1", "w2")),
         ]
     return [*found, DenseTensor("transformer.norm_f.weight", (D,), -1), DenseTensor("lm_head.weight", (V, D), -1)]
+
+
+def tensors_by_role(config: DbrxConfig, layer: int) -> dict[str, DenseTensor]:
+    """The tensors of a layer by their roles; those outside the blocks for -1."""
+    return {tensor.role: tensor for tensor in dense_tensors(config) if tensor.layer == layer}
 
 
 def kind_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The layers of DBRX, with the names of the checkpoint, for inference.
+"""The layers of DBRX for inference, named as in the checkpoint; `block.py` has the arithmetic.
 
 Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `N` output features, `K` input features, `H` query heads,
 `G` key/value heads, `L` tokens in the cache, `C` channels of a head, `E` experts, `F` ffn hidden, `B` sequences.
@@ -16,40 +16,34 @@ from torch import nn
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import UnsupportedError
 from dbrx_q.experts import ExpertStore
-from dbrx_q.kernels.attention import IMPLEMENTATIONS, Sequences, attention, cached_attention
+from dbrx_q.kernels.attention import IMPLEMENTATIONS, Sequences, cached_attention
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.int8 import Int8Weight, gather_rows
 from dbrx_q.kernels.formats.weights import PackedFormat, Weight
 from dbrx_q.kernels.linear import linear
-from dbrx_q.kernels.norm import add_norm
-from dbrx_q.kernels.qkv import split_and_rotate, store_qkv
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.qkv import store_qkv
 
+from .block import Rotation, attend, normed, routed
 from .kv_cache import KVCache
 
-__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "Rotation", "rotation_of"]
-
-_NORM_EPS = 1e-5
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""float32 cosines and sines [T, C / 2]."""
+__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one call, one sequence after the other.
-
-    sequences: where each begins and ends. positions: int32 [T], of the tokens in their sequences. rows: int32 [T], the row of the cache
-    that each goes to. cache: None where nothing is kept.
-    """
+    """The tokens of one call, one sequence after the other."""
 
     sequences: Sequences
+    """Where each sequence begins and ends."""
     positions: torch.Tensor
+    """int32 [T]: the position of each token in its sequence."""
     rows: torch.Tensor
+    """int32 [T]: the row of the cache that stores each token's keys and values."""
     cache: KVCache | None
+    """None where no keys and values are kept."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device; keys and values stay where their layers are."""
+        """The batch on another device; the cache's keys and values stay on the devices of their layers."""
         if self.positions.device == device:
             return self
         rows = None if self.sequences.rows is None else self.sequences.rows.to(device)
@@ -58,7 +52,7 @@ class Batch:
 
 
 class PackedWeight(nn.Module):
-    """Holds a packed weight in place of a parameter, its parts as buffers named as in the checkpoint."""
+    """Holds a packed weight in place of a parameter; its parts are buffers with the checkpoint's names."""
 
     def __init__(self, weight: PackedFormat) -> None:
         super().__init__()
@@ -70,8 +64,8 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         raise UnsupportedError(
-            "a model with packed weights stays where it was loaded; found a call that moves or converts it. "
-            "Name `device` and `dtype` in from_pretrained"
+            "a model with packed weights keeps its device and dtype; found a call that moves or converts it. "
+            "Give `device` and `dtype` to from_pretrained"
         )
 
 
@@ -95,7 +89,7 @@ class DbrxLinear(nn.Module):
 
 
 class DbrxEmbedding(nn.Module):
-    """Rows of weight [V, D], plain or packed."""
+    """Looks up rows of weight [V, D], plain or packed."""
 
     def __init__(self, V: int, D: int) -> None:
         super().__init__()
@@ -110,15 +104,15 @@ class DbrxEmbedding(nn.Module):
 
 
 class DbrxLayerNorm(nn.Module):
-    """Adds what a layer gave to the residual stream, then LayerNorm without bias."""
+    """Adds a layer's output to the residual stream and normalizes the sum: LayerNorm without bias."""
 
     def __init__(self, D: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(D), requires_grad=False)
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, its norm), both [T, D]."""
-        return add_norm(x, delta, self.weight, _NORM_EPS)
+        """(x + delta, its norm), both [T, D]; without `delta` the sum is `x` itself."""
+        return normed(x, self.weight, delta)
 
 
 class DbrxAttention(nn.Module):
@@ -127,11 +121,10 @@ class DbrxAttention(nn.Module):
     def __init__(self, config: DbrxConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.channels = config.n_heads, config.attn_config.kv_n_heads, config.head_dim
-        self.clip = config.attn_config.clip_qkv
+        self.heads, self.clip = config.n_heads, config.attn_config.clip_qkv
         self.implementation = IMPLEMENTATIONS[0]
         D = config.d_model
-        self.Wqkv = DbrxLinear(D, D + 2 * self.kv_heads * self.channels)
+        self.Wqkv = DbrxLinear(D, D + 2 * config.attn_config.kv_n_heads * config.head_dim)
         self.out_proj = DbrxLinear(D, D)
 
     def forward(self, x: torch.Tensor, batch: Batch, rotation: Rotation, residual: torch.Tensor) -> torch.Tensor:
@@ -142,9 +135,7 @@ class DbrxAttention(nn.Module):
         """[T, H, C]."""
         if batch.cache is None:
             qkv = self.Wqkv(x, clip=self.clip)  # [T, (H + 2G) C]
-            q, k, v = split_and_rotate(qkv, *rotation, heads=self.heads, channels=self.channels)  # [T, H or G, C]
-            parts = zip(*(part.split(batch.sequences.counts) for part in (q, k, v)), strict=True)
-            return torch.cat([attention(a, b.transpose(0, 1), c.transpose(0, 1), implementation=self.implementation) for a, b, c in parts])
+            return attend(qkv, rotation, batch.sequences.counts, heads=self.heads, implementation=self.implementation)
         layer = batch.cache.layers[self.layer]
         q = store_qkv(self.Wqkv(x), layer, batch.rows, batch.positions, *rotation, heads=self.heads, clip=self.clip)
         return cached_attention(q, layer, batch.sequences, implementation=self.implementation)
@@ -160,9 +151,9 @@ class DbrxNormAttentionNorm(nn.Module):
         self.norm_2 = DbrxLayerNorm(config.d_model)
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream after attention, its norm_2), both [T, D]; `delta` is what the layer before gave and did not add yet."""
-        x, normed = self.norm_1(x, delta)
-        return self.norm_2(self.attn(normed, batch, rotation, x))
+        """(residual stream after attention, its norm_2), both [T, D]; `delta` is the previous block's output, not yet added to x."""
+        x, h = self.norm_1(x, delta)
+        return self.norm_2(self.attn(h, batch, rotation, x))
 
 
 class DbrxRouter(nn.Module):
@@ -208,14 +199,13 @@ class DbrxFFN(nn.Module):
     def __init__(self, config: DbrxConfig, layer: int) -> None:
         super().__init__()
         self.index = layer
-        self.top_k = config.ffn_config.moe_top_k
-        self.norm_order = config.ffn_config.moe_normalize_expert_weights
+        self.config = config.ffn_config
         self.router = DbrxRouter(config)
         self.experts = DbrxExperts(config)
 
     def forward(self, x: torch.Tensor, store: ExpertStore) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T, D], float32 router logits [T, E])."""
-        routing = route(x, self.router.layer.weight, self.top_k, self.norm_order)
+        """(output of the experts [T, D], float32 router logits [T, E])."""
+        routing = routed(x, self.router.layer.weight, self.config)
         return store.forward(self.index, x, routing), routing.logits
 
 
@@ -229,23 +219,17 @@ class DbrxBlock(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that computes the block."""
         return self.norm_attn_norm.norm_1.weight.device
 
     def forward(
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation, store: ExpertStore
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(residual stream [T, D], what the experts add to it [T, D], float32 router logits [T, E]).
+        """(residual stream after attention [T, D], output of the experts [T, D], float32 router logits [T, E]).
 
-        The sum is left to the next norm, which does it in the same pass over memory; `delta` is that of the block before.
+        The next norm adds the experts' output to the stream, in the same pass over memory; `delta` is the output of the previous block's
+        experts, None for the first block.
         """
-        x, normed = self.norm_attn_norm(x, delta, batch, rotation)
-        out, logits = self.ffn(normed, store)
+        x, h = self.norm_attn_norm(x, delta, batch, rotation)
+        out, logits = self.ffn(h, store)
         return x, out, logits
-
-
-def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
-    """float32 cosines and sines [T, C / 2] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34)."""
-    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
-    return angles.cos(), angles.sin()

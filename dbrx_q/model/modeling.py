@@ -25,8 +25,9 @@ from dbrx_q.kernels.attention import Sequences
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.planning.policy_names import DEFAULT_POLICY, MissPolicy
 
+from .block import rotation_of
 from .kv_cache import KVCache
-from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, rotation_of
+from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear
 
 if TYPE_CHECKING:
     from dbrx_q.planning.machine import Placement

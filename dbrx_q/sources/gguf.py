@@ -15,7 +15,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import check_finite
 from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors
-from dbrx_q.config import DbrxConfig
+from dbrx_q.config import NORM_EPS, DbrxConfig
 from dbrx_q.errors import CheckpointError, ConfigError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -41,7 +41,6 @@ _NAMES = {
 }
 """Our name without prefix and suffix -> GGUF's."""
 
-_NORM_EPS = 1e-5
 _GUESSED = 1024  # a flag in general.file_type
 
 
@@ -107,9 +106,9 @@ def _config(parts: GgufParts) -> DbrxConfig:
     if layers > len(parts.tensors):  # before a damaged number takes all memory
         raise CheckpointError(f"{parts.path}: dbrx.block_count says {layers} layers; found {len(parts.tensors)} tensors. Fetch it again")
     epsilon = parts.number("dbrx.attention.layer_norm_epsilon")
-    if not math.isclose(epsilon, _NORM_EPS, rel_tol=1e-6):
+    if not math.isclose(epsilon, NORM_EPS, rel_tol=1e-6):
         raise CheckpointError(
-            f"{parts.path}: dbrx.attention.layer_norm_epsilon must be DBRX's {_NORM_EPS}; found {epsilon}. Convert it again"
+            f"{parts.path}: dbrx.attention.layer_norm_epsilon must be DBRX's {NORM_EPS}; found {epsilon}. Convert it again"
         )
     scaling = parts.metadata.get("dbrx.rope.scaling.type", "none")
     if scaling != "none":

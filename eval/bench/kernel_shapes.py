@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from dbrx_q.config import NORM_EPS
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.int4 import Int4Weight
@@ -74,7 +75,7 @@ class Shapes:
     vocabulary: int = 100352
     context: int = 32768
     clip: float = 8.0
-    epsilon: float = 1e-5
+    epsilon: float = NORM_EPS
 
     @property
     def qkv(self) -> int:

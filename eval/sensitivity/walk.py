@@ -23,7 +23,8 @@ from dbrx_q.eval.windows import Window
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.linear import linear
-from dbrx_q.model.layers import Batch, Rotation, rotation_of
+from dbrx_q.model.block import Rotation, rotation_of
+from dbrx_q.model.layers import Batch
 from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
 
 from .rounding import Rounding, rounded

@@ -1,7 +1,8 @@
-"""Calibration, layer by layer: the tokens of some text go through what is quantized so far and, beside it, through the original model.
+"""Calibration layer by layer: the tokens of a text run through the part of the model that is quantized so far and, beside it, through the
+original model.
 
-What enters a matrix in either decides how it is rounded, so that each layer is fitted to the errors of those before it. Weights pass
-through memory one matrix at a time, and one expert's three; activations lie in memory or in files.
+The inputs of a matrix in either model decide how it is quantized, so that each layer is fitted to the errors of the layers before it.
+Weights are in memory one matrix at a time, or the three matrices of one expert; activations are in memory or in files.
 
 Dimension letters: `B` sequences, `S` tokens of one, `T` = B S tokens, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis.
 """
@@ -14,82 +15,86 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from dbrx_q.checkpoint.layout import DenseTensor, kind_of
 from dbrx_q.config import DbrxConfig
-from dbrx_q.kernels.attention import attention
 from dbrx_q.kernels.formats.expert_weights import Routing
-from dbrx_q.kernels.norm import add_norm
-from dbrx_q.kernels.qkv import split_and_rotate
-from dbrx_q.kernels.router import route
-from dbrx_q.model.layers import rotation_of
+from dbrx_q.model.block import expert_hidden, normed, rotation_of, routed
 from dbrx_q.quantize.methods.moments import Moments, moments_of
 from dbrx_q.quantize.methods.products import Products
 
 from .activations import ActivationStore
+from .attention import attention_heads
 
 __all__ = ["ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
 
 QUANTIZED, ORIGINAL = "quantized", "original"
 """The two models."""
 
-_NORM_EPS = 1e-5
 PIECE_TOKENS = 4096
-"""Whose activations are held beside the streams."""
+"""Tokens whose activations are in memory at a time, beside the stored ones."""
+
 _SNAPSHOT = "layer-{}.{}.bin"
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What decides how tokens calibrate.
-
-    activations: the model whose activations enter a layer, `QUANTIZED` or `ORIGINAL`. all_experts: every token goes through every expert
-    and weighs alike, instead of those that the router sends there. min_tokens: an expert that fewer reach falls back to all tokens of
-    its layer, weighted by the router's probability, and to none at all where those are fewer. act_order: as in `Moments`.
-    """
+    """How tokens calibrate a matrix."""
 
     activations: str = QUANTIZED
+    """The model whose activations a matrix is fitted to: `QUANTIZED` or `ORIGINAL`."""
     all_experts: bool = False
+    """Whether every token calibrates every expert with the same weight, not only the experts that the router chooses for it."""
     min_tokens: int = 128
+    """An expert that fewer tokens reach is calibrated with all tokens of its layer, weighted by the router's probability; without data
+    where the layer has fewer tokens than that."""
     act_order: bool = True
+    """As in `Moments`."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a matrix is fitted to. moments: None where it is rounded without. tokens: how many. by: as in `TensorRecord.calibrated_by`."""
+    """The data that a matrix is fitted to."""
 
     moments: Moments | None
+    """None where the matrix is quantized without data."""
     tokens: int
+    """Number of tokens in the moments."""
     by: str
+    """As in `TensorRecord.calibrated_by`."""
 
 
 @dataclass
-class _Side:
-    """One of the models: what runs through its layers, and what enters the next matrix; an expert's weights, the router's decision."""
+class _ModelState:
+    """The activations of one of the two models at the matrix that is quantized next."""
 
     stream: ActivationStore
-    entering: ActivationStore
+    """float32 [T, D]: the residual stream."""
+    inputs: ActivationStore
+    """float32 [T, D]: the input of the next matrix; within the experts of a layer, of their w1 and v1."""
     expert: dict[str, torch.Tensor]
+    """The matrices [N, K] of the current expert so far, by role."""
     routing: Routing | None = None
+    """The router's decision in the current layer."""
 
 
 class Calibration:
-    """Gives moments matrix by matrix, in the order of the model, and hears how each was quantized.
+    """Gives the moments of each matrix, in the order of the model, and takes the quantized matrix to compute the inputs of the next one.
 
     Args:
-        config: the model's.
+        config: of the model.
         ids: int64 [B, S], the sequences.
-        products: that multiply.
-        sides: `QUANTIZED`, `ORIGINAL` or both: the models that run. Moments of a method that compares them need both.
-        options: how tokens calibrate.
-        folder: where a snapshot is kept of what enters the layer that is worked on; None keeps none.
-        in_files: whether activations lie in files in that folder and not in memory.
-        squares: whether the diagonal of Hessians is enough.
-        kept_tokens: of an expert that no more tokens than these reach, what enters w2 is kept from its moments until it is passed on.
+        products: multiplies.
+        sides: `QUANTIZED`, `ORIGINAL` or both: the models that run. A method that compares them needs both.
+        options: how tokens calibrate a matrix.
+        folder: keeps a snapshot of the residual streams at the current layer; None for no snapshots.
+        in_files: whether activations are stored in files in that folder, not in memory.
+        squares: whether the diagonal of each Hessian is enough.
+        kept_tokens: for an expert that at most so many tokens reach, the inputs of w2 are kept after its moments are computed, so that
+            they are not computed again for its output.
 
     Attributes:
-        expert_tokens: of every layer, how many tokens reached each expert in the model whose activations calibrate.
+        expert_tokens: for each layer, the number of tokens that reach each expert, in the model that `options.activations` names.
     """
 
     def __init__(
@@ -114,27 +119,27 @@ class Calibration:
         if folder is not None:
             folder.mkdir(exist_ok=True)
 
-        def activations(side: str, what: str) -> ActivationStore:
+        def store(side: str, what: str) -> ActivationStore:
             path = folder / f"{what}.{side}.bin" if in_files and folder is not None else None
             return ActivationStore(ids.numel(), config.d_model, path)
 
-        self._sides = {side: _Side(activations(side, "stream"), activations(side, "entering"), {}) for side in sides}
+        self._states = {side: _ModelState(store(side, "stream"), store(side, "inputs"), {}) for side in sides}
         self._fit: tuple[tuple[str, int, torch.device | None], Fit] | None = None
 
     def close(self) -> None:
-        """Let go of all activations."""
-        for side in self._sides.values():
-            side.stream.close()
-            side.entering.close()
+        """Free all activations."""
+        for state in self._states.values():
+            state.stream.close()
+            state.inputs.close()
 
     @property
     def models(self) -> int:
-        """That run."""
-        return len(self._sides)
+        """How many models run."""
+        return len(self._states)
 
     @contextmanager
     def on_cpu(self) -> Iterator[None]:
-        """While this lasts, the CPU multiplies: a GPU had too little memory."""
+        """Multiply on the CPU within this context, for a matrix that does not fit on the GPU."""
         self._hidden_pieces.clear()
         before, self._products, self._fit = self._products, self._products.on_cpu(), None
         try:
@@ -143,175 +148,183 @@ class Calibration:
             self._products = before
 
     def begin_layer(self, layer: int) -> float | None:
-        """Before the first matrix of a layer (of the head: n_layers) a snapshot is taken, which replaces the last one.
+        """Before the first matrix of a layer (n_layers for the head), replace the last snapshot.
 
-        Gives the relative error of what enters it, |quantized - original| / |original|; None where only one of the models runs.
+        Returns the relative error of the residual stream, |quantized - original| / |original|; None where only one of the models runs.
         """
         if layer < 0:
             return None
         if self._folder is not None and layer > 0:
-            for name, side in self._sides.items():
+            for name, state in self._states.items():
                 path = self._folder / _SNAPSHOT.format(layer, name)
-                if not path.exists():  # as it does when a run goes on from it
-                    side.stream.save(path)
-            for name in self._sides:
+                if not path.exists():  # it exists in a run that was resumed from it
+                    state.stream.save(path)
+            for name in self._states:
                 (self._folder / _SNAPSHOT.format(layer - 1, name)).unlink(missing_ok=True)
-        if len(self._sides) < 2:
+        if len(self._states) < 2:
             return None
         error = square = 0.0
-        for first, original in self._sides[ORIGINAL].stream.pieces(PIECE_TOKENS):
-            quantized = self._sides[QUANTIZED].stream.read(first, len(original))
+        for first, original in self._states[ORIGINAL].stream.pieces(PIECE_TOKENS):
+            quantized = self._states[QUANTIZED].stream.read(first, len(original))
             error += float((quantized - original).square().sum(dtype=torch.float64))
             square += float(original.square().sum(dtype=torch.float64))
         return (error / square) ** 0.5 if square else 0.0
 
     def restore(self, before: int) -> int:
-        """Go back to the latest snapshot of a layer up to `before`; that layer, 0 for the beginning."""
+        """Load the latest snapshot of a layer up to `before`; returns that layer, 0 where no snapshot exists."""
         for layer in range(before, 0, -1):
-            paths = {name: (self._folder or Path()) / _SNAPSHOT.format(layer, name) for name in self._sides}
+            paths = {name: (self._folder or Path()) / _SNAPSHOT.format(layer, name) for name in self._states}
             if self._folder is not None and all(path.exists() for path in paths.values()):
-                for name, side in self._sides.items():
-                    side.stream.load(paths[name])
+                for name, state in self._states.items():
+                    state.stream.load(paths[name])
                 return layer
         return 0
 
-    def keep(self, tensor: DenseTensor, values: torch.Tensor) -> None:
-        """Go on past a tensor that stays as it is."""
-        name = tensor.name
-        if kind_of(name) == "norms":
-            for side in self._sides.values():
-                self._normalise(side, values.float())
-        elif kind_of(name) == "router":
-            self._route(tensor.layer, values.float())
-        elif kind_of(name) == "embedding":
-            self.embed(0, values, values)
-        else:
-            self.packed(tensor, -1, values, values.float())
-
-    def embed(self, first: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Begin with rows first .. of the embedding [n, D]: what they were and what became of them; all rows come, in their order."""
-        ids = self._ids.flatten()
-        here = ((ids >= first) & (ids < first + len(original))).nonzero(as_tuple=True)[0]
-        for name, side in self._sides.items():
-            rows = quantized if name == QUANTIZED else original
-            for some in here.split(PIECE_TOKENS):
-                side.stream.add(some, rows[ids[some] - first].float())
-
     def fit(self, tensor: DenseTensor, expert: int) -> Fit:
-        """What the inputs of a matrix tell."""
-        if kind_of(tensor.name) == "embedding":
+        """The moments of the inputs of a matrix; `expert` is -1 where the tensor is not a stack."""
+        if tensor.role == "embedding":
             return Fit(None, 0, "")
-        shares = "down" if tensor.name.endswith(".w2") else "up"
-        key = (f"{tensor.layer} {shares}" if expert >= 0 else tensor.name, expert, self._products.device)
+        inputs = "down" if tensor.role == "w2" else "up"  # w1 and v1 share theirs
+        key = (f"{tensor.layer} {inputs}" if expert >= 0 else tensor.name, expert, self._products.device)
         if self._fit is None or self._fit[0] != key:
-            self._fit = None  # before the next ones are made
+            self._fit = None  # frees the last moments first
             self._fit = key, self._fit_of(tensor, expert)
         return self._fit[1]
 
     def hidden_importance(self, expert: int, v1: torch.Tensor) -> torch.Tensor | None:
-        """float32 [F], the mean square of what enters an expert's w2, each token weighted as in its Hessian; w1 has come, `v1` is due.
+        """float32 [F]: the mean square of the inputs of an expert's w2, each token weighted as in its Hessian.
 
-        None where too few tokens reach the expert.
+        Called between w1 and `v1` [F, D]. None where too few tokens reach the expert.
         """
-        side = self._sides[self._options.activations]
-        tokens, gates, by = self._tokens_of(side, expert)
+        state = self._states[self._options.activations]
+        tokens, gates, by = self._tokens_of(state, expert)
         if by == "none":
             return None
-        found = torch.zeros(len(v1), device=self._products.place)
-        side.expert["v1"] = self._products.prepared(v1)
-        for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
-            hidden = self._inputs(side, some, down=True)
-            found += hidden.mul_(gate[:, None].to(hidden.device)).square_().sum(0).to(found.device)
-        del side.expert["v1"]
-        return found.cpu() / len(tokens)
+        sums = torch.zeros(len(v1), device=self._products.place)
+        state.expert["v1"] = self._products.prepared(v1)
+        for piece, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
+            hidden = self._inputs_of(state, piece, down=True)
+            sums += hidden.mul_(gate[:, None].to(hidden.device)).square_().sum(0).to(sums.device)
+        del state.expert["v1"]
+        return sums.cpu() / len(tokens)
 
-    def packed(self, tensor: DenseTensor, expert: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Go on past a matrix [N, K] of a block (of one expert): what it was, and what became of it, decoded to float32."""
-        name = tensor.name
-        for which, side in self._sides.items():
-            weight = self._products.prepared(quantized if which == QUANTIZED else original)
-            if name.endswith(".Wqkv.weight"):
-                self._attend(side, weight)
-            elif name.endswith(".out_proj.weight"):
-                side.stream.fill(
-                    PIECE_TOKENS,
-                    lambda first, n, side=side, weight=weight: (  # type: ignore[misc] # mypy cannot infer a lambda with defaults
-                        side.stream.read(first, n) + self._products.linear(side.entering.read(first, n), weight).cpu()
-                    ),
-                )
+    def embed(self, first: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
+        """Look up the tokens of rows first .. of the embedding, original and quantized [n, D]; all rows are given in their order."""
+        ids = self._ids.flatten()
+        matching = ((ids >= first) & (ids < first + len(original))).nonzero(as_tuple=True)[0]
+        for name, state in self._states.items():
+            rows = quantized if name == QUANTIZED else original
+            for tokens in matching.split(PIECE_TOKENS):
+                state.stream.add(tokens, rows[ids[tokens] - first].float())
+
+    def advance_plain(self, tensor: DenseTensor, values: torch.Tensor) -> None:
+        """Run the tokens through a tensor that is not quantized: a norm, a router, or a matrix that stays plain."""
+        kind = kind_of(tensor.name)
+        if kind == "norms":
+            for state in self._states.values():
+                self._normalize(state, values.float())
+        elif kind == "router":
+            self._route(tensor.layer, values.float())
+        elif kind == "embedding":
+            self.embed(0, values, values)
+        else:
+            self.advance(tensor, -1, values, values.float())
+
+    def advance(self, tensor: DenseTensor, expert: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
+        """Run the tokens through a matrix [N, K] of a block, or of one of its experts.
+
+        Args:
+            tensor: the matrix or the stack that it is from.
+            expert: -1 where the tensor is not a stack.
+            original: the matrix of the original model.
+            quantized: float32, the dequantized matrix.
+        """
+        for side, state in self._states.items():
+            weight = self._products.prepared(quantized if side == QUANTIZED else original)
+            if tensor.role == "Wqkv":
+                self._attend(state, weight)
+            elif tensor.role == "out_proj":
+                self._add_attention(state, weight)
             elif expert >= 0:
-                side.expert[name.rsplit(".", 1)[1]] = weight
-                if name.endswith(".w2"):
-                    self._add_expert(side, expert)
-                    side.expert.clear()
+                state.expert[tensor.role] = weight
+                if tensor.role == "w2":
+                    self._add_expert(state, expert)
+                    state.expert.clear()
 
-    def _normalise(self, side: _Side, weight: torch.Tensor) -> None:
-        side.entering.fill(PIECE_TOKENS, lambda first, n: add_norm(side.stream.read(first, n), None, weight, _NORM_EPS)[1])
+    def _normalize(self, state: _ModelState, weight: torch.Tensor) -> None:
+        def outputs(first: int, n: int) -> torch.Tensor:
+            return normed(state.stream.read(first, n), weight)[1]
 
-    def _attend(self, side: _Side, weight: torch.Tensor) -> None:
-        """What enters becomes the heads' outputs for it, some whole sequences at a time."""
-        clip, heads, channels, S = self._config.attn_config.clip_qkv, self._config.n_heads, self._config.head_dim, self._ids.shape[1]
+        state.inputs.fill(PIECE_TOKENS, outputs)
 
-        def attend(qkv: torch.Tensor) -> torch.Tensor:
-            cos, sin = (angles.to(qkv.device) for angles in self._rotation)
-            q, k, v = split_and_rotate(qkv, cos, sin, heads=heads, channels=channels)
-            return attention(q, k.transpose(0, 1), v.transpose(0, 1)).flatten(1)
+    def _attend(self, state: _ModelState, weight: torch.Tensor) -> None:
+        """Replace the inputs of Wqkv by those of out_proj, some whole sequences at a time."""
+        S = self._ids.shape[1]
 
         def outputs(first: int, n: int) -> torch.Tensor:
-            qkv = self._products.linear(side.entering.read(first, n), weight)
-            qkv = qkv if clip is None else qkv.clamp_(-clip, clip)
-            if qkv.device.type != "cpu":
-                return torch.cat([attend(some).cpu() for some in qkv.split(S)])
-            return torch.cat(self._products.workers.map(attend, qkv.split(S)))
+            qkv = self._products.linear(state.inputs.read(first, n), weight)
+            return attention_heads(qkv, self._rotation, self._config, self._products)
 
-        side.entering.fill(max(1, PIECE_TOKENS // S) * S, outputs)
+        state.inputs.fill(max(1, PIECE_TOKENS // S) * S, outputs)
+
+    def _add_attention(self, state: _ModelState, weight: torch.Tensor) -> None:
+        def outputs(first: int, n: int) -> torch.Tensor:
+            return state.stream.read(first, n) + self._products.linear(state.inputs.read(first, n), weight).cpu()
+
+        state.stream.fill(PIECE_TOKENS, outputs)
 
     def _route(self, layer: int, router: torch.Tensor) -> None:
         ffn = self._config.ffn_config
-        for side in self._sides.values():
-            parts = [route(x, router, ffn.moe_top_k, ffn.moe_normalize_expert_weights) for _, x in side.entering.pieces(PIECE_TOKENS)]
-            side.routing = Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "experts", "weights")))
-        chosen = self._routing(self._sides[self._options.activations]).experts
+        for state in self._states.values():
+            parts = [routed(x, router, ffn) for _, x in state.inputs.pieces(PIECE_TOKENS)]
+            state.routing = Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "experts", "weights")))
+        chosen = self._routing(self._states[self._options.activations]).experts
         self.expert_tokens[layer] = chosen.flatten().bincount(minlength=ffn.moe_num_experts).tolist()
 
-    @staticmethod
-    def _routing(side: _Side) -> Routing:
-        assert side.routing is not None, "the router comes before the experts"
-        return side.routing
+    def _add_expert(self, state: _ModelState, expert: int) -> None:
+        """Add the output of an expert to the residual stream; the inputs of the other experts are stored apart from the stream."""
+        routing = self._routing(state)
+        tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
+        kept = self._hidden_pieces if state is self._states[self._options.activations] else []
+        for piece, gate in zip(tokens.split(PIECE_TOKENS), routing.weights[tokens, rank].split(PIECE_TOKENS), strict=True):
+            hidden = kept.pop(0) if kept else self._inputs_of(state, piece, down=True)
+            state.stream.add(piece, self._products.linear(hidden, state.expert["w2"]).cpu().mul_(gate[:, None]))
 
     def _fit_of(self, tensor: DenseTensor, expert: int) -> Fit:
-        K, T = tensor.matrix[1], self._ids.numel()
-        main = self._sides[self._options.activations]
-        other = self._sides[ORIGINAL] if len(self._sides) == 2 else None
+        main = self._states[self._options.activations]
+        other = self._states[ORIGINAL] if len(self._states) == 2 else None
         if expert < 0:
             pieces = (
-                (x, None if other is None else other.entering.read(first, len(x)), None) for first, x in main.entering.pieces(PIECE_TOKENS)
+                (x, None if other is None else other.inputs.read(first, len(x)), None) for first, x in main.inputs.pieces(PIECE_TOKENS)
             )
-            return Fit(moments_of(pieces, K, self._products, act_order=self._options.act_order, squares=self._squares), T, "tokens")
+            return Fit(self._moments(tensor, pieces), self._ids.numel(), "tokens")
         tokens, gates, by = self._tokens_of(main, expert)
         if by == "none":
             return Fit(None, 0, by)
-        down = tensor.name.endswith(".w2")
+        down = tensor.role == "w2"
         kept = down and by == "tokens" and not self._options.all_experts and len(tokens) <= self._kept_tokens
 
         def inputs() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-            for some, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
-                x, y = (None if side is None else self._inputs(side, some, down) for side in (main, other))
-                assert x is not None
+            for piece, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
+                x = self._inputs_of(main, piece, down)
+                y = None if other is None else self._inputs_of(other, piece, down)
                 if kept:
                     self._hidden_pieces.append(x.to(self._products.dtype))
                 yield x, y, gate
 
-        return Fit(moments_of(inputs(), K, self._products, act_order=self._options.act_order, squares=self._squares), len(tokens), by)
+        return Fit(self._moments(tensor, inputs()), len(tokens), by)
 
-    def _inputs(self, side: _Side, tokens: torch.Tensor, down: bool) -> torch.Tensor:
-        """What enters an expert's w1 and v1, or its w2."""
-        x = side.entering.gather(tokens)
-        return self._hidden(side, x) if down else x
+    def _moments(self, tensor: DenseTensor, pieces: Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]) -> Moments:
+        return moments_of(pieces, tensor.matrix[1], self._products, act_order=self._options.act_order, squares=self._squares)
 
-    def _tokens_of(self, side: _Side, expert: int) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """(int64 [t], float32 [t], why these): the tokens that calibrate an expert, and what its output for each weighs."""
-        routing = self._routing(side)
+    def _inputs_of(self, state: _ModelState, tokens: torch.Tensor, down: bool) -> torch.Tensor:
+        """The inputs of an expert's w2 [t, F] where `down`, otherwise of its w1 and v1 [t, D]."""
+        x = state.inputs.gather(tokens)
+        return expert_hidden(x, state.expert["w1"], state.expert["v1"], self._products.linear) if down else x
+
+    def _tokens_of(self, state: _ModelState, expert: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """The tokens that calibrate an expert, int64 [t], the weight of its output for each, float32 [t], and `Fit.by`."""
+        routing = self._routing(state)
         T = len(routing.logits)
         if self._options.all_experts:
             return torch.arange(T), torch.ones(T), "tokens"
@@ -321,16 +334,7 @@ class Calibration:
         by = "layer" if self._options.min_tokens <= T else "none"
         return torch.arange(T), routing.logits.softmax(-1)[:, expert], by
 
-    def _hidden(self, side: _Side, x: torch.Tensor) -> torch.Tensor:
-        """[t, F]: what enters w2."""
-        gate = F.silu(self._products.linear(x, side.expert["w1"]), inplace=True)
-        return gate.mul_(self._products.linear(x, side.expert["v1"]).to(gate.device))
-
-    def _add_expert(self, side: _Side, expert: int) -> None:
-        """The expert's share goes into the stream at once: what enters the others is apart from it."""
-        routing = self._routing(side)
-        tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
-        kept = self._hidden_pieces if side is self._sides[self._options.activations] else []
-        for some, gate in zip(tokens.split(PIECE_TOKENS), routing.weights[tokens, rank].split(PIECE_TOKENS), strict=True):
-            hidden = kept.pop(0) if kept else self._hidden(side, side.entering.gather(some))
-            side.stream.add(some, self._products.linear(hidden, side.expert["w2"]).cpu().mul_(gate[:, None]))
+    @staticmethod
+    def _routing(state: _ModelState) -> Routing:
+        assert state.routing is not None, "the router precedes the experts"
+        return state.routing

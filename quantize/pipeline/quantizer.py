@@ -120,7 +120,7 @@ class Quantizer:
     def _keep(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
         if self._calibration is None:
             return
-        self._calibration.keep(job.tensor, values)
+        self._calibration.advance_plain(job.tensor, values)
         if job.kind == "router":
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
 
@@ -153,7 +153,7 @@ class Quantizer:
             return
         packed = pack_parts({part.name.rsplit(".", 1)[1]: tensor for part, tensor in zip(job.parts, parts, strict=True)}, job.fmt)
         if job.kind != "embedding":
-            self._calibration.packed(job.tensor, job.expert, torch.cat(blocks), self._decoded(packed))
+            self._calibration.advance(job.tensor, job.expert, torch.cat(blocks), self._decoded(packed))
             return
         first = 0
         for rows in blocks:

@@ -54,7 +54,7 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
             made.append(self)
 
         def close(self) -> None:
-            self.last = {name: side.entering.read(0, side.entering.tokens) for name, side in self._sides.items()}
+            self.last = {name: state.inputs.read(0, state.inputs.tokens) for name, state in self._states.items()}
             super().close()
 
     monkeypatch.setattr(pipeline, "Calibration", Kept)

@@ -1,0 +1,107 @@
+"""The arithmetic of a DBRX block, step by step.
+
+The model (`layers.py`), calibration and the measurement of output errors (`dbrx_q.quantize.calibration`) all compute a block from these
+functions. Between the steps stand the products with weights, which each caller makes itself: the model with packed weights in fused
+kernels, calibration with one plain matrix at a time on threads or a GPU.
+
+    x, h = normed(x, norm_1)
+    x, h = normed(attend(h Wqkv^T) out_proj^T, norm_2, delta=x)
+    routing = routed(h, router)
+    x = x + sum over the chosen experts e of weight[e] * expert_hidden(h, w1[e], v1[e]) w2[e]^T
+
+Dimension letters: `T` tokens of all sequences, `D` d_model, `H` query heads, `G` key/value heads, `C` channels of a head, `E` experts,
+`F` ffn hidden, `N` output features, `K` input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dbrx_q.config import NORM_EPS, DbrxConfig, DbrxFFNConfig
+from dbrx_q.kernels.attention import IMPLEMENTATIONS, attention
+from dbrx_q.kernels.formats.expert_weights import Routing
+from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.qkv import split_and_rotate
+from dbrx_q.kernels.router import route
+
+__all__ = ["Linear", "Rotation", "activate", "attend", "expert_hidden", "normed", "rotation_of", "routed"]
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x [T, K], weight [N, K]) to a new tensor x @ weight.T [T, N]."""
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""float32 cosines and sines [T, C / 2]."""
+
+
+def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
+    """float32 cosines and sines [T, C / 2] of the rotary embedding (Su et al. 2021, RoFormer, eq. 34).
+
+    Args:
+        positions: int32 [T], of each token in its sequence.
+        config: gives C and the base of the angles.
+    """
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
+    return angles.cos(), angles.sin()
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta, its LayerNorm without bias), both [T, D] in the dtype of `x`; without `delta` the sum is `x` itself.
+
+    Args:
+        x: [T, D], the residual stream.
+        weight: [D], of the norm.
+        delta: [T, D], the output of a layer that was not yet added to the stream.
+    """
+    return add_norm(x, delta, weight, NORM_EPS)
+
+
+def attend(
+    qkv: torch.Tensor,
+    rotation: Rotation,
+    counts: Sequence[int] | None = None,
+    *,
+    heads: int,
+    clip: float | None = None,
+    implementation: str = IMPLEMENTATIONS[0],
+) -> torch.Tensor:
+    """[T, H, C]: causal grouped-query attention within each of some whole sequences, in the dtype of `qkv`.
+
+    Args:
+        qkv: [T, (H + 2G) C], the output of Wqkv.
+        rotation: of each token's position.
+        counts: tokens of each sequence, T in all; None for one sequence.
+        heads: H.
+        clip: clamps `qkv` to +-clip first; None where it is clamped already, or where the model does not clamp.
+        implementation: one of `kernels.attention.IMPLEMENTATIONS`.
+    """
+    qkv = qkv if clip is None else qkv.clamp(-clip, clip)
+    q, k, v = split_and_rotate(qkv, *rotation, heads=heads, channels=2 * rotation[0].shape[1])  # [T, H or G, C]
+    parts = zip(*(part.split([len(qkv)] if counts is None else list(counts)) for part in (q, k, v)), strict=True)
+    outputs = [attention(q, k.transpose(0, 1), v.transpose(0, 1), implementation=implementation) for q, k, v in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def routed(x: torch.Tensor, router: torch.Tensor, config: DbrxFFNConfig) -> Routing:
+    """The experts of each token and their weights, for the norm_2 output x [T, D] and the router's matrix [E, D]."""
+    return route(x, router, config.moe_top_k, config.moe_normalize_expert_weights)
+
+
+def activate(gate: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
+    """silu, DBRX's activation, of x @ w1.T."""
+    return F.silu(gate, inplace=inplace)
+
+
+def expert_hidden(x: torch.Tensor, w1: torch.Tensor, v1: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """[T, F]: silu(x @ w1.T) * (x @ v1.T), the input of an expert's w2, on the device of the product with w1.
+
+    Args:
+        x: [T, D], tokens that go to the expert.
+        w1, v1: [F, D], as `linear` takes them.
+        linear: multiplies.
+    """
+    gate = activate(linear(x, w1), inplace=True)
+    return gate.mul_(linear(x, v1).to(gate.device))
