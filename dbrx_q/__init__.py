@@ -1,12 +1,27 @@
-"""dbrx_q: quantized, low-memory inference for DBRX.
+"""Quantized, low-memory inference for DBRX, a mixture-of-experts model of 132 billion parameters.
 
     from dbrx_q import DbrxForCausalLM, DbrxTokenizer, generate_text
 
-    model = DbrxForCausalLM.from_pretrained("dbrx-int4")
+    model = DbrxForCausalLM.from_pretrained("dbrx-int4")  # written by `dbrx-q quantize`
     tokenizer = DbrxTokenizer.from_pretrained("dbrx-int4")
     print(generate_text(model, tokenizer, ["A mixture of experts is"])[0])
 
-Importing this package imports nothing heavy; a name is loaded when it is first used.
+The code, from the command line down to the kernels; a folder imports only folders below it:
+
+    cli/         the commands of `dbrx-q`
+    eval/        perplexity, divergence from a reference, downstream tasks, benchmarks
+    quantize/    quantization methods, calibration, and the pipeline that writes a quantized checkpoint
+    generation/  from prompts to tokens: prefill, decode steps, sampling
+    sources/     other people's checkpoints: GGUF, bitsandbytes, transformers
+    model/       the modules, the KV cache, and loading
+    experts/     caches of experts that do not all fit into memory
+    planning/    what each GPU and host memory hold
+    tokenizer/   text to token ids and back, chat templates
+    checkpoint/  safetensors shards, tensor names, manifest, the hub
+    kernels/     packed weight formats, and the operations on them for CPU and GPU
+    config.py    `DbrxConfig`; errors.py, plots.py and json_file.py are small and used everywhere
+
+Importing this package is light: a name is imported from its folder when it is first used.
 """
 
 from importlib import import_module
@@ -17,6 +32,8 @@ if TYPE_CHECKING:
     from dbrx_q.generation.sampling import SamplingParams
     from dbrx_q.model.kv_cache import KVCache
     from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
+    from dbrx_q.planning.budget import Budget
+    from dbrx_q.planning.machine import Gpu, Machine
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     from .config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
@@ -25,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Budget": "planning.budget",
     "DbrxAttentionConfig": "config",
     "DbrxConfig": "config",
     "DbrxError": "errors",
@@ -33,7 +51,9 @@ _HOME = {
     "DbrxModel": "model.modeling",
     "DbrxTokenizer": "tokenizer.tokenizer",
     "Generation": "generation.generate",
+    "Gpu": "planning.machine",
     "KVCache": "model.kv_cache",
+    "Machine": "planning.machine",
     "SamplingParams": "generation.sampling",
     "generate": "generation.generate",
     "generate_text": "generation.generate",
@@ -41,6 +61,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Budget",
     "DbrxAttentionConfig",
     "DbrxConfig",
     "DbrxError",
@@ -49,7 +70,9 @@ __all__ = [
     "DbrxModel",
     "DbrxTokenizer",
     "Generation",
+    "Gpu",
     "KVCache",
+    "Machine",
     "SamplingParams",
     "generate",
     "generate_text",

@@ -8,9 +8,12 @@ import os
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
 
@@ -254,6 +257,14 @@ class DbrxConfig(_Section):
             raise ConfigError(f"torch_dtype must be one of {', '.join(_DTYPES)}; found {self.torch_dtype!r}")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are published in; bfloat16 where config.json names none."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.torch_dtype or "bfloat16")
+        return dtype
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
@@ -319,6 +330,7 @@ class DbrxConfig(_Section):
             CheckpointError: no such folder or repository, or a file that is not JSON.
             ConfigError: a configuration that no DBRX can have.
         """
+        # Imported here, since `checkpoint` imports this module: a configuration loads itself, as in transformers.
         from dbrx_q.checkpoint.hub import resolve_file
 
         from .json_file import read_json_object

@@ -18,7 +18,7 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, sha256_of
 from dbrx_q.experts.fallback import open_fallback
-from dbrx_q.model.loading import plan_of
+from dbrx_q.planning.budget import plan_within
 from dbrx_q.sources.weights_hash import weights_sha256
 
 from .windows import Protocol
@@ -97,7 +97,7 @@ def fallback_of(source: Source) -> str:
     if budget is None or not budget.fallback:
         return ""
     with Checkpoint(source.path) as checkpoint, open_fallback(checkpoint) as fallback:
-        plan = plan_of(checkpoint.config, checkpoint.formats, budget, source.name, fallback.formats)
+        plan = plan_within(budget, checkpoint.config, checkpoint.formats, source.name, fallback=fallback.formats)
         manifest = fallback.folder / MANIFEST_NAME
         copy = sha256_of(manifest) if manifest.is_file() else weights_sha256(fallback.shards)
     return f"{copy} {[there.n_slots for there in plan.devices]}"

@@ -79,7 +79,8 @@ def budget_of(
         RequestError: a size that is none, a GPU that is not there, or options that need --ram or --gpu.
     """
     from dbrx_q.errors import RequestError
-    from dbrx_q.planning.budget import Budget, machine_of
+    from dbrx_q.planning.budget import Budget
+    from dbrx_q.planning.machine import Machine
 
     if not gpu and miss_policy is not MissPolicy.hybrid:
         raise RequestError(f"--miss-policy is for experts that are not on their GPU; found {miss_policy.value} without --gpu")
@@ -93,17 +94,17 @@ def budget_of(
         raise RequestError("--policy static pins what a profile used most; found no --profile. Record one with `dbrx-q trace`")
     limits: dict[int | str, int | str] = {} if ram is None else {"cpu": parse_size(ram)}
     gpus = planned_gpus(gpu)
-    machine = machine_of(limits | {i: gpu.memory for i, gpu in enumerate(gpus)})
+    machine = Machine.detect(limits | {i: gpu.memory for i, gpu in enumerate(gpus)})
     return Budget(
         replace(machine, gpus=gpus),
         context,
         batch,
         kv_format,
         step_tokens,
-        policy=policy.value,
+        cache_policy=policy.value,
         profile=profile,
         prefetch=prefetch,
-        miss_policy=miss_policy,
+        miss_policy=miss_policy.value,
         fallback=fallback,
     )
 
@@ -180,9 +181,9 @@ def rate(text: str) -> float:
 
 def _all_gpus() -> tuple[Gpu, ...]:
     from dbrx_q.errors import RequestError
-    from dbrx_q.planning.budget import machine_of
+    from dbrx_q.planning.machine import Machine
 
-    gpus = machine_of(None).gpus
+    gpus = Machine.detect().gpus
     if not gpus:
         raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")
     return gpus

@@ -65,7 +65,7 @@ def check_fallback(config: DbrxConfig, formats: Mapping[str, TensorFormat], fall
     Raises:
         CheckpointError: with the bytes of both.
     """
-    dtype = getattr(torch, config.torch_dtype or "bfloat16")
+    dtype = config.dtype
     own, its = (expert_kinds(config, some, dtype) for some in (formats, fallback))
     if any(b.nbytes > a.nbytes for a, b in zip(own, its, strict=True)) or sum(b.nbytes for b in its) >= sum(a.nbytes for a in own):
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Cache policies: which expert is evicted when all slots are taken.
 
 To add a policy: write a subclass of `CachePolicy` here, enter it in the table `POLICIES` below, and add its name to `CachePolicyName` in
-`planning/policy_names.py`. The command line, `from_pretrained`, the simulator and its plots take it from there.
+`planning/policy_names.py`. The command line, `Budget`, the simulator and its plots take it from there.
 
 A policy gives every expert a priority; the cache (`cache.py`) evicts the evictable expert of the lowest priority. Policies number the
 experts: expert `e` of layer `l` is `l * E + e`.

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from dbrx_q.checkpoint.layout import tensor_formats
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
@@ -122,7 +120,7 @@ def sweep(
     if not passes:
         raise RequestError(f"a simulation must take a whole step of the recording; the first has {trace.passes(one_by_one=False)[0].stop}")
     L, E = config.n_layers, config.ffn_config.moe_num_experts
-    kinds = expert_kinds(config, tensor_formats(config, "the trace"), getattr(torch, config.torch_dtype or "bfloat16"))
+    kinds = expert_kinds(config, tensor_formats(config, "the trace"), config.dtype)
     profile, visits = trace.counts(), visits_of(trace, passes)
     names = (*(name.value for name in CachePolicyName), BOUND)
 

@@ -129,7 +129,7 @@ class BatchDecoder:
         else:
             del kept  # its memory goes before more is taken
             roomy = min(model.config.max_seq_len, -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP)
-            decoder = cls(model, sequences, roomy if model.kv_budget is None else capacity, kv_format)
+            decoder = cls(model, sequences, roomy if model.limits.kv_bytes is None else capacity, kv_format)
         decoder.cache.lengths = [0] * len(decoder.cache.lengths)
         try:
             yield decoder

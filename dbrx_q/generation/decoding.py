@@ -76,7 +76,7 @@ def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> to
 
 
 def _chunk(model: DbrxForCausalLM) -> int:
-    limit, most = model.transformer.step_limit, PREFILL_TOKENS[model.device.type]
+    limit, most = model.limits.step_tokens, PREFILL_TOKENS[model.device.type]
     return most if limit is None else min(limit, most)
 
 

@@ -175,10 +175,11 @@ def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_ne
         RequestError: a prompt alone takes more.
     """
     wanted = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
-    if model.kv_budget is None or not wanted:
+    kv_bytes = model.limits.kv_bytes
+    if kv_bytes is None or not wanted:
         return wanted
     each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
-    room = model.kv_budget // each
+    room = kv_bytes // each
     cut = max(wanted)
 
     def taken(cut: int) -> int:
@@ -191,7 +192,7 @@ def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_ne
     for i, (prompt, capacity) in enumerate(zip(prompts, found, strict=True)):
         if len(prompt) >= capacity:
             raise RequestError(
-                f"the prompts must leave room in the KV cache, for which {model.kv_budget:,} bytes are kept; prompt {i} has {len(prompt)} "
+                f"the prompts must leave room in the KV cache, which has {kv_bytes:,} bytes; prompt {i} has {len(prompt)} "
                 f"tokens and room for {max(0, capacity)}. Load the model with a longer context or a larger batch, or shorten it"
             )
     return found

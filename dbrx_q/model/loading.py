@@ -1,11 +1,15 @@
-"""From a checkpoint to a model in memory, tensor by tensor, packed weights straight into their final place."""
+"""From a checkpoint to a model in memory: packed weights are read straight into their final place.
+
+`load_model` has three steps: plan what is read and where to (`_plan_loading`), read the weights that stay in memory
+(`_read_resident_weights`), and build the expert store that serves all others (`_build_expert_store`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +38,20 @@ from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.weights import PackedFormat
 from dbrx_q.kernels.triton.launch import chip_of
-from dbrx_q.planning.budget import DEFAULT_CONTEXT, Budget, check_fits, check_free
-from dbrx_q.planning.footprint import MemoryRequest, step_tokens
+from dbrx_q.planning.budget import Budget, plan_within
 from dbrx_q.planning.host_memory import empty_host
 from dbrx_q.planning.machine import Placement
-from dbrx_q.planning.placement import place
+from dbrx_q.planning.policy_names import MissPolicy
 
 from .devices import check_device
 from .layers import PackedWeight
+from .limits import limits_of
 from .modeling import DbrxForCausalLM
 from .tuned_tiles import load_tuning
 
-__all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained", "plan_of"]
+__all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained"]
 
 _CPU = torch.device("cpu")
-_SMALL = 64 << 20
 
 
 def load_pretrained(
@@ -61,104 +64,43 @@ def load_pretrained(
     revision: str | None = None,
     token: str | None = None,
 ) -> DbrxForCausalLM:
-    """`DbrxForCausalLM.from_pretrained` with all that can be said of memory."""
+    """`DbrxForCausalLM.from_pretrained` once its arguments are checked: fetches what a hub id names, loads it, chooses its attention."""
     if budget is not None and check_device(device).type != "cpu":
         raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
-    place = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
-    triton = pick(place) is Backend.TRITON
+    target = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
+    triton = pick(target) is Backend.TRITON
     implementation = attn_implementation or ("triton" if triton else "sdpa")
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
     if implementation == "triton" and not triton:
-        raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(place)!r}. Choose 'sdpa' or 'eager'")
+        raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(target)!r}. Choose 'sdpa' or 'eager'")
     folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=budget is not None and budget.fallback)
-    model = load_model(folder, dtype=dtype, device=place, budget=budget)
+    model = load_model(folder, dtype=dtype, device=target, budget=budget)
     for block in model.transformer.layers():
         block.norm_attn_norm.attn.implementation = implementation
     return model
 
 
-@torch.inference_mode(False)  # whoever loads in it would get tensors that threads, which are not in it, may not write to
+@torch.inference_mode(False)  # Tensors created in inference mode cannot be written by the reader threads, which run outside it.
 def load_model(
     folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
 ) -> DbrxForCausalLM:
-    """The model in `folder`, whole on `device`, or as a budget's plan has it; errors as for `DbrxForCausalLM.from_pretrained`."""
+    """The model in `folder`: all of it on `device`, or placed within a budget. Errors as for `DbrxForCausalLM.from_pretrained`."""
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(folder))
-        config = checkpoint.config
-        chosen = dtype or getattr(torch, config.torch_dtype or "bfloat16")
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
-        its = None if fallback is None else fallback.formats
-        plan = None if budget is None else plan_of(config, checkpoint.formats, replace(budget, dtype=chosen), str(folder), its)
-        profile = None if budget is None or budget.profile is None else Trace.read(budget.profile).check(config).counts()
-        gpus = budget.gpus if budget is not None else ()
-        tiered = budget is not None and plan is not None and not plan.resident
-        device_of = _devices_of(config, plan, gpus, device)
-        device = device_of(config.n_layers)
-        model = _empty(config, chosen, device)
-        products: dict[TensorFormat, PackedFormat] = {}
-        for tensor in checkpoint.tensors.values():
-            fmt = checkpoint.formats.get(tensor.name)
-            if tensor.experts and tiered:
-                if fmt is not None:
-                    products.setdefault(fmt, _one_row(tensor, fmt))
-                continue
-            there = device_of(_layer_of(tensor, config))
-            if fmt is None:
-                _put(model, tensor.name, _dense(checkpoint, tensor, chosen, there))
-                continue
-            weight = _packed(checkpoint, tensor, fmt, there)
-            _put(model, tensor.name, PackedWeight(weight))
-            if tensor.name != "transformer.wte.weight":  # whose rows are looked up
-                products[fmt] = weight[0] if tensor.experts else weight
-        files = ExpertFiles(checkpoint, chosen) if tiered else None
-        fallback_files = None
-        if fallback is not None and plan is not None and plan.host.fallback:
-            fallback_files = ExpertFiles(fallback, chosen)
-            products |= {
-                fmt: _one_row(fallback.tensors[name], fmt) for name, fmt in fallback.formats.items() if fallback.tensors[name].experts
-            }
-    if pick(device) is Backend.CPU or tiered:
-        for weight in products.values():
-            if weight.device.type == "cpu":
-                warm_up(weight, chosen)
-    store = None
-    if files is not None and plan is not None and budget is not None:
-        store = _tiered_store(model, files, plan, budget, profile, fallback_files)
-    model = _ready(model, device, eos_ids(folder), store)
-    if plan is not None and budget is not None:
-        model.placement, model.transformer.kv_budget = plan, sum(place.kv_cache for place in plan.devices)
-        # The head runs when what the layers needed is free again; a little more is part of what the process takes besides.
-        last = next(there for there in reversed(plan.gpus or (plan.host,)) if there.layers[1] > there.layers[0])
-        model.logit_room = last.workspace + _SMALL
-        model.transformer.step_limit = step_tokens(config, _request_of(config, budget), "cuda" if plan.gpus else "cpu")
+        plan = _plan_loading(checkpoint, fallback, dtype, device, budget)
+        model = _read_resident_weights(checkpoint, plan)
+        experts = ExpertFiles(checkpoint, plan.dtype) if plan.offloads else None
+        fallback_experts = ExpertFiles(fallback, plan.dtype) if fallback is not None and plan.needs_fallback else None
+    for weight in _cpu_samples(checkpoint, fallback if plan.needs_fallback else None, plan):
+        warm_up(weight, plan.dtype)
+    store = None if experts is None else _build_expert_store(model, plan, experts, fallback_experts)
+    model = _completed(model, plan.device_of_head, eos_ids(folder), store)
+    if plan.placement is not None and budget is not None:
+        model.placement = plan.placement
+        model.transformer.limits = limits_of(plan.placement, model.config, budget.request(model.config))
     return model
-
-
-def plan_of(
-    config: DbrxConfig,
-    formats: Mapping[str, TensorFormat],
-    budget: Budget,
-    source: str,
-    fallback: Mapping[str, TensorFormat] | None = None,
-) -> Placement:
-    """The plan that `load_model` follows.
-
-    fallback: formats of the copy that the checkpoint carries, where it is to answer.
-
-    Raises:
-        RequestError: it does not fit, or not into what is free now, or a context or a batch that the model cannot have.
-    """
-    request = _request_of(config, budget, fallback)
-    context = request.context
-    for name, value, most in (("context", context, config.max_seq_len), ("batch", budget.batch, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-            limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
-            raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
-    plan = place(config, formats, budget.machine, request)
-    check_fits(plan, source)
-    check_free(plan, budget.gpus, source)
-    return plan
 
 
 def load_plain_model(
@@ -170,15 +112,15 @@ def load_plain_model(
     eos_token_ids: Sequence[int] = (),
     expert_store: ExpertStore | None = None,
 ) -> DbrxForCausalLM:
-    """A model of plain weights, whatever they were stored as.
+    """A model of plain weights from a checkpoint of any format.
 
     Args:
-        config: its configuration.
-        read: gives a tensor in the shape of a plain checkpoint; called once for each, one after the other.
+        config: of the model.
+        read: returns a tensor in the shape that a plain checkpoint has; called once for each tensor, in the order of the model.
         dtype: of activations and weights; bfloat16 or float16 on a GPU.
         device: where the model computes.
-        eos_token_ids: that end a generation; the configuration's where there are none.
-        expert_store: serves the experts, whose tensors are then not read; None for all of them in memory.
+        eos_token_ids: token ids that end a generation; if empty, those of the configuration.
+        expert_store: serves the experts, whose tensors are then not read; None to keep all experts in memory.
     """
     model = _empty(config, dtype, device)
     for tensor in dense_tensors(config):
@@ -186,11 +128,11 @@ def load_plain_model(
             _put(model, tensor.name, nn.Parameter(read(tensor).to(dtype).to(device), requires_grad=False))
     for block in model.transformer.layers():
         block.norm_attn_norm.attn.implementation = "triton" if pick(device) is Backend.TRITON else "sdpa"
-    return _ready(model, device, eos_token_ids, expert_store)
+    return _completed(model, device, eos_token_ids, expert_store)
 
 
 def eos_ids(folder: Path) -> tuple[int, ...]:
-    """The ids that end a generation by `folder`'s generation_config.json; none without it.
+    """The token ids that end a generation by generation_config.json in `folder`; empty without that file.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -205,10 +147,120 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _request_of(config: DbrxConfig, budget: Budget, fallback: Mapping[str, TensorFormat] | None = None) -> MemoryRequest:
-    """What a budget wants memory for."""
-    context = min(DEFAULT_CONTEXT, config.max_seq_len) if budget.context is None else budget.context
-    return MemoryRequest(context, budget.batch, budget.kv_format, budget.step_tokens, budget.logit_rows, budget.dtype, fallback)
+@dataclass(frozen=True)
+class _LoadingPlan:
+    """Which weights of a checkpoint are read into memory, and onto which device."""
+
+    config: DbrxConfig
+    """Of the checkpoint."""
+    dtype: torch.dtype
+    """Of activations and of plain weights."""
+    device: torch.device
+    """Of the whole model where the placement names no GPUs."""
+    budget: Budget | None
+    """What the model may take; None for all weights on `device`."""
+    placement: Placement | None
+    """What each device holds; None without a budget."""
+    profile: np.ndarray | None
+    """How often each expert was used in the budget's profile [L, E]; None without one."""
+
+    @property
+    def offloads(self) -> bool:
+        """Whether some experts are not held by the device that computes them, so that an expert store must bring them."""
+        return self.placement is not None and not self.placement.resident
+
+    @property
+    def needs_fallback(self) -> bool:
+        """Whether host memory holds the fallback copy: only where some experts are left on disk."""
+        return self.placement is not None and self.placement.host.fallback > 0
+
+    @property
+    def device_of_head(self) -> torch.device:
+        """Where the last layer, the last norm and the head compute."""
+        return self.device_of(self.config.n_layers)
+
+    def device_of(self, layer: int) -> torch.device:
+        """The device of a layer; -1 stands for the embedding, `n_layers` for the last norm and the head."""
+        if self.placement is None or self.budget is None or not self.placement.gpus:
+            return self.device
+        layer = min(max(layer, 0), self.config.n_layers - 1)
+        gpus = zip(self.budget.gpus, self.placement.gpus, strict=True)
+        return next(device for device, plan in gpus if plan.layers[0] <= layer < plan.layers[1])
+
+    def device_of_tensor(self, tensor: DenseTensor) -> torch.device:
+        """The embedding is held with the first layer, the last norm and the head with the last one."""
+        outside = -1 if kind_of(tensor.name) == "embedding" else self.config.n_layers
+        return self.device_of(tensor.layer if tensor.layer >= 0 else outside)
+
+
+def _plan_loading(
+    checkpoint: Checkpoint, fallback: Checkpoint | None, dtype: torch.dtype | None, device: torch.device, budget: Budget | None
+) -> _LoadingPlan:
+    """Decide what is read into memory; refuses a budget that the model exceeds before any weight is read."""
+    config, dtype = checkpoint.config, dtype or checkpoint.config.dtype
+    if budget is None:
+        return _LoadingPlan(config, dtype, device, None, None, None)
+    fallback_formats = None if fallback is None else fallback.formats
+    placement = plan_within(budget, config, checkpoint.formats, str(checkpoint.folder), dtype=dtype, fallback=fallback_formats)
+    profile = None if budget.profile is None else Trace.read(budget.profile).check(config).counts()
+    return _LoadingPlan(config, dtype, device, budget, placement, profile)
+
+
+def _read_resident_weights(checkpoint: Checkpoint, plan: _LoadingPlan) -> DbrxForCausalLM:
+    """The model with all its weights, or with all but experts where the plan offloads them."""
+    model = _empty(plan.config, plan.dtype, plan.device_of_head)
+    for tensor in checkpoint.tensors.values():
+        if tensor.experts and plan.offloads:
+            continue
+        device, fmt = plan.device_of_tensor(tensor), checkpoint.formats.get(tensor.name)
+        if fmt is None:
+            _put(model, tensor.name, _read_plain(checkpoint, tensor, plan.dtype, device))
+        else:
+            _put(model, tensor.name, PackedWeight(_read_packed(checkpoint, tensor, fmt, device)))
+    return model
+
+
+def _build_expert_store(model: DbrxForCausalLM, plan: _LoadingPlan, experts: ExpertFiles, fallback: ExpertFiles | None) -> ExpertStore:
+    """A store with the slots of the plan, filled with experts."""
+    budget, placement = plan.budget, plan.placement
+    assert budget is not None
+    assert placement is not None
+    L, E, A = plan.config.n_layers, plan.config.ffn_config.moe_num_experts, plan.config.ffn_config.moe_top_k
+    uncached = placement.disk_experts * placement.expert_bytes // placement.experts + placement.host.total
+    direct = reads_faster_directly(experts, uncached_bytes=uncached) if budget.direct is None else budget.direct
+
+    def policy(layers: Sequence[int], under: bool) -> CachePolicy:
+        return make_policy(budget.cache_policy, L, E, plan.profile)
+
+    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
+    miss_policy = MissPolicy(budget.miss_policy)
+    with ExitStack() as on_error:
+        reader = on_error.enter_context(closing(ExpertReader(experts, direct=direct)))
+        copy = None if fallback is None else (fallback, on_error.enter_context(closing(ExpertReader(fallback, direct=direct))))
+        parts = Parts(experts, reader, budget.gpus, make_link, policy, fallback=copy, upgrade=budget.upgrade)
+        store = build_store(parts, placement, budget.machine, prefetch=budget.prefetch, miss_policy=miss_policy, routers=routers)
+        on_error.enter_context(closing(store))
+        store.fill(plan.profile)
+        for gpu in store.gpus if isinstance(store, GpuExpertStore) else ():
+            gpu.calibrated(measure_rates(gpu, store.tier, model.dtype))
+        on_error.pop_all()
+    return store
+
+
+def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _LoadingPlan) -> list[PackedFormat]:
+    """A weight [1, K] of every packed format that the CPU multiplies."""
+    samples: dict[TensorFormat, PackedFormat] = {}
+    for source in [checkpoint] if fallback is None else [checkpoint, fallback]:
+        for tensor in source.tensors.values():
+            fmt = source.formats.get(tensor.name)
+            if fmt is None or kind_of(tensor.name) == "embedding":  # rows of an embedding are looked up, not multiplied
+                continue
+            missed = tensor.experts > 0 and plan.offloads  # the CPU computes experts that a GPU misses, too
+            if missed or (source is checkpoint and pick(plan.device_of_tensor(tensor)) is Backend.CPU):
+                parts = matrix_parts(tensor, fmt.in_memory)
+                zeros = {part.name: torch.zeros(1, *part.shape[1:], dtype=part.dtype) for part in parts}
+                samples[fmt] = pack_parts(zeros, fmt.in_memory)
+    return list(samples.values())
 
 
 def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> DbrxForCausalLM:
@@ -219,79 +271,27 @@ def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> Dbrx
         return DbrxForCausalLM(config)
 
 
-def _ready(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> DbrxForCausalLM:
-    layers = model.transformer.layers()
+def _completed(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> DbrxForCausalLM:
+    """`model`, whose weights are read, with its expert store, its end tokens and the tiles that were measured for its GPUs."""
     for used in {device, *model.transformer.devices}:
         if used.type == "cuda":
             load_tuning(chip_of(used))
+    layers = model.transformer.layers()
     model.transformer.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     return model
 
 
-def _devices_of(
-    config: DbrxConfig, plan: Placement | None, gpus: Sequence[torch.device], device: torch.device
-) -> Callable[[int], torch.device]:
-    """The device of each layer by its index, -1 being the embedding and `n_layers` the head."""
-    if plan is None or not plan.gpus:
-        return lambda layer: device
-    of = [gpu for gpu, there in zip(gpus, plan.gpus, strict=True) for _ in range(*there.layers)]
-    return lambda layer: of[min(max(layer, 0), config.n_layers - 1)]
-
-
-def _layer_of(tensor: DenseTensor, config: DbrxConfig) -> int:
-    """The layer whose device a tensor lies on: the embedding with the first, norm and head with the last."""
-    return tensor.layer if tensor.layer >= 0 or kind_of(tensor.name) == "embedding" else config.n_layers
-
-
-def _tiered_store(
-    model: DbrxForCausalLM,
-    files: ExpertFiles,
-    plan: Placement,
-    budget: Budget,
-    profile: np.ndarray | None,
-    fallback: ExpertFiles | None,
-) -> ExpertStore:
-    """A store with the plan's slots, full of experts."""
-    config = model.config
-    L, E, A = config.n_layers, config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
-
-    on_disk = plan.disk_experts * plan.expert_bytes // plan.experts
-    direct = reads_faster_directly(files, uncached_bytes=on_disk + plan.host.total) if budget.direct is None else budget.direct
-
-    def policy(layers: Sequence[int], under: bool) -> CachePolicy:
-        return make_policy(budget.policy, L, E, profile)
-
-    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
-    with ExitStack() as failed:
-        reader = failed.enter_context(closing(ExpertReader(files, direct=direct)))
-        its = None if fallback is None else (fallback, failed.enter_context(closing(ExpertReader(fallback, direct=direct))))
-        parts = Parts(files, reader, budget.gpus, make_link, policy, fallback=its, upgrade=budget.upgrade)
-        store = build_store(parts, plan, budget.machine, prefetch=budget.prefetch, miss_policy=budget.miss_policy, routers=routers)
-        failed.enter_context(closing(store))
-        store.fill(profile)
-        for gpu in store.gpus if isinstance(store, GpuExpertStore) else ():
-            gpu.calibrated(measure_rates(gpu, store.tier, model.dtype))
-        failed.pop_all()
-    return store
-
-
-def _one_row(tensor: DenseTensor, fmt: TensorFormat) -> PackedFormat:
-    """A weight [1, K] like those of `tensor`."""
-    parts = matrix_parts(tensor, fmt.in_memory)
-    return pack_parts({part.name: torch.zeros(1, *part.shape[1:], dtype=part.dtype) for part in parts}, fmt.in_memory)
-
-
-def _dense(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+def _read_plain(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     stored = checkpoint.infos[tensor.name].dtype
     values = checkpoint.read(tensor.name, empty_host(tensor.shape, stored))
     return nn.Parameter(values.to(dtype).to(device), requires_grad=False)
 
 
-def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> PackedFormat:
+def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> PackedFormat:
     """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
 
-    For a GPU every part passes through host memory by itself, so that never more than one matrix lies there.
+    For a GPU each part passes through host memory by itself, which therefore never holds more than one matrix.
     """
     stacks: dict[str, torch.Tensor] = {}
     for part in parts_of(tensor, fmt):
@@ -311,6 +311,7 @@ def _packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, devi
 
 
 def _put(model: nn.Module, name: str, holder: nn.Parameter | PackedWeight) -> None:
+    """Replace the parameter `name` of the model."""
     path, leaf = name.rsplit(".", 1)
     module = model.get_submodule(path)
     delattr(module, leaf)

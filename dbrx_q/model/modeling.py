@@ -23,13 +23,14 @@ from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.attention import Sequences
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.planning.policy_names import DEFAULT_POLICY, MissPolicy
 
 from .block import rotation_of
 from .kv_cache import KVCache
 from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear
+from .limits import Limits
 
 if TYPE_CHECKING:
+    from dbrx_q.planning.budget import Budget
     from dbrx_q.planning.machine import Placement
 
 __all__ = [
@@ -77,8 +78,7 @@ class DbrxModel(nn.Module):
         self.blocks = nn.ModuleList(DbrxBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = DbrxLayerNorm(config.d_model)
         self.expert_store: ExpertStore | None = None
-        self.step_limit: int | None = None  # tokens that memory is kept for in one pass; None without a limit
-        self.kv_budget: int | None = None  # bytes of keys and values that requests may take; None without a limit
+        self.limits = Limits()
         _initialise(self, config.initializer_range)
         self.eval()
 
@@ -187,18 +187,18 @@ class DbrxModel(nn.Module):
         longest = max((length + count for length, count in zip(past, counts, strict=True)), default=0)
         if longest > self.config.max_seq_len:
             raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
-        if self.step_limit is not None and sum(counts) > self.step_limit:
+        if self.limits.step_tokens is not None and sum(counts) > self.limits.step_tokens:
             raise RequestError(
-                f"a pass must bring at most the {self.step_limit} tokens that the model was given memory for; found {sum(counts)}. "
-                "Bring fewer at a time, with past_key_values, or load the model with a longer context"
+                f"a forward pass must have at most {self.limits.step_tokens} tokens, which the model's budget has memory for; found "
+                f"{sum(counts)}. Pass fewer at a time, with past_key_values, or load the model with a longer context"
             )
         if cache is None and use_cache:
-            room = None
-            if self.kv_budget is not None:
-                room = self.kv_budget // max(1, KVCache(self.config, B, 1, dtype=self.dtype, device="meta").nbytes)
+            room, kv_bytes = None, self.limits.kv_bytes
+            if kv_bytes is not None:
+                room = kv_bytes // max(1, KVCache(self.config, B, 1, dtype=self.dtype, device="meta").nbytes)
                 if longest > room:
                     raise RequestError(
-                        f"keys and values must fit the {self.kv_budget:,} bytes that are kept for them, {room} tokens of {B} sequences; "
+                        f"keys and values must fit the {kv_bytes:,} bytes of the model's budget, {room} tokens of {B} sequences; "
                         f"found {longest}. Load the model with a longer context or a larger batch, or shorten it"
                     )
             cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.devices, grows=True, limit=room)
@@ -230,9 +230,8 @@ class DbrxForCausalLM(nn.Module):
         self.transformer = DbrxModel(config)
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
-        self.decoder: object | None = None  # what generation on a GPU keeps from one request to the next
-        self.placement: Placement | None = None  # the plan that it was loaded by
-        self.logit_room: int | None = None  # bytes that logits may take; None without a limit
+        self.decoder: object | None = None  # the `BatchDecoder` that generation on a GPU keeps from one request to the next
+        self.placement: Placement | None = None  # what each device holds; None for a model that was loaded without a budget
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -247,9 +246,9 @@ class DbrxForCausalLM(nn.Module):
         return self.transformer.device
 
     @property
-    def kv_budget(self) -> int | None:
-        """Bytes of keys and values that requests may take; None without a limit."""
-        return self.transformer.kv_budget
+    def limits(self) -> Limits:
+        """The memory that requests may take."""
+        return self.transformer.limits
 
     @property
     def expert_store(self) -> ExpertStore:
@@ -269,44 +268,49 @@ class DbrxForCausalLM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device_map: str | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
-        context: int | None = None,
-        batch_size: int = 1,
-        kv_format: str = "plain",
-        cache_policy: str = DEFAULT_POLICY.value,
-        miss_policy: str = "hybrid",
-        prefetch: bool = True,
-        fallback: bool = False,
+        budget: Budget | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> DbrxForCausalLM:
-        """Load a plain or a quantized checkpoint; a packed weight is never decoded on the way.
+        """Load a plain or a quantized checkpoint. Packed weights stay packed.
+
+        Three ways to say where the model is held:
+
+        - `device`: all of it on one device. This is the default, with the CPU.
+        - `device_map="auto"`, with or without `max_memory`: spread over GPUs and host memory, as in transformers. Experts that do not fit
+          are read from disk when they are needed.
+        - `budget`: the same with a say in the context, the KV cache, and how experts are cached and fetched.
+
+        A model in 24 GiB of host memory, with room for one sequence of 8,192 tokens:
+
+            from dbrx_q import Budget, DbrxForCausalLM, Machine
+
+            budget = Budget(Machine.detect({"cpu": "24GiB"}), context=8192)
+            model = DbrxForCausalLM.from_pretrained("dbrx-int4", budget=budget)
 
         Args:
-            path_or_hub_id: a folder, or an `owner/name` of the hub.
-            device: None or "cpu"; or "cuda" (also of a ROCm build), which then holds the whole model.
-            dtype: of activations and unquantized weights; None takes the checkpoint's `torch_dtype`. bfloat16 or float16 on a GPU.
-            device_map: "auto" places the model as `dbrx-q plan` says: where not all experts fit into the memory that computes, it is a
-                cache of them, filled from the next larger memory or from disk. None puts all on `device`.
-            max_memory: with "auto", bytes or sizes such as "22GiB" that may be taken, by index of a GPU and for "cpu"; None for what is
-                free.
-            context, batch_size, kv_format: with "auto", what keys and values are kept room for: tokens of a sequence (None for 4096, or
-                the model's context where that is shorter), sequences together, and their format.
-            cache_policy: with "auto", which expert gives way: "least-stale", "lru" or "lfu".
-            miss_policy: with "auto" and GPUs, how an expert is served that is not on its gpu: computed by the CPU ("cpu"), copied
-                ("copy"), or the mix of both that ends first ("hybrid").
-            prefetch: with "auto", whether experts are fetched before they are needed, as the next layer's router predicts them.
-            fallback: with "auto", whether the fallback copy that the checkpoint carries answers for experts on disk.
-            attn_implementation: "triton", the default on a GPU and offered only there; "sdpa", the default on the CPU; or "eager".
+            path_or_hub_id: a folder, or an `owner/name` of the Hugging Face hub.
+            device: "cpu", which None stands for, or "cuda" (also for a ROCm build) or "cuda:N".
+            dtype: of activations and of weights that are not quantized; None for the checkpoint's `torch_dtype`. A GPU needs bfloat16 or
+                float16.
+            device_map: None or "auto", which means `budget=Budget(Machine.detect(max_memory))`.
+            max_memory: with "auto", how much may be taken of each device: bytes, or a size such as "22GiB", by index of a GPU and by
+                "cpu". None for all that is free.
+            budget: memory limits and how experts are served within them; see `Budget`.
+            attn_implementation: "triton", the default on a GPU and only available there; "sdpa", the default on a CPU; or "eager".
             revision: branch, tag or commit on the hub.
-            token: for a gated repository.
+            token: access token for a gated repository.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
-            RequestError: arguments that contradict each other, or memory that cannot hold the least that works, with what would.
-            UnsupportedError: an argument that this version does not offer.
+            RequestError: arguments that contradict each other, or a model that exceeds its memory; the message names the smallest budget
+                that works.
+            UnsupportedError: a value that this version does not support.
         """
-        from dbrx_q.planning.budget import Budget, machine_of
+        # Imported here, since `loading` imports this module: a model loads itself, as in transformers.
+        from dbrx_q.planning.budget import Budget
+        from dbrx_q.planning.machine import Machine
 
         from .loading import load_pretrained
 
@@ -314,25 +318,15 @@ class DbrxForCausalLM(nn.Module):
             raise UnsupportedError(f"device_map must be 'auto' or None; found {device_map!r}")
         if device_map is None and max_memory is not None:
             raise RequestError(f"max_memory needs device_map='auto'; found {max_memory!r} alone")
-        if device_map is None and fallback:
-            raise RequestError("fallback needs device_map='auto': with all experts in memory there is no miss to answer. Leave it out")
+        if device_map is not None and budget is not None:
+            raise RequestError(
+                "a budget takes the place of device_map and max_memory; found device_map='auto' beside it. Leave one of them out"
+            )
         if device_map is not None and device is not None:
             raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
-        budget = None
-        if device_map is not None:
-            budget = Budget(
-                machine_of(max_memory),
-                context,
-                batch_size,
-                kv_format,
-                policy=cache_policy,
-                prefetch=prefetch,
-                miss_policy=_miss_policy(miss_policy),
-                fallback=fallback,
-            )
         return load_pretrained(
             path_or_hub_id,
-            budget=budget,
+            budget=budget if device_map is None else Budget(Machine.detect(max_memory)),
             device=device,
             dtype=_as_dtype(dtype),
             attn_implementation=attn_implementation,
@@ -355,24 +349,19 @@ class DbrxForCausalLM(nn.Module):
         Args:
             logits_to_keep: compute the logits of the last so many columns only; 0 for all.
         """
-        if self.logit_room is not None and input_ids.ndim == 2:
+        logit_bytes = self.limits.logit_bytes
+        if logit_bytes is not None and input_ids.ndim == 2:
             B, S = input_ids.shape
             columns = min(logits_to_keep or S, S)
             wanted = B * columns * self.config.vocab_size * (torch.float32.itemsize + self.dtype.itemsize)
-            if wanted > self.logit_room:
+            if wanted > logit_bytes:
                 raise RequestError(
-                    f"logits must fit the {self.logit_room:,} bytes of workspace that the model was given; those of {B} x {columns} tokens "
-                    f"take {wanted:,}. Name logits_to_keep, or bring fewer tokens at a time"
+                    f"logits must fit {logit_bytes:,} bytes, the workspace of the model's budget; those of {B} x {columns} tokens take "
+                    f"{wanted:,}. Name logits_to_keep, or pass fewer tokens at a time"
                 )
         out = self.transformer(input_ids, attention_mask, past_key_values, use_cache, output_router_logits)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(hidden).float(), out.past_key_values, out.router_logits)
-
-
-def _miss_policy(name: str) -> MissPolicy:
-    if name not in list(MissPolicy):
-        raise RequestError(f"miss_policy must be 'cpu', 'copy' or 'hybrid'; found {name!r}")
-    return MissPolicy(name)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""Measured tile choices of the Triton kernels as files: where they lie, what they hold, and their use.
+"""Tiles of the Triton kernels that `dbrx-q bench tune` measured: one file per chip in the user's cache folder.
 
-`dbrx-q bench tune` writes them. A choice serves the device that it was measured on: chips of one name differ in how many multiprocessors
-share the work, so both must agree.
+A file is used only on the chip that it was measured on. Chips of one name may differ in how many multiprocessors share the work, so both
+the name and the number of multiprocessors must match.
 """
 
 from __future__ import annotations
@@ -20,52 +20,65 @@ from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
 
 __all__ = ["TileChoice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
 
-_SHIPPED = Path(__file__).parent / "tuned"
-
 
 @dataclass(frozen=True)
 class TileChoice:
-    """The fastest tiles of a problem. Times in seconds, `default_seconds` that of the default tiles; candidates: that were measured."""
+    """The fastest tiles that were measured for a problem."""
 
     problem: Problem
+    """Shape and format of the product."""
     tiles: Tiles
+    """The fastest tiles."""
     seconds: float
+    """Time of the product with these tiles."""
     default_seconds: float
+    """Time of the product with the default tiles."""
     candidates: int
+    """Number of tiles that were measured."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One sweep. device: the product's name. date: ISO 8601. versions: of torch, triton and the driver."""
+    """The result of one sweep over problems and tiles."""
 
     chip: str
+    """Name of the architecture, such as "sm_90"."""
     multiprocessors: int
+    """Streaming multiprocessors (compute units on ROCm) of the device."""
     device: str
+    """Product name of the device."""
     date: str
+    """When the sweep ran, in ISO 8601."""
     versions: dict[str, str]
+    """Versions of torch, triton and the driver."""
     choices: tuple[TileChoice, ...]
+    """The fastest tiles of every problem."""
 
 
 def tuning_path(chip: str) -> Path:
-    """The user's file for a chip, in the user's cache folder."""
+    """The file for a chip in the user's cache folder."""
     return user_cache() / "tuning" / f"{chip}.json"
 
 
 def load_tuning(chip: Chip) -> Path | None:
-    """Prefer what was measured on this device to the default tiles from now on; the file that served, the user's own before a shipped one.
+    """From now on, use the tiles that were measured on `chip` in place of the default ones.
+
+    Returns:
+        The file that they were read from; None if there is none for this chip.
 
     Raises:
-        RequestError: a file that is damaged.
+        RequestError: the file is damaged.
     """
-    for path in (tuning_path(chip.name), _SHIPPED / f"{chip.name}.json"):
-        if path.exists():
-            tuning = read_tuning(path)
-            if (tuning.chip, tuning.multiprocessors) == (chip.name, chip.multiprocessors):
-                # An older Triton may not take tiles as narrow as the one that was measured.
-                usable = [choice for choice in tuning.choices if choice.tiles.tokens >= chip.smallest_dot]
-                use_measured({(chip.name, choice.problem): choice.tiles for choice in usable})
-                return path
-    return None
+    path = tuning_path(chip.name)
+    if not path.exists():
+        return None
+    tuning = read_tuning(path)
+    if (tuning.chip, tuning.multiprocessors) != (chip.name, chip.multiprocessors):
+        return None
+    # An older Triton may not accept tiles as narrow as the Triton that they were measured with.
+    usable = [choice for choice in tuning.choices if choice.tiles.tokens >= chip.smallest_dot]
+    use_measured({(chip.name, choice.problem): choice.tiles for choice in usable})
+    return path
 
 
 def write_tuning(tuning: Tuning, path: Path) -> None:
@@ -77,10 +90,10 @@ def write_tuning(tuning: Tuning, path: Path) -> None:
 
 
 def read_tuning(path: Path) -> Tuning:
-    """What `write_tuning` wrote.
+    """Read a file that `write_tuning` wrote.
 
     Raises:
-        RequestError: the file cannot be read, or holds something that no sweep measures.
+        RequestError: the file cannot be read, or holds values that no sweep measures.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +109,7 @@ def _tuning(data: Any) -> Tuning:
     choices = values["choices"]
     if not isinstance(choices, list):
         raise ValueError("'choices' must be a list")
-    values["choices"] = tuple(_choice(each) for each in choices)
+    values["choices"] = tuple(_choice(choice) for choice in choices)
     _check_types(values, {"chip": str, "multiprocessors": int, "device": str, "date": str, "versions": dict})
     return Tuning(**values)
 
@@ -113,7 +126,7 @@ def _choice(data: Any) -> TileChoice:
 
 
 def _check_tiles(problem: Problem, tiles: Tiles) -> None:
-    """Refuse what would make a kernel compute something else, or nothing."""
+    """Refuse tiles with which a kernel would compute a wrong result or none."""
     if any(value < 1 for value in (*vars(tiles).values(), problem.tokens, problem.N, problem.K, problem.group)):
         raise ValueError(f"every number of {tiles} and {problem} must be at least 1")
     powers = tiles.rows, tiles.tokens, tiles.depth, tiles.warps
@@ -133,7 +146,7 @@ _T = TypeVar("_T")
 def _values(kind: type[_T], data: Any) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be an object; found {type(data).__name__}")
-    expected = {field.name for field in fields(kind)}  # type: ignore[arg-type] # every kind that comes is a dataclass
+    expected = {field.name for field in fields(kind)}  # type: ignore[arg-type] # every kind that is passed is a dataclass
     if set(data) != expected:
         raise ValueError(f"{kind.__name__} must have {', '.join(sorted(expected))}; found {', '.join(sorted(map(str, data)))}")
     return dict(data)

@@ -1,4 +1,4 @@
-"""What a model may take of a machine's memory, as its user says it."""
+"""The memory that a user grants to a model, and the placement that follows from it."""
 
 from __future__ import annotations
 
@@ -9,107 +9,140 @@ from pathlib import Path
 
 import torch
 
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.kv import KV_FORMATS
 
+from .footprint import MemoryRequest
 from .host_memory import available_bytes
-from .machine import Gpu, Machine, Placement
-from .policy_names import DEFAULT_POLICY, MissPolicy
-from .sizes import format_size, parse_size
+from .machine import Machine, Placement
+from .placement import place
+from .policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
+from .sizes import format_size
 
-__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "machine_of"]
+__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "plan_within"]
 
 DEFAULT_CONTEXT = 4096
-"""Tokens that keys and values are kept room for unless the user says otherwise."""
-
-# Of what the machine could give now, what stays with it and with the process itself.
-_HOST_MARGIN = 0.1
+"""Tokens of a sequence that the KV cache has room for unless the user asks for another number."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A machine, and how a model is to use it.
+    """How much memory a model may take, and how it uses that memory.
 
-    machine: what may be taken. context, batch, kv_format: what keys and values are kept room for; context None is 4096 tokens, or the
-    model's
-    context where that is shorter. step_tokens, logit_rows: as of `footprint.Request`. policy: which expert gives way,
-    a `CachePolicyName`. profile: a trace whose counts say which experts are used most; "static" needs one. prefetch: whether experts are
-    read before they are needed, as the next layer's router predicts them. direct: whether experts are read past the page cache; None for
-    whichever is measured to be faster. miss_policy: how an expert is served that is not on its GPU. devices: the GPUs; None for cuda:0,
-    cuda:1 ... dtype: of activations; None for the checkpoint's. fallback: whether the fallback copy that the checkpoint carries answers for
-    experts on disk. upgrade: with that, as of `FallbackCopy`.
+    - `machine` limits the memory of each device.
+    - `context`, `batch` and `kv_format` size the KV cache; `step_tokens` and `logit_rows` size the workspace. Experts get the rest.
+    - `cache_policy`, `profile`, `prefetch`, `miss_policy` and `direct` control how experts move when they do not all fit.
+    - `fallback` and `upgrade` let a smaller copy of the experts answer instead of the disk.
+
+    A model that takes 22 GiB of one GPU and 48 GiB of host memory, with room for two sequences of 8,192 tokens in an int8 KV cache:
+
+        budget = Budget(Machine.detect({0: "22GiB", "cpu": "48GiB"}), context=8192, batch=2, kv_format="int8")
+        model = DbrxForCausalLM.from_pretrained("dbrx-int4", budget=budget)
+
+    Raises:
+        RequestError: an unknown format or policy.
     """
 
     machine: Machine
+    """The memory that may be taken: `Machine.detect()` for what is free on this machine, or a `Machine` with sizes in bytes."""
     context: int | None = None
+    """Tokens of each sequence in the KV cache; None for 4,096, or the model's context if that is shorter."""
     batch: int = 1
+    """Sequences in the KV cache."""
     kv_format: str = "plain"
+    """Format of keys and values: "plain" (the dtype of activations), "int8" or "int4"."""
     step_tokens: int | None = None
+    """Most tokens of one forward pass, all sequences together; None for a prefill step (512 on a CPU, 2,048 on a GPU)."""
     logit_rows: int | None = None
-    policy: str = DEFAULT_POLICY.value
+    """Tokens whose logits are held at once; None for one token of each sequence."""
+    cache_policy: str = DEFAULT_POLICY.value
+    """Which expert is evicted when a slot is needed: "least-stale", "lru", "lfu", or "static", which keeps the experts that `profile` used
+    most."""
     profile: Path | None = None
+    """A trace of `dbrx-q trace`; the experts that it used most are loaded first. "static" needs one."""
     prefetch: bool = True
+    """Whether experts are fetched before they are needed, as predicted by the next layer's router."""
     direct: bool | None = None
-    miss_policy: MissPolicy = MissPolicy.hybrid
+    """Whether experts are read past the page cache (O_DIRECT); None for whichever is measured to be faster."""
+    miss_policy: str = MissPolicy.hybrid.value
+    """How an expert that is not on its GPU is served: computed by the CPU ("cpu"), copied to the GPU ("copy"), or split between the two so
+    that both finish together ("hybrid")."""
     devices: tuple[torch.device, ...] | None = None
-    dtype: torch.dtype | None = None
+    """The torch device of each GPU of `machine`; None for cuda:0, cuda:1 and so on."""
     fallback: bool = False
+    """Whether the fallback copy in the checkpoint answers for experts that would have to be read from disk."""
     upgrade: bool = True
+    """With `fallback`, whether an expert that the copy answered for is read from disk afterwards, so that the next answer is exact."""
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("kv_format", self.kv_format, KV_FORMATS),
+            ("cache_policy", self.cache_policy, [policy.value for policy in CachePolicyName]),
+            ("miss_policy", self.miss_policy, [policy.value for policy in MissPolicy]),
+        ):
+            if value not in list(choices):
+                raise RequestError(f"{name} of a budget must be one of {', '.join(choices)}; found {value!r}")
 
     @property
     def gpus(self) -> tuple[torch.device, ...]:
-        """The devices of the machine's GPUs, in their order."""
+        """The torch device of each GPU of the machine, in its order."""
         return tuple(torch.device("cuda", i) for i in range(len(self.machine.gpus))) if self.devices is None else self.devices
 
+    def request(
+        self, config: DbrxConfig, dtype: torch.dtype | None = None, fallback: Mapping[str, TensorFormat] | None = None
+    ) -> MemoryRequest:
+        """What memory must be reserved for.
 
-def machine_of(max_memory: Mapping[int | str, int | str] | None) -> Machine:
-    """The machine that `max_memory` allows, or, for None, all of it that is free now.
+        Args:
+            config: of the model.
+            dtype: of activations; None for the checkpoint's.
+            fallback: the format of every tensor of the fallback copy; None without one.
+        """
+        context = min(DEFAULT_CONTEXT, config.max_seq_len) if self.context is None else self.context
+        return MemoryRequest(context, self.batch, self.kv_format, self.step_tokens, self.logit_rows, dtype, fallback)
+
+
+def plan_within(
+    budget: Budget,
+    config: DbrxConfig,
+    formats: Mapping[str, TensorFormat],
+    source: str,
+    *,
+    dtype: torch.dtype | None = None,
+    fallback: Mapping[str, TensorFormat] | None = None,
+) -> Placement:
+    """The placement that a model is loaded by.
 
     Args:
-        max_memory: bytes, or a size such as "22GiB", by index of a GPU and by "cpu". GPUs that are not named are not used; without "cpu" as
-            much of the host's memory as is free.
+        budget: the memory that may be taken.
+        config: of the model.
+        formats: of every packed tensor of the checkpoint.
+        source: the checkpoint's name in errors.
+        dtype: of activations; None for the checkpoint's.
+        fallback: the format of every tensor of the fallback copy; None without one.
 
     Raises:
-        RequestError: another key, a GPU that does not exist, or a size that is none.
+        RequestError: the model does not fit the budget, the budget is more than is free now, or the model cannot have such a context or
+            batch.
     """
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if max_memory is None:
-        return Machine(_free_host(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(seen)))
-    gpus = []
-    ram = _free_host()
-    for key, value in max_memory.items():
-        size = parse_size(value) if isinstance(value, str) else value
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise RequestError(f"max_memory[{key!r}] must be a number of bytes or a size such as '22GiB'; found {value!r}")
-        if key == "cpu":
-            ram = size
-        elif isinstance(key, int) and not isinstance(key, bool) and key >= 0:
-            gpus.append((key, size))
-        else:
-            raise RequestError(f"a key of max_memory must be the index of a GPU or 'cpu'; found {key!r}. The disk has no limit")
-    check_gpus([key for key, _ in gpus], seen)
-    return Machine(ram, tuple(Gpu(size) for _, size in sorted(gpus)))
-
-
-def check_gpus(indices: Sequence[int], seen: int) -> None:
-    """Refuse GPUs that are not there.
-
-    Raises:
-        RequestError: an index that torch does not see, or one that is skipped.
-    """
-    for index in indices:
-        if index >= seen:
-            raise RequestError(
-                f"GPU {index} must be one that torch sees; it sees {seen}. Check the driver, and that torch is a GPU build, or leave it out"
-            )
-    if sorted(indices) != list(range(len(indices))):
-        raise RequestError(f"GPUs must be named from 0 on; found {sorted(indices)}. Choose others with CUDA_VISIBLE_DEVICES")
+    request = budget.request(config, dtype, fallback)
+    for name, value, most in (("context", request.context, config.max_seq_len), ("batch", budget.batch, None)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+            limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
+            raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
+    placement = place(config, formats, budget.machine, request)
+    check_fits(placement, source)
+    check_free(placement, budget.gpus, source)
+    return placement
 
 
 def check_fits(placement: Placement, source: str) -> None:
-    """Refuse a plan that does not fit.
+    """Refuse a placement that exceeds its budget.
 
     Raises:
-        RequestError: with the bytes that are missing and the smallest budget that works.
+        RequestError: with the bytes that each device lacks and the smallest budget that works.
     """
     if placement.fits:
         return
@@ -124,10 +157,10 @@ def check_fits(placement: Placement, source: str) -> None:
 
 
 def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) -> None:
-    """Refuse a plan for memory that is not free any more.
+    """Refuse a placement that takes more memory than is free now.
 
     Raises:
-        RequestError: with what is free on the device that is short, and the budget that would do.
+        RequestError: with the bytes that are free on the device that lacks memory, and the budget that would fit.
     """
 
     def free_on(device: torch.device) -> int:
@@ -135,7 +168,7 @@ def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) 
 
     for plan, device in [*zip(placement.gpus, gpus, strict=True), (placement.host, torch.device("cpu"))]:
         wanted = plan.total - (plan.reserve if device.type == "cuda" else 0)
-        if wanted > free_on(device):  # a model that nobody uses any more may not have been given back yet
+        if wanted > free_on(device):  # the memory of an unreachable model may not have been returned yet
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -145,7 +178,3 @@ def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) 
                 f"{source}: the plan takes {format_size(wanted)} of {name}, of which {format_size(free)} are free now: another program "
                 f"took the rest. Free some, or give at most {free:,} bytes"
             )
-
-
-def _free_host() -> int:
-    return int(available_bytes() * (1 - _HOST_MARGIN))

@@ -76,7 +76,7 @@ class Footprint:
     @classmethod
     def of(cls, config: DbrxConfig, formats: Mapping[str, TensorFormat], request: MemoryRequest) -> Footprint:
         """The footprint of a model whose tensors are packed in `formats`, for a request."""
-        dtype = request.dtype or getattr(torch, config.torch_dtype or "bfloat16")
+        dtype = request.dtype or config.dtype
         dense, embedding, head = _dense_bytes(config, formats, dtype)
         shape = request.batch, config.attn_config.kv_n_heads, request.context, config.head_dim
         kv = allocate_kv(request.kv_format, *shape, dtype, torch.device("meta")).nbytes
@@ -84,7 +84,7 @@ class Footprint:
         rows = request.batch if request.logit_rows is None else request.logit_rows
         host, gpu = (_workspace(config, tokens[kind], rows, width) for kind, width in (("cpu", 4), ("cuda", dtype.itemsize)))
         ffn = config.ffn_config
-        stored = getattr(torch, config.torch_dtype or "bfloat16")
+        stored = config.dtype
         plain = {tensor.name: stored for tensor in dense_tensors(config) if tensor.experts and tensor.name not in formats}
         kinds = expert_kinds(config, formats, dtype, plain)
         fallback = expert_kinds(config, request.fallback, dtype) if request.fallback else []

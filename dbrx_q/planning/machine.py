@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from dbrx_q.errors import RequestError
+
 from .expert_kinds import ExpertKind
+from .host_memory import available_bytes
+from .sizes import parse_size
 
 __all__ = ["DevicePlan", "Gpu", "Machine", "Placement"]
 
 _GPU_RESERVE = 600 << 20  # the driver's context, compiled kernels, and fragmentation of the allocator
 _DESKTOP_RESERVE = 1200 << 20  # the windows of a desktop, on top
+
+# Share of the free host memory that stays with other programs and with the process itself.
+_HOST_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,52 @@ class Machine:
     """Of host memory, in bytes/s."""
     disk_bandwidth: float = 5e9
     """In bytes/s."""
+
+    @classmethod
+    def detect(cls, max_memory: Mapping[int | str, int | str] | None = None) -> Machine:
+        """This machine, with the memory that is free now or as much of it as `max_memory` allows.
+
+        Args:
+            max_memory: bytes, or a size such as "22GiB", by index of a GPU and by "cpu". GPUs that are not named are not used; without
+                "cpu" the free host memory is taken, less a tenth. None for all GPUs that torch sees and all of their free memory.
+
+        Raises:
+            RequestError: another key, a GPU that torch does not see, or an invalid size.
+        """
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if max_memory is None:
+            return cls(_free_host_memory(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(visible)))
+        sizes: dict[int, int] = {}
+        ram = None
+        for key, value in max_memory.items():
+            size = parse_size(value) if isinstance(value, str) else value
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise RequestError(f"max_memory[{key!r}] must be a number of bytes or a size such as '22GiB'; found {value!r}")
+            if key == "cpu":
+                ram = size
+            elif isinstance(key, int) and not isinstance(key, bool) and key >= 0:
+                sizes[key] = size
+            else:
+                raise RequestError(f"a key of max_memory must be the index of a GPU or 'cpu'; found {key!r}. The disk has no limit")
+        _check_gpu_indices(sorted(sizes), visible)
+        return cls(_free_host_memory() if ram is None else ram, tuple(Gpu(sizes[index]) for index in sorted(sizes)))
+
+
+def _free_host_memory() -> int:
+    """Bytes of host memory that a model may take without a limit by its user."""
+    return int(available_bytes() * (1 - _HOST_MARGIN))
+
+
+def _check_gpu_indices(indices: Sequence[int], visible: int) -> None:
+    """Refuse indices that torch does not see, or that leave one out."""
+    for index in indices:
+        if index >= visible:
+            raise RequestError(
+                f"GPU {index} must be one that torch sees; it sees {visible}. Check the driver, and that torch is a GPU build, or leave it "
+                "out"
+            )
+    if list(indices) != list(range(len(indices))):
+        raise RequestError(f"GPUs must be named from 0 on; found {list(indices)}. Choose others with CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The names of the cache policies and miss policies: the choices of `--policy`, `--miss-policy`, `Budget` and `from_pretrained`.
+"""The names of the cache policies and miss policies: the choices of `--policy`, `--miss-policy`, and `Budget`.
 
 To add a cache policy, add its name to `CachePolicyName` and its class to `experts/policies.py`; the command line, the simulator and the
 error messages follow. This module imports nothing heavy, because the command line reads it for every `--help`.

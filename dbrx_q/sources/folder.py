@@ -119,7 +119,7 @@ class TransformersFolder(DecodedSource):
         self.config = DbrxConfig.from_dict(_plain_config(raw_config), source=source)
         self.eos_token_ids = eos_ids(folder)
         quantized = raw_config.get("quantization_config") is not None
-        self.stored_dtype = torch.float32 if quantized else getattr(torch, self.config.torch_dtype or "bfloat16")
+        self.stored_dtype = torch.float32 if quantized else self.config.dtype
         tensors = dense_tensors(self.config)
         with ExitStack() as stack:
             file_of = open_shards(folder, stack)

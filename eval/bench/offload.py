@@ -157,7 +157,7 @@ def bench_offload(
         raise RequestError(f"tokens to decode and of a prompt must be 0 or more, and one of them more; found {tokens} and {prompt}")
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
-        files = ExpertFiles(checkpoint, getattr(torch, config.torch_dtype or "bfloat16"))
+        files = ExpertFiles(checkpoint, config.dtype)
         copy = carried_formats(folder, config, formats) if fallback else None
     by = supports_direct(files.paths[0]) if direct is None else direct
     whole = place(config, formats, Machine(), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS))
@@ -175,7 +175,7 @@ def bench_offload(
     ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if fallback else [])
     total = len(shares) * len(ways) * len(kinds)
     for share, ram in zip(shares, rams, strict=True):
-        budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, policy=policy, direct=by)
+        budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, cache_policy=policy, direct=by)
         for ahead, copied in ways:
             with closing(load_model(folder, budget=replace(budget, prefetch=ahead, fallback=copied))) as model:
                 for prefill in kinds:
@@ -210,8 +210,8 @@ def bench_gpu(
         machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(one.total - one.experts + int(share * one.experts)),))
         for miss_policy in MissPolicy:
             for ahead in prefetch:
-                budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, policy=policy, prefetch=ahead)
-                with closing(load_model(folder, budget=replace(budget, miss_policy=miss_policy, devices=(device,)))) as model:
+                budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, cache_policy=policy, prefetch=ahead)
+                with closing(load_model(folder, budget=replace(budget, miss_policy=miss_policy.value, devices=(device,)))) as model:
                     rows.append(_gpu_row(model, share, miss_policy, tokens=tokens, prefetch=ahead))
                     on_row(len(rows), len(shares) * len(MissPolicy) * len(prefetch))
                 del model  # before the next one is loaded

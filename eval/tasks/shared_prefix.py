@@ -77,9 +77,9 @@ class PrefixScorer:
         self.counts = TokenCounts()
         self._model, self._batch_size = model, batch_size
         self._limit = model.config.max_seq_len  # tokens of a cache
-        if model.kv_budget is not None:
+        if model.limits.kv_bytes is not None:
             each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
-            self._limit = min(self._limit, model.kv_budget // each // CACHES)
+            self._limit = min(self._limit, model.limits.kv_bytes // each // CACHES)
         places = model.transformer.devices
         self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=places, format=kv_format, grows=True, limit=self._limit)
         self._held: tuple[int, ...] = ()  # the trunk's tokens

@@ -27,6 +27,7 @@ from dbrx_q.experts.reader import ExpertReader, reads_faster_directly, supports_
 from dbrx_q.experts.slots import ExpertSlots
 from dbrx_q.experts.tiered_store import NextRouter
 from dbrx_q.generation import generate as generation
+from dbrx_q.model.limits import Limits
 from dbrx_q.model.loading import load_model, load_pretrained
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.expert_kinds import ExpertKind
@@ -129,7 +130,7 @@ def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype:
 
 def test_a_model_loads_by_its_plan_and_counts_what_it_does(quantized_nano: Path) -> None:
     expected = generate(DbrxForCausalLM.from_pretrained(quantized_nano), [PROMPT], max_new_tokens=8)[0].token_ids
-    model = DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "4MiB"}, context=128)
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, budget=Budget(Machine.detect({"cpu": "4MiB"}), context=128))
     plan = model.placement
     assert plan is not None
     assert 0 < plan.host.n_slots < plan.experts == 64
@@ -360,8 +361,10 @@ def test_memory_that_cannot_be_given(quantized_nano: Path) -> None:
             load(quantized_nano, device_map="auto", max_memory=max_memory)  # type: ignore[arg-type] # that is the point
     with pytest.raises(RequestError, match="max_memory needs device_map='auto'"):
         load(quantized_nano, max_memory={"cpu": "3GiB"})
-    with pytest.raises(RequestError, match="Leave one of them out"):
+    with pytest.raises(RequestError, match="device_map='auto' chooses the devices; found device 'cpu' beside it"):
         load(quantized_nano, device_map="auto", device="cpu")
+    with pytest.raises(RequestError, match="a budget takes the place of device_map and max_memory"):
+        load(quantized_nano, device_map="auto", budget=Budget(Machine(3 << 30)))
 
 
 def test_a_context_that_outgrows_the_cache_stops_and_says_why(quantized_nano: Path) -> None:
@@ -391,18 +394,18 @@ def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> 
     store.close()
 
 
-@pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch_size", 0)])
+@pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch", 0)])
 def test_keys_and_values_that_no_model_has(quantized_nano: Path, name: str, value: Any) -> None:
     rule = "from 1 to the model's 2,048 tokens" if name == "context" else "at least 1"
     with pytest.raises(RequestError, match=f"must be a whole number {rule}; found {value}"):
-        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "3MB"}, **{name: value})
+        DbrxForCausalLM.from_pretrained(quantized_nano, budget=Budget(Machine(3_000_000), **{name: value}))
 
 
 def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(RequestError, match="pins what a profile used most"):
-            load_model(quantized_nano, budget=Budget(Machine(3_000_000), context=64, step_tokens=16, policy="static"))
+            load_model(quantized_nano, budget=Budget(Machine(3_000_000), context=64, step_tokens=16, cache_policy="static"))
     assert threading.active_count() == before
 
 
@@ -427,7 +430,7 @@ def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cl
 
 def test_sequences_that_step_together_share_one_cache(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(quantized_nano)
-    model.transformer.kv_budget = 200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes
+    model.transformer.limits = Limits(kv_bytes=200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes)
     prompts = [[1] * 80, [1] * 3, [1] * 3]
     assert generation._capacities(model, prompts, 20, "plain") == [100, 23, 23]
     monkeypatch.setattr(type(model.transformer), "steps_together", True)

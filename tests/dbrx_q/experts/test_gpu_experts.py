@@ -23,6 +23,7 @@ from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.router import route
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.sizes import format_size
@@ -68,7 +69,7 @@ def test_any_split_gives_the_same_bits(
     every = [("least-stale", True), ("lru", True), ("lfu", False)]
     turn = (list(MACHINES).index(machine) + list(MissPolicy).index(miss_policy)) % len(every)
     for policy, prefetch in every if machine == "few slots" else every[turn : turn + 1]:
-        model = loaded(gpus(*sizes, ram=ram, policy=policy, prefetch=prefetch, miss_policy=miss_policy))
+        model = loaded(gpus(*sizes, ram=ram, cache_policy=policy, prefetch=prefetch, miss_policy=miss_policy))
         plan, store = model.placement, model.expert_store
         assert plan is not None
         assert isinstance(store, GpuExpertStore)
@@ -222,8 +223,16 @@ def test_what_does_not_fit_on_a_gpu_is_refused(quantized_nano: Path, gpus: Gpus)
         load_model(quantized_nano, budget=budget)
     with pytest.raises(RequestError, match="the host must hold"):
         load_model(quantized_nano, budget=replace(budget, machine=replace(gpus(2.3, 2.0, ram=0.2).machine)))
-    with pytest.raises(RequestError, match="miss_policy must be 'cpu', 'copy' or 'hybrid'; found 'gpu'"):
-        DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", miss_policy="gpu")
+
+
+def test_names_that_a_budget_does_not_know_are_refused() -> None:
+    for name, choices in (
+        ("miss_policy", "hybrid, cpu, copy"),
+        ("cache_policy", "lru, lfu, least-stale, static"),
+        ("kv_format", "plain, int8, int4"),
+    ):
+        with pytest.raises(RequestError, match=f"{name} of a budget must be one of {choices}; found 'gpu'"):
+            Budget(Machine(), **{name: "gpu"})  # type: ignore[arg-type] # by name
 
 
 def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path, gpus: Gpus) -> None:

@@ -69,7 +69,7 @@ def test_a_store_of_gpus_that_cannot_be_made_leaves_no_thread(quantized_nano: Pa
 def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) -> None:
     model = load_model(quantized_nano, budget=Budget(Machine(3 << 20), context=40, step_tokens=20))
     ids = torch.arange(21)[None]
-    with pytest.raises(RequestError, match=r"at most the 20 tokens that the model was given memory for; found 21\. Bring fewer"):
+    with pytest.raises(RequestError, match=r"at most 20 tokens, which the model's budget has memory for; found 21\. Pass fewer"):
         model(ids)
     whole = load_model(quantized_nano)
     first = model(ids[:, :20], use_cache=True)

@@ -73,7 +73,7 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
         budget.machine,
         lambda layers, under: make_policy(policy, 4, 16, profile),
         prefetch=budget.prefetch,
-        miss_policy=budget.miss_policy,
+        miss_policy=MissPolicy(budget.miss_policy),
         priority=profile,
     )
 
@@ -175,7 +175,7 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
         profile = tmp_path / "profile.npz"
         trace.write(profile)
     for ram in (2_150_000, 2_900_000) if policy == "least-stale" else (2_500_000,):
-        budget = Budget(Machine(ram), context=24, step_tokens=16, policy=policy, prefetch=prefetch, profile=profile)
+        budget = Budget(Machine(ram), context=24, step_tokens=16, cache_policy=policy, prefetch=prefetch, profile=profile)
         small = load_model(quantized_nano, budget=budget)
         assert small.placement is not None
         slots = small.placement.host.n_slots

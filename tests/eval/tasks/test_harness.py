@@ -20,6 +20,7 @@ from dbrx_q.eval.tasks import harness as harness_module
 from dbrx_q.eval.tasks import shared_prefix
 from dbrx_q.eval.tasks.harness import HarnessModel
 from dbrx_q.eval.tasks.shared_prefix import Continuation, PrefixScorer
+from dbrx_q.model.limits import Limits
 
 DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "dbrx-nano"
@@ -275,7 +276,7 @@ def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, toke
 def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What requests begin with, contexts and continuations: whatever is held at once fits the keys and values that were planned."""
     each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta").nbytes
-    monkeypatch.setattr(model.transformer, "kv_budget", 3 * 60 * each)
+    monkeypatch.setattr(model.transformer, "limits", Limits(kv_bytes=3 * 60 * each))
     held: list[weakref.ref[KVCache]] = []
     most, real = 0, KVCache.forked
 
@@ -291,10 +292,10 @@ def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypa
     shared = tuple(range(5, 25))
     asked = [Continuation((*shared, i), tuple(range(30, 30 + n))) for i, n in enumerate((2, 5, 9, 20, 1, 30))]
     found = scorer.score(asked)
-    assert 0 < most <= model.transformer.kv_budget  # type: ignore[operator] # it was set
+    assert 0 < most <= 3 * 60 * each
     with pytest.raises(RequestError, match="must fit the 60 tokens that the model was given memory for; found 61"):
         scorer.score([Continuation((1,) * 60, (1, 2))])
-    monkeypatch.setattr(model.transformer, "kv_budget", None)
+    monkeypatch.setattr(model.transformer, "limits", Limits())
     for one, whole in zip(found, PrefixScorer(model, batch_size=8).score(asked), strict=True):
         assert one[0] == pytest.approx(whole[0], abs=1e-3)
 
