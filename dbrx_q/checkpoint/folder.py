@@ -198,9 +198,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{file.path}: tensor {name} must have the shape {list(shape)} by config.json; found {list(info.shape)}"
                 )
-            if info.dtype not in dtypes:
-                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise CheckpointError(f"{file.path}: tensor {name} must be {wanted}; found {str(info.dtype).removeprefix('torch.')}")
+            if not info.has_dtype(*dtypes):
+                allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise CheckpointError(f"{file.path}: tensor {name} must be {allowed}; found {info.dtype_label}")
 
 
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:

@@ -49,7 +49,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
         fmt = checkpoint.formats.get(tensor.name)
         kind = kind_of(tensor.name)
         names = [tensor.name] if fmt is None else [part.name for part in parts_of(tensor, fmt)]
-        label = str(checkpoint.infos[tensor.name].dtype).removeprefix("torch.") if fmt is None else f"{fmt.format} g{fmt.group_size}"
+        label = checkpoint.infos[tensor.name].dtype_label if fmt is None else f"{fmt.format} g{fmt.group_size}"
         if label not in formats[kind]:
             formats[kind].append(label)
         for row in (inventory.kinds[kind], inventory.total):

@@ -1,8 +1,11 @@
-"""Reading and writing safetensors files piece by piece.
+"""Safetensors files, read in place and written as they grow.
 
-The safetensors package maps whole files into memory, which counts against a memory budget, and writes whole dictionaries of tensors. A
-checkpoint of 264 GB wants neither: here tensors and slices of them are read into memory that the caller owns, and a file is written
-tensor by tensor. Layout: 8 bytes of header length (little endian), a JSON header, then the tensors' bytes back to back.
+Layout of a file: 8 bytes with the header's length (little endian), a JSON header, then the tensors' bytes back to back.
+
+The safetensors package is the reference of the format: its parser accepts or refuses every header, and names, types and shapes are
+taken from it. This module adds what the package does not offer. The package maps whole files into memory, which counts against a memory
+budget, and writes whole dictionaries of tensors; a checkpoint of 264 GB needs neither. Here tensors and rows of them are read into memory
+that the caller owns, and a file is written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import json
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dbrx_q.errors import CheckpointError
 
@@ -28,50 +32,87 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Bits of an element of the types for which torch has no dtype of one element, or had none before 2.7 (F8_E8M0).
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+_MAX_HEADER_BYTES = 100_000_000  # the package refuses longer ones by their length alone
 _MAX_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB a call
 _HASH_STEP_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file: its dtype, its shape, and its first byte in the file."""
+    """Type, shape and place of a tensor in a file."""
 
-    dtype: torch.dtype
+    dtype_name: str
+    """Type of the elements as the header spells it, such as "BF16"."""
     shape: tuple[int, ...]
+    """Sizes, outermost first; () for a scalar."""
     offset: int
+    """First byte of the tensor, counted from the beginning of the file."""
+    nbytes: int
+    """Bytes of the tensor."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of the elements.
+
+        Raises:
+            CheckpointError: the type is one of those that this module does not read.
+        """
+        if self.dtype_name not in _DTYPES:
+            raise CheckpointError(f"a tensor that is read must have one of the dtypes {', '.join(_DTYPES)}; found {self.dtype_name}")
+        return _DTYPES[self.dtype_name]
+
+    @property
+    def dtype_label(self) -> str:
+        """The dtype in torch's spelling, such as "bfloat16"; in the header's where torch has none."""
+        return str(_DTYPES.get(self.dtype_name, self.dtype_name)).removeprefix("torch.")
+
+    def has_dtype(self, *dtypes: torch.dtype) -> bool:
+        """Whether the elements are of one of these dtypes."""
+        return _DTYPES.get(self.dtype_name) in dtypes
 
 
 class SafetensorsFile:
     """An open safetensors file; use it as a context manager.
 
-    Attributes:
+    Args:
         path: the file.
-        size: its bytes.
-        tensors: name to `TensorInfo`, in the order of the file.
-        metadata: what the header says of the file itself.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header is not a safetensors header.
+        CheckpointError: the file is missing or is no regular file, or the safetensors package refuses its header, as it does for a
+            truncated file.
     """
+
+    path: Path
+    """The file."""
+    size: int
+    """Bytes of the file."""
+    tensors: dict[str, TensorInfo]
+    """The tensors by name, in the order of their bytes."""
+    metadata: dict[str, str]
+    """The header's `__metadata__`; empty where there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must be refused, not waited for
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # so that opening a pipe does not block
         except FileNotFoundError:
             raise CheckpointError(f"{path}: shard not found; every shard of a checkpoint must be in its folder: fetch it") from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -81,7 +122,7 @@ class SafetensorsFile:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: a shard must be a regular file; found a folder, a pipe or a device")
             self.size = status.st_size
-            self.tensors, self.metadata = parse_header(path, self.size, lambda at, length: os.pread(self._fd, length, at))
+            self.tensors, self.metadata = _read_header(path, path, self.size, self._length_field())
         except BaseException:
             os.close(self._fd)
             raise
@@ -97,20 +138,36 @@ class SafetensorsFile:
         os.close(self._fd)
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole tensor `name`, read into `into` (contiguous, same shape and dtype) where it is given."""
-        info = self.tensors[name]
-        out = torch.empty(info.shape, dtype=info.dtype) if into is None else into
-        assert (tuple(out.shape), out.dtype, out.is_contiguous()) == (info.shape, info.dtype, True)
+        """The whole tensor `name`, read into `into` (contiguous, same shape and dtype) where it is given.
+
+        Raises:
+            CheckpointError: a read fails, or the tensor's type is none that torch has.
+        """
+        info, dtype = self.tensors[name], self._dtype_of(name)
+        out = torch.empty(info.shape, dtype=dtype) if into is None else into
+        assert (tuple(out.shape), out.dtype, out.is_contiguous()) == (info.shape, dtype, True)
         self._read_at(info.offset, out)
         return out
 
     def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Rows first .. first+count-1 of the tensor `name`."""
+        """Rows first .. first+count-1 of the tensor `name`; errors as for `read`."""
         info = self.tensors[name]
-        row = info.nbytes // info.shape[0]
-        out = torch.empty((count, *info.shape[1:]), dtype=info.dtype)
-        self._read_at(info.offset + first * row, out)
+        row_bytes = info.nbytes // info.shape[0]
+        out = torch.empty((count, *info.shape[1:]), dtype=self._dtype_of(name))
+        self._read_at(info.offset + first * row_bytes, out)
         return out
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        try:
+            return self.tensors[name].dtype
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: tensor {name}: {error}") from None
+
+    def _length_field(self) -> bytes:
+        try:
+            return os.pread(self._fd, 8, 0)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: shard must be readable; {error.strerror}") from None
 
     def _read_at(self, offset: int, out: torch.Tensor) -> None:
         view = _bytes_of(out)
@@ -128,65 +185,79 @@ class SafetensorsFile:
 
 
 def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """(the tensors in the order of the file, what the header says of the file itself), as `SafetensorsFile` has them.
+    """`tensors` and `metadata`, as `SafetensorsFile` has them, of a file of which only the header is at hand.
+
+    The package checks a header together with the size of its file, so it is given a temporary sparse file of that size: the header is
+    written, the tensors' bytes are a hole that takes no space on the disk.
 
     Args:
         path: the file's name in messages.
         size: bytes of the file.
-        read: gives the bytes at (first byte, how many), fewer where the file ends.
+        read: returns the bytes at (first byte, count); fewer at the end of the file.
 
     Raises:
-        CheckpointError: the file is truncated, or its header is not a safetensors header.
+        CheckpointError: the package refuses the header, or there is no room for the temporary file.
     """
-    prefix = read(0, 8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{path}: a safetensors header must fit in its file; found a header of {length} bytes in a file of {size}. "
-            "The file is truncated or of another kind: fetch it again"
-        )
+    header = read(0, 8)
+    length = int.from_bytes(header, "little")
+    if length <= min(size - 8, _MAX_HEADER_BYTES):
+        header += read(8, length)
     try:
-        header = json.loads(read(8, length).decode("utf-8"))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found = {name: _entry(path, name, entry, 8 + length) for name, entry in entries.items()}
-        metadata = {str(name): str(value) for name, value in header.get("__metadata__", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors header; {error}. Fetch the file again") from None
-    _check_bytes(path, size, found, 8 + length)
-    return dict(sorted(found.items(), key=lambda item: item[1].offset)), metadata
-
-
-def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    dtype = _DTYPES.get(str(entry["dtype"]))
-    if dtype is None:
-        raise CheckpointError(f"{path}: {name}: dtype must be one of {', '.join(_DTYPES)}; found {entry['dtype']!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not (_is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2):
-        raise CheckpointError(f"{path}: {name}: shape and data_offsets must be lists of sizes; found {shape!r} and {offsets!r}")
-    info = TensorInfo(dtype, tuple(shape), data_start + offsets[0])
-    if info.nbytes != offsets[1] - offsets[0]:
+        with tempfile.NamedTemporaryFile(prefix="dbrx_q-header-", suffix=".safetensors") as sparse:
+            sparse.write(header)
+            sparse.truncate(size)
+            sparse.flush()
+            return _read_header(Path(sparse.name), path, size, header[:8])
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: {name}: {shape} {entry['dtype']} takes {info.nbytes} bytes; the header gives {offsets[1] - offsets[0]}"
-        )
-    return info
+            f"{path}: checking its header takes a sparse file of {size} bytes in {tempfile.gettempdir()}; {error.strerror}. "
+            "Set TMPDIR to a folder on another disk"
+        ) from None
 
 
-def _check_bytes(path: Path, size: int, found: dict[str, TensorInfo], data_start: int) -> None:
-    end = data_start
-    for name, info in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if info.offset != end:
-            raise CheckpointError(f"{path}: {name}: tensors must lie back to back; found byte {info.offset} where {end} ends the last")
-        end += info.nbytes
-    if end != size:
+def _read_header(file: Path, path: Path, size: int, length_field: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """`tensors` and `metadata` of a file, as the safetensors package reads them.
+
+    Args:
+        file: is read.
+        path: the name in messages.
+        size: bytes of the file.
+        length_field: its first 8 bytes; fewer where it is shorter.
+    """
+    length = int.from_bytes(length_field, "little")
+    try:
+        # framework="numpy": "pt" would map the file a second time, as a torch storage.
+        with safe_open(file, framework="numpy") as opened:
+            metadata = dict(opened.metadata() or {})
+            stored = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            types = {name: (str(tensor.get_dtype()), tuple(tensor.get_shape())) for name, tensor in stored.items()}
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: the header describes {end} bytes and the file has {size}; it is truncated or damaged: fetch it again"
-        )
+            f'{path}: a shard must be a whole safetensors file; the safetensors package refuses it with "{error}", reading a header of '
+            f"{length} bytes in a file of {size}. The file is truncated, damaged or of another kind: fetch it again"
+        ) from None
+    tensors, offset = {}, 8 + length
+    for name, (dtype_name, shape) in types.items():  # the package has checked that they are stored back to back in this order
+        nbytes = _nbytes(path, name, dtype_name, shape)
+        tensors[name] = TensorInfo(dtype_name, shape, offset, nbytes)
+        offset += nbytes
+    if offset != size:
+        raise CheckpointError(f"{path}: a shard must not change while it is opened; found {size} bytes, then {offset}. Try again")
+    return tensors, metadata
+
+
+def _nbytes(path: Path, name: str, dtype_name: str, shape: Sequence[int]) -> int:
+    if dtype_name not in _DTYPES and dtype_name not in _BITS:
+        known = ", ".join((*_DTYPES, *_BITS))
+        raise CheckpointError(f"{path}: {name}: the dtype must be one of {known}; found {dtype_name}. Use a newer dbrx_q")
+    bits = 8 * _DTYPES[dtype_name].itemsize if dtype_name in _DTYPES else _BITS[dtype_name]
+    return math.prod(shape) * bits // 8
 
 
 def safetensors_header(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a file with these tensors (name, dtype, shape) in this order, and where each of them lies."""
+    """The first bytes of a file that holds `tensors`, each a (name, dtype, shape), in this order; and where each of them is stored."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in tensors:
@@ -195,10 +266,10 @@ def safetensors_header(
         end += size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 64)  # tensors begin on a cache line
-    infos, at = {}, 8 + len(text)
+    infos, offset = {}, 8 + len(text)
     for name, dtype, shape in tensors:
-        infos[name] = TensorInfo(dtype, tuple(shape), at)
-        at += infos[name].nbytes
+        infos[name] = TensorInfo(_NAMES[dtype], tuple(shape), offset, math.prod(shape) * dtype.itemsize)
+        offset += infos[name].nbytes
     return len(text).to_bytes(8, "little") + text, infos
 
 
@@ -296,10 +367,6 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
                 raise CheckpointError(f"{path}: byte {info.offset + done} must be there; the file ends before. Quantize again")
             done += n
     return out
-
-
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

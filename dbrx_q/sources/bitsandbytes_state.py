@@ -83,5 +83,5 @@ def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[s
     if nested:
         expected |= {"nested_absmax": (torch.float32, (nested_blocks,)), "nested_quant_map": (torch.float32, (256,))}
     for part, (part_dtype, part_shape) in expected.items():
-        if (infos[part].dtype, infos[part].shape) != (part_dtype, part_shape):
-            raise wrong(f"{part} must be {part_dtype} {list(part_shape)}", f"{infos[part].dtype} {list(infos[part].shape)}")
+        if not infos[part].has_dtype(part_dtype) or infos[part].shape != part_shape:
+            raise wrong(f"{part} must be {part_dtype} {list(part_shape)}", f"{infos[part].dtype_label} {list(infos[part].shape)}")

@@ -194,10 +194,10 @@ def _check_tensors(folder: Path, tensors: list[DenseTensor], file_of: Mapping[st
         file, info = file_of[name], file_of[name].tensors[name]
         if name in states:
             check_packed(tensor, states[name], file_of)
-        elif info.shape != tensor.shape or info.dtype not in _FLOATS:
+        elif info.shape != tensor.shape or not info.has_dtype(*_FLOATS):
             raise CheckpointError(
                 f"{file.path}: tensor {name} must be a float {list(tensor.shape)} by config.json, or 4-bit values with bitsandbytes' "
-                f"statistics beside them; found {_name(info.dtype)} {list(info.shape)}. Fetch the checkpoint again"
+                f"statistics beside them; found {info.dtype_label} {list(info.shape)}. Fetch the checkpoint again"
             )
     return states
 
@@ -213,10 +213,6 @@ def _dtypes(tensors: list[DenseTensor], infos: Mapping[str, TensorInfo]) -> list
     counts: dict[str, int] = {}
     for tensor in tensors:
         if kind_of(tensor.name) not in ("norms", "router"):
-            dtype = _name(infos[tensor.name].dtype)
+            dtype = infos[tensor.name].dtype_label
             counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
     return sorted(counts, key=lambda dtype: -counts[dtype])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dbrx_q.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
+from dbrx_q.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter, parse_header, safetensors_header
+from dbrx_q.errors import CheckpointError
 
 TENSORS = {
     "a": torch.randn(7, 5).bfloat16(),
@@ -42,9 +44,9 @@ def test_we_read_what_the_package_writes(tmp_path: Path) -> None:
     with SafetensorsFile(path) as file:
         assert set(file.tensors) == set(TENSORS)
         for name, tensor in TENSORS.items():
-            found = file.read(name)
-            assert found.dtype == tensor.dtype
-            assert torch.equal(found, tensor), name
+            values = file.read(name)
+            assert values.dtype == tensor.dtype
+            assert torch.equal(values, tensor), name
         assert torch.equal(file.read_rows("a", 2, 3), TENSORS["a"][2:5])
         into = torch.empty(7, 5, dtype=torch.bfloat16)
         assert file.read("a", into) is into
@@ -66,3 +68,67 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         SafetensorsWriter(path, [])
     assert path.read_text() == "mine"
+
+
+def write_header(path: Path, header: str, body: bytes = b"") -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + body)
+
+
+def test_the_metadata_is_what_the_package_reads(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for header, expected in [
+        ('{"__metadata__":null}', {}),  # as MLX writes it
+        ("{}", {}),
+        ('{"__metadata__":{"a":"1","b":"x"}}', {"a": "1", "b": "x"}),
+    ]:
+        write_header(path, header)
+        with SafetensorsFile(path) as file:
+            assert (file.metadata, file.tensors) == (expected, {})
+    write_header(path, '{"__metadata__":{"a":1}}')
+    with pytest.raises(CheckpointError, match="must be a whole safetensors file"):
+        SafetensorsFile(path)
+
+
+def test_float8_is_read_and_types_without_a_torch_dtype_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"e4m3": torch.randn(3, 5).to(torch.float8_e4m3fn), "uint16": torch.arange(7, dtype=torch.int32).to(torch.uint16)}
+    safetensors.torch.save_file(tensors, path)
+    with SafetensorsFile(path) as file:
+        for name, tensor in tensors.items():
+            assert torch.equal(file.read(name).view(torch.uint8), tensor.view(torch.uint8)), name
+    write_header(
+        path, '{"f4":{"dtype":"F4","shape":[2,4],"data_offsets":[0,4]},"z":{"dtype":"U8","shape":[1],"data_offsets":[4,5]}}', b"abcde"
+    )
+    with SafetensorsFile(path) as file:
+        assert file.read("z").tolist() == [ord("e")]
+        assert file.tensors["f4"].dtype_label == "F4"
+        assert not file.tensors["f4"].has_dtype(torch.uint8, torch.bfloat16)
+        for read in (lambda: file.read("f4"), lambda: file.read_rows("f4", 0, 1)):
+            with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor f4: .* found F4"):
+                read()
+
+
+def test_a_header_without_its_file_takes_a_sparse_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    size = 1 << 40
+    header, infos = safetensors_header([("large", torch.uint8, (size,))])
+    tensors, metadata = parse_header(Path("x"), len(header) + size, lambda first, count: header[first : first + count])
+    assert (tensors, metadata) == (infos, {"format": "pt"})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="must be a whole safetensors file"):
+        parse_header(Path("x"), len(header) + size - 1, lambda first, count: header[first : first + count])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="Set TMPDIR"):
+        parse_header(Path("x"), len(header) + size, lambda first, count: header[first : first + count])
+
+
+def test_a_header_of_absurd_length_is_not_fetched() -> None:
+    asked = []
+
+    def read(first: int, count: int) -> bytes:
+        asked.append((first, count))
+        return (200_000_000).to_bytes(8, "little")[:count]
+
+    with pytest.raises(CheckpointError, match="a header of 200000000 bytes in a file of 1000000000"):
+        parse_header(Path("x"), 1_000_000_000, read)
+    assert asked == [(0, 8)]
