@@ -254,7 +254,7 @@ def tune(
     print(path)
 
 
-@app.command(epilog=output.example("dbrx-q bench resources --out docs/kernels.md", "dbrx-q bench resources --chip sm_86"))
+@app.command(epilog=output.example("dbrx-q bench resources --out docs/notes/kernel-resources.md", "dbrx-q bench resources --chip sm_86"))
 def resources(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Document whose table is replaced; otherwise it is printed.")] = None,
     chip: Annotated[list[str] | None, typer.Option(help="sm_86, gfx1100 ...; may be given again. All where none is.")] = None,

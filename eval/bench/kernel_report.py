@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -74,17 +75,18 @@ def problems(row: ResourceRow, chip: Chip) -> list[str]:
 
 
 def document(rows: Sequence[ResourceRow]) -> str:
-    """The table with what it says and how it came about."""
+    """The table under a paragraph that says how it was made, whose lines end at 120 columns."""
     import triton
 
-    return (
-        f"Written by `dbrx-q bench resources` with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. Every op was "
-        "called on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096; what the tile choices of a "
-        "chip launched was compiled for it. A case names a call that needs the kernel; of kernels that differ only before and after their "
-        "main loop, the one with the most there stands for all; weights are int4 and int8 in groups of 64, on sm_86 NF4 and plain too "
-        "(`--all` compiles each, in every group size and in float16). Registers of a thread / shared memory of "
-        "a program in KB / bytes of a thread in local memory (spills).\n\n" + table(rows)
+    text = (
+        f"`dbrx-q bench resources` wrote this with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. It called every op "
+        "on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096, and compiled for each chip what that "
+        "chip's tile choices launched. A case names a call that needs the kernel. Of kernels that differ only before and after their main "
+        "loop, the table shows the one with the most code there. Weights are int4 and int8 in groups of 64, on sm_86 NF4 and plain too "
+        "(`--all` compiles each, in every group size and in float16). A cell holds the registers of a thread / the shared memory of a "
+        "program in KB / the bytes of a thread in local memory (spills)."
     )
+    return textwrap.fill(text, 120, break_on_hyphens=False) + "\n\n" + table(rows)
 
 
 def table(rows: Iterable[ResourceRow]) -> str:

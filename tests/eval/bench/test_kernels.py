@@ -12,7 +12,7 @@ import torch
 
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.device_timing import Environment
-from dbrx_q.eval.bench.kernel_report import BEGIN, END, ResourceRow, problems, table, write_report
+from dbrx_q.eval.bench.kernel_report import BEGIN, END, ResourceRow, document, problems, write_report
 from dbrx_q.eval.bench.kernel_resources import Resources, global_loads
 from dbrx_q.eval.bench.kernel_shapes import DBRX, KernelFormat, empty_weight
 from dbrx_q.eval.bench.kernels import KernelBenchmark, KernelTiming, markdown
@@ -173,11 +173,12 @@ def test_the_table_replaces_only_what_a_script_wrote(tmp_path: Path) -> None:
     path = tmp_path / "kernels.md"
     path.write_text(f"by hand\n{BEGIN}\nold\n{END}\nby hand too\n", encoding="utf-8")
     for _ in range(2):
-        write_report(path, table(rows))
+        write_report(path, document(rows))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert "| linear_kernel | Wqkv | 100 / 1.0 / 0 | 200 / 1.0 / 0 |" in lines
     assert (lines[0], lines[-1]) == ("by hand", "by hand too")
     assert "old" not in lines
+    assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
     path.write_text("by hand", encoding="utf-8")
     with pytest.raises(RequestError, match="must hold the lines"):
         write_report(path, "")

@@ -1,0 +1,186 @@
+"""The documents: lines of prose end at 120 columns, and every file, command and table that they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from enum import EnumMeta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "findings/**/*.md", "tests/data/*.md")
+    for path in ROOT.glob(pattern)
+    if not path.is_relative_to(ROOT / "demo-out")
+)
+PROSE_COLUMNS = 120
+# A path of this project: these suffixes belong to no file of a checkpoint or of a report.
+_PATH = re.compile(r"(?<![\w./<*-])((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|toml|html)|(?:[\w.-]+/)+[\w.-]+\.(?:md|png|txt))(?![\w/*-])")
+_FOLDER = re.compile(r"(?<![\w./<*~-])((?:dbrx_q|kernels|quantize|eval|tests|docs|findings)/(?:[\w.-]+/)*)(?![\w.*<-])")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+)[^)]*\)")
+_CODE = re.compile(r"`([^`]+)`")
+# Files of other projects and of results, which documents name without a folder of this project.
+ELSEWHERE = {
+    "modeling_dbrx.py": "transformers and the published checkpoint",
+    "tiktoken.py": "the published checkpoint",
+    "report.html": "a result of `dbrx-q compare`",
+}
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of what is neither a table nor a block of code."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("|"):
+            yield number, line
+
+
+def too_long(text: str) -> list[int]:
+    """Numbers of the lines of prose that pass the limit for another reason than one long word, such as a link."""
+    return [number for number, line in prose(text) if len(line) > PROSE_COLUMNS and " " in line[:PROSE_COLUMNS].strip(" -*")]
+
+
+def paths(text: str) -> set[str]:
+    """Files and folders of this project that a text names in backticks or in blocks of code."""
+    code = [span for _, line in prose(text) for span in _CODE.findall(line)]
+    code += [span for line in text.splitlines() if line.startswith("|") for span in _CODE.findall(line)]
+    return {match for span in code for pattern in (_PATH, _FOLDER) for match in pattern.findall(span)} - ELSEWHERE.keys()
+
+
+def commands(text: str) -> list[str]:
+    """Every `dbrx-q` command line of a text: in blocks of code, in backticks, and in the first column of README's table."""
+    found: list[str] = []
+    fenced = False
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced:
+            found += [span.strip() for span in re.findall(r"(?:^|\s)(dbrx-q [^#;|&]*)", line)]
+        else:
+            found += [span for span in _CODE.findall(line) if span.startswith("dbrx-q ")]
+            if (row := re.match(r"\| `([^`]+)`", line)) and row.group(1).split()[0] in application().commands:
+                found.append("dbrx-q " + row.group(1).replace(r"\|", "|"))
+    return [part for command in found for part in re.split(r";\s*(?=dbrx-q )", command.rstrip("; ")) if part.strip() != "dbrx-q"]
+
+
+@cache
+def application() -> Any:
+    """The whole command line, as click's group (typer brings its own copy of click, so that classes are not compared)."""
+    from dbrx_q import cli
+
+    return typer.main.get_command(cli._app())
+
+
+def wrong(line: str) -> str | None:
+    """What the command line does not know of one `dbrx-q` line: its subcommand, an option, or the choice that follows one."""
+    command = application()
+    words = shlex.split(line.replace("[", " ").replace("]", " "))[1:]
+    if words[0] in ("-h", "--help"):
+        return None
+    while subcommands := getattr(command, "commands", None):
+        if words and words[0] in subcommands:
+            words, command = words[1:], subcommands[words[0]]
+        elif command.name == "bench":
+            command = subcommands["model"]  # for which `bench PATH` is short
+        else:
+            return f"no subcommand {' '.join(words)}"
+    options = {name: option for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        if not re.fullmatch(r"-[a-z]|--[a-z][a-z0-9-]*", name) or name in ("-h", "--help"):
+            continue
+        if name not in options:
+            return f"no option {name} of {command.name}"
+        annotation = options[name].type_descriptor.annotation
+        choices = {str(choice.value) for choice in annotation} if isinstance(annotation, EnumMeta) else set()
+        named = value or following
+        if choices and re.fullmatch(r"[a-z0-9|-]+", named) and (unknown := set(named.split("|")) - choices):
+            return f"no value {sorted(unknown)} of {name} of {command.name}"
+    return None
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_prose_end_at_120_columns(path: Path) -> None:
+    assert too_long(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    missing = [name for name in paths(text) if not ((ROOT / name).exists() or (path.parent / name).exists())]
+    links = [link for link in _LINK.findall(text) if "://" not in link and not (path.parent / link).exists()]
+    assert sorted(missing) + links == []
+
+
+def test_every_file_that_an_overview_names_exists() -> None:
+    overviews = [
+        path
+        for floor in ("dbrx_q", "kernels", "quantize", "eval")
+        for path in (ROOT / floor).rglob("__init__.py")
+        if not any(parent.is_symlink() for parent in path.parents if parent != ROOT)
+    ]
+    assert len(overviews) > 15
+    for path in overviews:
+        text = path.read_text(encoding="utf-8").split('"""')[1] if '"""' in path.read_text(encoding="utf-8") else ""
+        for name in paths(text):
+            assert (path.parent / name).exists() or (ROOT / name).exists(), f"{path}: names {name}, which does not exist"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_line_of_a_document_parses(path: Path) -> None:
+    assert [f"{line}: {problem}" for line in commands(path.read_text(encoding="utf-8")) if (problem := wrong(line))] == []
+
+
+def test_every_make_target_of_a_document_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        target
+        for path in DOCUMENTS
+        for span in _CODE.findall(path.read_text(encoding="utf-8"))
+        for target in re.findall(r"^make ([a-z]+)", span)
+    }
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_table_that_a_command_writes_has_its_place() -> None:
+    """The documents of the Makefile's comparisons, and the one that `dbrx-q bench resources` gives as its example."""
+    from dbrx_q.cli import bench
+    from dbrx_q.eval.bench.kernel_report import BEGIN, END
+
+    sections = re.findall(r"--document (\S+) --section (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(sections) == 3
+    for document, section in sections:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert text.count(f"<!-- begin: {section} -->") == text.count(f"<!-- end: {section} -->") == 1, f"{document}: {section}"
+    [example] = [command.epilog for command in bench.app.registered_commands if command.callback is bench.resources]
+    document = re.findall(r"bench resources --out (\S+\.md)", str(example))[0]
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1, document
+
+
+def test_the_checks_see_what_is_wrong() -> None:
+    """On texts with one mistake each."""
+    assert too_long("word " * 24 + "\n" + "word " * 25 + "\n| " + "cell " * 40 + "\n```\n" + "code " * 40 + "\n```\n") == [2]
+    assert too_long("https://example.org/" + "a" * 120) == []
+    assert paths("see `kernels/formats/int4.py`, `dbrx_q/checkpoint/`, `config.json` and `tests/x/`") == {
+        "kernels/formats/int4.py",
+        "dbrx_q/checkpoint/",
+        "tests/x/",
+    }
+    text = "```sh\ndbrx-q inspect M   # what\ndbrx-q quantize A \\\n  B --format int4\n```\n`dbrx-q plan M --ram 1GiB; dbrx-q verify M`"
+    assert commands(text) == ["dbrx-q inspect M", "dbrx-q quantize A B --format int4", "dbrx-q plan M --ram 1GiB", "dbrx-q verify M"]
+    assert wrong("dbrx-q quantize A B --format int4") is None
+    assert wrong("dbrx-q bench kernels --out DIR") is None
+    assert wrong("dbrx-q bench A -p 512") is None
+    assert "no option --formats" in str(wrong("dbrx-q quantize A B --formats int4"))
+    assert "no value ['int5']" in str(wrong("dbrx-q quantize A B [--format int4|int5]"))
+    assert "no subcommand" in str(wrong("dbrx-q quantise A B"))
