@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from enum import EnumMeta
 from functools import cache
@@ -30,6 +32,7 @@ _CODE = re.compile(r"`([^`]+)`")
 ELSEWHERE = {
     "modeling_dbrx.py": "transformers and the published checkpoint",
     "tiktoken.py": "the published checkpoint",
+    "NAME.sh": "a name to be chosen",
     "report.html": "a result of `dbrx-q compare`",
 }
 
@@ -115,8 +118,12 @@ def test_lines_of_prose_end_at_120_columns(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_document_names_exists(path: Path) -> None:
+    """A path from the root or from the document; a name alone may stand for a file of any folder that the document names."""
     text = path.read_text(encoding="utf-8")
-    missing = [name for name in paths(text) if not ((ROOT / name).exists() or (path.parent / name).exists())]
+    named = paths(text)
+    folders = {ROOT, path.parent, *(folder for name in named if (folder := (ROOT / name).parent).is_dir() and "/" in name)}
+    folders |= {ROOT / name for name in named if name.endswith("/")}
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
     links = [link for link in _LINK.findall(text) if "://" not in link and not (path.parent / link).exists()]
     assert sorted(missing) + links == []
 
@@ -165,6 +172,51 @@ def test_every_table_that_a_command_writes_has_its_place() -> None:
     document = re.findall(r"bench resources --out (\S+\.md)", str(example))[0]
     text = (ROOT / document).read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1, document
+
+
+def test_the_picture_of_the_rooms_is_what_imports_say() -> None:
+    """Every room of `docs/architecture.md`, and every arrow that no path of other arrows implies, as `tests/rooms.py` finds them."""
+    spec = importlib.util.spec_from_file_location("rooms_of_documents", Path(__file__).with_name("rooms.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    rooms = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = rooms  # dataclasses look their module up
+    spec.loader.exec_module(rooms)
+    names = rooms.modules(ROOT)
+    imports = [one for one in rooms.imports(ROOT) if one.imported in names and not one.in_from_pretrained]
+    arrows = {(rooms.room_of(one.importer, names), rooms.room_of(one.imported, names)) for one in imports}
+    below: dict[str, set[str]] = {}
+    for above, room in arrows:
+        if above != room:
+            below.setdefault(above, set()).add(room)
+
+    def reached(room: str) -> set[str]:
+        return below.get(room, set()).union(*(reached(lower) for lower in below.get(room, ())))
+
+    needed = {(above, room) for above, lower in below.items() for room in lower if not any(room in reached(other) for other in lower)}
+    picture = re.findall(r"```mermaid\n(.*?)```", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    boxes = dict(re.findall(r'^ +(\w+)\["([\w/]+)<br>', picture, re.MULTILINE))
+    drawn = {
+        (boxes[above], boxes[room])
+        for above, lower in re.findall(r"^ +(\w+) --> (.*)$", picture, re.MULTILINE)
+        for room in lower.split(" & ")
+    }
+    assert drawn == needed
+    assert set(boxes.values()) == {room for arrow in needed for room in arrow}
+
+
+def test_every_finding_is_listed_and_runs_without_this_project() -> None:
+    listed = re.findall(r"^\| `([\w-]+\.sh)` \|", (ROOT / "findings/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    assert listed == [path.name for path in scripts]
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("#!/usr/bin/env bash\n# "), f"{path.name}: a head comment says what happens"
+        assert re.search(r"^# Seen on \d{4}-\d\d-\d\d", text, re.MULTILINE), f"{path.name}: the head comment says when it was run"
+        assert "set -euo pipefail\nfolder=$(mktemp -d)\ntrap 'rm -rf \"$folder\"' EXIT\n" in text, f"{path.name}: it leaves nothing behind"
+        packages = re.findall(r"pip\" install --quiet (.*)", text)[0].split()
+        assert all("==" in package for package in packages), f"{path.name}: versions are exact"
+        assert "import dbrx_q" not in text, f"{path.name}: it shows other software alone"
 
 
 def test_the_checks_see_what_is_wrong() -> None:
