@@ -5,7 +5,7 @@
 # for zero and give zero for subnormal results, whatever the processor's flags say. torch's conversion and its elementwise
 # product keep such values; its matrix product and bitsandbytes' dequantization to bfloat16 do not. A comparison bit for
 # bit must leave out magnitudes below 2^-126. On a chip without AVX512_BF16 the script says so and tries nothing.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

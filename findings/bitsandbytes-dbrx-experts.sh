@@ -4,7 +4,7 @@
 # bitsandbytes replaces modules of the class nn.Linear. The experts of a layer are three stacked parameters without such a
 # module, so they stay in bfloat16: 96 % of the real model's weights. The router is an nn.Linear and is rounded to 4 bits,
 # although it is tiny and decides which experts run. Nothing is reported: the model loads as if it were quantized.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

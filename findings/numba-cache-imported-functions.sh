@@ -4,7 +4,7 @@
 # A cached function is compiled with all that it calls. numba looks at the date and size of the file that holds the function
 # itself, not at those of the files that its callees come from. After an edit of an imported helper the next process runs the old
 # machine code. A program that caches has to keep a kernel and its helpers in one file, or to make its own key of all files.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -5,7 +5,7 @@
 # each expert another number of tokens in every layer of every prompt, so the memory of the process grows for a long time
 # although no tensor is kept. With one number of rows the same calls take no more memory, nor do they in float32, which
 # another library computes. Filling up the rows with zeros to one of a few numbers avoids it.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

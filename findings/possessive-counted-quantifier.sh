@@ -5,7 +5,7 @@
 # digits a piece. tokenizers (Oniguruma) reads the plus after a counted quantifier as "once or more": any number of digits a
 # piece. Copied from one library to the other, the pattern gives other tokens for every number of four digits and more. The
 # possessive forms ?+, ++ and *+ mean the same in both; without the plus \p{N}{1,3} does, too.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,7 +4,7 @@
 # The format calls __metadata__ a map of strings to strings, and the package refuses a number, a list or a map with a number in
 # it. It accepts null, as if the key were absent. Another reader that follows the description to the letter refuses files
 # that every user of the package can open.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

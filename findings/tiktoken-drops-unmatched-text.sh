@@ -5,7 +5,7 @@
 # message: decode(encode(text)) is not the text. The patterns of the published encodings match everything, so it shows only
 # with a pattern that was written or converted for another library, such as Hugging Face's tokenizers, whose Split keeps what
 # lies between the matches.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

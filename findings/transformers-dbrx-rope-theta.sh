@@ -5,7 +5,7 @@
 # embedding with rope_parameters, whose rope_theta is always 10000: positions are encoded with other frequencies than those
 # the model was trained with, which no message says. Without attn_config.rope_theta, as in the example of the DBRX
 # documentation, the model cannot be built at all. An entry rope_parameters in the configuration cures both.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,7 +4,7 @@
 # DBRX's tokenizer is cl100k_base, saved as a tokenizer.json with cl100k's pattern and the class GPT2Tokenizer. In transformers 5
 # that class builds its own pre-tokenizer, with GPT-2's pattern, and takes the vocabulary and merges alone from the file. The
 # ids differ from those that the model was trained with, which no message says. PreTrainedTokenizerFast takes the file as it is.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

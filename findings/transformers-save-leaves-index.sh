@@ -4,7 +4,7 @@
 # A model that was saved in several shards and is saved again in one file leaves a folder with model.safetensors and the old
 # model.safetensors.index.json, whose shards are gone. transformers itself then reads the single file. A program that
 # looks for the index first, as the format of sharded checkpoints suggests, finds that all shards are missing.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

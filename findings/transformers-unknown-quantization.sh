@@ -5,7 +5,7 @@
 # checkpoint as a plain one, initialises every weight whose name it does not find at random and logs their names. It raises
 # nothing and returns a model that generates noise. A program that must not run such a model has to look at the missing
 # keys itself (output_loading_info=True).
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -5,7 +5,7 @@
 # result is no number that bfloat16 arithmetic could give. The same kernels are right in float16. A test of a bfloat16 kernel in
 # the interpreter therefore shows nothing, or fails for no fault of the kernel: run it in float16 or float32, or convert to
 # float32 before every operation.
-@@SEEN@@
+#
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
