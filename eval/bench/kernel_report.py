@@ -79,12 +79,12 @@ def document(rows: Sequence[ResourceRow]) -> str:
     import triton
 
     text = (
-        f"`dbrx-q bench resources` wrote this with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. It called every op "
-        "on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096, and compiled for each chip what that "
-        "chip's tile choices launched. A case names a call that needs the kernel. Of kernels that differ only before and after their main "
-        "loop, the table shows the one with the most code there. Weights are int4 and int8 in groups of 64, on sm_86 NF4 and plain too "
-        "(`--all` compiles each, in every group size and in float16). A cell holds the registers of a thread / the shared memory of a "
-        "program in KB / the bytes of a thread in local memory (spills)."
+        f"`dbrx-q bench resources` wrote this with Triton {triton.__version__}: {len(rows)} kernels, compiled ahead of time. It called "
+        "every op on tensors without memory at DBRX's shapes, for 1 to 17 tokens and powers of two up to 4096, and compiled for each chip "
+        "what that chip's tile choices launched. A case names a call that needs the kernel. Of kernels that differ only before and after "
+        "their main loop, the table shows the one with the most code there. Weights are int4 and int8 in groups of 64, on sm_86 NF4 and "
+        "plain too (`--all` compiles each, in every group size and in float16). A cell holds the registers of a thread / the shared memory "
+        "of a program in KB / the bytes of a thread in local memory (spills)."
     )
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n\n" + table(rows)
 
