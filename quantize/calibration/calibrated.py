@@ -85,7 +85,7 @@ class Calibration:
         config: of the model.
         ids: int64 [B, S], the sequences.
         products: multiplies.
-        sides: `QUANTIZED`, `ORIGINAL` or both: the models that run. A method that compares them needs both.
+        models: `QUANTIZED`, `ORIGINAL` or both: the models that run. A method that compares them needs both.
         options: how tokens calibrate a matrix.
         folder: keeps a snapshot of the residual streams at the current layer; None for no snapshots.
         in_files: whether activations are stored in files in that folder, not in memory.
@@ -103,14 +103,14 @@ class Calibration:
         ids: torch.Tensor,
         products: Products,
         *,
-        sides: tuple[str, ...] = (QUANTIZED, ORIGINAL),
+        models: tuple[str, ...] = (QUANTIZED, ORIGINAL),
         options: CalibrationOptions = CalibrationOptions(),
         folder: Path | None = None,
         in_files: bool = False,
         squares: bool = False,
         kept_tokens: int = 0,
     ) -> None:
-        assert options.activations in sides
+        assert options.activations in models
         self._config, self._ids, self._products, self._options, self._folder = config, ids, products, options, folder
         self._squares, self._kept_tokens = squares, kept_tokens
         self._hidden_pieces: list[torch.Tensor] = []
@@ -123,7 +123,7 @@ class Calibration:
             path = folder / f"{what}.{side}.bin" if in_files and folder is not None else None
             return ActivationStore(ids.numel(), config.d_model, path)
 
-        self._states = {side: _ModelState(store(side, "stream"), store(side, "inputs"), {}) for side in sides}
+        self._states = {side: _ModelState(store(side, "stream"), store(side, "inputs"), {}) for side in models}
         self._fit: tuple[tuple[str, int, torch.device | None], Fit] | None = None
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class Calibration:
             state.inputs.close()
 
     @property
-    def models(self) -> int:
+    def model_count(self) -> int:
         """How many models run."""
         return len(self._states)
 

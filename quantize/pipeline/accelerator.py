@@ -36,7 +36,7 @@ class Accelerator:
         """The most that tensors have taken."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def rows(self, job: Job, method: Method, *, sides: int) -> int:
+    def rows(self, job: Job, method: Method, *, models: int) -> int:
         """Of a matrix, how many rows are rounded together in this memory, beside its Hessian and the weights that activations pass; 0 where
         that would be too few, and for a method that keeps up with the disk without."""
         if job.fmt is None or not method.in_pieces:
@@ -44,7 +44,7 @@ class Accelerator:
         N, K = job.tensor.matrix
         taken = 0
         if method.calibrated:
-            taken = (0 if method.squares else _SQUARES * K * K) + 4 * sides * 3 * N * K
+            taken = (0 if method.squares else _SQUARES * K * K) + 4 * models * 3 * N * K
         found = min(N, (self.memory - taken) // (4 * _TEMPORARIES * K))
         return found if found >= min(N, _FEWEST_ROWS) else 0
 

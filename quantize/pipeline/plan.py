@@ -69,7 +69,7 @@ def plan_run(
     method: Method,
     *,
     tokens: int,
-    sides: int,
+    models: int,
     threads: int,
     base: int,
     memory: int | None,
@@ -83,7 +83,7 @@ def plan_run(
         shards: as `jobs.shards_of` gives them.
         method: that rounds.
         tokens: T; 0 without calibration.
-        sides: models that the tokens go through.
+        models: models that the tokens go through.
         threads: that work.
         base: bytes that this process has now.
         memory: bytes that it may have; None for no limit.
@@ -99,8 +99,8 @@ def plan_run(
         parameters, nbytes = kinds.get(job.kind, (0, 0))
         kinds[job.kind] = parameters + job.parameters, nbytes + job.nbytes
     config = checkpoint.config
-    activations = 2 * sides * tokens * config.d_model * 4
-    working = max(_working(config, job, method, tokens, sides, threads) for job in jobs)
+    activations = 2 * models * tokens * config.d_model * 4
+    working = max(_working(config, job, method, tokens, models, threads) for job in jobs)
     working = int(_SLACK * working) + _MARGIN_BYTES
     if memory is not None and base + working > memory:
         raise RequestError(
@@ -129,9 +129,9 @@ def plan_run(
         disk=disk,
         fetch=fetch,
         fetch_disk=fetch_disk,
-        flops=sum(_flops(config, job, method, tokens, sides) for job in jobs) if tokens else 0.0,
+        flops=sum(_flops(config, job, method, tokens, models) for job in jobs) if tokens else 0.0,
         matrices=sum(job.fmt is not None for job in jobs),
-        accelerated=sum(accelerator.rows(job, method, sides=sides) > 0 for job in jobs) if accelerator is not None else 0,
+        accelerated=sum(accelerator.rows(job, method, models=models) > 0 for job in jobs) if accelerator is not None else 0,
     )
 
 
@@ -153,7 +153,7 @@ def _least_seconds(work: Callable[[], object]) -> float:
     return min(found)
 
 
-def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: int, threads: int) -> int:
+def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int, threads: int) -> int:
     """Bytes while one matrix is worked on, the next one is read and the last one is written."""
     N, K = job.tensor.matrix if job.fmt is not None else (1, job.parameters)
     matrix, packed = 2 * N * K, job.nbytes
@@ -162,26 +162,26 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: i
         return 3 * matrix + 3 * packed + rounding
     D, F = config.d_model, config.ffn_config.ffn_hidden_size
     piece = min(tokens, PIECE_TOKENS)
-    weights = matrix + packed + (6 if job.expert >= 0 else 1) * 4 * N * K * sides // 2 + 4 * N * K
-    logits = tokens * 8 * config.ffn_config.moe_num_experts * sides
+    weights = matrix + packed + (6 if job.expert >= 0 else 1) * 4 * N * K * models // 2 + 4 * N * K
+    logits = tokens * 8 * config.ffn_config.moe_num_experts * models
     passing = 4 * piece * (3 * D + 3 * max(N, F if job.expert >= 0 else 0))
     if job.fmt is None or not method.calibrated or job.kind == "embedding":
         return weights + logits + passing
     # Hessian, drift and factor of K x K, and twice the factor while it is made in float64; seven copies of a piece of inputs.
-    squares = 0 if method.squares else K * K * (8 + (4 if sides == 2 else 0) + 12)
-    moments = squares + 4 * piece * K * (4 * sides)
+    squares = 0 if method.squares else K * K * (8 + (4 if models == 2 else 0) + 12)
+    moments = squares + 4 * piece * K * (4 * models)
     rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
     return weights + logits + max(passing, moments + rounding)
 
 
-def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, sides: int) -> float:
+def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int) -> float:
     """Of a matrix: its share of the tokens through it, their outer products, and what rounding with a Hessian takes."""
     if job.fmt is None or job.kind == "embedding":
         return 0.0
     N, K = job.tensor.matrix
     ffn = config.ffn_config
     here = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
-    through = 2.0 * here * N * K * sides * (1.5 if job.expert >= 0 else 1)  # an expert's hidden activations are made twice
+    through = 2.0 * here * N * K * models * (1.5 if job.expert >= 0 else 1)  # an expert's hidden activations are made twice
     outer = rounding = 0.0
     if method.calibrated and not method.squares:
         outer = 2.0 * here * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half

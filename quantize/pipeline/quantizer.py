@@ -176,7 +176,7 @@ class Quantizer:
         accelerator, device = self._accelerator, "cpu"
         where: AbstractContextManager[None] = nullcontext()
         if accelerator is not None and self._method.in_pieces:
-            rows = accelerator.rows(job, self._method, sides=self._calibration.models if self._calibration else 1)
+            rows = accelerator.rows(job, self._method, models=self._calibration.model_count if self._calibration else 1)
             if rows:
                 try:
                     fit = self._fit(job)

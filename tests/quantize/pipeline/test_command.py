@@ -58,7 +58,7 @@ def test_bits_that_no_mix_reaches_are_refused_with_the_range(small: Path, tmp_pa
 def test_what_was_measured_is_not_measured_again(small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("quantize", small, tmp_path / "out", "--target-bpw", 7, *TEXT)
     with monkeypatch.context() as patch:
-        patch.setattr("dbrx_q.quantize.pipeline.run._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr("dbrx_q.quantize.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         done = cli(*command)
     assert done.code == 2
     assert "--resume" in done.err

@@ -199,7 +199,7 @@ def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -
     data = bytearray(shard.read_bytes())
     data[-2:] = b"\xff\x7f"  # NaN
     shard.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"w2 must be finite.*What is finished is kept in .*--resume goes on"):
+    with pytest.raises(CheckpointError, match=r"w2 must be finite.*The finished tensors are kept in .*--resume goes on"):
         quantize_checkpoint(damaged, tmp_path / "out", request())
     shutil.copyfile(source / shard.name, shard)
     quantize_checkpoint(damaged, tmp_path / "out", request(), resume=True)

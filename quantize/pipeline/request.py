@@ -1,0 +1,188 @@
+"""A request for a quantized checkpoint, and the run that it becomes once the source is open and everything is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbrx_q.checkpoint.folder import Checkpoint, ShardSource
+from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
+from dbrx_q.errors import CheckpointError, FormatError, RequestError
+from dbrx_q.planning.host_memory import resident_bytes
+from dbrx_q.quantize.calibration.calibrated import ORIGINAL, QUANTIZED, CalibrationOptions
+from dbrx_q.quantize.methods.choose import METHODS, Method
+
+from .accelerator import Accelerator
+from .jobs import Job, shards_of
+from .journal import options_of
+from .plan import RunPlan, plan_run
+
+__all__ = ["QuantizationRequest", "Run", "open_run"]
+
+_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class QuantizationRequest:
+    """Everything that decides the bytes of a quantized checkpoint, beside the source."""
+
+    assign_formats: Callable[[Checkpoint], Mapping[str, TensorFormat]]
+    """Gives the formats of the tensors to pack, by name, once the source is open; the other tensors are copied."""
+    method: str = "rtn"
+    """The quantization method, one of `methods.choose.METHODS`."""
+    sequences: torch.Tensor | None = None
+    """int64 [B, S]: the tokens that a calibrated method fits weights to; the other methods need none."""
+    about: Mapping[str, Any] | None = None
+    """What quantization_config says about the sequences."""
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """How the tokens calibrate a matrix."""
+    accelerator: Accelerator | None = None
+    """A GPU that multiplies and rounds; its results differ from the CPU's in the last bits. None for the CPU alone."""
+    shard_bytes: int = _SHARD_BYTES
+    """A shard is closed before it grows past so many bytes, unless one expert alone is larger."""
+    measured: Mapping[str, Any] | None = None
+    """What decides formats that take long to measure; a run that resumes one with the same value takes that run's formats."""
+    source: str = ""
+    """The source as the model card names it; its folder unless given."""
+    name: str = ""
+    """The result as the model card names it; derived from the source and the formats unless given."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A request on an open source, checked and planned."""
+
+    checkpoint: Checkpoint
+    """The plain source."""
+    request: QuantizationRequest
+    """As given."""
+    method: Method
+    """The method that the request names."""
+    formats: dict[str, TensorFormat]
+    """Formats of the tensors that are packed, by name."""
+    shards: list[list[Job]]
+    """The jobs of each shard."""
+    models: tuple[str, ...]
+    """The models that the calibration tokens run through: `QUANTIZED`, `ORIGINAL` or both."""
+    plan: RunPlan
+    """Bytes to read and write, and memory."""
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """The entry of the result's config.json."""
+        tensors = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in self.formats.items()}
+        rounding: dict[str, Any] = {"rounding": "nearest" if self.request.method == "rtn" else self.request.method}
+        if self.request.about:
+            rounding["calibration"] = dict(self.request.about)
+            defaults = CalibrationOptions()
+            rounding["calibration"] |= {k: v for k, v in asdict(self.request.options).items() if v != getattr(defaults, k)}
+        return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the bytes, for a later run to compare with its own."""
+        source = dict(self.checkpoint.sizes) | ({"commit": self.checkpoint.source.commit} if self.checkpoint.source else {})
+        ids = self.request.sequences
+        return {
+            "source": source,
+            "config": self.checkpoint.raw_config,
+            "quantization_config": self.quantization_config,
+            "sequences": None if ids is None else _digest(ids),
+            "options": asdict(self.request.options),
+            "measured": self.request.measured,
+            "accelerator": None if self.request.accelerator is None else [self.request.accelerator.name, self.request.accelerator.memory],
+            "shard_bytes": self.request.shard_bytes,
+        }
+
+    def bytes_in(self, job: Job) -> int:
+        """Bytes of the source's weights that a job reads."""
+        return self.checkpoint.infos[job.tensor.name].nbytes // max(1, job.tensor.experts if job.expert >= 0 else 1)
+
+
+def open_run(
+    source: Path | ShardSource, request: QuantizationRequest, memory: int | None, stack: ExitStack, journal: Path | None = None
+) -> Run:
+    """Open the source, choose the formats, check the request and plan the run.
+
+    Args:
+        source: as for `run.quantize_checkpoint`.
+        request: what to make.
+        memory: bytes that this process may take; None for no limit.
+        stack: closes the source.
+        journal: of an earlier run, whose measured formats are taken where they are of the same request; it need not exist.
+
+    Raises:
+        CheckpointError: the source is damaged, or already quantized.
+        FormatError: some experts have no format, or a tensor has a format that cannot hold it or that the method does not make.
+        RequestError: no such method, a calibrated one without sequences, tokens that the model does not know, or too little memory.
+    """
+    checkpoint = stack.enter_context(Checkpoint(source))
+    if checkpoint.formats:
+        raise CheckpointError(f"{checkpoint.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
+    try:
+        formats = _measured_formats(request, journal) or dict(request.assign_formats(checkpoint))
+    except FormatError as error:
+        raise FormatError(f"{checkpoint.folder}: {error}") from None
+    unpacked = unpacked_experts(checkpoint.config, formats)
+    if unpacked:
+        raise FormatError(
+            f"{checkpoint.folder}: the experts of every layer must be packed; {unpacked[0]} and {len(unpacked) - 1} more have no format. "
+            "Give them one"
+        )
+    method = _method(request.method, formats)
+    tokens = _check_sequences(checkpoint, request).numel() if method.calibrated else 0
+    models = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
+    shards = shards_of(checkpoint, formats, request.shard_bytes)
+    plan = plan_run(
+        checkpoint,
+        shards,
+        method,
+        tokens=tokens,
+        models=len(models),
+        threads=torch.get_num_threads(),
+        base=resident_bytes(),
+        memory=memory,
+        accelerator=request.accelerator,
+    )
+    return Run(checkpoint, request, method, formats, shards, models, plan)
+
+
+def _measured_formats(request: QuantizationRequest, journal: Path | None) -> dict[str, TensorFormat]:
+    """The formats that an earlier run of the same request has measured; empty where it has not."""
+    options = options_of(journal) if journal is not None and request.measured is not None else None
+    if options is None or options.get("measured") != json.loads(json.dumps(request.measured)):
+        return {}
+    return {name: TensorFormat(entry["format"], entry["group_size"]) for name, entry in options["quantization_config"]["tensors"].items()}
+
+
+def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
+    if name not in METHODS:
+        raise RequestError(f"the method must be one of {', '.join(METHODS)}; found {name!r}")
+    for fmt in formats.values():
+        METHODS[name].check(name, fmt)
+    return METHODS[name]
+
+
+def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> torch.Tensor:
+    sequences, config = request.sequences, checkpoint.config
+    if sequences is None or not sequences.numel():
+        raise RequestError(
+            f"the method {request.method} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
+        )
+    if int(sequences.max()) >= config.vocab_size or sequences.shape[1] > config.max_seq_len:
+        raise RequestError(
+            f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
+            f"{int(sequences.max())} and {sequences.shape[1]}. Use the tokenizer of this model"
+        )
+    return sequences
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(ids.shape)).encode() + ids.contiguous().numpy().tobytes()).hexdigest()
