@@ -131,6 +131,8 @@ def test_formats_that_leave_experts_out_are_refused(source: Path, tmp_path: Path
         formats = default_formats(checkpoint.config, TensorFormat("int4", 64))
         return {name: fmt for name, fmt in formats.items() if ".1.ffn.experts.mlp.w2" not in name}
 
-    with pytest.raises(FormatError, match=r"the experts of every layer must be packed; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"):
+    with pytest.raises(
+        FormatError, match=r"the experts of every layer must be packed; transformer\.blocks\.1\.ffn\.experts\.mlp\.w2 and 0 more"
+    ):
         quantize_checkpoint(source, tmp_path / "out", QuantizationRequest(without))
     assert not list(tmp_path.iterdir())
