@@ -1,4 +1,4 @@
-"""The interface of a checkpoint that can be opened, whoever wrote it."""
+"""The interface of a checkpoint of any program."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ __all__ = ["Source"]
 
 
 class Source(ABC):
-    """A checkpoint on disk, of which only headers have been read.
-
-    Attributes:
-        name: as the user gave it.
-        path: the folder or file.
-        config: the model's configuration.
-        format: of its weights, such as "bfloat16", "int4 g64 + int8 g64", "GGUF Q4_0", "bitsandbytes nf4 + bfloat16 experts".
-        nbytes: of all tensors as stored, with scales and zero-points.
-        parameters: of the plain model.
-        quantize_seconds: what quantizing took, by the report beside the checkpoint; None where there is none.
-        budget: what its model may take of the machine; None for as much as it wants of the device that it is loaded to.
-    """
+    """A checkpoint on disk. Opening one reads headers and metadata, no weights."""
 
     name: str
+    """The path or hub id as the user gave it."""
     path: Path
+    """The folder or file on this machine."""
     config: DbrxConfig
+    """The model's configuration."""
     format: str
+    """Format of the weights, such as "bfloat16", "int4 g64 + int8 g64", "GGUF Q4_0", "bitsandbytes nf4 + bfloat16 experts"."""
     nbytes: int
+    """Bytes of all tensors as stored, with scales and zero-points."""
     parameters: int
+    """Parameters of the plain model."""
     quantize_seconds: float | None = None
+    """Seconds that quantizing took, by the report beside the checkpoint; None where there is none."""
     budget: Budget | None = None
+    """Limits on the memory that the model may take; None for as much as it needs of the device that it is loaded to."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,7 +42,11 @@ class Source(ABC):
 
     @abstractmethod
     def sha256(self) -> str:
-        """A hash of all weights: of a quantized checkpoint with a manifest the manifest's, else its files' in the order of names."""
+        """A hash of all weights, in hexadecimal: the SHA-256 of the manifest where there is one, else of the weights' files.
+
+        Raises:
+            CheckpointError: a file differs from the manifest.
+        """
 
     @abstractmethod
     def tokenizer(self) -> DbrxTokenizer:
@@ -56,13 +57,13 @@ class Source(ABC):
         """The model.
 
         Args:
-            dtype: of activations and of weights that are not packed; None for the checkpoint's, which is float32 on a CPU and bfloat16 on
-                a GPU where other programs' formats are decoded.
-            device: where it computes.
-            stream: whether experts are decoded layer by layer whenever the model asks for them, so that one layer's lie in memory; None for
-                where the decoded model would not fit. Outputs are the same. Packed weights are never decoded.
+            dtype: of activations and of weights that are not packed; None for the checkpoint's own. Formats of other programs are
+                dequantized to float32 on a CPU and to bfloat16 on a GPU.
+            device: on which the model computes.
+            stream: whether experts are dequantized layer by layer, each time the model asks for them, so that memory holds the experts of
+                one layer; None does so where the dequantized model would not fit. Outputs are the same. Packed weights stay packed.
 
         Raises:
-            CheckpointError: a file that is damaged.
-            RequestError: float32 on a GPU, streamed packed weights, or a model that would not fit even if its experts were streamed.
+            CheckpointError: a file is damaged.
+            RequestError: float32 on a GPU, `stream` for packed weights, or a model that would not fit even with streamed experts.
         """

@@ -1,8 +1,14 @@
-"""4-bit tensors as bitsandbytes saves them: packed values under the tensor's own name, statistics in `X.absmax` and others beside it.
+"""4-bit tensors as bitsandbytes saves them: packed values under the tensor's own name, and statistics under names that begin with it.
 
-X holds two values a byte, in any dtype, flat. `X.quant_map` holds the 16 values that 4 bits stand for; `X.absmax` the scale of every block
-in float32, or in 8 bits with `X.nested_absmax` and `X.nested_quant_map` ("double quantization"); `X.quant_state.bitsandbytes__nf4` JSON
-with the block size, shape and dtype. Written by bitsandbytes.functional.QuantState.as_dict(packed=True).
+| stored tensor | holds |
+|---|---|
+| `X` | two values a byte, flat, in any dtype |
+| `X.quant_map` | the 16 values that 4 bits stand for, float32 |
+| `X.absmax` | the scale of every block: float32, or 8 bits with double quantization |
+| `X.nested_absmax`, `X.nested_quant_map` | with double quantization, what dequantizes `X.absmax` |
+| `X.quant_state.bitsandbytes__nf4` (or `fp4`) | JSON in bytes: block size, shape and dtype |
+
+bitsandbytes.functional.QuantState.as_dict(packed=True) writes them.
 """
 
 from __future__ import annotations
@@ -24,15 +30,15 @@ __all__ = ["PARTS", "QUANT_STATE", "check_packed", "dequantize"]
 QUANT_STATE = "quant_state.bitsandbytes__"
 _NESTED = ("nested_absmax", "nested_quant_map")
 PARTS = ("absmax", "quant_map", *_NESTED, f"{QUANT_STATE}nf4", f"{QUANT_STATE}fp4")
-"""Last names of the tensors beside a packed one. `nested_absmax` also ends in `absmax`, but not in `.absmax`."""
+"""Suffixes of the tensors beside a packed one. `nested_absmax` also ends in `absmax`, but not in `.absmax`."""
 
 
 def dequantize(packed: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The values of a packed tensor that `check_packed` let pass, in its recorded shape and dtype, by bitsandbytes itself.
+    """The values of a packed tensor, in its recorded shape and dtype; bitsandbytes itself dequantizes them.
 
     Args:
-        packed: the stored values.
-        parts: the statistics by their last names.
+        packed: the stored values; `check_packed` has accepted them.
+        parts: the statistics by their suffixes.
     """
     functional = bitsandbytes_functional()
     state = functional.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
@@ -43,7 +49,7 @@ def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[s
     """Refuse packed values whose statistics are incomplete or belong to another tensor.
 
     Raises:
-        CheckpointError: with the file, the tensor and what was found.
+        CheckpointError: names the file, the tensor and the offending value.
     """
     file = file_of[tensor.name]
 
@@ -52,8 +58,8 @@ def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[s
 
     states = [part for part in parts if part.startswith(QUANT_STATE)]
     nested = any(part in parts for part in _NESTED)
-    wanted = {"absmax", "quant_map", *states, *(_NESTED if nested else ())}
-    if len(states) != 1 or set(parts) != wanted:
+    required = {"absmax", "quant_map", *states, *(_NESTED if nested else ())}
+    if len(states) != 1 or set(parts) != required:
         raise wrong(f"4-bit values must have absmax, quant_map and one of {QUANT_STATE}nf4 and fp4 beside them", sorted(parts))
     infos = {part: file_of[f"{tensor.name}.{part}"].tensors[f"{tensor.name}.{part}"] for part in parts}
     values = file.tensors[tensor.name]

@@ -27,7 +27,7 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .base import Source
 from .bitsandbytes_state import PARTS, QUANT_STATE, check_packed, dequantize
-from .streamed import DecodedSource, Reader
+from .streamed import DequantizedSource, Reader
 from .weights_hash import file_sha256, weights_sha256
 
 __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
@@ -42,7 +42,8 @@ def open_folder(name: str, folder: Path) -> Source:
     """The checkpoint in `folder`.
 
     Raises:
-        CheckpointError, ConfigError: a file is missing, damaged or of another model, or quantized by a program that is not known here.
+        CheckpointError, ConfigError: a file is missing, damaged or of another model, or the weights have a quantization that dbrx_q does
+            not read.
     """
     raw = read_json_object(folder / "config.json")
     quantization = raw.get("quantization_config")
@@ -57,11 +58,10 @@ def open_folder(name: str, folder: Path) -> Source:
 
 
 class PackedFolder(Source):
-    """A checkpoint that dbrx_q quantized; its weights stay packed in memory.
+    """A checkpoint that dbrx_q quantized; its weights stay packed in memory."""
 
-    Attributes:
-        loaded_bytes: what the weights take there.
-    """
+    loaded_bytes: int
+    """Bytes of the weights in memory."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.path = name, folder
@@ -69,14 +69,14 @@ class PackedFolder(Source):
             self.config = checkpoint.config
             inventory = take_inventory(checkpoint)
             self._shards = checkpoint.shards
-            plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=1)).host
-        self.loaded_bytes = plan.dense + plan.experts
+            host_plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=1)).host
+        self.loaded_bytes = host_plan.dense + host_plan.experts
         self.nbytes, self.parameters = inventory.total.bytes, inventory.total.parameters
         self.format = _matrices_format(inventory)
         self.quantize_seconds = _quantize_seconds(folder)
 
     def sha256(self) -> str:
-        """Of the manifest, once every shard is what it says; of the shards where there is none.
+        """The SHA-256 of the manifest, after every shard is checked against it; of the shards where there is no manifest.
 
         Raises:
             CheckpointError: a shard differs from the manifest.
@@ -85,10 +85,10 @@ class PackedFolder(Source):
         if manifest is None:
             return weights_sha256(self._shards)
         for shard in self._shards:
-            expected, found = manifest.shards.get(shard.name, {}).get("sha256"), file_sha256(shard)
-            if found != expected:
+            expected, actual = manifest.shards.get(shard.name, {}).get("sha256"), file_sha256(shard)
+            if actual != expected:
                 raise CheckpointError(
-                    f"{shard}: a shard must have the SHA-256 of {MANIFEST_NAME}, {expected}; found {found}. Fetch it again"
+                    f"{shard}: a shard must have the SHA-256 of {MANIFEST_NAME}, {expected}; found {actual}. Fetch it again"
                 )
         return sha256_of(self.path / MANIFEST_NAME)
 
@@ -97,12 +97,12 @@ class PackedFolder(Source):
 
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         if stream:
-            raise RequestError(f"{self.name}: only decoded experts can be streamed; these stay packed. Leave stream out")
+            raise RequestError(f"{self.name}: only dequantized experts can be streamed; these stay packed. Leave stream out")
         return load_pretrained(self.path, budget=self.budget, dtype=dtype, device=device)
 
 
 def _quantize_seconds(folder: Path) -> float | None:
-    """By the quantizer's report; None without one that can be read."""
+    """Seconds by the quantizer's report; None where there is none that can be read."""
     try:
         report = read_json_object(folder / _REPORT_NAME)
         return float(report["seconds"]) + float(report["resumed_seconds"])
@@ -110,8 +110,8 @@ def _quantize_seconds(folder: Path) -> float | None:
         return None
 
 
-class TransformersFolder(DecodedSource):
-    """A checkpoint with the tensors that transformers saves, each plain or in 4 bits with bitsandbytes' statistics beside it."""
+class TransformersFolder(DequantizedSource):
+    """A checkpoint that transformers saved: each tensor plain, or in 4 bits with bitsandbytes' statistics beside it."""
 
     def __init__(self, name: str, folder: Path, raw_config: Mapping[str, Any]) -> None:
         self.name, self.path = name, folder
@@ -162,7 +162,7 @@ class TransformersFolder(DecodedSource):
 
 
 def _plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without bitsandbytes' part, and without the theta that transformers 5 writes beside DBRX's own."""
+    """config.json without bitsandbytes' section, and without the theta that transformers 5 writes beside DBRX's own."""
     config = {key: value for key, value in raw.items() if key != "quantization_config"}
     attention, rope = raw.get("attn_config"), raw.get("rope_parameters")
     if (
@@ -176,7 +176,11 @@ def _plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_tensors(folder: Path, tensors: list[DenseTensor], file_of: Mapping[str, SafetensorsFile]) -> dict[str, list[str]]:
-    """The last names of the statistics of every packed tensor, after a look at the names, shapes and dtypes of all."""
+    """Check the names, shapes and dtypes of all tensors.
+
+    Returns:
+        The suffixes of the statistics that are stored beside each packed tensor, by the tensor's name.
+    """
     states: dict[str, list[str]] = {}
     known = {tensor.name: tensor for tensor in tensors}
     for stored, file in file_of.items():
@@ -203,13 +207,13 @@ def _check_tensors(folder: Path, tensors: list[DenseTensor], file_of: Mapping[st
 
 
 def _matrices_format(inventory: Inventory) -> str:
-    """Formats of the matrices that can be packed, in the order of kinds: experts first."""
+    """Formats of the matrices that can be packed, experts first."""
     labels = [label for kind in ("experts", "attention", "embedding", "head") for label in inventory.kinds[kind].format.split(" + ")]
     return " + ".join(dict.fromkeys(labels))
 
 
 def _dtypes(tensors: list[DenseTensor], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Dtypes by the parameters that have them, most first; norms and routers count where they have a dtype of their own only alone."""
+    """Dtypes of `tensors`, by the number of parameters that have them, most first; norms and routers are not counted."""
     counts: dict[str, int] = {}
     for tensor in tensors:
         if kind_of(tensor.name) not in ("norms", "router"):

@@ -1,4 +1,4 @@
-"""GGUF files of DBRX, as llama.cpp's converter and quantizer write them, decoded by the gguf package.
+"""GGUF files of DBRX, as llama.cpp's converter and quantizer write them; the gguf package dequantizes their tensors.
 
 Dimension letters: `E` experts, `D` d_model, `F` ffn hidden.
 """
@@ -19,9 +19,9 @@ from dbrx_q.config import NORM_EPS, DbrxConfig
 from dbrx_q.errors import CheckpointError, ConfigError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
-from .gguf_file import GgufParts, can_decode, open_parts
+from .gguf_file import GgufParts, can_dequantize, open_parts
 from .gguf_tokenizer import eos_ids_of, tokenizer_of
-from .streamed import DecodedSource, Reader
+from .streamed import DequantizedSource, Reader
 from .weights_hash import weights_sha256
 
 __all__ = ["GgufSource", "gguf_name"]
@@ -39,18 +39,19 @@ _NAMES = {
     "ffn.experts.mlp.v1": "ffn_up_exps",
     "ffn.experts.mlp.w2": "ffn_down_exps",
 }
-"""Our name without prefix and suffix -> GGUF's."""
+"""Our name of a tensor, without prefix and suffix, to GGUF's."""
 
-_GUESSED = 1024  # a flag in general.file_type
+_GUESSED = 1024  # flag in general.file_type: the writer guessed the type
 
 
-class GgufSource(DecodedSource):
-    """A GGUF file; of a split one, all its parts.
+class GgufSource(DequantizedSource):
+    """A GGUF file, or all parts of a split one.
 
     Raises:
-        CheckpointError: no GGUF file, a damaged one, one of another architecture, or a tensor that the gguf package cannot decode.
-        ConfigError: metadata that no DBRX can have.
-        UnsupportedError: the gguf package is missing.
+        CheckpointError: the file is no GGUF file, is damaged or of another architecture, or holds a tensor that the gguf package cannot
+            dequantize.
+        ConfigError: the metadata has a value that no DBRX can have.
+        UnsupportedError: the gguf package is not installed.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -81,10 +82,10 @@ class GgufSource(DecodedSource):
         stored = self._parts.tensors[gguf_name(tensor.name)]
         out = torch.empty(tensor.shape, dtype=torch.float32)
         if tensor.experts:
-            places = out.view(tensor.experts, -1, tensor.shape[1]).numpy()
-            for place, matrix in zip(places, stored.data, strict=True):  # one by one, so that one decoded copy lies beside the stack
-                decoded = dequantize(matrix, stored.tensor_type)
-                place[:] = decoded.T if tensor.name.endswith(".w2") else decoded  # DBRX stores w2 as [F, D], GGUF as [D, F]
+            experts = out.view(tensor.experts, -1, tensor.shape[1]).numpy()  # [E, F, D]
+            for expert, matrix in zip(experts, stored.data, strict=True):  # one by one: memory holds one dequantized copy beside the stack
+                values = dequantize(matrix, stored.tensor_type)
+                expert[:] = values.T if tensor.name.endswith(".w2") else values  # DBRX stores w2 as [F, D], GGUF as [D, F]
         else:
             out.numpy()[:] = dequantize(stored.data, stored.tensor_type)
         check_finite(out, stored.name, self._parts.path_of[stored.name])
@@ -149,26 +150,26 @@ def _check_tensors(parts: GgufParts, tensors: list[DenseTensor]) -> None:
         shape = tuple(reversed(stored.shape.tolist()))
         if shape != expected[name]:
             raise CheckpointError(f"{path}: tensor {name} must have the shape {list(expected[name])} by its metadata; found {list(shape)}")
-        if not can_decode(stored.tensor_type):
+        if not can_dequantize(stored.tensor_type):
             raise CheckpointError(
-                f"{path}: tensor {name} must be of a type that the gguf package can decode; found {stored.tensor_type.name}. "
+                f"{path}: tensor {name} must be of a type that the gguf package can dequantize; found {stored.tensor_type.name}. "
                 "Quantize the model to another type, or install a newer gguf"
             )
 
 
 def _shape(tensor: DenseTensor) -> tuple[int, ...]:
-    """In GGUF, outermost first: every matrix has its reduction axis last, and experts are stacked."""
+    """The tensor's shape in GGUF, outermost first: every matrix has its reduction axis last, and experts are stacked."""
     return (tensor.experts, *tensor.matrix) if tensor.experts else tensor.shape
 
 
 def _file_type(parts: GgufParts) -> str:
-    """What llama.cpp calls the mixture of types; without that, the type that most parameters have."""
+    """llama.cpp's name of the mixture of types; where the file names none, the type that most parameters have."""
     from gguf import LlamaFileType
 
     value = parts.metadata.get("general.file_type")
-    known = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
-    if isinstance(value, int) and value & ~_GUESSED in known and value != _GUESSED:
-        return known[value & ~_GUESSED]
+    labels = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    if isinstance(value, int) and value & ~_GUESSED in labels and value != _GUESSED:
+        return labels[value & ~_GUESSED]
     counts: dict[str, int] = {}
     for tensor in parts.tensors.values():
         counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)

@@ -1,4 +1,4 @@
-"""Reading GGUF files with the gguf package: one file or the parts of a split one, with errors that name the file."""
+"""Opens GGUF files with the gguf package: one file or the parts of a split one, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -15,32 +15,41 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
     from gguf.gguf_reader import GGUFReader, ReaderTensor
 
-__all__ = ["GgufParts", "can_decode", "is_gguf", "open_parts"]
+__all__ = ["GgufParts", "can_dequantize", "is_gguf", "open_parts"]
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is or calls itself a GGUF file."""
+    """Whether a file has GGUF's ending or its first bytes.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     return path.suffix == ".gguf" or _begins_as_gguf(path)
 
 
 @dataclass(frozen=True)
 class GgufParts:
-    """An open GGUF file, or all parts of a split one; tensors lie in mapped memory.
+    """An open GGUF file, or all parts of a split one; the tensors' data is mapped from the file.
 
-    path: the first file. paths: all. metadata: of the first. tensors: by GGUF's names. path_of: the file that holds each.
+    The methods read values of the metadata; they raise CheckpointError where a value is missing or of another type.
     """
 
     path: Path
+    """The first file."""
     paths: list[Path]
+    """All files, in order."""
     metadata: dict[str, Any]
+    """Metadata of the first file, by GGUF's keys."""
     tensors: dict[str, ReaderTensor]
+    """Tensors of all files, by GGUF's names."""
     path_of: dict[str, Path]
+    """The file that holds a tensor, by GGUF's names."""
 
     def text(self, key: str) -> str:
-        """A string of the metadata; this and the others raise CheckpointError where it is missing or of another type."""
+        """A string of the metadata."""
         return str(self._value(key, str, "a string"))
 
     def count(self, key: str) -> int:
@@ -75,26 +84,26 @@ class GgufParts:
 
 
 def open_parts(path: Path) -> GgufParts:
-    """The GGUF file at `path`; where its name is that of one part (`-00001-of-0000N.gguf`), all parts.
+    """The GGUF file at `path`; all parts where its name is that of one part (`-00001-of-0000N.gguf`).
 
     Raises:
-        CheckpointError: no GGUF file, a damaged one, or a part that is missing.
-        UnsupportedError: the gguf package is missing.
+        CheckpointError: the file is no GGUF file or is damaged, or a part is missing.
+        UnsupportedError: the gguf package is not installed.
     """
     paths = _paths_of_parts(path)
     tensors: dict[str, ReaderTensor] = {}
     path_of: dict[str, Path] = {}
     metadata: dict[str, Any] = {}
-    for place, part in enumerate(paths):
+    for number, part in enumerate(paths):
         reader = _read(part)
-        found = _metadata(reader, part)
-        count = found.get("split.count", 1)
-        if (count, found.get("split.no", 0)) != (len(paths), place) and not (len(paths) == 1 and count in (0, 1)):
+        part_metadata = _metadata(reader, part)
+        count, stored_number = part_metadata.get("split.count", 1), part_metadata.get("split.no")
+        if (count, stored_number or 0) != (len(paths), number) and not (len(paths) == 1 and count in (0, 1)):
             raise CheckpointError(
-                f"{part}: must be part {place + 1} of {len(paths)} by its name; its metadata says part {found.get('split.no')} (from 0) of "
+                f"{part}: must be part {number + 1} of {len(paths)} by its name; its metadata says part {stored_number} (from 0) of "
                 f"{count}. Give all parts the names that llama-gguf-split gave them"
             )
-        metadata = metadata or found
+        metadata = metadata or part_metadata
         for tensor in reader.tensors:
             if tensor.name in tensors:
                 raise CheckpointError(f"{part}: tensor {tensor.name} is in {path_of[tensor.name].name} too. Fetch the parts of one model")
@@ -105,8 +114,8 @@ def open_parts(path: Path) -> GgufParts:
     return GgufParts(paths[0], paths, metadata, tensors, path_of)
 
 
-def can_decode(kind: GGMLQuantizationType) -> bool:
-    """Whether the gguf package can decode tensors of a type."""
+def can_dequantize(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf package can dequantize tensors of a type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
@@ -133,7 +142,7 @@ def _paths_of_parts(path: Path) -> list[Path]:
     paths = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, int(match["count"]) + 1)]
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
-        raise CheckpointError(f"{path}: all parts of a split GGUF file must lie in one folder; {missing[0]} does not. Fetch it")
+        raise CheckpointError(f"{path}: all parts of a split GGUF file must be in one folder; {missing[0]} is not. Fetch it")
     return paths
 
 
@@ -158,9 +167,9 @@ def _read(path: Path) -> GGUFReader:
 
 
 def _within_the_file(reader: type[GGUFReader]) -> type[GGUFReader]:
-    """`reader`, but reading past the file's end is an error: it takes what is there, and a damaged length keeps it busy for ever."""
+    """`reader` with a check of every read against the file's end: without it, a damaged length lets the reader loop for ever."""
 
-    class Reader(reader):  # type: ignore[misc,valid-type] # a class that is known when it runs
+    class Reader(reader):  # type: ignore[misc,valid-type] # a base class that is known at run time only
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError(f"the file ends at byte {len(self.data)}, and {int(count)} values were to follow byte {int(offset)}")

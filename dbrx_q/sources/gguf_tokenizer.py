@@ -9,7 +9,7 @@ from .gguf_file import GgufParts
 
 __all__ = ["eos_ids_of", "tokenizer_of"]
 
-# What llama.cpp's llama-vocab.cpp cuts a text with for each name, written as tiktoken reads it.
+# The pattern with which llama.cpp's llama-vocab.cpp splits a text, by the name in the file; in tiktoken's syntax.
 _CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {"dbrx": _CL100K}
 
@@ -18,47 +18,20 @@ _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 
 
 def tokenizer_of(parts: GgufParts) -> DbrxTokenizer:
-    """A tokenizer with the same ids as the checkpoint's that was converted.
+    """The tokenizer, with the same ids as in the checkpoint that was converted.
 
     Raises:
-        CheckpointError, TokenizerError: metadata that is missing, or of a tokenizer that DBRX does not have.
+        CheckpointError, TokenizerError: metadata is missing, or describes a tokenizer that is not DBRX's.
     """
-    model, pre = parts.text("tokenizer.ggml.model"), parts.metadata.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        raise TokenizerError(
-            f"{parts.path}: tokenizer.ggml.model must be 'gpt2', a byte-level BPE; found {model!r}. Convert the model again"
-        )
-    if pre not in _PATTERNS:
-        known = ", ".join(map(repr, _PATTERNS))
-        raise TokenizerError(f"{parts.path}: tokenizer.ggml.pre must be {known}; found {pre!r}. Convert the model with a newer llama.cpp")
-    for name in ("add_bos_token", "add_eos_token"):
-        if parts.metadata.get(f"tokenizer.ggml.{name}"):
-            raise TokenizerError(
-                f"{parts.path}: tokenizer.ggml.{name} must be false or absent; DBRX adds no token. Convert the model again"
-            )
-    tokens, types = parts.strings("tokenizer.ggml.tokens"), parts.counts("tokenizer.ggml.token_type")
-    if len(types) != len(tokens):
-        raise TokenizerError(f"{parts.path}: every token must have a type; found {len(types)} for {len(tokens)}. Fetch the file again")
-    vocab: dict[str, int] = {}
-    added = []
-    for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == _UNUSED or token == f"[PAD{token_id}]":
-            continue  # a row of the embedding that no token has; converters of 2024 call it user-defined
-        if kind == _NORMAL:
-            if vocab.setdefault(token, token_id) != token_id:
-                raise TokenizerError(f"{parts.path}: a token must have one id; {token!r} has {vocab[token]} and {token_id}. Fetch it again")
-        elif kind in (_CONTROL, _USER_DEFINED):
-            added.append({"content": token, "id": token_id, "special": kind == _CONTROL})
-        else:
-            rule = "a token's type must be 1 (normal), 3 (control), 4 (user-defined) or 5 (unused)"
-            raise TokenizerError(f"{parts.path}: {rule}; token {token_id} ({token!r}) has {kind}. Convert the model again")
+    tokens, pattern = _checked_tokens(parts)
+    vocab, added = _vocab_and_added(parts, tokens)
     data = {
         "model": {"type": "BPE", "vocab": vocab, "merges": parts.strings("tokenizer.ggml.merges")},
         "added_tokens": added,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _PATTERNS[str(pre)]}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         },
@@ -74,14 +47,55 @@ def tokenizer_of(parts: GgufParts) -> DbrxTokenizer:
 
 
 def eos_ids_of(parts: GgufParts) -> tuple[int, ...]:
-    """Ids that end a generation: those of the metadata, and <|im_end|> where it is a control token, as llama.cpp has it."""
+    """Ids that end a generation: those that the metadata names, and <|im_end|> where it is a control token, as in llama.cpp."""
     tokens, types = parts.strings("tokenizer.ggml.tokens"), parts.counts("tokenizer.ggml.token_type")
     named = [parts.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    ends = [place for place, (token, kind) in enumerate(zip(tokens, types, strict=False)) if token == "<|im_end|>" and kind == _CONTROL]
-    return tuple(sorted({value for value in [*named, *ends] if isinstance(value, int)}))
+    typed = enumerate(zip(tokens, types, strict=False))
+    turn_ends = [token_id for token_id, (token, kind) in typed if token == "<|im_end|>" and kind == _CONTROL]
+    return tuple(sorted({value for value in [*named, *turn_ends] if isinstance(value, int)}))
+
+
+def _checked_tokens(parts: GgufParts) -> tuple[list[str], str]:
+    """(spelling of every token, the pattern that splits a text), after a check that the tokenizer is of DBRX's kind."""
+    model, pre = parts.text("tokenizer.ggml.model"), parts.metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise TokenizerError(
+            f"{parts.path}: tokenizer.ggml.model must be 'gpt2', a byte-level BPE; found {model!r}. Convert the model again"
+        )
+    if pre not in _PATTERNS:
+        known = ", ".join(map(repr, _PATTERNS))
+        raise TokenizerError(f"{parts.path}: tokenizer.ggml.pre must be {known}; found {pre!r}. Convert the model with a newer llama.cpp")
+    for name in ("add_bos_token", "add_eos_token"):
+        if parts.metadata.get(f"tokenizer.ggml.{name}"):
+            raise TokenizerError(
+                f"{parts.path}: tokenizer.ggml.{name} must be false or absent; DBRX adds no token. Convert the model again"
+            )
+    return parts.strings("tokenizer.ggml.tokens"), _PATTERNS[str(pre)]
+
+
+def _vocab_and_added(parts: GgufParts, tokens: list[str]) -> tuple[dict[str, int], list[dict[str, object]]]:
+    """(ordinary tokens with their ids, `added_tokens` as tokenizer.json has them)."""
+    types = parts.counts("tokenizer.ggml.token_type")
+    if len(types) != len(tokens):
+        raise TokenizerError(f"{parts.path}: every token must have a type; found {len(types)} for {len(tokens)}. Fetch the file again")
+    vocab: dict[str, int] = {}
+    added: list[dict[str, object]] = []
+    for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == _UNUSED or token == f"[PAD{token_id}]":
+            continue  # a row of the embedding without a token; converters of 2024 mark it as user-defined
+        if kind == _NORMAL:
+            if vocab.setdefault(token, token_id) != token_id:
+                raise TokenizerError(f"{parts.path}: a token must have one id; {token!r} has {vocab[token]} and {token_id}. Fetch it again")
+        elif kind in (_CONTROL, _USER_DEFINED):
+            added.append({"content": token, "id": token_id, "special": kind == _CONTROL})
+        else:
+            rule = "a token's type must be 1 (normal), 3 (control), 4 (user-defined) or 5 (unused)"
+            raise TokenizerError(f"{parts.path}: {rule}; token {token_id} ({token!r}) has {kind}. Convert the model again")
+    return vocab, added
 
 
 def _token_names(parts: GgufParts, tokens: list[str]) -> dict[str, str]:
+    """Spellings of the tokens that the metadata names, such as {"eos_token": "<|endoftext|>"}."""
     names = {}
     for name, key in _NAMED.items():
         value = parts.metadata.get(f"tokenizer.ggml.{key}_token_id")

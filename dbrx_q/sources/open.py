@@ -1,4 +1,4 @@
-"""Checkpoints of every kind that can be measured, opened by one function."""
+"""One function that opens a checkpoint of any kind."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ __all__ = ["open_source"]
 
 
 def open_source(path_or_hub_id: str | os.PathLike[str], *, fallback: bool = False) -> Source:
-    """The checkpoint at a path: a folder that is plain or quantized by dbrx_q, one that transformers saved (plain, or in 4 bits through
-    bitsandbytes), a GGUF file (of a split one, any part); or a hub id of such a folder, with the fallback copy that it carries only if
-    `fallback` says so.
+    """The checkpoint at a path or hub id.
+
+    Args:
+        path_or_hub_id: a folder that dbrx_q quantized; a folder that transformers saved, plain or in 4 bits through bitsandbytes; a GGUF
+            file, or any part of a split one; or the hub id of such a folder.
+        fallback: whether the fallback copy in a hub repository is fetched too.
 
     Raises:
-        CheckpointError: nothing there, a file that is damaged, or of another model.
-        UnsupportedError: a GGUF file without the gguf package.
+        CheckpointError: the path does not exist, or a file is damaged or of another model.
+        UnsupportedError: a GGUF file, where the gguf package is not installed.
     """
     from .folder import open_folder
     from .gguf import GgufSource
@@ -33,9 +36,9 @@ def open_source(path_or_hub_id: str | os.PathLike[str], *, fallback: bool = Fals
             raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
         return GgufSource(name, path)
     folder = resolve_folder(path_or_hub_id, fallback=fallback)
-    ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
-    if ggufs and not (folder / "config.json").exists():
+    gguf_names = sorted(entry.name for entry in folder.glob("*.gguf"))
+    if gguf_names and not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder}: a checkpoint's folder must hold config.json; found GGUF files. Name one, such as {folder / ggufs[0]}"
+            f"{folder}: a checkpoint's folder must hold config.json; found GGUF files. Name one, such as {folder / gguf_names[0]}"
         )
     return open_folder(name, folder)

@@ -1,4 +1,4 @@
-"""Models decoded from a foreign file: whole where they fit, with the experts of one layer at a time where they don't."""
+"""Models whose weights are dequantized while they are loaded: all at once where they fit, else the experts of one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,29 +21,26 @@ from dbrx_q.planning.host_memory import available_bytes
 
 from .base import Source
 
-__all__ = ["DecodedSource", "Reader", "StreamedExpertStore", "available_memory", "resident_bytes", "streams"]
+__all__ = ["DequantizedSource", "Reader", "StreamedExpertStore", "available_memory", "resident_bytes", "streams"]
 
 Reader = Callable[[DenseTensor], torch.Tensor]
-"""Gives a tensor in the shape of a plain checkpoint."""
+"""Returns a tensor of the model, dequantized, in the shape of a plain checkpoint."""
 
-# What is left over holds keys and values, activations and the logits of a chunk.
+# The share of free memory that weights may take; the rest holds the KV cache, activations and the logits of a chunk.
 _SHARE = 0.8
 
 
-class DecodedSource(Source):
-    """A checkpoint whose weights are decoded to plain ones when it is loaded.
-
-    Attributes:
-        eos_token_ids: that end a generation.
-        stored_dtype: what `load` takes for dtype=None on a CPU.
-    """
+class DequantizedSource(Source):
+    """A checkpoint whose weights are dequantized while they are loaded."""
 
     eos_token_ids: tuple[int, ...]
+    """Token ids that end a generation."""
     stored_dtype: torch.dtype
+    """The dtype that `load` chooses on a CPU for dtype=None."""
 
     @abstractmethod
     def reader(self) -> AbstractContextManager[Reader]:
-        """Opens the weights' files."""
+        """Opens the files of the weights for reading."""
 
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
@@ -54,26 +51,28 @@ class DecodedSource(Source):
             return load_plain_model(self.config, read, dtype=chosen, device=device, eos_token_ids=self.eos_token_ids, expert_store=store)
 
     def _available(self, device: torch.device) -> int:
-        """Bytes that the model may take."""
+        """Bytes that the model may take of a device's memory."""
         if self.budget is None:
-            due = sum(store.due(device) for store in _stores)  # models that were loaded and did not run yet
-            return available_memory(device) - due
+            promised = sum(store.promised_bytes(device) for store in _stores)  # by models that were loaded and have not run yet
+            return available_memory(device) - promised
         if self.budget.machine.gpus:
-            raise RequestError(f"{self.name}: weights that are decoded when they are loaded go to one --device; found --gpu. Leave it out")
+            raise RequestError(
+                f"{self.name}: weights that are dequantized when they are loaded go to one --device; found --gpu. Leave it out"
+            )
         return available_memory(device) if self.budget.machine.ram is None else self.budget.machine.ram
 
 
 class StreamedExpertStore(ExpertStore):
-    """Decodes all experts of a layer when they are asked for; those of the last layer stay until then.
+    """Dequantizes all experts of a layer when the model asks for them, and holds them until it asks for another layer.
 
     Args:
-        config: the model's.
-        reader: opens the files.
-        dtype, device: of the decoded weights.
-
-    Attributes:
-        nbytes: of one layer's experts.
+        config: the model's configuration.
+        reader: opens the files of the weights.
+        dtype, device: of the dequantized weights.
     """
+
+    nbytes: int
+    """Bytes of one layer's experts."""
 
     reloads_each_step = True
 
@@ -97,8 +96,8 @@ class StreamedExpertStore(ExpertStore):
             self._held = index, ExpertWeights(w1, v1, w2)
         return self._held[1]
 
-    def due(self, device: torch.device) -> int:
-        """Bytes that the first layer will still take of a device's memory."""
+    def promised_bytes(self, device: torch.device) -> int:
+        """Bytes of a device's memory that the store will take with the first layer and has not taken yet."""
         return self.nbytes if self._held is None and device == self._device else 0
 
 
@@ -106,19 +105,19 @@ _stores: WeakSet[StreamedExpertStore] = WeakSet()
 
 
 def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
-    """Whether experts are decoded layer by layer: where all weights, in `dtype`, would take more than four fifths of `available` bytes.
+    """Whether experts must be dequantized layer by layer: all weights, in `dtype`, would take over four fifths of `available` bytes.
 
     Raises:
-        RequestError: what stays resident and one layer's experts would not fit either.
+        RequestError: the other weights and the experts of one layer would not fit either.
     """
     room = int(_SHARE * available)
     if resident_bytes(config, dtype, stream=False) <= room:
         return False
-    widest = max(math.prod(tensor.shape) for tensor in dense_tensors(config))
-    least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * widest  # a tensor is decoded in float32
+    largest = max(math.prod(tensor.shape) for tensor in dense_tensors(config))
+    least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * largest  # a tensor is dequantized in float32
     if least > room:
         raise RequestError(
-            f"{source}: the decoded weights without experts, the experts of one layer and a tensor on its way must fit in "
+            f"{source}: the dequantized weights without experts, the experts of one layer and a tensor being read must fit in "
             f"{_SHARE:.0%} of the memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
             "Free some, or choose --dtype bfloat16"
         )
@@ -126,13 +125,13 @@ def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: s
 
 
 def resident_bytes(config: DbrxConfig, dtype: torch.dtype, *, stream: bool) -> int:
-    """Bytes of the decoded weights that lie in memory together: all, or with `stream` those of one layer's experts and all others."""
+    """Bytes of the dequantized weights that memory holds together: of all; with `stream`, of all but the other layers' experts."""
     tensors = dense_tensors(config)
     return _bytes(tensors if not stream else [t for t in tensors if not t.experts or t.layer == 0], dtype)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device: on a GPU by its driver; of the host by Linux's MemAvailable, all of its memory elsewhere."""
+    """Free bytes of a device: a GPU's by its driver; the host's by Linux's MemAvailable, and elsewhere all of its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_bytes()

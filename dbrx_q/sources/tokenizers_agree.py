@@ -1,4 +1,4 @@
-"""Whether two tokenizers are the same, so that figures over their tokens can be laid side by side."""
+"""Whether two tokenizers are the same, so that figures over their tokens can be compared."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _NEXT_STEP = "Compare checkpoints of one tokenizer"
 def check_same_tokenizer(
     reference: DbrxTokenizer, other: DbrxTokenizer, text: str | None = None, *, names: tuple[str, str] = ("the reference", "the other")
 ) -> None:
-    """Refuse two tokenizers that differ in a token, in what is special, or in how they cut `text`.
+    """Refuse two tokenizers that differ in a token, in which tokens are special, or in how they split `text`.
 
     Args:
-        reference, other: the two.
-        text: what will be measured; without it, two that cut words by different rules pass.
-        names: for the error.
+        reference, other: the tokenizers.
+        text: the text to be measured; without it, tokenizers that split words by different rules pass.
+        names: of the two, for the error.
 
     Raises:
-        RequestError: with the first difference.
+        RequestError: names the first difference.
     """
     for token_id in range(max(reference.vocab_size, other.vocab_size)):
         ours, theirs = _token(reference, token_id), _token(other, token_id)
@@ -40,13 +40,13 @@ def _check_text(reference: DbrxTokenizer, other: DbrxTokenizer, text: str, names
     ours, theirs = reference.encode(text), other.encode(text)
     if ours == theirs:
         return
-    # A text's bytes are those of its tokens in either, so neither list is the beginning of the other.
-    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-    before = len(reference.token_bytes(ours[:place]).decode("utf-8", errors="ignore"))
+    # The bytes of both token lists are those of the text, so neither list is a prefix of the other.
+    position = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    character = len(reference.token_bytes(ours[:position]).decode("utf-8", errors="ignore"))
     pieces = (
-        f"{token_id} ({tokenizer.decode([token_id])!r})" for tokenizer, token_id in ((reference, ours[place]), (other, theirs[place]))
+        f"{token_id} ({tokenizer.decode([token_id])!r})" for tokenizer, token_id in ((reference, ours[position]), (other, theirs[position]))
     )
-    _refuse(f"they cut the text differently at character {before}: its token {place} is {' and '.join(pieces)}", names)
+    _refuse(f"they split the text differently at character {character}: token {position} is {' and '.join(pieces)}", names)
 
 
 def _token(tokenizer: DbrxTokenizer, token_id: int) -> str:

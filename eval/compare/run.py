@@ -17,7 +17,7 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.base import Source
 from dbrx_q.sources.folder import PackedFolder
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DecodedSource, available_memory, resident_bytes
+from dbrx_q.sources.streamed import DequantizedSource, available_memory, resident_bytes
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
 
 from .measure import Pair, check_same_shape, compare, summary
@@ -156,6 +156,6 @@ def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
 
 def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:
     """Bytes of a loaded model."""
-    if isinstance(source, DecodedSource):
+    if isinstance(source, DequantizedSource):
         return resident_bytes(source.config, dtype or source.stored_dtype, stream=False)
     return source.loaded_bytes if isinstance(source, PackedFolder) else source.nbytes

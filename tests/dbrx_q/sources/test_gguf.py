@@ -1,4 +1,4 @@
-"""GGUF files against weights that are decoded here, in transformers' model, and against damaged and foreign files."""
+"""GGUF files against weights that this test dequantizes, in transformers' model; damaged and foreign files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.gguf_file import GgufParts, open_parts
 from dbrx_q.sources.gguf_tokenizer import tokenizer_of
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DecodedSource, StreamedExpertStore
+from dbrx_q.sources.streamed import DequantizedSource, StreamedExpertStore
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -66,7 +66,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def decode(data: np.ndarray, kind: str) -> np.ndarray:
+def dequantize(data: np.ndarray, kind: str) -> np.ndarray:
     """llama.cpp's blocks of 32 as its ggml-common.h draws them: a float16 scale, then 4 bits (low halves first, minus 8) or int8."""
     if kind == "F32":
         return data
@@ -78,10 +78,10 @@ def decode(data: np.ndarray, kind: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def decoded() -> dict[str, torch.Tensor]:
+def dequantized() -> dict[str, torch.Tensor]:
     weights = {}
     for tensor in gguf.GGUFReader(Q4_0).tensors:
-        values = decode(np.asarray(tensor.data), tensor.tensor_type.name)
+        values = dequantize(np.asarray(tensor.data), tensor.tensor_type.name)
         name = tensor.name.removesuffix(".weight")
         if name.startswith("blk."):
             layer, name = name.removeprefix("blk.").split(".")
@@ -96,11 +96,11 @@ def decoded() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def oracle(decoded: dict[str, torch.Tensor]) -> transformers.DbrxForCausalLM:
+def oracle(dequantized: dict[str, torch.Tensor]) -> transformers.DbrxForCausalLM:
     config = transformers.DbrxConfig.from_pretrained(NANO)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     model = transformers.DbrxForCausalLM(config).float().eval()
-    model.load_state_dict(decoded)
+    model.load_state_dict(dequantized)
     return model
 
 
@@ -157,12 +157,12 @@ def with_tensor(name: str, data: np.ndarray, kind: gguf.GGMLQuantizationType | N
     return lambda fields, tensors: tensors.update({name: (data, kind)})
 
 
-def test_every_weight_is_the_decoded_one(model: DbrxForCausalLM, decoded: dict[str, torch.Tensor]) -> None:
-    found = dict(model.named_parameters())
-    assert found.keys() == decoded.keys()
-    for name, values in decoded.items():
-        assert found[name].dtype == torch.float32
-        assert torch.equal(found[name], values), name
+def test_every_weight_is_the_dequantized_one(model: DbrxForCausalLM, dequantized: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == dequantized.keys()
+    for name, values in dequantized.items():
+        assert parameters[name].dtype == torch.float32
+        assert torch.equal(parameters[name], values), name
 
 
 def test_logits_and_perplexity_equal_transformers(model: DbrxForCausalLM, oracle: transformers.DbrxForCausalLM) -> None:
@@ -180,7 +180,7 @@ def test_logits_and_perplexity_equal_transformers(model: DbrxForCausalLM, oracle
     assert math.isclose(perplexity(model, ids, Protocol.of(context)).perplexity, expected, rel_tol=1e-4)
 
 
-def test_experts_decoded_layer_by_layer_give_the_same_bits(model: DbrxForCausalLM) -> None:
+def test_experts_dequantized_layer_by_layer_give_the_same_bits(model: DbrxForCausalLM) -> None:
     streamed = open_source(Q4_0).load(dtype=None, device=CPU, stream=True)
     assert isinstance(streamed.transformer.expert_store, StreamedExpertStore)
     ids = torch.tensor([DbrxTokenizer.from_pretrained(NANO).encode(BOOK[:600])])
@@ -201,7 +201,7 @@ def test_what_is_known_before_loading() -> None:
     assert source.bits_per_weight == stored / plain.parameters
     assert round(source.bits_per_weight, 2) == 4.81  # as llama.cpp prints it
     assert source.format == "GGUF Q4_0"
-    assert isinstance(source, DecodedSource)
+    assert isinstance(source, DequantizedSource)
     assert source.load(dtype=torch.bfloat16, device=CPU, stream=True).eos_token_ids == (4092, 4094)
 
 
@@ -244,7 +244,7 @@ def test_parts_of_a_split_file(tmp_path: Path, model: DbrxForCausalLM) -> None:
     assert (first.sha256(), first.nbytes, first.format) == (last.sha256(), last.nbytes, last.format)
     assert first.nbytes == open_source(Q4_0).nbytes
     parts[2].rename(tmp_path / "alone.gguf")
-    with pytest.raises(CheckpointError, match=r"nano-00003-of-00003\.gguf does not"):
+    with pytest.raises(CheckpointError, match=r"nano-00003-of-00003\.gguf is not"):
         open_source(parts[0])
     with pytest.raises(CheckpointError, match=r"alone.gguf: must be part 1 of 1 by its name; its metadata says part 2 \(from 0\) of 3"):
         open_source(tmp_path / "alone.gguf")
@@ -260,7 +260,7 @@ BAD = {
     "tensor missing": (without("blk.2.ffn_up_exps.weight"), "blk.2.ffn_up_exps.weight is missing"),
     "tensor unknown": (with_tensor("rope_freqs.weight", np.ones(16, np.float32)), "rope_freqs.weight is in no DBRX"),
     "shape": (with_tensor("output_norm.weight", np.ones(64, np.float32)), r"output_norm.weight must have the shape \[128\] by.*\[64\]"),
-    "type": (with_tensor("output_norm.weight", np.ones(128, np.float64)), "a type that the gguf package can decode; found F64"),
+    "type": (with_tensor("output_norm.weight", np.ones(128, np.float64)), "a type that the gguf package can dequantize; found F64"),
 }
 
 
@@ -308,9 +308,9 @@ def test_truncated_files_are_refused(size: int, tmp_path: Path) -> None:
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = Q4_0.read_bytes()
-    at = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # the tensor's type, after its one dimension
+    offset = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # the tensor's type, after its one dimension
     path = tmp_path / "type.gguf"
-    path.write_bytes(whole[:at] + (250).to_bytes(4, "little") + whole[at + 4 :])
+    path.write_bytes(whole[:offset] + (250).to_bytes(4, "little") + whole[offset + 4 :])
     with pytest.raises(CheckpointError, match=r"250\)? is not a valid GGMLQuantizationType"):
         open_source(path)
     path = tmp_path / "version.gguf"
@@ -321,10 +321,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[:8] + b"\xff" * 16 + whole[24:])
     with pytest.raises(CheckpointError, match="must be a whole GGUF file"):
         open_source(path)
-    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4  # the list's length, after two types
+    offset = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4  # the list's length, after two types
     path = tmp_path / "length.gguf"
-    path.write_bytes(whole[:at] + (1 << 60).to_bytes(8, "little") + whole[at + 8 : at + 1000])
-    with pytest.raises(CheckpointError, match=f"ValueError: the file ends at byte {at + 1000}, and 1 values"):
+    path.write_bytes(whole[:offset] + (1 << 60).to_bytes(8, "little") + whole[offset + 8 : offset + 1000])
+    with pytest.raises(CheckpointError, match=f"ValueError: the file ends at byte {offset + 1000}, and 1 values"):
         open_source(path)
     path = rewrite(tmp_path / "nan.gguf", with_tensor("output_norm.weight", np.full(128, np.nan, np.float32)))
     with pytest.raises(CheckpointError, match=r"output_norm\.weight must be finite"):

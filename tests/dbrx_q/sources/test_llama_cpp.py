@@ -1,8 +1,8 @@
 """llama.cpp's protocol gives llama.cpp's figures.
 
-Its own: `llama-perplexity --no-repack -c 512 --chunks 200` (build 0c1e570) on WikiText-2's test text, for the bundled model as float32 and
-as the bundled GGUF file, with `--kl-divergence` against the former. It attends in float16 and multiplies quantized weights with
-activations of 8 bits, which is where the last digits come from.
+The figures below were printed by `llama-perplexity --no-repack -c 512 --chunks 200` (build 0c1e570) on WikiText-2's test text, for the
+bundled model as float32 and as the bundled GGUF file, the latter with `--kl-divergence` against the former. llama.cpp attends in float16
+and multiplies quantized weights with activations of 8 bits, so the last digits differ.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def test_the_figures_are_llama_cpps(nano: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = open_source(nano.parent / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf")
     text = load_text(str(nano.parent / "wikitext2-test.txt"))
-    found = compare_checkpoints(open_reference(str(nano)), [gguf], text, Protocol.of(512, half_window=True, limit=200))
+    comparison = compare_checkpoints(open_reference(str(nano)), [gguf], text, Protocol.of(512, half_window=True, limit=200))
 
-    assert found.tokens == 200 * 255
-    assert math.isclose(found.reference_perplexity, FLOAT32_PERPLEXITY, rel_tol=1e-4)
-    assert round(found.reference_perplexity_stderr, 4) == PRINTED_ERROR
+    assert comparison.tokens == 200 * 255
+    assert math.isclose(comparison.reference_perplexity, FLOAT32_PERPLEXITY, rel_tol=1e-4)
+    assert round(comparison.reference_perplexity_stderr, 4) == PRINTED_ERROR
 
-    row = found.results[0]
+    row = comparison.results[0]
     assert round(row.bits_per_weight, 2) == 4.81
     assert abs(row.perplexity - Q4_0_RATIO * FLOAT32_PERPLEXITY) < PRINTED_ERROR
     # Pairing takes the text's own spread out, so that the two ratios must agree far better than that.

@@ -1,4 +1,4 @@
-"""Folders of dbrx_q, transformers and bitsandbytes: what is read equals what their own programs make of them."""
+"""Folders of dbrx_q, transformers and bitsandbytes: our reader's weights equal those that the programs themselves read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_quantized_folder_stays_packed(quantized_nano: Path) -> None:
     assert (source.nbytes, source.parameters, source.bits_per_weight) == (stored, plain, 8 * stored / plain)
     model = source.load(dtype=torch.float32, device=CPU)
     assert torch.equal(logits_of(model), logits_of(DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)))
-    with pytest.raises(RequestError, match="only decoded experts can be streamed"):
+    with pytest.raises(RequestError, match="only dequantized experts can be streamed"):
         source.load(dtype=None, device=CPU, stream=True)
 
 
@@ -105,7 +105,7 @@ def test_only_the_known_mistake_of_theta_is_forgiven(tmp_path: Path) -> None:
 
 
 def quantized_by_bitsandbytes(kind: str, *, double: bool, experts: bool) -> transformers.DbrxForCausalLM:
-    """transformers' model with what its integration puts in: Linear4bit for every linear layer but the head; and packed experts."""
+    """transformers' model as its integration quantizes it: Linear4bit for every linear layer but the head; with `experts`, those too."""
     model = transformers.DbrxForCausalLM.from_pretrained(NANO, config=right_config(), dtype=torch.bfloat16).eval()
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and name != "lm_head":
@@ -133,8 +133,8 @@ def save(model: transformers.DbrxForCausalLM, folder: Path, *, double: bool) -> 
     return folder
 
 
-def decoded_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transformers.DbrxForCausalLM:
-    """A float32 model of the weights as bitsandbytes' own modules decode them."""
+def dequantized_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transformers.DbrxForCausalLM:
+    """A float32 model of the weights as bitsandbytes' own modules dequantize them."""
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -142,7 +142,7 @@ def decoded_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transformers
         elif name.endswith("experts.mlp"):
             weights |= {f"{name}.{matrix}": getattr(module, matrix).data for matrix in ("w1", "v1", "w2")}
         elif ".parametrizations" not in name:
-            weights |= {f"{name}.{own}": parameter.data for own, parameter in module.named_parameters(recurse=False)}
+            weights |= {f"{name}.{parameter_name}": parameter.data for parameter_name, parameter in module.named_parameters(recurse=False)}
     plain = transformers.DbrxForCausalLM(right_config()).float().eval()
     plain.load_state_dict({name: values.float().reshape(plain.state_dict()[name].shape) for name, values in weights.items()})
     return plain
@@ -165,7 +165,7 @@ def test_bitsandbytes_folder(case: str, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     assert (source.format, source.nbytes) == (label, sum(tensor.nbytes for tensor in tensors.values()))
     assert (source.bits_per_weight < 9) == experts
-    plain = decoded_by_bitsandbytes(model)
+    plain = dequantized_by_bitsandbytes(model)
     loaded = source.load(dtype=None, device=CPU)
     assert loaded.dtype == torch.float32
     expected = plain.state_dict()
@@ -269,40 +269,40 @@ def test_experts_are_streamed_where_the_model_would_not_fit() -> None:
     whole = sum(tensor.numel() for tensor in tensors.values()) * 4
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name) * 4
     least = whole - experts * 3 // 4  # all four layers' experts but one's
-    decoded = 4 * max(tensor.numel() for tensor in tensors.values())
+    largest = 4 * max(tensor.numel() for tensor in tensors.values())
     assert resident_bytes(config, torch.float32, stream=False) == whole
     assert resident_bytes(config, torch.float32, stream=True) == least
     assert not streams(config, torch.float32, whole * 5 // 4 + 8, source="x")
     assert streams(config, torch.float32, whole * 5 // 4 - 8, source="x")
-    assert streams(config, torch.float32, (least + decoded) * 5 // 4 + 8, source="x")
+    assert streams(config, torch.float32, (least + largest) * 5 // 4 + 8, source="x")
     assert not streams(config, torch.bfloat16, whole * 5 // 8 + 8, source="x")
-    with pytest.raises(RequestError, match=r"x: the decoded weights.*must fit in 80%.*0\.0 GB are free"):
-        streams(config, torch.float32, (least + decoded) * 5 // 4 - 8, source="x")
+    with pytest.raises(RequestError, match=r"x: the dequantized weights.*must fit in 80%.*0\.0 GB are free"):
+        streams(config, torch.float32, (least + largest) * 5 // 4 - 8, source="x")
 
 
 def test_a_streamed_model_that_did_not_run_yet_keeps_room_for_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(NANO)
-    assert isinstance(source, streamed.DecodedSource)
-    asked: list[int] = []
+    assert isinstance(source, streamed.DequantizedSource)
+    available_bytes: list[int] = []
 
-    def asks(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
-        asked.append(available)
+    def record(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
+        available_bytes.append(available)
         return True
 
     monkeypatch.setattr(streamed, "_stores", WeakSet())
     monkeypatch.setattr(streamed, "available_memory", lambda device: 1 << 40)
-    monkeypatch.setattr(streamed, "streams", asks)
+    monkeypatch.setattr(streamed, "streams", record)
     first = source.load(dtype=torch.float32, device=CPU)
     layer = 16 * 3 * 256 * 128 * 4
     second = source.load(dtype=torch.float32, device=CPU)
-    assert asked == [1 << 40, (1 << 40) - layer]
+    assert available_bytes == [1 << 40, (1 << 40) - layer]
     first(torch.tensor([[1, 2]]))
     third = source.load(dtype=torch.float32, device=CPU)
-    assert asked[2] == (1 << 40) - layer  # the second's
+    assert available_bytes[2] == (1 << 40) - layer  # the second model's layer
     del second, third
     gc.collect()
     source.load(dtype=torch.float32, device=CPU)
-    assert asked[3] == 1 << 40
+    assert available_bytes[3] == 1 << 40
 
 
 def test_loading_asks_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +316,8 @@ def test_loading_asks_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_layer_is_held_until_another_is_asked_for() -> None:
     source = open_source(NANO)
-    assert isinstance(source, streamed.DecodedSource)
-    asked: list[str] = []
+    assert isinstance(source, streamed.DequantizedSource)
+    read_names: list[str] = []
 
     class Watched:
         def __enter__(self) -> streamed.Reader:
@@ -325,7 +325,7 @@ def test_one_layer_is_held_until_another_is_asked_for() -> None:
             read = self.inner.__enter__()
 
             def watch(tensor: DenseTensor) -> torch.Tensor:
-                asked.append(tensor.name)
+                read_names.append(tensor.name)
                 return read(tensor)
 
             return watch
@@ -344,7 +344,7 @@ def test_one_layer_is_held_until_another_is_asked_for() -> None:
             a, b = getattr(ours, matrix), getattr(theirs, matrix)
             assert torch.equal(a, b)
             assert a.stride() == b.stride()
-    assert asked == names[0] + names[1] + names[3] + names[0]
+    assert read_names == names[0] + names[1] + names[3] + names[0]
 
 
 def test_hash_of_weights_is_that_of_the_file_or_of_the_parts_digests(tmp_path: Path) -> None:
@@ -374,12 +374,12 @@ def test_a_file_is_hashed_once_for_each_state(tmp_path: Path, monkeypatch: pytes
     times = path.stat()
     path.write_bytes(b"two")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert weights_sha256([path]) == first  # nothing shows the change, so what was kept serves
+    assert weights_sha256([path]) == first  # size and time are the same, so the cached hash is returned
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     second = weights_sha256([path])
     assert second != first
-    for kept in (tmp_path / "cache" / "dbrx_q" / "sha256").iterdir():
-        kept.write_text("{}")
+    for cache_file in (tmp_path / "cache" / "dbrx_q" / "sha256").iterdir():
+        cache_file.write_text("{}")
     assert weights_sha256([path]) == second
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
@@ -418,7 +418,7 @@ def split_digits(data: dict[str, Any]) -> None:
         (spell, r"the tokenizers of A and B must be the same; token 4093 is '<\|im_start\|>' and '<\|start\|>'"),
         (add, r"token 4096 is no token and '<\|more\|>'"),
         (unmark, r"token 4093 \('<\|im_start\|>'\) is special and not special"),
-        (split_digits, r"cut the text differently at character 5: its token \d+ is \d+ \('19\d*'\) and \d+ \('1'\)"),
+        (split_digits, r"split the text differently at character 5: token \d+ is \d+ \('19\d*'\) and \d+ \('1'\)"),
     ],
 )
 def test_the_first_difference_of_two_tokenizers_is_shown(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
