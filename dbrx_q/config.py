@@ -15,13 +15,14 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
+__all__ = ["DTYPES", "NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
 
 NORM_EPS = 1e-5
 """Added to the variance by every LayerNorm of DBRX; config.json has no key for it."""
 
 _DEFAULT_ROPE_THETA = 10000.0
-_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
+"""Dtypes of a checkpoint's plain weights and of activations."""
 
 
 class _Section:
@@ -253,8 +254,8 @@ class DbrxConfig(_Section):
             )
         if self.tie_word_embeddings:
             raise ConfigError("tie_word_embeddings must be false: DBRX's lm_head has weights of its own; found true")
-        if self.torch_dtype is not None and self.torch_dtype not in _DTYPES:
-            raise ConfigError(f"torch_dtype must be one of {', '.join(_DTYPES)}; found {self.torch_dtype!r}")
+        if self.torch_dtype is not None and self.torch_dtype not in DTYPES:
+            raise ConfigError(f"torch_dtype must be one of {', '.join(DTYPES)}; found {self.torch_dtype!r}")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,57 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from dbrx_q.planning.sizes import format_size
 
-from . import budgets, measuring, output
-from .budgets import GpuSizes, Ram
-from .generate import DEVICE_HELP, Dtype, KvFormat
-from .measuring import ProtocolName
+from . import measurement, memory_budget, options, terminal
+from .choices import KV_FORMATS
+from .help import example
+from .options import MODEL, OUTPUT, argument, option
 
 if TYPE_CHECKING:
     from dbrx_q.eval.compare.result import Comparison
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example(
-    "dbrx-q compare databricks/dbrx-instruct dbrx-int4 dbrx.Q4_K_M.gguf --text wiki.test.txt --context 512 --out report",
-)
+EXAMPLE = example("dbrx-q compare databricks/dbrx-instruct dbrx-int4 dbrx.Q4_K_M.gguf --text wiki.test.txt --context 512 --out report")
 
 
 def command(
-    reference: Annotated[
-        str,
-        typer.Argument(metavar="REF", help="What is measured against: a checkpoint, or a file of `dbrx-q reference`.", show_default=False),
-    ],
-    quants: Annotated[list[str], typer.Argument(metavar="QUANT...", help=measuring.CHECKPOINT_HELP, show_default=False)],
-    text: Annotated[str, typer.Option(metavar="FILE", help=measuring.TEXT_HELP, show_default=False)],
-    context: Annotated[int | None, typer.Option(help=measuring.CONTEXT_HELP, show_default=False)] = None,
-    stride: Annotated[int | None, typer.Option(help=measuring.STRIDE_HELP, show_default=False)] = None,
-    protocol: Annotated[ProtocolName | None, typer.Option(help=measuring.PROTOCOL_HELP, show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help=measuring.LIMIT_HELP, show_default=False)] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the report: Markdown, JSON, plot and HTML.", show_default=False)
-    ] = None,
-    document: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Markdown document whose table is replaced.", show_default=False)
-    ] = None,
-    section: Annotated[
-        str | None,
-        typer.Option(help="Which table of --document: between its marker lines of this name; divergence unless given.", show_default=False),
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    ram: Ram = None,
-    gpu: GpuSizes = None,
-    fallback: Annotated[bool, typer.Option("--fallback", help=f"{budgets.FALLBACK_HELP} Of every QUANT, not of REF.")] = False,
-    kv: Annotated[KvFormat, typer.Option(help="Format of the KV cache of every QUANT; REF's is plain.")] = KvFormat.plain,
-    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    reference: Annotated[str, argument("REF", "Checkpoint to measure against, or a file that `dbrx-q reference` wrote.")],
+    quants: Annotated[list[str], argument("QUANT...", "Checkpoints: folders, hub ids or GGUF files.")],
+    text: options.Text,
+    context: options.Window = None,
+    protocol: options.Protocol = None,
+    stride: options.Stride = None,
+    limit: options.Limit = None,
+    device: options.Device = "cpu",
+    dtype: options.MeasuredDtype = None,
+    kv: Annotated[
+        str, option(MODEL, "Format of every QUANT's KV cache: {}; REF's is plain.", metavar="FORMAT", one_of=KV_FORMATS)
+    ] = "plain",
+    ram: options.Ram = None,
+    gpu: options.GpuSizes = None,
+    fallback: options.Fallback = False,
+    out: options.OutFolder = None,
+    document: Annotated[Path | None, option(OUTPUT, "Markdown document in which to replace a table.", metavar="FILE")] = None,
+    section: Annotated[str | None, option(OUTPUT, "Marker lines of that table.", metavar="NAME", default="divergence")] = None,
+    resume: options.Resume = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure how far checkpoints are from a reference on the same tokens: KL divergence, perplexity, agreement of tokens and experts."""
+    """Measure how far checkpoints are from a reference: KL divergence, perplexity, agreement of tokens and experts.
 
+    --kv and --fallback apply to every QUANT and not to REF.
+    """
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.compare.reference_file import ReferenceFile
     from dbrx_q.eval.compare.report import FILES, KEYS, write_report
@@ -75,45 +65,45 @@ def command(
         raise RequestError(f"a section is one of a document; found --section {section} alone. Give --document, or leave it out")
     if document is not None:
         check_section(document, *_markers(section or "divergence"))
-    place = check_device(device)
-    words = load_text(text)
-    against = open_reference(reference)
+    torch_device = check_device(device)
+    loaded_text = load_text(text)
+    measured_against = open_reference(reference)
     sources = [open_source(quant, fallback=fallback) for quant in quants]
-    if isinstance(against, ReferenceFile) and (protocol, context, stride, limit) == (None, None, None, None):
-        how = against.protocol
+    if isinstance(measured_against, ReferenceFile) and (protocol, context, stride, limit) == (None, None, None, None):
+        windowing = measured_against.protocol
     else:
-        how = measuring.protocol_of(protocol, context, stride, limit, against.config)
+        windowing = measurement.protocol_of(protocol, context, stride, limit, measured_against.config)
     for source in sources:
-        budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, fallback=fallback)
-    if not isinstance(against, ReferenceFile):
-        budgets.give(against, ram, gpu, context=how.context)
-    kept: list[RunState] = []
-    with output.progress("windows") as on_window:
-        found = compare_checkpoints(
-            against,
+        memory_budget.give_budget(source, ram, gpu, context=windowing.context, kv_format=kv, fallback=fallback)
+    if not isinstance(measured_against, ReferenceFile):
+        memory_budget.give_budget(measured_against, ram, gpu, context=windowing.context)
+    states: list[RunState] = []
+    with terminal.progress("windows") as on_window:
+        comparison = compare_checkpoints(
+            measured_against,
             sources,
-            words,
-            how,
-            dtype=measuring.dtype_of(dtype, place),
-            device=place,
-            kv_format=kv.value,
+            loaded_text,
+            windowing,
+            dtype=measurement.dtype_of(dtype, torch_device),
+            device=torch_device,
+            kv_format=kv,
             resume=resume,
             command=command_line(),
-            kept=kept,
+            kept=states,
             on_window=on_window,
         )
     if json:
-        output.print_json(found.to_dict())
+        terminal.print_json(comparison.to_dict())
     else:
-        _print(found)
+        _print(comparison)
     if out is not None:
-        write_report(found, out)
-        output.stderr().print(str(out / "report.html"), markup=False, soft_wrap=True)
-    if not found.complete:
-        raise measuring.interrupted(found.tokens, found.total_tokens, kept=any(state.path.exists() for state in kept))
+        write_report(comparison, out)
+        terminal.say(str(out / "report.html"))
+    if not comparison.complete:
+        raise measurement.interrupted(comparison.tokens, comparison.total_tokens, kept=any(state.path.exists() for state in states))
     if document is not None:
-        replace_section(document, *_markers(section or "divergence"), f"{table(found)}\n\n{layers(found)}")
-    for state in kept:
+        replace_section(document, *_markers(section or "divergence"), f"{table(comparison)}\n\n{layers(comparison)}")
+    for state in states:
         state.clear()
 
 
@@ -121,15 +111,21 @@ def _markers(section: str) -> tuple[str, str]:
     return f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
 
 
-def _print(found: Comparison) -> None:
-    tokens = f"{found.tokens:,} tokens predicted" if found.complete else f"the first {found.tokens:,} of {found.total_tokens:,} tokens"
-    stride = f", stride {found.stride}" if found.protocol == "strided" else ""
-    print(f"reference   {found.reference}  ({found.reference_format}, {found.reference_bits_per_weight:.2f} bits per weight)")
-    print(f"text        {found.text}  ({tokens}, {found.protocol}, context {found.context}{stride})")
-    print(f"perplexity  {found.reference_perplexity:.4f} +- {found.reference_perplexity_stderr:.4f}")
-    if found.approximation:
-        print(f"note        {found.approximation}")
-    for row in found.results:
+def _print(comparison: Comparison) -> None:
+    tokens = (
+        f"{comparison.tokens:,} tokens predicted"
+        if comparison.complete
+        else f"the first {comparison.tokens:,} of {comparison.total_tokens:,} tokens"
+    )
+    stride = f", stride {comparison.stride}" if comparison.protocol == "strided" else ""
+    print(
+        f"reference   {comparison.reference}  ({comparison.reference_format}, {comparison.reference_bits_per_weight:.2f} bits per weight)"
+    )
+    print(f"text        {comparison.text}  ({tokens}, {comparison.protocol}, context {comparison.context}{stride})")
+    print(f"perplexity  {comparison.reference_perplexity:.4f} +- {comparison.reference_perplexity_stderr:.4f}")
+    if comparison.approximation:
+        print(f"note        {comparison.approximation}")
+    for row in comparison.results:
         print(f"\n{row.path}  ({row.format}, {row.bits_per_weight:.3f} bits per weight, {format_size(row.bytes)})")
         for name, value in (
             ("perplexity", f"{row.perplexity:.4f} +- {row.perplexity_stderr:.4f}"),

@@ -3,75 +3,58 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from dbrx_q.planning.policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
+from dbrx_q.planning.policy_names import DEFAULT_POLICY, MissPolicy
 from dbrx_q.planning.sizes import format_size
 
-from . import budgets, output
-from .budgets import Fallback, GpuSizes, Ram
+from . import memory_budget, options, terminal
+from .help import example
+from .measurement import named_dtype
+from .options import MEMORY, SAMPLING, TEXT, option
+
+if TYPE_CHECKING:
+    from dbrx_q.generation.generate import Generation
+    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example('dbrx-q generate dbrx-int4 --chat --prompt "What is a mixture of experts?" --max-new-tokens 200')
+EXAMPLE = example('dbrx-q generate dbrx-int4 --chat --prompt "What is a mixture of experts?" --max-new-tokens 200')
 
-
-class Dtype(str, Enum):
-    """Dtypes of activations."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class KvFormat(str, Enum):
-    """How keys and values are kept."""
-
-    plain = "plain"
-    int8 = "int8"
-    int4 = "int4"
-
-
-DEVICE_HELP = "cpu, or cuda or cuda:N for a GPU that holds the whole model."
-CONTEXT_HELP = "With --ram or --gpu, tokens that keys and values are kept room for; the prompt's and --max-new-tokens unless given."
-KV_HELP = "Format of the KV cache; plain is the activations' dtype."
+_Context = Annotated[
+    int | None,
+    option(MEMORY, "With --ram or --gpu, tokens that the KV cache holds.", metavar="N", default="the prompt and --max-new-tokens"),
+]
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat, the user's message.", show_default=False)],
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the checkpoint's chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat, the system message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of activations; auto takes the checkpoint's.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    ram: Ram = None,
-    gpu: GpuSizes = None,
-    context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, show_default=False)] = None,
-    policy: Annotated[CachePolicyName, typer.Option(help=budgets.POLICY_HELP)] = DEFAULT_POLICY,
-    profile: Annotated[Path | None, typer.Option(metavar="FILE", help=budgets.PROFILE_HELP, show_default=False)] = None,
-    prefetch: Annotated[bool, typer.Option(help=budgets.PREFETCH_HELP)] = True,
-    miss_policy: Annotated[MissPolicy, typer.Option(help=budgets.MISS_HELP)] = MissPolicy.hybrid,
-    fallback: Fallback = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Say what the cache of experts was asked for and what it took.")] = False,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    path: options.Checkpoint,
+    prompt: Annotated[str, option(TEXT, "Text to continue; with --chat, the user's message.", metavar="TEXT", default=False)],
+    chat: Annotated[bool, option(TEXT, "Put the prompt into the checkpoint's chat template.", "--chat")] = False,
+    system: Annotated[str | None, option(TEXT, "With --chat, the system message.", metavar="TEXT")] = None,
+    max_new_tokens: Annotated[int, option(TEXT, "Most tokens to generate.", metavar="N")] = 128,
+    stop: Annotated[list[str] | None, option(TEXT, "Stop at this text; may be given several times.", metavar="TEXT")] = None,
+    temperature: Annotated[float, option(SAMPLING, "Randomness of the choice; 0 takes the most probable token.", metavar="T")] = 0.0,
+    top_k: Annotated[int, option(SAMPLING, "Sample from the k most probable tokens; 0 from all.", metavar="K")] = 0,
+    top_p: Annotated[float, option(SAMPLING, "Sample from the most probable tokens up to this total probability.", metavar="P")] = 1.0,
+    min_p: Annotated[float, option(SAMPLING, "Drop tokens below this share of the most probable one.", metavar="P")] = 0.0,
+    repetition_penalty: Annotated[float, option(SAMPLING, "Above 1, make repeated tokens less probable.", metavar="X")] = 1.0,
+    seed: Annotated[int | None, option(SAMPLING, "Make sampling repeatable.", metavar="N")] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    kv: options.Kv = "plain",
+    ram: options.Ram = None,
+    gpu: options.GpuSizes = None,
+    context: _Context = None,
+    policy: options.Policy = DEFAULT_POLICY.value,
+    profile: options.Profile = None,
+    prefetch: options.Prefetch = True,
+    miss_policy: options.MissPolicy = MissPolicy.hybrid.value,
+    fallback: options.Fallback = False,
+    stats: Annotated[bool, option(options.OUTPUT, "Print what the expert cache served, loaded and evicted.", "--stats")] = False,
+    json: options.Json = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
-    import torch
-
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
@@ -80,7 +63,6 @@ def command(
     from dbrx_q.model.devices import check_device
     from dbrx_q.model.loading import load_pretrained
     from dbrx_q.planning.footprint import PREFILL_TOKENS
-    from dbrx_q.planning.host_memory import peak_memory_bytes
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     if not prompt:
@@ -88,14 +70,10 @@ def command(
     if system is not None and not chat:
         raise RequestError("--system needs --chat; add it, or put the text into --prompt")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    place = check_device(device)
+    torch_device = check_device(device)
     folder = resolve_folder(path, fallback=fallback)
     tokenizer = DbrxTokenizer.from_pretrained(folder)
-    if chat:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        ids = tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
-    else:
-        ids = tokenizer.encode(prompt)
+    ids = _prompt_ids(tokenizer, prompt, system, chat=chat)
     config = DbrxConfig.from_pretrained(folder)
     check_request(config, [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
     if context is not None and ram is None and not gpu:
@@ -105,12 +83,11 @@ def command(
             f"--context must hold the prompt's {len(ids):,} tokens and one more, and be at most the model's {config.max_seq_len:,}; found "
             f"{context:,}"
         )
-    room = min(len(ids) + max_new_tokens, config.max_seq_len) if context is None else context
-    budget = budgets.budget_of(
+    budget = memory_budget.budget_of(
         ram,
         gpu,
-        context=room,
-        kv_format=kv.value,
+        context=min(len(ids) + max_new_tokens, config.max_seq_len) if context is None else context,
+        kv_format=kv,
         step_tokens=min(len(ids), PREFILL_TOKENS["cuda" if gpu else "cpu"]),
         policy=policy,
         profile=profile,
@@ -118,14 +95,8 @@ def command(
         miss_policy=miss_policy,
         fallback=fallback,
     )
-    chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
-    model = load_pretrained(folder, budget=budget, device=place, dtype=chosen)
+    model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype))
     loaded = model.expert_store.stats()
-
-    def show(_: int, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     [result] = generate(
         model,
         [ids],
@@ -133,36 +104,59 @@ def command(
         sampling=sampling,
         stop=stop or (),
         tokenizer=tokenizer,
-        kv_format=kv.value,
-        on_text=None if json else show,
+        kv_format=kv,
+        on_text=None if json else _stream,
     )
-    # The first token comes out of the prefill; decoding gives the others.
-    decoded = result.decode_steps
-    prefill_speed = result.prompt_tokens / result.prefill_seconds
-    decode_speed = decoded / result.decode_seconds if decoded else 0.0
-    did = model.expert_store.stats() - loaded
+    cache_stats = model.expert_store.stats() - loaded
     if json:
-        output.print_json(
-            {
-                "text": result.text,
-                "prompt_tokens": result.prompt_tokens,
-                "new_tokens": len(result.token_ids),
-                "finish_reason": result.finish_reason,
-                "prefill_tokens_per_s": prefill_speed,
-                "decode_tokens_per_s": decode_speed,
-                "peak_memory_bytes": peak_memory_bytes(),
-                **({"experts": did.as_dict()} if stats else {}),
-            }
-        )
+        terminal.print_json(_as_dict(result) | ({"experts": cache_stats.as_dict()} if stats else {}))
         return
     print(flush=True)
-    print(
-        f"{result.prompt_tokens} prompt tokens at {prefill_speed:.1f} tokens/s, {len(result.token_ids)} new tokens at "
-        f"{decode_speed:.1f} tokens/s ({result.finish_reason}), peak memory {format_size(peak_memory_bytes())}",
-        file=sys.stderr,
+    _print_speed(result)
+    for line in cache_stats.lines() if stats else ():
+        terminal.say(line)
+
+
+def _prompt_ids(tokenizer: DbrxTokenizer, prompt: str, system: str | None, *, chat: bool) -> list[int]:
+    if not chat:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _stream(_: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speeds(result: Generation) -> tuple[float, float]:
+    """Tokens per second of prefill and of decoding; prefill yields the first new token, decode steps the others."""
+    decode = result.decode_steps / result.decode_seconds if result.decode_steps else 0.0
+    return result.prompt_tokens / result.prefill_seconds, decode
+
+
+def _as_dict(result: Generation) -> dict[str, object]:
+    from dbrx_q.planning.host_memory import peak_memory_bytes
+
+    prefill, decode = _speeds(result)
+    return {
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prefill_tokens_per_s": prefill,
+        "decode_tokens_per_s": decode,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _print_speed(result: Generation) -> None:
+    from dbrx_q.planning.host_memory import peak_memory_bytes
+
+    prefill, decode = _speeds(result)
+    terminal.say(
+        f"{result.prompt_tokens} prompt tokens at {prefill:.1f} tokens/s, {len(result.token_ids)} new tokens at "
+        f"{decode:.1f} tokens/s ({result.finish_reason}), peak memory {format_size(peak_memory_bytes())}"
     )
     if result.finish_reason == "memory":
-        print("the KV cache that the budget holds is full; give --context or more memory to go on", file=sys.stderr)
-    if stats:
-        for line in did.lines():
-            print(line, file=sys.stderr)
+        terminal.say("the KV cache that the budget allows is full; give --context or more memory to continue")

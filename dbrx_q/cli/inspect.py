@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from . import output
+from . import options, terminal
+from .help import example
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q inspect dbrx-int4")
+EXAMPLE = example("dbrx-q inspect dbrx-int4")
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    path: options.Checkpoint,
+    json: options.Json = False,
 ) -> None:
-    """Tensors by kind: count, format, bits per weight, bytes."""
+    """List the tensors by kind: count, format, bits per weight and bytes."""
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.checkpoint.inventory import take_inventory
@@ -26,12 +23,12 @@ def command(
     with Checkpoint(folder) as checkpoint:
         inventory = take_inventory(checkpoint)
     if json:
-        output.print_json(inventory.to_dict())
+        terminal.print_json(inventory.to_dict())
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("kind", "format", *(("tensors", "parameters", "bytes", "bits per weight")))
+    table = Table("kind", "format", "tensors", "parameters", "bytes", "bits per weight")
     for column in table.columns[2:]:
         column.justify = "right"
     for kind, row in inventory.kinds.items():
@@ -39,4 +36,4 @@ def command(
     table.add_section()
     total = inventory.total
     table.add_row("total", "", f"{total.count}", f"{total.parameters:,}", f"{total.bytes:,}", f"{total.bits_per_weight:.3f}")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from . import measurement, memory_budget, options, terminal
+from .help import example
 
-from . import budgets, measuring, output
-from .budgets import Fallback, GpuSizes, Ram
-from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
-from .measuring import ProtocolName
+if TYPE_CHECKING:
+    from dbrx_q.eval.perplexity import PerplexityResult
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q perplexity dbrx-int4 --text wiki.test.txt --context 2048")
+EXAMPLE = example("dbrx-q perplexity dbrx-int4 --text wiki.test.txt --context 2048")
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help=measuring.CHECKPOINT_HELP, show_default=False)],
-    text: Annotated[str, typer.Option(metavar="FILE", help=measuring.TEXT_HELP, show_default=False)],
-    context: Annotated[int | None, typer.Option(help=measuring.CONTEXT_HELP, show_default=False)] = None,
-    stride: Annotated[int | None, typer.Option(help=measuring.STRIDE_HELP, show_default=False)] = None,
-    protocol: Annotated[ProtocolName | None, typer.Option(help=measuring.PROTOCOL_HELP, show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help=measuring.LIMIT_HELP, show_default=False)] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    ram: Ram = None,
-    gpu: GpuSizes = None,
-    fallback: Fallback = False,
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    path: options.Measured,
+    text: options.Text,
+    context: options.Window = None,
+    protocol: options.Protocol = None,
+    stride: options.Stride = None,
+    limit: options.Limit = None,
+    device: options.Device = "cpu",
+    dtype: options.MeasuredDtype = None,
+    kv: options.Kv = "plain",
+    ram: options.Ram = None,
+    gpu: options.GpuSizes = None,
+    fallback: options.Fallback = False,
+    resume: options.Resume = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure perplexity on a text: exp(total negative log-likelihood / predicted tokens)."""
+    """Measure the perplexity of a text: exp(total negative log-likelihood / predicted tokens)."""
     from dataclasses import asdict
 
     from dbrx_q.eval.perplexity import perplexity
@@ -42,34 +41,35 @@ def command(
     from dbrx_q.model.devices import check_device
     from dbrx_q.sources.open import open_source
 
-    place = check_device(device)
-    words = load_text(text)
+    torch_device = check_device(device)
+    loaded_text = load_text(text)
     source = open_source(path, fallback=fallback)
-    ids = source.tokenizer().encode(words.text)
-    how = measuring.protocol_of(protocol, context, stride, limit, source.config)
-    how.check(len(ids), source.config, source=text)
-    chosen = measuring.dtype_of(dtype, place)
+    ids = source.tokenizer().encode(loaded_text.text)
+    windowing = measurement.protocol_of(protocol, context, stride, limit, source.config)
+    windowing.check(len(ids), source.config, source=text)
+    torch_dtype = measurement.dtype_of(dtype, torch_device)
     checkpoint = source.sha256()
-    budgets.give(source, ram, gpu, context=how.context, kv_format=kv.value, fallback=fallback)
-    key = run_key("perplexity", {}, source, checkpoint, ids, how, dtype=chosen, kv_format=kv.value, device=place)
+    memory_budget.give_budget(source, ram, gpu, context=windowing.context, kv_format=kv, fallback=fallback)
+    key = run_key("perplexity", {}, source, checkpoint, ids, windowing, dtype=torch_dtype, kv_format=kv, device=torch_device)
     state = RunState(key)
     if not resume:
         state.clear()
-    model = source.load(dtype=chosen, device=place)
-    with output.progress("windows") as on_window:
-        result = perplexity(model, ids, how, kv_format=kv.value, state=state, on_window=on_window)
+    model = source.load(dtype=torch_dtype, device=torch_device)
+    with terminal.progress("windows") as on_window:
+        result = perplexity(model, ids, windowing, kv_format=kv, state=state, on_window=on_window)
     if json:
         shown = {"checkpoint": path, "checkpoint_sha256": checkpoint, "format": source.format, "bits_per_weight": source.bits_per_weight}
-        shown |= {"text": text, "text_sha256": words.sha256, "dtype": str(model.dtype).removeprefix("torch."), "kv": kv.value}
-        output.print_json(asdict(result) | shown | {"provenance": provenance(place, command_line())})
+        shown |= {"text": text, "text_sha256": loaded_text.sha256, "dtype": str(model.dtype).removeprefix("torch."), "kv": kv}
+        terminal.print_json(asdict(result) | shown | {"provenance": provenance(torch_device, command_line())})
     else:
-        tokens = (
-            f"{result.tokens:,} tokens predicted" if result.complete else f"the first {result.tokens:,} of {result.total_tokens:,} tokens"
-        )
-        apart = f", stride {result.stride}" if result.protocol == "strided" else ""
-        cut = f"{result.protocol}, context {result.context}{apart}"
-        print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {cut})")
-        if fallback:
-            print(f"the fallback copy answered {result.fallback_share:.1%} of the requests for experts")
+        _print(result, fallback=fallback)
     if not result.complete:
-        raise measuring.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())
+        raise measurement.interrupted(result.tokens, result.total_tokens, kept=state.path.exists())
+
+
+def _print(result: PerplexityResult, *, fallback: bool) -> None:
+    tokens = f"{result.tokens:,} tokens predicted" if result.complete else f"the first {result.tokens:,} of {result.total_tokens:,} tokens"
+    stride = f", stride {result.stride}" if result.protocol == "strided" else ""
+    print(f"perplexity {result.perplexity:.4f} +- {result.stderr:.4f}  ({tokens}, {result.protocol}, context {result.context}{stride})")
+    if fallback:
+        print(f"the fallback copy answered {result.fallback_share:.1%} of the requests for experts")

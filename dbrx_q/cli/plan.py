@@ -5,111 +5,137 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from dbrx_q.planning.sizes import format_size
 
-from dbrx_q.planning.sizes import format_size, parse_size
-
-from . import budgets, output
-from .generate import KV_HELP, KvFormat
-from .quantize import FormatName
+from . import memory_budget, options, terminal
+from .choices import WEIGHT_FORMATS
+from .help import example
+from .options import FORMATS, MODEL, option
 
 if TYPE_CHECKING:
-    from dbrx_q.planning.machine import Placement
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.config import DbrxConfig
+    from dbrx_q.planning.machine import DevicePlan, Placement
     from dbrx_q.planning.speed import SpeedBounds, Term
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
-
-FALLBACK_HELP = "Plan for the fallback copy that the checkpoint carries, or that --fallback-format names, to answer for experts on disk."
+EXAMPLE = example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
 
 _KINDS = ("dense", "experts", "fallback", "kv_cache", "workspace", "reserve")
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    gpu: Annotated[list[str] | None, typer.Option(help=budgets.PLANNED_GPU_HELP, show_default=False)] = None,
-    ram: Annotated[str | None, typer.Option(help=f"{budgets.RAM_HELP} As much as it needs unless given.", show_default=False)] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 1,
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    format: Annotated[FormatName | None, typer.Option(help="Plan for what `quantize` would make of a plain checkpoint.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="With --format, its group size; 64 unless given.", show_default=False)] = None,
-    fallback: Annotated[bool, typer.Option("--fallback", help=FALLBACK_HELP)] = False,
-    fallback_format: Annotated[
-        FormatName | None, typer.Option(help="With --format and --fallback, the format of the fallback copy.", show_default=False)
+    path: options.Checkpoint,
+    gpu: options.PlannedGpus = None,
+    ram: options.PlannedRam = None,
+    host_bandwidth: options.HostBandwidth = "60GB",
+    disk_bandwidth: options.DiskBandwidth = "5GB",
+    context: options.PlannedContext = None,
+    batch: Annotated[int, option(MODEL, "Sequences that run together.", metavar="N")] = 1,
+    kv: options.Kv = "plain",
+    format: Annotated[
+        str | None, option(FORMATS, "Plan for a plain checkpoint quantized to {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
     ] = None,
-    host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
-    disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    group_size: Annotated[int | None, option(FORMATS, "With --format, weights that share a scale.", metavar="N", default="64")] = None,
+    fallback: Annotated[bool, option(FORMATS, "Plan for a fallback copy that answers for experts on disk.", "--fallback")] = False,
+    fallback_format: Annotated[
+        str | None,
+        option(
+            FORMATS,
+            "With --format, the format of that copy: {}.",
+            metavar="FORMAT",
+            one_of=WEIGHT_FORMATS,
+        ),
+    ] = None,
+    json: options.Json = False,
 ) -> None:
-    """Say where a model would lie on a machine and how fast that can be, before any weight is downloaded; reads config.json alone."""
-    from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
+    """Print where a model's weights would be held on a machine and how fast it can run there, before any weight is downloaded.
+
+    Reads config.json alone.
+    """
+    from dbrx_q.checkpoint.layout import tensor_formats
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.fallback import carried_formats, check_fallback
     from dbrx_q.planning.advice import advice
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
     from dbrx_q.planning.footprint import MemoryRequest
-    from dbrx_q.planning.machine import Machine
     from dbrx_q.planning.placement import place
     from dbrx_q.planning.speed import speed_bounds
-    from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
     config = DbrxConfig.from_pretrained(path)
-    formats = tensor_formats(config, path)
-    if format is None and group_size is not None:
-        raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format int4, int8, nf4 or nf4-double")
-    if format is not None:
-        if formats:
-            raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
-        formats = default_formats(config, TensorFormat(format.value, 64 if group_size is None else group_size))
+    formats = _planned_formats(config, path, tensor_formats(config, path), format, group_size)
     if fallback_format is not None and (format is None or not fallback):
         raise RequestError(
-            f"--fallback-format goes with --format and --fallback; found {fallback_format.value} without. Add them, or leave it out"
+            f"--fallback-format goes with --format and --fallback; found {fallback_format} without. Add them, or leave it out"
         )
-    copy = None
-    if fallback_format is not None:
-        copy = default_formats(config, TensorFormat(fallback_format.value, 64))
-        check_fallback(config, formats, copy, path)
-    elif fallback:
-        copy = carried_formats(path, config, formats)
+    fallback_formats = _fallback_formats(config, path, formats, fallback_format) if fallback else None
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
-    machine = Machine(
-        None if ram is None else parse_size(ram), budgets.planned_gpus(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth)
-    )
-    request = MemoryRequest(context, batch, kv.value, fallback=copy)
-    plan = place(config, formats, machine, request)
+    machine = memory_budget.machine_of(ram, gpu, host_bandwidth, disk_bandwidth)
+    request = MemoryRequest(context, batch, kv, fallback=fallback_formats)
+    placement = place(config, formats, machine, request)
     ffn = config.ffn_config
-    bounds = speed_bounds(plan, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
+    bounds = speed_bounds(placement, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
     sentence = advice(config, formats, machine, request)
     if json:
-        output.print_json(_as_dict(plan, bounds) | {"advice": sentence})
+        terminal.print_json(_as_dict(placement, bounds) | {"advice": sentence})
         return
-    _print(plan, bounds)
+    _print(placement, bounds)
     print(sentence)
 
 
-def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
-    def device(found: Any) -> dict[str, Any]:
-        bytes_of = {kind: getattr(found, kind) for kind in (*_KINDS, "total")}
-        return {"device": found.device, "budget": found.budget, "layers": list(found.layers), **bytes_of, "expert_slots": found.n_slots}
+def _planned_formats(
+    config: DbrxConfig, path: str, stored: dict[str, TensorFormat], format: str | None, group_size: int | None
+) -> dict[str, TensorFormat]:
+    """Tensor name to format: as stored, or as `quantize --format` would store them."""
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.errors import RequestError
+    from dbrx_q.quantize.pipeline.format_assignment import default_formats
+
+    if format is None:
+        if group_size is not None:
+            raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format {WEIGHT_FORMATS}")
+        return stored
+    if stored:
+        raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
+    return default_formats(config, TensorFormat(format, 64 if group_size is None else group_size))
+
+
+def _fallback_formats(
+    config: DbrxConfig, path: str, formats: dict[str, TensorFormat], fallback_format: str | None
+) -> dict[str, TensorFormat]:
+    """Tensor name to format of the fallback copy: of the one that `path` carries, or of --fallback-format."""
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.experts.fallback import carried_formats, check_fallback
+    from dbrx_q.quantize.pipeline.format_assignment import default_formats
+
+    if fallback_format is None:
+        return carried_formats(path, config, formats)
+    copy_formats = default_formats(config, TensorFormat(fallback_format, 64))
+    check_fallback(config, formats, copy_formats, path)
+    return copy_formats
+
+
+def _as_dict(placement: Placement, bounds: SpeedBounds) -> dict[str, Any]:
+    def as_dict(device: DevicePlan) -> dict[str, Any]:
+        bytes_of = {kind: getattr(device, kind) for kind in (*_KINDS, "total")}
+        return {"device": device.device, "budget": device.budget, "layers": list(device.layers), **bytes_of, "expert_slots": device.n_slots}
 
     def listed(terms: Iterable[Term]) -> list[dict[str, Any]]:
         return [{"path": t.path, "data": t.data, "bytes": t.nbytes, "bytes_per_second": t.bandwidth, "seconds": t.seconds} for t in terms]
 
     return {
-        "fits": plan.fits,
-        "shortfall": plan.shortfall,
-        "short_device": plan.short_device,
-        "devices": [device(found) for found in plan.devices],
-        "experts": plan.experts,
-        "expert_bytes": plan.expert_bytes,
-        "disk_experts": plan.disk_experts,
+        "fits": placement.fits,
+        "shortfall": placement.shortfall,
+        "short_device": placement.short_device,
+        "devices": [as_dict(device) for device in placement.devices],
+        "experts": placement.experts,
+        "expert_bytes": placement.expert_bytes,
+        "disk_experts": placement.disk_experts,
         "hit_rate": bounds.hit_rate,
         "tokens_per_second": {"lower": bounds.lower, "expected": bounds.expected, "upper": bounds.upper},
         "per_token": listed(bounds.terms),
@@ -118,29 +144,31 @@ def _as_dict(plan: Placement, bounds: SpeedBounds) -> dict[str, Any]:
     }
 
 
-def _print(plan: Placement, bounds: SpeedBounds) -> None:
-    devices = [found for found in plan.devices if found.total or found.layers[1] > found.layers[0]]
-    print(f"{'':12}" + "".join(f"{found.device:>14}" for found in devices))
+def _print(placement: Placement, bounds: SpeedBounds) -> None:
+    devices = [device for device in placement.devices if device.total or device.layers[1] > device.layers[0]]
+    print(f"{'':12}" + "".join(f"{device.device:>14}" for device in devices))
     for kind in _KINDS:
-        if any(getattr(found, kind) for found in devices):
-            print(f"{kind.replace('_', ' '):12}" + "".join(f"{format_size(getattr(found, kind)):>14}" for found in devices))
-    print(f"{'total':12}" + "".join(f"{format_size(found.total):>14}" for found in devices))
-    print(f"{'budget':12}" + "".join(f"{'none' if found.budget is None else format_size(found.budget):>14}" for found in devices))
-    print(f"{'layers':12}" + "".join(f"{f'{found.layers[0]}-{found.layers[1] - 1}' if found.layers[1] else '':>14}" for found in devices))
-    print(f"{'experts held':12}" + "".join(f"{found.n_slots:>14}" for found in devices))
-    rest = f"; {plan.disk_experts} lie on disk alone" if plan.disk_experts else ""
-    print(f"of {plan.experts} experts ({format_size(plan.expert_bytes)}){rest}")
-    if not plan.fits:
-        print(f"does not fit: {plan.shortfall:,} bytes more are needed on {plan.short_device}")
+        if any(getattr(device, kind) for device in devices):
+            print(f"{kind.replace('_', ' '):12}" + "".join(f"{format_size(getattr(device, kind)):>14}" for device in devices))
+    print(f"{'total':12}" + "".join(f"{format_size(device.total):>14}" for device in devices))
+    print(f"{'budget':12}" + "".join(f"{'none' if device.budget is None else format_size(device.budget):>14}" for device in devices))
+    print(
+        f"{'layers':12}" + "".join(f"{f'{device.layers[0]}-{device.layers[1] - 1}' if device.layers[1] else '':>14}" for device in devices)
+    )
+    print(f"{'experts held':12}" + "".join(f"{device.n_slots:>14}" for device in devices))
+    rest = f"; {placement.disk_experts} are on disk alone" if placement.disk_experts else ""
+    print(f"of {placement.experts} experts ({format_size(placement.expert_bytes)}){rest}")
+    if not placement.fits:
+        print(f"does not fit: {placement.shortfall:,} bytes more are needed on {placement.short_device}")
         return
     print(f"fits; expected hit rate {bounds.hit_rate:.1%} (experts chosen by chance; the policies of the cache do better on text)")
-    worst, best = "all misses that can be", "every slot hits"
-    if plan.host.fallback and not plan.gpus:  # a fallback copy is read faster than an expert
+    worst, best = "the most misses possible", "every slot hits"
+    if placement.host.fallback and not placement.gpus:  # a fallback copy is read faster than an expert
         worst, best = best, worst
     for what, terms in (
         (f"tokens/s at batch 1: {bounds.expected:.2f} expected", bounds.terms),
-        (f"at least {bounds.lower:.2f} ({worst}, one thing after the other)", bounds.lower_terms),
-        (f"at most {bounds.upper:.2f} ({best}, everything at once: the busiest path counts)", bounds.upper_terms),
+        (f"at least {bounds.lower:.2f} ({worst}, one step after the other)", bounds.lower_terms),
+        (f"at most {bounds.upper:.2f} ({best}, all steps at once, as long as the busiest path takes)", bounds.upper_terms),
     ):
         print(what)
         for term in terms:

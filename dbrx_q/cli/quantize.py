@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from dbrx_q.planning.sizes import parse_size
 
-from dbrx_q.planning.sizes import format_size, parse_size
-
-from . import output
+from . import options, quantize_report, terminal
+from .choices import ACTIVATIONS, METHODS, WEIGHT_FORMATS
+from .help import example
+from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
 
 if TYPE_CHECKING:
     import torch
@@ -19,190 +19,174 @@ if TYPE_CHECKING:
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.checkpoint.remote_shards import RemoteShards
-    from dbrx_q.quantize.pipeline.accelerator import Accelerator
-    from dbrx_q.quantize.pipeline.plan import RunPlan
     from dbrx_q.quantize.pipeline.records import RunRecord
+    from dbrx_q.quantize.pipeline.run import QuantizationRequest
 
 __all__ = ["EXAMPLE", "command"]
 
-_FREE_SHARE = 4  # fifths of the memory that is free
-EXAMPLE = output.example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
+_FREE_SHARE = 4  # fifths of the free memory
+EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
-
-class FormatName(str, Enum):
-    """Formats for the experts."""
-
-    int4 = "int4"
-    int8 = "int8"
-    nf4 = "nf4"
-    nf4_double = "nf4-double"
-
-
-class MethodName(str, Enum):
-    """Quantization methods; the last three are calibrated with a text."""
-
-    rtn = "rtn"
-    clip = "clip"
-    hqq = "hqq"
-    awq = "awq"
-    gptq = "gptq"
-    best = "best"
-
-
-class ActivationsFrom(str, Enum):
-    """Whose activations enter a layer that is calibrated."""
-
-    quantized = "quantized"
-    original = "original"
+_Rules = Annotated[
+    list[str] | None,
+    option(
+        FORMATS,
+        "Format of the tensors that a rule names, as w2=int8:64, blocks.0-3.experts=int4:32 or head=plain; later rules win.",
+        metavar="RULE",
+    ),
+]
+_Device = Annotated[str, option(MEMORY, "cpu, or cuda or cuda:N to quantize on a GPU what fits into it.", metavar="DEVICE")]
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint to quantize: a folder or a hub id.", show_default=False)],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; new or empty.", show_default=False)],
-    format: Annotated[FormatName, typer.Option(help="Format of the experts; embedding, attention and head become int8.")] = FormatName.int4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.")] = 64,
-    tensor: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RULE",
-            help="Another format for some tensors, as w2=int8:64 or blocks.0-3.experts=int4:32 or head=plain; repeatable, later rules win.",
-        ),
-    ] = None,
+    source: Annotated[str, argument("SRC", "Checkpoint to quantize: a folder or a hub id.")],
+    destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
+    format: Annotated[
+        str, option(FORMATS, "Format of the experts: {}; other matrices become int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
+    ] = "int4",
+    group_size: options.GroupSize = 64,
+    tensor: _Rules = None,
     target_bpw: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BITS",
-            help="Bits per weight of the whole checkpoint, for which every tensor gets the format that costs least; with --calibration.",
-            show_default=False,
-        ),
+        float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
+    ] = None,
+    fallback_format: Annotated[
+        str | None,
+        option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
     ] = None,
     method: Annotated[
-        MethodName,
-        typer.Option(help="Quantization method: rtn rounds to nearest, clip and hqq search ranges; awq, gptq and best take --calibration."),
-    ] = MethodName.rtn,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text to calibrate with: text, JSONL, either gzipped, or wikitext2 or c4.")
-    ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to calibrate with; fewer where the text is shorter.")] = 256,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draw of sequences from the text.")] = 0,
+        str, option(METHOD, "Quantization method: {}; awq, gptq and best need --calibration.", metavar="METHOD", one_of=METHODS)
+    ] = "rtn",
+    act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
+    calibration: Annotated[str | None, option(CALIBRATION, options.TEXT_HELP, metavar="FILE")] = None,
+    sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from the text.", metavar="N")] = 256,
+    length: Annotated[int, option(CALIBRATION, "Tokens of a sequence.", metavar="N")] = 512,
+    seed: Annotated[int, option(CALIBRATION, "Seed of the draw.", metavar="N")] = 0,
     activations: Annotated[
-        ActivationsFrom, typer.Option(help="Whose activations enter a layer: of the layers before it as quantized, or as they were.")
-    ] = ActivationsFrom.quantized,
+        str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
+    ] = "quantized",
     all_experts: Annotated[
-        bool, typer.Option(help="Calibrate every expert with all tokens, not with those that are routed to it.")
+        bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")
     ] = False,
-    act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first (gptq, best).")] = True,
-    fallback_format: Annotated[
-        FormatName | None,
-        typer.Option(
-            help="Also write a fallback copy, by the same method, for `--fallback`; it lies in DST/fallback and is a checkpoint by itself.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Host memory that may be used, as 24GiB; four fifths of what is free unless given.", show_default=False),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, or cuda or cuda:N to multiply and round on a GPU; what does not fit there is done by the CPU.")
-    ] = "cpu",
-    device_memory: Annotated[
-        str | None,
-        typer.Option(help="GPU memory that may be used, as 20GiB; nine tenths of what it has unless given.", show_default=False),
-    ] = None,
+    memory: Annotated[str | None, option(MEMORY, "Host memory to use, as 24GiB.", metavar="SIZE", default="4/5 of what is free")] = None,
+    device: _Device = "cpu",
+    device_memory: Annotated[str | None, option(MEMORY, "GPU memory to use, as 20GiB.", metavar="SIZE", default="9/10 of it")] = None,
+    revision: Annotated[str | None, option(HUB, "Branch, tag or commit of SRC.", metavar="NAME")] = None,
     low_disk: Annotated[
-        bool, typer.Option(help="Delete each shard from the hub as soon as it was used; --target-bpw then fetches all of them twice.")
+        bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")
     ] = False,
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="Repository on the hub to upload the result to; made if need be.", show_default=False),
-    ] = None,
-    public: Annotated[bool, typer.Option(help="Make that repository public; private unless given.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on where the same command was interrupted or killed.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be written and what it would take, and stop.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    push: Annotated[str | None, option(HUB, "Upload the result to this repository.", metavar="OWNER/NAME")] = None,
+    public: Annotated[bool, option(HUB, "Make that repository public if it is new.", "--public")] = False,
+    resume: options.Resume = False,
+    dry_run: Annotated[bool, option(OUTPUT, "Print what would be written and what it would take, then stop.", "--dry-run")] = False,
+    json: options.Json = False,
 ) -> None:
-    """Write a quantized copy of a checkpoint; what was finished when it is interrupted or killed is kept for --resume."""
-    from dataclasses import replace
-
+    """Write a quantized copy of a checkpoint. An interrupted run keeps what is finished, and --resume continues it."""
     from dbrx_q.checkpoint.hub import check_push
     from dbrx_q.checkpoint.hub import push as upload
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.checkpoint.staging import partial_of
     from dbrx_q.errors import RequestError
-    from dbrx_q.experts.fallback import FALLBACK_FOLDER
     from dbrx_q.planning.host_memory import available_bytes
     from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
-    from dbrx_q.quantize.methods.choose import METHODS
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
-    from dbrx_q.quantize.pipeline.run import QuantizationRequest, already_there, plan_checkpoint, quantize_checkpoint
+    from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint
 
-    chosen = METHODS[method.value]
-    if calibration is not None and not chosen.calibrated and target_bpw is None:
-        raise RequestError(f"the method {method.value} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
-    if chosen.compares and activations is ActivationsFrom.original:
-        raise RequestError(f"the method {method.value} must see the quantized model's activations; found --activations original. Name gptq")
+    _check_method(method, calibration, target_bpw, activations)
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
-    place = _opened(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
-    folder = place if isinstance(place, Path) else place.folder
+    opened = _opened(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
     if push is not None and not dry_run:
         check_push(push, private=not public)
+    folder = opened if isinstance(opened, Path) else opened.folder
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = QuantizationRequest(
-        _formats(TensorFormat(format.value, group_size), tensor or [], target_bpw, tokens, fallback_format),
-        method=method.value,
+        _formats(TensorFormat(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
+        method=method,
         source=source,
         name=push or "",
         measured=None if target_bpw is None else {"target_bpw": target_bpw, "rules": tensor or [], "calibration": about},
         sequences=tokens,
         about=about,
-        options=CalibrationOptions(activations=activations.value, all_experts=all_experts, act_order=act_order),
+        options=CalibrationOptions(activations=activations, all_experts=all_experts, act_order=act_order),
         accelerator=accelerator,
     )
-    requests = [(destination, request)]
-    if fallback_format is not None:
-        small = _formats(TensorFormat(fallback_format.value, 64), [], None, None)
-        other = replace(request, assign_formats=small, measured=None, name="")
-        if not chosen.calibrated:  # the text was for --target-bpw
-            other = replace(other, sequences=None, about=None)
-        requests.append((destination / FALLBACK_FOLDER, other))
+    requests = _with_fallback(destination, request, fallback_format)
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
-    runs: dict[Path, RunRecord] = {}
     try:
         if dry_run:
-            _show_plans([plan_checkpoint(place, some, memory=budget) for _, some in requests], accelerator, json=json)
+            plans = [plan_checkpoint(opened, each, memory=budget) for each in requests.values()]
+            quantize_report.show_plans(plans, accelerator, json=json)
             return
-        for folder, some in requests:
-            if resume and already_there(place, folder, some):
-                output.stderr().print(f"{folder} is complete already", markup=False, soft_wrap=True)
-                continue
-            with output.progress("quantizing", unit_bytes=True) as on_bytes:
-                runs[folder] = quantize_checkpoint(place, folder, some, resume=resume, memory=budget, on_bytes=on_bytes)
-    except KeyboardInterrupt:
-        left = [partial_of(folder) for folder, _ in requests if partial_of(folder).exists()]
-        if not left:
-            raise
-        message = f"interrupted; what is finished is kept in {left[0]}, and the same command with --resume goes on from there"
-        output.stderr().print(f"dbrx-q: error: {message}", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        runs = _run(opened, requests, budget, resume=resume)
     finally:
-        if not isinstance(place, Path):
-            place.close(keep=any(partial_of(folder).exists() for folder, _ in requests))
-    _show_runs(runs, json=json)
+        if not isinstance(opened, Path):
+            opened.close(keep=any(partial_of(folder).exists() for folder in requests))
+    quantize_report.show_runs(runs, json=json)
     if push is not None:
-        output.stderr().print(f"uploading {destination} to {push}", markup=False, soft_wrap=True)
-        output.stderr().print(f"uploaded: {upload(destination, push)}", markup=False, soft_wrap=True)
+        terminal.say(f"uploading {destination} to {push}")
+        terminal.say(f"uploaded: {upload(destination, push)}")
+
+
+def _check_method(method: str, calibration: str | None, target_bpw: float | None, activations: str) -> None:
+    """Refuse options that the method does not take."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.quantize.methods.choose import METHODS
+
+    if calibration is not None and not METHODS[method].calibrated and target_bpw is None:
+        raise RequestError(f"the method {method} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
+    if METHODS[method].compares and activations == "original":
+        raise RequestError(f"the method {method} must see the quantized model's activations; found --activations original. Name gptq")
+
+
+def _with_fallback(destination: Path, request: QuantizationRequest, fallback_format: str | None) -> dict[Path, QuantizationRequest]:
+    """Folder to what is written there: the checkpoint and, if it is wanted, the fallback copy, in this order."""
+    from dataclasses import replace
+
+    from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.experts.fallback import FALLBACK_FOLDER
+    from dbrx_q.quantize.methods.choose import METHODS
+
+    if fallback_format is None:
+        return {destination: request}
+    formats = _formats(TensorFormat(fallback_format, 64), [], None, None)
+    fallback = replace(request, assign_formats=formats, measured=None, name="")
+    if not METHODS[request.method].calibrated:  # the text was for --target-bpw
+        fallback = replace(fallback, sequences=None, about=None)
+    return {destination: request, destination / FALLBACK_FOLDER: fallback}
+
+
+def _run(opened: Path | RemoteShards, requests: dict[Path, QuantizationRequest], budget: int, *, resume: bool) -> dict[Path, RunRecord]:
+    """Quantize into every folder that is not complete yet; folder to record of its run.
+
+    Raises:
+        typer.Exit: an interruption after which --resume can continue.
+    """
+    from dbrx_q.checkpoint.staging import partial_of
+    from dbrx_q.quantize.pipeline.run import already_there, quantize_checkpoint
+
+    runs: dict[Path, RunRecord] = {}
+    try:
+        for folder, request in requests.items():
+            if resume and already_there(opened, folder, request):
+                terminal.say(f"{folder} is complete already")
+                continue
+            with terminal.progress("quantizing", unit_bytes=True) as on_bytes:
+                runs[folder] = quantize_checkpoint(opened, folder, request, resume=resume, memory=budget, on_bytes=on_bytes)
+    except KeyboardInterrupt:
+        partial = [partial_of(folder) for folder in requests if partial_of(folder).exists()]
+        if not partial:
+            raise
+        message = f"interrupted; what is finished is kept in {partial[0]}, and the same command with --resume goes on from there"
+        raise terminal.failed(message) from None
+    return runs
 
 
 def _opened(source: str, revision: str | None, storage: Path | None) -> Path | RemoteShards:
-    """A folder, or a repository of which no weights have been fetched.
+    """The source's folder, or its repository on the hub, of which no weights have been fetched yet.
 
     Raises:
-        RequestError: a folder whose files shall be deleted.
+        RequestError: --low-disk for a folder, whose files are not deleted.
     """
     from dbrx_q.checkpoint.hub import is_on_hub, resolve_folder
     from dbrx_q.checkpoint.remote_shards import RemoteShards
@@ -220,12 +204,19 @@ def _formats(
     rules: Sequence[str],
     target: float | None,
     tokens: torch.Tensor | None,
-    fallback_format: FormatName | None = None,
+    fallback_format: str | None = None,
 ) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
-    """The formats of a checkpoint's tensors, by the options; those of the fallback copy that it is to carry must be smaller.
+    """A function that gives every tensor of a checkpoint the format that the options name.
+
+    Args:
+        experts: the format of the experts.
+        rules: of --tensor.
+        target: bits per weight of --target-bpw.
+        tokens: int64 [sequences, length], the text to measure errors on for `target`.
+        fallback_format: format of the fallback copy, which the function checks to be smaller.
 
     Raises:
-        RequestError: a target without a text to measure errors with.
+        RequestError: a target without a text.
     """
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
@@ -235,7 +226,7 @@ def _formats(
     def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
         if fallback_format is not None:
             check_fallback(
-                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat(fallback_format.value, 64)), "--fallback-format"
+                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat(fallback_format, 64)), "--fallback-format"
             )
         return formats
 
@@ -245,14 +236,14 @@ def _formats(
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration FILE")
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
-        with output.progress("measuring errors") as on_layer:
+        with terminal.progress("measuring errors") as on_layer:
             return checked(checkpoint, allocated_formats(checkpoint, tokens, target, rules=rules, on_layer=on_layer))
 
     return allocated
 
 
 def _calibration(folder: Path, text: str | None, count: int, length: int, seed: int) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
-    """(the sequences, what is said of them in config.json) for a text; nothing without one."""
+    """(int64 [count, length], what config.json says of them) for the sequences that are drawn from a text; (None, None) without one."""
     if text is None:
         return None, None
     from dbrx_q.eval.texts import load_text
@@ -260,102 +251,5 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     loaded = load_text(text)
-    found = sequences_of(DbrxTokenizer.from_pretrained(folder).encode(loaded.text), count=count, length=length, seed=seed)
-    return found, {"text_sha256": loaded.sha256, "sequences": len(found), "length": length, "seed": seed}
-
-
-def _show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, json: bool) -> None:
-    """Of the checkpoint, and of the fallback copy that it is to carry."""
-    from dataclasses import asdict
-
-    from dbrx_q.quantize.pipeline.plan import seconds_of
-
-    seconds = [seconds_of(plan) for plan in plans]
-    bits = [8 * plan.bytes_out / plan.parameters for plan in plans]
-    if json:
-        shown = [
-            asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": each, "seconds": time}
-            for plan, each, time in zip(plans, bits, seconds, strict=True)
-        ]
-        output.print_json(shown[0] | ({"fallback": shown[1]} if shown[1:] else {}))
-        return
-    for n, plan in enumerate(plans):
-        if n:
-            print("\nfallback copy:")
-        _show_plan(plan, accelerator, bits[n], seconds[n])
-
-
-def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:
-    print(f"reads       {format_size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
-    print(f"writes      {format_size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
-    for kind, each in plan.bits.items():
-        print(f"  {kind:22}{each:6.3f} bits per weight")
-    where = "in files" if plan.in_files else "in memory"
-    print(
-        f"memory      {format_size(plan.peak_memory):>10}  at most"
-        + (f", activations of {format_size(plan.activations)} {where}" if plan.activations else "")
-    )
-    if accelerator is not None:
-        where = f"at most on {accelerator.name}, which rounds {plan.accelerated:,} of {plan.matrices:,} matrices"
-        print(f"GPU memory  {format_size(accelerator.memory):>10}  {where}")
-    if plan.fetch:
-        print(f"downloads   {format_size(plan.fetch):>10}  which take at most {format_size(plan.fetch_disk)} of disk at a time")
-    print(f"disk        {format_size(plan.disk):>10}  must be free where it is written")
-    print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
-
-
-def _show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
-    """Of the checkpoint, and of its fallback copy, where they were made."""
-    if json and runs:
-        first, *rest = (_as_dict(run, folder) for folder, run in runs.items())
-        output.print_json(first | ({"fallback": rest[0]} if rest else {}))
-        return
-    for folder, run in runs.items():
-        _show_run(run, folder)
-
-
-def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
-    return {
-        "source": run.source,
-        "destination": str(destination),
-        "method": run.method,
-        "calibration": run.options.get("calibration"),
-        "undersampled_experts": _undersampled(run),
-        "parameters": run.parameters,
-        "bytes_in": run.bytes_in,
-        "bytes_out": run.bytes_out,
-        "bits_per_weight_in": 8 * run.bytes_in / run.parameters,
-        "bits_per_weight_out": 8 * run.bytes_out / run.parameters,
-        "shards": run.shards,
-        "seconds": run.seconds,
-        "resumed_seconds": run.resumed_seconds,
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "device": run.device,
-        "peak_device_bytes": run.peak_device_bytes,
-    }
-
-
-def _undersampled(run: RunRecord) -> list[tuple[int, int]]:
-    return sorted({(record.layer, record.expert) for record in run.undersampled})
-
-
-def _show_run(run: RunRecord, destination: Path) -> None:
-    before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
-    undersampled, calibration = _undersampled(run), run.options.get("calibration")
-    print(f"before  {format_size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
-    print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
-    if calibration is not None:
-        print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
-    if undersampled:
-        print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
-    earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
-    speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
-    there = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""
-    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {format_size(run.peak_memory_bytes)}{there}")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    drawn = sequences_of(DbrxTokenizer.from_pretrained(folder).encode(loaded.text), count=count, length=length, seed=seed)
+    return drawn, {"text_sha256": loaded.sha256, "sequences": len(drawn), "length": length, "seed": seed}

@@ -2,64 +2,44 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from . import budgets, measuring, output
-from .budgets import GpuSizes, Ram
-from .generate import DEVICE_HELP, Dtype
+from . import measurement, memory_budget, options, terminal
+from .choices import PARTS, WEIGHT_FORMATS
+from .help import example
+from .options import FORMATS, TEXT, argument, option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dbrx_q.eval.sensitivity.measure import Sensitivity
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q sensitivity databricks/dbrx-instruct --text wiki.test.txt --by layer --out sensitivity")
+EXAMPLE = example("dbrx-q sensitivity databricks/dbrx-instruct --text wiki.test.txt --by layer --out sensitivity")
 _PLAIN_BITS = 16
 
 
-class By(str, Enum):
-    """What is rounded at a time."""
-
-    kind = "kind"
-    layer = "layer"
-    tensor = "tensor"
-
-
-class RoundedFormat(str, Enum):
-    """Formats of weights."""
-
-    int4 = "int4"
-    int8 = "int8"
-    nf4 = "nf4"
-    nf4_double = "nf4-double"
-
-
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint with plain weights: a folder or a hub id.", show_default=False)],
-    text: Annotated[str, typer.Option(metavar="FILE", help=measuring.TEXT_HELP, show_default=False)],
-    by: Annotated[By, typer.Option(help="What is rounded at a time: a kind of tensor in all layers, a layer, or a tensor.")] = By.tensor,
+    path: Annotated[str, argument("PATH", "Plain checkpoint: a folder or a hub id.")],
+    text: options.Text,
+    context: Annotated[int | None, option(TEXT, "Tokens of a window.", metavar="N", default="512, at most the model's")] = None,
+    windows: Annotated[int, option(TEXT, "Most windows to measure, from the start of the text.", metavar="N")] = 16,
+    by: Annotated[str, option(FORMATS, "What is quantized at a time: a {}.", metavar="PART", one_of=PARTS)] = "tensor",
     formats: Annotated[
-        list[RoundedFormat] | None,
-        typer.Option("--format", help="What it is rounded to; may be repeated. [default: int4]", show_default=False),
+        list[str] | None,
+        option(FORMATS, "Format to try: {}; may be given again.", "--format", metavar="FORMAT", one_of=WEIGHT_FORMATS, default="int4"),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Neighbouring weights that share a scale.")] = 64,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window; 512, or the model's context where that is shorter.", show_default=False)
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows from the start of the text that are measured on, at most.")] = 16,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for sensitivity.json, .md and .png.", show_default=False)] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    ram: Ram = None,
-    gpu: GpuSizes = None,
-    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    group_size: options.GroupSize = 64,
+    device: options.Device = "cpu",
+    dtype: options.MeasuredDtype = None,
+    ram: options.Ram = None,
+    gpu: options.GpuSizes = None,
+    out: options.OutFolder = None,
+    resume: options.Resume = False,
+    json: options.Json = False,
 ) -> None:
-    """Round one part of a model at a time and measure how far its predictions move: where bits are worth most."""
+    """Quantize one part of a model at a time and measure how far its predictions move, which shows where bits matter most."""
     from dataclasses import asdict
 
     from dbrx_q.checkpoint.layout import TensorFormat
@@ -68,7 +48,7 @@ def command(
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.sensitivity.measure import check_formats, measurable, sensitivity, units_of
-    from dbrx_q.eval.sensitivity.report import FILES, KEYS, without_figures, write_report
+    from dbrx_q.eval.sensitivity.report import FILES, KEYS
     from dbrx_q.eval.texts import load_text
     from dbrx_q.eval.windows import Protocol
     from dbrx_q.model.devices import check_device
@@ -76,82 +56,83 @@ def command(
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
-    place = check_device(device)
-    words = load_text(text)
+    torch_device = check_device(device)
+    loaded_text = load_text(text)
     source = open_source(path)
     if source.bits_per_weight < _PLAIN_BITS:
         raise RequestError(
             f"{path}: sensitivity must start from plain weights; found {source.format}, {source.bits_per_weight:.2f} bits per weight. "
             "Give the checkpoint that it was made from"
         )
-    how = Protocol.of(min(512, source.config.max_seq_len) if context is None else context, limit=windows)
-    ids = source.tokenizer().encode(words.text)
-    how.check(len(ids), source.config, source=text)
-    units = units_of(source.config, by.value)
-    wanted = [TensorFormat(name, group_size) for name in dict.fromkeys(fmt.value for fmt in formats or [RoundedFormat.int4])]
-    check_formats(source.config, units, wanted)
+    windowing = Protocol.of(min(512, source.config.max_seq_len) if context is None else context, limit=windows)
+    ids = source.tokenizer().encode(loaded_text.text)
+    windowing.check(len(ids), source.config, source=text)
+    units = units_of(source.config, by)
+    tensor_formats = [TensorFormat(name, group_size) for name in dict.fromkeys(formats or ["int4"])]
+    check_formats(source.config, units, tensor_formats)
     checkpoint = source.sha256()
-    chosen = measuring.dtype_of(dtype, place)
-    key = run_key("sensitivity", {}, source, checkpoint, ids, how, dtype=chosen, kv_format="plain", device=place)
-    state = RunState(key | {"by": by.value, "formats": [asdict(fmt) for fmt in wanted]})
+    torch_dtype = measurement.dtype_of(dtype, torch_device)
+    key = run_key("sensitivity", {}, source, checkpoint, ids, windowing, dtype=torch_dtype, kv_format="plain", device=torch_device)
+    state = RunState(key | {"by": by, "formats": [asdict(fmt) for fmt in tensor_formats]})
     if not resume:
         state.clear()
     try:
-        budgets.give(source, ram, gpu, context=how.context)
-        model = source.load(dtype=chosen, device=place)
-        with output.progress("parts") as on_run:
-            found = sensitivity(
+        memory_budget.give_budget(source, ram, gpu, context=windowing.context)
+        model = source.load(dtype=torch_dtype, device=torch_device)
+        with terminal.progress("parts") as on_run:
+            result = sensitivity(
                 model,
                 ids,
-                how,
+                windowing,
                 units,
-                wanted,
+                tensor_formats,
                 checkpoint=path,
                 sha256=checkpoint,
-                text=words,
-                by=by.value,
-                provenance=provenance(place, command_line()),
+                text=loaded_text,
+                by=by,
+                provenance=provenance(torch_device, command_line()),
                 state=state,
                 on_run=on_run,
             )
-    except Exception:  # whatever it is, it is explained after this
+    except Exception:  # the caller prints any error
         if state.path.exists():
-            _say("what was measured is kept: the same command with --resume goes on")
+            terminal.say("what was measured is kept: the same command with --resume goes on")
         raise
-    if json:
-        output.print_json(found.to_dict())
-    else:
-        _print(found)
-    for note in without_figures(found):
-        _say(note)
-    if out is not None:
-        write_report(found, out)
-        _say(str(out / "sensitivity.md"))
-    total = len(measurable(units, wanted)[0])
-    if not found.complete:
-        how_on = "the same command with --resume goes on" if state.path.exists() else "they could not be kept for --resume"
-        _say(f"dbrx-q: error: interrupted after {len(found.units)} of {total} parts; the figures are of these alone, and {how_on}")
-        raise typer.Exit(2)
+    _report(result, out, json=json)
+    total = len(measurable(units, tensor_formats)[0])
+    if not result.complete:
+        resumable = "the same command with --resume goes on" if state.path.exists() else "they could not be kept for --resume"
+        raise terminal.failed(f"interrupted after {len(result.units)} of {total} parts; the figures are of these alone, and {resumable}")
     state.clear()
-    if found.failed:
-        _say(f"dbrx-q: error: {len(found.failed)} of {total} parts could not be measured; the figures are of all others")
-        raise typer.Exit(2)
+    if result.failed:
+        raise terminal.failed(f"{len(result.failed)} of {total} parts could not be measured; the figures are of all others")
 
 
-def _say(message: str) -> None:
-    output.stderr().print(message, markup=False, soft_wrap=True)
+def _report(result: Sensitivity, out: Path | None, *, json: bool) -> None:
+    """Print the figures and write them to the folder."""
+    from dbrx_q.eval.sensitivity.report import without_figures, write_report
+
+    if json:
+        terminal.print_json(result.to_dict())
+    else:
+        _print(result)
+    for note in without_figures(result):
+        terminal.say(note)
+    if out is not None:
+        write_report(result, out)
+        terminal.say(str(out / "sensitivity.md"))
 
 
-def _print(found: Sensitivity) -> None:
+def _print(result: Sensitivity) -> None:
     from dbrx_q.eval.sensitivity.report import table
 
-    rows = table(found)
+    rows = table(result)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [
             cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
-    part = "" if found.complete else "partial: "
-    tokens = f"{found.windows} windows of {found.context} tokens, {found.tokens:,} predicted"
-    print(f"\n{part}{tokens}; perplexity as it is {found.perplexity:.4f}", flush=True)
+    part = "" if result.complete else "partial: "
+    tokens = f"{result.windows} windows of {result.context} tokens, {result.tokens:,} predicted"
+    print(f"\n{part}{tokens}; perplexity as it is {result.perplexity:.4f}", flush=True)

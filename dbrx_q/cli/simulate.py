@@ -5,35 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from dbrx_q.planning.policy_names import MissPolicy
-from dbrx_q.planning.sizes import parse_size
 
-from . import budgets, output
-from .generate import KV_HELP, KvFormat
+from . import memory_budget, options, terminal
+from .help import example
+from .options import TEXT, argument, option
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q simulate trace.npz --gpu 24GiB --ram 64GiB --out simulation")
+EXAMPLE = example("dbrx-q simulate trace.npz --gpu 24GiB --ram 64GiB --out simulation")
 
 
 def command(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="What `dbrx-q trace` wrote.", show_default=False)],
-    gpu: Annotated[list[str] | None, typer.Option(help=budgets.PLANNED_GPU_HELP, show_default=False)] = None,
-    ram: Annotated[str | None, typer.Option(help=budgets.RAM_HELP, show_default=False)] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a sequence; 4096, or the model's context where that is shorter.")] = None,
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    tokens: Annotated[int, typer.Option(help="Tokens from the start of the trace.")] = 256,
-    recorded: Annotated[bool, typer.Option("--recorded", help="In the steps of the recording, not token by token.")] = False,
-    miss_policy: Annotated[MissPolicy, typer.Option(help=budgets.MISS_HELP)] = MissPolicy.hybrid,
-    host_bandwidth: Annotated[str, typer.Option(help="What host memory gives in a second.")] = "60GB",
-    disk_bandwidth: Annotated[str, typer.Option(help="What the disk gives in a second.")] = "5GB",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the table, the figures as JSON, and the plot.")] = None,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    path: Annotated[Path, argument("TRACE", "Trace that `dbrx-q trace` wrote.")],
+    gpu: options.PlannedGpus = None,
+    ram: options.PlannedRam = None,
+    host_bandwidth: options.HostBandwidth = "60GB",
+    disk_bandwidth: options.DiskBandwidth = "5GB",
+    context: options.PlannedContext = None,
+    kv: options.Kv = "plain",
+    miss_policy: options.MissPolicy = MissPolicy.hybrid.value,
+    tokens: Annotated[int, option(TEXT, "Tokens from the start of the trace.", metavar="N")] = 256,
+    recorded: Annotated[bool, option(TEXT, "Replay the recorded steps, not token by token.", "--recorded")] = False,
+    out: options.OutFolder = None,
+    json: options.Json = False,
 ) -> None:
-    """Replay a trace through every cache policy on a machine: hits, experts brought, tokens/s; with --out also with caches of other
-    sizes."""
+    """Replay a trace through every cache policy on a machine, and print hits, expert loads and tokens/s.
+
+    With --out the report shows other cache sizes too.
+    """
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.simulation_report import FILES, KEYS, files, markdown
@@ -42,7 +42,6 @@ def command(
     from dbrx_q.experts.trace import Trace
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
     from dbrx_q.planning.footprint import MemoryRequest
-    from dbrx_q.planning.machine import Machine
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
@@ -51,24 +50,23 @@ def command(
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
-    limit = None if ram is None else parse_size(ram)
-    machine = Machine(limit, budgets.planned_gpus(gpu), budgets.rate(host_bandwidth), budgets.rate(disk_bandwidth))
-    request = MemoryRequest(context, 1, kv.value)
-    with output.progress("runs") as on_run:
-        found = sweep(
+    machine = memory_budget.machine_of(ram, gpu, host_bandwidth, disk_bandwidth)
+    request = MemoryRequest(context, 1, kv)
+    with terminal.progress("runs") as on_run:
+        result = sweep(
             trace,
             machine,
             request,
             tokens=tokens,
             one_by_one=not recorded,
-            miss_policy=miss_policy,
+            miss_policy=MissPolicy(miss_policy),
             curve=out is not None,
             on_run=on_run,
         )
     if json:
-        output.print_json(found.to_dict())
+        terminal.print_json(result.to_dict())
     else:
-        print(markdown(found), end="")
+        print(markdown(result), end="")
     if out is not None:
-        write_files(out, files(found))
-        output.stderr().print(str(out / "simulation.png"), markup=False, soft_wrap=True)
+        write_files(out, files(result))
+        terminal.say(str(out / "simulation.png"))

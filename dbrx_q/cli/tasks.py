@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from . import measurement, memory_budget, options, terminal
+from .help import example
+from .options import OUTPUT, TASKS, option
 
-from . import budgets, measuring, output
-from .budgets import Fallback, GpuSizes, Ram
-from .generate import DEVICE_HELP, KV_HELP, Dtype, KvFormat
+if TYPE_CHECKING:
+    import typer
+
+    from dbrx_q.eval.tasks.run import TaskResults
+    from dbrx_q.sources.base import Source
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example(
+EXAMPLE = example(
     "dbrx-q tasks dbrx-int4 --tasks hellaswag,arc_easy --batch 8",
     "dbrx-q tasks dbrx-int4 --tasks gsm8k --limit 100 --chat",
 )
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help=measuring.CHECKPOINT_HELP, show_default=False)],
-    tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks of lm-evaluation-harness, by commas.", show_default=False)],
-    tasks_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with task YAMLs of your own; they come first.", show_default=False)
-    ] = None,
+    path: options.Measured,
+    tasks: Annotated[str, option(TASKS, "Tasks of lm-evaluation-harness, separated by commas.", metavar="NAMES", default=False)],
+    tasks_path: Annotated[Path | None, option(TASKS, "Folder of your own task YAMLs, which take precedence.", metavar="DIR")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question; each task's own number unless given.")
+        int | None, option(TASKS, "Examples before each question.", metavar="N", default="each task's own", least=0)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="DOCUMENTS", help="Only so many of each task, for a trial.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 8,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the checkpoint's chat template, examples as turns.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what --json prints here too.", show_default=False)] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help=measuring.DTYPE_HELP, show_default=False)] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    ram: Ram = None,
-    gpu: GpuSizes = None,
-    fallback: Fallback = False,
-    kv: Annotated[KvFormat, typer.Option(help=KV_HELP)] = KvFormat.plain,
-    resume: Annotated[bool, typer.Option("--resume", help=measuring.RESUME_HELP)] = False,
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    limit: Annotated[int | None, option(TASKS, "Most documents of each task, for a trial.", metavar="N", default="all", least=1)] = None,
+    batch: Annotated[int, option(TASKS, "Requests that run together.", metavar="N", least=1)] = 8,
+    chat: Annotated[bool, option(TASKS, "Put prompts into the chat template, with examples as turns.", "--chat")] = False,
+    device: options.Device = "cpu",
+    dtype: options.MeasuredDtype = None,
+    kv: options.Kv = "plain",
+    ram: options.Ram = None,
+    gpu: options.GpuSizes = None,
+    fallback: options.Fallback = False,
+    out: Annotated[Path | None, option(OUTPUT, "File for the JSON object that --json prints.", metavar="FILE")] = None,
+    resume: options.Resume = False,
+    json: options.Json = False,
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
     from dbrx_q.errors import RequestError
@@ -53,38 +55,38 @@ def command(
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
     from dbrx_q.sources.open import open_source
 
-    place = check_device(device)
+    torch_device = check_device(device)
     if out is not None:
         _check_out(out)
     source = open_source(path, fallback=fallback)
     tokenizer = source.tokenizer()
     if chat and tokenizer.chat_template is None:
         raise RequestError(f"{path}: --chat needs a chat template; the checkpoint has none. Leave --chat out")
-    chosen = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], tasks_path)
+    selection = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], tasks_path)
     checkpoint = source.sha256()
-    chosen_dtype = measuring.dtype_of(dtype, place)
+    torch_dtype = measurement.dtype_of(dtype, torch_device)
     context = min(DEFAULT_CONTEXT, source.config.max_seq_len)
-    budgets.give(source, ram, gpu, context=context, caches=CACHES, kv_format=kv.value, fallback=fallback)
-    asked = {"tasks": list(chosen.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv.value}
-    where = provenance(place, command_line())
-    decides: dict[str, Any] = {"fallback": fallback_of(source)} if fallback else {}
-    decides |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(chosen_dtype)}
-    state = RunState(asked | decides | {name: where[name] for name in ("versions", "device", "threads")})
+    memory_budget.give_budget(source, ram, gpu, context=context, caches=CACHES, kv_format=kv, fallback=fallback)
+    request = {"tasks": list(selection.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv}
+    origin = provenance(torch_device, command_line())
+    key: dict[str, Any] = {"fallback": fallback_of(source)} if fallback else {}
+    key |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(torch_dtype)}
+    state = RunState(request | key | {name: origin[name] for name in ("versions", "device", "threads")})
     if not resume:
         state.clear()
     answers = Answers(state)
     try:
-        with output.progress("requests") as on_done:
-            found = run_tasks(
-                chosen,
-                lambda: source.load(dtype=chosen_dtype, device=place),
+        with terminal.progress("requests") as on_done:
+            result = run_tasks(
+                selection,
+                lambda: source.load(dtype=torch_dtype, device=torch_device),
                 tokenizer,
                 source.config,
                 name=path,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=batch,
-                kv_format=kv.value,
+                kv_format=kv,
                 chat=chat,
                 answers=answers,
                 on_done=on_done,
@@ -93,44 +95,52 @@ def command(
         if not answers.done:
             raise
         raise _interrupted(answers.done, answers.total, kept=state.path.exists()) from None
-    where["versions"] |= found.versions
-    result = {
+    origin["versions"] |= result.versions
+    report = _as_dict(result, source, path, checkpoint, request, origin)
+    if json:
+        terminal.print_json(report)
+    else:
+        _print(result, source, path, checkpoint, str(origin["device"]))
+    if result.cut_contexts:
+        window = source.config.max_seq_len
+        terminal.say(f"the beginning of {result.cut_contexts:,} contexts was left out: they are longer than the model's {window:,}")
+    if out is not None:
+        write_files(out.parent, {out.name: _encoded(report)})
+    state.clear()
+
+
+def _as_dict(
+    result: TaskResults, source: Source, path: str, checkpoint: str, request: dict[str, Any], origin: dict[str, Any]
+) -> dict[str, Any]:
+    return {
         "checkpoint": path,
         "checkpoint_sha256": checkpoint,
         "format": source.format,
         "bits_per_weight": source.bits_per_weight,
-        **found.values,
-        **asked,
-        "dtype": found.dtype,
-        "requested_tokens": found.requested_tokens,
-        "prefilled_tokens": found.prefilled_tokens,
-        "cut_contexts": found.cut_contexts,
-        "requests_sha256": found.requests_sha256,
-        "seeds": found.seeds,
-        "provenance": where,
+        **result.values,
+        **request,
+        "dtype": result.dtype,
+        "requested_tokens": result.requested_tokens,
+        "prefilled_tokens": result.prefilled_tokens,
+        "cut_contexts": result.cut_contexts,
+        "requests_sha256": result.requests_sha256,
+        "seeds": result.seeds,
+        "provenance": origin,
     }
-    if json:
-        output.print_json(result)
-    else:
-        print(found.table())
-        print(
-            f"\n{path}  ({source.format}, {source.bits_per_weight:.3f} bits per weight, sha256 {checkpoint[:16]})\n"
-            f"{found.prefilled_tokens:,} tokens of prompts were computed for {found.requested_tokens:,}: the rest were shared prefixes\n"
-            f"{where['device']}, {found.dtype}, lm_eval {found.versions['lm_eval']}",
-            flush=True,
-        )
-    if found.cut_contexts:
-        message = (
-            f"the beginning of {found.cut_contexts:,} contexts was left out: they are longer than the model's {source.config.max_seq_len:,}"
-        )
-        output.stderr().print(message, markup=False, soft_wrap=True)
-    if out is not None:
-        write_files(out.parent, {out.name: _encoded(result)})
-    state.clear()
+
+
+def _print(result: TaskResults, source: Source, path: str, checkpoint: str, device: str) -> None:
+    print(result.table())
+    print(
+        f"\n{path}  ({source.format}, {source.bits_per_weight:.3f} bits per weight, sha256 {checkpoint[:16]})\n"
+        f"{result.prefilled_tokens:,} tokens of prompts were computed for {result.requested_tokens:,}: the rest were shared prefixes\n"
+        f"{device}, {result.dtype}, lm_eval {result.versions['lm_eval']}",
+        flush=True,
+    )
 
 
 def _check_out(path: Path) -> None:
-    """Refuse what could not be written at the end, and what a former run did not write."""
+    """Refuse a file that could not be written at the end of the run, and one that this command did not write."""
     import os
 
     from dbrx_q.errors import RequestError
@@ -154,7 +164,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _encoded(result: dict[str, Any]) -> bytes:
-    """JSON, with null for a number that is not finite, for which it has no word."""
+    """JSON; a number that is not finite, which JSON cannot express, becomes null."""
     import json
 
     finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
@@ -162,7 +172,6 @@ def _encoded(result: dict[str, Any]) -> bytes:
 
 
 def _interrupted(done: int, total: int, *, kept: bool) -> typer.Exit:
-    """Says on stderr how far the run came and whether it can go on; raise what it gives."""
-    how = "the same command with --resume goes on" if kept else "their answers could not be kept for --resume"
-    output.stderr().print(f"dbrx-q: error: interrupted after {done:,} of {total:,} requests; {how}", markup=False, soft_wrap=True)
-    return typer.Exit(2)
+    """Print on stderr how far the run got and whether --resume can continue it; raise the result."""
+    resume = "the same command with --resume goes on" if kept else "their answers could not be kept for --resume"
+    return terminal.failed(f"interrupted after {done:,} of {total:,} requests; {resume}")

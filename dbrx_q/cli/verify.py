@@ -3,79 +3,45 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from . import options, terminal
+from .help import example
 
-from . import output
+if TYPE_CHECKING:
+    from dbrx_q.checkpoint.manifest import Manifest
 
 __all__ = ["EXAMPLE", "command"]
 
-EXAMPLE = output.example("dbrx-q verify dbrx-int4")
+EXAMPLE = example("dbrx-q verify dbrx-int4")
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a hub id.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help=output.JSON_HELP)] = False,
+    path: options.Checkpoint,
+    json: options.Json = False,
 ) -> None:
-    """Recompute the SHA-256 of every file and compare; exit code 1 where one differs, 2 where experts of some layer are not quantized.
+    """Recompute the SHA-256 of every file and compare it with the manifest.
 
-    A plain checkpoint has no manifest: its headers are checked against config.json, its shards against the sums that the hub's cache
-    keeps, where it came from there, and every sum is printed.
+    Exit code 1: a file differs or is missing. Exit code 2: the experts of some layer are not quantized.
+
+    A plain checkpoint has no manifest. Its headers are checked against config.json, shards in the hub's cache against the sums that
+    the cache records, and every sum is printed.
     """
-    from dbrx_q.checkpoint.folder import Checkpoint
+    import typer
+
     from dbrx_q.checkpoint.hub import resolve_folder
-    from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
-    from dbrx_q.errors import CheckpointError
+    from dbrx_q.checkpoint.manifest import Manifest
     from dbrx_q.experts.fallback import FALLBACK_FOLDER
 
     folder = resolve_folder(path, fallback=True)
     manifest = Manifest.read(folder)
-    if manifest is None:
-        with Checkpoint(folder) as checkpoint:
-            if checkpoint.formats:
-                raise CheckpointError(
-                    f"{folder}: a quantized checkpoint must hold {MANIFEST_NAME}; it is missing. Fetch it or quantize again"
-                )
-            recorded = {shard.name: _hub_sum(shard) for shard in checkpoint.shards}
-    else:
-        recorded = {name: str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
-        unlisted = sorted({shard.name for shard in folder.glob("*.safetensors")} - recorded.keys())
-        if unlisted:
-            raise CheckpointError(f"{folder / MANIFEST_NAME}: must list every shard; {unlisted[0]} is not in it. Fetch the manifest again")
-        recorded |= _of_fallback(folder)
-    present = [name for name in recorded if (folder / name).is_file()]
-    total = sum((folder / name).stat().st_size for name in present)
-    files: list[dict[str, Any]] = []
-    done = 0
-    with output.progress("verifying", unit_bytes=True) as on_bytes:
-        for name, expected in recorded.items():
-
-            def count(n: int) -> None:
-                nonlocal done
-                done += n
-                on_bytes(done, total)
-
-            found = sha256_of(folder / name, count) if name in present else None
-            state = "missing" if found is None else "unrecorded" if expected is None else "ok" if found == expected else "differs"
-            files.append({"name": name, "state": state, "sha256": found, "expected": expected})
+    files = _hashed(folder, _sums_of_plain(folder) if manifest is None else _recorded_sums(folder, manifest))
     bad = [entry for entry in files if entry["state"] in ("missing", "differs")]
     if json:
-        output.print_json({"path": str(folder), "ok": not bad, "files": files})
+        terminal.print_json({"path": str(folder), "ok": not bad, "files": files})
     else:
-        for entry in files:
-            if entry["state"] == "unrecorded":
-                print(f"{entry['sha256']}  {entry['name']}")
-        for entry in bad:
-            where = folder / entry["name"]
-            print(f"{where}: {entry['state']}; expected SHA-256 {entry['expected']}, found {entry['sha256']}", file=sys.stderr)
-        print(
-            f"{len(files) - len(bad)} of {len(files)} files are as recorded"
-            if manifest
-            else f"{len(files)} shards; the folder has no manifest"
-        )
+        _print(folder, files, bad, has_manifest=manifest is not None)
     if bad:
         raise typer.Exit(1)
     if manifest is not None:
@@ -84,8 +50,66 @@ def command(
             _check_experts(folder / FALLBACK_FOLDER)
 
 
-def _of_fallback(folder: Path) -> dict[str, str]:
-    """The sums of the fallback copy that a checkpoint carries, if it does."""
+def _sums_of_plain(folder: Path) -> dict[str, str | None]:
+    """File name to SHA-256 of the shards of a checkpoint without a manifest; None where nothing records one."""
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.checkpoint.manifest import MANIFEST_NAME
+    from dbrx_q.errors import CheckpointError
+
+    with Checkpoint(folder) as checkpoint:
+        if checkpoint.formats:
+            raise CheckpointError(f"{folder}: a quantized checkpoint must hold {MANIFEST_NAME}; it is missing. Fetch it or quantize again")
+        return {shard.name: _hub_sum(shard) for shard in checkpoint.shards}
+
+
+def _recorded_sums(folder: Path, manifest: Manifest) -> dict[str, str | None]:
+    """File name to SHA-256 of every file that the manifest lists, and those of the fallback copy."""
+    from dbrx_q.checkpoint.manifest import MANIFEST_NAME
+    from dbrx_q.errors import CheckpointError
+
+    recorded: dict[str, str | None] = {name: str(entry["sha256"]) for name, entry in (manifest.shards | manifest.files).items()}
+    unlisted = sorted({shard.name for shard in folder.glob("*.safetensors")} - recorded.keys())
+    if unlisted:
+        raise CheckpointError(f"{folder / MANIFEST_NAME}: must list every shard; {unlisted[0]} is not in it. Fetch the manifest again")
+    return recorded | _fallback_sums(folder)
+
+
+def _hashed(folder: Path, recorded: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Name, state, SHA-256 and recorded SHA-256 of every file."""
+    from dbrx_q.checkpoint.manifest import sha256_of
+
+    present = [name for name in recorded if (folder / name).is_file()]
+    total = sum((folder / name).stat().st_size for name in present)
+    files: list[dict[str, Any]] = []
+    done = 0
+    with terminal.progress("verifying", unit_bytes=True) as on_bytes:
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            on_bytes(done, total)
+
+        for name, expected in recorded.items():
+            actual = sha256_of(folder / name, count) if name in present else None
+            state = "missing" if actual is None else "unrecorded" if expected is None else "ok" if actual == expected else "differs"
+            files.append({"name": name, "state": state, "sha256": actual, "expected": expected})
+    return files
+
+
+def _print(folder: Path, files: list[dict[str, Any]], bad: list[dict[str, Any]], *, has_manifest: bool) -> None:
+    for entry in files:
+        if entry["state"] == "unrecorded":
+            print(f"{entry['sha256']}  {entry['name']}")
+    for entry in bad:
+        terminal.say(f"{folder / entry['name']}: {entry['state']}; expected SHA-256 {entry['expected']}, found {entry['sha256']}")
+    if has_manifest:
+        print(f"{len(files) - len(bad)} of {len(files)} files are as recorded")
+    else:
+        print(f"{len(files)} shards; the folder has no manifest")
+
+
+def _fallback_sums(folder: Path) -> dict[str, str]:
+    """The sums of the fallback copy, empty where the checkpoint carries none."""
     from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
     from dbrx_q.errors import CheckpointError
     from dbrx_q.experts.fallback import FALLBACK_FOLDER
@@ -115,6 +139,6 @@ def _check_experts(folder: Path) -> None:
 
 
 def _hub_sum(shard: Path) -> str | None:
-    """The hub's cache names a large file by its SHA-256 and links to it."""
+    """The SHA-256 by which the hub's cache names a large file; None for a file from elsewhere."""
     blob = shard.resolve().name
     return blob if shard.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else None

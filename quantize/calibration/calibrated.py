@@ -26,9 +26,9 @@ from dbrx_q.quantize.methods.products import Products
 from .activations import ActivationStore
 from .attention import attention_heads
 
-__all__ = ["ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
+__all__ = ["ACTIVATIONS", "ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
 
-QUANTIZED, ORIGINAL = "quantized", "original"
+QUANTIZED, ORIGINAL = ACTIVATIONS = ("quantized", "original")
 """The two models."""
 
 PIECE_TOKENS = 4096

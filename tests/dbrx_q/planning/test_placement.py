@@ -268,7 +268,7 @@ def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callab
     assert 0 < tight["disk_experts"] < 64
     assert tight["hit_rate"] == (64 - tight["disk_experts"]) / 64
     shown = cli("plan", quantized_nano, "--ram", "10MB", "--context", 512).out
-    assert f"{tight['disk_experts']} lie on disk alone" in shown
+    assert f"{tight['disk_experts']} are on disk alone" in shown
     assert "ms a token" in shown
     assert tight["advice"] in shown
     short = cli("plan", quantized_nano, "--ram", "1MB", "--context", 512)

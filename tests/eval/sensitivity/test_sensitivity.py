@@ -572,7 +572,7 @@ def test_command(cli: Callable[..., Any], tmp_path: Path) -> None:
 def test_an_interrupted_command(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    from dbrx_q.cli import output
+    from dbrx_q.cli import terminal
 
     out = tmp_path / "out"
     arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "layer", "--context", 64, "--windows", 1, "--json", "--out", out]
@@ -589,7 +589,7 @@ def test_an_interrupted_command(
 
         yield on_run
 
-    monkeypatch.setattr(output, "progress", progress)
+    monkeypatch.setattr(terminal, "progress", progress)
     done = cli(*arguments)
     assert done.code == 2
     said = " ".join(done.err.split())

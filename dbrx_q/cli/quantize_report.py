@@ -1,0 +1,115 @@
+"""What `dbrx-q quantize` prints: the plan of a dry run, and the result of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbrx_q.planning.sizes import format_size
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from dbrx_q.quantize.pipeline.accelerator import Accelerator
+    from dbrx_q.quantize.pipeline.plan import RunPlan
+    from dbrx_q.quantize.pipeline.records import RunRecord
+
+__all__ = ["show_plans", "show_runs"]
+
+
+def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, json: bool) -> None:
+    """Print the plan of the checkpoint and, if there is a second, of its fallback copy."""
+    from dataclasses import asdict
+
+    from dbrx_q.quantize.pipeline.plan import seconds_of
+
+    seconds = [seconds_of(plan) for plan in plans]
+    bits = [8 * plan.bytes_out / plan.parameters for plan in plans]
+    if json:
+        checkpoint, *fallback = (
+            asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": plan_bits, "seconds": plan_seconds}
+            for plan, plan_bits, plan_seconds in zip(plans, bits, seconds, strict=True)
+        )
+        terminal.print_json(checkpoint | ({"fallback": fallback[0]} if fallback else {}))
+        return
+    for n, plan in enumerate(plans):
+        if n:
+            print("\nfallback copy:")
+        _show_plan(plan, accelerator, bits[n], seconds[n])
+
+
+def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:
+    print(f"reads       {format_size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
+    print(f"writes      {format_size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
+    for kind, kind_bits in plan.bits.items():
+        print(f"  {kind:22}{kind_bits:6.3f} bits per weight")
+    where = "in files" if plan.in_files else "in memory"
+    print(
+        f"memory      {format_size(plan.peak_memory):>10}  at most"
+        + (f", activations of {format_size(plan.activations)} {where}" if plan.activations else "")
+    )
+    if accelerator is not None:
+        where = f"at most on {accelerator.name}, which quantizes {plan.accelerated:,} of {plan.matrices:,} matrices"
+        print(f"GPU memory  {format_size(accelerator.memory):>10}  {where}")
+    if plan.fetch:
+        print(f"downloads   {format_size(plan.fetch):>10}  which take at most {format_size(plan.fetch_disk)} of disk at a time")
+    print(f"disk        {format_size(plan.disk):>10}  must be free where it is written")
+    print(f"time        {_duration(seconds):>10}  about, by the speed that this machine just showed")
+
+
+def show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
+    """Print the result of every run: of the checkpoint and of its fallback copy."""
+    if json and runs:
+        checkpoint, *fallback = (_as_dict(run, folder) for folder, run in runs.items())
+        terminal.print_json(checkpoint | ({"fallback": fallback[0]} if fallback else {}))
+        return
+    for folder, run in runs.items():
+        _show_run(run, folder)
+
+
+def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
+    return {
+        "source": run.source,
+        "destination": str(destination),
+        "method": run.method,
+        "calibration": run.options.get("calibration"),
+        "undersampled_experts": _undersampled(run),
+        "parameters": run.parameters,
+        "bytes_in": run.bytes_in,
+        "bytes_out": run.bytes_out,
+        "bits_per_weight_in": 8 * run.bytes_in / run.parameters,
+        "bits_per_weight_out": 8 * run.bytes_out / run.parameters,
+        "shards": run.shards,
+        "seconds": run.seconds,
+        "resumed_seconds": run.resumed_seconds,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "device": run.device,
+        "peak_device_bytes": run.peak_device_bytes,
+    }
+
+
+def _undersampled(run: RunRecord) -> list[tuple[int, int]]:
+    return sorted({(record.layer, record.expert) for record in run.undersampled})
+
+
+def _show_run(run: RunRecord, destination: Path) -> None:
+    before, after = (8 * n / run.parameters for n in (run.bytes_in, run.bytes_out))
+    undersampled, calibration = _undersampled(run), run.options.get("calibration")
+    print(f"before  {format_size(run.bytes_in):>10}  {before:6.3f} bits per weight  {run.source}")
+    print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
+    if calibration is not None:
+        print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
+    if undersampled:
+        print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
+    earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
+    speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
+    gpu = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""
+    print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {format_size(run.peak_memory_bytes)}{gpu}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
