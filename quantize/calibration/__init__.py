@@ -1,1 +1,17 @@
-"""To be written."""
+"""What the tokens of a text tell about the inputs of each matrix, and which formats its errors allow.
+
+Begin with `calibrated.py`. Its class `Calibration` runs the tokens through the quantized model so far and, for methods that compare the
+two, through the original one. For each matrix, in the order of the model:
+
+1. `Calibration.fit` computes the moments of the inputs (`dbrx_q.quantize.methods.moments`), to which a method fits the matrix;
+2. `Calibration.advance` takes the quantized matrix and computes the inputs of the next one.
+
+The arithmetic of a block is in `dbrx_q.model.block`, the same functions that the model runs.
+
+- `sequences.py`: windows of a text, the tokens that calibrate.
+- `activations.py`: the activations of all tokens, in memory or in a file.
+- `attention.py`: attention of all sequences, shared between threads.
+- `calibrated.py`: the calibration itself, with snapshots from which an interrupted run resumes.
+- `output_errors.py`: the error at the end of the model when one tensor is rounded to one format; it needs no calibration run.
+- `allocation.py`: the formats with the least sum of such errors within a number of bits, a knapsack problem.
+"""

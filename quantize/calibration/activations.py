@@ -103,7 +103,7 @@ class ActivationStore:
         with open(path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != self.nbytes:
                 raise CheckpointError(
-                    f"{path}: must hold {self.nbytes} bytes of activations; it is damaged. Remove the folder and begin anew"
+                    f"{path}: must hold {self.nbytes} bytes of activations; it is damaged. Remove the folder and start again"
                 )
 
             def rows(first: int, count: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _read(fd: int, out: torch.Tensor, offset: int) -> None:
     while done < len(view):
         n = os.preadv(fd, [view[done:]], offset + done)
         if not n:
-            raise CheckpointError(f"the file of activations ended at byte {offset + done}. Remove the folder and begin anew")
+            raise CheckpointError(f"the file of activations ended at byte {offset + done}. Remove the folder and start again")
         done += n
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint one after the other, as they are read, rounded and written."""
+"""Jobs: the matrices of a checkpoint in the order in which they are read, rounded and written."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from dbrx_q.checkpoint.layout import DenseTensor, Part, TensorFormat, kind_of, o
 
 __all__ = ["Job", "read_rows", "shards_of"]
 
-_STEP_BYTES = 64 << 20  # of weights that are read together, where a matrix is not an expert's
+_STEP_BYTES = 64 << 20  # of a matrix outside the experts, read together
 
 
 @dataclass(frozen=True)
 class Job:
-    """Stored tensors that come from one matrix. expert: -1 where the tensor is not a stack. fmt: None keeps it as it is."""
+    """One matrix and the stored tensors that it becomes."""
 
     tensor: DenseTensor
+    """The matrix, or the stack of which it is one."""
     expert: int
+    """-1 where the tensor is not a stack."""
     fmt: TensorFormat | None
+    """None copies the tensor."""
     parts: tuple[Part, ...]
+    """The stored tensors."""
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +46,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The tensor's name, with the expert's number for one of a stack."""
+        """The tensor's name, with the expert's number if it is a stack."""
         return self.tensor.name if self.expert < 0 else f"{self.tensor.name}.{self.expert}"
 
     @property
@@ -54,22 +58,22 @@ class Job:
 def shards_of(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat], limit: int) -> list[list[Job]]:
     """The jobs of every shard, in the order of the model; a shard is closed before it grows past `limit` bytes.
 
-    The matrices of an expert are never split between shards, so that one expert is one range of one file.
+    The three matrices of an expert are in one shard, so that an expert is one range of one file.
     """
     shards: list[list[Job]] = [[]]
     size = 0
-    for together in _jobs(checkpoint, formats):
-        more = sum(job.nbytes for job in together)
-        if shards[-1] and size + more > limit:
+    for jobs in _unsplit_jobs(checkpoint, formats):
+        nbytes = sum(job.nbytes for job in jobs)
+        if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
-        shards[-1] += together
-        size += more
+        shards[-1] += jobs
+        size += nbytes
     return shards
 
 
 def read_rows(checkpoint: Checkpoint, job: Job) -> Iterator[torch.Tensor]:
-    """The matrix [N, K] of a job: an expert's whole, any other some rows at a time."""
+    """The matrix [N, K] of a job: whole for an expert, otherwise some rows at a time."""
     name, (N, K) = job.tensor.name, job.tensor.matrix
     step = max(1, _STEP_BYTES // (2 * K))
     if job.expert < 0:
@@ -80,21 +84,21 @@ def read_rows(checkpoint: Checkpoint, job: Job) -> Iterator[torch.Tensor]:
         yield oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
 
 
-def _jobs(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> Iterator[list[Job]]:
-    """Lists that must lie in one shard."""
+def _unsplit_jobs(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> Iterator[list[Job]]:
+    """All jobs in order, as lists that must be in one shard each."""
     experts: list[Job] = []
     for tensor in checkpoint.tensors.values():
         fmt = formats.get(tensor.name)
         if fmt is None:
-            kept = Part(tensor.name, checkpoint.infos[tensor.name].dtype, tensor.shape)
-            yield [Job(tensor, -1, None, (kept,))]
+            copy = Part(tensor.name, checkpoint.infos[tensor.name].dtype, tensor.shape)
+            yield [Job(tensor, -1, None, (copy,))]
         elif not tensor.experts:
             yield [Job(tensor, -1, fmt, tuple(parts_of(tensor, fmt)))]
         else:
             parts = tuple(parts_of(tensor, fmt))
-            each = len(parts) // tensor.experts
-            experts += [Job(tensor, e, fmt, parts[e * each : (e + 1) * each]) for e in range(tensor.experts)]
-            if tensor.name.endswith(".w2"):
+            step = len(parts) // tensor.experts
+            experts += [Job(tensor, e, fmt, parts[e * step : (e + 1) * step]) for e in range(tensor.experts)]
+            if tensor.role == "w2":
                 for e in range(tensor.experts):
                     yield [job for job in experts if job.expert == e]
                 experts = []

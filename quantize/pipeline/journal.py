@@ -1,4 +1,4 @@
-"""What a run has finished, written down tensor by tensor, so that another can go on from there."""
+"""The journal of a run: a line for each finished tensor, from which a later run resumes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ __all__ = ["Entry", "Journal", "options_of"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished tensor. digest: the SHA-256 of its shard up to its end. notes: what else a later run must know."""
+    """A finished tensor."""
 
     record: TensorRecord
+    """Of the tensor."""
     digest: str
+    """SHA-256 of its shard up to the end of the tensor."""
     notes: Mapping[str, Any]
+    """Figures of its layer that were known with this tensor: "stream_error" and "expert_tokens", each with the layer's number."""
 
 
 class Journal:
     """Lines of JSON: first the options of the run, then an entry for every tensor that is in its shard.
 
-    An entry is written after the tensor's bytes. Where the power fails, it may reach the disk before them: the digest tells.
+    An entry is written after the tensor's bytes. At a power failure it may still reach the disk before them; the digest shows that.
 
     Args:
-        path: the file, which may hold what an earlier run wrote; a torn last line is cut off.
-        options: what decides the bytes of the result.
+        path: the file, perhaps of an earlier run; an incomplete last line is cut off.
+        options: everything that decides the bytes of the result.
 
     Attributes:
-        entries: what earlier runs and this one have finished.
+        entries: the tensors that earlier runs and this one have finished.
 
     Raises:
         RequestError: the file was written under other options.
@@ -54,12 +57,12 @@ class Journal:
             self._put(options)
 
     def cut(self, count: int) -> None:
-        """Forget all entries but the first `count`."""
+        """Remove all entries but the first `count`."""
         del self.entries[count:], self._ends[count + 2 :]
         self._cut_at(self._ends[-1])
 
     def add(self, entry: Entry) -> None:
-        """Write down that a tensor is finished."""
+        """Append the entry of a finished tensor."""
         self._put({"record": asdict(entry.record), "digest": entry.digest, "notes": dict(entry.notes)})
         self.entries.append(entry)
 
@@ -78,7 +81,7 @@ class Journal:
 
 
 def options_of(path: Path) -> dict[str, Any] | None:
-    """The options that a journal was begun with; None where there is none."""
+    """The options in the first line of a journal; None if the file does not exist or has no complete line."""
     lines = _whole_lines(path)
     return dict(json.loads(lines[0])) if lines else None
 
@@ -106,5 +109,5 @@ def _check_same(path: Path, before: Any, now: Any, name: str = "options") -> Non
     elif before != now:
         raise RequestError(
             f"{path.parent}: --resume goes on with the options that the run began with; {name} was {before!r:.100}, found {now!r:.100}. "
-            "Give the same, or remove the folder and begin anew"
+            "Give the same options, or remove the folder and start again"
         )

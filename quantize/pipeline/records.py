@@ -1,4 +1,4 @@
-"""What is said of every tensor that was written, and of a whole run."""
+"""The records of a run: one for each written matrix, and one for the whole run."""
 
 from __future__ import annotations
 
@@ -11,77 +11,92 @@ __all__ = ["RunRecord", "TensorRecord"]
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One matrix (of one expert), or a tensor that was kept as it is.
-
-    name: as the plain checkpoint has it. expert: -1 where the tensor is no stack. layer: -1 outside the blocks. kind: of `layout.KINDS`.
-    format: as "int4 g64", or the dtype of one that was kept. parameters, nbytes: of the matrix, as written.
-    root_mean_square: of the original. relative_error: root of the summed squared errors over the summed squares; None for one that was
-    kept. output_error: the same of the outputs of a sample of rows on the calibration's tokens; None without calibration.
-    tokens: that calibrated it; None without calibration. calibrated_by: "tokens" that reach it, "layer" for all tokens of the layer by
-    the router's probability, "none" for too few even of those; "" without calibration. device: that rounded it. seconds: that took.
-    """
+    """One matrix, of one expert where the tensor stacks several, or a tensor that was copied."""
 
     name: str
+    """Of the tensor, as in the plain checkpoint."""
     expert: int
+    """-1 where the tensor is not a stack."""
     layer: int
+    """-1 outside the blocks."""
     kind: str
+    """One of `layout.KINDS`."""
     format: str
+    """As "int4 g64"; the dtype of a tensor that was copied."""
     parameters: int
+    """Weights of the matrix."""
     nbytes: int
+    """Bytes written."""
     root_mean_square: float
+    """Of the original weights."""
     relative_error: float | None = None
+    """Root of the sum of squared errors over the sum of squares; None for a tensor that was copied."""
     output_error: float | None = None
+    """The same for the outputs of a sample of rows on the calibration tokens; None without calibration."""
     tokens: int | None = None
+    """Number of tokens that calibrated the matrix; None without calibration."""
     calibrated_by: str = ""
+    """By "tokens": those that reach the matrix. By "layer": all tokens of the layer, weighted by the router's probability. By "none": no
+    tokens, as even the layer has too few. "" without calibration."""
     device: str = "cpu"
+    """The device that rounded it, with the reason where a GPU did not."""
     seconds: float = 0.0
+    """The time that it took."""
 
     @property
     def label(self) -> str:
-        """The name, with the expert's number for one of a stack."""
+        """The name, with the expert's number if the tensor is a stack."""
         return self.name if self.expert < 0 else f"{self.name}.{self.expert}"
 
     @property
     def statistics(self) -> dict[str, float]:
-        """For the manifest: what does not depend on the machine or the moment."""
-        found = {"root_mean_square": self.root_mean_square}
-        return found if self.relative_error is None else found | {"relative_error": self.relative_error}
+        """The figures that the manifest holds: those that do not depend on the machine or the time."""
+        figures = {"root_mean_square": self.root_mean_square}
+        return figures if self.relative_error is None else figures | {"relative_error": self.relative_error}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A whole run.
-
-    source: the folder or hub id as it was named. method, options: what decides the bytes. bytes_in, bytes_out: of tensors, without headers.
-    parameters: of the model. shards: files of weights. records: in the order of the file. stream_errors: layer to the relative error
-    of what leaves it, |quantized - original| / |original| on the calibration's tokens; empty where only one of the models was run.
-    expert_tokens: layer to the number of the calibration's tokens that reach each expert. seconds: of this run. resumed_seconds: of
-    tensors that earlier runs had finished. peak_memory_bytes: resident, of this process. device: "cpu" or the name of the GPU that
-    was used beside it; peak_device_bytes: of tensors there.
-    """
+    """A whole run."""
 
     source: str
+    """The folder or hub id as it was given."""
     method: str
+    """The quantization method."""
     options: Mapping[str, Any]
+    """The quantization_config of the result."""
     bytes_in: int
+    """Bytes of the source's tensors, without headers."""
     bytes_out: int
+    """Bytes of the written tensors, without headers."""
     parameters: int
+    """Of the model."""
     shards: int
+    """Number of files with weights."""
     records: list[TensorRecord]
+    """One for each matrix, in the order of the files."""
     seconds: float
+    """The time of this run."""
     resumed_seconds: float
+    """The time of the tensors that earlier runs had finished."""
     peak_memory_bytes: int
+    """The most memory that was resident in this process."""
     device: str = "cpu"
+    """Either "cpu" or the name of the GPU that was used beside it."""
     peak_device_bytes: int = 0
+    """The most memory that tensors took on that GPU."""
     stream_errors: dict[int, float] = field(default_factory=dict)
+    """For each layer, the relative error of its output, |quantized - original| / |original| on the calibration tokens; empty where only one
+    of the models was run."""
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
+    """For each layer, the number of calibration tokens that reach each expert."""
 
     @property
     def undersampled(self) -> list[TensorRecord]:
-        """Matrices that the tokens which reach them did not suffice to calibrate."""
+        """Matrices of experts that too few tokens reach to calibrate them."""
         return [record for record in self.records if record.calibrated_by in ("layer", "none")]
 
     @property
     def relative_error(self) -> dict[str, float]:
-        """By the labels of packed matrices."""
+        """The relative error of each packed matrix, by its label."""
         return {record.label: record.relative_error for record in self.records if record.relative_error is not None}
