@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from dbrx_q.kernels.cpu import search as cpu_search
+from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.formats.groups import grouped, steps_of
 
 __all__ = ["half_quadratic", "half_quadratic_reference", "least_squares", "least_squares_reference"]
@@ -19,7 +20,7 @@ _PIECE_ELEMENTS = 1 << 24  # searched together where whole tensors are: ten time
 
 
 def least_squares(
-    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+    weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> _Grid:
     """(scales float16 [N, n], zeros float32 [N, n]): each group's range or a share of it, with three zero-points, of the least error.
 
@@ -29,7 +30,7 @@ def least_squares(
     Args:
         weight: [N, K], finite.
         group_size: a multiple of 16; divides K.
-        levels: 15 for codes from 0 with a zero-point, 127 for codes from -127 without: zeros are 0 then.
+        levels: of the format; the zero-points of a symmetric grid are 0.
         shares: float32 [S] on the CPU, in the order in which they are tried.
         importance: float32 [K]; None weighs all elements alike.
     """
@@ -38,7 +39,7 @@ def least_squares(
     return _in_pieces(weight, lambda rows: least_squares_reference(rows, group_size, levels, shares, importance))
 
 
-def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> _Grid:
+def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> _Grid:
     """(scales float16 [N, n], zeros float32 [N, n]): each group's range at first, then fitted once for every beta but the last; of all,
     those of the least sum of |value - weight|^0.7. An infinite first scale stays.
 
@@ -52,7 +53,7 @@ def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: to
 
 
 def least_squares_reference(
-    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+    weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> _Grid:
     """`least_squares` with whole tensors, on any device."""
     groups = grouped(weight.float(), group_size)
@@ -61,14 +62,14 @@ def least_squares_reference(
     least = _squares(groups, *best, levels, each)
     for share in shares.tolist():
         scales, whole = _of_ranges(groups, levels, share)
-        for shift in (0,) if levels == 127 else (0, -1, 1):
-            zeros = (whole + shift).clamp(0, levels) if shift else whole
+        for shift in (0,) if levels.symmetric else (0, -1, 1):
+            zeros = (whole + shift).clamp(0, levels.levels) if shift else whole
             error = _squares(groups, scales, zeros, levels, each)
             best, least = _better(error, least, (scales, zeros), best)
     return best
 
 
-def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> _Grid:
+def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> _Grid:
     """`half_quadratic` with whole tensors, on any device."""
     groups = grouped(weight.float(), group_size)
     scales, zeros = best = _of_ranges(groups, levels)
@@ -82,8 +83,8 @@ def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: int,
         squares = u.square().sum(-1)
         fitted = torch.where(squares > 0, (u * wanted).sum(-1) / squares, scales.float())
         scales = torch.where(fitted > 0, fitted, scales.float()).half()
-        if levels != 127:
-            zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, levels)
+        if not levels.symmetric:
+            zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, levels.levels)
     return best
 
 
@@ -92,23 +93,25 @@ def _in_pieces(weight: torch.Tensor, search: Callable[[torch.Tensor], _Grid]) ->
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 
-def _of_ranges(groups: torch.Tensor, levels: int, share: float = 1.0) -> _Grid:
+def _of_ranges(groups: torch.Tensor, levels: GridLevels, share: float = 1.0) -> _Grid:
     """The grid of a share of each group's range, zero included; groups [N, n, G]."""
     low, high = groups.amin(-1).clamp(max=0) * share, groups.amax(-1).clamp(min=0) * share
-    if levels == 127:
-        return (torch.maximum(high, -low) / levels).half(), torch.zeros_like(low)
-    scales = ((high - low) / levels).half()
-    return scales, (-low / steps_of(scales)).round().clamp(0, levels)
+    if levels.symmetric:
+        return (torch.maximum(high, -low) / levels.levels).half(), torch.zeros_like(low)
+    scales = ((high - low) / levels.levels).half()
+    return scales, (-low / steps_of(scales)).round().clamp(0, levels.levels)
 
 
-def _rounded(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: int) -> torch.Tensor:
+def _rounded(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: GridLevels) -> torch.Tensor:
     """The nearest whole numbers of the grid, float32 [N, n, G]."""
-    low = torch.full_like(zeros, -levels) if levels == 127 else -zeros
-    high = torch.full_like(zeros, levels) if levels == 127 else levels - zeros
+    low = torch.full_like(zeros, -levels.levels) if levels.symmetric else -zeros
+    high = torch.full_like(zeros, levels.levels) if levels.symmetric else levels.levels - zeros
     return (groups / steps_of(scales).unsqueeze(-1)).round_().clamp_(low.unsqueeze(-1), high.unsqueeze(-1))
 
 
-def _squares(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: int, each: torch.Tensor | None) -> torch.Tensor:
+def _squares(
+    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: GridLevels, each: torch.Tensor | None
+) -> torch.Tensor:
     error = (_rounded(groups, scales, zeros, levels) * scales.float().unsqueeze(-1)).sub_(groups).square_()
     return (error if each is None else error.mul_(each)).sum(-1)
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from dbrx_q.kernels.cpu.choice import matmul
 from dbrx_q.kernels.formats.errors import FormatError
-from dbrx_q.kernels.formats.weights import PackedFormat, Weight, dequantize
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import Weight, dequantize
 
 from .backend import Backend, pick
 
@@ -49,7 +50,10 @@ def linear(
     backend = backend or pick(x.device)
     if backend is Backend.TRITON:
         from dbrx_q.kernels.triton import linear as triton_linear
+        from dbrx_q.kernels.triton.codes import served
 
+        if not served(weight):
+            return _finished(F.linear(x, dequantize(weight, x.dtype)), clip, residual)
         rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
         return triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
@@ -62,11 +66,11 @@ def _finished(y: torch.Tensor, clip: float | None, residual: torch.Tensor | None
 
 
 def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """float32 y [T, N] = x [T, K] @ weight [N, K].T, the weight decoded whole."""
+    """float32 y [T, N] = x [T, K] @ weight [N, K].T, the whole weight dequantized."""
     return x.float() @ dequantize(weight).T
 
 
-def _implementations() -> dict[Backend, Callable[[torch.Tensor, PackedFormat], torch.Tensor]]:
+def _implementations() -> dict[Backend, Callable[[torch.Tensor, QuantizedWeight], torch.Tensor]]:
     from dbrx_q.kernels.cpu import linear as cpu
 
     return {Backend.REFERENCE: linear_reference, Backend.CPU: cpu.linear}

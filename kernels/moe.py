@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.formats.weights import Weight, dequantize
 
 from .backend import Backend, pick
 
@@ -46,7 +46,7 @@ def moe_experts(
 def moe_experts_reference(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """float32 y [T, D], each expert decoded whole."""
+    """float32 y [T, D], each expert dequantized whole."""
     x = x.float()
     y = torch.zeros_like(x)
     slots = range(layer.n_experts) if layer.slots is None else layer.slots.tolist()
@@ -76,8 +76,31 @@ def _triton(
 ) -> torch.Tensor:
     from dbrx_q.kernels.triton import moe_decode as triton_moe_decode
     from dbrx_q.kernels.triton import moe_prefill as triton_moe_prefill
+    from dbrx_q.kernels.triton.codes import served
     from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
 
+    if not all(served(weight) for weight in (layer.w1, layer.v1, layer.w2)):
+        layer = _plain_layer(layer, x.dtype)
     regime = triton_moe_decode.decode if x.shape[0] <= MATVEC_TOKENS else triton_moe_prefill.prefill
     y: torch.Tensor = regime(x, experts, weights, layer, missing)
     return y
+
+
+def _plain_layer(layer: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    """The E experts of a layer as plain weights, expert e in slot e where it has one: for formats without kernels.
+
+    It takes the memory of a plain layer. The host waits for nothing, so that a CUDA graph can hold it.
+    """
+    E = layer.n_experts
+    device = layer.w1.device
+    slots = torch.arange(E, device=device) if layer.slots is None else layer.slots.long().clamp(min=0)
+
+    def plain(weight: Weight) -> torch.Tensor:
+        out = torch.empty(E, *weight.shape[1:], dtype=dtype, device=device)
+        for e in range(E):
+            out[e] = dequantize(weight[slots[e : e + 1]], dtype)[0]
+        return out
+
+    experts = torch.arange(E, dtype=torch.int32, device=device)
+    present = None if layer.slots is None else torch.where(layer.slots < 0, -1, experts).to(torch.int32)
+    return ExpertWeights(plain(layer.w1), plain(layer.v1), plain(layer.w2), present)

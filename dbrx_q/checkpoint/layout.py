@@ -18,30 +18,24 @@ import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
-from dbrx_q.kernels.formats import int4, int8, nf4
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
-from dbrx_q.kernels.formats.nf4 import Nf4DoubleWeight, Nf4Weight
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.format import Part
+from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, TensorFormat, offered_formats
 
 __all__ = [
-    "GROUP_SIZES",
     "DenseTensor",
     "Part",
     "TensorFormat",
     "dense_tensors",
+    "embedding_formats",
     "kind_of",
-    "matrix_parts",
+    "may_have",
     "oriented",
-    "pack_parts",
+    "part_name",
     "parts_of",
     "tensor_formats",
     "tensors_by_role",
     "unpacked_experts",
 ]
-
-GROUP_SIZES = {"int4": int4.GROUP_SIZES, "int8": int8.GROUP_SIZES, "nf4": nf4.GROUP_SIZES, "nf4-double": nf4.GROUP_SIZES}
-"""The formats on offer and their group sizes."""
 
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # of other tensors the last part of the name
@@ -70,28 +64,6 @@ class DenseTensor:
         """One of "embedding", "norm_1", "Wqkv", "out_proj", "norm_2", "router", "w1", "v1", "w2", "norm_f" or "head"."""
         last = self.name.removesuffix(".weight").rsplit(".", 1)[-1]
         return _ROLES.get(last, last)
-
-
-@dataclass(frozen=True)
-class TensorFormat:
-    """How a tensor is packed: one of `GROUP_SIZES`, and its group size."""
-
-    format: str
-    group_size: int
-
-    @property
-    def in_memory(self) -> TensorFormat:
-        """What `pack_parts` makes of it, whose parts take more than is stored where scales are decoded."""
-        return TensorFormat("nf4", self.group_size) if self.format == "nf4-double" else self
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a quantized checkpoint that is a piece of a packed weight."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 def dense_tensors(config: DbrxConfig) -> list[DenseTensor]:
@@ -159,19 +131,30 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
         found[name] = _format(name, entry, source)
         if name not in known:
             raise CheckpointError(f"{source}: quantization_config names {name!r}, which is no matrix of this model that can be packed")
-        if kind_of(name) == "embedding" and found[name].format != "int8":
-            raise CheckpointError(f"{source}: {name}: the embedding must be int8 or plain; found {found[name].format}")
+        if not may_have(name, found[name]):
+            raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {found[name].format}")
     if not found:
         raise CheckpointError(f"{source}: quantization_config must list the packed tensors under 'tensors'; found none")
     return found
 
 
 def _format(name: str, entry: Any, source: str) -> TensorFormat:
-    kind, group_size = (entry.get("format"), entry.get("group_size")) if isinstance(entry, Mapping) else (None, None)
-    if not isinstance(group_size, int) or group_size not in GROUP_SIZES.get(str(kind), ()):
-        rule = "format must be int4 or int8 with a group size of 32, 64 or 128, or nf4 or nf4-double with 64"
+    name_and_size = (entry.get("format"), entry.get("group_size")) if isinstance(entry, Mapping) else (None, None)
+    fmt = next((fmt for fmt in offered_formats() if (fmt.format, fmt.group_size) == name_and_size), None)
+    if fmt is None or not isinstance(name_and_size[1], int):
+        rule = f"format and group_size must be one of {', '.join(map(str, offered_formats()))}"
         raise CheckpointError(f"{source}: {name}: {rule}; found {entry!r}")
-    return TensorFormat(str(kind), group_size)
+    return fmt
+
+
+def may_have(name: str, fmt: TensorFormat) -> bool:
+    """Whether a tensor that can be packed may have a format: the embedding needs one whose rows can be looked up."""
+    return kind_of(name) != "embedding" or fmt.record.embedding
+
+
+def embedding_formats() -> str:
+    """The formats that the embedding may have, as error messages list them: "int8 or plain"."""
+    return " or ".join([name for name, record in FORMATS.items() if record.embedding] + [PLAIN])
 
 
 def unpacked_experts(config: DbrxConfig, formats: Mapping[str, TensorFormat]) -> list[str]:
@@ -182,32 +165,10 @@ def unpacked_experts(config: DbrxConfig, formats: Mapping[str, TensorFormat]) ->
 def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
     """The parts that `tensor` becomes in `fmt`, expert by expert."""
     for prefix in [f"{tensor.name}.{e}" for e in range(tensor.experts)] if tensor.experts else [tensor.name]:
-        for part in matrix_parts(tensor, fmt):
+        for part in fmt.parts(*tensor.matrix):
             yield Part(f"{prefix}.{part.name}", part.dtype, part.shape)
 
 
-def matrix_parts(tensor: DenseTensor, fmt: TensorFormat) -> list[Part]:
-    """The parts of one matrix (of one expert's matrix) of `tensor` in `fmt`, by their last names."""
-    N, K = tensor.matrix
-    groups = K // fmt.group_size
-    if fmt.format == "int8":
-        return [Part("qweight", torch.int8, (N, K)), Part("scales", torch.float16, (N, groups))]
-    codes = Part("qweight", torch.uint8, (N, K // 2))
-    if fmt.format == "int4":
-        return [codes, Part("scales", torch.float16, (N, groups)), Part("zeros", torch.uint8, (N, (groups + 1) // 2))]
-    if fmt.format == "nf4":
-        return [codes, Part("absmax", torch.float32, (N, groups))]
-    blocks = -(-N * groups // nf4.NESTED_BLOCK)
-    nested = Part("nested_absmax", torch.float32, (blocks,)), Part("offset", torch.float32, (1,))
-    return [codes, Part("absmax", torch.uint8, (N, groups)), *nested]
-
-
-def pack_parts(parts: Mapping[str, torch.Tensor], fmt: TensorFormat) -> PackedFormat:
-    """A packed weight from its parts by their last name, as `parts_of` gives them, each perhaps with leading axes."""
-    if fmt.format == "int4":
-        return Int4Weight(parts["qweight"], parts["scales"], parts["zeros"], fmt.group_size)
-    if fmt.format == "nf4":
-        return Nf4Weight(parts["qweight"], parts["absmax"], fmt.group_size)
-    if fmt.format == "nf4-double":
-        return Nf4DoubleWeight(parts["qweight"], parts["absmax"], parts["nested_absmax"], parts["offset"], fmt.group_size).decoded()
-    return Int8Weight(parts["qweight"], parts["scales"], fmt.group_size)
+def part_name(part: Part) -> str:
+    """The last name of a part of `parts_of`, by which `TensorFormat.load` takes it."""
+    return part.name.rsplit(".", 1)[1]

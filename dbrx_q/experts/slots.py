@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.checkpoint.layout import TensorFormat, pack_parts
+from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.planning.expert_kinds import MATRICES, ExpertKind
@@ -60,11 +60,11 @@ class ExpertSlots:
             if fmt is None:
                 next(views).copy_(own[""])
                 continue
-            packed = pack_parts(own, fmt)
+            loaded = fmt.load(own).parts
             for part in self.kind.parts:
                 if part.matrix == matrix:
-                    next(views).copy_(getattr(packed, part.name))
+                    next(views).copy_(loaded[part.name])
 
     def _matrix(self, matrix: str, fmt: TensorFormat | None) -> Weight:
         own = {part.name: stack for part, stack in zip(self.kind.parts, self._stacks, strict=True) if part.matrix == matrix}
-        return own[""] if fmt is None else pack_parts(own, fmt.in_memory)
+        return own[""] if fmt is None else fmt.in_memory.load(own)

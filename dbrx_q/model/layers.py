@@ -7,7 +7,7 @@ Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from dbrx_q.errors import UnsupportedError
 from dbrx_q.experts import ExpertStore
 from dbrx_q.kernels.attention import IMPLEMENTATIONS, Sequences, cached_attention
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.int8 import Int8Weight, gather_rows
-from dbrx_q.kernels.formats.weights import PackedFormat, Weight
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import Weight, gather_rows
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.qkv import store_qkv
 
@@ -54,12 +54,10 @@ class Batch:
 class PackedWeight(nn.Module):
     """Holds a packed weight in place of a parameter; its parts are buffers with the checkpoint's names."""
 
-    def __init__(self, weight: PackedFormat) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
-        for field in fields(weight):
-            part = getattr(weight, field.name)
-            if isinstance(part, torch.Tensor):
-                self.register_buffer(field.name, part)
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
         self.value = weight
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
@@ -97,10 +95,7 @@ class DbrxEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight = _weight(self.weight)
-        if isinstance(weight, Int8Weight):
-            return gather_rows(weight, ids, dtype)
-        assert isinstance(weight, torch.Tensor), "embeddings are plain or int8"
-        return F.embedding(ids, weight)
+        return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else gather_rows(weight, ids, dtype)
 
 
 class DbrxLayerNorm(nn.Module):

@@ -18,7 +18,7 @@ from torch import nn
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import resolve_folder
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, matrix_parts, pack_parts, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, parts_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
@@ -36,7 +36,7 @@ from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.attention import IMPLEMENTATIONS
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.cpu.linear import warm_up
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import Budget, plan_within
 from dbrx_q.planning.host_memory import empty_host
@@ -247,9 +247,9 @@ def _build_expert_store(model: DbrxForCausalLM, plan: _LoadingPlan, experts: Exp
     return store
 
 
-def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _LoadingPlan) -> list[PackedFormat]:
+def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _LoadingPlan) -> list[QuantizedWeight]:
     """A weight [1, K] of every packed format that the CPU multiplies."""
-    samples: dict[TensorFormat, PackedFormat] = {}
+    samples: dict[TensorFormat, QuantizedWeight] = {}
     for source in [checkpoint] if fallback is None else [checkpoint, fallback]:
         for tensor in source.tensors.values():
             fmt = source.formats.get(tensor.name)
@@ -257,9 +257,8 @@ def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _Loa
                 continue
             missed = tensor.experts > 0 and plan.offloads  # the CPU computes experts that a GPU misses, too
             if missed or (source is checkpoint and pick(plan.device_of_tensor(tensor)) is Backend.CPU):
-                parts = matrix_parts(tensor, fmt.in_memory)
-                zeros = {part.name: torch.zeros(1, *part.shape[1:], dtype=part.dtype) for part in parts}
-                samples[fmt] = pack_parts(zeros, fmt.in_memory)
+                parts = fmt.in_memory.parts(1, tensor.matrix[1])
+                samples[fmt] = fmt.in_memory.load({part.name: torch.zeros(part.shape, dtype=part.dtype) for part in parts})
     return list(samples.values())
 
 
@@ -288,7 +287,7 @@ def _read_plain(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype,
     return nn.Parameter(values.to(dtype).to(device), requires_grad=False)
 
 
-def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> PackedFormat:
+def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> QuantizedWeight:
     """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
 
     For a GPU each part passes through host memory by itself, which therefore never holds more than one matrix.
@@ -307,7 +306,7 @@ def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat,
             stacks[last][expert].copy_(checkpoint.read(part.name))
     if not tensor.experts:
         stacks = {last: stack[0] for last, stack in stacks.items()}
-    return pack_parts(stacks, fmt)
+    return fmt.load(stacks)
 
 
 def _put(model: nn.Module, name: str, holder: nn.Parameter | PackedWeight) -> None:

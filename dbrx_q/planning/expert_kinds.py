@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, matrix_parts
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors
 from dbrx_q.config import DbrxConfig
 
 __all__ = ["MATRICES", "ExpertKind", "ExpertPart", "expert_kinds"]
@@ -88,7 +88,7 @@ def expert_kinds(
                 stored.append(ExpertPart(matrix, "", (stored_dtypes or {}).get(tensor.name, dtype), shape))
                 parts.append(ExpertPart(matrix, "", dtype, shape))
             else:
-                stored += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in matrix_parts(tensor, fmt)]
-                parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in matrix_parts(tensor, fmt.in_memory)]
+                stored += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.parts(*tensor.matrix)]
+                parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.in_memory.parts(*tensor.matrix)]
         kinds.append(ExpertKind(tuple(formats.get(tensor.name) for tensor in layer), tuple(stored), tuple(parts)))
     return kinds

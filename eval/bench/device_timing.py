@@ -10,11 +10,10 @@ from datetime import datetime, timezone
 import torch
 
 from dbrx_q.errors import UnsupportedError
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.registry import TensorFormat
 
-from .kernel_shapes import KernelFormat, empty_weight
+from .kernel_shapes import empty_weight
 
 __all__ = ["Environment", "MedianTime", "captured", "copies", "device_or_error", "environment", "random_weight", "turns"]
 
@@ -69,17 +68,18 @@ def environment(device: torch.device) -> Environment:
     return Environment(now, properties.name, chip.name, chip.multiprocessors, properties.total_memory, versions)
 
 
-def random_weight(fmt: KernelFormat, *shape: int, device: torch.device) -> PackedFormat:
+def random_weight(fmt: TensorFormat, *shape: int, device: torch.device) -> QuantizedWeight:
     """A packed weight [..., N, K] with random codes and scales that give values around 0.01, as a trained one has them."""
     weight = empty_weight(fmt, *shape, device=device)
-    weight.qweight.random_(0, 256) if weight.qweight.dtype == torch.uint8 else weight.qweight.random_(-127, 128)
-    if isinstance(weight, Int4Weight):
-        weight.zeros.fill_(0x88)
-        weight.scales.uniform_(0.002, 0.004)
-    elif isinstance(weight, Int8Weight):
-        weight.scales.uniform_(0.0001, 0.0002)
-    else:
-        weight.absmax.uniform_(0.01, 0.02)
+    codes, *others = weight.parts.values()
+    codes.random_(0, 256) if codes.dtype == torch.uint8 else codes.random_(-127, 128)
+    levels = fmt.record.grid
+    largest = 1 if levels is None else levels.levels if levels.symmetric else (levels.levels + 1) / 2
+    for part in others:
+        if part.dtype.is_floating_point:  # scales
+            part.uniform_(0.015 / largest, 0.03 / largest)
+        else:  # zero-points, in the middle of the codes
+            part.fill_(0x88)
     return weight
 
 

@@ -14,21 +14,21 @@ import torch
 from dbrx_q.config import NORM_EPS
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.kv import KV_FORMATS, allocate_kv
-from dbrx_q.kernels.formats.nf4 import Nf4Weight
-from dbrx_q.kernels.formats.weights import PackedFormat, Weight
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.registry import TensorFormat, offered_formats
+from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import store_qkv
 from dbrx_q.kernels.router import route
+from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.kernels.triton.launch import Chip, Launch, recording
 
 from .kernel_resources import launch_key
 
-__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "KernelFormat", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
@@ -37,28 +37,10 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 """Sequences of one decode step: the sizes that CUDA graphs are kept for."""
 
 
-@dataclass(frozen=True)
-class KernelFormat:
-    """A packed weight format: "int4", "int8" or "nf4", and the elements that share a scale."""
-
-    name: str
-    group: int
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 8 if self.name == "int8" else 4
-
-    def __str__(self) -> str:
-        return f"{self.name}-g{self.group}"
-
-
-FORMATS = (
-    tuple(KernelFormat("int4", group) for group in (64, 32, 128))
-    + tuple(KernelFormat("int8", group) for group in (64, 32, 128))
-    + (KernelFormat("nf4", 64),)
+FORMATS = tuple(
+    sorted((fmt for fmt in offered_formats() if fmt.format in CODES), key=lambda fmt: (CODES[fmt.format], fmt.group_size != 64))
 )
-"""Every format on offer, the default ones (groups of 64) among them."""
+"""Every weight format that Triton kernels have code for, each with groups of 64, the default, first."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +68,12 @@ class Shapes:
 DBRX = Shapes()
 
 
-def empty_weight(fmt: KernelFormat, *shape: int, device: torch.device | str = "meta") -> PackedFormat:
+def empty_weight(fmt: TensorFormat, *shape: int, device: torch.device | str = "meta") -> QuantizedWeight:
     """A packed weight [..., N, K] of `fmt` with whatever its memory holds."""
     *rows, K = shape
-    groups = K // fmt.group
-
-    def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(*rows, width, dtype=dtype, device=device)
-
-    if fmt.name == "int4":
-        return Int4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float16), empty((groups + 1) // 2, torch.uint8), fmt.group)
-    if fmt.name == "int8":
-        return Int8Weight(empty(K, torch.int8), empty(groups, torch.float16), fmt.group)
-    return Nf4Weight(empty(K // 2, torch.uint8), empty(groups, torch.float32), fmt.group)
+    N = rows[-1]
+    parts = {part.name: torch.empty(*rows[:-1], *part.shape, dtype=part.dtype, device=device) for part in fmt.parts(N, K)}
+    return fmt.load(parts)
 
 
 @dataclass(frozen=True)
@@ -112,7 +87,7 @@ class _Call:
 def dbrx_launches(
     chip: Chip,
     *,
-    formats: tuple[KernelFormat, ...] = FORMATS,
+    formats: tuple[TensorFormat, ...] = FORMATS,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
     shapes: Shapes = DBRX,
 ) -> list[tuple[str, Launch]]:
@@ -149,14 +124,14 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
     return list(kept.values())
 
 
-_USUAL = (KernelFormat("int4", 64), KernelFormat("int8", 64))
+_USUAL = (TensorFormat("int4", 64), TensorFormat("int8", 64))
 _WIDELY = "sm_86"
 
 
 def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
     """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format; on sm_86 NF4 and plain experts too."""
     if chip.name == _WIDELY:
-        return essential(dbrx_launches(chip, formats=(*_USUAL, KernelFormat("nf4", 64))))
+        return essential(dbrx_launches(chip, formats=(*_USUAL, TensorFormat("nf4", 64))))
     found = essential(dbrx_launches(chip, formats=_USUAL))
     return [(case, launch) for case, launch in found if not case.startswith("experts plain")]
 
@@ -165,7 +140,7 @@ def _extent(launch: Launch) -> int:
     return sum(int(launch.constants.get(name, 0)) > (name == "SPLITS") for name in _AROUND_THE_LOOP)
 
 
-def _calls(formats: tuple[KernelFormat, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+def _calls(formats: tuple[TensorFormat, ...], dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     for fmt in formats:
         yield from _linear(fmt, dtype, shapes)
         yield from _experts(str(fmt), partial(empty_weight, fmt), dtype, shapes)
@@ -176,7 +151,7 @@ def _calls(formats: tuple[KernelFormat, ...], dtype: torch.dtype, shapes: Shapes
         yield from _attention(kv_format, dtype, shapes)
 
 
-def _linear(fmt: KernelFormat, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
+def _linear(fmt: TensorFormat, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
     D = shapes.width
     places = (("Wqkv", shapes.qkv, shapes.clip, False), ("out_proj", D, None, True), ("lm_head", shapes.vocabulary, None, False))
     for name, N, clip, adds in places:

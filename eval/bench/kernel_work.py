@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from dbrx_q.kernels.attention import Sequences, cached_attention
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.kv import KVLayer, allocate_kv
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
@@ -26,12 +27,12 @@ from dbrx_q.kernels.qkv import store_qkv
 from dbrx_q.kernels.router import route
 
 from .device_timing import copies, random_weight
-from .kernel_shapes import DBRX, KernelFormat
+from .kernel_shapes import DBRX
 
 __all__ = ["COPY", "MATMUL", "Work", "dbrx_works", "decode_step_work"]
 
 COPY, MATMUL = "copy bandwidth", "bf16 matmul rate"
-_INT4, _INT8, _NF4 = KernelFormat("int4", 64), KernelFormat("int8", 64), KernelFormat("nf4", 64)
+_INT4, _INT8, _NF4 = TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)
 _BF16 = torch.bfloat16
 _DEQUANTIZE = "dequantize, then matmul"
 
@@ -74,7 +75,7 @@ def dbrx_works(device: torch.device) -> Iterator[Callable[[], Work]]:
         yield from (partial(make, T, device) for make in (_router, _norm, _store))
 
 
-def _experts(fmt: KernelFormat, T: int, target: float | None, device: torch.device) -> Work:
+def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.device) -> Work:
     E, A, D, hidden = DBRX.experts, DBRX.active, DBRX.width, DBRX.hidden
     torch.manual_seed(0)
     w1, v1, w2 = (random_weight(fmt, E, *shape, device=device) for shape in ((hidden, D), (hidden, D), (D, hidden)))
@@ -115,10 +116,10 @@ def _experts(fmt: KernelFormat, T: int, target: float | None, device: torch.devi
     return Work("moe_experts", case, MATMUL, 2 * 3 * T * A * D * hidden, contenders, target)
 
 
-def _linear(name: str, N: int, fmt: KernelFormat, T: int, target: float | None, device: torch.device) -> Work:
+def _linear(name: str, N: int, fmt: TensorFormat, T: int, target: float | None, device: torch.device) -> Work:
     K = DBRX.width
     x = torch.randn(T, K, dtype=_BF16, device=device)
-    weights = [random_weight(fmt, N, K, device=device) for _ in range(copies(N * K * fmt.bits // 8, device))]
+    weights = [random_weight(fmt, N, K, device=device) for _ in range(copies(N * K * fmt.record.bits // 8, device))]
     clip = DBRX.clip if name == "Wqkv" else None
     residual = torch.randn(T, N, dtype=_BF16, device=device) if name == "out_proj" else None
     contenders: dict[str, Callable[[], Calls]] = {
@@ -239,11 +240,11 @@ def _plain(N: int, K: int, device: torch.device) -> list[torch.Tensor]:
 _Prepare = Callable[[int, int, torch.device], Callable[[torch.Tensor], torch.Tensor]]
 
 
-def _packed_peer(fmt: KernelFormat) -> tuple[str, _Prepare] | None:
+def _packed_peer(fmt: TensorFormat) -> tuple[str, _Prepare] | None:
     """What else multiplies by packed weights: its name, and what makes a product with a random weight [N, K]."""
-    if fmt.name == "int4":
-        return "torch._weight_int4pack_mm", partial(_int4pack, fmt.group)
-    if fmt.name == "nf4":
+    if fmt.format == "int4":
+        return "torch._weight_int4pack_mm", partial(_int4pack, fmt.group_size)
+    if fmt.format == "nf4":
         return "bitsandbytes NF4", _bitsandbytes
     return None
 

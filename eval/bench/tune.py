@@ -14,6 +14,7 @@ import torch
 from dbrx_q.errors import DbrxError
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton.launch import Chip, chip_of
@@ -21,11 +22,11 @@ from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidate
 from dbrx_q.model.tuned_tiles import TileChoice, Tuning
 
 from .device_timing import copies, environment, random_weight, turns
-from .kernel_shapes import DBRX, FORMATS, KernelFormat, Shapes
+from .kernel_shapes import DBRX, FORMATS, Shapes
 
 __all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
 
-DEFAULT_FORMATS = (KernelFormat("int4", 64), KernelFormat("int8", 64))
+DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64))
 """Other 4-bit codes in groups of 64, NF4, take the tiles of int4."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
@@ -44,18 +45,18 @@ class Failure:
     reason: str
 
 
-def dbrx_problems(formats: Sequence[KernelFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
+def dbrx_problems(formats: Sequence[TensorFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
     """Every product of a DBRX layer and of its head, for powers of two of tokens."""
     E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
     found = []
     for fmt in formats:
-        bits = fmt.bits
+        bits = fmt.record.bits
         for T in _TOKENS:
-            found += [Problem("linear", T, N, D, bits, fmt.group) for N in (shapes.qkv, D, shapes.vocabulary)]
+            found += [Problem("linear", T, N, D, bits, fmt.group_size) for N in (shapes.qkv, D, shapes.vocabulary)]
             tokens = T if T <= MATVEC_TOKENS else T * A
             parallel = min(E, tokens * A)
-            found.append(Problem("gate_up", tokens, F, D, bits, fmt.group, parallel))
-            found.append(Problem("down", tokens, D, F, bits, fmt.group, parallel))
+            found.append(Problem("gate_up", tokens, F, D, bits, fmt.group_size, parallel))
+            found.append(Problem("down", tokens, D, F, bits, fmt.group_size, parallel))
     return found
 
 
@@ -111,7 +112,7 @@ def _respects(tiles: Tiles) -> tuple[object, ...]:
 
 def tune(
     device: torch.device,
-    formats: Sequence[KernelFormat] = DEFAULT_FORMATS,
+    formats: Sequence[TensorFormat] = DEFAULT_FORMATS,
     *,
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -156,7 +157,7 @@ class DeviceTimer:
             return turns({"": self._calls}, repeats=_REPEATS)[""].seconds
 
     def _prepare(self, problem: Problem) -> list[Callable[[], torch.Tensor]]:
-        fmt = next(fmt for fmt in FORMATS if (fmt.bits, fmt.group) == (problem.bits, problem.group))
+        fmt = next(fmt for fmt in FORMATS if (fmt.record.bits, fmt.group_size) == (problem.bits, problem.group))
         torch.manual_seed(0)
         random = partial(random_weight, fmt, device=self._device)
         if problem.op == "linear":

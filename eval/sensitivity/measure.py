@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dbrx_q.checkpoint.layout import GROUP_SIZES, TensorFormat, kind_of
+from dbrx_q.checkpoint.layout import TensorFormat, embedding_formats, kind_of, may_have
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.eval.divergence import TokenScores, mean_and_stderr
@@ -23,7 +23,6 @@ from dbrx_q.eval.observe import check_ids
 from dbrx_q.eval.resume import RunState
 from dbrx_q.eval.texts import Text
 from dbrx_q.eval.windows import Protocol
-from dbrx_q.kernels.formats.groups import check_group_size
 from dbrx_q.model.layers import PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 
@@ -37,7 +36,6 @@ BY = ("kind", "layer", "tensor")
 
 _KINDS = ("embedding", "attention", "experts", "head")
 _MATRICES = ("Wqkv", "out_proj", "w1", "v1", "w2")
-_EMBEDDING_FORMAT = "int8"  # the one packed format that a checkpoint's embedding may have
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,8 @@ def measurable(units: Sequence[Unit], formats: Sequence[TensorFormat]) -> tuple[
     parts, skipped = [], []
     for unit in units:
         for fmt in formats:
-            if fmt.format != _EMBEDDING_FORMAT and any(kind_of(name) == "embedding" for name in unit.tensors):
-                reason = f"the embedding must be {_EMBEDDING_FORMAT} or plain; found {fmt.format}"
+            if not all(may_have(name, fmt) for name in unit.tensors):
+                reason = f"the embedding must be {embedding_formats()}; found {fmt.format}"
                 skipped.append(Unmeasured(unit.name, fmt.format, fmt.group_size, reason))
             else:
                 parts.append((unit, fmt))
@@ -177,12 +175,12 @@ def check_formats(config: DbrxConfig, units: Sequence[Unit], formats: Sequence[T
     parts, skipped = measurable(units, formats)
     if skipped and not parts:
         found = ", ".join(dict.fromkeys(fmt.format for fmt in formats))
-        raise RequestError(f"the embedding must be {_EMBEDDING_FORMAT} or plain; found {found} and no other part. Add int8, or other parts")
+        raise RequestError(f"the embedding must be {embedding_formats()}; found {found} and no other part. Add int8, or other parts")
     tensors = {tensor.name: tensor for tensor in packable(config)}
     for fmt in formats:
         for name in dict.fromkeys(name for unit, other in parts if other == fmt for name in unit.tensors):
             try:
-                check_group_size(tensors[name].matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
+                fmt.check(tensors[name].matrix[1])
             except FormatError as error:
                 raise FormatError(f"{name} in {fmt.format}: {error}. Choose another --group-size") from None
 

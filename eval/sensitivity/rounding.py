@@ -1,4 +1,4 @@
-"""Weights rounded to a packed format and decoded again.
+"""Weights rounded to a format and dequantized again.
 
 Dimension letters: `N` rows of a matrix, `K` its reduction axis; `...` is any number of leading axes.
 """
@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
-from dbrx_q.kernels.cpu import quantize as cpu_quantize
-from dbrx_q.kernels.formats import int4, int8, nf4
-from dbrx_q.kernels.formats.groups import check_scales
-from dbrx_q.kernels.formats.nf4 import Nf4DoubleWeight
+from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.quantize import concatenate_rows, quantize
 
 __all__ = ["Rounding", "rounded"]
 
@@ -23,16 +21,20 @@ _PIECE = 1 << 22  # elements that are rounded together: one expert's matrix has 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding did to one tensor. nbytes: packed. error, square: sums of squares of the errors and of the weights."""
+    """What rounding did to one tensor."""
 
     parameters: int
+    """Weights of the tensor."""
     nbytes: int
+    """Bytes of the packed tensor."""
     error: float
+    """Sum of squared errors."""
     square: float
+    """Sum of squares of the weights."""
 
 
 def rounded(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, Rounding]:
-    """A weight as it would be decoded from `fmt`, in its own dtype, place and order in memory; and what that did to it.
+    """A weight as it would be dequantized from `fmt`, in its own dtype, place and order in memory; and what that did to it.
 
     Args:
         weight: [..., N, K], finite, plain.
@@ -47,36 +49,28 @@ def rounded(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, Roun
     step = max(1, _PIECE // K)
     for matrix, target in zip(weight.view(-1, N, K), out.view(-1, N, K), strict=True):
         pieces = matrix.split(step)
-        found = _round_double(pieces, fmt.group_size) if fmt.format == "nf4-double" else (_round(piece.cpu(), fmt) for piece in pieces)
-        for piece, place, (values, packed_bytes) in zip(pieces, target.split(step), found, strict=True):
-            own = piece.cpu()
+        for piece, out_rows, (values, packed_bytes) in zip(pieces, target.split(step), _dequantized(pieces, fmt), strict=True):
+            rows = piece.cpu()
             nbytes += packed_bytes
-            error += float((values - own.float()).double().square().sum())
-            square += float(own.double().square().sum())
-            place.copy_(values)
+            error += float((values - rows.float()).double().square().sum())
+            square += float(rows.double().square().sum())
+            out_rows.copy_(values)
     return out, Rounding(weight.numel(), nbytes, error, square)
 
 
-def _round_double(pieces: Sequence[torch.Tensor], group_size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """As `_round` of every piece of one matrix, whose scales are rounded together; the first has the bytes of all."""
-    packed = [nf4.quantize(piece.cpu(), group_size) for piece in pieces]
-    qweight, absmax = (torch.cat([getattr(some, part) for some in packed]) for part in ("qweight", "absmax"))
-    whole = Nf4DoubleWeight(qweight, *nf4.compress_absmax(absmax), group_size)
-    decoded, first = whole.decoded(), 0
+def _dequantized(pieces: Sequence[torch.Tensor], fmt: TensorFormat) -> Iterator[tuple[torch.Tensor, int]]:
+    """For every piece [n, K] of a matrix: the float32 values that it is rounded to, and the bytes of its packed rows.
+
+    In a format with a form of its own on disk the whole matrix is rounded together, and the first piece has the bytes of all.
+    """
+    stored = fmt.record.stored
+    if stored is None:
+        for piece in pieces:
+            packed = quantize(piece.cpu(), fmt)
+            yield dequantize(packed), packed.nbytes
+        return
+    parts = stored.store(concatenate_rows([quantize(piece.cpu(), fmt) for piece in pieces]))
+    loaded, nbytes, first = fmt.load(parts), sum(part.nbytes for part in parts.values()), 0
     for piece in pieces:
-        yield nf4.dequantize(decoded.rows(first, first + len(piece))), 0 if first else whole.nbytes
+        yield dequantize(loaded.rows(first, first + len(piece))), 0 if first else nbytes
         first += len(piece)
-
-
-def _round(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, int]:
-    """(float32 [N, K] that the packed weight stands for, bytes of the packed weight)."""
-    if fmt.format == "nf4":
-        codes = nf4.quantize(weight, fmt.group_size)
-        return nf4.dequantize(codes), codes.nbytes
-    if fmt.format == "int4":
-        four, _, _ = cpu_quantize.quantize_int4(weight, fmt.group_size)
-        check_scales(four.scales)
-        return int4.dequantize(four), four.nbytes
-    eight, _, _ = cpu_quantize.quantize_int8(weight, fmt.group_size)
-    check_scales(eight.scales)
-    return int8.dequantize(eight), eight.nbytes

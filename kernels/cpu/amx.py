@@ -23,8 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import get_thread_id
 
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from . import vector as v
 
@@ -51,18 +50,18 @@ def available() -> bool:
     return bool(ctypes.CDLL(None).syscall(*call) == 0)
 
 
-def matmul(x: torch.Tensor, weight: Int4Weight | Int8Weight) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """bfloat16 y [T, N] = x [T, K] @ weight [N, K].T for bfloat16 `x`; the weight rounded to bfloat16, sums in float32.
 
-    Only where `available`, and for K a multiple of 128. It runs on as many threads as numba is set to.
+    Only where `available`, for int4 and int8, and for K a multiple of 128. It runs on as many threads as numba is set to.
     """
     (T, K), N = x.shape, weight.shape[0]
     assert available()
     assert x.dtype == torch.bfloat16
     assert K % _BLOCK == 0
-    x, codes, scales = x.contiguous(), weight.qweight.contiguous(), weight.scales.contiguous()
-    four_bits = isinstance(weight, Int4Weight)
-    zeros = weight.zeros.contiguous() if isinstance(weight, Int4Weight) else scales  # the int8 decoder reads none
+    x, parts = x.contiguous(), weight.contiguous().parts
+    codes, scales, four_bits = parts["qweight"], parts["scales"], weight.format == "int4"
+    zeros = parts.get("zeros", scales)  # the int8 code reads none
     threads = numba.get_num_threads()
     rows = min(_ROWS, _up(N // (4 * threads), 32))  # a few tasks a thread, so that they balance
     panel = min(_PANEL_TOKENS, _up(T, 16))

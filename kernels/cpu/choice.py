@@ -37,13 +37,13 @@ class CpuChoice:
     tile_dtype: torch.dtype
 
 
-def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, nf4: bool = False) -> CpuChoice:
+def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, dots: bool = True) -> CpuChoice:
     """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles.
 
-    nf4: whether the weight is NF4, for which there are neither dot products nor AMX code.
+    dots: whether the weight's format has dot products and AMX code (`format_kernels.DOT_KERNELS`).
     """
     tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
-    if nf4 or K % BLOCK:
+    if not dots or K % BLOCK:
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
         limit, many = _MATVEC_TOKENS_AMX, Regime.AMX

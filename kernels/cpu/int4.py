@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from . import vector as v
 
-__all__ = ["decode_rows", "matvec"]
+__all__ = ["dequantize_rows", "matvec"]
 
 _BLOCK = 128  # elements that one 64-byte load holds
 _CHUNK = 16  # groups whose scales are decoded together
@@ -118,7 +118,7 @@ def _dot_rows(typing_context, weights, scales, zeros, x, x_scales, x_sums, n_gro
 
 
 @intrinsic(prefer_literal=True)
-def _decode_row(typing_context, weights, scales, zeros, n_groups, out, group_size, bfloat16):
+def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group_size, bfloat16):
     """One row as bfloat16 or float32; position 16k+l of a block of 128 holds element 8l+k. The last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(bfloat16, types.IntegerLiteral):
         return None
@@ -218,8 +218,8 @@ def matvec(weights, scales, zeros, experts, offsets, x, x_scales, x_sums, n_rows
 
 
 @numba.njit(nogil=True, parallel=True, cache=True)
-def decode_rows(weights, scales, zeros, n_rows, n_groups, out, group_size, bfloat16):
-    """out [n_rows, n_groups * group_size] = decoded weights, in the order of `_decode_row`."""
+def dequantize_rows(weights, scales, zeros, n_rows, n_groups, out, group_size, bfloat16):
+    """out [n_rows, n_groups * group_size] = the dequantized weight, in the order of `_dequantize_row`."""
     row_bytes = n_groups * group_size // 2
     zero_bytes = (n_groups + 1) // 2
     size = 2 if bfloat16 else 4
@@ -228,15 +228,15 @@ def decode_rows(weights, scales, zeros, n_rows, n_groups, out, group_size, bfloa
         o = out + n * n_groups * group_size * size
         if group_size == 64:
             if bfloat16:
-                _decode_row(w, s, z, n_groups, o, 64, 1)
+                _dequantize_row(w, s, z, n_groups, o, 64, 1)
             else:
-                _decode_row(w, s, z, n_groups, o, 64, 0)
+                _dequantize_row(w, s, z, n_groups, o, 64, 0)
         elif group_size == 32:
             if bfloat16:
-                _decode_row(w, s, z, n_groups, o, 32, 1)
+                _dequantize_row(w, s, z, n_groups, o, 32, 1)
             else:
-                _decode_row(w, s, z, n_groups, o, 32, 0)
+                _dequantize_row(w, s, z, n_groups, o, 32, 0)
         elif bfloat16:
-            _decode_row(w, s, z, n_groups, o, 128, 1)
+            _dequantize_row(w, s, z, n_groups, o, 128, 1)
         else:
-            _decode_row(w, s, z, n_groups, o, 128, 0)
+            _dequantize_row(w, s, z, n_groups, o, 128, 0)

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from . import vector as v
 
-__all__ = ["decode_rows", "matvec"]
+__all__ = ["dequantize_rows", "matvec"]
 
 _BLOCK = 128
 # As for int4 (`int4.py`), whose measurement it rests on: the distance is a matter of memory, not of the format.
@@ -62,7 +62,7 @@ def _dot_rows(typing_context, weights, scales, x, x_scales, n_groups, out, out_s
 
 
 @intrinsic(prefer_literal=True)
-def _decode_row(typing_context, weights, scales, n_groups, out, group_size, bfloat16):
+def _dequantize_row(typing_context, weights, scales, n_groups, out, group_size, bfloat16):
     """One row as bfloat16 or float32, in its own order. The last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(bfloat16, types.IntegerLiteral):
         return None
@@ -139,23 +139,23 @@ def matvec(weights, scales, experts, offsets, x, x_scales, n_rows, n_groups, out
 
 
 @numba.njit(nogil=True, parallel=True, cache=True)
-def decode_rows(weights, scales, n_rows, n_groups, out, group_size, bfloat16):
-    """out [n_rows, n_groups * group_size] = decoded weights."""
+def dequantize_rows(weights, scales, n_rows, n_groups, out, group_size, bfloat16):
+    """out [n_rows, n_groups * group_size] = the dequantized weight."""
     row = n_groups * group_size
     size = 2 if bfloat16 else 4
     for n in prange(n_rows):
         w, s, o = weights + n * row, scales + n * n_groups * 2, out + n * row * size
         if group_size == 64:
             if bfloat16:
-                _decode_row(w, s, n_groups, o, 64, 1)
+                _dequantize_row(w, s, n_groups, o, 64, 1)
             else:
-                _decode_row(w, s, n_groups, o, 64, 0)
+                _dequantize_row(w, s, n_groups, o, 64, 0)
         elif group_size == 32:
             if bfloat16:
-                _decode_row(w, s, n_groups, o, 32, 1)
+                _dequantize_row(w, s, n_groups, o, 32, 1)
             else:
-                _decode_row(w, s, n_groups, o, 32, 0)
+                _dequantize_row(w, s, n_groups, o, 32, 0)
         elif bfloat16:
-            _decode_row(w, s, n_groups, o, 128, 1)
+            _dequantize_row(w, s, n_groups, o, 128, 1)
         else:
-            _decode_row(w, s, n_groups, o, 128, 0)
+            _dequantize_row(w, s, n_groups, o, 128, 0)

@@ -19,33 +19,26 @@ import numba
 import numpy as np
 import torch
 
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
-from dbrx_q.kernels.formats.nf4 import Nf4Weight, dequantize_on_cpu
-from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from . import amx
-from . import int4 as _cpu_int4
-from . import int8 as _cpu_int8
 from .activations import QuantizedActivations, quantize_activations
 from .choice import BLOCK, CpuChoice, Regime, choose, padded
+from .format_kernels import DOT_KERNELS, dequantize_rows
 from .vector import has_bfloat16
 
-__all__ = ["Dotted", "choice_for", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
-
-Dotted = Int4Weight | Int8Weight
-"""The formats that dot products on codes serve."""
+__all__ = ["activation_group", "choice_for", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
 
 # Waking a second thread costs 5 to 10 us in which one core reads 100 KB; where other programs hold the cores it costs a scheduler's
 # time slice, so small models stay on one.
 _THREAD_BYTES = 1 << 19
 
 
-def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
     weight = weight.contiguous()
     choice = choice_for(x.shape[0], x, weight)
-    if isinstance(weight, Nf4Weight):
+    if weight.format not in DOT_KERNELS:
         with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
             return _tiled(x.to(choice.tile_dtype), weight, choice)
     if choice.regime is Regime.TILES:
@@ -56,7 +49,7 @@ def linear(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
     return matvec(quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
 
 
-def warm_up(weight: PackedFormat, dtype: torch.dtype) -> None:
+def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     """Compile or load from a cache or import what products with weights like this [N, K] need: the first token should not wait for it."""
     few = weight.rows(0, 1)
     for tokens in (1, 64):
@@ -68,73 +61,56 @@ def has_matrix_unit() -> bool:
     return amx.available()
 
 
-def choice_for(tokens: int, x: torch.Tensor, weight: PackedFormat) -> CpuChoice:
+def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoice:
     """`choose` on this chip, for `tokens` rows like those of `x`."""
     chip = {"bfloat16_matmul": has_bfloat16(), "amx": has_matrix_unit()}
-    return choose(tokens, weight.shape[-1], x.dtype, **chip, nf4=isinstance(weight, Nf4Weight))
+    return choose(tokens, weight.shape[-1], x.dtype, **chip, dots=weight.format in DOT_KERNELS)
 
 
-def quantized(x: torch.Tensor, weight: Dotted) -> QuantizedActivations:
-    """`x` [T, K] as dot products with `weight` take it."""
+def activation_group(weight: QuantizedWeight) -> int:
+    """The group size by which dot products with `weight` need sums of activations; 0 where they need none."""
+    return weight.group_size if DOT_KERNELS[weight.format].zero_points else 0
+
+
+def quantized(x: torch.Tensor, weight: QuantizedWeight) -> QuantizedActivations:
+    """`x` [T, K] in the form that dot products with `weight` take."""
     _use_threads(x.numel() * 4)
-    return quantize_activations(x, sums_of=weight.group_size if isinstance(weight, Int4Weight) else 0)
+    return quantize_activations(x, sums_of=activation_group(weight))
 
 
-def matvec(x: QuantizedActivations, weight: Dotted, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` go through weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
-    N, groups = weight.shape[-2], weight.scales.shape[-1]
+def matvec(x: QuantizedActivations, weight: QuantizedWeight, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` are multiplied by weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
+    N, K = weight.shape[-2:]
     out = torch.empty(x.codes.shape[0], N)
-    _use_threads(len(experts) * N * groups * weight.group_size)
-    weight = weight.contiguous()
-    tensors = [weight.qweight, weight.scales]
-    if isinstance(weight, Int4Weight):
-        tensors.append(weight.zeros)
-        addresses = [t.data_ptr() for t in (*tensors, x.codes, x.scales, x.sums)]
-        w, s, z, codes, scales, sums = addresses
-        _cpu_int4.matvec(w, s, z, experts, offsets, codes, scales, sums, N, groups, x.sums.shape[1], out.data_ptr(), weight.group_size)
-    else:
-        w, s, codes, scales = (t.data_ptr() for t in (*tensors, x.codes, x.scales))
-        _cpu_int8.matvec(w, s, experts, offsets, codes, scales, N, groups, out.data_ptr(), weight.group_size)
+    _use_threads(len(experts) * N * K)
+    DOT_KERNELS[weight.format].matvec(x, weight.contiguous(), experts, offsets, out)
     return out
 
 
-def _tiled(x: torch.Tensor, weight: PackedFormat, choice: CpuChoice) -> torch.Tensor:
+def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], which is in the tile's order."""
     N, K = weight.shape
     T, x = len(x), padded(x)
     out = torch.empty(len(x), N, dtype=x.dtype)
-    buffer = torch.empty(0 if isinstance(weight, Nf4Weight) else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
+    kernels = None if K % BLOCK else DOT_KERNELS.get(weight.format)
+    buffer = torch.empty(0 if kernels is None else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
     for first in range(0, N, choice.tile_rows):
-        some = weight.rows(first, min(first + choice.tile_rows, N))
-        if isinstance(some, Nf4Weight):
-            tile = dequantize_on_cpu(some, choice.tile_dtype)
+        rows = weight.rows(first, min(first + choice.tile_rows, N))
+        if kernels is None:
+            tile = dequantize_rows(rows, choice.tile_dtype)
         else:
-            tile = buffer[: some.shape[0]]
-            _decode(some, tile)
+            tile = buffer[: rows.shape[0]]
+            _use_threads(tile.numel())
+            kernels.dequantize_rows(rows, tile)
         out[:, first : first + len(tile)] = x @ tile.T
     return out[:T]
 
 
-def _tile_order(x: torch.Tensor, weight: PackedFormat) -> torch.Tensor:
-    """`x` [T, K] with its columns in the order in which `_decode` writes them."""
-    if isinstance(weight, Int4Weight) and x.shape[-1] % BLOCK == 0:
+def _tile_order(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """`x` [T, K] with its columns in the order in which rows of the weight are dequantized."""
+    if DOT_KERNELS[weight.format].interleaved and x.shape[-1] % BLOCK == 0:
         return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
     return x
-
-
-def _decode(some: Dotted, tile: torch.Tensor) -> None:
-    """Decode into `tile` [rows, K], bfloat16 or float32."""
-    rows, K = tile.shape
-    if K % BLOCK:
-        tile.copy_(dequantize(some))
-        return
-    _use_threads(rows * K)
-    w, s, to = (t.data_ptr() for t in (some.qweight, some.scales, tile))
-    shape = rows, some.scales.shape[-1], to, some.group_size, int(tile.dtype == torch.bfloat16)
-    if isinstance(some, Int4Weight):
-        _cpu_int4.decode_rows(w, s, some.zeros.data_ptr(), *shape)
-    else:
-        _cpu_int8.decode_rows(w, s, *shape)
 
 
 @cache

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import Weight
 
 from .activations import QuantizedActivations
 from .choice import Regime, matmul
-from .linear import Dotted, choice_for, linear, matvec, quantized
+from .linear import activation_group, choice_for, linear, matvec, quantized
 
 __all__ = ["ExpertOutputs", "moe_experts"]
 
@@ -83,26 +82,25 @@ class ExpertOutputs:
 
     def _add_few(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
         """The rows of experts with few tokens, all of them in each product."""
-        assert isinstance(layer.w1, Dotted)
-        assert isinstance(layer.v1, Dotted)
-        assert isinstance(layer.w2, Dotted)
+        assert isinstance(layer.w1, QuantizedWeight)
+        assert isinstance(layer.v1, QuantizedWeight)
+        assert isinstance(layer.w2, QuantizedWeight)
         places = [self._places[e] for e in slots]
         pairs = torch.cat([torch.arange(first, end) for first, end in places])
         chosen = np.array(list(slots.values()))
         offsets = np.cumsum([0] + [end - first for first, end in places])
         tokens = self._tokens[pairs]
         gate_x = _take(self._activations(layer.w1), tokens)
-        same = type(layer.w1) is type(layer.v1) and layer.w1.group_size == layer.v1.group_size
-        up_x = gate_x if same else _take(self._activations(layer.v1), tokens)
+        up_x = gate_x if activation_group(layer.w1) == activation_group(layer.v1) else _take(self._activations(layer.v1), tokens)
         h = F.silu(matvec(gate_x, layer.w1, chosen, offsets)) * matvec(up_x, layer.v1, chosen, offsets)  # [pairs, F]
         self._rows[self._by_expert[pairs]] = matvec(quantized(h, layer.w2), layer.w2, chosen, offsets)
 
-    def _activations(self, weight: Dotted) -> QuantizedActivations:
+    def _activations(self, weight: QuantizedWeight) -> QuantizedActivations:
         """The tokens as dot products with such a weight take them."""
-        kind = weight.group_size if isinstance(weight, Int4Weight) else 0
-        if kind not in self._quantized:
-            self._quantized[kind] = quantized(self._x, weight)
-        return self._quantized[kind]
+        group = activation_group(weight)
+        if group not in self._quantized:
+            self._quantized[group] = quantized(self._x, weight)
+        return self._quantized[group]
 
 
 def moe_experts(
@@ -120,14 +118,14 @@ def moe_experts(
 
 def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
     weights = layer.w1, layer.v1, layer.w2
-    return all(isinstance(w, (Int4Weight, Int8Weight)) and choice_for(count, x, w).regime is Regime.MATVEC for w in weights)
+    return all(isinstance(w, QuantizedWeight) and choice_for(count, x, w).regime is Regime.MATVEC for w in weights)
 
 
 def _take(x: QuantizedActivations, rows: torch.Tensor) -> QuantizedActivations:
     return QuantizedActivations(x.codes[rows], x.scales[rows], x.sums[rows])
 
 
-def _dense_or_tiled(x: torch.Tensor, weight: torch.Tensor | PackedFormat, slot: int) -> torch.Tensor:
+def _dense_or_tiled(x: torch.Tensor, weight: Weight, slot: int) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
         return matmul(x, weight[slot])
     return linear(x, weight[slot])

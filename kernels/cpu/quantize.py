@@ -5,6 +5,9 @@ Dimension letters: `N` output features (rows), `K` input features (the reduction
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 import torch
@@ -13,12 +16,13 @@ from numba import prange
 from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from .lanes import LANES, fill_tile, fused, in_memory_order, larger, load, load_half, nearest, smaller, splat, store, store_half, with_code
 from .lanes import VECTOR_BYTES as _VECTOR
 from .search import group_ranges, range_scale_and_zero, step_of
 
-__all__ = ["quantize_int4", "quantize_int8", "round_int4", "round_int8"]
+__all__ = ["KERNELS", "QuantizationKernels", "quantize_int4", "quantize_int8", "round_int4", "round_int8"]
 
 # Rows that a thread takes at a time: of a weight that lies transposed, 32 neighbours fill a cache line of bfloat16.
 _ROWS = 32
@@ -48,6 +52,35 @@ def round_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, 
 def round_int8(weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> tuple[Int8Weight, float, float]:
     """As `quantize_int8`, to the grid of scales, float16 [N, n]; on one thread."""
     return _int8(weight, group_size, scales)
+
+
+_Result = tuple[QuantizedWeight, float, float]
+
+
+@dataclass(frozen=True)
+class QuantizationKernels:
+    """Compiled code that quantizes to one format; results as for `quantize_int4`."""
+
+    to_nearest: Callable[[torch.Tensor, int], _Result]
+    """(weight [N, K], G): each group's range is its grid."""
+    to_grid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], _Result]
+    """(weight [N, K], scales [N, n], zero-points [N, n] or None, G)."""
+
+
+def _int4_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> _Result:
+    assert zeros is not None
+    return round_int4(weight, scales, zeros, group_size)
+
+
+def _int8_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> _Result:
+    return round_int8(weight, scales, group_size)
+
+
+KERNELS = {
+    "int4": QuantizationKernels(quantize_int4, _int4_to_grid),
+    "int8": QuantizationKernels(quantize_int8, _int8_to_grid),
+}
+"""By format."""
 
 
 def _int4(
@@ -114,7 +147,7 @@ def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given,
                 scale, zero = load_half(half.ctypes.data), load(single_at)
             else:
                 low, high = group_ranges(tile_at, G)
-                scale, zero = range_scale_and_zero(low, high, levels)
+                scale, zero = range_scale_and_zero(low, high, levels, levels == 127)
                 store_half(scale, half.ctypes.data)
                 store(zero, single_at)
                 for r in range(rows):

@@ -10,6 +10,8 @@ import numba
 import numpy as np
 import torch
 
+from dbrx_q.kernels.formats.format import GridLevels
+
 from .lanes import (
     LANES,
     absolute,
@@ -34,21 +36,23 @@ __all__ = ["group_ranges", "half_quadratic", "least_squares", "range_scale_and_z
 
 
 def least_squares(
-    weight: torch.Tensor, group_size: int, levels: int, shares: torch.Tensor, importance: torch.Tensor | None = None
+    weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.least_squares`, on the CPU."""
     weight, place = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
     each = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
-    _least_squares(*place, group_size, levels, shares.numpy(), each.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    which = group_size, levels.levels, levels.symmetric
+    _least_squares(*place, *which, shares.numpy(), each.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
     return scales, zeros
 
 
-def half_quadratic(weight: torch.Tensor, group_size: int, levels: int, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.half_quadratic`, on the CPU."""
     weight, place = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
-    _half_quadratic(*place, group_size, levels, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    which = group_size, levels.levels, levels.symmetric
+    _half_quadratic(*place, *which, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
     return scales, zeros
 
 
@@ -58,7 +62,7 @@ def _empty_grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_squares(address, item, row_pitch, column_pitch, G, levels, shares, each, scales, zeros):
+def _least_squares(address, item, row_pitch, column_pitch, G, levels, symmetric, shares, each, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
     at = tile.ctypes.data
@@ -69,17 +73,17 @@ def _least_squares(address, item, row_pitch, column_pitch, G, levels, shares, ea
             weights = each[g * G : (g + 1) * G]
             fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
             low, high = group_ranges(at, G)
-            best_scale, best_zero = range_scale_and_zero(low, high, levels)
-            least = _error(at, best_scale, best_zero, levels, weights)
+            best_scale, best_zero = range_scale_and_zero(low, high, levels, symmetric)
+            least = _error(at, best_scale, best_zero, levels, symmetric, weights)
             for s in range(len(shares)):
                 share = splat(shares[s])
-                scale, zero = range_scale_and_zero(low * share, high * share, levels)
-                if levels == 127:
-                    error = _error(at, scale, zero, levels, weights)
+                scale, zero = range_scale_and_zero(low * share, high * share, levels, symmetric)
+                if symmetric:
+                    error = _error(at, scale, zero, levels, symmetric, weights)
                     best_scale, least = where_less(error, least, scale, best_scale), smaller(error, least)
                     continue
                 less, more = larger(zero - one, none), smaller(zero + one, top)
-                errors = _errors(at, scale, zero, less, more, weights)
+                errors = _errors(at, scale, zero, less, more, levels, weights)
                 for error, tried in ((errors[0], zero), (errors[1], less), (errors[2], more)):
                     best_scale, best_zero = where_less(error, least, scale, best_scale), where_less(error, least, tried, best_zero)
                     least = smaller(error, least)
@@ -87,10 +91,10 @@ def _least_squares(address, item, row_pitch, column_pitch, G, levels, shares, ea
 
 
 @numba.njit(nogil=True, cache=True)
-def _error(tile, scale, zero, levels, weights):
+def _error(tile, scale, zero, levels, symmetric, weights):
     """The weighted squared error of each lane."""
     none = splat(np.float32(0))
-    low, high = _limits(zero, levels)
+    low, high = _limits(zero, levels, symmetric)
     inverse, minus = _inverse(scale), none - scale
     error = none
     for i in range(len(weights)):
@@ -101,10 +105,10 @@ def _error(tile, scale, zero, levels, weights):
 
 
 @numba.njit(nogil=True, cache=True)
-def _errors(tile, scale, zero, less, more, weights):
-    """The weighted squared errors of each lane with three zero-points of int4."""
+def _errors(tile, scale, zero, less, more, levels, weights):
+    """The weighted squared errors of each lane with three zero-points."""
     none = splat(np.float32(0))
-    (low, high), (low1, high1), (low2, high2) = _limits(zero, 15), _limits(less, 15), _limits(more, 15)
+    (low, high), (low1, high1), (low2, high2) = _limits(zero, levels, False), _limits(less, levels, False), _limits(more, levels, False)
     inverse, minus = _inverse(scale), none - scale
     error = error1 = error2 = none
     for i in range(len(weights)):
@@ -120,7 +124,7 @@ def _errors(tile, scale, zero, less, more, weights):
 
 
 @numba.njit(nogil=True, cache=True)
-def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, betas, scales, zeros):
+def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, symmetric, betas, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
     at = tile.ctypes.data
@@ -130,17 +134,17 @@ def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, betas, sc
         for g in range(n_groups):
             fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
             low, high = group_ranges(at, G)
-            scale, zero = range_scale_and_zero(low, high, levels)
+            scale, zero = range_scale_and_zero(low, high, levels, symmetric)
             best_scale, best_zero, least = scale, zero, splat(np.float32(np.inf))
             for s in range(len(betas)):
                 step = step_of(scale)
-                cost, moved, squares, u_sum, moves = _fitted(at, G, scale, step, zero, levels, betas[s])
+                cost, moved, squares, u_sum, moves = _fitted(at, G, scale, step, zero, levels, symmetric, betas[s])
                 best_scale, best_zero = where_less(cost, least, scale, best_scale), where_less(cost, least, zero, best_zero)
                 least = smaller(cost, least)
                 # The least squares scale of weight - outlier = u * scale + moved, with sums of u * moved and of u * u.
                 fitted = where_less(none, squares, scale + moved / squares, scale)
                 fitted = through_half(where_less(none, fitted, fitted, scale))
-                if levels != 127:
+                if not symmetric:
                     # The mean of u + zero - (weight - outlier) / fitted.
                     shift = (u_sum - fused(u_sum, scale, moves) / step_of(fitted)) / size
                     zero = smaller(larger(nearest(zero + shift), none), splat(np.float32(levels)))
@@ -149,13 +153,13 @@ def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, betas, sc
 
 
 @numba.njit(nogil=True, cache=True)
-def _fitted(tile, G, scale, step, zero, levels, beta):
+def _fitted(tile, G, scale, step, zero, levels, symmetric, beta):
     """Of each lane: the sum of |error|^0.7; of u * moved, u * u, u and moved, where moved is the part of the error that is no outlier.
 
     An error's soft threshold is error - moved, moved being the error between plus and minus the threshold.
     """
     none = splat(np.float32(0))
-    low, high = _limits(zero, levels)
+    low, high = _limits(zero, levels, symmetric)
     inverse, minus = _inverse(scale), none - scale
     lot, unit = splat(np.finfo(np.float32).eps), step / splat(beta)
     cost = products = squares = u_sum = moves = none
@@ -184,10 +188,10 @@ def group_ranges(tile, G):
 
 
 @numba.njit(nogil=True, cache=True)
-def range_scale_and_zero(low, high, levels):
-    """The grid of each lane's range: scale and zero-point, 0 for int8."""
+def range_scale_and_zero(low, high, levels, symmetric):
+    """The grid of each lane's range: scale and zero-point, 0 in a symmetric grid."""
     none, top = splat(np.float32(0)), splat(np.float32(levels))
-    if levels == 127:
+    if symmetric:
         return through_half(larger(high, none - low) / top), none
     scale = through_half((high - low) / top)
     zero = nearest((none - low) / step_of(scale))
@@ -206,10 +210,10 @@ def _inverse(scale):
 
 
 @numba.njit(nogil=True, cache=True)
-def _limits(zero, levels):
+def _limits(zero, levels, symmetric):
     """The least and the largest whole number of each lane's grid."""
-    if levels == 127:
-        return splat(np.float32(-127)), splat(np.float32(127))
+    if symmetric:
+        return splat(np.float32(-levels)), splat(np.float32(levels))
     return splat(np.float32(0)) - zero, splat(np.float32(levels)) - zero
 
 

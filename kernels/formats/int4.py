@@ -7,20 +7,23 @@ axes, such as the experts of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from .format import Format, GridLevels, Part
 from .groups import check_group_size, check_scales, check_weight, grouped, steps_of
+from .quantized_weight import QuantizedWeight
 
-__all__ = ["GROUP_SIZES", "Int4Weight", "dequantize", "pack", "quantize", "unpack"]
+__all__ = ["FORMAT", "GROUP_SIZES", "LEVELS", "Int4Weight", "dequantize", "pack", "quantize", "unpack"]
 
 GROUP_SIZES = (32, 64, 128)
 _LEVELS = 15
 
 
 @dataclass(frozen=True)
-class Int4Weight:
-    """A weight [..., N, K] in 4 + 16/G + 4/G bits per element; decoded value = scale * (code - zero-point).
+class Int4Weight(QuantizedWeight):
+    """A weight [..., N, K] in 4 + 16/G + 4/G bits per element; value = scale * (code - zero-point).
 
     Bit layout of one row (byte addresses grow to the right, the high nibble is drawn first):
 
@@ -29,37 +32,21 @@ class Int4Weight:
         zeros    | z1 z0 | z3 z2 | ...            uint8 [..., N, ceil(K/G/2)]  zero-points 0..15; an odd last nibble is 0
     """
 
+    format: ClassVar[str] = "int4"
+    part_names: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zeros")
+
     qweight: torch.Tensor
+    """Codes, two a byte."""
     scales: torch.Tensor
+    """One per group."""
     zeros: torch.Tensor
+    """Zero-points, two a byte."""
     group_size: int
 
     @property
     def shape(self) -> torch.Size:
-        """[..., N, K] of the weight that this stands for."""
+        """[..., N, K] of the weight that the parts represent."""
         return torch.Size((*self.qweight.shape[:-1], self.qweight.shape[-1] * 2))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero-points."""
-        return self.qweight.nbytes + self.scales.nbytes + self.zeros.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.qweight.device
-
-    def __getitem__(self, index: int) -> Int4Weight:
-        """The weight at `index` of the first leading axis, without a copy."""
-        return Int4Weight(self.qweight[index], self.scales[index], self.zeros[index], self.group_size)
-
-    def contiguous(self) -> Int4Weight:
-        """The same weight with every part contiguous, as the compiled kernels take it; no copy where it is."""
-        return Int4Weight(self.qweight.contiguous(), self.scales.contiguous(), self.zeros.contiguous(), self.group_size)
-
-    def rows(self, first: int, end: int) -> Int4Weight:
-        """Rows first .. end-1 of a weight [N, K], without a copy."""
-        return Int4Weight(self.qweight[first:end], self.scales[first:end], self.zeros[first:end], self.group_size)
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Int4Weight:
@@ -90,7 +77,7 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Int4Weight:
 
 
 def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The decoded weight [..., N, K]: scale * (code - zero-point), exact in float32, then rounded to `dtype`."""
+    """The plain weight [..., N, K]: scale * (code - zero-point), exact in float32, then rounded to `dtype`."""
     codes = grouped(unpack(weight.qweight, weight.shape[-1]).float(), weight.group_size)
     zeros = unpack(weight.zeros, weight.scales.shape[-1]).float()
     return ((codes - zeros.unsqueeze(-1)) * weight.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
@@ -106,3 +93,32 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The inverse of `pack`: uint8 [..., ceil(n/2)] to uint8 [..., n]."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :n]
+
+
+def _parts(N: int, K: int, group_size: int) -> tuple[Part, ...]:
+    groups = K // group_size
+    return (
+        Part("qweight", torch.uint8, (N, K // 2)),
+        Part("scales", torch.float16, (N, groups)),
+        Part("zeros", torch.uint8, (N, (groups + 1) // 2)),
+    )
+
+
+def _pack_grid(u: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> Int4Weight:
+    """See `GridLevels.pack`."""
+    assert zeros is not None
+    codes = grouped(u, group_size) + zeros.unsqueeze(-1)
+    return Int4Weight(pack(codes.flatten(-2).to(torch.uint8)), scales, pack(zeros.to(torch.uint8)), group_size)
+
+
+LEVELS = GridLevels(_LEVELS, symmetric=False, pack=_pack_grid)
+FORMAT = Format(
+    name="int4",
+    bits=4,
+    group_sizes=GROUP_SIZES,
+    weight=Int4Weight,
+    parts=_parts,
+    quantize=quantize,
+    dequantize=dequantize,
+    grid=LEVELS,
+)

@@ -7,20 +7,23 @@ axes, such as the experts of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from .format import Format, GridLevels, Part
 from .groups import check_group_size, check_scales, check_weight, grouped, steps_of
+from .quantized_weight import QuantizedWeight
 
-__all__ = ["GROUP_SIZES", "Int8Weight", "dequantize", "gather_rows", "quantize"]
+__all__ = ["FORMAT", "GROUP_SIZES", "LEVELS", "Int8Weight", "dequantize", "quantize"]
 
 GROUP_SIZES = (32, 64, 128)
 _LEVELS = 127
 
 
 @dataclass(frozen=True)
-class Int8Weight:
-    """A weight [..., N, K] in 8 + 16/G bits per element; decoded value = scale * code.
+class Int8Weight(QuantizedWeight):
+    """A weight [..., N, K] in 8 + 16/G bits per element; value = scale * code.
 
     Byte layout of one row:
 
@@ -30,36 +33,19 @@ class Int8Weight:
     There is no `pack`: a code is a byte.
     """
 
+    format: ClassVar[str] = "int8"
+    part_names: ClassVar[tuple[str, ...]] = ("qweight", "scales")
+
     qweight: torch.Tensor
+    """Codes, one a byte."""
     scales: torch.Tensor
+    """One per group."""
     group_size: int
 
     @property
     def shape(self) -> torch.Size:
-        """[..., N, K] of the weight that this stands for."""
+        """[..., N, K] of the weight that the parts represent."""
         return self.qweight.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.qweight.nbytes + self.scales.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.qweight.device
-
-    def __getitem__(self, index: int) -> Int8Weight:
-        """The weight at `index` of the first leading axis, without a copy."""
-        return Int8Weight(self.qweight[index], self.scales[index], self.group_size)
-
-    def contiguous(self) -> Int8Weight:
-        """The same weight with every part contiguous, as the compiled kernels take it; no copy where it is."""
-        return Int8Weight(self.qweight.contiguous(), self.scales.contiguous(), self.group_size)
-
-    def rows(self, first: int, end: int) -> Int8Weight:
-        """Rows first .. end-1 of a weight [N, K], without a copy."""
-        return Int8Weight(self.qweight[first:end], self.scales[first:end], self.group_size)
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Int8Weight:
@@ -82,11 +68,29 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Int8Weight:
 
 
 def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The decoded weight [..., N, K]: scale * code, exact in float32, then rounded to `dtype`."""
+    """The plain weight [..., N, K]: scale * code, exact in float32, then rounded to `dtype`."""
     codes = grouped(weight.qweight.float(), weight.group_size)
     return (codes * weight.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def gather_rows(weight: Int8Weight, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Decoded rows of a weight [N, K], as an embedding looks them up: int64 `rows` [T] to [T, K]."""
-    return dequantize(Int8Weight(weight.qweight[rows], weight.scales[rows], weight.group_size), dtype)
+def _parts(N: int, K: int, group_size: int) -> tuple[Part, ...]:
+    return Part("qweight", torch.int8, (N, K)), Part("scales", torch.float16, (N, K // group_size))
+
+
+def _pack_grid(u: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> Int8Weight:
+    """See `GridLevels.pack`; a code is u."""
+    return Int8Weight(u.to(torch.int8), scales, group_size)
+
+
+LEVELS = GridLevels(_LEVELS, symmetric=True, pack=_pack_grid)
+FORMAT = Format(
+    name="int8",
+    bits=8,
+    group_sizes=GROUP_SIZES,
+    weight=Int8Weight,
+    parts=_parts,
+    quantize=quantize,
+    dequantize=dequantize,
+    grid=LEVELS,
+    embedding=True,
+)

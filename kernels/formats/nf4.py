@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 
 from .errors import FormatError
+from .format import Format, Part, StoredForm
 from .groups import check_group_size, check_weight, grouped
+from .quantized_weight import QuantizedWeight
 
 __all__ = [
+    "DOUBLE_FORMAT",
+    "FORMAT",
     "GROUP_SIZES",
     "NESTED_BLOCK",
     "VALUES",
@@ -31,8 +35,8 @@ __all__ = [
     "Nf4Weight",
     "bitsandbytes_functional",
     "compress_absmax",
-    "decode_absmax",
     "dequantize",
+    "dequantize_absmax",
     "dequantize_on_cpu",
     "dynamic_map",
     "pack",
@@ -65,8 +69,8 @@ NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Nf4Weight:
-    """A weight [..., N, K] in 4 + 32/G bits per element; decoded value = VALUES[code] * absmax.
+class Nf4Weight(QuantizedWeight):
+    """A weight [..., N, K] in 4 + 32/G bits per element; value = VALUES[code] * absmax.
 
     Bit layout of one row (byte addresses grow to the right, the high nibble is drawn first). The even element has the high nibble, as in
     bitsandbytes and unlike int4:
@@ -75,36 +79,19 @@ class Nf4Weight:
         absmax   |  m0   |  m1   | ...            float32 [..., N, K/G]   largest magnitude of G neighbouring elements
     """
 
+    format: ClassVar[str] = "nf4"
+    part_names: ClassVar[tuple[str, ...]] = ("qweight", "absmax")
+
     qweight: torch.Tensor
+    """Codes, two a byte."""
     absmax: torch.Tensor
+    """The scales, one per block."""
     group_size: int
 
     @property
     def shape(self) -> torch.Size:
-        """[..., N, K] of the weight that this stands for."""
+        """[..., N, K] of the weight that the parts represent."""
         return torch.Size((*self.qweight.shape[:-1], self.qweight.shape[-1] * 2))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.qweight.nbytes + self.absmax.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors lie."""
-        return self.qweight.device
-
-    def __getitem__(self, index: int) -> Nf4Weight:
-        """The weight at `index` of the first leading axis, without a copy."""
-        return Nf4Weight(self.qweight[index], self.absmax[index], self.group_size)
-
-    def contiguous(self) -> Nf4Weight:
-        """The same weight with every part contiguous, as the compiled kernels take it; no copy where it is."""
-        return Nf4Weight(self.qweight.contiguous(), self.absmax.contiguous(), self.group_size)
-
-    def rows(self, first: int, end: int) -> Nf4Weight:
-        """Rows first .. end-1 of a weight [N, K], without a copy."""
-        return Nf4Weight(self.qweight[first:end], self.absmax[first:end], self.group_size)
 
 
 @dataclass(frozen=True)
@@ -120,19 +107,33 @@ class Nf4DoubleWeight:
     """
 
     qweight: torch.Tensor
+    """Codes, two a byte."""
     absmax: torch.Tensor
+    """Codes of the scales."""
     nested_absmax: torch.Tensor
+    """The scales of the scales, one per block of 256."""
     offset: torch.Tensor
+    """The mean of the scales."""
     group_size: int
+
+    @classmethod
+    def compress(cls, weight: Nf4Weight) -> Nf4DoubleWeight:
+        """A whole matrix with its scales quantized; errors as for `compress_absmax`."""
+        return cls(weight.qweight, *compress_absmax(weight.absmax), weight.group_size)
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors by their names."""
+        return {"qweight": self.qweight, "absmax": self.absmax, "nested_absmax": self.nested_absmax, "offset": self.offset}
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.qweight.nbytes + self.absmax.nbytes + self.nested_absmax.nbytes + self.offset.nbytes
+        return sum(part.nbytes for part in self.parts.values())
 
-    def decoded(self) -> Nf4Weight:
-        """The weight as kernels take it."""
-        return Nf4Weight(self.qweight, decode_absmax(self.absmax, self.nested_absmax, self.offset), self.group_size)
+    def expand(self) -> Nf4Weight:
+        """The weight as kernels take it, with float32 scales."""
+        return Nf4Weight(self.qweight, dequantize_absmax(self.absmax, self.nested_absmax, self.offset), self.group_size)
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
@@ -153,7 +154,7 @@ def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
 
 
 def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The decoded weight [..., N, K]: VALUES[code] * absmax in float32, then rounded to `dtype`."""
+    """The plain weight [..., N, K]: VALUES[code] * absmax in float32, then rounded to `dtype`."""
     table = torch.tensor(VALUES, device=weight.device)
     values = grouped(table[unpack(weight.qweight, weight.shape[-1]).int()], weight.group_size)
     return (values * weight.absmax.unsqueeze(-1)).flatten(-2).to(dtype)
@@ -188,7 +189,7 @@ def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes.view(absmax.shape), state.absmax, offset
 
 
-def decode_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def dequantize_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """The float32 scales [..., N, K/G] that parts of an `Nf4DoubleWeight` stand for, to the bits of bitsandbytes; on the parts' device."""
     table = dynamic_map().to(absmax.device)
     out = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
@@ -230,6 +231,32 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The inverse of `pack`: uint8 [..., n/2] to uint8 [..., n]."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2)[..., :n]
+
+
+def _parts(N: int, K: int, group_size: int) -> tuple[Part, ...]:
+    return Part("qweight", torch.uint8, (N, K // 2)), Part("absmax", torch.float32, (N, K // group_size))
+
+
+def _double_parts(N: int, K: int, group_size: int) -> tuple[Part, ...]:
+    groups = K // group_size
+    return (
+        Part("qweight", torch.uint8, (N, K // 2)),
+        Part("absmax", torch.uint8, (N, groups)),
+        Part("nested_absmax", torch.float32, (-(-N * groups // NESTED_BLOCK),)),
+        Part("offset", torch.float32, (1,)),
+    )
+
+
+def _store(weight: Nf4Weight) -> dict[str, torch.Tensor]:
+    return Nf4DoubleWeight.compress(weight).parts
+
+
+def _load(parts: Mapping[str, torch.Tensor], group_size: int) -> Nf4Weight:
+    return Nf4DoubleWeight(parts["qweight"], parts["absmax"], parts["nested_absmax"], parts["offset"], group_size).expand()
+
+
+FORMAT = Format(name="nf4", bits=4, group_sizes=GROUP_SIZES, weight=Nf4Weight, parts=_parts, quantize=quantize, dequantize=dequantize)
+DOUBLE_FORMAT = replace(FORMAT, name="nf4-double", parts=_double_parts, stored=StoredForm("nf4", _store, _load))
 
 
 @cache

@@ -1,34 +1,26 @@
-"""A weight in any format.
+"""A weight, plain or quantized.
 
-Dimension letters: `N` output features (rows), `K` input features (the reduction axis).
+Dimension letters: `T` tokens, `N` output features (rows), `K` input features (the reduction axis).
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import int4, int8, nf4
-from .int4 import Int4Weight
-from .int8 import Int8Weight
-from .nf4 import Nf4Weight
+from .quantized_weight import QuantizedWeight
+from .registry import FORMATS
 
-__all__ = ["PackedFormat", "Weight", "dequantize"]
+__all__ = ["Weight", "dequantize", "gather_rows"]
 
-
-PackedFormat = Int4Weight | Int8Weight | Nf4Weight
-"""A packed weight [..., N, K]."""
-
-
-Weight = torch.Tensor | PackedFormat
-"""A weight [..., N, K]: a plain tensor or a packed format."""
+Weight = torch.Tensor | QuantizedWeight
+"""A weight [..., N, K]: a plain tensor, or a quantized one of any format."""
 
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Any weight [..., N, K] as a plain tensor."""
-    if isinstance(weight, Int4Weight):
-        return int4.dequantize(weight, dtype)
-    if isinstance(weight, Int8Weight):
-        return int8.dequantize(weight, dtype)
-    if isinstance(weight, Nf4Weight):
-        return nf4.dequantize(weight, dtype)
-    return weight.to(dtype)
+    return weight.to(dtype) if isinstance(weight, torch.Tensor) else FORMATS[weight.format].dequantize(weight, dtype)
+
+
+def gather_rows(weight: QuantizedWeight, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantized rows of a weight [N, K], as an embedding looks them up: int64 `rows` [T] to [T, K]."""
+    return dequantize(weight[rows], dtype)

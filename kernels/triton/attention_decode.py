@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer
+from dbrx_q.kernels.formats.kv import KVLayer
 
 from .attention_tiles import decode_tiles
-from .kv import INT8, PLAIN, channels, int4_parts, int8_parts, scales_of
+from .codes import CODES, INT8, PLAIN
+from .kv import channels, int4_parts, int8_parts, scales_of
 from .launch import chip_of, launch
 from .weights import arrive, counters
 
@@ -57,7 +58,7 @@ def decode(q: torch.Tensor, cache: KVLayer, lengths: torch.Tensor, rows: torch.T
         SPLITS=tiles.splits,
         TOGETHER=tiles.together,
         ROWS=rows is not None,
-        FORMAT=KV_FORMATS.index(cache.format),
+        FORMAT=CODES[cache.format],
         FAST=chip.vendor == "cuda",
         warps=tiles.warps,
         stages=tiles.stages,

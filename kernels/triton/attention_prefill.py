@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer
+from dbrx_q.kernels.formats.kv import KVLayer
 
 from .attention_tiles import prefill_tiles
-from .kv import INT8, PLAIN, as_loaded, channels, int4_parts, int8_parts, scales_of
+from .codes import CODES, INT8, PLAIN
+from .kv import as_loaded, channels, int4_parts, int8_parts, scales_of
 from .launch import chip_of, launch
 
 __all__ = ["prefill", "prefill_kernel"]
@@ -48,7 +49,7 @@ def prefill(
         BM=tiles.queries,
         BL=tiles.tokens,
         ROWS=rows is not None,
-        FORMAT=KV_FORMATS.index(cache.format),
+        FORMAT=CODES[cache.format],
         FAST=chip.vendor == "cuda",
         warps=tiles.warps,
         stages=tiles.stages,

@@ -13,12 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.weights import Weight
 
+from .codes import INT4, code_of
 from .launch import Chip
 from .tiles import Tiles
-from .weights import _codes, _scales, _spread, _zeros
+from .weights import _codes, _scales, _spread, _zeros, group_of
 
 __all__ = ["group_columns", "group_dot_step", "grouped_tokens", "load_columns", "over_groups"]
 
@@ -28,12 +28,10 @@ _MOST_COLUMNS = 16
 
 def grouped_tokens(weights: tuple[Weight, ...], tokens: int, tiles: Tiles, chip: Chip) -> int:
     """BT where `group_dot_step` serves all of `weights` with the same activations, 0 where it does not."""
-    first = weights[0]
-    if chip.vendor == "hip" or not isinstance(first, Int4Weight):
+    group = group_of(weights[0])
+    if chip.vendor == "hip" or any(code_of(weight) != INT4.value or group_of(weight) != group for weight in weights):
         return 0
-    if any(not isinstance(weight, Int4Weight) or weight.group_size != first.group_size for weight in weights):
-        return 0
-    groups = tiles.depth // first.group_size
+    groups = tiles.depth // group
     fewest = max(1, chip.smallest_dot // groups)
     padded = max(fewest, triton.next_power_of_2(tokens))
     return padded if padded * groups <= _MOST_COLUMNS else 0

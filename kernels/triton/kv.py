@@ -9,11 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INT4", "INT8", "PLAIN", "as_loaded", "channels", "int4_parts", "int8_parts", "scales_of"]
+from .codes import INT4, INT8, PLAIN
 
-PLAIN = tl.constexpr(0)
-INT8 = tl.constexpr(1)
-INT4 = tl.constexpr(2)
+__all__ = ["as_loaded", "channels", "int4_parts", "int8_parts", "scales_of"]
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.weights import Weight
 
+from .codes import INT8, PLAIN
 from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
 from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
@@ -301,10 +302,10 @@ def slot_of(slots, expert, SLOTS: tl.constexpr):
 @triton.jit
 def matrix_of(q, s, z, slot, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, STRIDE_S: tl.constexpr):
     """(q, s, z) of the matrix [N, K] in `slot` of a stack."""
-    if FORMAT == 0:  # plain
+    if FORMAT == PLAIN:
         return q + slot * STRIDE_S, s, z
     groups: tl.constexpr = K // GROUP
-    if FORMAT == 2:  # int8
+    if FORMAT == INT8:
         return q + slot * (N * K), s + slot * (N * groups), z
     return q + slot * (N * (K // 2)), s + slot * (N * groups), z + slot * (N * ((groups + 1) // 2))
 

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels.formats.kv import KV_FORMATS, KVLayer
+from dbrx_q.kernels.formats.kv import KVLayer
 
+from .codes import CODES, INT8, PLAIN
 from .launch import chip_of, launch
 
 __all__ = ["qkv_kernel", "store_qkv"]
@@ -53,7 +54,7 @@ def store_qkv(
         C=C,
         BH=_HEADS,
         CLIP=clip is not None,
-        FORMAT=KV_FORMATS.index(cache.format),
+        FORMAT=CODES[cache.format],
         FAST=chip_of(qkv.device).vendor == "cuda",
         warps=1,
         stages=1,
@@ -144,11 +145,11 @@ def _product(a, b, FAST: tl.constexpr):
 def _store(codes, scales, left, right, heads, index, half, G: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr):
     """Heads [BH] to token `index` [BH] of the cache; the arithmetic of `dbrx_q.kernels.formats.kv.quantize_kv`."""
     inside = heads < G
-    if FORMAT == 0:
+    if FORMAT == PLAIN:
         place = codes + index[:, None] * C + half
         tl.store(place, left, mask=inside[:, None])
         tl.store(place + C // 2, right, mask=inside[:, None])
-    elif FORMAT == 1:
+    elif FORMAT == INT8:
         left, right = left.to(tl.float32), right.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1))
         step = tl.minimum(tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), 65504.0).to(tl.float16)

@@ -12,30 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
-from dbrx_q.kernels.formats.int4 import Int4Weight
-from dbrx_q.kernels.formats.int8 import Int8Weight
-from dbrx_q.kernels.formats.nf4 import Nf4Weight
+from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import Weight
 
+from .codes import INT8, NF4, PLAIN, code_of
 from .launch import Chip
 
-__all__ = ["INT4", "INT8", "NF4", "PLAIN", "arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of"]
-
-PLAIN = tl.constexpr(0)
-INT4 = tl.constexpr(1)
-INT8 = tl.constexpr(2)
-NF4 = tl.constexpr(3)
+__all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of"]
 
 
 def pointers_of(weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three tensors that a kernel takes for `weight`: codes, scales, zero-points; the codes again where the format has none."""
-    if isinstance(weight, Int4Weight):
-        return weight.qweight, weight.scales, weight.zeros
-    if isinstance(weight, Int8Weight):
-        return weight.qweight, weight.scales, weight.qweight
-    if isinstance(weight, Nf4Weight):
-        return weight.qweight, weight.absmax, weight.qweight
-    return weight, weight, weight
+    if isinstance(weight, torch.Tensor):
+        return weight, weight, weight
+    codes, scales, *zeros = weight.parts.values()
+    return codes, scales, zeros[0] if zeros else codes
 
 
 def constants_of(weight: Weight, chip: Chip, warps: int) -> dict[str, Any]:
@@ -47,9 +38,8 @@ def constants_of(weight: Weight, chip: Chip, warps: int) -> dict[str, Any]:
     warpgroup = chip.name == "sm_90" and warps % 4 == 0
     if isinstance(weight, torch.Tensor):
         strides = {"STRIDE_N": weight.stride(-2), "STRIDE_K": weight.stride(-1)}
-        return {"FORMAT": 0, "GROUP": 1, **strides, "FAST": False, "WARPGROUP": warpgroup}
-    fmt = 1 if isinstance(weight, Int4Weight) else 2 if isinstance(weight, Int8Weight) else 3
-    fast = chip.vendor == "cuda"
+        return {"FORMAT": code_of(weight), "GROUP": 1, **strides, "FAST": False, "WARPGROUP": warpgroup}
+    fast, fmt = chip.vendor == "cuda", code_of(weight)
     return {"FORMAT": fmt, "GROUP": weight.group_size, "STRIDE_N": 0, "STRIDE_K": 0, "FAST": fast, "WARPGROUP": fast and warpgroup}
 
 
@@ -60,7 +50,7 @@ def group_of(weight: Weight) -> int:
 
 def bits_of(weight: Weight) -> int:
     """Bits of a stored code; 16 for a plain weight."""
-    return 16 if isinstance(weight, torch.Tensor) else 8 if isinstance(weight, Int8Weight) else 4
+    return 16 if isinstance(weight, torch.Tensor) else FORMATS[weight.format].bits
 
 
 _COUNTERS = 1 << 16

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.kernels.formats.registry import TensorFormat
 
 from .grid import searched_grid
 
@@ -32,7 +32,7 @@ def column_scales(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFor
     Args:
         weight: [N, K], w2 of an expert.
         importance: float32 [K], at least 0: the mean square of each input.
-        fmt: int4 or int8.
+        fmt: a format with a uniform grid.
 
     Raises:
         FormatError: the group size is not offered or does not divide K, or a range is too wide for float16 scales.
@@ -53,7 +53,7 @@ def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorForm
     Args:
         weight: [N, K].
         importance: float32 [K].
-        fmt: int4 or int8.
+        fmt: a format with a uniform grid.
         scales: float32 [K].
 
     Raises:
@@ -62,7 +62,7 @@ def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorForm
     wide = weight.float() * scales
     each = importance / scales.square()
     grid = searched_grid(wide, fmt, each)
-    return float(((grid.decode(grid.round(wide)) - wide).square() * each).sum(dtype=torch.float64))
+    return float(((grid.dequantize(grid.round(wide)) - wide).square() * each).sum(dtype=torch.float64))
 
 
 def fold(v1: torch.Tensor, w2: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import FormatError
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.registry import FORMATS, TensorFormat
 
 from .gptq import gptq
 from .grid import Grid, packed, searched_grid, to_nearest
@@ -26,38 +26,48 @@ _SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # outputs of each 16th row are looked at, o
 
 @dataclass(frozen=True)
 class Rounded:
-    """Some rows, rounded. error, square: sums of squared errors and of squares of the weight. output_error, output_square: the same of
-    the outputs of a sample of rows on the tokens that calibrate, by the Hessian; 0 without."""
+    """Some rows of a matrix, quantized."""
 
-    packed: PackedFormat
+    packed: QuantizedWeight
+    """The rows."""
     error: float
+    """Sum of squared errors."""
     square: float
+    """Sum of squares of the weight."""
     output_error: float = 0.0
+    """The sum of squared errors of the outputs of a sample of rows on the calibration tokens, by the Hessian; 0 without a Hessian."""
     output_square: float = 0.0
+    """The sum of squares of those outputs."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to round.
-
-    run: (weight [N, K], format, moments or None) to the rounded rows, which are independent of each other. calibrated: whether it uses
-    moments; a matrix that has none is rounded with a searched grid then. compares: whether it needs the original model's activations
-    beside the quantized one's. folds: whether the columns of w2 are scaled before, and the rows of v1 inversely. squares: whether the
-    moments' diagonal is enough. formats: that it makes. summary: one line. in_pieces: whether some rows at a time go to several threads;
-    rtn has threads of its own.
-    """
+    """A quantization method."""
 
     run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
+    """(weight [N, K], format, moments or None) to the quantized rows, which are independent of each other."""
     calibrated: bool
-    formats: tuple[str, ...]
+    """Whether it uses moments; a matrix that has none gets a searched grid instead."""
     summary: str
+    """One line."""
+    needs_grid: bool = True
+    """Whether it makes only formats with a uniform grid."""
     compares: bool = False
+    """Whether it needs the activations of the original model beside those of the quantized one."""
     folds: bool = False
+    """Whether the columns of w2 are scaled before, and the rows of v1 inversely."""
     squares: bool = False
+    """Whether the diagonal of the moments is enough."""
     in_pieces: bool = True
+    """Whether several threads each take some rows at a time; rtn has threads of its own."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The names of the formats that it makes."""
+        return tuple(name for name, record in FORMATS.items() if record.grid is not None or not self.needs_grid)
 
     def check(self, name: str, fmt: TensorFormat) -> None:
-        """Refuse a format that it does not make.
+        """Refuse a format that the method does not make.
 
         Raises:
             FormatError: with the method's name.
@@ -77,7 +87,7 @@ def _nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
 
 def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
     """What was chosen for a target, which may not be the weight itself."""
-    wide, values = weight.float(), grid.decode(u)
+    wide, values = weight.float(), grid.dequantize(u)
     error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
     return Rounded(packed(grid, u), error, square, *_energies(values, target, hessian))
 
@@ -123,16 +133,12 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
     return _fitted(weight, target, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments.hessian)
 
 
-_GROUPED = ("int4", "int8")
-
 METHODS = {
-    "rtn": Method(_rtn, False, ("int4", "int8", "nf4", "nf4-double"), "round to nearest", in_pieces=False),
-    "clip": Method(_clip, False, _GROUPED, "round to nearest in ranges searched for the least squared error"),
-    "hqq": Method(_hqq, False, _GROUPED, "half-quadratic: ranges that let outliers be outliers"),
-    "awq": Method(
-        _awq, True, _GROUPED, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True
-    ),
-    "gptq": Method(_gptq, True, _GROUPED, "GPTQ with act-order and Hessians weighted by the router"),
-    "best": Method(_best, True, _GROUPED, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
+    "rtn": Method(_rtn, False, "round to nearest", needs_grid=False, in_pieces=False),
+    "clip": Method(_clip, False, "round to nearest in ranges searched for the least squared error"),
+    "hqq": Method(_hqq, False, "half-quadratic: ranges that let outliers be outliers"),
+    "awq": Method(_awq, True, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True),
+    "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router"),
+    "best": Method(_best, True, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
 }
 """By the names of the command line."""

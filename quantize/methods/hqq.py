@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.checkpoint.layout import GROUP_SIZES, TensorFormat
-from dbrx_q.kernels.formats.groups import check_group_size, check_scales
+from dbrx_q.kernels.formats.groups import check_scales
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.grid_search import half_quadratic
 
 from .grid import Grid, levels_of
@@ -26,13 +26,14 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
 
     Args:
         weight: [N, K].
-        fmt: int4 or int8.
+        fmt: a format with a uniform grid.
 
     Raises:
         FormatError: as for `grid.range_grid`.
     """
-    check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
+    levels = levels_of(fmt)
+    fmt.check(weight.shape[-1])
     betas = torch.tensor([_BETA * _GROWTH**n for n in range(_ITERATIONS)])
-    scales, zeros = half_quadratic(weight, fmt.group_size, levels_of(fmt), betas)
+    scales, zeros = half_quadratic(weight, fmt.group_size, levels, betas)
     check_scales(scales)
-    return Grid(scales, zeros if fmt.format == "int4" else None, fmt.group_size)
+    return Grid(scales, None if levels.symmetric else zeros, fmt)

@@ -44,7 +44,7 @@ def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch
         found = torch.linalg.solve_ex(system, known)[0]
         before = old.float()
         fitted.append(torch.where((found > before / 2) & (found < before * 2), found, before))
-    return Grid(torch.cat(fitted).half(), grid.zeros, G)
+    return Grid(torch.cat(fitted).half(), grid.zeros, grid.fmt)
 
 
 def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor, *, sweeps: int = 1) -> torch.Tensor:
@@ -60,7 +60,7 @@ def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Te
     """
     K = weight.shape[1]
     grids, groups = grid.transposed(), torch.arange(K, device=u.device) // grid.group_size
-    slope = hessian @ (grid.decode(u) - weight).T  # half the gradient
+    slope = hessian @ (grid.dequantize(u) - weight).T  # half the gradient
     u = u.T.contiguous()
     for _ in range(sweeps):
         for first in range(0, K, _BLOCK):

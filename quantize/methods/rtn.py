@@ -6,80 +6,59 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dbrx_q.checkpoint.layout import GROUP_SIZES, TensorFormat
-from dbrx_q.kernels.cpu import quantize as cpu_quantize
-from dbrx_q.kernels.formats import nf4
-from dbrx_q.kernels.formats.groups import check_group_size, check_scales
-from dbrx_q.kernels.formats.nf4 import Nf4DoubleWeight, Nf4Weight
-from dbrx_q.kernels.formats.weights import PackedFormat
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.registry import TensorFormat
+from dbrx_q.kernels.quantize import concatenate_rows, has_compiled_code, quantize, quantize_measured, squared_errors
 
-__all__ = ["nf4_double", "rtn"]
+__all__ = ["rtn", "rtn_whole"]
 
-_NF4_ELEMENTS = 1 << 20  # that bitsandbytes gets at once: it makes several copies, of 4 bytes an element
+_PIECE_ELEMENTS = 1 << 20  # that are quantized together without compiled code, which takes several copies of 4 bytes an element
 
 
-def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[PackedFormat, float, float]:
-    """The packed weight, its sum of squared errors and the sum of squares of the weight.
+def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float, float]:
+    """The quantized weight, its sum of squared errors and the sum of squares of the weight.
 
     Args:
-        weight: [N, K], finite; a transposed view costs no copy. Rows are independent of each other in every format but nf4-double, where
-            they are taken for the whole matrix.
-        fmt: what to pack it in.
+        weight: [N, K], finite; a transposed view costs no copy. Rows are independent of each other, except in a format with a form of
+            its own on disk: there they are taken for a whole matrix.
+        fmt: the format.
 
     Raises:
         FormatError: the group size is not offered or does not divide K, a group's range is too wide for float16 scales, or, for nf4, NaN.
     """
-    check_group_size(weight.shape[-1], fmt.group_size, GROUP_SIZES[fmt.format])
-    if fmt.format == "nf4":
-        return _nf4(weight, fmt.group_size)
-    if fmt.format == "nf4-double":
-        double, error, square = nf4_double([weight], fmt.group_size)
-        return double.decoded(), error, square
-    pack = cpu_quantize.quantize_int4 if fmt.format == "int4" else cpu_quantize.quantize_int8
-    packed, error, square = pack(weight, fmt.group_size)
-    check_scales(packed.scales)
-    return packed, error, square
+    if fmt.record.stored is not None:
+        parts, error, square = rtn_whole([weight], fmt)
+        return fmt.load(parts), error, square
+    if has_compiled_code(fmt):
+        return quantize_measured(weight, fmt)
+    pieces, sums = [], [0.0, 0.0]
+    for rows in _pieces([weight]):
+        packed, *more = quantize_measured(rows, fmt)
+        pieces.append(packed)
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
+    return concatenate_rows(pieces), sums[0], sums[1]
 
 
-def nf4_double(blocks: Sequence[torch.Tensor], group_size: int) -> tuple[Nf4DoubleWeight, float, float]:
-    """A whole matrix, whose scales are rounded together when all its codes are there; what is given and raised is as for `rtn`.
+def rtn_whole(blocks: Sequence[torch.Tensor], fmt: TensorFormat) -> tuple[dict[str, torch.Tensor], float, float]:
+    """The parts of a whole matrix as they are stored, in a format with a form of its own on disk; errors and sums as for `rtn`.
 
     Args:
-        blocks: [n, K] each, together the matrix' rows.
-        group_size: 64.
+        blocks: [n, K] each, together the rows of the matrix.
+        fmt: the format.
     """
-    pieces = [nf4.quantize(rows, group_size) for rows in _pieces(blocks)]
-    qweight, absmax = (torch.cat([getattr(piece, part) for piece in pieces]) for part in ("qweight", "absmax"))
-    del pieces
-    double = Nf4DoubleWeight(qweight, *nf4.compress_absmax(absmax), group_size)
-    decoded = double.decoded()
+    stored = fmt.record.stored
+    assert stored is not None
+    parts = stored.store(concatenate_rows([quantize(rows, fmt) for rows in _pieces(blocks)]))
+    loaded = fmt.load(parts)
     error = square = 0.0
     first = 0
     for rows in _pieces(blocks):
-        more = _errors(decoded.rows(first, first + len(rows)), rows)
+        more = squared_errors(loaded.rows(first, first + len(rows)), rows)
         error, square, first = error + more[0], square + more[1], first + len(rows)
-    return double, error, square
-
-
-def _nf4(weight: torch.Tensor, group_size: int) -> tuple[Nf4Weight, float, float]:
-    pieces = []
-    error = square = 0.0
-    for rows in _pieces([weight]):
-        packed = nf4.quantize(rows, group_size)
-        more = _errors(packed, rows)
-        error, square = error + more[0], square + more[1]
-        pieces.append(packed)
-    whole = Nf4Weight(torch.cat([piece.qweight for piece in pieces]), torch.cat([piece.absmax for piece in pieces]), group_size)
-    return whole, error, square
+    return parts, error, square
 
 
 def _pieces(blocks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """As many rows as bitsandbytes gets at once."""
+    """The rows that are quantized together."""
     for block in blocks:
-        yield from block.split(max(1, _NF4_ELEMENTS // block.shape[-1]))
-
-
-def _errors(packed: Nf4Weight, rows: torch.Tensor) -> tuple[float, float]:
-    """Sums of squares of what the rows lost, and of the rows."""
-    wide = rows.double()
-    return float((nf4.dequantize_on_cpu(packed, torch.float32) - wide).square().sum()), float(wide.square().sum())
+        yield from block.split(max(1, _PIECE_ELEMENTS // block.shape[-1]))

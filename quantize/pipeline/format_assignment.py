@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_q.checkpoint.layout import GROUP_SIZES, DenseTensor, TensorFormat, dense_tensors, kind_of, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, embedding_formats, kind_of, may_have, parts_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
-from dbrx_q.kernels.formats.groups import check_group_size
+from dbrx_q.kernels.formats.registry import PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.quantize.calibration.output_errors import OutputErrors
 
-__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "label", "override", "parse_rules"]
+__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "override", "parse_rules"]
 
 EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
 """That `allocated_formats` chooses from for experts."""
@@ -31,9 +31,7 @@ _INT8_KINDS = ("embedding", "attention", "head")
 _EXPERT_MATRICES = ("w1", "v1", "w2")
 _ATTENTION_MATRICES = ("Wqkv", "out_proj")
 _NAMES = (*_EXPERT_MATRICES, "experts", "attention", *_ATTENTION_MATRICES, "embedding", "head")
-_PLAIN = "plain"
-_EMBEDDING_FORMAT = "int8"  # whose rows can be looked up
-_RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+)(?::(?P<group>\d+))?")
+_RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+(?::\d+)?)")
 
 
 def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
@@ -50,7 +48,7 @@ def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, Tens
             fmt = experts if kind == "experts" else others
             formats[tensor.name] = fmt
             try:
-                check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
+                fmt.check(tensor.matrix[1])
             except FormatError as error:
                 raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
     return formats
@@ -89,13 +87,6 @@ def parse_rules(config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFor
     return found
 
 
-def label(fmt: TensorFormat | None) -> str:
-    """A format as rules name it."""
-    if fmt is None:
-        return _PLAIN
-    return fmt.format if len(GROUP_SIZES[fmt.format]) == 1 else f"{fmt.format}:{fmt.group_size}"
-
-
 def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorFormat | None]:
     """The tensors that a rule names, and the format that it gives them."""
     match = _RULE.fullmatch(rule.strip())
@@ -123,21 +114,19 @@ def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorForma
         raise RequestError(
             f"a --tensor rule must match a tensor; {rule!r} matches none, as {name} lies outside the blocks. Write {name}=..."
         )
-    return wanted, _format(rule, match["format"], match["group"])
+    return wanted, _format(rule, match["format"])
 
 
-def _format(rule: str, name: str, group: str | None) -> TensorFormat | None:
-    if name == _PLAIN and group is None:
+def _format(rule: str, text: str) -> TensorFormat | None:
+    if text == PLAIN:
         return None
-    sizes = GROUP_SIZES.get(name, ())
-    offered = ", ".join(label(TensorFormat(kind, size)) for kind, group_sizes in GROUP_SIZES.items() for size in group_sizes)
-    size = sizes[0] if group is None and len(sizes) == 1 else int(group or 0)
-    if size not in sizes:
-        found = name if group is None else f"{name}:{group}"
+    try:
+        return TensorFormat.parse(text)
+    except FormatError:
+        offered = ", ".join(map(str, offered_formats()))
         raise RequestError(
-            f"the format of a --tensor rule must be one of {offered} or {_PLAIN}; found {found!r} in {rule!r}. Name one of them"
-        )
-    return TensorFormat(name, size)
+            f"the format of a --tensor rule must be one of {offered} or {PLAIN}; found {text!r} in {rule!r}. Name one of them"
+        ) from None
 
 
 def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> TensorFormat | None:
@@ -147,10 +136,10 @@ def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> Tensor
         if kind == "experts":
             raise RequestError(f"experts must be packed in every layer; found {rule!r}. Name a format, as int8:128")
         return None
-    if kind == "embedding" and fmt.format != _EMBEDDING_FORMAT:
-        raise RequestError(f"the embedding must be {_EMBEDDING_FORMAT} or {_PLAIN}; found {rule!r}. Name one of them")
+    if not may_have(tensor.name, fmt):
+        raise RequestError(f"the embedding must be {embedding_formats()}; found {rule!r}. Name one of them")
     try:
-        check_group_size(tensor.matrix[1], fmt.group_size, GROUP_SIZES[fmt.format])
+        fmt.check(tensor.matrix[1])
     except FormatError as error:
         raise RequestError(f"{tensor.name}: {error}, by the rule {rule!r}. Choose another group size") from None
     return fmt
@@ -194,7 +183,7 @@ def allocated_formats(
         else:
             offered[name] = tuple(fmt for fmt in (experts if kind == "experts" else others) if _fits(tensor, fmt))
             if not offered[name]:
-                found = ", ".join(label(fmt) for fmt in experts)
+                found = ", ".join(map(str, experts))
                 raise FormatError(f"{name}: one of the formats on offer must divide its {tensor.matrix[1]} inputs; found {found}")
     bits = {name: [_bits(checkpoint, tensor, fmt) for fmt in offered[name]] for name, tensor in checkpoint.tensors.items()}
     target = _target(target_bpw, bits, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
@@ -235,7 +224,7 @@ def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: in
 def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
     if fmt is None:
         return not tensor.experts
-    return tensor.matrix[1] % fmt.group_size == 0 and (kind_of(tensor.name) != "embedding" or fmt.format == _EMBEDDING_FORMAT)
+    return tensor.matrix[1] % fmt.group_size == 0 and may_have(tensor.name, fmt)
 
 
 def _bits(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat | None) -> int:

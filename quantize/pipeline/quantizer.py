@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import TensorFormat, pack_parts
+from dbrx_q.checkpoint.layout import TensorFormat, part_name
 from dbrx_q.errors import FormatError
-from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.calibrated import Calibration, Fit
 from dbrx_q.quantize.methods.awq import column_scales
 from dbrx_q.quantize.methods.choose import Method, Rounded
 from dbrx_q.quantize.methods.moments import Moments
-from dbrx_q.quantize.methods.rtn import nf4_double
+from dbrx_q.quantize.methods.rtn import rtn_whole
 from dbrx_q.quantize.methods.workers import Workers
 
 from .accelerator import Accelerator
@@ -151,24 +152,24 @@ class Quantizer:
         assert job.fmt is not None
         if self._calibration is None or job.kind == "head":
             return
-        packed = pack_parts({part.name.rsplit(".", 1)[1]: tensor for part, tensor in zip(job.parts, parts, strict=True)}, job.fmt)
+        packed = job.fmt.load({part_name(part): tensor for part, tensor in zip(job.parts, parts, strict=True)})
         if job.kind != "embedding":
-            self._calibration.advance(job.tensor, job.expert, torch.cat(blocks), self._decoded(packed))
+            self._calibration.advance(job.tensor, job.expert, torch.cat(blocks), self._dequantized(packed))
             return
         first = 0
         for rows in blocks:
             self._calibration.embed(first, rows, dequantize(packed.rows(first, first + len(rows))))
             first += len(rows)
 
-    def _decoded(self, packed: PackedFormat) -> torch.Tensor:
+    def _dequantized(self, packed: QuantizedWeight) -> torch.Tensor:
         """float32 [N, K]."""
         assert self._workers is not None, "what is calibrated is rounded in pieces"
         out = torch.empty(packed.shape)
 
-        def decode(first: int) -> None:
+        def fill(first: int) -> None:
             out[first : first + TASK_ROWS] = dequantize(packed.rows(first, min(first + TASK_ROWS, len(out))))
 
-        self._workers.map(decode, range(0, len(out), TASK_ROWS))
+        self._workers.map(fill, range(0, len(out), TASK_ROWS))
         return out
 
     def _quantize_matrix(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
@@ -191,7 +192,7 @@ class Quantizer:
                 where = self._calibration.on_cpu()
         with where:
             fit = self._fit(job)
-            if job.fmt is not None and job.fmt.format == "nf4-double":
+            if job.fmt is not None and job.fmt.record.stored is not None:
                 return fit, *_rounded_whole(job, blocks), device
             return fit, *self._rounded(job, blocks, fit.moments, 0), device
 
@@ -231,14 +232,14 @@ class Quantizer:
 
 
 def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _Made:
-    """As `Quantizer._rounded`, of the format whose rows depend on each other, which one method makes."""
+    """As `Quantizer._rounded`, in a format whose rows depend on each other, which only rtn makes."""
     assert job.fmt is not None
-    packed, error, square = nf4_double(blocks, job.fmt.group_size)
-    return [getattr(packed, part.name.rsplit(".", 1)[1]) for part in job.parts], [error, square, 0.0, 0.0]
+    stored, error, square = rtn_whole(blocks, job.fmt)
+    return [stored[part_name(part)] for part in job.parts], [error, square, 0.0, 0.0]
 
 
-def _place(job: Job, parts: list[torch.Tensor], packed: PackedFormat, first: int) -> None:
+def _place(job: Job, parts: list[torch.Tensor], packed: QuantizedWeight, first: int) -> None:
     """Rows first .. of the parts."""
     for part, whole in zip(job.parts, parts, strict=True):
-        rows = getattr(packed, part.name.rsplit(".", 1)[1])
+        rows = packed.parts[part_name(part)]
         whole[first : first + len(rows)] = rows

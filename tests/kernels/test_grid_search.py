@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from dbrx_q.kernels.cpu import quantize as cpu_quantize
 from dbrx_q.kernels.cpu.lanes import inverse_power, load, store
 from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.formats.groups import grouped, steps_of
 from dbrx_q.kernels.grid_search import half_quadratic, half_quadratic_reference, least_squares, least_squares_reference
 
+INT4, INT8 = int4.LEVELS, int8.LEVELS
 K = 384
 SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])
 BETAS = torch.tensor([10 * 1.01**n for n in range(20)])
@@ -34,15 +37,15 @@ def weight(rows: int, *, transposed: bool = False) -> torch.Tensor:
     return made
 
 
-def decoded(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: int) -> torch.Tensor:
+def decoded(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: GridLevels) -> torch.Tensor:
     """float32 [N, n, G]: what the elements become."""
-    low, high = (-127, 127) if levels == 127 else (-zeros.unsqueeze(-1), 15 - zeros.unsqueeze(-1))
-    u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round()
-    u = u.clamp(low, high) if levels == 127 else torch.minimum(torch.maximum(u, torch.as_tensor(low)), torch.as_tensor(high))
+    most = torch.full_like(zeros, levels.levels)
+    low, high = (-most, most) if levels.symmetric else (-zeros, most - zeros)
+    u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round().clamp(low.unsqueeze(-1), high.unsqueeze(-1))
     return u * scales.float().unsqueeze(-1)
 
 
-def check(x: torch.Tensor, G: int, levels: int, found: Found, expected: Found, power: float, importance: torch.Tensor) -> None:
+def check(x: torch.Tensor, G: int, levels: GridLevels, found: Found, expected: Found, power: float, importance: torch.Tensor) -> None:
     """Nearly all grids are the same, and where a tie goes another way the errors are as small."""
 
     def errors(grid: Found) -> torch.Tensor:
@@ -54,14 +57,18 @@ def check(x: torch.Tensor, G: int, levels: int, found: Found, expected: Found, p
     assert errors(found).sum() <= errors(expected).sum() * (1 + 1e-4)
 
 
-CASES = pytest.mark.parametrize(("G", "levels"), [(64, 15), (32, 127), (128, 15)])
+CASES = pytest.mark.parametrize(
+    ("G", "levels"),
+    [(64, INT4), (32, INT8), (128, INT4), (32, replace(INT4, levels=7)), (32, replace(INT8, levels=3))],
+    ids=["64-int4", "32-int8", "128-int4", "32-3-bit", "32-3-bit-symmetric"],
+)
 SHAPES = pytest.mark.parametrize(("rows", "transposed"), [(48, False), (37, False), (32, True), (5, True)])
 
 
 @CASES
 @SHAPES
 @pytest.mark.parametrize("weighted", [False, True])
-def test_least_squares_is_the_search_of_all(G: int, levels: int, rows: int, transposed: bool, weighted: bool) -> None:
+def test_least_squares_is_the_search_of_all(G: int, levels: GridLevels, rows: int, transposed: bool, weighted: bool) -> None:
     x = weight(rows, transposed=transposed).bfloat16() if weighted else weight(rows, transposed=transposed)
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
     found = least_squares(x, G, levels, SHARES, importance if weighted else None)
@@ -70,7 +77,7 @@ def test_least_squares_is_the_search_of_all(G: int, levels: int, rows: int, tran
 
 @CASES
 @SHAPES
-def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: int, rows: int, transposed: bool) -> None:
+def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: GridLevels, rows: int, transposed: bool) -> None:
     x = weight(rows, transposed=transposed)
     check(x, G, levels, half_quadratic(x, G, levels, BETAS), half_quadratic_reference(x, G, levels, BETAS), 0.7, torch.ones(K))
 
@@ -79,7 +86,7 @@ def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: int, r
 def test_an_infinite_scale_stays_for_the_caller_to_see(search: Callable[..., Found]) -> None:
     x = weight(4)
     x[2, 70] = 3e6
-    scales, _ = search(x, 64, 15, SHARES if search is least_squares else BETAS)
+    scales, _ = search(x, 64, INT4, SHARES if search is least_squares else BETAS)
     assert torch.isinf(scales).nonzero().tolist() == [[2, 1]]
 
 
@@ -87,7 +94,7 @@ def test_neither_layout_nor_pieces_nor_threads_change_a_bit() -> None:
     x = weight(50).bfloat16()
     lying = x.T.contiguous().T
     apart = torch.empty(50, 2 * K, dtype=x.dtype)[:, ::2].copy_(x)
-    for run in (lambda w: least_squares(w, 64, 15, SHARES), lambda w: half_quadratic(w, 64, 15, BETAS)):
+    for run in (lambda w: least_squares(w, 64, INT4, SHARES), lambda w: half_quadratic(w, 64, INT4, BETAS)):
         expected = run(x)
         with ThreadPoolExecutor(3) as pool:
             pieces = list(pool.map(run, lying.split(7)))

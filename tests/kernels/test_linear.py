@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from dbrx_q.kernels.backend import Backend, pick
+from dbrx_q.kernels.cpu import format_kernels
 from dbrx_q.kernels.cpu import linear as cpu
 from dbrx_q.kernels.cpu.choice import Regime, choose, matmul, padded_rows, tile_bytes
 from dbrx_q.kernels.formats import int4, int8, nf4
 from dbrx_q.kernels.formats.errors import DbrxError, FormatError
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.nf4 import Nf4Weight
-from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear, linear_reference
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
@@ -52,7 +54,7 @@ CASES = [
 ]
 
 
-def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> PackedFormat:
+def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> QuantizedWeight:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * 0.05 + 0.01
     return MODULES[fmt].quantize(weight, group_size)  # type: ignore[no-any-return, attr-defined] # all have it
 
@@ -118,13 +120,13 @@ def test_identity_activations_give_the_decoded_nf4_weight(T: int, dtype: torch.d
 
 def test_an_nf4_weight_is_never_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = cpu.dequantize_on_cpu
+    real = format_kernels.dequantize_on_cpu
 
     def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
         rows.append(weight.shape[0])
         return real(weight, dtype)
 
-    monkeypatch.setattr(cpu, "dequantize_on_cpu", decode)
+    monkeypatch.setitem(format_kernels.DEQUANTIZERS, "nf4", decode)
     linear(torch.ones(1, 64), packed_weight("nf4", 64, 2100, 64))
     assert sum(rows) == 2100
     assert max(rows) <= 1024
@@ -211,7 +213,7 @@ def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
     assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
     assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
     assert choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
-    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, nf4=True).regime is Regime.TILES
+    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, dots=False).regime is Regime.TILES
 
 
 def test_amx_serves_many_tokens_of_bfloat16() -> None:

@@ -14,9 +14,10 @@ from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.device_timing import Environment
 from dbrx_q.eval.bench.kernel_report import BEGIN, END, ResourceRow, document, problems, write_report
 from dbrx_q.eval.bench.kernel_resources import Resources, global_loads
-from dbrx_q.eval.bench.kernel_shapes import DBRX, KernelFormat, empty_weight
+from dbrx_q.eval.bench.kernel_shapes import DBRX, empty_weight
 from dbrx_q.eval.bench.kernels import KernelBenchmark, KernelTiming, markdown
 from dbrx_q.eval.bench.tune import Failure, dbrx_problems, sweep
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.triton.launch import CHIPS
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, candidates
 
@@ -115,8 +116,8 @@ def test_every_product_of_dbrx_is_swept() -> None:
     assert DBRX.qkv == 8192
 
 
-@pytest.mark.parametrize("fmt", [KernelFormat("int4", 128), KernelFormat("int8", 32), KernelFormat("nf4", 64)], ids=str)
-def test_an_empty_weight_has_the_shape_that_it_stands_for(fmt: KernelFormat) -> None:
+@pytest.mark.parametrize("fmt", [TensorFormat("int4", 128), TensorFormat("int8", 32), TensorFormat("nf4", 64)], ids=str)
+def test_an_empty_weight_has_the_shape_that_it_stands_for(fmt: TensorFormat) -> None:
     assert empty_weight(fmt, 3, 24, 384).shape == (3, 24, 384)
 
 

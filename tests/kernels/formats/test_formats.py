@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dbrx_q.kernels.cpu import quantize as cpu_quantize
 from dbrx_q.kernels.formats import int4, int8, nf4
 from dbrx_q.kernels.formats.errors import FormatError
+from dbrx_q.kernels.formats.weights import gather_rows
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -173,7 +174,7 @@ def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int]
         codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            double = nf4.Nf4DoubleWeight(packed.qweight, *nf4.compress_absmax(packed.absmax), 64)
+            double = nf4.Nf4DoubleWeight.compress(packed)
             assert torch.equal(double.qweight.view(-1, 1), codes)
             assert torch.equal(double.absmax.view(-1), state.absmax)
             assert torch.equal(double.nested_absmax, state.state2.absmax)
@@ -181,7 +182,7 @@ def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int]
     finally:
         torch.set_num_threads(threads)
     expected = functional.dequantize_4bit(codes, state)
-    assert torch.equal(nf4.dequantize(double.decoded()).view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(nf4.dequantize(double.expand()).view(torch.int32), expected.view(torch.int32))
     scales = weight.numel() // 64
     assert double.nbytes == weight.numel() // 2 + scales + 4 * -(-scales // 256) + 4
 
@@ -205,9 +206,9 @@ def test_double_quantization_is_decoded_matrix_by_matrix(lead: tuple[int, ...]) 
     packed = nf4.quantize(weight)
     parts = [nf4.compress_absmax(absmax) for absmax in packed.absmax.view(-1, 20, 16)]
     absmax, nested, offset = (torch.stack(part).view(*lead, *part[0].shape) for part in zip(*parts, strict=True))
-    found = nf4.decode_absmax(absmax, nested, offset)
+    found = nf4.dequantize_absmax(absmax, nested, offset)
     assert found.shape == packed.absmax.shape
-    each = [nf4.decode_absmax(*part) for part in parts]
+    each = [nf4.dequantize_absmax(*part) for part in parts]
     assert torch.equal(found.view(-1, 20, 16), torch.stack(each))
     error = (found - packed.absmax).view(-1, 320)
     for change, scales in zip(error, packed.absmax.view(-1, 320), strict=True):
@@ -278,4 +279,4 @@ def test_refusals_of_nf4(weight: torch.Tensor, group_size: int, message: str) ->
 def test_embedding_rows_are_the_decoded_rows() -> None:
     packed = int8.quantize(torch.randn(50, 128), 64)
     rows = torch.tensor([3, 3, 49, 0])
-    assert torch.equal(int8.gather_rows(packed, rows, torch.float32), int8.dequantize(packed)[rows])
+    assert torch.equal(gather_rows(packed, rows, torch.float32), int8.dequantize(packed)[rows])

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from dbrx_q.eval.bench.device_timing import random_weight
-from dbrx_q.eval.bench.kernel_shapes import FORMATS, KernelFormat
+from dbrx_q.eval.bench.kernel_shapes import FORMATS
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.formats.weights import Weight, dequantize
 from dbrx_q.kernels.linear import linear, linear_reference
 from dbrx_q.kernels.moe import moe_experts, moe_experts_reference
@@ -23,7 +24,7 @@ SLACK = 64 << 20  # bytes of partial sums, and what the allocator rounds up
 
 @pytest.mark.parametrize("T", [0, 1, 3, 16, 17, 300])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_linear(fmt: KernelFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_linear(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     T, N, K = place.tokens(T), place.shapes.qkv, place.shapes.width
     weight, x, residual = random_weight(fmt, N, K, device=place.device), place.randn(T, K), place.randn(T, N)
     clip = 0.5
@@ -35,7 +36,7 @@ def test_linear(fmt: KernelFormat, T: int, place: Any, assert_as_good_as_torch: 
 
 @pytest.mark.parametrize("tokens", [16, 256], ids=["matvec", "tiles"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_identity_activations_give_the_decoded_weight_bit_for_bit(fmt: KernelFormat, tokens: int, place: Any) -> None:
+def test_identity_activations_give_the_decoded_weight_bit_for_bit(fmt: TensorFormat, tokens: int, place: Any) -> None:
     N, K = place.shapes.qkv if place.real else 64, place.shapes.width
     weight = random_weight(fmt, N, K, device=place.device)
     decoded = dequantize(weight, place.dtype).T  # [K, N]
@@ -45,7 +46,7 @@ def test_identity_activations_give_the_decoded_weight_bit_for_bit(fmt: KernelFor
         assert torch.equal(linear(rows[part], weight), decoded[part])
 
 
-def layer_of(fmt: KernelFormat, place: Any, *, slots: torch.Tensor | None = None) -> ExpertWeights:
+def layer_of(fmt: TensorFormat, place: Any, *, slots: torch.Tensor | None = None) -> ExpertWeights:
     E, D, hidden = place.shapes.experts, place.shapes.width, place.shapes.hidden
     S = E if slots is None else int(slots.max()) + 1
     w1, v1, w2 = (random_weight(fmt, S, *shape, device=place.device) for shape in ((hidden, D), (hidden, D), (D, hidden)))
@@ -74,7 +75,7 @@ def experts_by_torch(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tens
 
 @pytest.mark.parametrize("T", [0, 1, 2, 8, 16, 17, 300])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_experts(fmt: KernelFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_experts(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     T = place.tokens(T)
     layer, x = layer_of(fmt, place), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
@@ -86,7 +87,7 @@ def test_experts(fmt: KernelFormat, T: int, place: Any, assert_as_good_as_torch:
 def test_experts_in_slots_with_holes(T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     E = place.shapes.experts
     slots = place.ints([-1 if e % 3 == 1 else (E - e) // 2 for e in range(E)])  # some share a slot, which kernels do not mind
-    layer, x = layer_of(KernelFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
+    layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
     counted, expected = (torch.full((E,), 5, dtype=torch.int32, device=place.device) for _ in range(2))
     found = moe_experts(x, experts, weights, layer, missing=counted)
@@ -100,7 +101,7 @@ def test_experts_in_slots_with_holes(T: int, place: Any, assert_as_good_as_torch
 def test_all_tokens_on_the_same_experts(T: int, here: bool, place: Any, assert_as_good_as_torch: Check) -> None:
     T, A, E = place.tokens(T), place.shapes.active, place.shapes.experts
     slots = place.ints(range(E) if here else [-1] * A + list(range(E - A)))
-    layer, x = layer_of(KernelFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
+    layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
     experts = torch.arange(A, device=place.device).expand(T, A).contiguous()
     weights = torch.full((T, A), 1 / A, device=place.device)
     found = moe_experts(x, experts, weights, layer)
@@ -113,7 +114,7 @@ def test_all_tokens_on_the_same_experts(T: int, here: bool, place: Any, assert_a
 @pytest.mark.parametrize("T", [1, 8])
 def test_a_captured_linear_replays_with_other_inputs(T: int, place: Any, replayed: Replayed) -> None:
     weight, x = (
-        random_weight(KernelFormat("int4", 64), place.shapes.qkv, place.shapes.width, device=place.device),
+        random_weight(TensorFormat("int4", 64), place.shapes.qkv, place.shapes.width, device=place.device),
         place.randn(T, place.shapes.width),
     )
     replay = replayed(lambda: linear(x, weight, clip=8.0))
@@ -126,7 +127,7 @@ def test_a_captured_linear_replays_with_other_inputs(T: int, place: Any, replaye
 def test_captured_experts_replay_with_other_inputs(T: int, place: Any, replayed: Replayed) -> None:
     E = place.shapes.experts
     slots, missing = place.ints(range(E)), torch.zeros(E, dtype=torch.int32, device=place.device)
-    layer, x = layer_of(KernelFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
+    layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
     replay = replayed(lambda: moe_experts(x, experts, weights, layer, missing=missing))
     for turn in range(3):
@@ -157,8 +158,8 @@ def nbytes_in_16_bits(weight: Weight) -> int:
 
 
 @pytest.mark.parametrize("T", [1, 16, 64])
-@pytest.mark.parametrize("fmt", [KernelFormat("int4", 64), KernelFormat("int8", 64), KernelFormat("nf4", 64)], ids=str)
-def test_no_decoded_copy_of_a_weight_is_made(fmt: KernelFormat, T: int, place: Any) -> None:
+@pytest.mark.parametrize("fmt", [TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)], ids=str)
+def test_no_decoded_copy_of_a_weight_is_made(fmt: TensorFormat, T: int, place: Any) -> None:
     if not place.real:
         return
     D = place.shapes.width

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dbrx_q.kernels.formats import int4, int8, nf4
-from dbrx_q.kernels.formats.weights import PackedFormat, dequantize
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear_reference
 from dbrx_q.kernels.triton.launch import INTERPRETER
 from dbrx_q.kernels.triton.linear import linear
@@ -49,12 +50,12 @@ CASES = [
 ]
 
 
-def packed_weight(fmt: str, group_size: int, N: int, K: int) -> PackedFormat:
+def packed_weight(fmt: str, group_size: int, N: int, K: int) -> QuantizedWeight:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(N)) * 0.05 + 0.01
     return MODULES[fmt].quantize(weight, group_size)  # type: ignore[no-any-return, attr-defined] # all have it
 
 
-def tiles_of(x: torch.Tensor, weight: PackedFormat) -> Tiles:
+def tiles_of(x: torch.Tensor, weight: QuantizedWeight) -> Tiles:
     return choose(Problem("linear", x.shape[0], *weight.shape, bits_of(weight), group_of(weight)), INTERPRETER)
 
 

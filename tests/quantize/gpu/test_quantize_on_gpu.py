@@ -10,6 +10,8 @@ import torch
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.kernels.cpu import search as cpu_search
+from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.grid_search import half_quadratic, least_squares
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.accelerator import open_accelerator
@@ -50,8 +52,8 @@ def test_memory_that_runs_out_leaves_a_tensor_to_the_cpu(nano: Path, tmp_path: P
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize(("G", "levels"), [(64, 15), (32, 127)])
-def test_searches_find_what_the_cpus_do(G: int, levels: int) -> None:
+@pytest.mark.parametrize(("G", "levels"), [(64, int4.LEVELS), (32, int8.LEVELS)], ids=["int4", "int8"])
+def test_searches_find_what_the_cpus_do(G: int, levels: GridLevels) -> None:
     weight = torch.randn(96, 768, generator=torch.Generator().manual_seed(3)) * 0.02
     importance = torch.rand(768, generator=torch.Generator().manual_seed(4))
     for found, expected in (

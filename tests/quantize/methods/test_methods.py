@@ -70,7 +70,7 @@ def test_the_range_is_cut_as_the_formats_cut_it(weight: torch.Tensor, fmt: Tenso
     assert type(found) is type(expected)
     for part in ("qweight", "scales", "zeros")[: 3 if fmt.format == "int4" else 2]:
         assert torch.equal(getattr(found, part), getattr(expected, part)), part
-    assert torch.equal(grid.decode(grid.round(weight)), dequantize(expected))
+    assert torch.equal(grid.dequantize(grid.round(weight)), dequantize(expected))
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
@@ -91,7 +91,7 @@ def test_a_searched_grid_is_never_worse(weight: torch.Tensor, fmt: TensorFormat,
     weight[0, 5] = 0.5  # far from the rest of its group
 
     def errors(grid: Grid) -> torch.Tensor:
-        return ((grid.decode(grid.round(weight)) - weight).square() * importance).unflatten(-1, (-1, fmt.group_size)).sum(-1)
+        return ((grid.dequantize(grid.round(weight)) - weight).square() * importance).unflatten(-1, (-1, fmt.group_size)).sum(-1)
 
     searched, whole = searched_grid(weight, fmt, importance if weighted else None), range_grid(weight, fmt)
     assert (errors(searched) <= errors(whole) * (1 + 1e-5)).all()
@@ -103,7 +103,7 @@ def test_hqq_lets_outliers_be_outliers(weight: torch.Tensor) -> None:
     weight[:, ::64] *= 4
 
     def norm(grid: Grid) -> float:
-        return float((grid.decode(grid.round(weight)) - weight).abs().pow(0.7).sum())
+        return float((grid.dequantize(grid.round(weight)) - weight).abs().pow(0.7).sum())
 
     assert norm(hqq_grid(weight, INT4)) < 0.97 * norm(range_grid(weight, INT4))
 
@@ -128,9 +128,9 @@ def test_gptq_is_the_textbooks(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
     found, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
     assert (found == expected).float().mean() > 0.99  # a value halfway between two may go either way
-    assert torch.allclose(*(loss(weight, grid.decode(u), moments.hessian).sum() for u in (found, expected)), rtol=0.01)
-    nearest = loss(weight, grid.decode(grid.round(weight)), moments.hessian).sum()
-    assert loss(weight, grid.decode(found), moments.hessian).sum() < 0.6 * nearest
+    assert torch.allclose(*(loss(weight, grid.dequantize(u), moments.hessian).sum() for u in (found, expected)), rtol=0.01)
+    nearest = loss(weight, grid.dequantize(grid.round(weight)), moments.hessian).sum()
+    assert loss(weight, grid.dequantize(found), moments.hessian).sum() < 0.6 * nearest
 
 
 def test_scales_are_the_least_squares_ones(weight: torch.Tensor, moments: Moments) -> None:
@@ -157,7 +157,7 @@ def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments
     grid = range_grid(weight, INT4)
     start = grid.round(weight)
     once, often = (descend(weight, moments.hessian, grid, start, sweeps=sweeps) for sweeps in (1, 30))
-    errors = [loss(weight, grid.decode(u), moments.hessian) for u in (start, once, often)]
+    errors = [loss(weight, grid.dequantize(u), moments.hessian) for u in (start, once, often)]
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     assert (errors[2] <= errors[1] * (1 + 1e-6)).all()
     assert ((often >= grid.low.repeat_interleave(64, -1)) & (often <= grid.high.repeat_interleave(64, -1))).all()
@@ -165,7 +165,7 @@ def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments
         for change in (-1, 1):
             other = often.clone()
             other[:, i] = (other[:, i] + change).clamp(grid.low[:, i // 64], grid.high[:, i // 64])
-            assert (loss(weight, grid.decode(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
+            assert (loss(weight, grid.dequantize(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
 
 
 def test_what_makes_up_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments, products: Products) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, pack_parts, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, parts_of
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import load_plain_model
@@ -59,7 +59,7 @@ def decoded(folder: Path) -> DbrxForCausalLM:
             for part in parts_of(tensor, fmt):
                 prefix, last = part.name.rsplit(".", 1)
                 matrices.setdefault(prefix, {})[last] = checkpoint.read(part.name)
-            plain = [dequantize(pack_parts(parts, fmt)) for parts in matrices.values()]
+            plain = [dequantize(fmt.load(parts)) for parts in matrices.values()]
             return torch.cat([matrix.T if tensor.name.endswith(".w2") else matrix for matrix in plain]).reshape(tensor.shape)
 
         return load_plain_model(checkpoint.config, read, dtype=torch.float32)
@@ -112,7 +112,7 @@ def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
         ("w2=int5:64", "must be one of int4:32"),
         ("w2=int4", "must be one of int4:32"),
         ("w2=int4:16", "must be one of int4:32"),
-        ("w2=nf4-double:32", "nf4, nf4-double or plain; found 'nf4-double:32'"),
+        ("w2=nf4-double:32", "nf4:64, nf4-double:64 or plain; found 'nf4-double:32'"),
         ("embedding=nf4-double", "int8 or plain"),
         ("head=plain:64", "must be one of int4:32"),
         ("blocks.2-4.w2=int8:64", "within 0-3"),

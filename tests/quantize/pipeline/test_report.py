@@ -60,7 +60,7 @@ def test_the_report_says_what_lies_there(small: Path, tmp_path: Path) -> None:
 
 
 def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_path: Path) -> None:
-    from dbrx_q.checkpoint.layout import oriented, pack_parts, parts_of
+    from dbrx_q.checkpoint.layout import oriented, part_name, parts_of
     from dbrx_q.kernels.formats.weights import dequantize
 
     run = quantize(small, tmp_path / "out", "clip", None)
@@ -71,7 +71,7 @@ def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_pa
         original = oriented(plain.read(name), tensor).double()
         for expert in range(tensor.experts):
             parts = [part for part in parts_of(tensor, fmt) if part.name.startswith(f"{name}.{expert}.")]
-            found = dequantize(pack_parts({part.name.rsplit(".", 1)[1]: packed.read(part.name) for part in parts}, fmt)).double()
+            found = dequantize(fmt.load({part_name(part): packed.read(part.name) for part in parts})).double()
             error = float((found - original[expert]).norm() / original[expert].norm())
             assert run.relative_error[f"{name}.{expert}"] == pytest.approx(error, rel=1e-4)
     assert data["expert_tokens"] == {}

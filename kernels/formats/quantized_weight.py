@@ -1,0 +1,73 @@
+"""`QuantizedWeight`: the base class of the weights of every format, with all that does not depend on the format.
+
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis); `...` is any number of leading axes, such as the
+experts of a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["QuantizedWeight"]
+
+
+class QuantizedWeight(ABC):
+    """A quantized weight [..., N, K].
+
+    Subclasses are frozen dataclasses. Their fields are the parts, tensors in the order of `part_names`, and last `group_size`. The leading
+    axes of every part are those of the weight, N included, so that an index or a range of rows selects the same of each part.
+    """
+
+    format: ClassVar[str]
+    """The name of its record in `registry.FORMATS`."""
+    part_names: ClassVar[tuple[str, ...]]
+    """The names of its tensors; the codes come first."""
+    group_size: int
+    """Elements along the reduction axis that share a scale."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """[..., N, K] of the weight that the parts represent."""
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors by their names."""
+        return {name: getattr(self, name) for name in self.part_names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parts."""
+        return cast(torch.Tensor, getattr(self, self.part_names[0])).device
+
+    @classmethod
+    def of(cls, parts: Mapping[str, torch.Tensor], group_size: int) -> Self:
+        """The weight of tensors by their names."""
+        return cast(Any, cls)(*(parts[name] for name in cls.part_names), group_size)
+
+    def __getitem__(self, index: int | torch.Tensor) -> Self:
+        """The weight at `index` of the first axis, without a copy; with an int64 tensor of indices, a copy of those."""
+        return self._map(lambda part: part[index])
+
+    def rows(self, first: int, end: int) -> Self:
+        """Rows first .. end-1 of a weight [N, K], without a copy."""
+        return self._map(lambda part: part[first:end])
+
+    def contiguous(self) -> Self:
+        """The same weight with contiguous parts, as the compiled kernels require; a part that is contiguous is not copied."""
+        return self._map(torch.Tensor.contiguous)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return cast(Any, type(self))(*(function(getattr(self, name)) for name in self.part_names), self.group_size)

@@ -1,0 +1,82 @@
+"""The registry of weight formats, and `TensorFormat`: a format with a group size, spelled `int4:64`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import int4, int8, nf4
+from .errors import FormatError
+from .format import Format, Part
+from .groups import check_group_size
+from .quantized_weight import QuantizedWeight
+
+__all__ = ["FORMATS", "PLAIN", "TensorFormat", "offered_formats"]
+
+FORMATS: dict[str, Format] = {record.name: record for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT)}
+"""The weight formats by their names. A new format is one more record here."""
+
+PLAIN = "plain"
+"""How a tensor is named that is not quantized, where a format is asked for."""
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """The format of a tensor; `str` spells it as `int4:64`, which `parse` reads."""
+
+    format: str
+    """A name in `FORMATS`."""
+    group_size: int
+    """One of the format's `group_sizes`."""
+
+    @classmethod
+    def parse(cls, text: str) -> TensorFormat:
+        """The format that `text` spells: `int4:64`, or the bare name of a format with a single group size.
+
+        Raises:
+            FormatError: an unknown format or group size.
+        """
+        name, colon, group = text.partition(":")
+        sizes = FORMATS[name].group_sizes if name in FORMATS else ()
+        size = int(group) if group.isdecimal() else sizes[0] if not colon and len(sizes) == 1 else 0
+        if size not in sizes:
+            raise FormatError(f"a format must be one of {', '.join(map(str, offered_formats()))}; found {text!r}")
+        return cls(name, size)
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.group_size}"
+
+    @property
+    def record(self) -> Format:
+        """The format's record."""
+        return FORMATS[self.format]
+
+    @property
+    def in_memory(self) -> TensorFormat:
+        """The format that a loaded weight has."""
+        stored = self.record.stored
+        return self if stored is None else TensorFormat(stored.in_memory, self.group_size)
+
+    def check(self, K: int) -> None:
+        """Refuse a reduction axis of length K, or a group size, that the format does not take.
+
+        Raises:
+            FormatError: with the rule.
+        """
+        check_group_size(K, self.group_size, self.record.group_sizes)
+
+    def parts(self, N: int, K: int) -> tuple[Part, ...]:
+        """The stored parts of one matrix [N, K]."""
+        return self.record.parts(N, K, self.group_size)
+
+    def load(self, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """The weight in memory from its stored parts by name, each perhaps with leading axes."""
+        record = self.record
+        return record.weight.of(parts, self.group_size) if record.stored is None else record.stored.load(parts, self.group_size)
+
+
+def offered_formats() -> list[TensorFormat]:
+    """Every format with every group size."""
+    return [TensorFormat(record.name, size) for record in FORMATS.values() for size in record.group_sizes]
