@@ -14,7 +14,7 @@ __all__ = ["Inventory", "KindTotal", "take_inventory"]
 
 @dataclass
 class KindTotal:
-    """count: tensors of the plain model. format: as "int4 g64", several joined by " + ". bytes: with scales and zero-points."""
+    """count: tensors of the plain model. format: as "int4:64", several joined by " + ". bytes: with scales and zero-points."""
 
     count: int = 0
     format: str = ""
@@ -49,7 +49,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
         fmt = checkpoint.formats.get(tensor.name)
         kind = kind_of(tensor.name)
         names = [tensor.name] if fmt is None else [part.name for part in parts_of(tensor, fmt)]
-        label = checkpoint.infos[tensor.name].dtype_label if fmt is None else f"{fmt.format} g{fmt.group_size}"
+        label = checkpoint.infos[tensor.name].dtype_label if fmt is None else str(fmt)
         if label not in formats[kind]:
             formats[kind].append(label)
         for row in (inventory.kinds[kind], inventory.total):

@@ -25,7 +25,7 @@ class Source(ABC):
     config: DbrxConfig
     """The model's configuration."""
     format: str
-    """Format of the weights, such as "bfloat16", "int4 g64 + int8 g64", "GGUF Q4_0", "bitsandbytes nf4 + bfloat16 experts"."""
+    """Format of the weights, such as "bfloat16", "int4:64 + int8:64", "GGUF Q4_0", "bitsandbytes nf4 + bfloat16 experts"."""
     nbytes: int
     """Bytes of all tensors as stored, with scales and zero-points."""
     parameters: int

@@ -31,7 +31,7 @@ class WorstToken:
 class QuantResult:
     """One checkpoint beside the reference. Divergences are KL(reference || checkpoint) per predicted token, in nats.
 
-    path: as given. format: such as "int4 g64 + int8 g64" or "GGUF Q4_0". bits_per_weight: stored bits over parameters, scales included.
+    path: as given. format: such as "int4:64 + int8:64" or "GGUF Q4_0". bits_per_weight: stored bits over parameters, scales included.
     bytes: of all tensors as stored. sha256: of the checkpoint. tokens: predicted.
     perplexity, perplexity_stderr: of this checkpoint on the same tokens.
     delta_ln_ppl: mean of (its negative log-likelihood - the reference's), and the standard error of that paired difference.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_q.eval.report_folder import write_files
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.plots import INK, MUTED, figure, log_axis, render, style
 
 from .measure import Sensitivity, UnitResult
@@ -56,7 +57,7 @@ def table(found: Sensitivity) -> list[tuple[str, ...]]:
     rows += [
         (
             short_name(unit.name),
-            f"{unit.format} g{unit.group_size}",
+            str(TensorFormat(unit.format, unit.group_size)),
             f"{unit.bits_per_weight:.3f}",
             f"{unit.saved_bytes / 1e6:.3f}",
             f"{_figure(unit.mean_kl, '.3e')} ± {_figure(unit.mean_kl_stderr, '.1e')}",
@@ -72,7 +73,8 @@ def table(found: Sensitivity) -> list[tuple[str, ...]]:
 def without_figures(found: Sensitivity) -> list[str]:
     """A line for every unit that was not measured in a format, with the reason."""
     return [
-        f"not measured: {short_name(part.name)} in {part.format} g{part.group_size}: {part.reason}" for part in found.skipped + found.failed
+        f"not measured: {short_name(part.name)} in {TensorFormat(part.format, part.group_size)}: {part.reason}"
+        for part in found.skipped + found.failed
     ]
 
 

@@ -1,1 +1,15 @@
-"""To be written."""
+"""Compiled code for the CPU: numba functions around vector instructions that are written in LLVM IR.
+
+Begin with `linear.py`, the product with a quantized weight, and `choice.py`, which picks one of its three regimes: dot products on codes,
+AMX tiles, or rows of the weight dequantized for torch's matmul. `format_kernels.py` lists the formats that have code.
+
+- `moe.py`: the experts of a layer, through the same products.
+- `int4.py`, `int8.py`: dot products on packed codes, and rows dequantized into a tile.
+- `activations.py`: activations as 16-bit integers, for the dot products.
+- `amx.py`: bfloat16 products in the tiles of Intel's matrix unit.
+- `quantize.py`: weights quantized to int4 and int8 in one pass.
+- `search.py`: the grid searches, each group of a weight in the nearest cache.
+- `rounding.py`: the column loops of GPTQ and coordinate descent.
+- `vector.py`: building blocks in LLVM IR, and what this chip can do.
+- `lanes.py`: sixteen float32 values as one value of a numba function.
+"""

@@ -1,1 +1,21 @@
-"""To be written."""
+"""Triton kernels for NVIDIA and AMD GPUs, and for Triton's interpreter on the CPU.
+
+Begin with `linear.py`: a launcher, which chooses tiles and passes pointers, and the kernel below it. All others have the same form.
+
+- `linear.py`: the product with a weight.
+- `moe_decode.py`, `moe_prefill.py`: the experts of a layer, for few and for many tokens.
+- `attention_decode.py`, `attention_prefill.py`: attention over a KV cache, for one new token per sequence and for many.
+- `qkv.py`, `router.py`, `norm.py`: the operations of the same names.
+
+What kernels share:
+
+- `codes.py`: the numbers of the formats, and which formats have code.
+- `weights.py`: quantized weights, dequantized in registers, and the product with a tile of activations.
+- `group_dot.py`: the product of int4 weights with few tokens, scaled once per group.
+- `kv.py`: the codes of a quantized KV cache, converted in registers.
+
+How they are launched:
+
+- `launch.py`: the chips, and `launch`, which runs a kernel or records the call.
+- `tiles.py`, `attention_tiles.py`: the tile choices.
+"""

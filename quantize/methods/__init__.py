@@ -1,1 +1,18 @@
-"""To be written."""
+"""The quantization methods: how one matrix becomes a quantized one.
+
+Begin with `choose.py`, the methods by name: each takes a matrix, a format and, if it is calibrated, the moments of the matrix' inputs.
+
+- `rtn.py`: to nearest, in the range of each group.
+- `hqq.py`: grids by half-quadratic quantization.
+- `awq.py`: column scales by the size of the inputs.
+- `gptq.py`: column by column, each error compensated by the columns that follow.
+- `refine.py`: better scales and codes for a quantized matrix.
+
+What they share:
+
+- `grid.py`: the values that a format offers to each group, and the search for the grid of least error.
+- `moments.py`: the statistics of a matrix' inputs, with the Hessian.
+- `factor.py`: the factor of the inverse Hessian, for GPTQ.
+- `products.py`: large matrix products on the CPU or a GPU.
+- `workers.py`: threads whose number does not change a result.
+"""

@@ -52,7 +52,7 @@ class Job:
     @property
     def format_name(self) -> str:
         """As in `TensorRecord.format`."""
-        return str(self.parts[0].dtype).removeprefix("torch.") if self.fmt is None else f"{self.fmt.format} g{self.fmt.group_size}"
+        return str(self.parts[0].dtype).removeprefix("torch.") if self.fmt is None else str(self.fmt)
 
 
 def shards_of(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat], limit: int) -> list[list[Job]]:

@@ -22,7 +22,7 @@ class TensorRecord:
     kind: str
     """One of `layout.KINDS`."""
     format: str
-    """As "int4 g64"; the dtype of a tensor that was copied."""
+    """As "int4:64"; the dtype of a tensor that was copied."""
     parameters: int
     """Weights of the matrix."""
     nbytes: int

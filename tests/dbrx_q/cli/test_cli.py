@@ -197,7 +197,7 @@ def test_an_nf4_checkpoint_goes_through_every_command(
     inventory = json.loads(cli("inspect", folder, "--json").out)
     kinds = inventory["kinds"]
     assert (kinds["experts"]["format"], kinds["experts"]["bits_per_weight"]) == (f"{fmt} g64", bits)
-    assert (kinds["attention"]["format"], kinds["attention"]["bits_per_weight"]) == ("int8 g64", 8.25)
+    assert (kinds["attention"]["format"], kinds["attention"]["bits_per_weight"]) == ("int8:64", 8.25)
     assert json.loads(done.out)["bytes_out"] == inventory["bytes"] == sum(tensor.nbytes for tensor in load(folder).values())
     assert json.loads((folder / "quantization_report.json").read_text())["bytes_out"] == inventory["bytes"]
     ahead = json.loads(cli("quantize", nano, tmp_path / "ahead", "--format", fmt, "--dry-run", "--json").out)

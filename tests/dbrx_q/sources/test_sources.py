@@ -67,7 +67,7 @@ def test_plain_folder(bundled_logits: torch.Tensor) -> None:
 
 def test_quantized_folder_stays_packed(quantized_nano: Path) -> None:
     source = open_source(quantized_nano)
-    assert source.format == "int4 g64 + int8 g64"
+    assert source.format == "int4:64 + int8:64"
     assert source.sha256() == hashlib.sha256((quantized_nano / "manifest.json").read_bytes()).hexdigest()
     stored = sum(tensor.nbytes for shard in quantized_nano.glob("*.safetensors") for tensor in load_file(shard).values())
     plain = sum(tensor.numel() for tensor in load_file(NANO / "model.safetensors").values())

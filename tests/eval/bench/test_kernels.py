@@ -37,7 +37,7 @@ def test_without_a_gpu_the_command_says_so(command: str, cli: Callable[..., obje
 def row(**changes: object) -> KernelTiming:
     made = KernelTiming(
         kernel="linear",
-        case="Wqkv, int4-g64, 1 token",
+        case="Wqkv, int4:64, 1 token",
         seconds=9.7e-6,
         ceiling="copy bandwidth",
         share=0.76,
@@ -59,7 +59,7 @@ def test_results_as_markdown_and_json() -> None:
     assert "| 9.7 us | 76.0% | copy bandwidth | 75% | yes | torch._weight_int4pack_mm 12.0 us (no graph) |" in text
     assert "copying 4200 GB/s" in text
     assert "700 TFLOP/s" in text
-    assert "- linear, Wqkv, int4-g64, 1 token: dbrx_q: RuntimeError: no" in text
+    assert "- linear, Wqkv, int4:64, 1 token: dbrx_q: RuntimeError: no" in text
     assert json.loads(json.dumps(result.as_json()))["rows"][0]["met"] is True
 
 

@@ -168,7 +168,7 @@ def test_json_holds_every_row_and_how_it_came_about(written: tuple[ModelBenchmar
     assert [(row.prompt_tokens, len(row.samples)) for row in result.first_token] == [(4, 2)]
     assert (result.complete, result.planned) == (True, len(NAMES) + 1)
     assert result.bytes == result.weight_bytes == stored_bytes(quantized_small)
-    assert (result.format, result.device, result.dtype, result.kv) == ("int4 g64 + int8 g64", "cpu", "bfloat16", "plain")
+    assert (result.format, result.device, result.dtype, result.kv) == ("int4:64 + int8:64", "cpu", "bfloat16", "plain")
     assert result.provenance["sha256"] == sha256_of(quantized_small / MANIFEST_NAME)
     assert {"command", "versions", "device", "threads"} <= result.provenance.keys()
     assert result.load_seconds > 0

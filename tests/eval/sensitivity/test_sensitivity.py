@@ -409,7 +409,7 @@ def test_a_tensor_that_a_format_cannot_hold(ids: list[int]) -> None:
     assert (failed.name, failed.format, failed.group_size) == (WQKV, "int4", 64)
     assert "a group's scale must stay below 65504" in failed.reason
     assert Sensitivity.from_dict(found.to_dict()) == found
-    assert "not measured: blocks.0.Wqkv in int4 g64: " in markdown(found)
+    assert "not measured: blocks.0.Wqkv in int4:64: " in markdown(found)
     assert before.failed == []
 
 
@@ -430,7 +430,7 @@ def test_formats_that_no_checkpoint_has(model: DbrxForCausalLM, ids: list[int]) 
     found = measured(model, ids, alone(WTE, W2), [formats[0]])
     assert [unit.name for unit in found.units] == [W2]
     assert [(part.name, part.format) for part in found.skipped] == [(WTE, "int4")]
-    assert "not measured: wte in int4 g64: the embedding must be int8 or plain" in markdown(found)
+    assert "not measured: wte in int4:64: the embedding must be int8 or plain" in markdown(found)
     with pytest.raises(RequestError, match=r"embedding must be int8 or plain; found int4, nf4 .*int8"):
         measured(model, ids, alone(WTE), [formats[0], formats[2]])
 
@@ -641,7 +641,7 @@ def test_parts_without_figures_are_named(cli: Callable[..., Any], monkeypatch: p
     arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "kind", "--context", 64, "--windows", 1]
     done = cli(*arguments)
     assert done.code == 0
-    assert "not measured: embedding in int4 g64: the embedding must be int8 or plain" in " ".join(done.err.split())
+    assert "not measured: embedding in int4:64: the embedding must be int8 or plain" in " ".join(done.err.split())
     calls: list[int] = []
 
     def fail_once(*arguments: Any) -> Any:

@@ -49,7 +49,7 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "nf4-double"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbrx_q.quantize.pipeline.jobs._STEP_BYTES", 37 * 2 * 128)
-        patch.setattr("dbrx_q.quantize.methods.rtn._NF4_ELEMENTS", 7 * 128 + 100)
+        patch.setattr("dbrx_q.quantize.methods.rtn._PIECE_ELEMENTS", 7 * 128 + 100)
         quantize_checkpoint(source, folder, REQUEST)
     return folder
 
@@ -105,7 +105,7 @@ def test_bits_are_those_stored_and_memory_is_that_of_decoded_scales(made: Path) 
     with Checkpoint(made) as checkpoint:
         experts = take_inventory(checkpoint).kinds["experts"]
         bits = 4 + 8 / 64 + (2 + 1) * 32 / (192 * 128)  # codes, scales, and of 384 scales two nested ones and an offset
-        assert (experts.format, experts.bits_per_weight) == ("nf4-double g64", bits)
+        assert (experts.format, experts.bits_per_weight) == ("nf4-double:64", bits)
         plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=10)).host
     assert plan.experts == (4 + 32 / 64) * experts.parameters / 8
     model = DbrxForCausalLM.from_pretrained(made)

@@ -26,8 +26,8 @@ def test_rules_give_tensors_their_formats(small: Path, tmp_path: Path, cli: Cli)
     rules = ("--tensor", "w2=int8:32", "--tensor", "head=plain", "--tensor", "blocks.0.Wqkv=int4:32")
     assert cli("quantize", small, tmp_path / "out", *rules).code == 0
     found = bits_of(cli, tmp_path / "out")
-    assert found["experts"] == "int4 g64 + int8 g32"
-    assert (found["head"], found["attention"]) == ("bfloat16", "int4 g32 + int8 g64")
+    assert found["experts"] == "int4:64 + int8:32"
+    assert (found["head"], found["attention"]) == ("bfloat16", "int4:32 + int8:64")
     assert cli("verify", tmp_path / "out").code == 0
     for rule, says in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
         done = cli("quantize", small, tmp_path / "bad", "--tensor", rule)

@@ -77,9 +77,9 @@ def test_a_model_of_mixed_formats_gives_what_its_decoded_weights_give(checkpoint
 def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., Any]) -> None:
     outcome = cli("inspect", checkpoint, "--json")
     found = json.loads(outcome.out)["kinds"]
-    assert set(found["experts"]["format"].split(" + ")) == {"int4 g128", "int4 g32", "int8 g64", "int8 g128", "nf4 g64", "int8 g32"}
-    assert set(found["attention"]["format"].split(" + ")) == {"int4 g64", "bfloat16", "nf4 g64", "nf4-double g64"}
-    assert found["head"]["format"] == "int4 g32"
+    assert set(found["experts"]["format"].split(" + ")) == {"int4:128", "int4:32", "int8:64", "int8:128", "nf4:64", "int8:32"}
+    assert set(found["attention"]["format"].split(" + ")) == {"int4:64", "bfloat16", "nf4:64", "nf4-double:64"}
+    assert found["head"]["format"] == "int4:32"
     plan = json.loads(cli("plan", checkpoint, "--json").out)
     assert plan["expert_bytes"] == found["experts"]["bytes"]
     assert cli("verify", checkpoint).code == 0

@@ -119,7 +119,7 @@ def test_the_card_is_for_the_hub_and_does_not_depend_on_the_run(small: Path, tmp
     assert card.startswith("---\nlibrary_name: dbrx_q\n")
     assert "base_model" not in card  # a folder's name is no hub id
     assert "Calibration: sequences 16, length 60, seed 0." in card
-    assert re.search(r"\| w2 \| int4 g64 \| 0\.\d{4} \| 0\.\d{4} \|", card)
+    assert re.search(r"\| w2 \| int4:64 \| 0\.\d{4} \| 0\.\d{4} \|", card)
     assert cli("verify", tmp_path / "a" / "out").code == 0
 
 
