@@ -58,8 +58,8 @@ def command(
             machine,
             request,
             tokens=tokens,
-            one_by_one=not recorded,
             miss_policy=MissPolicy(miss_policy),
+            token_by_token=not recorded,
             curve=out is not None,
             on_run=on_run,
         )

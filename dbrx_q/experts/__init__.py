@@ -1,13 +1,20 @@
-"""Where the experts live: a model hands its expert store the tokens of a layer and does not know more.
+"""The memories that hold the experts: a model asks its expert store for a layer, and does not know where the experts are.
 
-`store.py` has the interface and the store that holds everything. Experts that do not all fit lie in slots (`slots.py`), which a cache
-(`cache.py`, with a policy of `policies.py`) assigns to them; `files.py` knows where they lie on disk and `reader.py` brings them.
-`tier.py` is host memory over disk. `host.py` is the store of a CPU on it, `gpu_store.py` that of gpus: `gpu.py` has the experts of one,
-with its slots (`slot_pool.py`), the way there (`link.py`) and who serves what is missed (`split.py`, by rates that `calibrate.py`
-measures).
-`tiered.py` has what both stores share: a fallback copy that answers for what lies on disk, and guesses of the next layer's experts;
-`predictor.py` says which are worth fetching.
-`simulate.py` replays a trace (`trace.py`) through the same caches, `sweep.py` through those of every policy and size.
+Begin with `store.py`: the interface, and the store that holds all experts. If they do not all fit, `build.py` makes one of two stores from
+a plan (`planning/`): `cpu_store.py` (host memory over disk), or `gpu_store.py` (GPUs over host memory over disk).
+
+What happens on an expert miss: on a CPU, `host_tier.py` assigns a slot, reads the expert from disk and waits. On a GPU, `gpu_experts.py`
+lets the CPU compute it or copies it into a slot; its first lines list the steps. To change the cache policy, open `policies.py`.
+
+- Slots: `slots.py` is the memory of experts of one kind; `cache.py` says which expert is in which slot, and evicts by `policies.py`.
+- Host memory: `host_tier.py`. Its threads (`reader.py`) read what `files.py` finds in the checkpoint.
+- GPUs: `gpu_experts.py` serves the layers of one GPU from its slots (`gpu_slot_pool.py`). `split.py` divides misses between the CPU and
+  copies, by rates that `measured_rates.py` measures at load. `gpu_copies.py` tracks the copies under way, which `link.py` makes.
+- Common to both stores: `tiered_store.py` (prefetch and fallback copy), `predictor.py` (which predictions are worth a prefetch),
+  `sums.py` (computes experts and adds them up), `timer.py` and `stats.py` (times and counters).
+- `fallback.py`: the fallback copy in a checkpoint, used in place of experts that are only on disk.
+- Simulation: `trace.py` records which experts a text uses; `simulate.py` replays it through the real stores without memory, `sweep.py`
+  with every policy and several cache sizes; `simulated_speed.py` turns the counters into seconds.
 """
 
 from .store import ExpertStore, ResidentExpertStore

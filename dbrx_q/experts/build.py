@@ -1,4 +1,4 @@
-"""The store that a plan calls for: made here for a model and for a simulation alike."""
+"""Builds the store that a plan describes, for a model and for a simulation alike: a plan's slots become caches and memory here."""
 
 from __future__ import annotations
 
@@ -17,37 +17,41 @@ from dbrx_q.planning.policy_names import MissPolicy
 from .cpu_store import CpuExpertStore
 from .gpu_experts import GpuExperts
 from .gpu_store import GpuExpertStore
-from .host_tier import HOST, ExpertPlaces, HostTier, Reader
+from .host_tier import HOST, ExpertCatalog, HostTier, Reader
 from .link import Link
 from .policies import CachePolicy, Lru
 from .split import MissRates
 from .tiered_store import FallbackCopy, NextRouter
 
-__all__ = ["Parts", "build_store"]
+__all__ = ["StoreParts", "build_store"]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a store is made of.
+class StoreParts:
+    """What a store is made of, which differs between a model and a simulation."""
 
-    places: of all experts. reader: brings them from disk. devices: of the GPUs. link: makes the way to one. memory: where host slots lie.
-    policy: gives one for the slots that the experts of these layers share, under GPUs or not. rates: of misses, by the link's bandwidth.
-    fallback: places and reader of a fallback copy, where the plan has one. upgrade: as of `FallbackCopy`.
-    """
-
-    places: ExpertPlaces
+    catalog: ExpertCatalog
+    """Which experts there are."""
     reader: Reader
+    """Reads them from disk."""
     devices: Sequence[torch.device]
+    """The GPUs."""
     link: Callable[[torch.device], Link]
+    """Makes the link to a GPU."""
     policy: Callable[[Sequence[int], bool], CachePolicy]
+    """Makes the cache policy of slots that the experts of these layers share; the second argument is True for host memory under GPUs."""
     rates: Callable[[float, float], MissRates] = MissRates
+    """Makes the rates of misses from the bandwidths of host memory and of the link, in bytes/s."""
     memory: torch.device = HOST
-    fallback: tuple[ExpertPlaces, Reader] | None = None
+    """Of host slots; "meta" for a simulation."""
+    fallback: tuple[ExpertCatalog, Reader] | None = None
+    """Catalog and reader of a fallback copy; None without one."""
     upgrade: bool = True
+    """See `FallbackCopy.upgrade`."""
 
 
 def build_store(
-    parts: Parts,
+    parts: StoreParts,
     plan: Placement,
     machine: Machine,
     *,
@@ -56,62 +60,66 @@ def build_store(
     routers: Sequence[NextRouter] | None = None,
 ) -> CpuExpertStore | GpuExpertStore:
     """An empty store with the plan's slots; the caller fills and closes it."""
-    kinds = parts.places.kinds
-
-    def policies(slots: Mapping[ExpertKind, int], layers: range, *, under: bool) -> dict[ExpertKind, CachePolicy]:
-        return {kind: parts.policy([layer for layer in layers if kinds[layer] == kind], under) for kind in slots}
-
-    # Where all experts fit onto GPUs, one at a time passes through host memory all the same.
-    room = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in dict.fromkeys(kinds)}
-    every = policies(room, range(len(kinds)), under=bool(plan.gpus))
-    tier = HostTier(parts.places, parts.reader, slots=room, policies=every, memory=parts.memory)
-    fallback = None
-    if parts.fallback is not None:
-        places, reader = parts.fallback
-        L, E = len(kinds), places.n_experts
-        whole = HostTier(
-            places,
-            reader,
-            slots=plan.host.fallback_slots,
-            policies={kind: Lru(L, E) for kind in plan.host.fallback_slots},
-            memory=parts.memory,
-        )
-        fallback = FallbackCopy(whole, parts.upgrade)
-    with ExitStack() as failed:
+    tier = _host_tier(parts, plan)
+    fallback = _fallback_copy(parts, plan)
+    with ExitStack() as on_error:
+        links: list[Link] = []
         if not plan.gpus:
             store: CpuExpertStore | GpuExpertStore = CpuExpertStore(tier, prefetch=prefetch, routers=routers, fallback=fallback)
-            links: list[Link] = []
         else:
-            links = [failed.enter_context(closing(parts.link(device))) for device in parts.devices]
+            links += [on_error.enter_context(closing(parts.link(device))) for device in parts.devices]
             gpus = [
                 GpuExperts(
                     device,
-                    there.layers,
+                    device_plan.layers,
                     tier,
                     link,
-                    name=there.device,
-                    slots=there.slots,
-                    policies=policies(there.slots, range(*there.layers), under=False),
+                    name=device_plan.device,
+                    slots=device_plan.slots,
+                    policies=_policies(parts, device_plan.slots, range(*device_plan.layers), under_gpus=False),
                     miss_policy=miss_policy,
-                    rates=parts.rates(machine.host_bandwidth, spec.link),
+                    rates=parts.rates(machine.host_bandwidth, gpu.link),
                     fallback=fallback,
-                    fallback_slots=there.fallback_slots,
+                    fallback_slots=device_plan.fallback_slots,
                 )
-                for device, link, there, spec in zip(parts.devices, links, plan.gpus, machine.gpus, strict=True)
-                if there.n_slots
+                for device, link, device_plan, gpu in zip(parts.devices, links, plan.gpus, machine.gpus, strict=True)
+                if device_plan.n_slots
             ]
             store = GpuExpertStore(gpus, tier, links=links, prefetch=prefetch, routers=routers, fallback=fallback)
-        failed.pop_all()
-    # A store that nobody closed: threads that wait hold no memory of it, and end when it is gone.
-    weakref.finalize(store, _end, [*links, parts.reader, *([] if parts.fallback is None else [parts.fallback[1]])]).atexit = False
+        on_error.pop_all()
+    # For a store that is dropped without being closed: its waiting threads have no reference to it, and end once it is collected.
+    weakref.finalize(store, _close_all, [*links, parts.reader, *([] if parts.fallback is None else [parts.fallback[1]])]).atexit = False
     return store
 
 
-def _end(threads: Sequence[Link | Reader]) -> None:
-    """End them from a thread of its own: the garbage collector comes anywhere, also where their locks are held."""
+def _host_tier(parts: StoreParts, plan: Placement) -> HostTier:
+    kinds = parts.catalog.kinds
+    # If all experts fit onto GPUs, they still pass through one slot of host memory.
+    slots = {kind: max(1, plan.host.slots.get(kind, 0)) for kind in dict.fromkeys(kinds)}
+    policies = _policies(parts, slots, range(len(kinds)), under_gpus=bool(plan.gpus))
+    return HostTier(parts.catalog, parts.reader, slots=slots, policies=policies, memory=parts.memory)
+
+
+def _fallback_copy(parts: StoreParts, plan: Placement) -> FallbackCopy | None:
+    if parts.fallback is None:
+        return None
+    catalog, reader = parts.fallback
+    slots = plan.host.fallback_slots  # for all of its experts, so the policy never evicts
+    policies: dict[ExpertKind, CachePolicy] = {kind: Lru(len(catalog.kinds), catalog.n_experts) for kind in slots}
+    return FallbackCopy(HostTier(catalog, reader, slots=slots, policies=policies, memory=parts.memory), parts.upgrade)
+
+
+def _policies(parts: StoreParts, slots: Mapping[ExpertKind, int], layers: range, *, under_gpus: bool) -> dict[ExpertKind, CachePolicy]:
+    """A policy for the slots of each kind."""
+    kinds = parts.catalog.kinds
+    return {kind: parts.policy([layer for layer in layers if kinds[layer] == kind], under_gpus) for kind in slots}
+
+
+def _close_all(threads: Sequence[Link | Reader]) -> None:
+    """Close links and readers from a new thread: the garbage collector may run where their locks are held."""
 
     def close() -> None:
-        for one in threads:
-            one.close()
+        for owner in threads:
+            owner.close()
 
     threading.Thread(target=close, name="expert-end", daemon=True).start()

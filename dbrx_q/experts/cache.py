@@ -1,4 +1,8 @@
-"""Which expert lies in which slot: decisions without bytes, so that a store and a simulation come to the same ones."""
+"""Which expert is in which slot. Decisions without bytes, so that a store and a simulation make the same ones.
+
+`ExpertCache` assigns slots and evicts by a policy (`policies.py`). `serve` orders what one layer needs: on a miss it yields the
+`Assignment` of a slot, which the caller loads, and later the `Group` that the caller computes.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,31 @@ __all__ = ["Assignment", "ExpertCache", "Group", "serve"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """An expert is to be loaded into a slot. evicted: (layer, expert) that lay there, None for nobody. urgent: it is needed now."""
+    """An expert is to be loaded into a slot."""
 
     layer: int
+    """Of the expert."""
     expert: int
+    """Its index in the layer."""
     slot: int
+    """Where it is loaded."""
     evicted: tuple[int, int] | None
+    """(layer, expert) that was in the slot; None if the slot was free."""
     urgent: bool
+    """Whether the current layer waits for it; False for a prefetch or an upgrade."""
 
 
 class ExpertCache:
-    """A fixed number of slots and what lies in them.
+    """A fixed number of slots, and the experts in them.
 
     Args:
         slots: how many; at least one.
-        policy: says what goes when all are full.
+        policy: whose priorities decide which expert is evicted.
 
     Attributes:
-        evictable: gives bool [L * E], the experts that alone may be evicted, since they lie in another memory, too; None for any.
-        lent: gives bool [L * E], the experts that are evicted before all others, since they lie in a faster memory, too; None for none.
+        evictable: returns bool [L * E], the only experts that may be evicted, because another memory holds them too; None for all.
+        evict_first: returns bool [L * E], the experts that are evicted before all others, because a faster memory holds them too; None
+            for no such experts.
     """
 
     def __init__(self, slots: int, policy: CachePolicy) -> None:
@@ -42,8 +52,8 @@ class ExpertCache:
         total = policy.layers * policy.experts
         self._slot = np.full(total, -1)
         self._held = np.zeros(total, bool)
-        self._shielded = np.zeros(total, bool)  # must stay for now
-        self._predicted_only = np.zeros(total, bool)  # came by a prefetch and was not used yet
+        self._protected = np.zeros(total, bool)  # must not be evicted at the moment
+        self._prefetched = np.zeros(total, bool)  # were prefetched and not used yet
         self._free = list(range(slots))[::-1]
         self.evictable: Callable[[], np.ndarray] | None = None
         self.evict_first: Callable[[], np.ndarray] | None = None
@@ -51,7 +61,7 @@ class ExpertCache:
 
     @property
     def stats(self) -> CacheStats:
-        """Counters since it was made."""
+        """Counters since the cache was created."""
         return CacheStats(self._hits, self._prefetch_hits, self._misses, self._prefetches, self._evictions)
 
     @property
@@ -61,54 +71,57 @@ class ExpertCache:
 
     @property
     def free_slot(self) -> int | None:
-        """A slot that nobody lies in; None where all are taken."""
+        """An empty slot; None if all are taken."""
         return self._free[-1] if self._free else None
 
     def slot_of(self, layer: int, expert: int) -> int:
-        """Where an expert lies; -1 for nowhere."""
+        """The slot of an expert; -1 if it has none."""
         return int(self._slot[self._key(layer, expert)])
 
     def fill(self, order: Sequence[tuple[int, int]]) -> list[Assignment]:
-        """Give the free slots to these (layer, expert), as far as they reach."""
+        """Assign the free slots to the first (layer, expert) of `order` that have none."""
         chosen = [(layer, expert) for layer, expert in order if self.slot_of(layer, expert) < 0][: len(self._free)]
-        return [self._take(layer, expert, True) for layer, expert in chosen]
+        return [self._occupy(layer, expert, True) for layer, expert in chosen]
 
-    def visit(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """A forward pass reaches a layer of which it needs these experts, in ascending order: (those that lie here, those that don't)."""
+    def request(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """A forward pass reaches a layer and needs these experts, in ascending order: (hits, misses).
+
+        Hits are protected from eviction until they are released.
+        """
         self._policy.enter(layer)
-        self._shielded[:] = False
-        present, absent, brought = [], [], 0
+        self._protected[:] = False
+        hits, misses, prefetch_hits = [], [], 0
         for expert in experts:
             key = self._key(layer, expert)
             self._policy.use(key)
             if not self._held[key]:
-                absent.append(expert)
+                misses.append(expert)
                 continue
-            present.append(expert)
-            self._shielded[key] = True
-            if self._predicted_only[key]:
-                self._predicted_only[key] = False
-                brought += 1
-        self._hits += len(present) - brought
-        self._prefetch_hits += brought
-        self._misses += len(absent)
-        return present, absent
+            hits.append(expert)
+            self._protected[key] = True
+            if self._prefetched[key]:
+                self._prefetched[key] = False
+                prefetch_hits += 1
+        self._hits += len(hits) - prefetch_hits
+        self._prefetch_hits += prefetch_hits
+        self._misses += len(misses)
+        return hits, misses
 
     def record_miss(self, layer: int, experts: Sequence[int]) -> None:
-        """Experts that the layer needs and that are not here are served elsewhere: they count, and get no slot."""
+        """Count misses of experts that the layer needs, but that are served without a slot of this cache."""
         self._misses += len(experts)
         for expert in experts:
             self._policy.use(self._key(layer, expert))
 
     def assign(self, layer: int, expert: int) -> Assignment | None:
-        """A slot for an expert that the layer needs; None while all must stay."""
-        taken = self._assign(layer, expert, urgent=True)
-        if taken is not None:
-            self._shielded[self._key(layer, expert)] = True
-        return taken
+        """A slot for an expert that the current layer needs, protected until it is released; None while nothing can be evicted."""
+        assignment = self._assign(layer, expert, urgent=True)
+        if assignment is not None:
+            self._protected[self._key(layer, expert)] = True
+        return assignment
 
     def upgrade(self, layer: int, expert: int) -> Assignment | None:
-        """A slot for an expert that was served elsewhere, if it is worth more than the one that would go; None else."""
+        """A slot for an expert that was served without one, if it has a higher priority than the expert it would evict; otherwise None."""
         key, victim = self._key(layer, expert), None if self._free else self._victim()
         priority = self._policy.priority()
         if not self._free and (victim is None or priority[victim] >= priority[key]):
@@ -116,67 +129,70 @@ class ExpertCache:
         return self._assign(layer, expert, urgent=False)
 
     def drop(self, layer: int, expert: int) -> None:
-        """Free the slot of an expert that will not come."""
+        """Free the slot of an expert whose load was cancelled."""
         key = self._key(layer, expert)
         self._free.append(int(self._slot[key]))
-        self._slot[key], self._held[key], self._predicted_only[key], self._shielded[key] = -1, False, False, False
+        self._slot[key], self._held[key], self._prefetched[key], self._protected[key] = -1, False, False, False
 
-    def served(self, layer: int, experts: Sequence[int]) -> None:
-        """These were computed: their slots may go to others."""
-        self._shielded[[self._key(layer, e) for e in experts]] = False
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """These experts were computed and may be evicted."""
+        self._protected[[self._key(layer, e) for e in experts]] = False
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> list[Assignment]:
-        """Slots for what a later layer is predicted to need, the likeliest first; what is needed now, and what is predicted, stays."""
+        """Slots for experts that a later layer is predicted to need, the likeliest first.
+
+        Neither experts that the current layer needs nor predicted ones are evicted for them.
+        """
         keys = [self._key(layer, e) for e in experts]
-        spared = [key for key in keys if self._held[key] and not self._shielded[key]]
-        self._shielded[spared] = True
-        found = []
+        protected = [key for key in keys if self._held[key] and not self._protected[key]]
+        self._protected[protected] = True
+        assignments = []
         for expert, key in zip(experts, keys, strict=True):
             if self._held[key]:
                 continue
-            taken = self._assign(layer, expert, urgent=False)
-            if taken is None:
+            assignment = self._assign(layer, expert, urgent=False)
+            if assignment is None:
                 break
-            self._predicted_only[key] = self._shielded[key] = True
-            spared.append(key)
-            found.append(taken)
-        self._shielded[spared] = False
-        self._prefetches += len(found)
-        return found
+            self._prefetched[key] = self._protected[key] = True
+            protected.append(key)
+            assignments.append(assignment)
+        self._protected[protected] = False
+        self._prefetches += len(assignments)
+        return assignments
 
     def keep_only(self, arrived: Collection[tuple[int, int]]) -> None:
-        """Forget every (layer, expert) but these, also where a change was broken off in the middle."""
-        kept = {self._key(*place) for place in arrived if self.slot_of(*place) >= 0}
+        """Free all slots except those of these (layer, expert); repairs a cache whose change an exception interrupted."""
+        kept = {self._key(*expert_id) for expert_id in arrived if self.slot_of(*expert_id) >= 0}
         for key in range(len(self._slot)):
             if key not in kept:
-                self._slot[key], self._held[key], self._predicted_only[key] = -1, False, False
+                self._slot[key], self._held[key], self._prefetched[key] = -1, False, False
         self._free = sorted(set(range(self.slots)) - {int(self._slot[key]) for key in kept}, reverse=True)
-        self._shielded[:] = False
+        self._protected[:] = False
 
     def _assign(self, layer: int, expert: int, *, urgent: bool) -> Assignment | None:
-        """A slot for an expert that is not there; None while everything must stay."""
+        """A slot for an expert that has none; None while nothing can be evicted."""
         if self._free:
-            return self._take(layer, expert, urgent)
+            return self._occupy(layer, expert, urgent)
         victim = self._victim()
         if victim is None:
             return None
         slot = int(self._slot[victim])
-        self._slot[victim], self._held[victim], self._predicted_only[victim] = -1, False, False
+        self._slot[victim], self._held[victim], self._prefetched[victim] = -1, False, False
         self._free.append(slot)
         self._evictions += 1
-        return self._take(layer, expert, urgent, divmod(victim, self._policy.experts))
+        return self._occupy(layer, expert, urgent, divmod(victim, self._policy.experts))
 
     def _victim(self) -> int | None:
-        """Who goes next; None while everything must stay."""
-        free_to_go = self._held & ~self._shielded
+        """The number of the expert that is evicted next; None while nothing can be evicted."""
+        candidates = self._held & ~self._protected
         if self.evictable is not None:
-            free_to_go &= self.evictable()
-        if self.evict_first is not None and (twice := free_to_go & self.evict_first()).any():
-            free_to_go = twice
-        candidates = np.flatnonzero(free_to_go)
-        return int(candidates[self._policy.priority()[candidates].argmin()]) if candidates.size else None
+            candidates &= self.evictable()
+        if self.evict_first is not None and (preferred := candidates & self.evict_first()).any():
+            candidates = preferred
+        keys = np.flatnonzero(candidates)
+        return int(keys[self._policy.priority()[keys].argmin()]) if keys.size else None
 
-    def _take(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
+    def _occupy(self, layer: int, expert: int, urgent: bool, evicted: tuple[int, int] | None = None) -> Assignment:
         key, slot = self._key(layer, expert), self._free.pop()
         self._slot[key], self._held[key] = slot, True
         return Assignment(layer, expert, slot, evicted, urgent)
@@ -187,9 +203,10 @@ class ExpertCache:
 
 @dataclass(frozen=True)
 class Group:
-    """Experts of the layer that are to be computed next, together."""
+    """Experts of a layer that are to be computed next, together."""
 
     experts: tuple[int, ...]
+    """Their indices in the layer."""
 
 
 def serve(
@@ -200,32 +217,32 @@ def serve(
     next_cache: ExpertCache | None = None,
     arrived: Callable[[int], bool] = lambda expert: True,
 ) -> Iterator[Assignment | Group]:
-    """What is to be done, in order, so that a forward pass gets the experts of a layer.
+    """The steps, in order, by which a forward pass gets the experts of a layer.
 
-    An `Assignment` is to be begun; a `Group` is to be computed, once its experts arrived, before the next step is asked for. What lies
-    here comes first. Loads are begun as soon as slots can be had, those that were predicted after all that are needed.
+    The caller starts the load of an `Assignment`; it computes a `Group`, once the experts have arrived, before it asks for the next step.
+    Experts in memory are computed first. Loads start as soon as slots can be had, prefetches after all loads of this layer.
 
     Args:
         cache: of this layer's experts.
         layer: its index.
         needed: its experts, in ascending order.
-        ahead: experts of the next layer to fetch before they are needed, the likeliest first.
+        ahead: experts of the next layer to prefetch, the likeliest first.
         next_cache: of the next layer's experts.
-        arrived: whether an expert that has a slot has its bytes there, too; what has not comes by itself, after the others.
+        arrived: whether the bytes of an expert that has a slot are there. Experts that are still being loaded are computed last.
     """
-    present, waiting = cache.visit(layer, needed)
-    here = tuple(expert for expert in present if arrived(expert))
-    coming = [expert for expert in present if expert not in here]
-    groups = [Group(here)] if here else []
-    groups += [Group((expert,)) for expert in [*coming, *waiting]]
+    present, missed = cache.request(layer, needed)
+    ready = tuple(expert for expert in present if arrived(expert))
+    loading = [expert for expert in present if expert not in ready]
+    groups = [Group(ready)] if ready else []
+    groups += [Group((expert,)) for expert in [*loading, *missed]]
     for group in groups:
-        while waiting and (taken := cache.assign(layer, waiting[0])) is not None:
-            del waiting[0]
-            yield taken
-        if not waiting and ahead and next_cache is not None:
+        while missed and (assignment := cache.assign(layer, missed[0])) is not None:
+            del missed[0]
+            yield assignment
+        if not missed and ahead and next_cache is not None:
             yield from next_cache.prefetch(layer + 1, ahead)
             ahead = ()
         yield group
-        cache.served(layer, group.experts)
-    if ahead and next_cache is not None:  # the layer needs nothing from here
+        cache.release(layer, group.experts)
+    if ahead and next_cache is not None:  # the layer itself needs nothing
         yield from next_cache.prefetch(layer + 1, ahead)

@@ -1,4 +1,4 @@
-"""The expert store of a CPU: as many experts in memory as a budget holds, the others on disk."""
+"""The expert store of a CPU: as many experts in host memory as a budget allows, the others on disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ __all__ = ["CpuExpertStore"]
 
 
 class CpuExpertStore(TieredExpertStore):
-    """Computes experts where they lie in host memory.
+    """Computes experts in host memory; while one is computed, the next ones are read.
 
-    While an expert is computed the next ones are read. Without a fallback copy, what is computed does not depend on what lay where: the
-    same
-    tokens give the same bits with any number of slots, any policy and with or without prefetch.
+    Without a fallback copy, the result does not depend on which experts were in memory: the same tokens give the same bits with any number
+    of slots, any policy, and with or without prefetch.
 
     Args:
-        tier, prefetch, routers, fallback: as of `TieredExpertStore`.
+        tier, prefetch, routers, fallback: see `TieredExpertStore`.
     """
 
     def __init__(
@@ -45,32 +44,41 @@ class CpuExpertStore(TieredExpertStore):
                 f"this needs the experts of a layer in memory together; it uses {len(needed)} and the budget holds {slots.count}. "
                 "Give more memory"
             )
-        self.tier.gather(index, needed)
-        where = torch.full((self.tier.n_experts,), -1, dtype=torch.int32)
+        self.tier.load_all(index, needed)
+        slot_by_expert = torch.full((self.tier.n_experts,), -1, dtype=torch.int32)
         for e in needed:
-            where[e] = self.tier.slot_of(index, e)
-        return replace(slots.weights, slots=where)
+            slot_by_expert[e] = self.tier.slot_of(index, e)
+        return replace(slots.weights, slots=slot_by_expert)
 
     def stats(self) -> ExpertStats:
         reader = self.tier.reader
-        times = self._compute_seconds, self.tier.wait_seconds, reader.busy_seconds
-        return ExpertStats(self.tier.stats, *self._guessed(), reader.bytes_read, *times, fallback_hits=self._fallback_hits)
+        predicted, predictable = self._prediction_counts()
+        return ExpertStats(
+            cache=self.tier.stats,
+            predicted=predicted,
+            predictable=predictable,
+            disk_bytes=reader.bytes_read,
+            compute_seconds=self._compute_seconds,
+            wait_seconds=self.tier.wait_seconds,
+            read_seconds=reader.busy_seconds,
+            fallback_hits=self._fallback_hits,
+        )
 
-    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+    def _serve(self, index: int, expert_sum: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         if self.fallback is None:
-            self._add(self.tier, index, total, needed, ahead)
+            self._add(self.tier, index, expert_sum, needed, ahead)
             return
-        full = [e for e in needed if self.tier.ready(index, e)]
-        fallback = [e for e in needed if e not in set(full)]
-        self._add(self.tier, index, total, full)
-        self.tier.serve_from_fallback(index, fallback, upgrade=self.fallback.upgrade)
-        self._add(self.fallback.tier, index, total, fallback)
+        in_memory = [e for e in needed if self.tier.ready(index, e)]
+        fallback = [e for e in needed if e not in set(in_memory)]
+        self._add(self.tier, index, expert_sum, in_memory)
+        self.tier.record_fallback_hits(index, fallback, upgrade=self.fallback.upgrade)
+        self._add(self.fallback.tier, index, expert_sum, fallback)
         self._fallback_hits += len(fallback)
 
-    def _add(self, tier: HostTier, index: int, total: ExpertSum, needed: list[int], ahead: Sequence[int] = ()) -> None:
+    def _add(self, tier: HostTier, index: int, expert_sum: ExpertSum, needed: list[int], ahead: Sequence[int] = ()) -> None:
         slots = tier.slots(index)
         with closing(tier.serve(index, needed, ahead)) as groups:
             for experts in groups:
                 started = time.perf_counter()
-                total.add_host(slots.weights, {e: tier.slot_of(index, e) for e in experts})
+                expert_sum.add_host(slots.weights, {e: tier.slot_of(index, e) for e in experts})
                 self._compute_seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
-"""The fallback copy that a checkpoint may carry: in a folder of its own within, a checkpoint of the same model at fewer bits.
+"""The fallback copy that a checkpoint may contain: a checkpoint of the same model at fewer bits, in a subfolder.
 
-Its experts answer for those that would have to come from disk (`experts/tiered.py`). It is a whole checkpoint and runs by itself as well.
+A store uses its experts in place of those that are only on disk (`tiered_store.py`). It is a whole checkpoint and can be loaded by itself.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _ROUTER = "transformer.blocks.0.ffn.router.layer.weight"
 def carried_formats(
     path_or_hub_id: str | os.PathLike[str], config: DbrxConfig, formats: Mapping[str, TensorFormat]
 ) -> dict[str, TensorFormat]:
-    """The formats of the copy that a checkpoint carries, from its config.json alone.
+    """The formats of the fallback copy of a checkpoint, from its config.json alone.
 
     Args:
         path_or_hub_id: of the checkpoint.
-        config: its own.
-        formats: its own.
+        config: of the checkpoint.
+        formats: of the checkpoint's tensors.
 
     Raises:
-        RequestError: it carries none.
-        CheckpointError: the copy is of another model, not quantized, or its experts take as many bytes.
+        RequestError: the checkpoint has no fallback copy.
+        CheckpointError: the copy is of another model, not quantized, or its experts take no fewer bytes.
     """
     name, problem = f"{FALLBACK_FOLDER}/config.json", "there is none"
     try:
         path = resolve_file(path_or_hub_id, name)
-    except CheckpointError as error:  # of the hub
+    except CheckpointError as error:  # the hub's
         path, problem = None, str(error)
     if path is None or not path.is_file():
         raise RequestError(
             f"{path_or_hub_id}: --fallback needs a fallback copy in the folder {FALLBACK_FOLDER!r}; {problem}. Make one with "
             f"`dbrx-q quantize --fallback-format int4`, or put an int4 checkpoint of the same model there"
         )
-    found = DbrxConfig.from_pretrained(path.parent)
-    fallback = tensor_formats(found, str(path))
-    if _shape(found) != _shape(config):
+    fallback_config = DbrxConfig.from_pretrained(path.parent)
+    fallback = tensor_formats(fallback_config, str(path))
+    if _shape(fallback_config) != _shape(config):
         raise CheckpointError(f"{path.parent}: a fallback copy must be of the same model; its config.json is of another. Make it again")
     if not fallback:
         raise CheckpointError(
@@ -60,35 +60,36 @@ def carried_formats(
 
 
 def check_fallback(config: DbrxConfig, formats: Mapping[str, TensorFormat], fallback: Mapping[str, TensorFormat], source: str) -> None:
-    """Refuse a copy in which experts take as many bytes.
+    """Refuse a fallback copy whose experts take no fewer bytes than the checkpoint's.
 
     Raises:
         CheckpointError: with the bytes of both.
     """
     dtype = config.dtype
-    own, its = (expert_kinds(config, some, dtype) for some in (formats, fallback))
-    if any(b.nbytes > a.nbytes for a, b in zip(own, its, strict=True)) or sum(b.nbytes for b in its) >= sum(a.nbytes for a in own):
+    full, small = ([kind.nbytes for kind in expert_kinds(config, layer_formats, dtype)] for layer_formats in (formats, fallback))
+    if any(b > a for a, b in zip(full, small, strict=True)) or sum(small) >= sum(full):
         raise CheckpointError(
             f"{source}: the experts of a fallback copy must take fewer bytes than the checkpoint's; one of layer 0 takes "
-            f"{its[0].nbytes:,}, and {own[0].nbytes:,} there. Make it at fewer bits"
+            f"{small[0]:,}, and {full[0]:,} there. Make it at fewer bits"
         )
 
 
 def open_fallback(checkpoint: Checkpoint) -> Checkpoint:
-    """The copy that an open checkpoint carries; the caller closes it.
+    """The fallback copy of an open checkpoint; the caller closes it.
 
     Raises:
-        RequestError: it carries none.
-        CheckpointError: as for `carried_formats`, or a file of the copy is damaged, or it was made of other weights.
+        RequestError: the checkpoint has no fallback copy.
+        CheckpointError: see `carried_formats`; or a file of the copy is damaged, or it was made from other weights.
     """
     carried_formats(checkpoint.folder, checkpoint.config, checkpoint.formats)
-    found = Checkpoint(checkpoint.folder / FALLBACK_FOLDER)
-    if not torch.equal(found.read(_ROUTER), checkpoint.read(_ROUTER)):  # never packed
-        found.close()
+    fallback = Checkpoint(checkpoint.folder / FALLBACK_FOLDER)
+    if not torch.equal(fallback.read(_ROUTER), checkpoint.read(_ROUTER)):  # routers are never quantized
+        fallback.close()
         raise CheckpointError(
-            f"{found.folder}: a fallback copy must be made of the same weights; its router of layer 0 differs. Make it of the same original"
+            f"{fallback.folder}: a fallback copy must be made from the same weights; its router of layer 0 differs. "
+            "Make it from the same original"
         )
-    return found
+    return fallback
 
 
 def _shape(config: DbrxConfig) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""Where each expert lies on disk.
+"""Where each expert is stored on disk.
 
-A quantized checkpoint keeps an expert's w1, v1 and w2 next to each other: one contiguous range of one file. A plain one has the experts of
-a layer stacked matrix by matrix: three ranges.
+A quantized checkpoint stores an expert's w1, v1 and w2 next to each other: one contiguous range of one file. A plain checkpoint stacks the
+experts of a layer matrix by matrix: three ranges.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ __all__ = ["ExpertFiles", "Extent"]
 
 @dataclass(frozen=True)
 class Extent:
-    """A contiguous range of the file `path`. offset, nbytes: the range. pieces: how many stored pieces, in order, it holds."""
+    """A contiguous range of a file that holds an expert, or some of its stored parts."""
 
     path: Path
+    """The file."""
     offset: int
+    """The first byte."""
     nbytes: int
-    pieces: int
+    """How many bytes."""
+    parts: int
+    """How many stored parts, in order, the range holds."""
 
 
 class ExpertFiles:
-    """The experts of a checkpoint folder.
+    """Where the experts of a checkpoint folder are stored.
 
     Args:
-        checkpoint: open; not needed afterwards.
+        checkpoint: must be open; not needed afterwards.
         dtype: of plain experts in memory.
 
     Attributes:
-        kinds: of every layer's experts.
-        n_experts: of each layer.
+        kinds: the kind of every layer's experts.
+        n_experts: experts of each layer.
         paths: the files that hold experts.
     """
 
@@ -46,12 +50,14 @@ class ExpertFiles:
         self.kinds: list[ExpertKind] = expert_kinds(config, checkpoint.formats, dtype, plain)
         self.n_experts = config.ffn_config.moe_num_experts
         self._extents = {
-            (layer, e): _merged(_places(checkpoint, kind, layer, e)) for layer, kind in enumerate(self.kinds) for e in range(self.n_experts)
+            (layer, e): _merged(_extents_of_parts(checkpoint, kind, layer, e))
+            for layer, kind in enumerate(self.kinds)
+            for e in range(self.n_experts)
         }
         self.paths = sorted({extent.path for extents in self._extents.values() for extent in extents})
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
-        """Where an expert's stored pieces lie, in their order."""
+        """The ranges of an expert's stored parts, in the order of the parts."""
         return self._extents[layer, expert]
 
     @property
@@ -60,9 +66,9 @@ class ExpertFiles:
         return sum(kind.stored_nbytes for kind in self.kinds) * self.n_experts
 
 
-def _places(checkpoint: Checkpoint, kind: ExpertKind, layer: int, expert: int) -> list[Extent]:
-    """One for each stored piece."""
-    found = []
+def _extents_of_parts(checkpoint: Checkpoint, kind: ExpertKind, layer: int, expert: int) -> list[Extent]:
+    """One range for each stored part."""
+    extents = []
     for matrix in MATRICES:
         tensor = f"transformer.blocks.{layer}.ffn.experts.mlp.{matrix}"
         for part in kind.stored:
@@ -70,17 +76,17 @@ def _places(checkpoint: Checkpoint, kind: ExpertKind, layer: int, expert: int) -
                 continue
             name = f"{tensor}.{expert}.{part.name}" if part.name else tensor
             skipped = 0 if part.name else expert * part.nbytes
-            found.append(Extent(checkpoint.path_of(name), checkpoint.infos[name].offset + skipped, part.nbytes, 1))
-    return found
+            extents.append(Extent(checkpoint.path_of(name), checkpoint.infos[name].offset + skipped, part.nbytes, 1))
+    return extents
 
 
-def _merged(places: list[Extent]) -> list[Extent]:
-    """Neighbours that follow each other in one file, as one."""
-    found = places[:1]
-    for place in places[1:]:
-        last = found[-1]
-        if place.path == last.path and place.offset == last.offset + last.nbytes:
-            found[-1] = Extent(last.path, last.offset, last.nbytes + place.nbytes, last.pieces + 1)
+def _merged(extents: list[Extent]) -> list[Extent]:
+    """The ranges with adjacent ones of the same file merged."""
+    merged = extents[:1]
+    for extent in extents[1:]:
+        last = merged[-1]
+        if extent.path == last.path and extent.offset == last.offset + last.nbytes:
+            merged[-1] = Extent(last.path, last.offset, last.nbytes + extent.nbytes, last.parts + 1)
         else:
-            found.append(place)
-    return found
+            merged.append(extent)
+    return merged

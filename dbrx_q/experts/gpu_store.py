@@ -1,4 +1,4 @@
-"""The expert store of gpus: a cache of experts on each, host memory under them, disk under that."""
+"""The expert store of GPUs: a cache of experts on each GPU, host memory below them, disk below that."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["GpuExpertStore"]
 
 
 class GpuExpertStore(TieredExpertStore):
-    """Experts of a model whose layers are split over GPUs.
+    """The experts of a model whose layers are split over GPUs.
 
     Args:
         gpus: in the order of their layers.
-        links: all that were made for them; closed with the store.
-        tier, prefetch, routers, fallback: as of `TieredExpertStore`.
+        tier, prefetch, routers, fallback: see `TieredExpertStore`.
+        links: of all GPUs, with or without slots; closed with the store.
     """
 
     def __init__(
@@ -45,54 +45,37 @@ class GpuExpertStore(TieredExpertStore):
         self.gpus, self._links = tuple(gpus), tuple(links)
 
     def fill(self, priority: np.ndarray | None = None) -> None:
-        """Bring the likeliest experts onto the GPUs, then the others into host memory.
+        """Read the likeliest experts onto the GPUs, then the others into host memory.
+
+        Args:
+            priority: [L, E], how likely each expert is; None for equally many of each layer.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        chosen = [(gpu, assignment) for gpu in self.gpus for assignment in gpu.choose(priority)]
-        held = [(assignment.layer, assignment.expert) for _, assignment in chosen]
-        stays = set(self.tier.first(priority, held))
-        for gpu, assignment in chosen:
-            place = assignment.layer, assignment.expert
-            if place not in stays:  # it passes through
-                with closing(self.tier.serve(place[0], [place[1]])) as groups:
+        assignments = [(gpu, assignment) for gpu in self.gpus for assignment in gpu.initial_assignments(priority)]
+        on_gpus = [(assignment.layer, assignment.expert) for _, assignment in assignments]
+        on_both = set(self.tier.initial_experts(priority, on_gpus))
+        for gpu, assignment in assignments:
+            layer, expert = assignment.layer, assignment.expert
+            if (layer, expert) not in on_both:  # it only passes through host memory
+                with closing(self.tier.serve(layer, [expert])) as groups:
                     for _ in groups:
-                        self._bring(gpu, assignment)
-        self.tier.forget()
-        self.tier.fill(priority, last=held)
-        for gpu, assignment in chosen:
-            if (assignment.layer, assignment.expert) in stays:
-                self._bring(gpu, assignment)
+                        self._copy_to_gpu(gpu, assignment)
+        self.tier.clear()
+        self.tier.fill(priority, last=on_gpus)
+        for gpu, assignment in assignments:
+            if (assignment.layer, assignment.expert) in on_both:
+                self._copy_to_gpu(gpu, assignment)
         self._fill_fallback()
-        here = self.tier.held()
-        if here.all():
-            return
-        if (
-            here | self._on_gpus()
-        ).all() or self.fallback is not None:  # what a GPU gave up would come from disk, or from the fallback copy
-            for gpu in self.gpus:
-                gpu.keep_what_is_nowhere_else()
-        else:  # memory for the most experts: what lies on a GPU need not lie here, too
-            self.tier.prefer_to_evict(self._on_gpus)
-
-    def _bring(self, gpu: GpuExperts, assignment: Assignment) -> None:
-        slot = self.tier.slot_of(assignment.layer, assignment.expert)
-        gpu.bring(assignment, self.tier.slots(assignment.layer).views(slot))
-
-    def _on_gpus(self) -> np.ndarray:
-        """bool [L * E]: experts that a GPU holds, but for those that are still wanted here, to be copied."""
-        found = np.any([cache.held for gpu in self.gpus for cache in gpu.caches], axis=0)
-        for layer, expert in (place for gpu in self.gpus for place in gpu.coming):
-            found[layer * self.tier.n_experts + expert] = False
-        return found
+        self._choose_eviction_rule()
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        raise RequestError("this needs the experts of a layer in one memory; they lie on GPUs and in host memory. Leave --gpu out")
+        raise RequestError("this needs the experts of a layer in one memory; they are on GPUs and in host memory. Leave --gpu out")
 
     def stats(self) -> ExpertStats:
         reader = self.tier.reader
-        predicted, predictable = self._guessed()
+        predicted, predictable = self._prediction_counts()
         return ExpertStats(
             cache=sum((gpu.stats for gpu in self.gpus), CacheStats()),
             predicted=predicted,
@@ -102,7 +85,7 @@ class GpuExpertStore(TieredExpertStore):
             wait_seconds=sum(gpu.wait_seconds for gpu in self.gpus) + self.tier.wait_seconds,
             read_seconds=reader.busy_seconds,
             host=self.tier.stats,
-            on_cpu=sum(gpu.on_cpu for gpu in self.gpus),
+            computed_on_cpu=sum(gpu.computed_on_cpu for gpu in self.gpus),
             links=tuple(LinkStats(gpu.name, gpu.link.bytes_copied, gpu.link.busy_seconds) for gpu in self.gpus),
             fallback_hits=sum(gpu.fallback_hits for gpu in self.gpus),
         )
@@ -112,15 +95,39 @@ class GpuExpertStore(TieredExpertStore):
             link.close()
         super().close()
 
-    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+    def _choose_eviction_rule(self) -> None:
+        """Set what may be evicted, by how much host memory holds after filling."""
+        in_host = self.tier.held()
+        if in_host.all():
+            return  # any GPU may evict any expert
+        everything_in_memory = (in_host | self._on_gpus()).all()
+        if everything_in_memory or self.fallback is not None:
+            # An expert that a GPU evicted would have to be read from disk again, or be replaced by the fallback copy.
+            for gpu in self.gpus:
+                gpu.evict_only_what_host_holds()
+        else:  # as many different experts in memory as possible: host memory first evicts those that a GPU holds, too
+            self.tier.prefer_to_evict(self._on_gpus)
+
+    def _on_gpus(self) -> np.ndarray:
+        """bool [L * E]: experts on a GPU, except prefetched ones, whose copies may still need host memory."""
+        on_gpus = np.any([cache.held for gpu in self.gpus for cache in gpu.caches], axis=0)
+        for layer, expert in [expert_id for gpu in self.gpus for expert_id in gpu.copies.predicted]:
+            on_gpus[layer * self.tier.n_experts + expert] = False
+        return on_gpus
+
+    def _copy_to_gpu(self, gpu: GpuExperts, assignment: Assignment) -> None:
+        slot = self.tier.slot_of(assignment.layer, assignment.expert)
+        gpu.copy_now(assignment, self.tier.slots(assignment.layer).views(slot))
+
+    def _serve(self, index: int, expert_sum: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         try:
-            self._gpu(index).serve(index, total, needed, ahead)
+            self._gpu(index).serve(index, expert_sum, needed, ahead)
         except BaseException:
-            for gpu in self.gpus:  # host memory that is free now may still be read by another's copies
-                gpu.link.settle()
+            for gpu in self.gpus:  # copies to other GPUs may still read host slots that are free now
+                gpu.link.drain()
             raise
 
-    def _follows(self, index: int) -> bool:
+    def _prefetches_after(self, index: int) -> bool:
         return index + 1 < self._gpu(index).layers[1]
 
     def _gpu(self, layer: int) -> GpuExperts:

@@ -1,4 +1,8 @@
-"""The tier of host memory over disk: slots in memory, which a few threads fill from files."""
+"""Experts in host memory over disk: slots in memory, which a few threads fill from files.
+
+`HostTier` serves a layer's experts to the CPU, or below GPUs to the copies that leave for them. On a miss, `cache.py` assigns a slot,
+`reader.py` reads the expert into it, and the layer waits, unless a fallback copy is used instead.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +24,27 @@ from .reader import Load
 from .slots import ExpertSlots
 from .stats import CacheStats
 
-__all__ = ["HOST", "ExpertPlaces", "HostTier", "Place", "Reader", "Watcher", "fill_order"]
+__all__ = ["HOST", "ExpertCatalog", "ExpertId", "HostTier", "Reader", "SlotReader", "fill_order"]
 
 HOST = torch.device("cpu")
 
-_UPGRADES = 2  # experts on their way at most when one more is asked for that nobody waits for: enough to keep the disk busy
+_MAX_UPGRADES = 2  # loads under way at most when another upgrade is started: enough to keep the disk busy
 
-Place = tuple[int, int]
+ExpertId = tuple[int, int]
 """(layer, expert)."""
 
 
-class ExpertPlaces(Protocol):
-    """Which experts there are. kinds: of every layer's. n_experts: of each layer."""
+class ExpertCatalog(Protocol):
+    """Which experts a checkpoint has."""
 
     kinds: list[ExpertKind]
+    """The kind of every layer's experts."""
     n_experts: int
+    """Experts of each layer."""
 
 
 class Reader(Protocol):
-    """What brings experts from disk, as `ExpertReader`."""
+    """Reads experts from disk; `ExpertReader` does, and a simulation's counts them."""
 
     @property
     def bytes_read(self) -> int:
@@ -46,77 +52,82 @@ class Reader(Protocol):
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds in which something was read."""
+        """Seconds in which at least one read was under way."""
 
     def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
-        """Begin to bring an expert into a slot."""
+        """Start to read an expert into a slot."""
 
-    def hurry(self, load: Load) -> None:
-        """Somebody waits for it now."""
+    def prioritize(self, load: Load) -> None:
+        """A layer waits for this load now."""
 
-    def abandon(self, load: Load) -> None:
-        """Nobody waits for it any more."""
+    def cancel(self, load: Load) -> None:
+        """The load is no longer needed."""
 
     def close(self) -> None:
-        """Bring nothing more."""
+        """Stop reading."""
 
 
-class Watcher(Protocol):
-    """Who reads experts from host memory while others are served."""
+class SlotReader(Protocol):
+    """Reads host slots in the background, as copies to a GPU do."""
 
-    def wait_until_unread(self, place: Place) -> None:
-        """Return when the expert is read there no more."""
+    def wait_until_unread(self, expert_id: ExpertId) -> None:
+        """Return when the expert's slot in host memory is no longer read."""
 
 
 @dataclass
 class _Pool:
-    """Slots for one kind of experts, and who lies in them."""
+    """Slots for experts of one kind."""
 
     slots: ExpertSlots
+    """Their memory."""
     cache: ExpertCache
-    loads: dict[Place, Load] = field(default_factory=dict)  # of experts on their way
-    arrived: set[Place] = field(default_factory=set)  # experts whose bytes are in their slots
+    """Assigns them."""
+    loads: dict[ExpertId, Load] = field(default_factory=dict)
+    """Of the experts that are being read."""
+    arrived: set[ExpertId] = field(default_factory=set)
+    """Experts whose bytes are in their slots."""
 
 
 class HostTier:
-    """Experts in host memory, those that are not there on disk.
+    """Experts in host memory over disk.
 
     Args:
-        files: where the experts lie.
-        reader: brings them; closed with the tier.
+        catalog: which experts there are.
+        reader: reads them from disk; closed with the tier.
         slots: how many slots experts of each kind get.
-        policies: what goes when slots are full, one for each kind; each may serve one cache only.
-        memory: where the slots lie; "meta" for a simulation.
+        policies: one for each kind; each may serve one cache only.
+        memory: of the slots; "meta" for a simulation.
 
     Attributes:
-        wait_seconds: in which somebody waited for an expert.
-        watchers: are told of an expert before its slot is written again; held weakly.
+        reader: reads experts from disk.
+        wait_seconds: for which layers waited for experts.
+        slot_readers: must finish with an expert before its slot is overwritten; held weakly.
     """
 
     def __init__(
         self,
-        files: ExpertPlaces,
+        catalog: ExpertCatalog,
         reader: Reader,
         *,
         slots: Mapping[ExpertKind, int],
         policies: Mapping[ExpertKind, CachePolicy],
         memory: torch.device = HOST,
     ) -> None:
-        self._files, self._reader = files, reader
+        self._catalog, self.reader = catalog, reader
         self._pools = {kind: _Pool(ExpertSlots(kind, count, memory), ExpertCache(count, policies[kind])) for kind, count in slots.items()}
-        self._by_layer = [self._pools[kind] for kind in files.kinds]
+        self._by_layer = [self._pools[kind] for kind in catalog.kinds]
         self.wait_seconds = 0.0
-        self.watchers: WeakSet[Watcher] = WeakSet()
+        self.slot_readers: WeakSet[SlotReader] = WeakSet()
 
     @property
     def n_layers(self) -> int:
         """Layers of the model."""
-        return len(self._files.kinds)
+        return len(self._catalog.kinds)
 
     @property
     def n_experts(self) -> int:
         """Experts of each layer."""
-        return self._files.n_experts
+        return self._catalog.n_experts
 
     @property
     def nbytes(self) -> int:
@@ -128,126 +139,124 @@ class HostTier:
         """Counters of all slots."""
         return sum((pool.cache.stats for pool in self._pools.values()), CacheStats())
 
-    @property
-    def reader(self) -> Reader:
-        """What brings experts from disk."""
-        return self._reader
-
     def kind(self, layer: int) -> ExpertKind:
-        """Of a layer's experts."""
-        return self._files.kinds[layer]
+        """The kind of a layer's experts."""
+        return self._catalog.kinds[layer]
 
-    def fill(self, priority: np.ndarray | None = None, last: Sequence[Place] = ()) -> None:
-        """Read experts into the free slots and return when they are there: the likeliest first.
+    def fill(self, priority: np.ndarray | None = None, last: Sequence[ExpertId] = ()) -> None:
+        """Read experts into the free slots, the likeliest first, and return when all have arrived.
 
         Args:
-            worth: [L, E], how likely each is; None for the same number of each layer.
-            last: those that come after all others.
+            priority: [L, E], how likely each expert is; None for equally many of each layer.
+            last: experts that come after all others.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
-        order = self.first(priority, last)
+        order = self.initial_experts(priority, last)
         for kind, pool in self._pools.items():
-            for assignment in pool.cache.fill([place for place in order if self.kind(place[0]) == kind]):
-                self._begin(assignment)
+            for assignment in pool.cache.fill([expert_id for expert_id in order if self.kind(expert_id[0]) == kind]):
+                self._start_load(assignment)
         for pool in self._pools.values():
-            for place in list(pool.loads):
-                self._arrive(pool, place)
+            for expert_id in list(pool.loads):
+                self._wait_for(pool, expert_id)
 
     def serve(self, layer: int, needed: Sequence[int], ahead: Sequence[int] = ()) -> Generator[tuple[int, ...], None, None]:
-        """Groups of the experts that a layer needs, each when its bytes are in memory, where they stay until the next group is asked for.
+        """Yields groups of the experts that a layer needs, each when its bytes are in memory; they stay there until the next group.
 
-        Whoever leaves before the last group must close it at once.
+        A caller that stops before the last group must close the generator at once.
 
         Args:
             layer: its index.
             needed: its experts, in ascending order.
-            ahead: experts of the next layer to bring meanwhile, the likeliest first.
+            ahead: experts of the next layer to prefetch, the likeliest first.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
         """
         pool = self._pool(layer)
-        following = self._pool(layer + 1).cache if ahead else None
-        with self._intact():
-            for step in serve(pool.cache, layer, needed, ahead, following, lambda expert: self.has(layer, expert)):
+        next_cache = self._pool(layer + 1).cache if ahead else None
+        with self._repaired_on_error():
+            for step in serve(pool.cache, layer, needed, ahead, next_cache, lambda expert: self.holds(layer, expert)):
                 if isinstance(step, Assignment):
-                    self._begin(step)
+                    self._start_load(step)
                     continue
                 for expert in step.experts:
-                    self._arrive(pool, (layer, expert))
+                    self._wait_for(pool, (layer, expert))
                 yield step.experts
 
-    def serve_from_fallback(self, layer: int, experts: Sequence[int], *, upgrade: bool) -> None:
-        """A fallback copy answered for experts that a layer needs, after the others were served; they count as misses.
+    def record_fallback_hits(self, layer: int, experts: Sequence[int], *, upgrade: bool) -> None:
+        """Count misses that a fallback copy served; to be called after the layer's other experts were served.
 
-        upgrade: whether those that are worth it are brought for the next time, as far as the disk has nothing else to do.
+        Args:
+            layer: its index.
+            experts: that the fallback copy served.
+            upgrade: whether to read those of sufficient priority for the next time, while the disk has nothing else to do.
         """
         pool = self._pool(layer)
         pool.cache.record_miss(layer, experts)
         if not upgrade:
             return
-        with self._intact():
+        with self._repaired_on_error():
             for expert in experts:
-                if sum(not load.done for load in pool.loads.values()) >= _UPGRADES:
+                if sum(not load.done for load in pool.loads.values()) >= _MAX_UPGRADES:
                     return
-                if pool.cache.slot_of(layer, expert) < 0 and (taken := pool.cache.upgrade(layer, expert)) is not None:
-                    self._begin(taken)
+                if pool.cache.slot_of(layer, expert) < 0 and (assignment := pool.cache.upgrade(layer, expert)) is not None:
+                    self._start_load(assignment)
 
-    def gather(self, layer: int, needed: Sequence[int]) -> None:
-        """Bring these experts of a layer, which has slots for all of them; they stay until the layer is served again."""
+    def load_all(self, layer: int, needed: Sequence[int]) -> None:
+        """Read these experts of a layer, which has slots for all of them; they stay until the layer is served again."""
         pool = self._pool(layer)
-        with self._intact():
+        with self._repaired_on_error():
             for step in serve(pool.cache, layer, needed):
                 if isinstance(step, Assignment):
-                    self._begin(step)
+                    self._start_load(step)
             for expert in needed:
-                self._arrive(pool, (layer, expert))
+                self._wait_for(pool, (layer, expert))
 
     def poll_loads(self, layer: int) -> None:
-        """See which experts of a layer have come from disk since.
+        """Mark experts of a layer as arrived whose loads have finished since the last call, without waiting for others.
 
         Raises:
             CheckpointError: one could not be read, or is damaged.
         """
         pool = self._pool(layer)
-        with self._intact():
-            for place in [place for place, load in pool.loads.items() if place[0] == layer and load.done]:
-                self._arrive(pool, place)
+        with self._repaired_on_error():
+            for expert_id in [expert_id for expert_id, load in pool.loads.items() if expert_id[0] == layer and load.done]:
+                self._wait_for(pool, expert_id)
 
-    def first(self, priority: np.ndarray | None = None, last: Sequence[Place] = ()) -> list[Place]:
-        """What `fill` brings into slots that are all free."""
+    def initial_experts(self, priority: np.ndarray | None = None, last: Sequence[ExpertId] = ()) -> list[ExpertId]:
+        """The experts that `fill` would read if all slots were free."""
         order = fill_order(self.n_layers, self.n_experts, priority, last)
         return [
-            place
+            expert_id
             for kind, pool in self._pools.items()
-            for place in [place for place in order if self.kind(place[0]) == kind][: pool.cache.slots]
+            for expert_id in [expert_id for expert_id in order if self.kind(expert_id[0]) == kind][: pool.cache.slots]
         ]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Free all slots."""
         for pool in self._pools.values():
-            assert not pool.loads, "an expert is on its way"
+            assert not pool.loads, "an expert is still being read"
             pool.arrived.clear()
             pool.cache.keep_only(())
 
     def slots(self, layer: int) -> ExpertSlots:
-        """The memory that a layer's experts lie in."""
+        """The memory of the slots for a layer's experts."""
         return self._pool(layer).slots
 
     def slot_of(self, layer: int, expert: int) -> int:
-        """Where an expert lies; -1 for not here."""
+        """The slot of an expert; -1 if it has none."""
         return self._pool(layer).cache.slot_of(layer, expert)
 
-    def has(self, layer: int, expert: int) -> bool:
-        """Whether an expert's bytes are here."""
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert's bytes are in memory and known to be sound."""
         return (layer, expert) in self._pool(layer).arrived
 
     def ready(self, layer: int, expert: int) -> bool:
-        """Whether an expert can be served without a wait."""
-        place, pool = (layer, expert), self._pool(layer)
-        return place in pool.arrived or (place in pool.loads and pool.loads[place].done)
+        """Whether an expert can be served without waiting."""
+        expert_id, pool = (layer, expert), self._pool(layer)
+        return expert_id in pool.arrived or (expert_id in pool.loads and pool.loads[expert_id].done)
 
     def held(self) -> np.ndarray:
         """bool [L * E]: experts that have a slot."""
@@ -255,67 +264,75 @@ class HostTier:
         return np.any([first, *others], axis=0) if others else first
 
     def prefer_to_evict(self, evict_first: Callable[[], np.ndarray]) -> None:
-        """Evict from now on first what lies in a faster memory, too: those of which `evict_first` gives bool [L * E]."""
+        """From now on, evict experts first for which `evict_first` returns True, in bool [L * E]."""
         for pool in self._pools.values():
             pool.cache.evict_first = evict_first
 
     def close(self) -> None:
         """End the reader's threads."""
-        self._reader.close()
+        self.reader.close()
 
     def _pool(self, layer: int) -> _Pool:
         return self._by_layer[layer]
 
-    def _begin(self, assignment: Assignment) -> None:
+    def _start_load(self, assignment: Assignment) -> None:
         pool = self._pool(assignment.layer)
         if assignment.evicted is not None:
             pool.arrived.discard(assignment.evicted)
-            gone = pool.loads.pop(assignment.evicted, None)
-            if gone is not None:  # predicted, not needed, and perhaps still being written where the new one goes
-                self._reader.abandon(gone)
-                gone.settle()
-            for watcher in self.watchers:
-                watcher.wait_until_unread(assignment.evicted)
-        place = assignment.layer, assignment.expert
-        pool.arrived.discard(place)
-        pool.loads[place] = self._reader.load(*place, pool.slots, assignment.slot, urgent=assignment.urgent)
+            evicted_load = pool.loads.pop(assignment.evicted, None)
+            if evicted_load is not None:  # a wrong prediction, which a thread may still be writing to this slot
+                self.reader.cancel(evicted_load)
+                evicted_load.join()
+            for slot_reader in self.slot_readers:
+                slot_reader.wait_until_unread(assignment.evicted)
+        expert_id = assignment.layer, assignment.expert
+        pool.arrived.discard(expert_id)
+        pool.loads[expert_id] = self.reader.load(*expert_id, pool.slots, assignment.slot, urgent=assignment.urgent)
 
-    def _arrive(self, pool: _Pool, place: Place) -> None:
-        """Wait for an expert that may be on its way."""
-        if place in pool.arrived:
+    def _wait_for(self, pool: _Pool, expert_id: ExpertId) -> None:
+        """Wait for an expert if it is still being read."""
+        if expert_id in pool.arrived:
             return
-        load = pool.loads[place]
+        load = pool.loads[expert_id]
         if not load.done:
             started = time.perf_counter()
-            self._reader.hurry(load)
-            load.settle()
+            self.reader.prioritize(load)
+            load.join()
             self.wait_seconds += time.perf_counter() - started
         load.wait()
-        pool.arrived.add(place)
-        del pool.loads[place]
+        pool.arrived.add(expert_id)
+        del pool.loads[expert_id]
 
     @contextmanager
-    def _intact(self) -> Iterator[None]:
-        """Whatever ends the block early, a slot is believed to hold an expert only where its bytes have arrived."""
+    def _repaired_on_error(self) -> Iterator[None]:
+        """If an exception ends the block, cancel all loads and free the slots of experts that have not arrived."""
         try:
             yield
         except BaseException:
             for pool in self._pools.values():
                 for load in pool.loads.values():
-                    self._reader.abandon(load)
+                    self.reader.cancel(load)
                 for load in pool.loads.values():
-                    load.settle()
+                    load.join()
                 pool.loads.clear()
-                pool.arrived = {place for place in pool.arrived if pool.cache.slot_of(*place) >= 0}
+                pool.arrived = {expert_id for expert_id in pool.arrived if pool.cache.slot_of(*expert_id) >= 0}
                 pool.cache.keep_only(pool.arrived)
             raise
 
 
-def fill_order(layers: int, experts: int, priority: np.ndarray | None, last: Sequence[Place] = ()) -> list[Place]:
-    """All experts, the likeliest first, by `priority` [L, E] or as many of each layer; behind them those of `last`, the least likely
-    first."""
+def fill_order(layers: int, experts: int, priority: np.ndarray | None, last: Sequence[ExpertId] = ()) -> list[ExpertId]:
+    """All experts in the order in which they get slots.
+
+    Args:
+        layers: L.
+        experts: E.
+        priority: [L, E], higher ones first; None for the experts 0 of all layers, then the experts 1, and so on.
+        last: come after all others, those of the lowest priority first.
+    """
     order = [(layer, e) for e in range(experts) for layer in range(layers)]
     if priority is not None:
-        order.sort(key=lambda place: -float(priority[place]))
-    behind = set(last)
-    return [place for place in order if place not in behind] + [place for place in reversed(order) if place in behind]
+        order.sort(key=lambda expert_id: -float(priority[expert_id]))
+    postponed = set(last)
+    return [expert_id for expert_id in order if expert_id not in postponed] + [
+        expert_id for expert_id in reversed(order) if expert_id in postponed
+    ]

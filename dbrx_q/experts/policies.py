@@ -84,7 +84,7 @@ class LfuDecay(CachePolicy):
 
 
 class LeastStale(CachePolicy):
-    """Evicts the expert that was unused in the most recent passes of its layer; of equal ones, the one whose layer is reached last.
+    """Evicts the expert that has been unused for the most passes of its layer; of equal ones, the one whose layer is reached last.
 
     After Hoang et al. 2026, SpecMD (arXiv 2602.03921): layers run in a fixed order, so an expert of a layer that has just run cannot be
     used for a whole forward pass, however recent its last use.

@@ -1,8 +1,8 @@
 """Which experts are worth fetching before they are needed.
 
-The router of a layer, applied to the input of the layer before, predicts what the layer will choose (Eliseev & Mazur 2023, arXiv
-2312.17238, section 3.2). Its first guess is right far more often than its last: of the bundled model's last layer 95, 82, 66 and 51 % of
-the four. A wrong guess takes bandwidth and a slot, so that only guesses of a rank that has been right often enough are followed.
+The router of a layer, applied to the input of the layer before, predicts which experts the layer will choose (Eliseev & Mazur 2023, arXiv
+2312.17238, section 3.2). Its first prediction is right far more often than its last one: of the bundled model's last layer 95, 82, 66 and
+51 % of the four. A wrong prediction costs bandwidth and a slot, so only predictions of a rank that has been right often enough are used.
 
 Dimension letters: `T` tokens, `A` active experts of a token, `E` experts, `L` layers.
 """
@@ -13,15 +13,15 @@ import numpy as np
 
 __all__ = ["ExpertPredictor", "by_likelihood"]
 
-# An expert's bytes take about four times as long to come as a layer takes to compute: a guess pays where it is right in four of five cases.
+# Loading an expert takes about four times as long as computing a layer: a prefetch pays if the prediction is right in four of five cases.
 _LEAST_PRECISION = 0.8
 
 
 def by_likelihood(predicted: np.ndarray, n_experts: int) -> list[int]:
-    """Experts that any token is predicted to choose, those of most tokens and highest ranks first.
+    """Experts that any token is predicted to choose; those of most tokens and best ranks come first.
 
     Args:
-        predicted: [T, A], best first.
+        predicted: [T, A], each token's best first.
         n_experts: E.
     """
     T, A = predicted.shape
@@ -31,43 +31,48 @@ def by_likelihood(predicted: np.ndarray, n_experts: int) -> list[int]:
 
 
 class ExpertPredictor:
-    """Follows guesses and counts how often they come true.
+    """Decides which predictions to use, by how often predictions of the same rank were right before.
 
     Args:
         layers: L.
         n_experts: E.
-        least_precision: share of the guesses of a place in the order that came true, from which on it is followed.
+        least_precision: predictions of a rank are used if at least this share of them was right.
 
     Attributes:
-        predicted, needed: of the layers for which there were guesses, how many of the experts that were needed had been guessed, and how
-            many were needed.
+        predicted: how many of the experts that were needed had been predicted, used or not, in layers with predictions.
+        needed: how many experts these layers needed.
     """
 
     def __init__(self, layers: int, n_experts: int, least_precision: float = _LEAST_PRECISION) -> None:
-        self._n_experts, self._least = n_experts, least_precision
-        # By whether one token or several ran, layer, and place in the order; each begins with one guess that came true.
-        self._predictions = np.ones((2, layers, n_experts))
-        self._true = np.ones((2, layers, n_experts))
-        self._guessed: tuple[int, int, list[int]] | None = None
+        self._n_experts, self._least_precision = n_experts, least_precision
+        # By (one token or several, layer, rank); each starts with one prediction that was right.
+        self._counts = np.ones((2, layers, n_experts))
+        self._right = np.ones((2, layers, n_experts))
+        self._last: tuple[int, int, list[int]] | None = None  # (one token or several, layer, experts by rank)
         self.predicted = self.needed = 0
 
-    def guess(self, layer: int, predicted: np.ndarray) -> list[int]:
-        """The experts of `layer` to fetch, the likeliest first, by what its router chose [T, A] from the input of the layer before."""
-        order = by_likelihood(predicted, self._n_experts)
-        kind = int(len(predicted) > 1)
-        self._guessed = kind, layer, order
-        precision = self._true[kind, layer] / self._predictions[kind, layer]
-        return [e for place, e in enumerate(order) if precision[place] >= self._least]
+    def predict(self, layer: int, predicted: np.ndarray) -> list[int]:
+        """The experts of `layer` to fetch, the likeliest first.
 
-    def judge(self, layer: int, needed: list[int]) -> None:
-        """What `layer` really needed, guessed or not."""
-        if self._guessed is None or self._guessed[1] != layer:
+        Args:
+            layer: its index.
+            predicted: [T, A], what its router chooses from the input of the layer before, each token's best first.
+        """
+        order = by_likelihood(predicted, self._n_experts)
+        several = int(len(predicted) > 1)
+        self._last = several, layer, order
+        precision = self._right[several, layer] / self._counts[several, layer]
+        return [e for rank, e in enumerate(order) if precision[rank] >= self._least_precision]
+
+    def observe(self, layer: int, needed: list[int]) -> None:
+        """Compare the last prediction with what `layer` really needed; ignored if the prediction was for another layer."""
+        if self._last is None or self._last[1] != layer:
             return
-        kind, _, order = self._guessed
-        self._guessed = None
+        several, _, order = self._last
+        self._last = None
         chosen = set(needed)
         right = np.array([e in chosen for e in order], bool)
-        self._predictions[kind, layer, : len(order)] += 1
-        self._true[kind, layer, : len(order)] += right
+        self._counts[several, layer, : len(order)] += 1
+        self._right[several, layer, : len(order)] += right
         self.predicted += int(right.sum())
         self.needed += len(needed)

@@ -1,4 +1,4 @@
-"""Threads that bring experts from disk into slots."""
+"""Threads that read experts from disk into slots."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .slots import ExpertSlots
 
 __all__ = ["ExpertReader", "Load", "reads_faster_directly", "supports_direct"]
 
-_MEASURED = 8  # experts, of some 100 MB each
+_MEASURED_EXPERTS = 8  # of some 100 MB each
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Load:
-    """An expert on its way into a slot.
+    """The load of one expert into a slot.
 
     Args:
-        pieces: in how many it is read.
-        begin: gives the memory that it is read into, when the first piece is.
-        finish: is given that memory when the last piece is there.
+        pieces: number of reads that it takes.
+        begin: called before the first read; returns the tensors that are read into.
+        finish: called with these tensors after the last read.
     """
 
     def __init__(self, pieces: int, begin: Callable[[], list[torch.Tensor]], finish: Callable[[list[torch.Tensor]], None]) -> None:
@@ -47,7 +47,7 @@ class Load:
 
     @property
     def done(self) -> bool:
-        """Whether it came to an end, good or bad."""
+        """Whether it has ended, successfully or not."""
         return self._done.is_set()
 
     def wait(self) -> None:
@@ -60,19 +60,19 @@ class Load:
         if self._error is not None:
             raise self._error
 
-    def settle(self) -> None:
-        """Return when nothing is written to the slot any more, whatever came of it."""
+    def join(self) -> None:
+        """Return when the slot is no longer written, whether the load succeeded or not."""
         self._done.wait()
 
     def views(self) -> list[np.ndarray]:
-        """The bytes of every stored piece of the expert."""
+        """The bytes of every stored part of the expert, to be written."""
         with self._lock:
             if self._stored is None:
                 self._stored = self._begin()
             return [_bytes_of(piece) for piece in self._stored]
 
     def piece_done(self, error: BaseException | None) -> None:
-        """A thread is through with a piece."""
+        """Called by a thread that has finished a read, with its error if it failed."""
         with self._lock:
             self._left -= 1
             self._error = self._error or error
@@ -81,36 +81,42 @@ class Load:
             try:
                 if self._error is None and self._stored is not None:
                     self._finish(self._stored)
-            except BaseException as problem:  # whoever waits must hear of it
+            except BaseException as problem:  # reported to the waiting layer
                 self._error = problem
             self._stored = None
             self._done.set()
 
     @property
     def failed(self) -> bool:
-        """Whether the other pieces need not be read."""
+        """Whether a read failed, so that the others need not be made."""
         return self._error is not None
 
 
 @dataclass(frozen=True)
 class _ReadPiece:
-    """Bytes offset .. offset + nbytes - 1 of a file, which are bytes first .. of the stored pieces `own` of an expert."""
+    """One read: a range of a file, and where it goes in the stored parts of an expert."""
 
     load: Load
+    """The load that it belongs to."""
     path: Path
+    """The file."""
     offset: int
+    """The first byte in the file."""
     nbytes: int
-    own: slice
+    """How many bytes are read."""
+    parts: slice
+    """The stored parts of the expert that are contiguous in the file."""
     first: int
+    """The first byte, counted from the beginning of `parts`."""
 
 
 class ExpertReader:
-    """Reads experts by a few threads, those that somebody waits for first.
+    """Reads experts with a few threads, those that a layer waits for first.
 
     Args:
-        files: where the experts lie.
-        direct: read past the page cache (O_DIRECT), which then keeps no second copy of what the slots hold.
-        threads: how many read at once.
+        files: where each expert is stored.
+        direct: whether to bypass the page cache (O_DIRECT), which then keeps no second copy of the experts in slots.
+        threads: how many threads read.
 
     Raises:
         CheckpointError: a file cannot be opened.
@@ -148,7 +154,7 @@ class ExpertReader:
             return self._busy_seconds + (time.perf_counter() - self._busy_since if self._busy else 0.0)
 
     def load(self, layer: int, expert: int, slots: ExpertSlots, slot: int, *, urgent: bool) -> Load:
-        """Begin to bring an expert into a slot, which nobody else may write to or read until it is there."""
+        """Start to read an expert into a slot, which no other thread may read or write until the load is done."""
         kind, extents = self._files.kinds[layer], self._files.extents(layer, expert)
 
         def begin() -> list[torch.Tensor]:
@@ -163,14 +169,15 @@ class ExpertReader:
             if not kind.as_stored:
                 slots.put(slot, stored)
 
-        cuts, first = [], 0
+        ranges, first_part = [], 0
         for extent in extents:
-            own = slice(first, first + extent.pieces)
-            first = own.stop
-            cuts += [(extent, own, at) for at in range(0, extent.nbytes, READ_BYTES)]
-        load = Load(len(cuts), begin, finish)
+            parts = slice(first_part, first_part + extent.parts)
+            first_part = parts.stop
+            ranges += [(extent, parts, start) for start in range(0, extent.nbytes, READ_BYTES)]
+        load = Load(len(ranges), begin, finish)
         pieces = [
-            _ReadPiece(load, extent.path, extent.offset + at, min(READ_BYTES, extent.nbytes - at), own, at) for extent, own, at in cuts
+            _ReadPiece(load, extent.path, extent.offset + start, min(READ_BYTES, extent.nbytes - start), parts, start)
+            for extent, parts, start in ranges
         ]
         with self._changed:
             closed = self._closed
@@ -179,11 +186,11 @@ class ExpertReader:
                 queue.extend(pieces)
                 self._changed.notify_all()
         for _ in pieces if closed else ():
-            load.piece_done(_AbandonedError())
+            load.piece_done(_CancelledError())
         return load
 
-    def hurry(self, load: Load) -> None:
-        """Somebody waits for it now."""
+    def prioritize(self, load: Load) -> None:
+        """A layer waits for this load now."""
         with self._changed:
             moved = [piece for piece in self._early if piece.load is load]
             if moved:
@@ -191,8 +198,8 @@ class ExpertReader:
                 self._urgent.extend(moved)
                 self._changed.notify_all()
 
-    def abandon(self, load: Load) -> None:
-        """Nobody waits for it any more: what is not being read is not read."""
+    def cancel(self, load: Load) -> None:
+        """This load is no longer needed: reads that were not started are not made."""
         with self._changed:
             for name in ("_early", "_urgent"):
                 queue: deque[_ReadPiece] = getattr(self, name)
@@ -200,10 +207,10 @@ class ExpertReader:
                 if dropped:
                     setattr(self, name, deque(piece for piece in queue if piece.load is not load))
                     for _ in dropped:
-                        load.piece_done(_AbandonedError())
+                        load.piece_done(_CancelledError())
 
     def close(self) -> None:
-        """End the threads and close the files; loads that did not begin fail."""
+        """End the threads and close the files; loads that were not started fail."""
         with self._changed:
             if self._closed:
                 return
@@ -213,7 +220,7 @@ class ExpertReader:
             self._early.clear()
             self._changed.notify_all()
         for piece in waiting:
-            piece.load.piece_done(_AbandonedError())
+            piece.load.piece_done(_CancelledError())
         for thread in self._threads:
             thread.join()
         self._close_files()
@@ -229,7 +236,7 @@ class ExpertReader:
             pass
 
     def _work_once(self, buffer: np.ndarray | None) -> bool:
-        """Wait for a piece and read it, in a frame that is left then: a thread that waits holds no slot's memory."""
+        """Wait for a piece and read it. A function of its own, so that a waiting thread has no reference to any slot."""
         with self._changed:
             while not (self._urgent or self._early or self._closed):
                 self._changed.wait()
@@ -243,7 +250,7 @@ class ExpertReader:
         try:
             if not piece.load.failed:
                 self._read(piece, buffer)
-        except BaseException as problem:  # whoever waits must hear of it, and the thread must live on
+        except BaseException as problem:  # reported to the waiting layer; the thread goes on
             error = problem
         with self._changed:
             self._busy -= 1
@@ -254,21 +261,21 @@ class ExpertReader:
         return True
 
     def _read(self, piece: _ReadPiece, buffer: np.ndarray | None) -> None:
-        into = _cut(piece.load.views()[piece.own], piece.first, piece.nbytes)
+        targets = _byte_range(piece.load.views()[piece.parts], piece.first, piece.nbytes)
         if buffer is None:
-            _read_fully(self._fds[piece.path], into, piece.offset, piece.nbytes, piece.path)
+            _read_fully(self._fds[piece.path], targets, piece.offset, piece.nbytes, piece.path)
             return
         first = piece.offset // READ_ALIGNMENT * READ_ALIGNMENT
         end = -(-(piece.offset + piece.nbytes) // READ_ALIGNMENT) * READ_ALIGNMENT
         _read_fully(self._fds[piece.path], [buffer[: end - first]], first, piece.offset + piece.nbytes - first, piece.path)
-        at = piece.offset - first
-        for view in into:
-            view[:] = buffer[at : at + view.nbytes]
-            at += view.nbytes
+        position = piece.offset - first
+        for target in targets:
+            target[:] = buffer[position : position + target.nbytes]
+            position += target.nbytes
 
 
-class _AbandonedError(CheckpointError):
-    """A load that nobody waits for."""
+class _CancelledError(CheckpointError):
+    """A load was cancelled; only a closed store shows this message to a user."""
 
     def __init__(self) -> None:
         super().__init__("the expert store was closed; load the model again")
@@ -277,8 +284,12 @@ class _AbandonedError(CheckpointError):
 def reads_faster_directly(files: ExpertFiles, *, uncached_bytes: int) -> bool:
     """Whether experts should be read past the page cache.
 
-    Where free memory can hold all that is read again and again (`uncached_bytes`), the page cache is one more tier and serves. Elsewhere it
-    would hold little of it, and the way that is faster for what lies on disk alone is taken, as measured on experts that nobody has read.
+    If free memory can hold all experts that are read repeatedly, the page cache is one more tier, and is used. Otherwise it would hold few
+    of them, and the faster of the two ways is chosen, measured on experts that are not in the page cache.
+
+    Args:
+        files: where each expert is stored.
+        uncached_bytes: of experts that have no slot.
     """
     if not supports_direct(files.paths[0]) or available_bytes() >= uncached_bytes:
         return False
@@ -286,13 +297,13 @@ def reads_faster_directly(files: ExpertFiles, *, uncached_bytes: int) -> bool:
 
 
 def _seconds_of(files: ExpertFiles, *, direct: bool) -> float:
-    """To read some experts that no cache holds, by as many threads as a store has."""
-    places = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
-    step = max(1, len(places) // _MEASURED)
-    chosen = places[int(direct) :: 2 * step][:_MEASURED]
+    """Seconds to read a few experts that are not in the page cache, with as many threads as a store has."""
+    expert_ids = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
+    step = max(1, len(expert_ids) // _MEASURED_EXPERTS)
+    chosen = expert_ids[int(direct) :: 2 * step][:_MEASURED_EXPERTS]
     if hasattr(os, "posix_fadvise"):
-        for place in chosen:
-            for extent in files.extents(*place):
+        for expert_id in chosen:
+            for extent in files.extents(*expert_id):
                 with open(extent.path, "rb", buffering=0) as file:
                     os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
     reader = ExpertReader(files, direct=direct)
@@ -300,15 +311,15 @@ def _seconds_of(files: ExpertFiles, *, direct: bool) -> float:
         kind = files.kinds[chosen[0][0]]
         slots = ExpertSlots(kind, 1, torch.device("cpu"))
         started = time.perf_counter()
-        for place in (place for place in chosen if files.kinds[place[0]] == kind):
-            reader.load(*place, slots, 0, urgent=True).wait()
+        for expert_id in (expert_id for expert_id in chosen if files.kinds[expert_id[0]] == kind):
+            reader.load(*expert_id, slots, 0, urgent=True).wait()
         return time.perf_counter() - started
     finally:
         reader.close()
 
 
 def supports_direct(path: Path) -> bool:
-    """Whether the file's disk can be read past the page cache."""
+    """Whether the file can be read past the page cache (O_DIRECT)."""
     if not _O_DIRECT:
         return False
     try:
@@ -326,13 +337,13 @@ def supports_direct(path: Path) -> bool:
 
 
 def _read_fully(fd: int, views: Sequence[np.ndarray], offset: int, wanted: int, path: Path) -> None:
-    """Read at least `wanted` bytes from `offset` on into the views, one after the other."""
-    done, room = 0, sum(view.nbytes for view in views)
+    """Read at least `wanted` bytes, from `offset` on, into the views, one view after the other."""
+    done, capacity = 0, sum(view.nbytes for view in views)
     while done < wanted:
         try:
-            n = os.preadv(fd, [view.data for view in _cut(views, done, room - done)], offset + done)
+            n = os.preadv(fd, [view.data for view in _byte_range(views, done, capacity - done)], offset + done)
         except OSError as error:
-            # Past the page cache, a read that ended between two blocks, at the end of the file, cannot be gone on with.
+            # With O_DIRECT, a read cannot continue from the end of the file if that is not aligned.
             n, problem = (0, "") if error.errno == errno.EINVAL and done else (-1, error.strerror)
             if n < 0:
                 raise CheckpointError(f"{path}: read failed at byte {offset + done}; {problem}") from None
@@ -347,12 +358,12 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-def _cut(views: Sequence[np.ndarray], first: int, length: int) -> list[np.ndarray]:
-    """Bytes first .. first + length - 1 of the views, which follow one another."""
-    found, at = [], 0
+def _byte_range(views: Sequence[np.ndarray], first: int, length: int) -> list[np.ndarray]:
+    """Bytes first .. first + length - 1 of the views, counted through all of them."""
+    selected, position = [], 0
     for view in views:
-        low, high = max(first - at, 0), min(first + length - at, view.nbytes)
+        low, high = max(first - position, 0), min(first + length - position, view.nbytes)
         if low < high:
-            found.append(view[low:high])
-        at += view.nbytes
-    return found
+            selected.append(view[low:high])
+        position += view.nbytes
+    return selected

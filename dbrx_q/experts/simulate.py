@@ -1,4 +1,4 @@
-"""Replaying a trace through the stores that a model would have, with slots that take no memory and experts that are there at once."""
+"""Replays a trace through the store that a model would have, with slots that take no memory and loads that take no time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.machine import Machine, Placement
 from dbrx_q.planning.policy_names import MissPolicy
 
-from .build import Parts, build_store
-from .link import Arrival, Link
+from .build import StoreParts, build_store
+from .link import Link, PendingCopy
 from .policies import CachePolicy
 from .reader import Load
 from .slots import ExpertSlots
@@ -25,11 +25,11 @@ from .trace import Trace
 
 __all__ = ["simulate", "visits_of"]
 
-_NOWHERE = torch.device("meta")
+_NO_MEMORY = torch.device("meta")
 
 
 def visits_of(trace: Trace, passes: Sequence[slice]) -> list[tuple[int, list[int]]]:
-    """(layer, the experts that it needs) for every layer of every forward pass."""
+    """(layer, the experts that it needs) for every layer of every forward pass, in order."""
     L = trace.experts.shape[1]
     if all(tokens.stop - tokens.start == 1 for tokens in passes):
         return [(layer, experts) for tokens in passes for layer, experts in enumerate(trace.experts[tokens.start].tolist())]
@@ -48,43 +48,49 @@ def simulate(
     miss_policy: MissPolicy = MissPolicy.hybrid,
     priority: np.ndarray | None = None,
 ) -> ExpertStats:
-    """What the store of a plan counts; of "hybrid" with the machine's bandwidths, which a store measures.
+    """The counters that a store with this plan would have.
+
+    They are exactly those of a real run, except for the miss policy "hybrid": there a store measures the rates of misses, and the
+    simulation uses the machine's bandwidths.
 
     Args:
-        trace: what every token chose.
-        passes: the tokens of every forward pass, as `Trace.passes` gives them.
-        kinds: of every layer's experts.
-        plan, machine: where they lie.
-        policy: as of `Parts`.
-        prefetch: whether experts are brought before they are needed.
+        trace: the experts that every token chose.
+        passes: the tokens of every forward pass, as `Trace.passes` returns them.
+        kinds: the kind of every layer's experts.
+        plan: how many slots each device has.
+        machine: whose plan it is.
+        policy: see `StoreParts`.
+        prefetch: whether experts are fetched before they are needed.
         miss_policy: how misses of GPUs are served.
-        worth: [L, E], how likely each expert is, for what lies in the slots at first; None for the same number of each layer.
+        priority: [L, E], how likely each expert is, which decides what fills the slots at first; None for equally many of each layer.
     """
     L, E = trace.experts.shape[1], trace.n_experts
-    reader = _NoReader(kinds)
-    devices = [_NOWHERE] * len(plan.gpus)
-    parts = Parts(_Places(kinds, E), reader, devices, lambda _: _NoLink(), policy, rates=_Rates, memory=_NOWHERE)
+    reader = _InstantReader(kinds)
+    devices = [_NO_MEMORY] * len(plan.gpus)
+    parts = StoreParts(_Catalog(kinds, E), reader, devices, lambda _: _InstantLink(), policy, rates=_FixedRates, memory=_NO_MEMORY)
     store = build_store(parts, plan, machine, prefetch=prefetch, miss_policy=miss_policy)
     store.fill(priority)
     before = store.stats()
     for tokens in passes:
         for layer in range(L):
             chosen = trace.experts[tokens, layer]
-            guesses = trace.predicted[tokens, layer + 1] if prefetch and layer + 1 < L else None
-            store.run(layer, _Counted(chosen), guesses)
-    did = store.stats() - before
+            predicted = trace.predicted[tokens, layer + 1] if prefetch and layer + 1 < L else None
+            store.run(layer, _CountedSum(chosen), predicted)
+    stats = store.stats() - before
     store.close()
-    return did
+    return stats
 
 
 @dataclass
-class _Places:
+class _Catalog:
+    """See `ExpertCatalog`."""
+
     kinds: list[ExpertKind]
     n_experts: int
 
 
-class _Counted(ExpertSum):
-    """Needs experts and computes nothing."""
+class _CountedSum(ExpertSum):
+    """Requests experts and computes nothing."""
 
     def __init__(self, chosen: np.ndarray) -> None:
         if len(chosen) == 1:
@@ -103,8 +109,8 @@ class _Counted(ExpertSum):
         raise AssertionError("a simulation moves and computes nothing")
 
 
-class _NoReader:
-    """Has read an expert as soon as it is asked for."""
+class _InstantReader:
+    """Completes every load at once, and counts its bytes."""
 
     busy_seconds = 0.0
 
@@ -118,18 +124,18 @@ class _NoReader:
         load.piece_done(None)
         return load
 
-    def hurry(self, load: Load) -> None:
+    def prioritize(self, load: Load) -> None:
         pass
 
-    def abandon(self, load: Load) -> None:
+    def cancel(self, load: Load) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-class _NoLink(Link):
-    """Has copied as soon as it is asked to."""
+class _InstantLink(Link):
+    """Completes every copy at once, and counts its bytes."""
 
     def __init__(self) -> None:
         self._copied = 0
@@ -150,22 +156,22 @@ class _NoLink(Link):
         *,
         after: torch.cuda.Event | None = None,
         urgent: bool,
-    ) -> Arrival:
-        arrival = Arrival(sum(source.nbytes for source in sources))
-        self._copied += arrival.nbytes
-        arrival.finish(None, None)
-        return arrival
+    ) -> PendingCopy:
+        pending = PendingCopy(sum(source.nbytes for source in sources))
+        self._copied += pending.nbytes
+        pending.finish(None, None)
+        return pending
 
-    def hurry(self, arrival: Arrival) -> None:
+    def prioritize(self, pending: PendingCopy) -> None:
         pass
 
-    def defer(self, arrival: Arrival) -> None:
+    def defer(self, pending: PendingCopy) -> None:
         pass
 
-    def abandon(self, arrival: Arrival) -> None:
+    def cancel(self, pending: PendingCopy) -> None:
         pass
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         pass
 
     def close(self) -> None:
@@ -175,8 +181,8 @@ class _NoLink(Link):
         raise AssertionError("a simulation moves and computes nothing")
 
 
-class _Rates(MissRates):
-    """Nothing is measured."""
+class _FixedRates(MissRates):
+    """Rates that are never corrected, since nothing is measured."""
 
-    def saw(self, *, cpu_bytes: float = 0, cpu_seconds: float = 0, link_bytes: float = 0, link_seconds: float = 0) -> None:
+    def observe(self, *, cpu_bytes: float = 0, cpu_seconds: float = 0, link_bytes: float = 0, link_seconds: float = 0) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The interface of expert stores, and the one that holds everything."""
+"""The interface of expert stores, and the store of a model whose experts are all in the memory of the device that computes."""
 
 from __future__ import annotations
 
@@ -16,30 +16,28 @@ __all__ = ["ExpertStore", "ResidentExpertStore"]
 
 
 class ExpertStore(ABC):
-    """Runs the experts of a layer, wherever they lie.
+    """Computes the experts of a layer, whichever memory holds them.
 
     Dimension letters: `T` tokens, `A` active experts of a token, `D` d_model.
-
-    Attributes:
-        renewed: whether a layer's weights are read or decoded again whenever it is reached, so that many tokens should go through at once.
     """
 
     reloads_each_step = False
+    """Whether a layer's weights are read or dequantized again in every forward pass, so that a pass should take many tokens."""
 
     @abstractmethod
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        """Weights of layer `index` in which every expert of `experts`, int64 [T, A], is present; valid until the next call."""
+        """Weights of layer `index` that include every expert of `experts`, int64 [T, A]; valid until the next call."""
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """What the experts of layer `index` make of the tokens `x` [T, D]: [T, D] in their dtype."""
+        """The weighted sum of the experts of layer `index` for the tokens `x` [T, D]: [T, D] in their dtype."""
         return moe_experts(x, routing.experts, routing.weights, self.layer(index, routing.experts))
 
     def stats(self) -> ExpertStats:
-        """What was asked for and what it took, since the model was loaded; zeros where all experts are at hand."""
+        """Counters since the model was loaded; zeros for a store that holds all experts."""
         return ExpertStats()
 
-    def close(self) -> None:  # noqa: B027 # most have nothing to give up
-        """Give up files and threads; the store serves no longer."""
+    def close(self) -> None:  # noqa: B027 # most stores have nothing to close
+        """Close files and end threads; the store cannot be used afterwards."""
 
 
 class ResidentExpertStore(ExpertStore):

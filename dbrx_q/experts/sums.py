@@ -1,4 +1,4 @@
-"""What a layer's experts make of its tokens, wherever each of them is computed.
+"""The weighted sum of a layer's experts, wherever each of them is computed.
 
 Dimension letters: `T` tokens, `D` d_model.
 """
@@ -17,38 +17,40 @@ from dbrx_q.kernels.moe import moe_experts
 
 __all__ = ["ExpertSum", "PairSum", "PartialSum", "sum_for"]
 
-_FEW_TOKENS = 64
+_FEW_TOKENS = 64  # whose activations are copied to the host whether or not the CPU will compute an expert
 
 
 def sum_for(x: torch.Tensor, routing: Routing) -> ExpertSum:
-    """For the tokens `x` [T, D] on their device."""
+    """An empty sum for the tokens `x` [T, D], which are on the device that computes."""
     return PairSum(x, routing) if x.device.type == "cpu" else PartialSum(x, routing)
 
 
 class ExpertSum(ABC):
-    """Collects experts until all came.
-
-    Attributes:
-        counts: how many tokens chose an expert, for those that any chose, in ascending order.
-    """
+    """Computes experts in any order and adds up their outputs."""
 
     counts: dict[int, int]
+    """How many tokens chose each expert, in ascending order of experts; only those that are chosen."""
 
     @abstractmethod
     def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Experts whose matrices lie in these slots of the device that computes."""
+        """Add experts whose matrices are in these slots of the device that computes.
+
+        Args:
+            weights: of all slots.
+            slots: the slot of each expert to add.
+        """
 
     @abstractmethod
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Experts whose matrices lie in these slots of host memory."""
+        """Add experts whose matrices are in these slots of host memory; arguments as for `add_gpu`."""
 
     @abstractmethod
     def result(self) -> torch.Tensor:
-        """[T, D] in the tokens' dtype, once all were added."""
+        """[T, D] in the tokens' dtype, once all experts were added."""
 
 
 class PairSum(ExpertSum):
-    """In host memory: pair by pair, so that the bits are those of a model whose experts all lie together."""
+    """For tokens in host memory: every (token, expert) pair is computed by itself, so the order of experts does not change the bits."""
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
@@ -65,7 +67,7 @@ class PairSum(ExpertSum):
 
 
 class PartialSum(ExpertSum):
-    """Of a GPU: one launch for all that lies there, one for each copy, and what the CPU computed added at the end, in float32."""
+    """For tokens on a GPU: one launch for all hits, one for each copied expert; the CPU's outputs are added at the end, in float32."""
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         self._x, self._routing = x, routing
@@ -73,15 +75,15 @@ class PartialSum(ExpertSum):
         counts = self._chosen.flatten().bincount().tolist()
         self.counts = {e: count for e, count in enumerate(counts) if count}
         self._total: torch.Tensor | None = None  # float32 [T, D]
-        # Before anything is launched: later the copy would wait for it.
+        # Copied before anything is launched, because later the copy would wait for the launched work.
         self._on_host = x.cpu() if len(x) <= _FEW_TOKENS else None
         self._host: ExpertOutputs | None = None
 
     def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         n_experts = self._routing.logits.shape[1]
         on_gpu = self._x.device.type == "cuda"
-        where = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
-        layer = replace(weights, slots=where.to(self._x.device, non_blocking=True))
+        slot_by_expert = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
+        layer = replace(weights, slots=slot_by_expert.to(self._x.device, non_blocking=True))
         part = moe_experts(self._x, self._routing.experts, self._routing.weights, layer)
         self._total = part.float() if self._total is None else self._total.add_(part)
 

@@ -1,4 +1,4 @@
-"""What the stores over tiers share: predicting what the next layer needs, and a fallback copy that answers for what lies on disk."""
+"""What the stores over tiers share: predictions of the next layer's experts, and a fallback copy in place of experts on disk."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ __all__ = ["FallbackCopy", "NextRouter", "TieredExpertStore"]
 
 @dataclass(frozen=True)
 class NextRouter:
-    """What predicts the experts of a layer from the input of the layer before: its router. weight: [E, D]."""
+    """A layer's router, which predicts the layer's experts from the input of the layer before."""
 
     weight: torch.Tensor
+    """[E, D]."""
     top_k: int
+    """Active experts of a token."""
 
 
 @dataclass(frozen=True)
 class FallbackCopy:
-    """A copy of all experts at fewer bits, which answers for those that lie on disk.
-
-    tier: host memory that holds all of it once it is filled. upgrade: whether experts that it answered for are brought at their full bits
-    for the next time, while the disk has nothing else to do. Which of the two answers then depends on how fast the disk is; without, what
-    memory holds at full bits never changes, and a run repeats.
-    """
+    """A copy of all experts at fewer bits, used in place of experts that are only on disk."""
 
     tier: HostTier
+    """Host memory that holds the whole copy once it is filled."""
     upgrade: bool = True
+    """Whether experts that the copy replaced are read at full precision for the next time, while the disk has nothing else to do. Which
+    of the two is used then depends on the speed of the disk. Without, the experts in memory never change, so runs are reproducible."""
 
 
 class TieredExpertStore(ExpertStore):
-    """A store that brings experts from tier to tier.
+    """A store that moves experts between memories.
 
     Args:
         tier: host memory over disk; closed with the store.
-        prefetch: whether experts are brought before they are needed.
-        routers: of every layer, which predict them; None where `run` is given the guesses.
-        fallback: answers for what lies on disk, from which nothing is then prefetched: a layer is too short for that. None to wait for it.
+        prefetch: whether experts are fetched before they are needed.
+        routers: of every layer, which predict its experts; None if the caller gives `run` the predictions.
+        fallback: used in place of experts that are only on disk; None to wait for them. With it, nothing is prefetched from disk: a layer
+            is too short for that.
     """
 
     def __init__(
@@ -59,31 +60,34 @@ class TieredExpertStore(ExpertStore):
         self._routers = routers
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        total = sum_for(x, routing)
-        guesses = None
-        if self._predictor is not None and self._routers is not None and self._follows(index) and len(x):
+        expert_sum = sum_for(x, routing)
+        predicted = None
+        if self._predictor is not None and self._routers is not None and self._prefetches_after(index) and len(x):
             router = self._routers[index + 1]
-            guesses = route(x, router.weight, router.top_k, None).experts.cpu().numpy()
-        self.run(index, total, guesses)
-        return total.result()
+            predicted = route(x, router.weight, router.top_k, None).experts.cpu().numpy()
+        self.run(index, expert_sum, predicted)
+        return expert_sum.result()
 
-    def run(self, index: int, total: ExpertSum, guesses: np.ndarray | None) -> None:
-        """Add what layer `index` needs to `total`.
+    def run(self, index: int, expert_sum: ExpertSum, predicted: np.ndarray | None) -> None:
+        """Add the experts that layer `index` needs to `expert_sum`.
 
         Args:
             index: the layer.
-            total: tells what is needed.
-            guesses: [T, A], best first, what the next layer's router chooses from this layer's input; None to predict nothing.
+            expert_sum: says which experts are needed, and computes them.
+            predicted: [T, A], what the next layer's router chooses from this layer's input, best first; None for no prediction.
         """
-        needed, ahead = list(total.counts), []
+        needed, ahead = list(expert_sum.counts), []
         if self._predictor is not None:
-            self._predictor.judge(index, needed)
-            if guesses is not None and self._follows(index):
-                ahead = self._predictor.guess(index + 1, guesses)
-        self._serve(index, total, needed, ahead)
+            self._predictor.observe(index, needed)
+            if predicted is not None and self._prefetches_after(index):
+                ahead = self._predictor.predict(index + 1, predicted)
+        self._serve(index, expert_sum, needed, ahead)
 
     def fill(self, priority: np.ndarray | None = None) -> None:
-        """Bring the likeliest experts, by `priority` [L, E], or as many of each layer, into the slots, and return when they are there.
+        """Read the likeliest experts into all slots, and return when they have arrived.
+
+        Args:
+            priority: [L, E], how likely each expert is; None for equally many of each layer.
 
         Raises:
             CheckpointError: an expert cannot be read, or is damaged.
@@ -99,16 +103,16 @@ class TieredExpertStore(ExpertStore):
     def _fill_fallback(self) -> None:
         if self.fallback is not None:
             self.fallback.tier.fill()
-            self.fallback.tier.close()  # nothing is left to be read
+            self.fallback.tier.close()  # all of it has been read
 
-    def _follows(self, index: int) -> bool:
-        """Whether what is brought for the next layer goes to the same place."""
+    def _prefetches_after(self, index: int) -> bool:
+        """Whether a layer follows `index` whose experts can be prefetched while `index` is served."""
         return index + 1 < self.tier.n_layers
 
     @abstractmethod
-    def _serve(self, index: int, total: ExpertSum, needed: list[int], ahead: list[int]) -> None:
-        """Add the experts of a layer to the sum, and bring some of the next layer's meanwhile."""
+    def _serve(self, index: int, expert_sum: ExpertSum, needed: list[int], ahead: list[int]) -> None:
+        """Add the needed experts of a layer to the sum; meanwhile prefetch those of `ahead`, which the next layer may need."""
 
-    def _guessed(self) -> tuple[int, int]:
-        """(requests that had been predicted, requests that could have been)."""
+    def _prediction_counts(self) -> tuple[int, int]:
+        """(requests that had been predicted, requests of layers with predictions)."""
         return (0, 0) if self._predictor is None else (self._predictor.predicted, self._predictor.needed)

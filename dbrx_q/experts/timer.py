@@ -1,4 +1,4 @@
-"""Time that a GPU and the CPU spend, without making either wait for the other."""
+"""The time that a GPU and the CPU spend, measured without making either wait for the other."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import torch
 
 __all__ = ["TimedWork", "Timer", "on_device"]
 
-_MANY = 256  # pieces of work that may wait to be read off
+_MAX_PENDING = 256  # pairs of events that may wait to be evaluated
 
 
 @dataclass
 class TimedWork:
-    """A piece of work. end: when a GPU is through with it; None on the CPU, or before it was begun."""
+    """A piece of work that is timed."""
 
     end: torch.cuda.Event | None = None
+    """The GPU passes it after the work; None on the CPU, or before the work was started."""
 
 
 class Timer:
     """Adds up how long work took.
 
     Args:
-        device: a GPU, whose work is timed by its own clock; or the CPU.
+        device: a GPU, whose work is timed by events on its stream; or the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,19 +37,19 @@ class Timer:
 
     @property
     def seconds(self) -> float:
-        """So far; waits for a GPU that is still at work."""
+        """The sum so far; waits for the GPU to finish its timed work."""
         while self._pending:
             self._pending[0][1].synchronize()
-            self._read_off()
+            self._evaluate_first()
         return self._seconds
 
     def add(self, seconds: float) -> None:
-        """Time that was measured elsewhere."""
+        """Add time that was measured elsewhere."""
         self._seconds += seconds
 
     @contextmanager
-    def of_gpu(self) -> Iterator[TimedWork]:
-        """Time what is begun within it on the device."""
+    def gpu_work(self) -> Iterator[TimedWork]:
+        """Time the work that the block starts on the device."""
         timed = TimedWork()
         if self._device.type != "cuda":
             started = time.perf_counter()
@@ -61,14 +62,14 @@ class Timer:
         yield timed
         timed.end.record(stream)
         self._pending.append((begin, timed.end))
-        while len(self._pending) > _MANY and self._pending[0][1].query():
-            self._read_off()
+        while len(self._pending) > _MAX_PENDING and self._pending[0][1].query():
+            self._evaluate_first()
 
-    def _read_off(self) -> None:
+    def _evaluate_first(self) -> None:
         begin, end = self._pending.popleft()
-        self._seconds += begin.elapsed_time(end) / 1000  # of milliseconds
+        self._seconds += begin.elapsed_time(end) / 1000  # events measure milliseconds
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Within it a GPU is the current one."""
+    """Makes a GPU the current one for the block; does nothing for the CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

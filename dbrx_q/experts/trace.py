@@ -1,4 +1,4 @@
-"""A trace: which experts every token of a text chose, and which were predicted.
+"""A trace records which experts every token of a text chose, and which ones the router of the next layer predicted.
 
 Dimension letters: `N` tokens, `L` layers, `A` active experts of a token, `E` experts.
 """
@@ -23,14 +23,17 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Trace:
-    """experts: uint8 [N, L, A], ascending. predicted: uint8 [N, L, A], what the router of a layer chose from the input of the layer before,
-    best first; the first layer's are its own experts, which nothing predicts. steps: int64, the tokens of every forward pass, in order;
-    they add up to N. config: config.json of the checkpoint, which says how large its experts are."""
+    """The experts that every token of a text chose in every layer. Commands store it as an .npz file."""
 
     experts: np.ndarray
+    """uint8 [N, L, A], ascending."""
     predicted: np.ndarray
+    """uint8 [N, L, A], what the router of a layer chose from the input of the layer before, best first. Nothing predicts the first layer:
+    its entries are the experts that it chose."""
     steps: np.ndarray
+    """int64, the number of tokens of every forward pass, in order; they add up to N."""
     config: dict[str, Any]
+    """config.json of the checkpoint, from which the size of its experts follows."""
 
     @property
     def n_experts(self) -> int:
@@ -38,7 +41,7 @@ class Trace:
         return DbrxConfig.from_dict(self.config).ffn_config.moe_num_experts
 
     def write(self, path: Path) -> None:
-        """As a compressed .npz.
+        """Write a compressed .npz file.
 
         Raises:
             RequestError: the file cannot be written.
@@ -61,10 +64,10 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> Trace:
-        """What `write` wrote.
+        """Read a file that `write` wrote.
 
         Raises:
-            RequestError: the file is missing, or no trace.
+            RequestError: the file is missing, or is not a trace.
         """
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -72,27 +75,27 @@ class Trace:
                     raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
                 trace = cls(data["experts"], data["predicted"], data["steps"], json.loads(str(data["config"])))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            found = error.strerror if isinstance(error, OSError) else "its contents are other"
-            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {found}. Record one with that command") from None
+            problem = error.strerror if isinstance(error, OSError) else "it has other contents"
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {problem}. Record one with that command") from None
         shape = trace.experts.shape
         sound = len(shape) == 3 and trace.predicted.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
         if not sound or max(int(trace.experts.max(initial=0)), int(trace.predicted.max(initial=0))) >= trace.n_experts:
-            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not belong together")
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not fit together")
         return trace.check(DbrxConfig.from_dict(trace.config, source=str(path)))
 
     def check(self, config: DbrxConfig) -> Trace:
-        """This trace, where it is of such a model.
+        """This trace, if it was recorded with a model of this configuration.
 
         Raises:
-            RequestError: it is of another.
+            RequestError: it was recorded with another model.
         """
         ffn = config.ffn_config
-        wanted = config.n_layers, ffn.moe_top_k, ffn.moe_num_experts
-        found = (*self.experts.shape[1:], self.n_experts)
-        if found != wanted:
+        of_model = config.n_layers, ffn.moe_top_k, ffn.moe_num_experts
+        of_trace = (*self.experts.shape[1:], self.n_experts)
+        if of_trace != of_model:
             raise RequestError(
                 "a trace must have the model's {} layers, {} active experts and {} experts; found {}, {} and {}. "
-                "Record one of this model".format(*wanted, *found)
+                "Record one of this model".format(*of_model, *of_trace)
             )
         return self
 
@@ -101,9 +104,9 @@ class Trace:
         L = self.experts.shape[1]
         return np.stack([np.bincount(self.experts[:, layer].ravel(), minlength=self.n_experts) for layer in range(L)]).astype(np.float64)
 
-    def passes(self, *, one_by_one: bool) -> list[slice]:
-        """The tokens of every forward pass: as recorded, or one token each."""
-        if one_by_one:
+    def passes(self, *, token_by_token: bool) -> list[slice]:
+        """The tokens of every forward pass: one token each, or as recorded."""
+        if token_by_token:
             return [slice(i, i + 1) for i in range(len(self.experts))]
         ends = np.cumsum(self.steps).tolist()
         return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]

@@ -22,7 +22,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, k
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
-from dbrx_q.experts.build import Parts, build_store
+from dbrx_q.experts.build import StoreParts, build_store
 from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.experts.gpu_store import GpuExpertStore
@@ -237,12 +237,12 @@ def _build_expert_store(model: DbrxForCausalLM, plan: _LoadingPlan, experts: Exp
     with ExitStack() as on_error:
         reader = on_error.enter_context(closing(ExpertReader(experts, direct=direct)))
         copy = None if fallback is None else (fallback, on_error.enter_context(closing(ExpertReader(fallback, direct=direct))))
-        parts = Parts(experts, reader, budget.gpus, make_link, policy, fallback=copy, upgrade=budget.upgrade)
+        parts = StoreParts(experts, reader, budget.gpus, make_link, policy, fallback=copy, upgrade=budget.upgrade)
         store = build_store(parts, placement, budget.machine, prefetch=budget.prefetch, miss_policy=miss_policy, routers=routers)
         on_error.enter_context(closing(store))
         store.fill(plan.profile)
         for gpu in store.gpus if isinstance(store, GpuExpertStore) else ():
-            gpu.calibrated(measure_rates(gpu, store.tier, model.dtype))
+            gpu.use_rates(measure_rates(gpu, store.tier, model.dtype))
         on_error.pop_all()
     return store
 

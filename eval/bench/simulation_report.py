@@ -22,20 +22,21 @@ KEYS = ("rows", "curve", "slots")
 
 def markdown(sweep: Sweep) -> str:
     """The table of all policies."""
-    order = "one by one" if sweep.one_by_one else "in the steps of the recording"
+    order = "one by one" if sweep.token_by_token else "in the steps of the recording"
     lines = [
         f"{sweep.tokens:,} tokens, {order}; {sweep.slots} slots for {sweep.experts} experts ({sweep.slots / sweep.experts:.0%})"
         + (f"; misses: {sweep.miss_policy}" if sweep.miss_policy else ""),
         "",
-        "| policy | prefetch | hits | misses | prefetched | brought, a token | by the CPU | from disk, a token | predicted | tokens/s |",
+        "| policy | prefetch | hits | misses | prefetched | loaded, a token | by the CPU | from disk, a token | predicted | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in sweep.rows:
         name = f"{row.policy} (the bound: it knows the future)" if row.policy == sweep.bound else row.policy
-        predicted = f"{row.accuracy:.1%}" if row.prefetch else ""
+        predicted = f"{row.prefetch_accuracy:.1%}" if row.prefetch else ""
         lines.append(
             f"| {name} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | {row.misses:,} | {row.prefetches:,} | "
-            f"{row.brought:.2f} | {row.on_cpu:.2f} | {format_size(row.disk_bytes)} | {predicted} | {row.tokens_per_second:.2f} |"
+            f"{row.loads_per_token:.2f} | {row.cpu_misses_per_token:.2f} | {format_size(row.disk_bytes_per_token)} | {predicted} | "
+            f"{row.tokens_per_second:.2f} |"
         )
     if sweep.curve:
         shares = sorted({point.share for point in sweep.curve})

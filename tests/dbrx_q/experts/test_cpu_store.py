@@ -287,8 +287,8 @@ def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Pa
     slots = ExpertSlots(files.kinds[0], 1, torch.device("cpu"))
     for e in range(15):
         load = reader.load(0, e, slots, 0, urgent=False)
-        reader.abandon(load)
-        load.settle()
+        reader.cancel(load)
+        load.join()
         reader.load(0, e + 1, slots, 0, urgent=True).wait()
         assert torch.equal(slots.views(0)[0], model.transformer.layers()[0].ffn.experts.mlp.w1.get_buffer("qweight")[e + 1])
     reader.close()
@@ -310,7 +310,7 @@ def test_experts_that_are_waited_for_come_before_those_that_are_predicted(quanti
     monkeypatch.setattr(ExpertReader, "_read", read)
     first = reader.load(0, 0, slots, 0, urgent=True)
     early, later, needed = (reader.load(0, e, slots, e, urgent=e == 3) for e in (1, 2, 3))
-    reader.hurry(later)
+    reader.prioritize(later)
     gate.set()
     for load in (first, early, later, needed):
         load.wait()

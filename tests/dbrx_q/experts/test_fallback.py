@@ -298,11 +298,11 @@ def test_the_cost_is_measured_and_repeats(carrying: Path, cli: Cli) -> None:
     command = ("--text", TEXT, "--context", 64, "--limit", 8, "--ram", "86.6MB", "--fallback", "--json")
     first, second = (json.loads(cli("perplexity", carrying, *command).out) for _ in range(2))
     assert first["nll"] == second["nll"]
-    assert 0.2 < first["fallback"] == second["fallback"] < 0.99
+    assert 0.2 < first["fallback_share"] == second["fallback_share"] < 0.99
     [row] = json.loads(cli("compare", carrying, carrying, *command).out)["results"]
-    assert row["fallback"] == first["fallback"]
+    assert row["fallback_share"] == first["fallback_share"]
     assert row["perplexity"] == pytest.approx(first["perplexity"], rel=1e-9)
-    assert f"{row['fallback']:.1%} of requests answered by the fallback copy" in row["format"]
+    assert f"{row['fallback_share']:.1%} of requests answered by the fallback copy" in row["format"]
     [small] = json.loads(cli("compare", carrying, carrying / FALLBACK_FOLDER, *command[:6], "--json").out)["results"]
     assert 0 < row["mean_kl"] < small["mean_kl"]
     assert "answered" in cli("perplexity", carrying, *command[:-1]).out
@@ -327,7 +327,7 @@ def test_a_copy_that_does_not_belong_there(
         "plain": "a fallback copy must be quantized; this one is plain",
         "larger": "the experts of a fallback copy must take fewer bytes than the checkpoint's; one of layer 0 takes 101,376, and 52,992",
         "other": "a fallback copy must be of the same model",
-        "weights": "a fallback copy must be made of the same weights; its router of layer 0 differs",
+        "weights": "a fallback copy must be made from the same weights; its router of layer 0 differs",
     }[name]
     found = cli("generate", folder, "--prompt", "The", "--ram", "7MB", "--max-new-tokens", 2, "--fallback")
     assert (found.code, found.out) == (2, "")

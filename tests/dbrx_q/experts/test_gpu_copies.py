@@ -19,7 +19,7 @@ from dbrx_q.errors import DbrxError
 from dbrx_q.experts.cache import ExpertCache
 from dbrx_q.experts.gpu_experts import GpuExperts
 from dbrx_q.experts.gpu_store import GpuExpertStore
-from dbrx_q.experts.link import Arrival, Link, make_link
+from dbrx_q.experts.link import Link, PendingCopy, make_link
 from dbrx_q.experts.split import MissRates, split_misses
 from dbrx_q.experts.sums import PairSum
 from dbrx_q.kernels.formats.expert_weights import Routing
@@ -56,31 +56,31 @@ def test_copies_come_in_the_order_of_need() -> None:
     link = make_link(CPU)
     gate = Gate(link)
     target = torch.zeros(8, 3)
-    arrivals = [link.copy([torch.full((3,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(8)]
-    begun(link, arrivals[0])
-    link.hurry(arrivals[4])
-    link.defer(arrivals[1])
-    link.hurry(arrivals[5])
-    link.defer(arrivals[5])
-    link.abandon(arrivals[6])
-    for move in (link.hurry, link.defer):
-        move(arrivals[0])
+    pending_copies = [link.copy([torch.full((3,), float(i))], [target[i]], urgent=i in (0, 3)) for i in range(8)]
+    begun(link, pending_copies[0])
+    link.prioritize(pending_copies[4])
+    link.defer(pending_copies[1])
+    link.prioritize(pending_copies[5])
+    link.defer(pending_copies[5])
+    link.cancel(pending_copies[6])
+    for move in (link.prioritize, link.defer):
+        move(pending_copies[0])
     gate.open()
-    for arrival in [*arrivals[:6], arrivals[7]]:
-        arrival.wait()
-    with pytest.raises(DbrxError, match="given up"):
-        arrivals[6].wait()
+    for pending in [*pending_copies[:6], pending_copies[7]]:
+        pending.wait()
+    with pytest.raises(DbrxError, match="cancelled"):
+        pending_copies[6].wait()
     assert gate.order == [0, 3, 4, 2, 7, 1, 5]
     assert target[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 7]
     assert link.bytes_copied == 7 * 12
-    link.settle()
+    link.drain()
     link.close()
 
 
-def begun(link: Link, arrival: Arrival) -> None:
+def begun(link: Link, pending: PendingCopy) -> None:
     """Return when the link is at a copy, or through with it."""
     until = time.monotonic() + TIMEOUT
-    while any(job.arrival is arrival for job in list(link._jobs)):
+    while any(job.pending is pending for job in list(link._jobs)):
         assert time.monotonic() < until, "the link does not come to it"
         time.sleep(0.001)
 
@@ -89,15 +89,15 @@ def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
     link = make_link(CPU)
     gate = Gate(link)
     target = torch.zeros(3)
-    arrival = link.copy([torch.ones(3), torch.ones(3)], [target, target], urgent=False)
-    begun(link, arrival)
-    link.abandon(arrival)
-    assert not arrival.done  # what it reads may not be written to yet
+    pending = link.copy([torch.ones(3), torch.ones(3)], [target, target], urgent=False)
+    begun(link, pending)
+    link.cancel(pending)
+    assert not pending.done  # what it reads may not be written to yet
     gate.open()
-    arrival.settle()
+    pending.join()
     assert target.tolist() == [0, 0, 0]
-    with pytest.raises(DbrxError, match="given up"):
-        arrival.wait()
+    with pytest.raises(DbrxError, match="cancelled"):
+        pending.wait()
     link.close()
 
 
@@ -128,10 +128,10 @@ def one_gpu(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> OneGpu:
         store = loaded(gpus(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
         assert isinstance(store, GpuExpertStore)
         [gpu] = store.gpus
-        gpu._full.arrived.clear()
+        gpu._main_pool.arrived.clear()
         gpu.recover()
-        gpu._full.cache(0).evictable = None
-        store.tier.forget()
+        gpu._main_pool.cache(0).evictable = None
+        store.tier.clear()
         store.tier.fill(np.repeat([1.0, 1.0, 0.0, 0.0], 16).reshape(4, 16))
         return gpu
 
@@ -160,7 +160,7 @@ def test_the_cpu_does_not_wait_for_what_was_predicted(one_gpu: OneGpu) -> None:
     assert notes == [("host", [7, 9]), ("gpu", [3]), ("gpu", [1])]
     assert gpu.wait_seconds > before
     assert gpu.stats.prefetch_hits == 2
-    assert gpu._coming == {}
+    assert gpu.copies.predicted == {}
 
 
 def test_hybrid_computes_what_does_not_come_in_time(one_gpu: OneGpu) -> None:
@@ -170,9 +170,9 @@ def test_hybrid_computes_what_does_not_come_in_time(one_gpu: OneGpu) -> None:
     gpu.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
     gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
     assert notes == [("host", [1, 3, 7, 9])] * 2
-    assert gpu.on_cpu == gpu.stats.misses == 8
+    assert gpu.computed_on_cpu == gpu.stats.misses == 8
     gate.open()
-    gpu.link.settle()
+    gpu.link.drain()
     notes.clear()
     gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
     assert notes == [("gpu", [1, 3]), ("host", [7, 9])]
@@ -183,22 +183,22 @@ def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> No
     gpu = one_gpu(MissPolicy.cpu)
     gate = Gate(gpu.link)
     gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
-    assert list(gpu._coming) == [(1, 3)]
-    [(_, arrival)] = [read for read in gpu._read if not read[1].done]
-    begun(gpu.link, arrival)
-    assert list(gpu._tier.watchers) == [gpu]
+    assert list(gpu.copies.predicted) == [(1, 3)]
+    [(_, pending)] = [read for read in gpu.copies._reading if not read[1].done]
+    begun(gpu.link, pending)
+    assert list(gpu._tier.slot_readers) == [gpu.copies]
     for wanted in (True, False):  # nor when it is given up in the middle
         if not wanted:
             gate = Gate(gpu.link)
             gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
-            [arrival] = [arrival for place, arrival in gpu._read if place == (1, 9)]
-            begun(gpu.link, arrival)
-            gpu.link.abandon(arrival)
+            [pending] = [pending for place, pending in gpu.copies._reading if place == (1, 9)]
+            begun(gpu.link, pending)
+            gpu.link.cancel(pending)
         reused = threading.Event()
         place = (1, 3) if wanted else (1, 9)
 
         def reuse(place: tuple[int, int] = place, reused: threading.Event = reused) -> None:
-            gpu.wait_until_unread(place)
+            gpu.copies.wait_until_unread(place)
             reused.set()
 
         threading.Thread(target=reuse, daemon=True).start()
@@ -209,7 +209,7 @@ def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> No
 
 def occupied(gpu: GpuExperts, free: int) -> ExpertCache:
     """The GPU's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
-    cache = gpu._full.cache(1)
+    cache = gpu._main_pool.cache(1)
     for key in range(32, 64):
         if len(cache._free) > free:
             assert cache.assign(*divmod(key, 16)) is not None
@@ -224,17 +224,17 @@ def test_a_wrong_guess_does_not_keep_host_memory(one_gpu: OneGpu) -> None:
     gpu.rates = MissRates(cpu=1e12, link=1.0)
     gate = Gate(gpu.link)
     gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3, 9])
-    cache, (first, second) = gpu._full.cache(1), gpu._coming.values()
+    cache, (first, second) = gpu._main_pool.cache(1), gpu.copies.predicted.values()
     begun(gpu.link, first)
-    gpu.link.hurry(second)
+    gpu.link.prioritize(second)
     threading.Timer(0.2, gate.open).start()
-    gpu.wait_until_unread((1, 3))
-    assert first.abandoned
+    gpu.copies.wait_until_unread((1, 3))
+    assert first.cancelled
     assert [cache.slot_of(1, e) >= 0 for e in (3, 9)] == [False, True]
-    gpu.wait_until_unread((1, 9))
+    gpu.copies.wait_until_unread((1, 9))
     assert second.done
-    assert not second.abandoned
-    assert list(gpu._coming) == [(1, 9)]
+    assert not second.cancelled
+    assert list(gpu.copies.predicted) == [(1, 9)]
     assert len(cache._free) == cache.slots - 1
 
 
@@ -246,13 +246,13 @@ def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., 
     [host] = [pool.cache for pool in store.tier._pools.values()]
     assert host.evict_first is not None
     assert host.evict_first().sum() == gpu.caches[0].held.sum() > 0
-    here = [e for e in range(16) if store.tier.has(1, e) and gpu.caches[0].slot_of(1, e) < 0]
+    here = [e for e in range(16) if store.tier.holds(1, e) and gpu.caches[0].slot_of(1, e) < 0]
     gate = Gate(gpu.link)
     x = torch.randn(1, 128)
-    needed = [e for e in range(16) if store.tier.has(0, e) or gpu.caches[0].slot_of(0, e) >= 0][:4]
+    needed = [e for e in range(16) if store.tier.holds(0, e) or gpu.caches[0].slot_of(0, e) >= 0][:4]
     routing = replace(ROUTING, experts=torch.tensor([needed]))
     gpu.serve(0, PairSum(x, routing), needed, here[:1])
-    assert gpu.coming == [(1, here[0])]
+    assert list(gpu.copies.predicted) == [(1, here[0])]
     assert gpu.caches[0].slot_of(1, here[0]) >= 0
     assert not host.evict_first()[16 + here[0]]
     gate.open()
@@ -265,7 +265,7 @@ def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_
     for e in (3, 9):
         assignment = cache.assign(1, e)
         assert assignment is not None
-        gpu.bring(assignment, gpu._sources(gpu._full, 1, e))
+        gpu.copy_now(assignment, gpu._main_pool.host_views(1, e))
     gpu.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
     began: list[list[tuple[str, list[int]]]] = []
     real = gpu.link.copy
@@ -285,7 +285,7 @@ def test_what_is_predicted_does_not_drive_out_what_was_predicted(one_gpu: OneGpu
     gpu, x = one_gpu(MissPolicy.cpu), torch.randn(1, 128)
     cache = occupied(gpu, free=2)
     gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
-    assert list(gpu._coming) == [(1, 5), (1, 3)]
+    assert list(gpu.copies.predicted) == [(1, 5), (1, 3)]
     assert gpu.stats.prefetches == 2
     gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
     assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is predicted again stays
@@ -299,12 +299,12 @@ def test_an_error_waits_for_the_copies_of_other_gpus(
     assert isinstance(store, GpuExpertStore)
     first, second = store.gpus
     gate = Gate(second.link)
-    arrival = second.link.copy([torch.ones(3)], [torch.zeros(3)], urgent=False)
+    pending = second.link.copy([torch.ones(3)], [torch.zeros(3)], urgent=False)
     threading.Timer(0.2, gate.open).start()
     monkeypatch.setattr(first, "_serve", lambda *_: (_ for _ in ()).throw(RuntimeError("the bus is gone")))
     with pytest.raises(RuntimeError, match="the bus is gone"):
         store._serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [])
-    assert arrival.done
+    assert pending.done
 
 
 @given(
@@ -345,8 +345,8 @@ def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
 def test_rates_follow_what_is_seen() -> None:
     rates = MissRates(10.0, 20.0)
     for _ in range(60):
-        rates.saw(cpu_bytes=100, cpu_seconds=5)
+        rates.observe(cpu_bytes=100, cpu_seconds=5)
     assert rates.cpu == pytest.approx(20, rel=0.02)
     assert rates.link == 20
-    rates.saw(link_bytes=0, link_seconds=0)
+    rates.observe(link_bytes=0, link_seconds=0)
     assert rates.link == 20

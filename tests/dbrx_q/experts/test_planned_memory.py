@@ -36,7 +36,7 @@ def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, gpus: tu
     generate(model, [[5, 6, 7]], max_new_tokens=6)
     store = model.expert_store
     assert isinstance(store, TieredExpertStore)
-    slots = [store.tier.slots(0), *(gpu._full.slots(gpu.layers[0]) for gpu in getattr(store, "gpus", ()))]
+    slots = [store.tier.slots(0), *(gpu._main_pool.slots(gpu.layers[0]) for gpu in getattr(store, "gpus", ()))]
     memory = [weakref.ref(stack) for each in slots for stack in each._stacks]
     threads = set(threading.enumerate()) - before
     assert len(threads) >= 4

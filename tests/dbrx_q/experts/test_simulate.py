@@ -67,7 +67,7 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
     kinds = expert_kinds(model.config, tensor_formats(model.config, ""), model.dtype)
     return simulate(
         trace,
-        trace.passes(one_by_one=False),
+        trace.passes(token_by_token=False),
         kinds,
         model.placement,
         budget.machine,
@@ -114,7 +114,7 @@ def test_gpus_follow_their_policy_where_host_memory_holds_all(model: DbrxForCaus
         plan = place(model.config, tensor_formats(model.config, ""), machine, MemoryRequest(64, step_tokens=1))
         gpus = tuple(replace(gpu, slots=dict.fromkeys(gpu.slots, 12)) for gpu in plan.gpus)
         host = replace(plan.host, slots={kinds[0]: min(64, (ram - (8 << 20)) // each)})
-        passes = trace.passes(one_by_one=True)
+        passes = trace.passes(token_by_token=True)
         found = simulate(
             trace,
             passes,
@@ -149,7 +149,7 @@ def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tu
     bounds = speed_bounds(plan, machine, n_experts=16, top_k=4)
     found = simulate(
         trace,
-        trace.passes(one_by_one=True),
+        trace.passes(token_by_token=True),
         kinds,
         plan,
         machine,
@@ -198,8 +198,11 @@ def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path)
     assert trace.experts.shape == trace.predicted.shape == (36, 4, 4)
     assert trace.steps.tolist() == [1] * 36
     assert trace.counts().sum() == 36 * 4 * 4
-    assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(one_by_one=False)] == [(0, 24), (24, 36)]
-    assert len(replace(trace, steps=np.array([24, 12])).passes(one_by_one=True)) == 36
+    assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(token_by_token=False)] == [
+        (0, 24),
+        (24, 36),
+    ]
+    assert len(replace(trace, steps=np.array([24, 12])).passes(token_by_token=True)) == 36
     whole = record(model, IDS, context=24, step=512)
     assert whole.steps.tolist() == [24, 12]
     cache = KVCache(model.config, 1, 24, dtype=model.dtype)
@@ -215,14 +218,14 @@ def test_guesses_are_ordered_by_promise_and_followed_while_they_come_true() -> N
     assert by_likelihood(np.array([[3, 1, 0, 2]]), 5) == [3, 1, 0, 2]
     assert by_likelihood(np.array([[3, 1], [1, 4], [1, 0]]), 5) == [1, 3, 0, 4]
     predictor = ExpertPredictor(2, 4, least_precision=0.5)
-    assert predictor.guess(1, np.array([[2, 0]])) == [2, 0]
-    predictor.judge(1, [1, 2])
-    assert predictor.guess(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
-    predictor.judge(1, [1, 2])
-    assert predictor.guess(1, np.array([[2, 0]])) == [2]
-    assert predictor.guess(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
-    predictor.judge(0, [2])  # another layer's
-    predictor.judge(1, [0, 2])
+    assert predictor.predict(1, np.array([[2, 0]])) == [2, 0]
+    predictor.observe(1, [1, 2])
+    assert predictor.predict(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
+    predictor.observe(1, [1, 2])
+    assert predictor.predict(1, np.array([[2, 0]])) == [2]
+    assert predictor.predict(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
+    predictor.observe(0, [2])  # another layer's
+    predictor.observe(1, [0, 2])
     assert (predictor.predicted, predictor.needed) == (4, 6)
 
 
@@ -265,7 +268,7 @@ def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., A
         (("trace", "MODEL", "--text", "TEXT", "--out", "no/where/x.npz"), "the folder of a trace must exist"),
         (("trace", "MODEL", "--text", "TEXT", "--out", "x.npz", "--step", "0"), "--step must be at least 1"),
         (("trace", "MODEL", "--text", "TEXT", "--out", "x.npz", "--context", "99999"), "--context must be from 1 to"),
-        (("simulate", "TEXT", "--ram", "3MiB"), "must be a trace that `dbrx-q trace` wrote; its contents are other. Record one"),
+        (("simulate", "TEXT", "--ram", "3MiB"), "must be a trace that `dbrx-q trace` wrote; it has other contents. Record one"),
         (("simulate", "nothing.npz", "--ram", "3MiB"), "must be a trace that `dbrx-q trace` wrote; No such file or directory"),
         (("simulate", "TRACE", "--ram", "1MB"), "bytes are missing on cpu"),
         (("simulate", "TRACE", "--ram", "3MiB", "--context", "64", "--tokens", "0"), "at least 1 token; found 0"),
@@ -307,7 +310,7 @@ def test_a_trace_of_another_model_is_refused(saved: Path, tmp_path: Path, quanti
         replace(trace, predicted=trace.predicted[:5]),
     ):
         broken.write(tmp_path / "broken.npz")
-        with pytest.raises(RequestError, match="its arrays do not belong together"):
+        with pytest.raises(RequestError, match="its arrays do not fit together"):
             Trace.read(tmp_path / "broken.npz")
     for arguments, message in (
         ({"context": 0, "step": 1}, "context"),

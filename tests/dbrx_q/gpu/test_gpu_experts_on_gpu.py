@@ -41,7 +41,7 @@ def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_pol
         assert all(torch.isfinite(step).all() for step in steps)
         did = model.expert_store.stats()
         assert did.cache.misses > 0
-        assert (did.on_cpu > 0) or miss_policy is not MissPolicy.cpu
+        assert (did.computed_on_cpu > 0) or miss_policy is not MissPolicy.cpu
         model.close()
 
 
@@ -73,9 +73,9 @@ def test_a_link_carries_what_it_is_given() -> None:
     link = make_link(device)
     sources = [torch.randint(0, 255, (n,), dtype=torch.uint8) for n in (1, 1000, 40 << 20, 123_456_789)]
     targets = [torch.zeros_like(source, device=device) for source in sources]
-    arrivals = [link.copy([source], [target], urgent=True) for source, target in zip(sources, targets, strict=True)]
-    for arrival in arrivals:
-        arrival.wait()
+    pending_copies = [link.copy([source], [target], urgent=True) for source, target in zip(sources, targets, strict=True)]
+    for pending in pending_copies:
+        pending.wait()
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target.cpu())
     link.close()
