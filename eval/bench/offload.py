@@ -252,7 +252,7 @@ def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, t
         link=rates[0].link if which["link"] else 0.0,
         bound=bound,
         of_bound=tokens / seconds / bound,
-        on_cpu=did.on_cpu / did.cache.misses if did.cache.misses else 0.0,
+        on_cpu=did.computed_on_cpu / did.cache.misses if did.cache.misses else 0.0,
     )
 
 
