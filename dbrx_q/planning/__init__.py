@@ -4,7 +4,7 @@ Begin with `placement.py`: its function `place` turns a machine and a request in
 
 How `--ram 64GiB` becomes slots for experts:
 
-1. `cli/budgets.py` reads the option; `budget.py` checks it and holds it as a `Budget` with a `Machine` (`machine.py`).
+1. `cli/memory_budget.py` reads the option; `budget.py` checks it and holds it as a `Budget` with a `Machine` (`machine.py`).
 2. `footprint.py` adds up what the model takes besides experts: dense weights, KV cache, workspace.
 3. `placement.py` subtracts that, and the buffers of `offloading.py`, and divides the rest by the size of an expert (`expert_kinds.py`).
 4. The resulting `DevicePlan.slots` (`machine.py`) are what `experts/build.py` allocates.
