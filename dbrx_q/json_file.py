@@ -1,4 +1,4 @@
-"""Reading a checkpoint's JSON files with errors that name the file."""
+"""Reads a checkpoint's JSON files; errors name the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file not found; a checkpoint folder must hold it") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: must be a readable JSON file; {error}") from None
+        raise CheckpointError(f"{path}: must be a readable JSON file; {error}. Fetch it again") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; found {type(data).__name__}")
+        raise CheckpointError(f"{path}: must hold a JSON object; found {type(data).__name__}. Fetch it again")
     return data

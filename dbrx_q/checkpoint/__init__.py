@@ -1,1 +1,16 @@
-"""To be written."""
+"""Checkpoints on disk and on the hub: folders of safetensors shards with a config.json, plain or quantized by dbrx_q.
+
+Begin with `folder.py`: `Checkpoint` opens a folder or a `ShardSource`, checks that exactly the tensors that config.json calls for are
+stored, with their shapes and dtypes, and reads them one by one.
+
+- `layout.py`: the names, shapes, kinds and orientations of DBRX's tensors, and the stored parts of a packed one.
+- `folder.py`: `Checkpoint`, the index of its shards, and the check for NaN and infinity.
+- `safetensors_file.py`: one shard. The safetensors package judges the header; tensors are read in place, and a shard is written tensor by
+  tensor.
+- `manifest.py`: manifest.json, with a SHA-256 for every file of a quantized checkpoint and statistics of every tensor.
+- `inventory.py`: counts, formats and bytes by kind of tensor, for `inspect`.
+- `staging.py`: a destination folder that appears only when it is complete, and can be resumed.
+- `hub.py`: hub ids become local folders; uploads.
+- `remote_shards.py`: a repository on the hub as a `ShardSource`, whose shards are fetched while `quantize` works on it.
+- `user_cache.py`: the user's cache folder of this package.
+"""

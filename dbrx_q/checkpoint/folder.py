@@ -1,4 +1,4 @@
-"""A checkpoint folder, plain or quantized: opened, checked against its config.json, and read tensor by tensor."""
+"""A checkpoint, plain or quantized: opened, checked against its config.json, and read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "c
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# The whole numbers that have their bits, and infinity's.
+# The integer dtype of the same size, and infinity's bits in it.
 _INFINITY = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
-_FINITE_STEP = 1 << 18  # elements looked at together, twice: half a MB of bfloat16, so that they stay in cache
+_FINITE_STEP = 1 << 18  # elements a step, which are read twice: half a MB of bfloat16 stays in cache
 
 
 class Shard(Protocol):
-    """A safetensors file whose header is known, as `SafetensorsFile`; the file itself may come when it is read."""
+    """A safetensors file of which the header is known, such as a `SafetensorsFile`; the file may be fetched when a tensor is read."""
 
     path: Path
+    """The file, which need not exist yet."""
     size: int
+    """Bytes of the file."""
     tensors: dict[str, TensorInfo]
+    """The tensors by name, in the order of their bytes."""
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor `name`."""
@@ -52,72 +55,78 @@ _AnyShard = TypeVar("_AnyShard", bound=Shard)
 
 
 class ShardSource(Protocol):
-    """Where a checkpoint comes from that is not a folder with all its files: its shards are fetched as they are read.
-
-    Attributes:
-        folder: holds the small files, config.json and the index among them.
-        commit: the version of the files; another has another.
-        storage: the folder that fetched shards lie in; it need not exist.
-    """
+    """A checkpoint whose shards are fetched when they are read, such as a hub repository."""
 
     folder: Path
+    """Holds the small files, config.json and the index among them."""
     commit: str
+    """Identifies the version of the files."""
     storage: Path
+    """The folder that shards are fetched to; it need not exist."""
 
     def open_all(self, names: Sequence[str]) -> Sequence[Shard]:
-        """The shards of these file names, by their headers."""
+        """Open the shards of these file names: fetch their headers, not their tensors."""
 
     def expect(self, names: Sequence[str]) -> None:
-        """Say from which shard each of the next pieces of work reads, in order."""
+        """Announce the shard that each of the next pieces of work reads, in order."""
 
     def done(self) -> None:
-        """The next piece of work that was expected reads no more: a shard that none of the later ones reads may go."""
+        """End the first of the announced pieces of work; a shard that no later one reads may be deleted."""
 
     def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        """(bytes to fetch for such work, bytes of disk that fetched shards take at most meanwhile); those that are there not counted."""
+        """(bytes to fetch for work that reads these shards in this order, bytes of disk that fetched shards take at most meanwhile).
+
+        Shards that are on this machine already are not counted.
+        """
 
     def stop(self) -> None:
-        """Let nobody wait for a shard that has not come, until shards are opened again."""
+        """Start no more downloads and end all waits for them, until shards are opened again."""
 
     def close(self, *, keep: bool) -> None:
-        """End the use of it; keep: whether what was fetched to be deleted after use stays for a later run."""
+        """Stop, and delete the shards that are deleted after use, unless a later run shall find them (`keep`)."""
 
 
 class Checkpoint:
     """An open checkpoint; use it as a context manager.
 
-    Every tensor that the configuration calls for is there with its shape and dtype, and nothing else is, before anything is read.
+    Opening checks that exactly the tensors that the configuration calls for are stored, with their shapes and dtypes.
 
     Args:
-        place: the folder that it lies in, or what its shards are fetched from.
-
-    Attributes:
-        folder: where it lies; the small files alone where its shards are fetched.
-        source: what its shards are fetched from; None for a folder.
-        config: its `DbrxConfig`.
-        raw_config: config.json as it is, with the keys that inference ignores.
-        formats: the packed tensors and their formats; empty for a plain checkpoint.
-        tensors: every tensor of the model by its plain name.
-        infos: every stored tensor (part) by its stored name.
+        location: a folder that holds all files, or a source that fetches the shards.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape or dtype.
         ConfigError: config.json is of another model or holds a value that no DBRX can have.
     """
 
-    def __init__(self, place: Path | ShardSource) -> None:
-        self.source = None if isinstance(place, Path) else place
-        self.folder = folder = place if isinstance(place, Path) else place.folder
-        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
+    folder: Path
+    """The folder of config.json; of the shards too, unless a source fetches them."""
+    source: ShardSource | None
+    """What fetches the shards; None for a folder."""
+    config: DbrxConfig
+    """The model's configuration."""
+    raw_config: dict[str, Any]
+    """config.json with the keys that inference ignores."""
+    formats: dict[str, TensorFormat]
+    """Formats of the packed tensors, by plain name; empty for a plain checkpoint."""
+    tensors: dict[str, DenseTensor]
+    """Every tensor of the model, by plain name."""
+    infos: dict[str, TensorInfo]
+    """Every stored tensor, which may be a part of a packed one, by stored name."""
+
+    def __init__(self, location: Path | ShardSource) -> None:
+        self.source = None if isinstance(location, Path) else location
+        self.folder = folder = location if isinstance(location, Path) else location.folder
+        self.raw_config = read_json_object(folder / "config.json")
         quantization = self.raw_config.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config must be an object; found {quantization!r:.80}")
         self.config = DbrxConfig.from_dict(self.raw_config, source=str(folder / "config.json"))
-        self.formats: dict[str, TensorFormat] = tensor_formats(self.config, str(folder / "config.json"))
-        self.tensors: dict[str, DenseTensor] = {tensor.name: tensor for tensor in dense_tensors(self.config)}
+        self.formats = tensor_formats(self.config, str(folder / "config.json"))
+        self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
             self._file_of: Mapping[str, Shard] = open_shards(folder, stack) if self.source is None else _fetched_shards(self.source, stack)
-            self.infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._file_of.items()}
+            self.infos = {name: file.tensors[name] for name, file in self._file_of.items()}
             self._check_tensors()
             self._open_files = stack.pop_all()
 
@@ -142,17 +151,17 @@ class Checkpoint:
         return {file.path.name: file.size for file in self._file_of.values()}
 
     def expect(self, names: Sequence[str]) -> None:
-        """Say which stored tensor each of the next pieces of work reads, in order; see `ShardSource.expect`."""
+        """Announce the stored tensor that each of the next pieces of work reads, in order; see `ShardSource.expect`."""
         if self.source is not None:
             self.source.expect([self._file_of[name].path.name for name in names])
 
     def done(self) -> None:
-        """The next piece of work that was expected reads no more."""
+        """End the first of the announced pieces of work; see `ShardSource.done`."""
         if self.source is not None:
             self.source.done()
 
     def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        """As `ShardSource.to_fetch`, for work that reads these stored tensors; nothing for a folder."""
+        """As `ShardSource.to_fetch`, for work that reads these stored tensors; (0, 0) for a folder."""
         return (0, 0) if self.source is None else self.source.to_fetch([self._file_of[name].path.name for name in names])
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -204,7 +213,7 @@ class Checkpoint:
 
 
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
-    """Every stored tensor's file in `folder`, by the tensor's name; `stack` closes the files.
+    """The file of every stored tensor in `folder`, by the tensor's name; `stack` closes the files.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the index names other tensors than the shards hold.
@@ -215,23 +224,28 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
 
 
 def _fetched_shards(source: ShardSource, stack: ExitStack) -> dict[str, Shard]:
-    """As `open_shards`."""
+    """As `open_shards`, for shards that `source` fetches."""
 
-    def opened(names: Sequence[str]) -> Sequence[Shard]:
+    def open_all(names: Sequence[str]) -> Sequence[Shard]:
         shards = source.open_all(names)
         for shard in shards:
             stack.callback(shard.close)
         return shards
 
     stack.callback(source.stop)
-    return _by_tensor(source.folder, opened)
+    return _by_tensor(source.folder, open_all)
 
 
-def _by_tensor(folder: Path, opened: Callable[[Sequence[str]], Sequence[_AnyShard]]) -> dict[str, _AnyShard]:
-    """The shards that the index names, or the only one, checked against each other; `opened` gives them by their names."""
+def _by_tensor(folder: Path, open_all: Callable[[Sequence[str]], Sequence[_AnyShard]]) -> dict[str, _AnyShard]:
+    """The shard of every tensor, by the tensor's name, after a check that the index and the shards name the same tensors.
+
+    Args:
+        folder: holds the index, unless the checkpoint is a single shard.
+        open_all: opens shards by their file names.
+    """
     index = folder / INDEX_NAME
     if not index.exists():
-        (file,) = opened([SINGLE_NAME])
+        (file,) = open_all([SINGLE_NAME])
         return dict.fromkeys(file.tensors, file)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -240,7 +254,7 @@ def _by_tensor(folder: Path, opened: Callable[[Sequence[str]], Sequence[_AnyShar
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
-    files = dict(zip(shards, opened(shards), strict=True))
+    files = dict(zip(shards, open_all(shards), strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name} is missing, which {INDEX_NAME} places here. Fetch the shard again")
@@ -257,13 +271,13 @@ def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     """Refuse NaN and infinity in a floating-point tensor.
 
     Raises:
-        CheckpointError: with the tensor's name and the file's.
+        CheckpointError: names the tensor and its file.
     """
     if tensor.dtype not in _INFINITY:
         return
     kind, infinity = _INFINITY[tensor.dtype]
     for piece in tensor.view(-1).view(kind).split(_FINITE_STEP):
-        # As whole numbers, positive floats, and negative ones but for the sign, lie in the order of their size: infinity, then NaN.
+        # Read as integers, floats without their sign bit are ordered by size, then follow infinity and all NaNs.
         signed = piece.numpy()
         unsigned = signed.view(f"u{signed.dtype}")
         if signed.size and not (signed.max() < infinity and int(unsigned.max()) - (1 << 8 * signed.itemsize - 1) < infinity):

@@ -1,4 +1,4 @@
-"""Folders and hub ids: one of them becomes a local path."""
+"""A checkpoint's folder or hub id becomes a local path; finished checkpoints are pushed to the hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from dbrx_q.errors import CheckpointError, DbrxError, RequestError
 
-__all__ = ["SMALL_FILES", "check_push", "fetched", "hub_errors", "is_on_hub", "push", "resolve_file", "resolve_folder"]
+__all__ = ["SMALL_FILES", "call_in_thread", "check_push", "hub_errors", "is_on_hub", "push", "resolve_file", "resolve_folder"]
 
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
-"""Of a repository, besides its weights."""
-# Weights in other containers (.bin is a pickle) and the repository's pictures are never fetched.
+"""Patterns of the files of a repository that a checkpoint needs besides its weights."""
+# Other files are never fetched, such as pictures, and weights in other containers (.bin is a pickle).
 _WANTED = ["*.safetensors", *SMALL_FILES]
 _FALLBACK = "fallback/*"  # see `fallback.py`
 
@@ -25,59 +25,64 @@ _FALLBACK = "fallback/*"  # see `fallback.py`
 def resolve_folder(
     path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, fallback: bool = False
 ) -> Path:
-    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first, with the fallback copy that it carries only if
-    `fallback` says so.
+    """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first.
+
+    Args:
+        path_or_hub_id: a folder, or owner/name on the hub.
+        revision: branch, tag or commit; None for the main branch.
+        token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
+        fallback: whether the fallback copy that the repository carries is downloaded too.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
     """
-    local = _local(path_or_hub_id)
+    local = _local_path(path_or_hub_id)
     if local is not None:
         if not local.is_dir():
             raise CheckpointError(f"{local}: a checkpoint is a folder; found a file. Give the folder that holds config.json")
         return local
     from huggingface_hub import snapshot_download
 
-    without = None if fallback else [_FALLBACK]
+    ignored = None if fallback else [_FALLBACK]
     with hub_errors(path_or_hub_id):
         return Path(
-            fetched(
+            call_in_thread(
                 lambda: snapshot_download(
-                    str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=without
+                    str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=ignored
                 )
             )
         )
 
 
 def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """One file of a checkpoint, fetched alone where the checkpoint is on the hub.
+    """The path of one file of a checkpoint; of a checkpoint on the hub, only this file is downloaded.
 
     Raises:
         CheckpointError: as for `resolve_folder`, or the repository has no such file.
     """
-    local = _local(path_or_hub_id)
+    local = _local_path(path_or_hub_id)
     if local is not None:
         return resolve_folder(local) / name
     from huggingface_hub import hf_hub_download
 
     with hub_errors(path_or_hub_id):
-        return Path(fetched(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
+        return Path(call_in_thread(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
 
 
 def is_on_hub(path_or_hub_id: str | os.PathLike[str]) -> bool:
-    """Whether it names a repository and no folder here.
+    """Whether `path_or_hub_id` names a repository on the hub and no local folder.
 
     Raises:
         CheckpointError: it can name neither.
     """
-    return _local(path_or_hub_id) is None
+    return _local_path(path_or_hub_id) is None
 
 
 def check_push(repository: str, *, private: bool = True) -> None:
-    """Make the repository unless it exists, so that a push will not fail hours later for want of a right.
+    """Create the repository unless it exists, so that a missing right shows before hours of work and not after.
 
     Raises:
-        RequestError: no token, a token that the hub refuses or that may not write there, or a name that is no hub id.
+        RequestError: there is no token, the hub refuses it or it may not write to `repository`, or that is no hub id.
     """
     from huggingface_hub import HfApi
 
@@ -85,10 +90,10 @@ def check_push(repository: str, *, private: bool = True) -> None:
         raise RequestError(f"--push must name a repository as owner/name; found {repository!r}")
     api = HfApi()
     try:
-        who = api.whoami()
-        own = [str(who["name"]), *(str(each["name"]) for each in who.get("orgs", []))]
-        if repository.split("/")[0] not in own:
-            raise RequestError(f"{repository}: the token must belong to its owner; found one of {', '.join(own)}. Push to one of these")
+        account = api.whoami()
+        owners = [str(account["name"]), *(str(organization["name"]) for organization in account.get("orgs", []))]
+        if repository.split("/")[0] not in owners:
+            raise RequestError(f"{repository}: the token must belong to its owner; found one of {', '.join(owners)}. Push to one of these")
         api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
     except RequestError:
         raise
@@ -100,16 +105,18 @@ def check_push(repository: str, *, private: bool = True) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a finished checkpoint; the address of the commit. What the hub has already is not sent again.
+    """Upload a finished checkpoint and return the address of the commit. Files that the hub already has are not sent again.
 
     Raises:
-        RequestError: it failed; the folder is as it was.
+        RequestError: the upload failed; the folder is unchanged.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        return fetched(lambda: str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=_COMMIT_MESSAGE).commit_url))
+        return call_in_thread(
+            lambda: str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=_COMMIT_MESSAGE).commit_url)
+        )
     except Exception as error:
         raise RequestError(
             f"{folder}: complete, but pushing it to {repository} failed: {_first_line(error)}. Push it again with "
@@ -117,7 +124,7 @@ def push(folder: Path, repository: str) -> str:
         ) from None
 
 
-def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
+def _local_path(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(path_or_hub_id)
     path = Path(text).expanduser()
     if path.exists():
@@ -127,14 +134,14 @@ def _local(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def fetched(fetch: Callable[[], str]) -> str:
-    """What `fetch` returns, from a thread: the client itself would answer Ctrl-C only when the files under way have come."""
+def call_in_thread(call: Callable[[], str]) -> str:
+    """The result of `call`, which runs in a thread: in the main thread, the hub's client answers Ctrl-C only between two files."""
     results: list[str] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            results.append(fetch())
+            results.append(call())
         except BaseException as error:
             errors.append(error)
 
@@ -147,7 +154,12 @@ def fetched(fetch: Callable[[], str]) -> str:
 
 
 class hub_errors:  # noqa: N801 # used as a with statement, like a function
-    """Turns what the hub client raises into a CheckpointError that says what to do. file: that is fetched of a repository that is there."""
+    """A with block in which errors of the hub's client become CheckpointErrors that state the next step.
+
+    Args:
+        repository: the hub id.
+        file: the file that the block fetches, where the repository is known to exist; else the errors are about the repository.
+    """
 
     def __init__(self, repository: str | os.PathLike[str], file: str = "") -> None:
         self.repository, self.file = os.fspath(repository), file
@@ -157,7 +169,7 @@ class hub_errors:  # noqa: N801 # used as a with statement, like a function
 
         from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
-        # The client logs every attempt that it repeats; what matters is in the error at the end.
+        # The client logs every failed attempt before it repeats it; the last error is reported anyway.
         self.verbosity = get_verbosity()
         set_verbosity(logging.ERROR)
 
@@ -170,7 +182,8 @@ class hub_errors:  # noqa: N801 # used as a with statement, like a function
             return
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CheckpointError(
-                f"{self.repository}: the hub's cache has no room for it; free some, or set HF_HOME to another disk"
+                f"{self.repository}: the disk of the hub's cache must have room for the repository; it is full. "
+                "Free some, or set HF_HOME to a folder on another disk"
             ) from None
         if isinstance(error, Exception) and self.file:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, by kind of tensor; from its headers alone."""
+"""Counts, formats and bytes of a checkpoint's tensors, by kind of tensor; read from the headers alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ __all__ = ["Inventory", "KindTotal", "take_inventory"]
 
 @dataclass
 class KindTotal:
-    """count: tensors of the plain model. format: as "int4:64", several joined by " + ". bytes: with scales and zero-points."""
+    """Totals of the tensors of one kind."""
 
     count: int = 0
+    """Tensors of the plain model."""
     format: str = ""
+    """Their format, such as "int4:64"; several are joined by " + "."""
     parameters: int = 0
+    """Elements of these tensors."""
     bytes: int = 0
+    """Bytes as stored, with scales and zero-points."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -29,10 +33,12 @@ class KindTotal:
 
 @dataclass
 class Inventory:
-    """kinds: name to `KindTotal`. total: all of them; headers are not counted."""
+    """Totals of a checkpoint; headers are not counted."""
 
     kinds: dict[str, KindTotal] = field(default_factory=dict)
+    """Totals by kind of tensor."""
     total: KindTotal = field(default_factory=KindTotal)
+    """Totals of all kinds together; without a format."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `dbrx-q inspect --json`."""

@@ -1,4 +1,4 @@
-"""manifest.json: what a quantized checkpoint's files must be, and how well each tensor was kept."""
+"""manifest.json: sizes and hashes of a quantized checkpoint's files, and the quantization error of each tensor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ _STEP_BYTES = 1 << 24
 
 @dataclass
 class Manifest:
-    """shards, files: name to {"bytes", "sha256"}. tensors: name to statistics."""
+    """The contents of a checkpoint's manifest.json."""
 
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{"bytes", "sha256"} of every safetensors file, by file name."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{"bytes", "sha256"} of every other file, by file name."""
     tensors: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Statistics of every tensor, by its plain name."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file."""
@@ -31,7 +34,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a checkpoint, None where it has none.
+        """The manifest of a checkpoint; None where there is none.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -46,12 +49,14 @@ class Manifest:
                 if Path(name).name != name or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                     raise ValueError(f"entry {name!r}")
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: must list shards and files with their bytes and sha256; found a wrong {error}") from None
+            raise CheckpointError(
+                f"{path}: must list shards and files with their bytes and sha256; found a wrong {error}. Fetch it again"
+            ) from None
         return manifest
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `on_bytes` hears of every piece read."""
+    """The SHA-256 of a file, in hexadecimal; `on_bytes` is called with the bytes of every piece read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_STEP_BYTES):

@@ -1,8 +1,8 @@
 """A folder that appears under its final name only when it is complete.
 
-It is built in `NAME.partial` beside it. A marker file in there is locked as long as somebody works on it, so that two runs never
-share one, and a folder of that name that holds no marker is somebody else's and is left alone. A run that can be resumed writes into
-the marker what it has finished.
+A run builds it in `NAME.partial` beside the destination and holds a lock on a marker file in there, so that two runs never share it. A
+folder of that name without a marker belongs to another program and is left alone. A run that can be resumed writes its progress into the
+marker.
 """
 
 from __future__ import annotations
@@ -28,35 +28,37 @@ _RESERVE_BYTES = 16 << 20  # small files beside the weights
 def staged_folder(
     destination: Path, needed: int, *, resume: bool | None = None, keep: Callable[[BaseException], bool] = lambda error: False
 ) -> Iterator[Path]:
-    """Gives the folder to write into; it becomes `destination` when the block ends, and is removed when the block fails.
+    """Yields the folder to write into; it becomes `destination` when the block ends, and is removed when the block fails.
 
     Args:
         destination: a folder that does not exist or is empty.
         needed: bytes that will be written.
-        resume: whether to go on with what an earlier run left, which wrote of its progress into the marker; False refuses to throw that
-            away, None (for what cannot be resumed) does.
-        keep: whether what was begun stays in spite of an error, for a later run; what an earlier one began always does.
+        resume: True continues an earlier run whose marker records progress; False refuses to discard that progress; None discards it, for
+            work that cannot be resumed.
+        keep: called with the error of a failed block; returns whether the folder stays for a later run. A folder that was resumed always
+            stays.
 
     Raises:
-        RequestError: a destination that is not empty, cannot be written, has too little room, or is being written by another run; an
-            earlier run's progress without `resume`.
+        RequestError: the destination is not empty, cannot be written, has too little room, or is being written by another run; or an
+            earlier run's progress is stored there and `resume` is False.
     """
     check_destination(destination)
     target = Path(os.path.realpath(destination))
     partial = partial_of(destination)
     absent = [folder for folder in partial.parents if not folder.exists()]
-    marker, begun = -1, False
+    marker, resumed = -1, False
     try:
-        marker, begun = _claim(partial, resume)
+        marker, resumed = _claim(partial, resume)
         free = shutil.disk_usage(partial).free + _size_of(partial)
         if free < needed + _RESERVE_BYTES:
-            where = partial.parent
-            raise RequestError(f"{where}: the result takes {needed:,} bytes and the disk has {free:,} free. Make room or choose another")
+            raise RequestError(
+                f"{partial.parent}: the result takes {needed:,} bytes and the disk has {free:,} free. Make room or choose another"
+            )
         yield partial
         _move_into_place(partial, target)
         os.unlink(target / MARKER_NAME)
     except BaseException as error:
-        kept = marker >= 0 and (begun or keep(error))
+        kept = marker >= 0 and (resumed or keep(error))
         if not kept:
             _discard(partial if marker >= 0 else None, absent)
         if not isinstance(error, OSError) or (error.filename and not str(error.filename).startswith(str(partial))):
@@ -70,16 +72,16 @@ def staged_folder(
 
 
 def partial_of(destination: Path) -> Path:
-    """The folder in which a destination is built."""
+    """The folder in which `destination` is built."""
     target = Path(os.path.realpath(destination))
     return target.with_name(target.name + ".partial")
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse a destination that holds something.
+    """Refuse a destination that holds files.
 
     Raises:
-        RequestError: it is a file or a folder that is not empty.
+        RequestError: it is a file, or a folder that is not empty.
     """
     if destination.exists() and not destination.is_dir():
         raise RequestError(f"{destination}: the destination must be a folder; found a file. Give another name")
@@ -88,26 +90,26 @@ def check_destination(destination: Path) -> None:
 
 
 def _claim(partial: Path, resume: bool | None) -> tuple[int, bool]:
-    """Make the folder ours; the open and locked marker, and whether an earlier run's progress lies there."""
+    """Take possession of the folder; (the open and locked marker, whether the folder holds an earlier run's progress)."""
     busy = RequestError(f"{partial}: another run is writing here. Wait for it or give another name")
-    empty = partial.is_dir() and not any(partial.iterdir())  # left by a run that ended before it could mark it
+    empty = partial.is_dir() and not any(partial.iterdir())  # left by a run that ended before it wrote the marker
     if partial.exists() and not empty:
         if not (partial / MARKER_NAME).is_file():
             raise RequestError(
-                f"{partial}: the result is built here, but this was made by something else. Move it away or give another name"
+                f"{partial}: the result is built in this folder, but it was made by something else. Move it away or give another name"
             )
-        left = os.open(partial / MARKER_NAME, os.O_RDWR)
+        old_marker = os.open(partial / MARKER_NAME, os.O_RDWR)
         try:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if resume is not None and os.fstat(left).st_size:
+            fcntl.flock(old_marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if resume is not None and os.fstat(old_marker).st_size:
                 if resume:
-                    return os.dup(left), True  # which keeps the lock
-                raise RequestError(f"{partial}: an unfinished run lies here. Go on from it with --resume, or remove it")
+                    return os.dup(old_marker), True  # the copy keeps the lock
+                raise RequestError(f"{partial}: this folder holds an unfinished run. Continue it with --resume, or remove it")
             shutil.rmtree(partial)  # left by a run that was killed
         except BlockingIOError:
             raise busy from None
         finally:
-            os.close(left)
+            os.close(old_marker)
     partial.mkdir(parents=True, exist_ok=empty)
     try:
         marker = os.open(partial / MARKER_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -123,7 +125,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
-    os.rename(partial, target)  # takes the place of an empty folder; fails if something was put there meanwhile
+    os.rename(partial, target)  # replaces an empty folder; fails if files were put there meanwhile
     with suppress(OSError):  # the result is complete, whether or not this file system can sync a folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -133,7 +135,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
 
 
 def _discard(partial: Path | None, absent: Sequence[Path]) -> None:
-    """Remove what was begun and the folders that were made for it; a further Ctrl-C waits until that is done."""
+    """Remove the unfinished folder and the parents that were created for it; Ctrl-C is ignored meanwhile."""
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:

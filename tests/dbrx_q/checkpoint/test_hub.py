@@ -37,24 +37,32 @@ WEIGHTS = 1 << 20  # bytes that only the weights exceed
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one folder as one repository, and takes another from those who have the token."""
+    """Serves one folder as one repository, and accepts uploads to another with the right token."""
 
     folder: Path
-    asked: list[str]
-    whole: list[str]  # names of files that were sent from the first byte to the last
+    """The files of the repository."""
+    requested: list[str]
+    """Paths of all requests."""
+    sent_whole: list[str]
+    """Names of the files that were sent from the first byte to the last."""
     uploaded: dict[str, bytes]
-    fails: str = ""  # a file that cannot be had at the moment
+    """Files of the other repository, by name."""
+    fails: str = ""
+    """A file or an address for which the hub answers with an error."""
     address: str
-    begun: threading.Event  # the weights are on their way
-    released: threading.Event  # they may arrive
+    """The hub's URL."""
+    sending: threading.Event
+    """Set when the hub begins to send weights."""
+    released: threading.Event
+    """Set when it may send the rest of them."""
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        self.asked.append(path)
+        self.requested.append(path)
         files = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
         if path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._json({"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
-        elif path.startswith(f"/api/models/{REPOSITORY}/tree/") and self.asked.count(path) == 1:
+        elif path.startswith(f"/api/models/{REPOSITORY}/tree/") and self.requested.count(path) == 1:
             self._reply(503, b"busy; ask again")
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             entries = [{"type": "file", "path": name, "size": file.stat().st_size, "oid": _sum(file)} for name, file in files.items()]
@@ -79,12 +87,12 @@ class Hub(BaseHTTPRequestHandler):
             self._reply(500, b"broken")
             return
         if self.command == "GET":
-            self.whole.append(file.relative_to(self.folder).as_posix())
+            self.sent_whole.append(file.relative_to(self.folder).as_posix())
         self._reply(200, data, **headers)
 
     def do_POST(self) -> None:
         path, body = urlsplit(self.path).path, self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.asked.append(path)
+        self.requested.append(path)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}" or self.fails == path:
             self._reply(403, b'{"error":"Forbidden"}')
         elif path == "/api/repos/create":
@@ -96,7 +104,7 @@ class Hub(BaseHTTPRequestHandler):
             self._json({"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]})
         elif path == f"/{PUSHED}.git/info/lfs/objects/batch":
             objects = [
-                {**each, "actions": {"upload": {"href": f"{self.address}/upload/{each['oid']}"}}} for each in json.loads(body)["objects"]
+                {**entry, "actions": {"upload": {"href": f"{self.address}/upload/{entry['oid']}"}}} for entry in json.loads(body)["objects"]
             ]
             self._json({"transfer": "basic", "objects": objects})
         elif path == f"/api/models/{PUSHED}/commit/main":
@@ -129,7 +137,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[:WEIGHTS])
             if len(body) > WEIGHTS:
-                self.begun.set()
+                self.sending.set()
                 self.released.wait()
                 with suppress(ConnectionError):
                     self.wfile.write(body[WEIGHTS:])
@@ -143,10 +151,10 @@ def _sum(file: Path) -> str:
 def hub(nano: Path) -> Iterator[type[Hub]]:
     class OneHub(Hub):
         folder = nano
-        asked: list[str] = []  # noqa: RUF012 # of this class alone
-        whole: list[str] = []  # noqa: RUF012
+        requested: list[str] = []  # noqa: RUF012 # of this class alone
+        sent_whole: list[str] = []  # noqa: RUF012
         uploaded: dict[str, bytes] = {}  # noqa: RUF012
-        begun, released = threading.Event(), threading.Event()
+        sending, released = threading.Event(), threading.Event()
 
     OneHub.released.set()
     with ThreadingHTTPServer(("127.0.0.1", 0), OneHub) as server:
@@ -180,26 +188,26 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def downloads(hub: type[Hub]) -> list[str]:
-    return [path.rsplit("/", 1)[1] for path in hub.asked if "/resolve/" in path]
+    return [path.rsplit("/", 1)[1] for path in hub.requested if "/resolve/" in path]
 
 
 def test_commands_take_a_hub_id(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
     code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--json"))
     assert code == 0, err
     assert json.loads(out)["bits_per_weight_in"] == 16
-    assert not any(word in err for word in ("503", "Retrying", "Warning"))  # that a request was repeated is nobody's business
+    assert not any(word in err for word in ("503", "Retrying", "Warning"))  # a repeated request is not reported
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (nano / "tokenizer.json").read_bytes()
     fetched = downloads(hub)
     assert "model.safetensors" in fetched
-    assert "TRAINING.md" not in fetched  # not a file that a checkpoint needs
+    assert "TRAINING.md" not in fetched  # a checkpoint does not need this file
     code, out, err = finish(start(hub.address, tmp_path, "inspect", REPOSITORY, "--json"))
     assert code == 0, err
     assert json.loads(out)["bits_per_weight"] == 16
-    assert downloads(hub) == fetched  # the cache had it all
+    assert downloads(hub) == fetched  # all files were in the cache
 
 
 @pytest.mark.parametrize("place", ["unknown", "unreachable"])
-def test_a_repository_that_is_not_there(place: str, hub: type[Hub], tmp_path: Path) -> None:
+def test_a_repository_that_cannot_be_reached(place: str, hub: type[Hub], tmp_path: Path) -> None:
     address = hub.address if place == "unknown" else "http://127.0.0.1:9"
     code, out, err = finish(start(address, tmp_path, "quantize", "acme/unknown", tmp_path / "out"))
     assert (code, out) == (2, "")
@@ -211,7 +219,7 @@ def test_a_repository_that_is_not_there(place: str, hub: type[Hub], tmp_path: Pa
 def test_ctrl_c_ends_a_download(hub: type[Hub], tmp_path: Path) -> None:
     hub.released.clear()
     running = start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out")
-    assert hub.begun.wait(60)
+    assert hub.sending.wait(60)
     running.send_signal(signal.SIGINT)
     code, out, err = finish(running)
     assert (code, out) == (2, "")
@@ -222,7 +230,7 @@ def test_ctrl_c_ends_a_download(hub: type[Hub], tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
-    """The hub serves a checkpoint of a shard for each of five layers, and before them one for what comes first and last; their names."""
+    """The names of the shards that the hub serves: one with the embedding and the head, then one for each of five layers."""
     config = DbrxConfig(
         d_model=64,
         n_heads=2,
@@ -242,7 +250,7 @@ def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
     return names
 
 
-def test_a_fallback_copy_is_fetched_for_those_who_want_it(small: Path, hub: type[Hub], tmp_path: Path) -> None:
+def test_a_fallback_copy_is_fetched_on_request(small: Path, hub: type[Hub], tmp_path: Path) -> None:
     hub.folder = tmp_path / "served" / "dbrx-nano"
     for folder, fmt in ((hub.folder, "int8"), (hub.folder / FALLBACK_FOLDER, "int4")):
         formats = default_formats(DbrxConfig.from_pretrained(small), TensorFormat(fmt, 64))
@@ -262,10 +270,10 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def weights_sent(hub: type[Hub]) -> list[str]:
-    return [name for name in hub.whole if name.endswith(".safetensors")]
+    return [name for name in hub.sent_whole if name.endswith(".safetensors")]
 
 
-def test_shards_come_in_their_order_and_the_plan_needs_none(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
+def test_shards_are_fetched_in_order_and_none_for_the_plan(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
     code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--dry-run", "--json"))
     assert code == 0, err
     assert not weights_sent(hub)
@@ -282,7 +290,7 @@ def test_shards_come_in_their_order_and_the_plan_needs_none(hub: type[Hub], many
 
 
 @pytest.mark.parametrize("options", [(), ("--method", "awq", "--calibration", BOOK, "--sequences", 2, "--length", 64)])
-def test_low_disk_deletes_what_was_used(hub: type[Hub], many: list[str], tmp_path: Path, options: tuple[object, ...]) -> None:
+def test_low_disk_deletes_shards_after_use(hub: type[Hub], many: list[str], tmp_path: Path, options: tuple[object, ...]) -> None:
     storage, most = tmp_path / "out.source", 0
     running = start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk", *options)
     while running.poll() is None:
@@ -290,7 +298,7 @@ def test_low_disk_deletes_what_was_used(hub: type[Hub], many: list[str], tmp_pat
         time.sleep(0.002)
     code, _, err = finish(running)
     assert code == 0, err
-    assert 1 <= most <= 4  # the first one, the layer that is written, the one that is read and one ahead
+    assert 1 <= most <= 4  # the first shard, that of the layer being written, that of the layer being read, and one fetched ahead
     assert weights_sent(hub) == many
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "served"]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -299,7 +307,7 @@ def test_low_disk_deletes_what_was_used(hub: type[Hub], many: list[str], tmp_pat
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 
-def test_low_disk_goes_on_with_what_is_missing(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
+def test_low_disk_resumes_with_the_missing_shards(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
     hub.fails = many[4]
     code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk"))
     assert (code, out) == (2, "")
@@ -316,7 +324,7 @@ def test_low_disk_goes_on_with_what_is_missing(hub: type[Hub], many: list[str], 
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 
-def test_low_disk_leaves_a_folder_of_somebody_else_alone(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
+def test_low_disk_leaves_a_folder_of_another_program_alone(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
     mine = tmp_path / "out.source" / many[0]
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -346,7 +354,7 @@ def test_push_uploads_all(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
     assert code == 0, err
 
 
-def test_a_push_that_fails_leaves_the_result_and_can_be_done_again(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
+def test_a_failed_push_leaves_the_result_and_can_be_repeated(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
     hub.fails = f"/api/models/{PUSHED}/commit/main"
     command = ("quantize", nano, tmp_path / "out", "--push", PUSHED)
     code, _, err = finish(start(hub.address, tmp_path, *command, token=TOKEN))

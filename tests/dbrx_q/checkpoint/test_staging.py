@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete: nothing of anybody else's is touched, and two runs never share one."""
+"""Folders that appear when they are complete: files of other programs are left alone, and two runs never share a folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_that_name_of_another_program_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes.txt").write_text("mine")
     with (
-        pytest.raises(RequestError, match=r"out\.partial: the result is built here, but this was made by something else"),
+        pytest.raises(RequestError, match=r"out\.partial: the result is built in this folder, but it was made by something else"),
         staged_folder(tmp_path / "out", 1),
     ):
         pass
@@ -52,19 +52,19 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", [None, False, True])
-def test_a_run_that_ended_before_it_marked_its_folder_is_no_obstacle(resume: bool | None, tmp_path: Path) -> None:
+def test_an_empty_folder_of_a_run_that_ended_before_its_marker_is_taken_over(resume: bool | None, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     with staged_folder(tmp_path / "out", 10, resume=resume) as partial:
         (partial / "a").write_text("x")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
 
 
-def test_a_run_that_marks_the_folder_in_the_same_moment_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_that_writes_the_marker_first_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.mkdir
 
     def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
         real(self, *arguments, **options)
-        (self / MARKER_NAME).touch()  # by the other
+        (self / MARKER_NAME).touch()  # by the other run
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     with pytest.raises(RequestError, match="another run is writing here"), staged_folder(tmp_path / "out", 10):
@@ -72,7 +72,7 @@ def test_a_run_that_marks_the_folder_in_the_same_moment_has_it(tmp_path: Path, m
     assert (tmp_path / "out.partial" / MARKER_NAME).exists()
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "out", 10) as partial:
         (partial / "old").write_text("x")
         shutil.copytree(partial, tmp_path / "copy")

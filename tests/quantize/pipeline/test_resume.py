@@ -167,7 +167,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=says):
             quantize_checkpoint(source, out, asked, resume=True)
         assert sums(partial) == before
-    with pytest.raises(RequestError, match=r"out\.partial: an unfinished run lies here\. Go on from it with --resume, or remove it"):
+    with pytest.raises(RequestError, match=r"out\.partial: this folder holds an unfinished run\. Continue it with --resume, or remove it"):
         quantize_checkpoint(source, out, request("gptq"))
     assert sums(partial) == before
 
@@ -212,7 +212,7 @@ def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Pat
     partial = begun(nano, out, asked, 20)
     done = cli("quantize", nano, out)
     assert (done.code, done.out) == (2, "")
-    assert "an unfinished run lies here. Go on from it with --resume" in done.err
+    assert "this folder holds an unfinished run. Continue it with --resume" in done.err
     done = cli("quantize", nano, out, "--resume")
     assert done.code == 0, done.err
     assert "of earlier runs" in done.out
