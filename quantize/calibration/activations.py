@@ -1,4 +1,4 @@
-"""Activations of the calibration's tokens, in memory or, where they outgrow it, in a file.
+"""Activations of the calibration tokens, in memory or in a file.
 
 Dimension letters: `T` tokens, `D` channels.
 """
@@ -19,12 +19,12 @@ _STEP_BYTES = 32 << 20
 
 
 class ActivationStore:
-    """float32 [T, D], zeros at first.
+    """A float32 matrix [T, D], zeros at first.
 
     Args:
         tokens: T.
         channels: D.
-        path: a file to hold them, which is made; None holds them in memory.
+        path: the file to create for them; None for memory.
     """
 
     def __init__(self, tokens: int, channels: int, path: Path | None = None) -> None:
@@ -41,7 +41,7 @@ class ActivationStore:
         return self.tokens * self.channels * 4
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """Rows first .. first+count-1; not to be written to."""
+        """Rows first .. first + count - 1, which the caller must not change."""
         if self._memory is not None:
             return self._memory[first : first + count]
         out = torch.empty(min(count, self.tokens - first), self.channels)
@@ -49,7 +49,7 @@ class ActivationStore:
         return out
 
     def write(self, first: int, values: torch.Tensor) -> None:
-        """Replace rows first .. by values [n, D], which may lie on any device."""
+        """Replace rows first .. by values [n, D], on any device."""
         if self._memory is not None:
             self._memory[first : first + len(values)] = values
         else:
@@ -79,23 +79,23 @@ class ActivationStore:
             yield first, self.read(first, min(count, self.tokens - first))
 
     def fill(self, count: int, values: Callable[[int, int], torch.Tensor]) -> None:
-        """Replace all by what `values`, called with (first row, rows), gives for `count` rows at a time."""
+        """Replace all rows by those that `values`, called with (first row, number of rows), returns for `count` rows at a time."""
         for first in range(0, self.tokens, count):
             self.write(first, values(first, min(count, self.tokens - first)))
 
     def save(self, path: Path) -> None:
-        """Write all to a file that is complete as soon as it has this name."""
-        begun = path.with_suffix(".begun")
-        with open(begun, "wb", buffering=0) as file:
+        """Write all rows to a file, which gets this name when it is complete."""
+        incomplete = path.with_suffix(".begun")
+        with open(incomplete, "wb", buffering=0) as file:
             done = 0
             for _, rows in self.pieces(self._step):
                 _write(file.fileno(), rows, done)
                 done += rows.nbytes
             os.fsync(file.fileno())
-        os.replace(begun, path)
+        os.replace(incomplete, path)
 
     def load(self, path: Path) -> None:
-        """Replace all by what `save` wrote.
+        """Replace all rows by those that `save` wrote.
 
         Raises:
             CheckpointError: a file of another size.
@@ -114,7 +114,7 @@ class ActivationStore:
             self.fill(self._step, rows)
 
     def close(self) -> None:
-        """Let go of the memory or the file."""
+        """Free the memory or close the file."""
         self._memory = None
         if self._fd >= 0:
             os.close(self._fd)
@@ -126,7 +126,7 @@ class ActivationStore:
 
 
 def _runs(tokens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """(place in `tokens`, first token, number) of neighbours that follow each other."""
+    """(index in `tokens`, first token, number) of every run of consecutive tokens."""
     if not len(tokens):
         return
     breaks = (tokens.diff() != 1).nonzero(as_tuple=True)[0] + 1

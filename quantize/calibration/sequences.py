@@ -1,4 +1,4 @@
-"""The tokens that calibrate: sequences of one length from a text."""
+"""The calibration tokens: sequences of one length from a text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["sequences_of"]
 
 
 def sequences_of(ids: Sequence[int], *, count: int, length: int, seed: int) -> torch.Tensor:
-    """int64 [B, length], B = `count` or as many as the text holds: windows side by side, drawn without repetition, in the text's order.
+    """int64 [B, length]: adjacent windows of the text, drawn without repetition, in the order of the text.
 
     Args:
-        ids: the text's tokens.
-        count: how many sequences.
-        length: tokens of each.
+        ids: the tokens of the text.
+        count: B, or more than the text has windows, all of which are then taken.
+        length: tokens of each sequence.
         seed: of the draw.
 
     Raises:

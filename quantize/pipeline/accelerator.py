@@ -1,4 +1,4 @@
-"""The GPU that a run may use, within a limit of its memory.
+"""The GPU that a run may use, within a limit on its memory.
 
 Dimension letters: `N` rows, `K` the reduction axis.
 """
@@ -19,45 +19,50 @@ __all__ = ["Accelerator", "open_accelerator"]
 
 _DEFAULT_SHARE = 0.9
 _TEMPORARIES = 16  # float32 copies of the rows that are rounded together
-_FEWEST_ROWS = 512  # for which it pays
-_SQUARES = 36  # bytes for each element of a Hessian: itself, drift and factor, and three times the factor in float64 while it is made
+_FEWEST_ROWS = 512  # rows from which the GPU is faster
+_SQUARES = 36  # bytes per element of a Hessian: itself, cross term and factor, and three times the factor in float64 while it is computed
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """device: a GPU. memory: bytes of it that tensors may take. name: what its maker calls it."""
+    """A GPU and its limit."""
 
     device: torch.device
+    """The GPU."""
     memory: int
+    """Bytes of its memory that tensors may take."""
     name: str
+    """The product name of the GPU."""
 
     @property
     def peak_bytes(self) -> int:
-        """The most that tensors have taken."""
+        """The most bytes that tensors have taken on it."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def rows(self, job: Job, method: Method, *, models: int) -> int:
-        """Of a matrix, how many rows are rounded together in this memory, beside its Hessian and the weights that activations pass; 0 where
-        that would be too few, and for a method that keeps up with the disk without."""
+        """How many rows of a matrix are rounded at a time, beside its Hessian and the weights for the activations.
+
+        0 where the memory suffices for too few rows, and for a method that keeps up with the disk on the CPU.
+        """
         if job.fmt is None or not method.in_pieces:
             return 0
         N, K = job.tensor.matrix
         taken = 0
         if method.calibrated:
             taken = (0 if method.squares else _SQUARES * K * K) + 4 * models * 3 * N * K
-        found = min(N, (self.memory - taken) // (4 * _TEMPORARIES * K))
-        return found if found >= min(N, _FEWEST_ROWS) else 0
+        rows = min(N, (self.memory - taken) // (4 * _TEMPORARIES * K))
+        return rows if rows >= min(N, _FEWEST_ROWS) else 0
 
 
 def open_accelerator(device: str, memory: int | None) -> Accelerator | None:
-    """The device of this name; None for "cpu". torch refuses to take more of its memory from now on.
+    """The device of this name; None for "cpu". From now on torch takes no more of its memory than the limit.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
-        memory: bytes; nine tenths of the device's unless given.
+        memory: bytes; 90 % of the device's memory unless given.
 
     Raises:
-        RequestError: no such device, or a limit that it cannot have.
+        RequestError: no such device, a limit above its memory, or a limit for the CPU.
     """
     place = check_device(device)
     if place.type == "cpu":

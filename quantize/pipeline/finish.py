@@ -75,7 +75,7 @@ def finish(run: Run, record: RunRecord, manifest: Manifest, folder: Path) -> Non
 
 def _default_name(run: Run) -> str:
     """As "dbrx-instruct-int4-g64"; where experts have several formats, with the bits per weight of all tensors."""
-    experts = sorted({job.format_name.replace(" ", "-").replace(":", "-g") for shard in run.shards for job in shard if job.expert >= 0})
+    experts = sorted({job.format_name.replace(":", "-g") for shard in run.shards for job in shard if job.expert >= 0})
     bits = f"{8 * run.plan.bytes_out / run.plan.parameters:.2f}-bits"
     return f"{Path(run.request.source or run.checkpoint.folder.name).name}-{experts[0] if len(experts) == 1 else bits}"
 

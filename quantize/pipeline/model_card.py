@@ -1,4 +1,4 @@
-"""The README.md of a quantized checkpoint, as the hub shows it."""
+"""The model card of a quantized checkpoint, its README.md on the hub."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HUB_LICENSES = {
 
 
 def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files: list[str]) -> str:
-    """Markdown with the hub's front matter; the same for the same input, options and seed: no times and no machine.
+    """Markdown with the hub's front matter. It names no times and no machine: the same input, options and seed give the same text.
 
     Args:
-        name: of the checkpoint, a folder's or the hub's.
-        source: the hub id or folder that it was made from, as it was named.
-        config: the model's.
-        run: what was made.
-        files: names that travel with the checkpoint, for its licence.
+        name: of the checkpoint: a folder or a hub id.
+        source: the hub id or folder of the original, as it was given.
+        config: of the model.
+        run: the record of the run.
+        files: names of the files in the checkpoint, among which the licence is looked up.
     """
     bits = 8 * run.bytes_out / run.parameters
     on_hub = not Path(source).exists() and source.count("/") == 1
@@ -61,18 +61,18 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
     ]
     lines += ["```python", "from dbrx_q import DbrxForCausalLM", f'model = DbrxForCausalLM.from_pretrained("{name}")', "```"]
     lines += ["", "## Formats", "", "| tensors | formats | bits per weight |", "|---|---|---|"]
-    for kind, each in bits_by_kind(run).items():
+    for kind, bits_per_weight in bits_by_kind(run).items():
         formats = sorted({record.format for record in run.records if record.kind == kind})
-        lines.append(f"| {kind} | {', '.join(formats)} | {each:.3f} |")
+        lines.append(f"| {kind} | {', '.join(formats)} | {bits_per_weight:.3f} |")
     lines += ["", "## How it was made", "", f"Quantization method `{run.method}`."]
     calibration = run.options.get("calibration")
     if calibration:
         lines += ["Calibration: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in calibration.items()) + "."]
-    fallen = sorted({(record.layer, record.expert) for record in run.undersampled})
-    if fallen:
-        fell = "were reached by too few of its tokens, and calibrated with all of their layer or without"
-        lines += ["", f"{len(fallen)} expert(s) {fell}."]
+    undersampled = {(record.layer, record.expert) for record in run.undersampled}
+    if undersampled:
+        data = "all tokens of their layer, or without data where the layer has too few"
+        lines += ["", f"{len(undersampled)} expert(s) were reached by too few tokens, and calibrated with {data}."]
     lines += ["", "| matrix | format | relative error, mean | largest |", "|---|---|---|---|"]
     lines += [f"| {matrix} | {fmt} | {mean:.4f} | {largest:.4f} |" for matrix, fmt, mean, largest, _ in error_table(run)]
-    lines += ["", "`quantization_report.md` says more; `dbrx-q compare` measures what was lost on a text."]
+    lines += ["", "`quantization_report.md` has the details; `dbrx-q compare` measures the loss on a text."]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""What a run will read and write, and what memory it takes: the quantizer keeps to its limits by this.
+"""The plan of a run: what it reads and writes, and the memory that it takes. It keeps the quantizer within its limits.
 
-Dimension letters: `T` the calibration's tokens, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis.
+Dimension letters: `T` calibration tokens, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis.
 """
 
 from __future__ import annotations
@@ -25,41 +25,51 @@ from .quantizer import TASK_ROWS
 
 __all__ = ["RunPlan", "plan_run", "seconds_of"]
 
-_SLACK = 1.1  # what the allocator keeps
+_SLACK = 1.1  # for memory that the allocator holds
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
-_PASSES = 10  # copies in memory that reading, rounding to nearest, hashing and writing take the time of
-_UNEVEN = 1.5  # times the mean of an expert's tokens
+_PASSES = 10  # copies in memory that take as long as reading, rounding to nearest, hashing and writing
+_UNEVEN = 1.5  # times the mean number of tokens of an expert
 _MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """bytes_in, bytes_out: of tensors. parameters: of the model. bits: kind of tensor to bits per weight, as written. base: bytes of this
-    process before. working: the most that tensors take beside the activations. activations: bytes of all streams of tokens, 0 without
-    calibration. in_files: whether those lie on the disk. kept_tokens: of an expert, whose hidden activations there is memory to keep. disk:
-    bytes that the destination's disk must have free. flops: of products, about. matrices: that are packed; accelerated: those of them that
-    a GPU rounds. fetch: bytes to be fetched from the hub. fetch_disk: that what was fetched takes at most.
-    """
+    """Sizes of a run before it begins."""
 
     bytes_in: int
+    """Bytes of the source's tensors."""
     bytes_out: int
+    """Bytes of the tensors to write."""
     parameters: int
+    """Of the model."""
     bits: dict[str, float]
+    """Bits per weight to write, for each kind of tensor."""
     base: int
+    """Bytes of memory that this process has before the run."""
     working: int
+    """The most bytes that tensors take beside the activations."""
     activations: int
+    """Bytes of the activations of all tokens; 0 without calibration."""
     in_files: bool
+    """Whether activations are stored in files."""
     kept_tokens: int
+    """Memory suffices to keep the hidden activations of an expert with at most so many tokens."""
     disk: int
+    """Bytes that the destination's disk must have free."""
     flops: float
+    """Floating-point operations of all matrix products, about."""
     matrices: int
+    """Number of matrices to pack."""
     accelerated: int
+    """Number of those that a GPU rounds."""
     fetch: int
+    """Bytes to fetch from the hub."""
     fetch_disk: int
+    """The most bytes that fetched shards take on the disk at a time."""
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that this process will have at most."""
+        """The most bytes of memory that this process will have."""
         return self.base + self.working + (0 if self.in_files else self.activations)
 
 
@@ -81,17 +91,17 @@ def plan_run(
     Args:
         checkpoint: the plain one.
         shards: as `jobs.shards_of` gives them.
-        method: that rounds.
+        method: the quantization method.
         tokens: T; 0 without calibration.
-        models: models that the tokens go through.
-        threads: that work.
-        base: bytes that this process has now.
+        models: how many models the tokens run through.
+        threads: number of worker threads.
+        base: bytes of memory that this process has now.
         memory: bytes that it may have; None for no limit.
-        accelerator: the GPU that rounds what fits there.
-        snapshots: whether a run can be resumed within the model.
+        accelerator: the GPU that rounds the matrices that fit there.
+        snapshots: whether calibration writes snapshots, so that a run can resume at a layer.
 
     Raises:
-        RequestError: it cannot be done in this memory; with the smallest in which it can.
+        RequestError: the memory does not suffice; the message names the least that would.
     """
     jobs = [job for shard in shards for job in shard]
     kinds: dict[str, tuple[int, int]] = {}
@@ -136,7 +146,7 @@ def plan_run(
 
 
 def seconds_of(plan: RunPlan) -> float:
-    """About how long it takes here: bytes at the speed of a copy in memory, products at that of one of 1024 x 1024, both tried now."""
+    """A rough time for this machine, from the speeds of a copy in memory and of a product of 1024 x 1024, both measured now."""
     matrix = torch.randn(1024, 1024)
     flops = 2 * 1024**3 / _least_seconds(lambda: matrix @ matrix)
     block = torch.empty(64 << 20, dtype=torch.uint8)
@@ -145,16 +155,16 @@ def seconds_of(plan: RunPlan) -> float:
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
-    found = []
+    seconds = []
     for _ in range(3):
         started = time.perf_counter()
         work()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int, threads: int) -> int:
-    """Bytes while one matrix is worked on, the next one is read and the last one is written."""
+    """Bytes while one matrix is rounded, the next one is read and the last one is written."""
     N, K = job.tensor.matrix if job.fmt is not None else (1, job.parameters)
     matrix, packed = 2 * N * K, job.nbytes
     if not tokens:
@@ -167,7 +177,8 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, models: 
     passing = 4 * piece * (3 * D + 3 * max(N, F if job.expert >= 0 else 0))
     if job.fmt is None or not method.calibrated or job.kind == "embedding":
         return weights + logits + passing
-    # Hessian, drift and factor of K x K, and twice the factor while it is made in float64; seven copies of a piece of inputs.
+    # Hessian, cross term and factor of K x K, and twice the factor while it is computed in float64; copies of a piece of
+    # inputs, four for each model.
     squares = 0 if method.squares else K * K * (8 + (4 if models == 2 else 0) + 12)
     moments = squares + 4 * piece * K * (4 * models)
     rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
@@ -175,15 +186,15 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, models: 
 
 
 def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int) -> float:
-    """Of a matrix: its share of the tokens through it, their outer products, and what rounding with a Hessian takes."""
+    """For one matrix: products with the tokens that reach it, their outer products, and rounding with a Hessian."""
     if job.fmt is None or job.kind == "embedding":
         return 0.0
     N, K = job.tensor.matrix
     ffn = config.ffn_config
-    here = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
-    through = 2.0 * here * N * K * models * (1.5 if job.expert >= 0 else 1)  # an expert's hidden activations are made twice
+    reaching = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
+    through = 2.0 * reaching * N * K * models * (1.5 if job.expert >= 0 else 1)  # hidden activations of experts are computed twice
     outer = rounding = 0.0
     if method.calibrated and not method.squares:
-        outer = 2.0 * here * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
+        outer = 2.0 * reaching * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
         rounding = (12.0 if method.compares else 3.0) * N * K * K
     return through + outer + rounding

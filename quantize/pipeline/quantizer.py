@@ -1,4 +1,4 @@
-"""One matrix after the other, in the order of the file: read, rounded, and told to the calibration."""
+"""One job: a matrix is read, fitted, rounded and packed, and the calibration advances past it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ from .records import TensorRecord
 __all__ = ["TASK_ROWS", "Quantizer"]
 
 TASK_ROWS = 512
-"""That one thread rounds at a time."""
+"""Rows that one thread rounds at a time."""
 
-_Made = tuple[list[torch.Tensor], list[float]]
+_PartsAndSums = tuple[list[torch.Tensor], list[float]]
+"""The stored parts of a matrix, and the sums of error, square, output_error and output_square of `Rounded` over its rows."""
 
 
 class Quantizer:
-    """Makes the parts of one matrix after the other, in the order of the file.
+    """Quantizes one matrix after the other, in the order of the files.
 
     Args:
         checkpoint: the plain one.
         formats: of the tensors that are packed.
-        method: that rounds.
-        calibration: what a calibrated method is fitted to; None without.
-        workers: that round pieces; None for a method that has threads of its own.
-        accelerator: that rounds what fits into its memory; None for the CPU alone.
+        method: the quantization method.
+        calibration: the data that a calibrated method fits matrices to; None for the other methods.
+        workers: threads that round some rows each; None for a method that has threads of its own.
+        accelerator: a GPU that rounds the matrices that fit into its memory; None for the CPU alone.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class Quantizer:
         self._scales: torch.Tensor | None = None
 
     def read(self, job: Job) -> list[torch.Tensor]:
-        """The matrix of a job, in blocks of rows; a tensor that is kept, whole."""
+        """The matrix of a job in blocks of rows; a tensor that is copied, whole."""
         return [self._checkpoint.read(job.tensor.name)] if job.fmt is None else list(read_rows(self._checkpoint, job))
 
     def run(self, job: Job, blocks: list[torch.Tensor]) -> tuple[TensorRecord, Mapping[str, Any], list[torch.Tensor]]:
-        """(what is said of it, what else a later run must know of it, the parts) of the matrix that `read` gave.
+        """Quantize the matrix that `read` returned: (its record, notes for the journal, its parts).
 
         Raises:
             FormatError: with the file and the tensor.
@@ -73,7 +74,7 @@ class Quantizer:
         started = time.perf_counter()
         notes = self._begin(job)
         if job.fmt is None:
-            self._keep(job, blocks[0], notes)
+            self._advance_plain(job, blocks[0], notes)
             square = float(blocks[0].float().square().mean(dtype=torch.float64))
             return self._record(job, math.sqrt(square), started), notes, blocks
         blocks = self._folded(job, blocks)
@@ -83,34 +84,34 @@ class Quantizer:
             raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
         self._advance_calibration(job, blocks, parts)
         error, square, output_error, output_square = sums
-        found = {
+        figures = {
             "relative_error": math.sqrt(error / square) if square else 0.0,
             "output_error": math.sqrt(output_error / output_square) if output_square else None,
             "tokens": fit.tokens if fit.by else None,
             "calibrated_by": fit.by,
             "device": device,
         }
-        return self._record(job, math.sqrt(square / job.parameters), started, **found), notes, parts
+        return self._record(job, math.sqrt(square / job.parameters), started, **figures), notes, parts
 
     def replay(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
-        """Go on past a matrix that an earlier run has rounded."""
+        """Advance the calibration past a matrix that an earlier run has quantized into `parts`."""
         notes = self._begin(job)
         if job.fmt is None:
-            self._keep(job, blocks[0], notes)
+            self._advance_plain(job, blocks[0], notes)
         else:
             self._advance_calibration(job, self._folded(job, blocks), parts)
 
     def restore(self, layer: int) -> int:
-        """Go back to the latest snapshot of what enters a layer up to this one; which layer that is, -1 for the beginning of the model."""
+        """Load the latest calibration snapshot of a layer up to this one; returns that layer, -1 for the beginning of the model."""
         assert self._calibration is not None
         return self._calibration.restore(layer) or -1
 
     def layer_of(self, job: Job) -> int:
-        """-1 for what comes before the layers, their number for what comes after them."""
+        """The layer of a job: -1 before the first layer, n_layers after the last."""
         return job.tensor.layer if job.tensor.layer >= 0 or job.kind == "embedding" else self._checkpoint.config.n_layers
 
     def _begin(self, job: Job) -> dict[str, Any]:
-        """Notes of a tensor, the first of a layer's among them."""
+        """Begin the layer of a job if it is a new one; returns the job's notes for the journal."""
         layer = self.layer_of(job)
         if self._calibration is None or layer == self._layer:
             return {}
@@ -118,7 +119,7 @@ class Quantizer:
         error = self._calibration.begin_layer(layer)
         return {} if error is None or layer < 1 else {"stream_error": [layer - 1, error]}
 
-    def _keep(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
+    def _advance_plain(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
         if self._calibration is None:
             return
         self._calibration.advance_plain(job.tensor, values)
@@ -126,18 +127,18 @@ class Quantizer:
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
 
     def _folded(self, job: Job, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The matrix to round: for a method that folds, an expert's v1 and w2 scaled."""
-        if not self._method.folds or self._calibration is None or job.expert < 0 or job.tensor.name.endswith(".w1"):
+        """The matrix to round; a method that folds scales v1 and w2 of an expert."""
+        if not self._method.folds or self._calibration is None or job.expert < 0 or job.tensor.role == "w1":
             return blocks
-        if job.tensor.name.endswith(".v1"):
+        if job.tensor.role == "v1":
             self._scales = self._column_scales(job, torch.cat(blocks))
         if self._scales is None:
             return blocks
-        down = job.tensor.name.endswith(".w2")
-        return [torch.cat(blocks).float() * self._scales if down else torch.cat(blocks).float() / self._scales[:, None]]
+        weight = torch.cat(blocks).float()
+        return [weight * self._scales if job.tensor.role == "w2" else weight / self._scales[:, None]]
 
     def _column_scales(self, job: Job, v1: torch.Tensor) -> torch.Tensor | None:
-        """Of w2, whose turn comes after v1."""
+        """Scales of the columns of w2, which follows v1; None where the expert has too few tokens."""
         assert self._calibration is not None
         w2 = self._checkpoint.tensors[job.tensor.name.removesuffix("v1") + "w2"]
         fmt = self._formats[w2.name]
@@ -148,7 +149,7 @@ class Quantizer:
         return column_scales(weight, importance, fmt)
 
     def _advance_calibration(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
-        """Let the calibration go on past a packed matrix."""
+        """Run the calibration tokens through a packed matrix."""
         assert job.fmt is not None
         if self._calibration is None or job.kind == "head":
             return
@@ -173,7 +174,7 @@ class Quantizer:
         return out
 
     def _quantize_matrix(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
-        """(what it is fitted to, the parts, sums of what `Rounded` says of rows, where that was done)."""
+        """(data that the matrix is fitted to, its parts, sums as in `_PartsAndSums`, the device that rounded it)."""
         accelerator, device = self._accelerator, "cpu"
         where: AbstractContextManager[None] = nullcontext()
         if accelerator is not None and self._method.in_pieces:
@@ -186,8 +187,8 @@ class Quantizer:
                     device = f"cpu: {accelerator.device} ran out of memory"
             else:
                 device = f"cpu: {accelerator.device} has too little memory"
-            fit = Fit(None, 0, "")  # lets go of what lies there
-            torch.cuda.empty_cache()  # nothing where torch has begun nothing there
+            fit = Fit(None, 0, "")  # frees the moments on the GPU
+            torch.cuda.empty_cache()  # does nothing where torch has not used a GPU
             if self._calibration is not None:
                 where = self._calibration.on_cpu()
         with where:
@@ -199,8 +200,8 @@ class Quantizer:
     def _fit(self, job: Job) -> Fit:
         return Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
 
-    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None, on_accelerator: int) -> _Made:
-        """The parts, and the sums of what `Rounded` says of rows; on_accelerator: how many rows that gets at a time, 0 for the CPU."""
+    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None, on_accelerator: int) -> _PartsAndSums:
+        """`on_accelerator`: how many rows the GPU rounds at a time, 0 for the CPU."""
         assert job.fmt is not None
         parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
         sums = [0.0] * 4
@@ -209,29 +210,29 @@ class Quantizer:
             for piece in self._round(rows, job.fmt, moments, on_accelerator):
                 _place(job, parts, piece.packed, first)
                 first += piece.packed.shape[0]
-                more = piece.error, piece.square, piece.output_error, piece.output_square
-                sums = [a + b for a, b in zip(sums, more, strict=True)]
+                figures = piece.error, piece.square, piece.output_error, piece.output_square
+                sums = [total + figure for total, figure in zip(sums, figures, strict=True)]
         return parts, sums
 
     def _round(self, rows: torch.Tensor, fmt: TensorFormat, moments: Moments | None, on_accelerator: int) -> Iterable[Rounded]:
-        """Some rows at a time, which are independent of each other."""
+        """The rows, rounded some at a time; they are independent of each other."""
         if on_accelerator and self._accelerator is not None:
-            place = self._accelerator.device
-            return (self._method.run(some.to(place), fmt, moments) for some in rows.split(on_accelerator))
+            device = self._accelerator.device
+            return (self._method.run(piece.to(device), fmt, moments) for piece in rows.split(on_accelerator))
         if self._workers is None:
             return [self._method.run(rows, fmt, moments)]
         if moments is not None:
             moments.prepare()
-        return self._workers.map(lambda some: self._method.run(some, fmt, moments), rows.split(TASK_ROWS))
+        return self._workers.map(lambda piece: self._method.run(piece, fmt, moments), rows.split(TASK_ROWS))
 
-    def _record(self, job: Job, root_mean_square: float, started: float, **found: Any) -> TensorRecord:
+    def _record(self, job: Job, root_mean_square: float, started: float, **figures: Any) -> TensorRecord:
         name, layer = job.tensor.name, job.tensor.layer
         sizes = job.parameters, job.nbytes
         seconds = time.perf_counter() - started
-        return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **found, seconds=seconds)
+        return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **figures, seconds=seconds)
 
 
-def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _Made:
+def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _PartsAndSums:
     """As `Quantizer._rounded`, in a format whose rows depend on each other, which only rtn makes."""
     assert job.fmt is not None
     stored, error, square = rtn_whole(blocks, job.fmt)
@@ -239,7 +240,7 @@ def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _Made:
 
 
 def _place(job: Job, parts: list[torch.Tensor], packed: QuantizedWeight, first: int) -> None:
-    """Rows first .. of the parts."""
+    """Copy packed rows to rows first .. of the parts."""
     for part, whole in zip(job.parts, parts, strict=True):
         rows = packed.parts[part_name(part)]
         whole[first : first + len(rows)] = rows

@@ -27,9 +27,9 @@ _MOST_NAMES = 12  # of experts, in a line
 
 
 def write_report(folder: Path, run: RunRecord) -> list[str]:
-    """Write `quantization_report.json`, `.md` and PNG plots into a folder; the names of the files.
+    """Write `quantization_report.json`, `.md` and PNG plots into a folder; returns the names of the files.
 
-    Without matplotlib the plots are left out, and the Markdown says so.
+    Without matplotlib the plots are omitted, and the Markdown says so.
     """
     plots: dict[str, bytes] = {}
     missing = ""
@@ -51,13 +51,13 @@ def write_report(folder: Path, run: RunRecord) -> list[str]:
 
 
 def bits_by_kind(run: RunRecord) -> dict[str, float]:
-    """Bits per weight, as written, of every kind of tensor that there is."""
-    each = {kind: [record for record in run.records if record.kind == kind] for kind in KINDS}
-    return {kind: _bits(records) for kind, records in each.items() if records}
+    """Bits per weight, as written, of every kind of tensor in the checkpoint."""
+    records_by_kind = {kind: [record for record in run.records if record.kind == kind] for kind in KINDS}
+    return {kind: _bits(records) for kind, records in records_by_kind.items() if records}
 
 
 def error_table(run: RunRecord) -> list[tuple[str, str, float, float, float | None]]:
-    """(matrix, format, mean and largest relative error, mean output error or None) of every kind of packed matrix and format."""
+    """(matrix, format, mean and largest relative error, mean output error or None) for every kind of packed matrix and format."""
     groups: dict[tuple[str, str], list[TensorRecord]] = {}
     for record in run.records:
         if record.relative_error is not None:
@@ -85,33 +85,41 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     for kind, bits in bits_by_kind(run).items():
         records = [record for record in run.records if record.kind == kind]
         lines.append(f"| {kind} | {sum(r.parameters for r in records):,} | {bits:.3f} | {sum(r.seconds for r in records):,.1f} |")
-    lines += ["", "## Errors", "", "Of weights: root of the summed squared errors over the summed squares. Of outputs: the same of what a"]
-    lines += ["sample of rows gives on the calibration's tokens."]
-    lines += ["", "| matrix | format | of weights, mean | largest | of outputs, mean |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Errors",
+        "",
+        "Weights: root of the sum of squared errors over the sum of squares. Outputs: the same for the outputs of a",
+    ]
+    lines += ["sample of rows on the calibration tokens."]
+    lines += ["", "| matrix | format | weights, mean | largest | outputs, mean |", "|---|---|---|---|---|"]
     for matrix, fmt, mean, largest, outputs in error_table(run):
         lines.append(f"| {matrix} | {fmt} | {mean:.4f} | {largest:.4f} | {'' if outputs is None else f'{outputs:.4f}'} |")
     if run.stream_errors:
-        lines += ["", "## What leaves each layer", "", "Relative error against the original model, on the calibration's tokens.", ""]
+        lines += ["", "## Output of each layer", "", "Relative error against the original model, on the calibration tokens.", ""]
         lines += ["| layer | error |", "|---|---|", *(f"| {layer} | {error:.4f} |" for layer, error in sorted(run.stream_errors.items()))]
     if run.expert_tokens:
         lines += ["", "## Tokens per expert", "", "| layer | fewest | median | most |", "|---|---|---|---|"]
         for layer, counts in sorted(run.expert_tokens.items()):
             ordered = sorted(counts)
             lines.append(f"| {layer} | {ordered[0]:,} | {ordered[len(ordered) // 2]:,} | {ordered[-1]:,} |")
-    lines += ["", "## Experts with few tokens", "", *_undersampled_lines(run)]
+    lines += ["", "## Undersampled experts", "", *_undersampled_lines(run)]
     lines += ["", "## Plots", ""] + [f"![{name}]({name})" for name in plots] + ([missing] if missing else [])
     return "\n".join(lines) + "\n"
 
 
 def _undersampled_lines(run: RunRecord) -> list[str]:
-    found = _undersampled(run)
+    undersampled = _undersampled(run)
     moved = [record for record in run.records if record.device.startswith("cpu:")]
     lines = []
-    for how, says in (("layer", "took all tokens of their layer, weighted by the router"), ("none", "were rounded without data")):
-        names = [f"layer {layer} expert {expert}" for layer, expert, by in found if by == how]
+    for how, outcome in (
+        ("layer", "were calibrated with all tokens of their layer, weighted by the router"),
+        ("none", "were quantized without data"),
+    ):
+        names = [f"layer {layer} expert {expert}" for layer, expert, by in undersampled if by == how]
         if names:
             shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
-            lines.append(f"{len(names)} expert(s) that too few tokens reach {says}: {shown}.")
+            lines.append(f"{len(names)} expert(s) that too few tokens reach {outcome}: {shown}.")
     if moved:
         lines.append(f"{len(moved)} matrices were rounded on the CPU: {moved[0].device.removeprefix('cpu: ')}.")
     return lines or ["None."]
@@ -139,7 +147,7 @@ def _draw_outputs(run: RunRecord) -> bytes:
 
 
 def _lines_by_layer(run: RunRecord, what: str, label: str, stream: Mapping[int, float] | None = None) -> bytes:
-    """A line per matrix over the layers, the mean over experts, with a band from the least to the largest."""
+    """One line per matrix over the layers: the mean over experts, with a band from the smallest to the largest."""
     drawing, axes = figure()
     for number, matrix in enumerate(_MATRICES):
         layers: dict[int, list[float]] = {}
@@ -157,7 +165,7 @@ def _lines_by_layer(run: RunRecord, what: str, label: str, stream: Mapping[int, 
             axes.fill_between(places, least, most, color=look.colour, alpha=0.12, linewidth=0)
     if stream:
         places = sorted(stream)
-        axes.plot(places, [stream[layer] for layer in places], label="what leaves the layer", color=INK, linewidth=2)
+        axes.plot(places, [stream[layer] for layer in places], label="output of the layer", color=INK, linewidth=2)
     axes.set_xlabel("layer")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
@@ -167,7 +175,7 @@ def _lines_by_layer(run: RunRecord, what: str, label: str, stream: Mapping[int, 
 
 
 def _draw_bits(run: RunRecord) -> bytes:
-    """A line per kind over the layers, and all tensors of a layer together."""
+    """One line per kind over the layers, and one for all tensors of a layer."""
     drawing, axes = figure()
     layers = sorted({record.layer for record in run.records if record.layer >= 0})
     groups = {"w1": "w1", "v1": "v1", "w2": "w2", "attention": "attention"}
@@ -185,7 +193,7 @@ def _draw_bits(run: RunRecord) -> bytes:
 
 
 def _draw_tokens(run: RunRecord) -> bytes:
-    """A cell per expert and layer; its number where cells are large enough."""
+    """One cell per expert and layer, with its number where cells are large enough."""
     layers = sorted(run.expert_tokens)
     counts = [run.expert_tokens[layer] for layer in layers]
     drawing, axes = figure(8.0, min(10.0, 1.8 + 0.3 * len(layers)))
@@ -202,7 +210,7 @@ def _draw_tokens(run: RunRecord) -> bytes:
     shown = range(0, len(layers), max(1, len(layers) // 20))
     axes.set_yticks(shown, [str(layers[n]) for n in shown])
     axes.set_xticks(range(0, len(counts[0]), max(1, len(counts[0]) // 16)))
-    drawing.colorbar(image, ax=axes, label="tokens that reach it")
+    drawing.colorbar(image, ax=axes, label="tokens that reach the expert")
     return render(drawing, "png")
 
 
@@ -217,14 +225,14 @@ def _short(count: int) -> str:
 
 
 def _matrix(record: TensorRecord) -> str:
-    """ "w1", "Wqkv" ...; outside the blocks the kind."""
+    """As "w1" or "Wqkv"; outside the blocks the kind."""
     parts = record.name.removesuffix(".weight").rsplit(".", 1)
     return parts[-1] if record.kind in ("experts", "attention") else record.kind
 
 
 def _bits(records: Iterable[TensorRecord]) -> float:
-    found = [(record.nbytes, record.parameters) for record in records]
-    return 8 * sum(n for n, _ in found) / (sum(p for _, p in found) or 1)
+    sizes = [(record.nbytes, record.parameters) for record in records]
+    return 8 * sum(nbytes for nbytes, _ in sizes) / (sum(parameters for _, parameters in sizes) or 1)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -240,6 +248,6 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    begun = path.with_name(path.name + ".begun")
-    begun.write_bytes(data)
-    os.replace(begun, path)
+    incomplete = path.with_name(path.name + ".begun")
+    incomplete.write_bytes(data)
+    os.replace(incomplete, path)
