@@ -121,7 +121,15 @@ MeasuredDtype = Annotated[
         default="float32 on the CPU, auto on a GPU",
     ),
 ]
-GroupSize = Annotated[int, option(FORMATS, "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.", metavar="N")]
+GroupSize = Annotated[
+    int | None,
+    option(
+        FORMATS,
+        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.",
+        metavar="N",
+        default="64, or the format's own",
+    ),
+]
 Kv = Annotated[str, option(MODEL, "Format of the KV cache: {}; plain is the activations' dtype.", metavar="FORMAT", one_of=KV_FORMATS)]
 
 # How much memory it may take.

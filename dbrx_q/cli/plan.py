@@ -37,7 +37,7 @@ def command(
     format: Annotated[
         str | None, option(FORMATS, "Plan for a plain checkpoint quantized to {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
     ] = None,
-    group_size: Annotated[int | None, option(FORMATS, "With --format, weights that share a scale.", metavar="N", default="64")] = None,
+    group_size: options.GroupSize = None,
     fallback: Annotated[bool, option(FORMATS, "Plan for a fallback copy that answers for experts on disk.", "--fallback")] = False,
     fallback_format: Annotated[
         str | None,
@@ -102,7 +102,7 @@ def _planned_formats(
         return stored
     if stored:
         raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
-    return default_formats(config, TensorFormat(format, 64 if group_size is None else group_size))
+    return default_formats(config, TensorFormat.of(format, group_size))
 
 
 def _fallback_formats(
@@ -115,7 +115,7 @@ def _fallback_formats(
 
     if fallback_format is None:
         return carried_formats(path, config, formats)
-    copy_formats = default_formats(config, TensorFormat(fallback_format, 64))
+    copy_formats = default_formats(config, TensorFormat.of(fallback_format))
     check_fallback(config, formats, copy_formats, path)
     return copy_formats
 

@@ -44,7 +44,7 @@ def command(
     format: Annotated[
         str, option(FORMATS, "Format of the experts: {}; other matrices become int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
     ] = "int4",
-    group_size: options.GroupSize = 64,
+    group_size: options.GroupSize = None,
     tensor: _Rules = None,
     target_bpw: Annotated[
         float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
@@ -101,7 +101,7 @@ def command(
     folder = opened if isinstance(opened, Path) else opened.folder
     tokens, about = _calibration(folder, calibration, sequences, length, seed)
     request = QuantizationRequest(
-        _formats(TensorFormat(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
+        _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
         method=method,
         source=source,
         name=push or "",
@@ -149,7 +149,7 @@ def _with_fallback(destination: Path, request: QuantizationRequest, fallback_for
 
     if fallback_format is None:
         return {destination: request}
-    formats = _formats(TensorFormat(fallback_format, 64), [], None, None)
+    formats = _formats(TensorFormat.of(fallback_format), [], None, None)
     fallback = replace(request, assign_formats=formats, measured=None, name="")
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)
@@ -226,7 +226,7 @@ def _formats(
     def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
         if fallback_format is not None:
             check_fallback(
-                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat(fallback_format, 64)), "--fallback-format"
+                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat.of(fallback_format)), "--fallback-format"
             )
         return formats
 

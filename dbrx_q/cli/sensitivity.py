@@ -30,7 +30,7 @@ def command(
         list[str] | None,
         option(FORMATS, "Format to try: {}; may be given again.", "--format", metavar="FORMAT", one_of=WEIGHT_FORMATS, default="int4"),
     ] = None,
-    group_size: options.GroupSize = 64,
+    group_size: options.GroupSize = None,
     device: options.Device = "cpu",
     dtype: options.MeasuredDtype = None,
     ram: options.Ram = None,
@@ -68,7 +68,7 @@ def command(
     ids = source.tokenizer().encode(loaded_text.text)
     windowing.check(len(ids), source.config, source=text)
     units = units_of(source.config, by)
-    tensor_formats = [TensorFormat(name, group_size) for name in dict.fromkeys(formats or ["int4"])]
+    tensor_formats = [TensorFormat.of(name, group_size) for name in dict.fromkeys(formats or ["int4"])]
     check_formats(source.config, units, tensor_formats)
     checkpoint = source.sha256()
     torch_dtype = measurement.dtype_of(dtype, torch_device)

@@ -48,6 +48,12 @@ class TensorFormat:
     def __str__(self) -> str:
         return f"{self.format}:{self.group_size}"
 
+    @classmethod
+    def of(cls, name: str, group_size: int | None = None) -> TensorFormat:
+        """The format in groups of `group_size`; without one in groups of 64, or of its first size where it does not offer 64."""
+        sizes = FORMATS[name].group_sizes
+        return cls(name, group_size if group_size is not None else 64 if 64 in sizes else sizes[0])
+
     @property
     def record(self) -> Format:
         """The format's record."""
