@@ -1,4 +1,4 @@
-"""Tables that commands write into documents: what stands between two marker lines is theirs, everything else is left alone."""
+"""Writes tables into documents: a command replaces the text between two marker lines and leaves all other text unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_section", "replace_section"]
 
 
 def check_section(path: Path, begin: str, end: str) -> None:
-    """Refuse a document in which there is no place for a table; one that does not exist will be made.
+    """Refuse a document without a place for a table. A document that does not exist is accepted: it will be created.
 
     Raises:
         RequestError: the file lacks the marker lines, or cannot be read.
@@ -21,33 +21,36 @@ def check_section(path: Path, begin: str, end: str) -> None:
 
 
 def replace_section(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between the marker lines `begin` and `end` of `path`, in one step; errors as for `check_section`."""
+    """Replace the text between the marker lines `begin` and `end` of `path`, atomically; errors as for `check_section`."""
     before, after = _parts(path, begin, end)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise RequestError(f"{path}: a document must be writable; {error.strerror}. Give another") from None
+        raise RequestError(f"{path}: a document must be writable; {error.strerror}. Name another file") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
 def _parts(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before and after the marker lines."""
+    """The text before and after the marker lines."""
     if not path.exists():
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise RequestError(f"{path}: a document must lie in a folder that exists and can be written to; {path.parent} is none")
+            raise RequestError(f"{path}: a document must be in a folder that exists and is writable; {path.parent} is not. Name another")
         return "", "\n"
     try:
         old = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise RequestError(f"{path}: a document must be UTF-8 text; this file is not. Give another") from None
+        raise RequestError(f"{path}: a document must be UTF-8 text; this file is not. Name another file") from None
     except OSError as error:
-        raise RequestError(f"{path}: a document must be a readable file; {error.strerror}. Give another") from None
-    before, found, rest = old.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not found or not ended:
-        raise RequestError(f"{path}: the file must hold the lines {begin!r} and {end!r}, between which the table goes; they are not there")
+        raise RequestError(f"{path}: a document must be a readable file; {error.strerror}. Name another file") from None
+    before, begin_line, rest = old.partition(begin)
+    _, end_line, after = rest.partition(end)
+    if not begin_line or not end_line:
+        raise RequestError(
+            f"{path}: a document must hold the lines {begin!r} and {end!r}, between which the table is written; found neither or only one. "
+            "Add both lines"
+        )
     return before, after

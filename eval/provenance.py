@@ -1,4 +1,4 @@
-"""What has to be known to repeat a measurement."""
+"""Records what a measurement depends on, so that it can be repeated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PACKAGES = ("dbrx_q", "torch", "triton", "numba", "bitsandbytes", "gguf", "nump
 
 
 def command_line() -> str:
-    """The command that runs, as it could be typed again; a run that was interrupted gives what the whole one would."""
+    """The running command as a shell line, without `--resume`: a resumed run gives the same figures as an uninterrupted one."""
     return shlex.join(["dbrx-q", *(argument for argument in sys.argv[1:] if argument != "--resume")])
 
 
@@ -40,7 +40,7 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
     """Versions, device and command line."""
     return {
         "command": command,
-        "versions": {"python": platform.python_version()} | {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {"python": platform.python_version()} | {name: installed for name in _PACKAGES if (installed := _version(name))},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -48,7 +48,7 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def ids_sha256(ids: Sequence[int]) -> str:
-    """Of token ids as little-endian int32."""
+    """SHA-256 of token ids as little-endian int32."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
@@ -64,20 +64,20 @@ def run_key(
     kv_format: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What decides the figures of a run, for `resume.RunState`.
+    """Everything that determines the figures of a run; the key of its `resume.RunState`.
 
     Args:
-        kind: what is measured.
-        reference: what it is measured against; empty for nothing.
+        kind: what is measured, such as "perplexity".
+        reference: what the checkpoint is measured against; empty for nothing.
         source: the checkpoint.
-        checkpoint: its SHA-256.
-        ids: the text's tokens.
-        protocol: how the text is cut.
+        checkpoint: the checkpoint's SHA-256.
+        ids: the text's token ids.
+        protocol: how the text is cut into windows.
         dtype: of activations, None for the checkpoint's.
         kv_format: of keys and values.
-        device: where it runs.
+        device: where the model runs.
     """
-    where = provenance(device, "")
+    environment = provenance(device, "")
     return {
         "kind": kind,
         "reference": dict(reference),
@@ -88,11 +88,11 @@ def run_key(
         "protocol": asdict(protocol),
         "dtype": str(dtype),
         "kv_format": kv_format,
-    } | {name: where[name] for name in ("versions", "device", "threads")}
+    } | {name: environment[name] for name in ("versions", "device", "threads")}
 
 
 def fallback_of(source: Source) -> str:
-    """What decides which answers are a fallback copy's: the copy, and how many experts memory holds where; empty without one."""
+    """What determines the answers of a fallback copy: its hash, and the expert slots of each device; empty without a copy."""
     budget = source.budget
     if budget is None or not budget.fallback:
         return ""
@@ -100,7 +100,7 @@ def fallback_of(source: Source) -> str:
         plan = plan_within(budget, checkpoint.config, checkpoint.formats, source.name, fallback=fallback.formats)
         manifest = fallback.folder / MANIFEST_NAME
         copy = sha256_of(manifest) if manifest.is_file() else weights_sha256(fallback.shards)
-    return f"{copy} {[there.n_slots for there in plan.devices]}"
+    return f"{copy} {[device.n_slots for device in plan.devices]}"
 
 
 def _version(name: str) -> str:

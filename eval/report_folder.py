@@ -1,4 +1,4 @@
-"""Folders of reports: checked before anything is measured, and written so that a file is whole or absent."""
+"""Report folders: checked before a measurement starts, and written so that each file is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ __all__ = ["check_report_folder", "write_files"]
 
 
 def check_report_folder(folder: Path, files: Collection[str], keys: Collection[str]) -> None:
-    """Refuse what could not be written at the end.
+    """Refuse a folder to which the report could not be written at the end.
 
     Args:
-        folder: where the report shall be.
-        files: the names of its files, one of which ends in .json.
-        keys: what an object in that file has; one that lacks them is no former report's, which alone is replaced.
+        folder: where the report is to be written.
+        files: names of the report's files, one of which ends in .json.
+        keys: keys that mark the object in that JSON file as an earlier report; only an earlier report is replaced.
 
     Raises:
         UnsupportedError: matplotlib is missing.
-        RequestError: `folder` is a file, cannot be written to, or holds files of these names that are no former report's.
+        RequestError: `folder` is a file, cannot be written to, or holds files of these names that are not an earlier report's.
     """
     check_plot_extra("the plot of --out")
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: a report is a folder; found a file. Give another name")
-    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        raise RequestError(f"{folder}: a report is a folder; found a file. Name another folder")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK):
-        raise RequestError(f"{folder}: a report's folder must be writable; {nearest} is not. Give another name")
-    found = next((name for name in files if (folder / name).exists()), None)
-    if found and not _is_report(folder / next(name for name in files if name.endswith(".json")), keys):
-        raise RequestError(f"{folder / found}: only a former report is replaced, and there is none here. Give another folder, or move it")
+        raise RequestError(f"{folder}: a report's folder must be writable; {nearest} is not. Name another folder")
+    existing = next((name for name in files if (folder / name).exists()), None)
+    if existing and not _is_report(folder / next(name for name in files if name.endswith(".json")), keys):
+        raise RequestError(
+            f"{folder / existing}: only an earlier report is replaced; this file is not part of one. Name another folder, or move the file"
+        )
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into `folder`, which is made where missing; each takes its place when all are on the disk. Other files stay.
+    """Write `files` into `folder`, which is created if missing. All are written under temporary names before the first is renamed.
+
+    Other files in the folder stay.
 
     Raises:
-        RequestError: a file cannot be written; no file has changed unless it was while they took their places.
+        RequestError: a file cannot be written; existing files are unchanged unless a rename failed.
     """
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +56,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, path in partial.items():
             os.replace(path, folder / name)
     except OSError as error:
-        raise RequestError(f"{folder}: a report's folder must be writable; {error.strerror}. Give another name or make room") from None
+        raise RequestError(f"{folder}: a report's folder must be writable; {error.strerror}. Name another folder or free space") from None
     finally:
         for path in partial.values():
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-        for place in absent:  # stays where it holds the report
+        for path in absent:  # fails, as it should, where the folder holds the report
             with suppress(OSError):
-                place.rmdir()
+                path.rmdir()
 
 
 def _is_report(path: Path, keys: Collection[str]) -> bool:

@@ -1,6 +1,6 @@
-"""Figures of a run that was interrupted, kept so that the same command can go on.
+"""Partial results of an interrupted run, saved so that the same command can resume it.
 
-A run is named by everything that decides its figures, so that what is taken up again is always the same run.
+The file's name is a hash of everything that determines the results, so that only the same run is resumed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 from dbrx_q.checkpoint.user_cache import user_cache
 from dbrx_q.experts.stats import CacheStats, ExpertStats
 
-__all__ = ["RunState", "kept_requests", "restored_requests"]
+__all__ = ["RunState", "restored_requests", "saved_requests"]
 
 
 class RunState:
-    """The place of one run's figures: a file in the user's cache, named by a hash of `key`.
+    """The file of one run's partial results, in the user's cache, named by a hash of `key`.
 
     Args:
-        key: what decides the figures: hashes of checkpoints and text, protocol, dtype, device, versions.
-        folder: for the file; None for `eval` in the user's cache.
+        key: what determines the results: hashes of checkpoints and text, protocol, dtype, device, versions.
+        folder: of the file; None for `eval` in the user's cache.
     """
 
     def __init__(self, key: Mapping[str, Any], folder: Path | None = None) -> None:
@@ -35,7 +35,7 @@ class RunState:
         self.path = (folder or user_cache() / "eval") / f"{digest[:32]}.npz"
 
     def load(self) -> dict[str, np.ndarray] | None:
-        """What was kept, None where nothing was or the file cannot be read."""
+        """The saved arrays, or None if there are none or the file cannot be read."""
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
@@ -43,12 +43,12 @@ class RunState:
             return None
 
     def save(self, arrays: Mapping[str, np.ndarray]) -> bool:
-        """Keep `arrays` in place of what was kept; whether that could be written."""
+        """Replace the saved arrays by `arrays`; whether the file could be written."""
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type] # its annotation takes the first array for a flag
+                np.savez(file, **arrays)  # type: ignore[arg-type] # its annotation takes the first array for the flag allow_pickle
             os.replace(partial, self.path)
         except OSError:
             return False
@@ -58,17 +58,17 @@ class RunState:
         return True
 
     def clear(self) -> None:
-        """Forget what was kept."""
+        """Delete the file."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
 
-def kept_requests(served: ExpertStats) -> dict[str, np.ndarray]:
-    """What is kept of an expert store's counters: requests, and those that a fallback copy answered."""
-    return {"requests": np.array([served.cache.requests, served.fallback_hits])}
+def saved_requests(stats: ExpertStats) -> dict[str, np.ndarray]:
+    """An expert store's counters as arrays for `RunState.save`: all requests, and those that a fallback copy answered."""
+    return {"requests": np.array([stats.cache.requests, stats.fallback_hits])}
 
 
-def restored_requests(kept: Mapping[str, np.ndarray]) -> ExpertStats:
-    """Counters with what `kept_requests` kept."""
-    requests, fallback_hits = (int(count) for count in kept["requests"])
+def restored_requests(saved: Mapping[str, np.ndarray]) -> ExpertStats:
+    """The counters that `saved_requests` put into `saved`."""
+    requests, fallback_hits = (int(count) for count in saved["requests"])
     return ExpertStats(cache=CacheStats(hits=requests - fallback_hits, misses=fallback_hits), fallback_hits=fallback_hits)

@@ -89,7 +89,7 @@ def command(
             kv_format=kv,
             resume=resume,
             command=command_line(),
-            kept=states,
+            states=states,
             on_window=on_window,
         )
     if json:

@@ -101,9 +101,9 @@ def command(
         terminal.print_json(report)
     else:
         _print(result, source, path, checkpoint, str(origin["device"]))
-    if result.cut_contexts:
+    if result.truncated_contexts:
         window = source.config.max_seq_len
-        terminal.say(f"the beginning of {result.cut_contexts:,} contexts was left out: they are longer than the model's {window:,}")
+        terminal.say(f"the beginning of {result.truncated_contexts:,} contexts was left out: they are longer than the model's {window:,}")
     if out is not None:
         write_files(out.parent, {out.name: _encoded(report)})
     state.clear()
@@ -122,7 +122,7 @@ def _as_dict(
         "dtype": result.dtype,
         "requested_tokens": result.requested_tokens,
         "prefilled_tokens": result.prefilled_tokens,
-        "cut_contexts": result.cut_contexts,
+        "truncated_contexts": result.truncated_contexts,
         "requests_sha256": result.requests_sha256,
         "seeds": result.seeds,
         "provenance": origin,

@@ -1,7 +1,7 @@
-"""How fast a model could be at most: what memory and matrix units give in the same minute, and what a token needs of both.
+"""Upper bounds on a model's speed: bandwidth and matmul rate measured in the same minute, and what a token needs of both.
 
 Dimension letters: `E` experts, `A` active experts, `H`/`G` query and key/value heads, `C` channels of a head, `B` sequences, `D` tokens
-that a sequence holds already, `P` tokens of a prompt, `N` tokens to decode.
+in the cache of each sequence, `P` tokens of a prompt, `N` tokens to decode.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ _BYTES = 1 << 30
 # 17 GFLOP: 0.60 TFLOP/s in bfloat16 and 0.21 in float32 on 2 cores with AMX, where twice the size gave 0.66 and 0.13 in 8 times the time.
 _MATMUL_ON_CPU = 2048
 MATMUL_ON_GPU = 8192
+"""Rows and columns of the matrices that measure a GPU's matmul rate."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device was seen to do.
-
-    bandwidth: bytes/s; on the CPU of a plain sum over one GiB, on a GPU of a copy of one GiB, read and written. matmul: floating-point
-    operations/s of a product of two large matrices in the dtype of activations.
-    """
+    """Measured rates of the device."""
 
     bandwidth: float
+    """bytes/s: on the CPU, of a sum over one GiB; on a GPU, of a copy of one GiB, bytes read and written."""
     matmul: float
+    """Floating-point operations/s of a product of two large matrices in the dtype of activations."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Of one token. nbytes: that must be read. flops: floating-point operations, two for a multiplication and its addition."""
+    """What one token needs at least."""
 
     nbytes: float
+    """Bytes to read from memory."""
     flops: float
+    """Floating-point operations, two for a multiplication and its addition."""
 
 
 class CeilingMeter:
-    """Measures `Rates`, with its matrices and its GiB kept from one measurement to the next.
+    """Measures `Rates`. Its buffers are kept from one measurement to the next.
 
     Attributes:
-        nbytes: that it keeps.
+        nbytes: of these buffers.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -73,7 +74,7 @@ class CeilingMeter:
         self.nbytes = 3 * out.nbytes + source.nbytes + (0 if target is None else target.nbytes)
 
     def measure(self, repeats: int = 1) -> Rates:
-        """Medians of `repeats` turns after one that does not count on a GPU, where the clock rises first."""
+        """Medians of `repeats` turns. On a GPU, whose clock has to rise first, an additional first turn is not counted."""
         if self._on_gpu:
             times = turns({"move": [self._move], "multiply": [self._multiply]}, repeats=repeats)
             move, multiply = times["move"].seconds, times["multiply"].seconds
@@ -85,20 +86,20 @@ class CeilingMeter:
 
 @dataclass(frozen=True)
 class ModelWork:
-    """What a model is made of, as far as speed goes.
-
-    nbytes, parameters: by kind of tensor; bytes as they lie in memory, of all experts even where it holds a part of them. kv_bytes: of one
-    token in the KV cache of all layers.
-    """
+    """The sizes of a model that determine its speed."""
 
     config: DbrxConfig
+    """Of the model."""
     nbytes: dict[str, int]
+    """Bytes in memory by kind of tensor; of all experts, even if only a part of them is resident."""
     parameters: dict[str, int]
+    """Parameters by kind of tensor."""
     kv_bytes: float
+    """Bytes of one token in the KV cache of all layers."""
 
     @classmethod
     def of(cls, model: DbrxForCausalLM, kv_format: str) -> ModelWork:
-        """Of a loaded model, with its cache in `kv_format`."""
+        """The sizes of a loaded model whose KV cache has `kv_format`."""
         config = model.config
         nbytes, parameters = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -112,66 +113,66 @@ class ModelWork:
 
 
 def touched_experts(experts: int, active: int, tokens: int) -> float:
-    """How many of a layer's E experts T tokens go to, in expectation: E (1 - (1 - A / E)^T).
+    """Expected number of a layer's E experts that T tokens use: E (1 - (1 - A / E)^T).
 
-    A token leaves an expert out with probability 1 - A / E where all are asked for equally, which is what their training aims at.
+    A token does not use an expert with probability 1 - A / E if all experts are used equally, which training aims at.
     """
     return experts * (1 - (1 - active / experts) ** tokens)
 
 
-def decode_need(footprint: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
-    """What each of N tokens needs that B sequences of D tokens are continued by together.
+def decode_need(work: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
+    """What each token needs when B sequences of D tokens decode N tokens each, together.
 
-    A step reads every weight but the embedding once, of the experts those that some sequence is sent to, and each sequence's keys and
-    values: D + (N + 1) / 2 tokens of them in the mean over the steps, the new one included.
+    A step reads every weight except the embedding once, only the experts that some sequence uses, and each sequence's keys and values:
+    those of D + (N + 1) / 2 tokens in the mean over the steps, the new token included.
     """
-    seen = depth + (tokens + 1) / 2
-    step = _weight_bytes(footprint, batch) + batch * seen * footprint.kv_bytes
-    return Need(step / batch, 2 * (_layer_parameters(footprint) + footprint.parameters["head"]) + _attention_flops(footprint, seen))
+    attended = depth + (tokens + 1) / 2
+    step = _weight_bytes(work, batch) + batch * attended * work.kv_bytes
+    return Need(step / batch, 2 * (_layer_parameters(work) + work.parameters["head"]) + _attention_flops(work, attended))
 
 
-def prefill_need(footprint: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
-    """What each token of B prompts of P tokens needs that follow D tokens each.
+def prefill_need(work: ModelWork, *, batch: int, depth: int, tokens: int) -> Need:
+    """What each token needs in the prefill of B prompts of P tokens, each after D tokens.
 
-    Every weight but the embedding is read at least once for all prompts, and so are keys and values. Operations are two per active
-    parameter; the head serves the last token of a prompt alone. A token sees D + (P + 1) / 2 others and itself in the mean.
+    Every weight except the embedding, and all keys and values, are read at least once for all prompts. Each active parameter takes two
+    operations; the head runs for the last token of a prompt only. A token attends to D + (P + 1) / 2 tokens in the mean, itself included.
     """
-    nbytes = _weight_bytes(footprint, batch * tokens) + batch * (depth + tokens) * footprint.kv_bytes
-    flops = 2 * (_layer_parameters(footprint) + footprint.parameters["head"] / tokens)
-    return Need(nbytes / (batch * tokens), flops + _attention_flops(footprint, depth + (tokens + 1) / 2))
+    nbytes = _weight_bytes(work, batch * tokens) + batch * (depth + tokens) * work.kv_bytes
+    flops = 2 * (_layer_parameters(work) + work.parameters["head"] / tokens)
+    return Need(nbytes / (batch * tokens), flops + _attention_flops(work, depth + (tokens + 1) / 2))
 
 
 def ceiling(need: Need, rates: Rates) -> tuple[float, str]:
-    """(tokens/s that `rates` allow, what bounds them: "bandwidth" or "matmul"); the roofline of Williams et al. 2009.
+    """(tokens/s that `rates` allow, which rate limits them: "bandwidth" or "matmul"); the roofline of Williams et al. 2009.
 
-    A token takes at least the longer of reading its bytes and computing its operations.
+    A token takes at least the longer of the time to read its bytes and the time to compute its operations.
     """
     read, compute = need.nbytes / rates.bandwidth, need.flops / rates.matmul
     return (1 / read, "bandwidth") if read >= compute else (1 / compute, "matmul")
 
 
-def _weight_bytes(footprint: ModelWork, tokens: int) -> float:
-    """Of the weights that `tokens` tokens read together."""
-    ffn = footprint.config.ffn_config
+def _weight_bytes(work: ModelWork, tokens: int) -> float:
+    """Bytes of the weights that `tokens` tokens read together."""
+    ffn = work.config.ffn_config
     share = touched_experts(ffn.moe_num_experts, ffn.moe_top_k, tokens) / ffn.moe_num_experts
-    others = sum(size for kind, size in footprint.nbytes.items() if kind not in ("embedding", "experts"))
-    return others + footprint.nbytes["experts"] * share
+    others = sum(size for kind, size in work.nbytes.items() if kind not in ("embedding", "experts"))
+    return others + work.nbytes["experts"] * share
 
 
-def _layer_parameters(footprint: ModelWork) -> float:
-    """Of the matrices in all layers that one token is multiplied by."""
-    ffn = footprint.config.ffn_config
-    sizes = footprint.parameters
+def _layer_parameters(work: ModelWork) -> float:
+    """Parameters of the matrices in all layers that one token is multiplied by."""
+    ffn = work.config.ffn_config
+    sizes = work.parameters
     return sizes["attention"] + sizes["router"] + sizes["experts"] * ffn.moe_top_k / ffn.moe_num_experts
 
 
-def _attention_flops(footprint: ModelWork, seen: float) -> float:
-    """Of one token's scores and sums over `seen` tokens in all layers: 2 * 2 H C each."""
-    config = footprint.config
-    return 4 * config.n_layers * config.n_heads * config.head_dim * seen
+def _attention_flops(work: ModelWork, attended: float) -> float:
+    """Operations of one token's attention to `attended` tokens in all layers: 2 * 2 H C for each."""
+    config = work.config
+    return 4 * config.n_layers * config.n_heads * config.head_dim * attended
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - started

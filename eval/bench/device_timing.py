@@ -1,4 +1,4 @@
-"""Time on a GPU: calls captured in a CUDA graph, contenders turn by turn, and what the device is."""
+"""Times calls on a GPU: captured in CUDA graphs, contenders in turns; describes the device."""
 
 from __future__ import annotations
 
@@ -17,45 +17,56 @@ from .kernel_shapes import empty_weight
 
 __all__ = ["Environment", "MedianTime", "captured", "copies", "device_or_error", "environment", "random_weight", "turns"]
 
-_CACHE_TIMES = 4  # what a rotation reads between two visits, in sizes of the L2 cache
+_CACHE_TIMES = 4  # bytes read between two uses of an input, in sizes of the L2 cache
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and when something was measured. date: ISO 8601, UTC."""
+    """Where and when a measurement was made."""
 
     date: str
+    """ISO 8601, UTC."""
     device: str
+    """Name of the GPU."""
     chip: str
+    """Name of its architecture, such as "sm_90"."""
     multiprocessors: int
+    """How many the GPU has."""
     memory: int
+    """Bytes of GPU memory."""
     versions: dict[str, str]
+    """Of torch, Triton, CUDA or HIP, and the driver."""
 
 
 @dataclass(frozen=True)
 class MedianTime:
-    """seconds: the median of one call. graph: whether it ran from a CUDA graph."""
+    """The time of one contender."""
 
     seconds: float
+    """Median of one call."""
     graph: bool
+    """Whether it ran from a CUDA graph."""
 
 
 def device_or_error(command: str) -> torch.device:
-    """The GPU.
+    """The current GPU.
+
+    Args:
+        command: that needs it, for the error.
 
     Raises:
         UnsupportedError: torch sees none.
     """
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            f"`{command}` measures a GPU; this torch ({torch.__version__}) sees none. Run it on a machine with an NVIDIA or AMD GPU and a "
-            "torch that is built for it"
+            f"`{command}` must run on a GPU; this torch ({torch.__version__}) sees none. Use a machine with an NVIDIA or AMD GPU and "
+            "a torch built for it"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def environment(device: torch.device) -> Environment:
-    """What `device` is, and the versions that decide how fast it is."""
+    """Describe `device`, with the versions that affect its speed."""
     import triton
 
     from dbrx_q.kernels.triton.launch import chip_of
@@ -69,7 +80,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def random_weight(fmt: TensorFormat, *shape: int, device: torch.device) -> QuantizedWeight:
-    """A packed weight [..., N, K] with random codes and scales that give values around 0.01, as a trained one has them."""
+    """A packed weight [..., N, K] with random codes, and scales that give values around 0.01, as in trained weights."""
     weight = empty_weight(fmt, *shape, device=device)
     codes, *others = weight.parts.values()
     codes.random_(0, 256) if codes.dtype == torch.uint8 else codes.random_(-127, 128)
@@ -84,19 +95,19 @@ def random_weight(fmt: TensorFormat, *shape: int, device: torch.device) -> Quant
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many equal inputs to go through, so that none is found in the L2 cache when its turn comes again."""
+    """How many copies of an input of `nbytes` to use in rotation, so that none is still in the L2 cache when it is used again."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
     return max(1, -(-_CACHE_TIMES * cache // max(1, nbytes)))
 
 
 def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True) -> tuple[Callable[[], object], bool]:
-    """(a function that makes all `calls`, whether from a CUDA graph). A call that no graph can hold is made as it stands."""
+    """(a function that runs all `calls`, whether from a CUDA graph). Calls that cannot be captured run eagerly."""
 
     def run() -> None:
         for call in calls:
             call()
 
-    run()  # compiles, and lets libraries allocate what they keep
+    run()  # compiles, and lets libraries allocate their workspaces
     torch.cuda.synchronize()
     if not capture:
         return run, False
@@ -104,19 +115,19 @@ def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True) -> 
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # of many kinds: what waits for the device, what allocates outside of torch
+    except RuntimeError:  # for instance, the call synchronizes or allocates outside of torch
         torch.cuda.synchronize()
         return run, False
     return graph.replay, True
 
 
 def turns(contenders: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int, capture: bool = True) -> dict[str, MedianTime]:
-    """The median time of one call of each contender; all of them are run in each turn, so that clocks and neighbours treat them alike.
+    """The median time of one call of each contender. Each turn runs all of them, so that clocks and other load affect them alike.
 
     Args:
-        contenders: by name, calls that do the same work on inputs of their own.
+        contenders: by name, calls that do the same work on different inputs.
         repeats: turns that count, after one that does not.
-        capture: whether to take CUDA graphs.
+        capture: whether to use CUDA graphs.
     """
     works = {name: (*captured(calls, capture=capture), len(calls)) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -138,7 +149,7 @@ def _driver() -> str:
 
     if shutil.which("nvidia-smi") is None:
         return "unknown"
-    done = subprocess.run(
+    result = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+    return (result.stdout.splitlines() or ["unknown"])[0].strip()

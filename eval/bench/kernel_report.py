@@ -1,4 +1,4 @@
-"""The table of what every Triton kernel takes on every chip, and the document that it stands in."""
+"""The table of every Triton kernel's resources on every chip, and the document that contains it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ __all__ = ["BEGIN", "END", "ResourceRow", "document", "problems", "resources", "
 
 BEGIN = "<!-- written by `dbrx-q bench resources` -->"
 END = "<!-- end of what is written -->"
-_PACKED_LOAD = 16  # bytes
+_PACKED_LOAD = 16  # bytes of each load of packed codes
 
 
 @dataclass(frozen=True)
 class ResourceRow:
-    """One kernel of one case on one chip."""
+    """One kernel, launched by one case, on one chip."""
 
     case: str
+    """Describes the call that launches the kernel."""
     resources: Resources
+    """Of the compiled kernel."""
 
 
 def resources(
@@ -41,20 +43,20 @@ def resources(
     processes: int = 2,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[ResourceRow]:
-    """Compile the launches of `dbrx_launches` for `chips`, in processes of their own.
+    """Compile the launches of `dbrx_launches` for `chips`, in worker processes.
 
     Args:
         chips: names in `dbrx_q.kernels.triton.launch.CHIPS`.
-        everything: every launch in every format; otherwise `usual_launches`.
-        processes: that compile at the same time.
+        everything: whether to compile every launch in every format; otherwise `usual_launches`.
+        processes: number of worker processes.
         report: called with (done, total).
 
     Raises:
-        RequestError: a chip that is not known.
+        RequestError: a chip is unknown.
     """
     for name in chips:
         if name not in CHIPS:
-            raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}")
+            raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}. Choose one of these")
     work = [(name, everything, number) for name in chips for number in range(len(_launches(name, everything)))]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for done, row in enumerate(pool.map(_compile, work, chunksize=4), 1):
@@ -63,19 +65,19 @@ def resources(
 
 
 def problems(row: ResourceRow, chip: Chip) -> list[str]:
-    """What a compiled kernel breaks: the chip's shared memory, no spills, packed data 16 bytes a load."""
-    found, each = [], row.resources
-    if each.shared_memory > chip.shared_memory:
-        found.append(f"{each.shared_memory} bytes of shared memory, more than the {chip.shared_memory} of {chip.name}")
-    if each.spills:
-        found.append(f"{each.spills} bytes of local memory")
-    if each.packed_loads and set(each.packed_loads) != {_PACKED_LOAD}:
-        found.append(f"packed data loaded {each.packed_loads} bytes at a time, not {_PACKED_LOAD}")
-    return found
+    """Rules that a compiled kernel breaks: it fits the chip's shared memory, has no spills, and loads packed data 16 bytes at a time."""
+    broken, used = [], row.resources
+    if used.shared_memory > chip.shared_memory:
+        broken.append(f"{used.shared_memory} bytes of shared memory, more than the {chip.shared_memory} of {chip.name}")
+    if used.spills:
+        broken.append(f"{used.spills} bytes of local memory")
+    if used.packed_loads and set(used.packed_loads) != {_PACKED_LOAD}:
+        broken.append(f"packed data loaded {used.packed_loads} bytes at a time, not {_PACKED_LOAD}")
+    return broken
 
 
 def document(rows: Sequence[ResourceRow]) -> str:
-    """The table under a paragraph that says how it was made, whose lines end at 120 columns."""
+    """The table, preceded by how it was made and what its columns mean, in lines of at most 120 columns."""
     import triton
 
     text = (
@@ -90,7 +92,7 @@ def document(rows: Sequence[ResourceRow]) -> str:
 
 
 def table(rows: Iterable[ResourceRow]) -> str:
-    """Markdown: one line per kernel and case, a column per chip with registers / shared memory in KB / spills."""
+    """A Markdown table: a row per kernel and case, a column per chip with registers / shared memory in KB / spills."""
     rows = list(rows)
     chips = [name for name in CHIPS if any(row.resources.chip == name for row in rows)]
     cells: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -104,16 +106,16 @@ def table(rows: Iterable[ResourceRow]) -> str:
 
 
 def write_report(path: Path, text: str) -> None:
-    """Replace what stands between the two marker lines of `path`.
+    """Replace the text between the two marker lines of `path`.
 
     Raises:
-        RequestError: the file lacks the markers.
+        RequestError: the file lacks the marker lines.
     """
     replace_section(path, BEGIN, END, text)
 
 
-def _cell(each: Resources) -> str:
-    return f"{each.registers} / {each.shared_memory / 1024:.1f} / {each.spills}"
+def _cell(used: Resources) -> str:
+    return f"{used.registers} / {used.shared_memory / 1024:.1f} / {used.spills}"
 
 
 @cache
@@ -128,5 +130,5 @@ def _compile(which: tuple[str, bool, int]) -> ResourceRow:
     case, launch = _launches(name, everything)[number]
     try:
         return ResourceRow(case, compile_launch(launch, CHIPS[name]))
-    except Exception as error:  # Triton's errors are of many kinds, and not all of them can be sent to another process
+    except Exception as error:  # Triton raises many kinds of errors, and some cannot be pickled
         raise DbrxError(f"{launch.kernel.__name__}, {case}, does not compile for {name}: {type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""What the Triton kernels take on each chip, without one: launches are recorded at DBRX's shapes and compiled ahead of time."""
+"""The resources of Triton kernels on each chip, measured without a GPU: recorded launches are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -30,22 +30,28 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel.
-
-    registers: per thread. shared_memory: bytes per program. spills: bytes per thread in local memory. packed_loads: bytes that a thread
-    takes per load of packed codes, every width that occurs; empty where the kernel reads none; None on AMD, where it is not looked at.
-    """
+    """The resources of one compiled kernel."""
 
     kernel: str
+    """Name of its function."""
     chip: str
+    """That it is compiled for."""
     constants: str
+    """Its compile-time constants, as name=value."""
     warps: int
+    """Per program."""
     stages: int
+    """Of software pipelining."""
     shared_memory: int
+    """Bytes per program."""
     registers: int
+    """Per thread."""
     spills: int
+    """Bytes per thread in local memory."""
     packed_loads: tuple[int, ...] | None
+    """Every width in bytes of a thread's loads of packed codes; empty if the kernel reads none, None on AMD, where it is not analysed."""
     assembly: str
+    """PTX, or AMD's assembly."""
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Resources:
@@ -68,7 +74,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
     else:
         registers, spills = _usage(compiled.asm["cubin"])
         packed = packed_parameters(launch)
-        packed_loads = tuple(sorted({width for places, width in global_loads(compiled.asm["ptx"]) if places & packed}))
+        packed_loads = tuple(sorted({width for parameters, width in global_loads(compiled.asm["ptx"]) if parameters & packed}))
     return Resources(
         kernel=launch.kernel.__name__,
         chip=chip.name,
@@ -84,26 +90,26 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
 
 
 def launch_key(launch: Launch) -> tuple[Any, ...]:
-    """Equal for launches that Triton compiles to the same code."""
+    """A key that is equal for launches that Triton compiles to the same code."""
     signature, constants, attributes = _signature(launch, hip=False)
     options = launch.warps, launch.stages
     return launch.kernel.__name__, str(signature), str(constants), str(attributes), options
 
 
 def packed_parameters(launch: Launch) -> frozenset[int]:
-    """Which parameters of the compiled kernel point to packed codes of weights, keys or values: counted from 0, without constants.
+    """Indices of the compiled kernel's parameters, constants not counted, that point to packed codes of weights, keys or values.
 
-    Codes are 8-bit tensors; the zero-points beside them are a thirty-second of their size or less.
+    Codes are 8-bit tensors; zero-points are too, but have at most a thirty-second of the size of the codes.
     """
     signature, _, _ = _signature(launch, hip=False)
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     sizes = {
-        place: values[name].numel()
-        for place, name in enumerate(names)
+        index: values[name].numel()
+        for index, name in enumerate(names)
         if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8)
     }
-    return frozenset(place for place, size in sizes.items() if 16 * size > max(sizes.values()))
+    return frozenset(index for index, size in sizes.items() if 16 * size > max(sizes.values()))
 
 
 _PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
@@ -115,28 +121,28 @@ _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::cta)?\.global\S*\s+\[[^\]]*\
 
 
 def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
-    """(parameters, bytes of one thread) of every load from global memory in `ptx`; its address was computed from one of the parameters.
+    """(parameters that the address may be computed from, bytes per thread) of every load from global memory in `ptx`.
 
-    Addresses are followed through the arithmetic on 64-bit registers and through shared memory, whatever the order of the lines, until
-    nothing is added. There is none where that leads nowhere; what passes through shared memory counts for all that does.
+    Addresses are traced through arithmetic on 64-bit registers and through shared memory, in any order of lines, until a fixed point.
+    The set is empty if no parameter reaches an address. All addresses that pass through shared memory share their parameters.
     """
     origins: dict[str, set[int]] = {}
     steps: list[tuple[str, list[str]]] = []
     loads: list[tuple[str, int]] = []
     for line in map(str.strip, ptx.splitlines()):
-        if found := _PARAMETER.search(line):
-            origins.setdefault(found[1], set()).add(int(found[2]))
-        elif (found := _LOAD.search(line)) and "global" in (kind := found[1].split(".")):
+        if match := _PARAMETER.search(line):
+            origins.setdefault(match[1], set()).add(int(match[2]))
+        elif (match := _LOAD.search(line)) and "global" in (kind := match[1].split(".")):
             vector = next((int(part[1:]) for part in kind if re.fullmatch("v[248]", part)), 1)
-            loads.append((found[2], vector * int(kind[-1][1:]) // 8))
-        elif found := _COPY.search(line):
-            loads.append((found[1], int(found[2], 0)))
-        elif found := _TO_SHARED.search(line):
-            steps.append(("shared", re.findall(r"%rd\d+", found[1])))
-        elif found := _FROM_SHARED.search(line):
-            steps += [(register, ["shared"]) for register in re.findall(r"%rd\d+", found[1])]
-        elif found := _ADDRESS.match(line):
-            steps.append((found[1], re.findall(r"%rd\d+", found[2])))
+            loads.append((match[2], vector * int(kind[-1][1:]) // 8))
+        elif match := _COPY.search(line):
+            loads.append((match[1], int(match[2], 0)))
+        elif match := _TO_SHARED.search(line):
+            steps.append(("shared", re.findall(r"%rd\d+", match[1])))
+        elif match := _FROM_SHARED.search(line):
+            steps += [(register, ["shared"]) for register in re.findall(r"%rd\d+", match[1])]
+        elif match := _ADDRESS.match(line):
+            steps.append((match[1], re.findall(r"%rd\d+", match[2])))
     changed = True
     while changed:
         changed = False
@@ -150,35 +156,35 @@ def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
 
 
 def _signature(launch: Launch, *, hip: bool) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and divisibilities as Triton's own specialization of a call has them."""
+    """Types, constants and divisibilities of the arguments, as Triton itself specializes a call."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     parameters = {parameter.name: parameter for parameter in launch.kernel.params}
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    for place, name in enumerate(launch.kernel.arg_names):
-        value, special = values[name], not parameters[name].do_not_specialize
-        if parameters[name].is_constexpr or (special and isinstance(value, int) and value == 1):
+    for index, name in enumerate(launch.kernel.arg_names):
+        value, specialized = values[name], not parameters[name].do_not_specialize
+        if parameters[name].is_constexpr or (specialized and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-            if hip and value.untyped_storage().nbytes() < 1 << 31:  # what AMD's buffer loads reach
-                attributes.setdefault((place,), []).append(["tt.pointer_range", 32])
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            if hip and value.untyped_storage().nbytes() < 1 << 31:  # the reach of AMD's buffer loads
+                attributes.setdefault((index,), []).append(["tt.pointer_range", 32])
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
-            if special and value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+            if specialized and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
 def _amd_metadata(assembly: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-    assert found, name
-    return int(found[1])
+    match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    assert match, name
+    return int(match[1])
 
 
 @cache
@@ -189,11 +195,11 @@ def _cuobjdump() -> str:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory, the stack that spills take among them) of the one kernel in `cubin`."""
+    """(registers, bytes of local memory, which include the stack that spills take) of the only kernel in `cubin`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]) + int(found[3])
+    match = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
+    assert match, text
+    return int(match[1]), int(match[2]) + int(match[3])

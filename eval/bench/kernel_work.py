@@ -1,4 +1,4 @@
-"""What the kernel benchmark times: the work at DBRX's shapes, by our kernels and by what a user would take instead.
+"""The work that the kernel benchmark times, at DBRX's shapes: by our kernels and by the alternatives that a user has.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden, `N` output features, `K` input features,
 `B` sequences, `H`/`G` query and key/value heads, `L` tokens in the cache, `C` channels of a head.
@@ -32,6 +32,7 @@ from .kernel_shapes import DBRX
 __all__ = ["COPY", "MATMUL", "Work", "dbrx_works", "decode_step_work"]
 
 COPY, MATMUL = "copy bandwidth", "bf16 matmul rate"
+"""The ceilings that a row can have."""
 _INT4, _INT8, _NF4 = TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)
 _BF16 = torch.bfloat16
 _DEQUANTIZE = "dequantize, then matmul"
@@ -41,24 +42,28 @@ Calls = Sequence[Callable[[], object]]
 
 @dataclass(frozen=True)
 class Work:
-    """One row. amount: packed bytes that must be read where the ceiling is COPY, floating-point operations where it is MATMUL.
-
-    contenders: by name, what prepares the calls; ours is "dbrx_q". target: share of the ceiling. rival: a contender to be faster than.
-    capture: whether the calls go into a CUDA graph; no where they replay one themselves.
-    """
+    """One row of the benchmark."""
 
     kernel: str
+    """Name of the op."""
     case: str
+    """Format and sizes, in words."""
     ceiling: str
+    """COPY or MATMUL."""
     amount: float
+    """Packed bytes to read if the ceiling is COPY, floating-point operations if it is MATMUL."""
     contenders: dict[str, Callable[[], Calls]]
+    """By name, functions that prepare the calls; our kernel is "dbrx_q"."""
     target: float | None = None
+    """Share of the ceiling that our kernel should reach."""
     rival: str | None = None
+    """A contender that our kernel should be faster than."""
     capture: bool = True
+    """Whether to capture the calls in a CUDA graph; False if they replay one themselves."""
 
 
 def dbrx_works(device: torch.device) -> Iterator[Callable[[], Work]]:
-    """Every row but the whole decode step, each made when it is called, so that one lies in memory at a time."""
+    """Functions that build each row except the whole decode step, so that the weights of one row are in memory at a time."""
     for fmt, T, target in ((_INT4, 1, 0.75), (_INT4, 8, 0.70), (_INT4, 4096, 0.55), (_INT8, 1, None), (_NF4, 1, None), (_INT8, 4096, None)):
         yield partial(_experts, fmt, T, target, device)
     for name, N in (("Wqkv", DBRX.qkv), ("out_proj", DBRX.width), ("lm_head", DBRX.vocabulary)):
@@ -87,15 +92,15 @@ def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.devi
     pairs = {e: (experts == e).nonzero(as_tuple=True) for e in active}
 
     def by_expert(products: Callable[[int, str], Callable[[torch.Tensor], torch.Tensor]]) -> Calls:
-        """An expert after the other, with the pairs known to the host, which spares the peer a wait for the device."""
-        each = {e: {name: products(e, name) for name in ("w1", "v1", "w2")} for e in active}
+        """One expert after the other. The host knows the pairs in advance, which spares the peer a synchronization."""
+        multiply = {e: {name: products(e, name) for name in ("w1", "v1", "w2")} for e in active}
 
         def run() -> torch.Tensor:
             y = torch.zeros_like(x)
             for e, (tokens, rank) in pairs.items():
                 part = x[tokens]
-                h = F.silu(each[e]["w1"](part)) * each[e]["v1"](part)
-                y.index_add_(0, tokens, each[e]["w2"](h) * weights[tokens, rank, None].to(_BF16))
+                h = F.silu(multiply[e]["w1"](part)) * multiply[e]["v1"](part)
+                y.index_add_(0, tokens, multiply[e]["w2"](h) * weights[tokens, rank, None].to(_BF16))
             return y
 
         return [run]
@@ -149,7 +154,7 @@ def _decode_attention(kv_format: str, B: int, target: float | None, device: torc
         return [partial(F.scaled_dot_product_attention, q.view(B, G, H // G, C), keys, values)]
 
     contenders: dict[str, Callable[[], Calls]] = {
-        "dbrx_q": lambda: [partial(cached_attention, q, each, sequences, implementation="triton") for each in caches],
+        "dbrx_q": lambda: [partial(cached_attention, q, layer, sequences, implementation="triton") for layer in caches],
         "SDPA on bf16": sdpa,
     }
     rival = "SDPA on bf16" if target is not None else None
@@ -171,8 +176,8 @@ def _prefill_attention(kv_format: str, T: int, before: int, device: torch.device
         "dbrx_q": lambda: [partial(cached_attention, q, cache, sequences, implementation="triton")],
         "SDPA on bf16": sdpa,
     }
-    seen = T * before + T * (T + 1) // 2  # pairs of a query and a key
-    return Work("attention prefill", f"{kv_format} KV, {T} tokens after {before}", MATMUL, 4 * H * C * seen, contenders)
+    pairs = T * before + T * (T + 1) // 2  # of a query and a key
+    return Work("attention prefill", f"{kv_format} KV, {T} tokens after {before}", MATMUL, 4 * H * C * pairs, contenders)
 
 
 def _router(T: int, device: torch.device) -> Work:
@@ -209,7 +214,7 @@ def _store(T: int, device: torch.device) -> Work:
 
 
 def decode_step_work(folder: Path, device: torch.device) -> Work:
-    """A token of one sequence through the whole model in `folder`, by the step that `generate` takes, the last of 1024 in the cache."""
+    """One decode step of the whole model in `folder`, as `generate` runs it: one sequence, its token the last of 1024 in the cache."""
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.layout import kind_of
     from dbrx_q.generation.decode_graph import DecodeStep
@@ -241,7 +246,7 @@ _Prepare = Callable[[int, int, torch.device], Callable[[torch.Tensor], torch.Ten
 
 
 def _packed_peer(fmt: TensorFormat) -> tuple[str, _Prepare] | None:
-    """What else multiplies by packed weights: its name, and what makes a product with a random weight [N, K]."""
+    """Another library's product with packed weights: its name, and a function that prepares one with a random weight [N, K]."""
     if fmt.format == "int4":
         return "torch._weight_int4pack_mm", partial(_int4pack, fmt.group_size)
     if fmt.format == "nf4":

@@ -1,4 +1,4 @@
-"""The Triton kernels at DBRX's shapes on this GPU, beside its copy bandwidth, its bf16 matmul rate, and what a user would take instead.
+"""Benchmarks the Triton kernels at DBRX's shapes against the GPU's copy bandwidth and bf16 matmul rate, and against alternatives.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden, `N` output features, `K` input features,
 `B` sequences, `H`/`G` query and key/value heads, `L` tokens in the cache, `C` channels of a head.
@@ -21,38 +21,49 @@ __all__ = ["KernelBenchmark", "KernelTiming", "bench_kernels", "markdown"]
 
 @dataclass(frozen=True)
 class KernelTiming:
-    """One kernel. seconds: the median of one call; peers: of the same work by other means.
-
-    share: of `ceiling`, the copy bandwidth counted on packed bytes or the bf16 matmul rate. target: the share that it should reach, or
-    None. met: whether it does, and is faster than `rival` where one is named. eager: contenders that no CUDA graph could hold.
-    failed: why a contender could not run.
-    """
+    """The measurement of one row."""
 
     kernel: str
+    """Name of the op."""
     case: str
+    """Format and sizes, in words."""
     seconds: float | None
+    """Median of one call of our kernel; None if it could not run."""
     ceiling: str
+    """What limits the row: the copy bandwidth, counted on packed bytes, or the bf16 matmul rate."""
     share: float | None
+    """Share of the ceiling that our kernel reaches."""
     target: float | None
+    """Share that it should reach, if there is a target."""
     rival: str | None
+    """A contender that it should be faster than, if there is one."""
     met: bool | None
+    """Whether it reaches the target and is faster than the rival; None without a target, or if the rival could not run."""
     peers: dict[str, float]
+    """Median seconds of the other contenders, by name."""
     eager: tuple[str, ...]
+    """Contenders that could not be captured in a CUDA graph."""
     failed: dict[str, str]
+    """Contenders that could not run, with the reason."""
 
 
 @dataclass(frozen=True)
 class KernelBenchmark:
-    """One run. copy_bandwidth: bytes/s, read and written. matmul_rate: floating-point operations per second in bf16."""
+    """The results of one run."""
 
     environment: Environment
+    """Where and when it ran."""
     command: str
+    """That ran it."""
     copy_bandwidth: float
+    """bytes/s, read and written."""
     matmul_rate: float
+    """Floating-point operations per second in bf16."""
     rows: tuple[KernelTiming, ...]
+    """In the order of the benchmark."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values."""
+        """The JSON object of `dbrx-q bench kernels --json`."""
         return asdict(self)
 
 
@@ -68,8 +79,8 @@ def bench_kernels(
 
     Args:
         device: a CUDA device.
-        command: that is noted with the results.
-        model: a checkpoint of DBRX's dimensions whose whole decode step is measured too.
+        command: recorded in the result.
+        model: a checkpoint of DBRX's dimensions whose whole decode step is measured as well.
         repeats: turns that count.
         report: called with (done, total).
     """
@@ -87,19 +98,20 @@ def bench_kernels(
 
 
 def markdown(result: KernelBenchmark) -> str:
-    """The results as a document."""
-    where, size = result.environment, MATMUL_ON_GPU
-    versions = ", ".join(f"{name} {version}" for name, version in where.versions.items())
+    """The results as a Markdown document."""
+    environment, size = result.environment, MATMUL_ON_GPU
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     lines = [
         "# Kernels at DBRX's shapes",
         "",
-        f"{where.date}, {where.device} ({where.chip}, {where.multiprocessors} multiprocessors), {versions}. `{result.command}`",
+        f"{environment.date}, {environment.device} ({environment.chip}, {environment.multiprocessors} multiprocessors), {versions}. "
+        f"`{result.command}`",
         "",
         f"Measured in the same run: copying {result.copy_bandwidth / 1e9:.0f} GB/s (read and written), bf16 matmul of {size} x {size} x "
-        f"{size} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians, contenders turn by turn, from CUDA graphs, inputs that "
-        "are not in the L2 cache.",
+        f"{size} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians; contenders run in turns from CUDA graphs, on inputs that are "
+        "not in the L2 cache.",
         "",
-        "| kernel | case | time | share | of | target | met | the same work by other means |",
+        "| kernel | case | time | share | of | target | met | the same work by other libraries |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_cells(row))} |" for row in result.rows]
@@ -153,7 +165,7 @@ def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) 
 
 
 def _times(work: Work, repeats: int) -> tuple[dict[str, MedianTime], dict[str, str]]:
-    """What could be timed, and why the rest could not: a library that is missing, memory that is too small."""
+    """(times of the contenders that ran, reasons why others could not: a missing library, too little memory)."""
     calls: dict[str, Sequence[Callable[[], object]]] = {}
     failed: dict[str, str] = {}
     for name, prepare in work.contenders.items():
@@ -161,7 +173,7 @@ def _times(work: Work, repeats: int) -> tuple[dict[str, MedianTime], dict[str, s
             calls[name] = prepare()
             calls[name][0]()
             torch.cuda.synchronize()
-        except Exception as error:  # a peer may fail in any way; the row says how
+        except Exception as error:  # another library may raise anything; the row reports it
             calls.pop(name, None)
             lines = str(error).splitlines() or [""]
             failed[name] = f"{type(error).__name__}: {lines[0][:200]}"

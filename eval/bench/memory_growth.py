@@ -1,4 +1,4 @@
-"""Memory in use and its peak, on the host and on every GPU."""
+"""Measures memory in use and its peak, on the host and on every GPU."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ __all__ = ["MemoryGrowth"]
 
 
 class MemoryGrowth:
-    """Growth in bytes since it was made, by device: "host", this process's resident memory, and "cuda:0" ..., what torch allocated there.
+    """Growth in bytes since its creation, by device: "host" for this process's resident memory, "cuda:0" ... for torch's allocations.
 
     Args:
-        device: the GPUs are looked at where it is one.
+        device: GPUs are measured only if it is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._gpus = range(torch.cuda.device_count()) if device.type == "cuda" else range(0)
         for index in self._gpus:
             torch.cuda.reset_peak_memory_stats(index)
-        with suppress(OSError):  # where the kernel does not let a process forget its peak, it must be a fresh one
+        with suppress(OSError):  # resets the peak; without that, only a fresh process measures it correctly
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._before: dict[str, int] = {}
         self._before = self.used()
 
     def used(self) -> dict[str, int]:
-        """Now."""
-        found = {"host": _resident()} | {f"cuda:{index}": torch.cuda.memory_allocated(index) for index in self._gpus}
-        return self._growth(found)
+        """Growth of the memory in use now."""
+        used = {"host": _resident()} | {f"cuda:{index}": torch.cuda.memory_allocated(index) for index in self._gpus}
+        return self._growth(used)
 
     def peak(self) -> dict[str, int]:
-        """At most, so far."""
-        found = {"host": _peak_resident()} | {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in self._gpus}
-        return self._growth(found)
+        """Growth of the peak so far."""
+        peak = {"host": _peak_resident()} | {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in self._gpus}
+        return self._growth(peak)
 
-    def _growth(self, found: dict[str, int]) -> dict[str, int]:
-        """Without GPUs that hold nothing."""
-        grown = {name: value - self._before.get(name, 0) for name, value in found.items()}
+    def _growth(self, bytes_by_device: dict[str, int]) -> dict[str, int]:
+        """Growth by device, without GPUs that did not grow."""
+        grown = {name: value - self._before.get(name, 0) for name, value in bytes_by_device.items()}
         return {name: value for name, value in grown.items() if value or name == "host"}
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory of a checkpoint in llama-bench's terms, each speed beside what the machine allowed in the same minute."""
+"""Measures speed and memory of a checkpoint in llama-bench's terms; each speed has a ceiling measured in the same minute."""
 
 from __future__ import annotations
 
@@ -32,94 +32,123 @@ _TOKENS_SEED = 0
 
 @dataclass(frozen=True)
 class SpeedTest:
-    """kind: "pp", a prompt of `tokens` tokens in each of `batch` sequences, or "tg", as many tokens one after the other. depth: tokens
-    that each sequence holds before."""
+    """One speed to measure."""
 
     kind: str
+    """"pp" for the prefill of a prompt, "tg" for the decoding of tokens one after the other."""
     tokens: int
+    """Of the prompt, or to decode, in each sequence."""
     batch: int = 1
+    """Sequences."""
     depth: int = 0
+    """Tokens in the cache of each sequence before the test."""
 
     @property
     def name(self) -> str:
-        """As llama-bench names it: "pp512", "tg128 @ d4096"; "tg128 b4" for four sequences."""
+        """The name that llama-bench uses: "pp512", "tg128 @ d4096"; "tg128 b4" for four sequences."""
         return f"{self.kind}{self.tokens}" + f" b{self.batch}" * (self.batch > 1) + f" @ d{self.depth}" * (self.depth > 0)
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One test. Speeds in tokens/s of all sequences together.
-
-    mean, median, stdev: of `samples`, one for each repeat; the sample standard deviation, 0 of one.
-    bandwidth, matmul_rate: medians of `Rates`, measured before each repeat.
-    bytes_per_token, flops_per_token: `decode_need` or `prefill_need`. bytes_per_second: bytes_per_token * median.
-    ceiling: tokens/s that these rates allow with all weights at hand. bound: what sets it, "bandwidth" or "matmul". of_ceiling: median /
-    ceiling. hit_rate, fallback_share: shares of the requests for experts that found them where they are computed, and that a fallback copy
-    answered; 1 and 0 where all lie there.
-    """
+    """The result of one test. Speeds are tokens/s of all sequences together."""
 
     name: str
+    """`SpeedTest.name`."""
     kind: str
+    """Of the `SpeedTest`."""
     tokens: int
+    """Of the `SpeedTest`."""
     batch: int
+    """Of the `SpeedTest`."""
     depth: int
+    """Of the `SpeedTest`."""
     mean: float
+    """Of `samples`."""
     median: float
+    """Of `samples`."""
     stdev: float
+    """Sample standard deviation of `samples`; 0 for a single one."""
     samples: list[float]
+    """The speed of each repeat."""
     bytes_per_token: float
+    """By `decode_need` or `prefill_need`."""
     flops_per_token: float
+    """By `decode_need` or `prefill_need`."""
     bytes_per_second: float
+    """bytes_per_token * median."""
     bandwidth: float
+    """Median of `Rates.bandwidth`, measured before each repeat."""
     matmul_rate: float
+    """Median of `Rates.matmul`, measured before each repeat."""
     ceiling: float
+    """tokens/s that these rates allow if all weights are resident."""
     bound: str
+    """The rate that limits the ceiling: "bandwidth" or "matmul"."""
     of_ceiling: float
+    """median / ceiling."""
     hit_rate: float = 1.0
+    """Share of the requests for experts that hit the cache of the device that computes; 1 if all experts are resident."""
     fallback_share: float = 0.0
+    """Share of the requests for experts that a fallback copy answered."""
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Seconds from a prompt of one sequence to the first token of its answer; median, sample standard deviation and every repeat's."""
+    """The time from a prompt of one sequence to the first token of its answer."""
 
     prompt_tokens: int
+    """Tokens of the prompt."""
     seconds: float
+    """Median of `samples`."""
     stdev: float
+    """Sample standard deviation of `samples`; 0 for a single one."""
     samples: list[float]
+    """Seconds of each repeat."""
 
 
 @dataclass(frozen=True)
 class ModelBenchmark:
-    """One run. Memory in bytes, by device: "host", "cuda:0" ...
-
-    bytes, parameters, bits_per_weight: of the checkpoint as stored. weight_bytes: of the weights in memory, of experts as many as it holds.
-    load_seconds: until the model can run; files come from the page cache where they are in it.
-    loaded_memory, load_peak_memory: growth of the memory in use, and of its peak, by loading.
-    peak_memory: growth of the peak by loading and all rows; what measures the ceilings is left out.
-    complete: False where the run was interrupted and holds the rows that were finished. planned: rows that were asked for.
-    provenance: what is needed to repeat it; without the checkpoint's hash where the run was interrupted.
-    """
+    """The results of one run. Memory is in bytes, by device: "host", "cuda:0" ..."""
 
     path: str
+    """Path or hub id of the checkpoint, as given."""
     format: str
+    """Such as "int4 g64 + int8 g64"."""
     bytes: int
+    """Of all tensors as stored."""
     parameters: int
+    """Of the checkpoint."""
     bits_per_weight: float
+    """Stored bits over parameters, scales included."""
     weight_bytes: int
+    """Of the weights in memory: all dense weights and the resident experts."""
     device: str
+    """That the model runs on."""
     dtype: str
+    """Of activations."""
     kv: str
+    """Format of the KV cache."""
     repeats: int
+    """Of every test."""
     load_seconds: float
+    """Time until the model can run; files in the page cache are read from there."""
     loaded_memory: dict[str, int]
+    """Growth of the memory in use by loading."""
     load_peak_memory: dict[str, int]
+    """Growth of the peak by loading."""
     peak_memory: dict[str, int]
+    """Growth of the peak by loading and all rows, without the buffers that measure the ceilings."""
     rows: list[SpeedRow]
+    """One per test that was finished."""
     first_token: list[FirstToken]
+    """One per length of prompt that was finished."""
     complete: bool
+    """False if the run was interrupted."""
     planned: int
+    """Rows of a complete run, `first_token` included."""
     provenance: dict[str, Any]
+    """What is needed to repeat the run; without the checkpoint's hash if it was interrupted."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `dbrx-q bench --json`."""
@@ -127,35 +156,35 @@ class ModelBenchmark:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelBenchmark:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         rows = [SpeedRow(**row) for row in data["rows"]]
         return cls(**(data | {"rows": rows, "first_token": [FirstToken(**row) for row in data["first_token"]]}))
 
 
 def speed_tests(prompts: Sequence[int], generated: Sequence[int], batches: Sequence[int], depths: Sequence[int]) -> list[SpeedTest]:
-    """Every prompt and every generation at every depth for every batch size; a size of 0 leaves its kind out, as llama-bench does."""
+    """Tests of every prompt and generation size, at every depth, for every batch size. As in llama-bench, size 0 leaves its kind out."""
     sizes = [("pp", tokens) for tokens in prompts if tokens] + [("tg", tokens) for tokens in generated if tokens]
     return [SpeedTest(kind, tokens, batch, depth) for depth in depths for batch in batches for kind, tokens in sizes]
 
 
 def check_tests(tests: Sequence[SpeedTest], config: DbrxConfig) -> None:
-    """Refuse what the model cannot run; needs no weights.
+    """Refuse tests that the model cannot run. Weights are not needed.
 
     Raises:
-        RequestError: no test, a size out of range, or a sequence that does not fit the context.
+        RequestError: there is no test, a size is out of range, or a sequence does not fit the context.
     """
     if not tests:
-        raise RequestError("there must be a prompt or tokens to generate; found none of either. Give one above 0")
+        raise RequestError("there must be a prompt or tokens to generate; found neither. Set one of them above 0")
     for test in tests:
         if test.tokens < 1 or test.batch < 1 or test.depth < 0:
-            raise RequestError(f"tokens and batch must be at least 1 and depth at least 0; found {test}")
-        # A prompt is followed by one token, whose time is measured.
+            raise RequestError(f"tokens and batch must be at least 1 and depth at least 0; found {test}. Change the sizes")
+        # The time to the first token is measured as well, so that a prompt is followed by one token.
         total = test.depth + test.tokens + (test.kind == "pp")
         if total > config.max_seq_len:
             parts = "depth + prompt + 1" if test.kind == "pp" else "depth + generated"
             raise RequestError(
                 f"a sequence must fit the model's context of {config.max_seq_len} tokens; {test.name} takes {total} ({parts}). "
-                "Give smaller sizes"
+                "Choose smaller sizes"
             )
 
 
@@ -170,27 +199,27 @@ def bench_model(
     command: str = "",
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelBenchmark:
-    """Load a checkpoint and time prefill and decode on random tokens, by the decoder of `generate`, and the first token by `generate`.
+    """Load a checkpoint; time prefill and decode on random tokens with the decoder of `generate`, and the first token of `generate`.
 
-    An interruption (KeyboardInterrupt) ends the run; what was finished comes back, marked as incomplete, if at least one row was.
+    A KeyboardInterrupt ends the run. If at least one row was finished, the finished rows are returned, marked as incomplete.
 
     Args:
-        source: what to load.
-        tests: rows, in their order; then the time to the first token of each length of prompt.
-        device: to load it on.
+        source: the checkpoint.
+        tests: rows in their order; the times to the first token of each length of prompt follow.
+        device: to load the model on.
         dtype: of activations, None for the checkpoint's.
         kv_format: "plain", "int8" or "int4".
-        repeats: that count, after one that does not.
-        command: that is noted with the results.
-        report: called with (rows done, rows in all).
+        repeats: of every test, after one that does not count.
+        command: recorded in the result.
+        report: called with (rows done, total rows).
 
     Raises:
-        RequestError: as `check_tests`, repeats below 1, or weights of another program that do not fit in memory when they are decoded.
-        CheckpointError: as loading.
+        RequestError: as for `check_tests`; repeats are below 1; or another program's weights do not fit in memory once dequantized.
+        CheckpointError: loading fails.
     """
     check_tests(tests, source.config)
     if repeats < 1:
-        raise RequestError(f"repeats must be at least 1; found {repeats}")
+        raise RequestError(f"repeats must be at least 1; found {repeats}. Choose more")
     prompts = sorted({test.tokens for test in tests if test.kind == "pp"})
     total = len(tests) + len(prompts)
     _warm_libraries()
@@ -200,17 +229,17 @@ def bench_model(
     load_seconds = _now(device) - started
     if model.expert_store.reloads_each_step:
         raise RequestError(
-            f"{source.name}: speed is that of weights in memory; decoded, these do not fit. Free some, or choose --dtype bfloat16"
+            f"{source.name}: weights must fit in memory for a benchmark; dequantized, these do not. Free memory, or use --dtype bfloat16"
         )
     loaded, load_peak = memory.used(), memory.peak()
-    footprint = ModelWork.of(model, kv_format)
+    work = ModelWork.of(model, kv_format)
     result = ModelBenchmark(
         path=source.name,
         format=source.format,
         bytes=source.nbytes,
         parameters=source.parameters,
         bits_per_weight=source.bits_per_weight,
-        weight_bytes=_weight_bytes(model, footprint),
+        weight_bytes=_weight_bytes(model, work),
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
         kv=kv_format,
@@ -226,43 +255,43 @@ def bench_model(
         provenance=provenance(device, command),
     )
     meter = CeilingMeter(device, model.dtype)
-    where = str(device) if device.type == "cuda" else "host"
+    meter_device = str(device) if device.type == "cuda" else "host"
     sha256 = ""
     try:
         for done, test in enumerate(tests):
             report(done, total)
-            result.rows.append(_row(model, footprint, test, kv_format, repeats, meter))
+            result.rows.append(_row(model, work, test, kv_format, repeats, meter))
         for done, tokens in enumerate(prompts, len(tests)):
             report(done, total)
             result.first_token.append(_first_token(model, tokens, kv_format, repeats))
         report(total, total)
-        sha256 = source.sha256()  # last: reading the files would bring them into the page cache before they are loaded
+        sha256 = source.sha256()  # last: hashing reads the files into the page cache, which would speed up loading
     except KeyboardInterrupt:
         if not result.rows:
             raise
     finally:
         model.close()
-    peak = {name: value - (meter.nbytes if name == where else 0) for name, value in memory.peak().items()}
+    peak = {name: value - (meter.nbytes if name == meter_device else 0) for name, value in memory.peak().items()}
     peak = {name: max(value, load_peak.get(name, 0)) for name, value in peak.items()}
-    known = {"sha256": sha256} if sha256 else {}
+    hashes = {"sha256": sha256} if sha256 else {}
     complete = len(result.rows) + len(result.first_token) == total
-    return replace(result, peak_memory=peak, complete=complete, provenance=result.provenance | known)
+    return replace(result, peak_memory=peak, complete=complete, provenance=result.provenance | hashes)
 
 
-def _row(model: DbrxForCausalLM, footprint: ModelWork, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:
+def _row(model: DbrxForCausalLM, work: ModelWork, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:
     measure, need_of = (_prefill_seconds, prefill_need) if test.kind == "pp" else (_decode_seconds, decode_need)
-    measure(model, test, kv_format)  # compiles, fills caches
+    measure(model, test, kv_format)  # compiles kernels and fills caches
     seconds, rates = [], []
-    before = model.expert_store.stats()
+    earlier_requests = model.expert_store.stats()
     for _ in range(repeats):
         rates.append(meter.measure())
         seconds.append(measure(model, test, kv_format))
-    served = model.expert_store.stats() - before
-    samples = [test.batch * test.tokens / each for each in seconds]
+    requests = model.expert_store.stats() - earlier_requests
+    samples = [test.batch * test.tokens / elapsed for elapsed in seconds]
     median = statistics.median(samples)
-    seen = Rates(statistics.median(rate.bandwidth for rate in rates), statistics.median(rate.matmul for rate in rates))
-    need = need_of(footprint, batch=test.batch, depth=test.depth, tokens=test.tokens)
-    allowed, bound = ceiling(need, seen)
+    measured = Rates(statistics.median(rate.bandwidth for rate in rates), statistics.median(rate.matmul for rate in rates))
+    need = need_of(work, batch=test.batch, depth=test.depth, tokens=test.tokens)
+    allowed, bound = ceiling(need, measured)
     return SpeedRow(
         name=test.name,
         **asdict(test),
@@ -273,23 +302,23 @@ def _row(model: DbrxForCausalLM, footprint: ModelWork, test: SpeedTest, kv_forma
         bytes_per_token=need.nbytes,
         flops_per_token=need.flops,
         bytes_per_second=need.nbytes * median,
-        bandwidth=seen.bandwidth,
-        matmul_rate=seen.matmul,
+        bandwidth=measured.bandwidth,
+        matmul_rate=measured.matmul,
         ceiling=allowed,
         bound=bound,
         of_ceiling=median / allowed,
-        hit_rate=served.cache.hit_rate,
-        fallback_share=served.fallback_share,
+        hit_rate=requests.cache.hit_rate,
+        fallback_share=requests.fallback_share,
     )
 
 
-def _weight_bytes(model: DbrxForCausalLM, footprint: ModelWork) -> int:
-    """Of what lies in memory."""
+def _weight_bytes(model: DbrxForCausalLM, work: ModelWork) -> int:
+    """Bytes of the weights in memory."""
     plan = model.placement
     if plan is None or plan.resident:
-        return sum(footprint.nbytes.values())
-    dense = sum(nbytes for kind, nbytes in footprint.nbytes.items() if kind != "experts")
-    return dense + sum(there.experts + there.fallback for there in plan.devices)
+        return sum(work.nbytes.values())
+    dense = sum(nbytes for kind, nbytes in work.nbytes.items() if kind != "experts")
+    return dense + sum(device.experts + device.fallback for device in plan.devices)
 
 
 def _prefill_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> float:
@@ -301,7 +330,7 @@ def _prefill_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) ->
 
 
 def _decode_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> float:
-    """Every step picks tokens, as `generate` does, but goes on with random ones: a model that repeats itself asks for the same experts."""
+    """Each step samples tokens, as `generate` does, but continues with random ones: repeated tokens would use the same experts again."""
     greedy, unused = SamplingParams(), torch.Generator()
     with _filled(model, test, kv_format) as (decoder, tokens):
         started = _now(model.device)
@@ -313,7 +342,7 @@ def _decode_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> 
 
 @contextmanager
 def _filled(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> Iterator[tuple[Decoder, list[list[int]]]]:
-    """(a decoder whose sequences hold `depth` tokens, the tokens that follow in each)."""
+    """(a decoder whose sequences have `depth` tokens in their cache, the tokens that follow in each)."""
     tokens = _random_tokens(model.config, test.batch, test.depth + test.tokens)
     with decoder_for(model, [test.depth + test.tokens] * test.batch, kv_format) as decoder:
         if test.depth:
@@ -350,7 +379,7 @@ def _now(device: torch.device) -> float:
 
 
 def _warm_libraries() -> None:
-    """Import what loading imports, so that only the checkpoint's own memory is counted."""
+    """Import the libraries that loading imports, so that only the checkpoint's own memory is counted."""
     import_module("dbrx_q.model.loading")
     import_module("dbrx_q.kernels.cpu.linear")
     torch.ones(1 << 20).sum()

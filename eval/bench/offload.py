@@ -1,4 +1,4 @@
-"""Decoding and prefill with experts on disk, beside what the bytes that are missed and the disk's bandwidth allow."""
+"""Benchmarks decode and prefill with experts on disk against the speed that the missed bytes and the disk's bandwidth allow."""
 
 from __future__ import annotations
 
@@ -51,73 +51,104 @@ __all__ = [
 
 FILES = ("offload.json", "offload.md")
 KEYS = ("path", "rows", "provenance")
+"""Keys that the JSON object of every report has."""
 _SEED = 1
 _LINK_SECONDS = 1.5
 _UNCOUNTED_TOKENS = 2
-_HOST_SHARE = 0.9  # of what is free, so that host memory holds all experts where it can
+_HOST_SHARE = 0.9  # of free host memory, so that it holds all experts if possible
 
 
 @dataclass(frozen=True)
 class OffloadRow:
-    """One budget. share: of the experts that have a slot. prefill: whether a prompt was run, or tokens were decoded. prefetch: whether
-    experts were fetched ahead. hit_rate: of requests. needed_bytes: of experts that were needed and came from disk, a token; read_bytes:
-    all that was read. link: bytes/s that the disk gave alone, before and after. bound: tokens/s = link / needed_bytes. of_bound:
-    tokens_per_second over it. compute_seconds, wait_seconds: as of `ExpertStats`, a token. fallback_share: share of the requests
-    that a fallback copy answered, which the bound has come from disk as well."""
+    """One measurement with experts on disk."""
 
     share: float
+    """Of the experts that have a slot."""
     slots: int
+    """Experts that fit into host memory."""
     prefill: bool
+    """Whether a prompt was run; otherwise tokens were decoded."""
     prefetch: bool
+    """Whether experts were prefetched."""
     tokens: int
+    """Of the prompt, or decoded."""
     tokens_per_second: float
+    """Measured speed."""
     hit_rate: float
+    """Of the requests for experts."""
     needed_bytes: float
+    """Bytes per token of experts that were needed and not in host memory."""
     read_bytes: float
+    """Bytes per token read from disk in all."""
     link: float
+    """bytes/s of the disk alone, the mean of a measurement before and one after."""
     bound: float
+    """tokens/s that the disk allows: link / needed_bytes."""
     of_bound: float
+    """tokens_per_second / bound."""
     compute_seconds: float
+    """Seconds per token of `ExpertStats.compute_seconds`."""
     wait_seconds: float
+    """Seconds per token of `ExpertStats.wait_seconds`."""
     fallback_share: float = 0.0
+    """Share of the requests that a fallback copy answered; the bound counts their experts as read from disk."""
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """One budget of a GPU over host memory. miss_policy: how misses were served. needed_bytes: of experts that were needed and not on the
-    GPU, a token. cpu, link: bytes/s of experts that the CPU computed and the link carried, at the same time for "hybrid", alone for the
-    others. bound: tokens/s = (cpu + link) / needed_bytes. on_cpu: misses that the CPU computed, of all."""
+    """One measurement with experts on a GPU and in host memory."""
 
     share: float
+    """Of the experts that have a slot on the GPU."""
     slots: int
+    """Experts that fit into GPU memory."""
     miss_policy: str
+    """How misses were served."""
     prefetch: bool
+    """Whether experts were prefetched."""
     tokens: int
+    """Decoded."""
     tokens_per_second: float
+    """Measured speed."""
     hit_rate: float
+    """Of the requests for experts."""
     needed_bytes: float
+    """Bytes per token of experts that were needed and not on the GPU."""
     cpu: float
+    """bytes/s of experts that the CPU computes: while the link copies for "hybrid", alone for "cpu", 0 for "copy"."""
     link: float
+    """bytes/s of experts that the link copies: while the CPU computes for "hybrid", alone for "copy", 0 for "cpu"."""
     bound: float
+    """tokens/s that both allow: (cpu + link) / needed_bytes."""
     of_bound: float
+    """tokens_per_second / bound."""
     on_cpu: float
+    """Share of the misses that the CPU computed."""
 
 
 @dataclass
 class OffloadBenchmark:
-    """All rows of a run. direct: whether the page cache was passed by. gpus: rows of a GPU over host memory."""
+    """The results of one run."""
 
     path: str
+    """Folder of the checkpoint, as given."""
     experts: int
+    """Of all layers."""
     expert_bytes: int
+    """Bytes of one expert."""
     direct: bool
+    """Whether reads bypassed the page cache."""
     policy: str
+    """Which expert is evicted."""
     provenance: dict[str, Any]
+    """What is needed to repeat the run."""
     rows: list[OffloadRow] = field(default_factory=list)
+    """Measurements with experts on disk."""
     gpus: list[GpuRow] = field(default_factory=list)
+    """Measurements with experts on a GPU and in host memory."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The JSON object of `dbrx-q bench offload --json`."""
         return asdict(self)
 
 
@@ -134,55 +165,57 @@ def bench_offload(
     command: str = "",
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> OffloadBenchmark:
-    """Load a checkpoint with slots for a share of its experts and time it on random tokens.
+    """Load a checkpoint with slots for a share of its experts, and time it on random tokens.
 
     Args:
-        folder: a checkpoint, best quantized and of DBRX's own dimensions.
+        folder: a checkpoint, preferably quantized and of DBRX's own dimensions.
         shares: of the experts, each between 0 and 1.
-        tokens: to decode for each row; 0 for none.
-        prompt: tokens of a prompt; 0 for none.
-        policy: which expert gives way.
-        prefetch: with and without, in this order.
-        direct: whether to read past the page cache; None for yes where the disk can be read so.
-        fallback: whether to run with the fallback copy, too, in the same memory as without it and without prefetch.
-        command: that is noted with the results.
-        on_row: called with (rows done, rows in all).
+        tokens: to decode for each row; 0 for no such rows.
+        prompt: tokens of a prompt; 0 for no such rows.
+        policy: which expert is evicted.
+        prefetch: values to measure, in this order.
+        direct: whether reads bypass the page cache; None for yes if the disk supports it.
+        fallback: whether to measure with the fallback copy as well, in the same memory and without prefetch.
+        command: recorded in the result.
+        on_row: called with (rows done, total rows).
 
     Raises:
-        RequestError: a share or a number of tokens that is none, or a share in whose place the fallback copy does not fit.
+        RequestError: a share or a number of tokens is out of range, or the fallback copy does not fit into the memory of a share.
         CheckpointError: the checkpoint is damaged.
     """
     _check_shares(shares)
     if tokens < 0 or prompt < 0 or tokens + prompt == 0:
-        raise RequestError(f"tokens to decode and of a prompt must be 0 or more, and one of them more; found {tokens} and {prompt}")
+        raise RequestError(
+            f"tokens to decode and of a prompt must be at least 0, and one of them above 0; found {tokens} and {prompt}. Change them"
+        )
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
         files = ExpertFiles(checkpoint, config.dtype)
-        copy = carried_formats(folder, config, formats) if fallback else None
-    by = supports_direct(files.paths[0]) if direct is None else direct
+        fallback_formats = carried_formats(folder, config, formats) if fallback else None
+    direct = supports_direct(files.paths[0]) if direct is None else direct
     whole = place(config, formats, Machine(), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS))
-    about = provenance(torch.device("cpu"), command)
+    record = provenance(torch.device("cpu"), command)
     rams = [whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds) for share in shares]
-    for share, ram in zip(shares, rams, strict=True):  # before minutes of the others
-        plan = place(config, formats, Machine(ram), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS, fallback=copy))
+    for share, ram in zip(shares, rams, strict=True):  # fails before minutes of measurements
+        plan = place(config, formats, Machine(ram), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS, fallback=fallback_formats))
         if not plan.fits:
             raise RequestError(
-                f"the memory of a share must hold the fallback copy; in that of {share:.0%} {plan.shortfall:,} bytes are missing. Give a "
+                f"the memory of a share must hold the fallback copy; that of {share:.0%} is {plan.shortfall:,} bytes too small. Choose a "
                 "larger --share"
             )
-    result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, by, policy, about)
-    kinds = [kind for kind in (False, True) if (prompt if kind else tokens)]
-    ways = [(ahead, False) for ahead in prefetch] + ([(False, True)] if fallback else [])
-    total = len(shares) * len(ways) * len(kinds)
+    result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, direct, policy, record)
+    prefill_modes = [prefill for prefill in (False, True) if (prompt if prefill else tokens)]
+    store_modes = [(prefetches, False) for prefetches in prefetch] + ([(False, True)] if fallback else [])
+    total = len(shares) * len(store_modes) * len(prefill_modes)
     for share, ram in zip(shares, rams, strict=True):
-        budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, cache_policy=policy, direct=by)
-        for ahead, copied in ways:
-            with closing(load_model(folder, budget=replace(budget, prefetch=ahead, fallback=copied))) as model:
-                for prefill in kinds:
+        budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, cache_policy=policy, direct=direct)
+        for prefetches, uses_fallback in store_modes:
+            with closing(load_model(folder, budget=replace(budget, prefetch=prefetches, fallback=uses_fallback))) as model:
+                for prefill in prefill_modes:
                     count = prompt if prefill else tokens
-                    result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=ahead, direct=by))
+                    result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=prefetches, direct=direct))
                     on_row(len(result.rows), total)
-            del model  # before the next one is loaded
+            del model  # frees its memory before the next one is loaded
     return result
 
 
@@ -196,25 +229,28 @@ def bench_gpu(
     prefetch: Sequence[bool] = (True, False),
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[GpuRow]:
-    """Decode with a share of the experts on a GPU and the others in host memory, by every miss policy; errors as for `bench_offload`."""
+    """Time decode with a share of the experts on a GPU and the others in host memory, for every miss policy.
+
+    Arguments and errors are those of `bench_offload`; `device` is the GPU.
+    """
     _check_shares(shares)
     if tokens < 1:
-        raise RequestError(f"tokens to decode must be at least 1; found {tokens}")
+        raise RequestError(f"tokens to decode must be at least 1; found {tokens}. Choose more")
     with Checkpoint(folder) as checkpoint:
         config, formats = checkpoint.config, checkpoint.formats
     context = tokens + _UNCOUNTED_TOKENS
     request = MemoryRequest(context, step_tokens=_UNCOUNTED_TOKENS)
-    one = place(config, formats, Machine(None, (Gpu(1 << 50),)), request).gpus[0]
+    whole = place(config, formats, Machine(None, (Gpu(1 << 50),)), request).gpus[0]
     rows: list[GpuRow] = []
     for share in shares:
-        machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(one.total - one.experts + int(share * one.experts)),))
+        machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(whole.total - whole.experts + int(share * whole.experts)),))
         for miss_policy in MissPolicy:
-            for ahead in prefetch:
-                budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, cache_policy=policy, prefetch=ahead)
+            for prefetches in prefetch:
+                budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, cache_policy=policy, prefetch=prefetches)
                 with closing(load_model(folder, budget=replace(budget, miss_policy=miss_policy.value, devices=(device,)))) as model:
-                    rows.append(_gpu_row(model, share, miss_policy, tokens=tokens, prefetch=ahead))
+                    rows.append(_gpu_row(model, share, miss_policy, tokens=tokens, prefetch=prefetches))
                     on_row(len(rows), len(shares) * len(MissPolicy) * len(prefetch))
-                del model  # before the next one is loaded
+                del model  # frees its memory before the next one is loaded
     return rows
 
 
@@ -223,8 +259,8 @@ def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, t
     assert isinstance(store, GpuExpertStore)
     assert plan is not None
     [gpu] = store.gpus
-    which = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
-    rates = [measure_rates(gpu, store.tier, model.dtype, **which)]
+    used = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
+    rates = measure_rates(gpu, store.tier, model.dtype, **used)
     generator = torch.Generator().manual_seed(_SEED)
     ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
     with decoder_for(model, [len(ids)], "plain") as decoder:
@@ -234,11 +270,10 @@ def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, t
         for token in ids[2:]:
             decoder.step({0: token})
         seconds = _now(model.device) - started
-    did = store.stats() - before
-    both = [rate.cpu * which["cpu"] + rate.link * which["link"] for rate in rates]
-    each = plan.expert_bytes / plan.experts
-    needed = (did.cache.misses + did.cache.prefetch_hits) * each / tokens
-    bound = statistics.mean(both) / needed if needed else float("inf")
+    stats = store.stats() - before
+    combined = rates.cpu * used["cpu"] + rates.link * used["link"]
+    needed = (stats.cache.misses + stats.cache.prefetch_hits) * (plan.expert_bytes / plan.experts) / tokens
+    bound = combined / needed if needed else float("inf")
     return GpuRow(
         share=share,
         slots=plan.gpus[0].n_slots,
@@ -246,13 +281,13 @@ def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, t
         prefetch=prefetch,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
-        hit_rate=did.cache.hit_rate,
+        hit_rate=stats.cache.hit_rate,
         needed_bytes=needed,
-        cpu=rates[0].cpu if which["cpu"] else 0.0,
-        link=rates[0].link if which["link"] else 0.0,
+        cpu=rates.cpu if used["cpu"] else 0.0,
+        link=rates.link if used["link"] else 0.0,
         bound=bound,
         of_bound=tokens / seconds / bound,
-        on_cpu=did.computed_on_cpu / did.cache.misses if did.cache.misses else 0.0,
+        on_cpu=stats.computed_on_cpu / stats.cache.misses if stats.cache.misses else 0.0,
     )
 
 
@@ -265,62 +300,63 @@ def _now(device: torch.device) -> float:
 def _check_shares(shares: Sequence[float]) -> None:
     for share in shares:
         if not 0 < share < 1:
-            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}")
+            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}. Choose another")
 
 
 def disk_bandwidth(files: ExpertFiles, *, direct: bool, seconds: float = _LINK_SECONDS) -> float:
-    """Bytes/s of experts in random order, two under way at a time, by the threads that a store has."""
-    places = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
-    random.Random(_SEED).shuffle(places)
-    kind = files.kinds[places[0][0]]
-    places = [where for where in places if files.kinds[where[0]] == kind]
+    """Measure bytes/s of experts read in random order, two at a time, by the same reader threads as a store's."""
+    experts = [(layer, e) for layer in range(len(files.kinds)) for e in range(files.n_experts)]
+    random.Random(_SEED).shuffle(experts)
+    kind = files.kinds[experts[0][0]]
+    experts = [(layer, e) for layer, e in experts if files.kinds[layer] == kind]
     with closing(ExpertReader(files, direct=direct)) as reader:
         slots = ExpertSlots(kind, 2, torch.device("cpu"))
-        loads = [reader.load(*places[i % len(places)], slots, i, urgent=True) for i in range(2)]
+        loads = [reader.load(*experts[i % len(experts)], slots, i, urgent=True) for i in range(2)]
         started, number = time.perf_counter(), 2
         while time.perf_counter() - started < seconds:
             loads[number % 2].wait()
-            loads[number % 2] = reader.load(*places[number % len(places)], slots, number % 2, urgent=True)
+            loads[number % 2] = reader.load(*experts[number % len(experts)], slots, number % 2, urgent=True)
             number += 1
         for load in loads:
             load.wait()
         return reader.bytes_read / (time.perf_counter() - started)
 
 
-def markdown(found: OffloadBenchmark) -> str:
-    """The rows as a table."""
-    how = "past the page cache" if found.direct else "through the page cache"
-    about = found.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+def markdown(benchmark: OffloadBenchmark) -> str:
+    """The results as a Markdown document."""
+    access = "bypassing the page cache" if benchmark.direct else "through the page cache"
+    record = benchmark.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"# Experts on disk: {Path(found.path).name}",
+        f"# Experts on disk: {Path(benchmark.path).name}",
         "",
-        f"{about['device']}, {about['threads']} threads; {versions}. `{about['command']}`",
+        f"{record['device']}, {record['threads']} threads; {versions}. `{record['command']}`",
         "",
-        f"{found.experts} experts of {format_size(found.expert_bytes)}, read {how}; policy {found.policy}. The bound is what the disk's "
-        "bandwidth, measured before and after each row, allows for the experts that were needed and not there, even if a fallback "
-        "copy answered; where nearly all of the time went into products of experts, the processor is what limits, not the disk.",
+        f"{benchmark.experts} experts of {format_size(benchmark.expert_bytes)}, read {access}; policy {benchmark.policy}. The bound "
+        "follows from the disk's bandwidth, measured before and after each row, and from the experts that were needed and not in memory, even if "
+        "a fallback copy answered. If products of experts take nearly all of the time, the processor limits the speed, not the disk.",
         "",
         "| experts held | test | prefetch | hits | fallback copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
         "| of the bound | time in products |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in found.rows:
+    for row in benchmark.rows:
         test = f"pp{row.tokens}" if row.prefill else f"tg{row.tokens}"
         lines.append(
             f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
             f"{row.fallback_share:.1%} | {format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | "
             f"{row.tokens_per_second:.2f} | {row.bound:.2f} | {row.of_bound:.1%} | {row.compute_seconds * row.tokens_per_second:.0%} |"
         )
-    if found.gpus:
+    if benchmark.gpus:
         lines += [
             "",
-            "A GPU over host memory; the bound is what the CPU computed and the link carried, at once for hybrid, of what was missed.",
+            "A GPU and host memory. The bound follows from the missed experts, and from the rates at which the CPU computes and the link "
+            "copies them, at the same time for hybrid.",
             "",
             "| experts held | misses | prefetch | hits | needed, a token | CPU | link | by the CPU | tokens/s | bound | of the bound |",
             "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
-    for gpu in found.gpus:
+    for gpu in benchmark.gpus:
         lines.append(
             f"| {gpu.slots} ({gpu.share:.0%}) | {gpu.miss_policy} | {'yes' if gpu.prefetch else 'no'} | {gpu.hit_rate:.1%} | "
             f"{format_size(gpu.needed_bytes)} | {format_size(gpu.cpu)}/s | {format_size(gpu.link)}/s | {gpu.on_cpu:.0%} | "
@@ -329,9 +365,9 @@ def markdown(found: OffloadBenchmark) -> str:
     return "\n".join(lines) + "\n"
 
 
-def files(found: OffloadBenchmark) -> dict[str, bytes]:
-    """The report's files by name."""
-    return {"offload.json": (json.dumps(found.to_dict(), indent=2) + "\n").encode(), "offload.md": markdown(found).encode()}
+def files(benchmark: OffloadBenchmark) -> dict[str, bytes]:
+    """The contents of the report's files, by their names."""
+    return {"offload.json": (json.dumps(benchmark.to_dict(), indent=2) + "\n").encode(), "offload.md": markdown(benchmark).encode()}
 
 
 def _row(
@@ -353,10 +389,10 @@ def _row(
             for token in ids[2:]:
                 decoder.step({0: token})
         seconds = time.perf_counter() - started
-    did = store.stats() - before
+    stats = store.stats() - before
     links.append(disk_bandwidth(files, direct=direct))
     link = statistics.mean(links)
-    needed = (did.cache.misses + did.cache.prefetch_hits) * (files.nbytes / len(files.kinds) / files.n_experts) / tokens
+    needed = (stats.cache.misses + stats.cache.prefetch_hits) * (files.nbytes / len(files.kinds) / files.n_experts) / tokens
     bound = link / needed if needed else float("inf")
     slots = model.placement.host.n_slots if model.placement is not None else 0
     return OffloadRow(
@@ -366,13 +402,13 @@ def _row(
         prefetch=prefetch,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
-        hit_rate=did.cache.hit_rate,
+        hit_rate=stats.cache.hit_rate,
         needed_bytes=needed,
-        read_bytes=did.disk_bytes / tokens,
+        read_bytes=stats.disk_bytes / tokens,
         link=link,
         bound=bound,
         of_bound=tokens / seconds / bound,
-        compute_seconds=did.compute_seconds / tokens,
-        wait_seconds=did.wait_seconds / tokens,
-        fallback_share=did.fallback_share,
+        compute_seconds=stats.compute_seconds / tokens,
+        wait_seconds=stats.wait_seconds / tokens,
+        fallback_share=stats.fallback_share,
     )

@@ -1,4 +1,4 @@
-"""The results of `dbrx-q bench` as a document and as a plot."""
+"""Writes the results of `dbrx-q bench` as a document and a plot."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ __all__ = ["FILES", "KEYS", "markdown", "plot", "write_report"]
 
 FILES = ("bench.json", "bench.md", "bench.png", "bench.svg")
 KEYS = ("path", "rows", "provenance")
-"""What the JSON object of a report has at least."""
+"""Keys that the JSON object of every report has."""
 
-_LOG_FROM = 30  # largest value of a panel over its smallest, from which a linear axis would hide the smallest
+_LOG_FROM = 30  # ratio of a panel's largest to its smallest value from which the axis is logarithmic
 _TITLES = {"pp": "Prefill", "tg": "Decode"}
 
 
 def write_report(result: ModelBenchmark, folder: Path) -> None:
-    """Write `FILES` into `folder`, which is made where missing."""
+    """Write `FILES` into `folder`, which is created if missing.
+
+    Raises:
+        RequestError: a file cannot be written.
+        UnsupportedError: matplotlib is not installed.
+    """
     drawing = plot(result)
     contents = (
         (json.dumps(result.to_dict(), indent=2) + "\n").encode(),
@@ -39,13 +44,13 @@ def write_report(result: ModelBenchmark, folder: Path) -> None:
 
 
 def markdown(result: ModelBenchmark) -> str:
-    """The results as a document."""
-    known = result.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    """The results as a Markdown document."""
+    record = result.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Speed and memory of {Path(result.path).name or result.path}",
         "",
-        f"{known['device']}, {known['threads']} threads, {known['system']}; {versions}. `{known['command']}`",
+        f"{record['device']}, {record['threads']} threads, {record['system']}; {versions}. `{record['command']}`",
         "",
     ]
     if not result.complete:
@@ -56,33 +61,34 @@ def markdown(result: ModelBenchmark) -> str:
         f"| {result.path} | {result.format} | {_size(result.bytes)} | {result.bits_per_weight:.2f} | {_parameters(result.parameters)} | "
         f"{result.device} | {result.dtype} | {result.kv} |",
         "",
-        "| test | tokens/s | ceiling | of the ceiling | which is set by |",
+        "| test | tokens/s | ceiling | of the ceiling | limited by |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(_cells(result, row))} |" for row in result.rows),
         "",
-        f"Mean and standard deviation of {result.repeats}; shares are of medians. The ceiling is what {_bandwidth_name(result)} and a "
-        f"large {result.dtype} matmul, measured in turn with each row, allow for the bytes and operations of a token.",
+        f"Mean and standard deviation of {result.repeats} repeats; shares are of medians. The ceiling follows from the bytes and "
+        f"operations of a token and from the rates of {_bandwidth_name(result)} and a large {result.dtype} matmul, measured in turns with "
+        "each row.",
         "",
     ]
     for row in (row for row in result.rows if row.hit_rate < 1):
         copy = f", and {_share(row.fallback_share)} were answered by the fallback copy" if row.fallback_share else ""
-        lines += [f"{row.name}: {_share(row.hit_rate)} of the requests for experts found them where they are computed{copy}.", ""]
+        lines += [f"{row.name}: {_share(row.hit_rate)} of the requests for experts hit the cache{copy}.", ""]
     if result.first_token:
         lines += ["| prompt | time to first token |", "|---|---|"]
         lines += [f"| {row.prompt_tokens} tokens | {_time(row.seconds)} ± {_time(row.stdev)} |" for row in result.first_token]
         lines.append("")
     lines += ["| memory | after loading | peak while loading | peak of the run |", "|---|---|---|---|"]
     for name in result.peak_memory:
-        used = (found.get(name, 0) for found in (result.loaded_memory, result.load_peak_memory, result.peak_memory))
+        used = (memory.get(name, 0) for memory in (result.loaded_memory, result.load_peak_memory, result.peak_memory))
         lines.append(f"| {name} | {' | '.join(_of(value, result.bytes) for value in used)} |")
     lines += ["", f"Load time {_time(result.load_seconds)}; weights in memory {_of(result.weight_bytes, result.bytes)}."]
-    if "sha256" in known:
-        lines.append(f"Checkpoint {known['sha256']}.")
+    if "sha256" in record:
+        lines.append(f"Checkpoint {record['sha256']}.")
     return "\n".join(lines) + "\n"
 
 
 def plot(result: ModelBenchmark) -> Figure:
-    """Tokens/s of every row as a bar, and its ceiling as a mark; prefill and decode in panels of their own."""
+    """Tokens/s of every row as a bar with its ceiling as a mark, in one panel for prefill and one for decode."""
     from matplotlib.figure import Figure
 
     panels = [(kind, rows) for kind in _TITLES if (rows := [row for row in result.rows if row.kind == kind])]
@@ -101,7 +107,7 @@ def _panel(axes: Axes, kind: str, rows: list[SpeedRow]) -> None:
     places = list(range(len(rows)))
     speeds, ceilings = [row.median for row in rows], [row.ceiling for row in rows]
     axes.barh(places, speeds, height=0.6, color=measured, label="measured")
-    below = [min(row.stdev, 0.9 * row.median) for row in rows]  # a logarithmic axis has no place for what is negative
+    below = [min(row.stdev, 0.9 * row.median) for row in rows]  # a logarithmic axis cannot show negative values
     axes.errorbar(speeds, places, xerr=[below, [row.stdev for row in rows]], fmt="none", ecolor=INK, elinewidth=1)
     axes.vlines(ceilings, [y - 0.38 for y in places], [y + 0.38 for y in places], colors=allowed, linewidth=2.5, label="ceiling")
     least, most = min(speeds + ceilings), max(speeds + ceilings)
@@ -111,7 +117,7 @@ def _panel(axes: Axes, kind: str, rows: list[SpeedRow]) -> None:
     else:
         axes.set_xlim(0, most * 1.5)
     for y, row in zip(places, rows, strict=True):
-        text = f"{_speed(row.median)}, {_share(row.of_ceiling)} of what {row.bound} allows"
+        text = f"{_speed(row.median)}, {_share(row.of_ceiling)} of the {row.bound} ceiling"
         end = max(row.median + row.stdev, row.ceiling)
         axes.annotate(text, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     axes.set_yticks(places, [row.name for row in rows])
@@ -122,11 +128,11 @@ def _panel(axes: Axes, kind: str, rows: list[SpeedRow]) -> None:
 
 
 def _titles(drawing: Figure, first: Axes, result: ModelBenchmark) -> None:
-    partly = "" if result.complete else " (interrupted)"
+    interrupted = "" if result.complete else " (interrupted)"
     name = Path(result.path).name or result.path
-    known = result.provenance
-    where = f"{known['device']}, {known['threads']} threads" if result.device == "cpu" else known["device"]
-    drawing.suptitle(f"{name}: {result.format}, {_size(result.bytes)}{partly}\n{where}", fontsize=10, color=INK, parse_math=False)
+    record = result.provenance
+    device = f"{record['device']}, {record['threads']} threads" if result.device == "cpu" else record["device"]
+    drawing.suptitle(f"{name}: {result.format}, {_size(result.bytes)}{interrupted}\n{device}", fontsize=10, color=INK, parse_math=False)
     first.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
 
 
@@ -150,8 +156,8 @@ def _speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1000 else f"{tokens_per_second:.4g}" if tokens_per_second else "0"
 
 
-def _share(x: float) -> str:
-    return f"{x:.1%}" if x >= 0.01 else f"{100 * x:.2g}%"
+def _share(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.01 else f"{100 * share:.2g}%"
 
 
 def _time(seconds: float) -> str:
@@ -162,13 +168,13 @@ def _of(value: int, stored: int) -> str:
     return f"{_size(value)} ({value / stored:.3f} of stored)"
 
 
-def _parameters(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _size(n: float) -> str:
+def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,4 +1,4 @@
-"""DBRX checkpoints with random weights, of any size, written shard by shard: for benchmarks and for tests of memory limits."""
+"""Writes DBRX checkpoints of any size with random weights, shard by shard, for benchmarks and for tests of memory limits."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def dbrx_layer_config(n_layers: int = 1, vocab_size: int = 4096) -> DbrxConfig:
 
 
 def write_checkpoint(config: DbrxConfig, folder: Path, *, seed: int = 0) -> None:
-    """Write a bfloat16 checkpoint of `config` into `folder`: normal weights, norms of one, the same bytes for the same seed.
+    """Write a bfloat16 checkpoint of `config` into `folder`: normally distributed weights, norm weights of one.
 
-    There is no tokenizer: prompts are token ids.
+    The same seed gives the same bytes. The checkpoint has no tokenizer: prompts are token ids.
 
     Raises:
-        RequestError: `folder` is not empty, cannot be written, or its disk has too little room.
+        RequestError: `folder` is not empty or not writable, or its disk has too little free space.
     """
     with staged_folder(folder, sum(2 * math.prod(tensor.shape) for tensor in dense_tensors(config))) as partial:
         _write(config, partial, seed)

@@ -1,4 +1,4 @@
-"""Which tiles are the fastest on this device: every candidate of every problem that DBRX poses, measured.
+"""Finds the fastest tiles on this device, by measuring the candidates for every product of a DBRX model.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden, `N` output features, `K` input features.
 """
@@ -27,13 +27,13 @@ from .kernel_shapes import DBRX, FORMATS, Shapes
 __all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
 
 DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64))
-"""Other 4-bit codes in groups of 64, NF4, take the tiles of int4."""
+"""Formats to tune. NF4 in groups of 64 uses the tiles of int4."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
-_CLOSE = 2**-5  # of the largest value: tiles change the order of sums, a wrong kernel changes everything
+_CLOSE = 2**-5  # of the largest value: tiles change only the order of sums, a wrong kernel changes much more
 
 Timer = Callable[[Problem, Tiles], float]
-"""Seconds that a problem takes with given tiles; raises whatever goes wrong."""
+"""Measures the seconds that a problem takes with given tiles; may raise any error."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,26 @@ class Failure:
     """A candidate that could not be measured."""
 
     problem: Problem
+    """That it was a candidate for."""
     tiles: Tiles
+    """The candidate."""
     reason: str
+    """The error, in one line."""
 
 
 def dbrx_problems(formats: Sequence[TensorFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
-    """Every product of a DBRX layer and of its head, for powers of two of tokens."""
+    """Every product of a DBRX layer and of the head, for powers of two of tokens."""
     E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
-    found = []
+    problems = []
     for fmt in formats:
         bits = fmt.record.bits
         for T in _TOKENS:
-            found += [Problem("linear", T, N, D, bits, fmt.group_size) for N in (shapes.qkv, D, shapes.vocabulary)]
+            problems += [Problem("linear", T, N, D, bits, fmt.group_size) for N in (shapes.qkv, D, shapes.vocabulary)]
             tokens = T if T <= MATVEC_TOKENS else T * A
             parallel = min(E, tokens * A)
-            found.append(Problem("gate_up", tokens, F, D, bits, fmt.group_size, parallel))
-            found.append(Problem("down", tokens, D, F, bits, fmt.group_size, parallel))
-    return found
+            problems.append(Problem("gate_up", tokens, F, D, bits, fmt.group_size, parallel))
+            problems.append(Problem("down", tokens, D, F, bits, fmt.group_size, parallel))
+    return problems
 
 
 def sweep(
@@ -68,28 +71,29 @@ def sweep(
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[TileChoice], list[Failure]]:
-    """The fastest candidate of each problem, and the candidates that failed. A problem whose default fails is left to the default.
+    """Measure candidates: (the fastest of each problem, candidates that failed). A problem whose default tiles fail has no choice.
 
     Args:
-        problems: to measure.
-        chip: whose candidates are taken.
+        problems: to tune.
+        chip: determines the candidates.
         timer: measures one candidate.
-        thorough: measure every candidate; otherwise those that differ from the best so far in one respect, until none is faster.
+        thorough: whether to measure every candidate; otherwise only those that differ from the best so far in one respect, until none is
+            faster.
         report: called with (done, total).
     """
     choices: list[TileChoice] = []
     failures: list[Failure] = []
     for done, problem in enumerate(problems):
         report(done, len(problems))
-        left = candidates(problem, chip)
-        best = default = left[0]
+        untried = candidates(problem, chip)
+        best = default = untried[0]
         times: dict[Tiles, float] = {}
-        while tried := [tiles for tiles in left if thorough or _differences(tiles, best) <= 1]:
-            left = [tiles for tiles in left if tiles not in tried]
+        while tried := [tiles for tiles in untried if thorough or _differences(tiles, best) <= 1]:
+            untried = [tiles for tiles in untried if tiles not in tried]
             for tiles in tried:
                 try:
                     times[tiles] = timer(problem, tiles)
-                except Exception as error:  # what a compiler and a driver may say of a candidate is of many kinds
+                except Exception as error:  # the compiler and the driver raise many kinds of errors
                     failures.append(Failure(problem, tiles, f"{type(error).__name__}: {str(error)[:200]}"))
             if default not in times:
                 break
@@ -100,9 +104,9 @@ def sweep(
     return choices, failures
 
 
-def _differences(one: Tiles, other: Tiles) -> int:
-    """In how many respects two tiles differ; rows and warps, which share the work of a program, are one."""
-    pairs = zip(_respects(one), _respects(other), strict=True)
+def _differences(tiles: Tiles, other: Tiles) -> int:
+    """In how many respects two tiles differ; rows and warps, which divide the work of a program together, count as one."""
+    pairs = zip(_respects(tiles), _respects(other), strict=True)
     return sum(a != b for a, b in pairs)
 
 
@@ -117,21 +121,31 @@ def tune(
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tuning, list[Failure]]:
-    """Sweep DBRX's problems on `device`; arguments as for `sweep`.
+    """Run `sweep` over DBRX's problems on `device`; `formats` are those of `dbrx_problems`, the other arguments those of `sweep`.
 
     Raises:
-        DbrxError: nothing could be measured.
+        DbrxError: no tiles could be measured.
     """
     chip = chip_of(device)
     choices, failures = sweep(dbrx_problems(formats), chip, DeviceTimer(device), thorough=thorough, report=report)
     if not choices:
         raise DbrxError(f"no tiles could be measured on {chip.name}; the first failure: {failures[0].reason if failures else 'none'}")
-    where = environment(device)
-    return Tuning(where.chip, where.multiprocessors, where.device, where.date, where.versions, tuple(choices)), failures
+    measured_on = environment(device)
+    return (
+        Tuning(
+            measured_on.chip,
+            measured_on.multiprocessors,
+            measured_on.device,
+            measured_on.date,
+            measured_on.versions,
+            tuple(choices),
+        ),
+        failures,
+    )
 
 
 class DeviceTimer:
-    """Times the op that a problem belongs to, on random weights; what a candidate computes is compared with the default's result."""
+    """Times a problem's op on random weights, and compares each candidate's result with the result of the first one."""
 
     def __init__(self, device: torch.device, shapes: Shapes = DBRX) -> None:
         self._device, self._shapes, self._chip = device, shapes, chip_of(device)
@@ -140,20 +154,20 @@ class DeviceTimer:
         self._expected: torch.Tensor | None = None
 
     def __call__(self, problem: Problem, tiles: Tiles) -> float:
-        """Median seconds.
+        """Median seconds of one call.
 
         Raises:
-            DbrxError: the result differs from that of the tiles which came first.
+            DbrxError: the result differs from the result of the first tiles measured for this problem.
         """
         if problem != self._problem:
-            self._calls, self._expected = [], None  # before more memory is taken
+            self._calls, self._expected = [], None  # frees their memory first
             self._calls, self._problem = self._prepare(problem), problem
         with trying(problem, self._chip, tiles):
             out = self._calls[0]().float()
             if self._expected is None:
                 self._expected = out
-            elif not (out - self._expected).abs().max() <= _CLOSE * self._expected.abs().max():  # NaN is no agreement
-                raise DbrxError(f"{tiles} must give what {problem} gives with other tiles; the results differ")
+            elif not (out - self._expected).abs().max() <= _CLOSE * self._expected.abs().max():  # also if the result is NaN
+                raise DbrxError(f"{tiles} must give the same result for {problem} as other tiles; the results differ. Report this as a bug")
             return turns({"": self._calls}, repeats=_REPEATS)[""].seconds
 
     def _prepare(self, problem: Problem) -> list[Callable[[], torch.Tensor]]:

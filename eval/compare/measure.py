@@ -1,8 +1,8 @@
-"""Checkpoints beside a reference, on the same tokens: how far their predictions, routers and hidden states are from it.
+"""Measures how far the predictions, routers and hidden states of checkpoints are from a reference's, on the same tokens.
 
 The statistics of predictions are those of llama.cpp's `llama-perplexity --kl-divergence`, computed in float64.
 
-Dimension letters: `P` predicted tokens of a step, `S` sampled ones of them, `L` layers, `A` active experts, `D` d_model.
+Dimension letters: `P` predicted tokens of a step, `S` sampled tokens among them, `L` layers, `A` active experts, `D` d_model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.divergence import Distribution, TokenScores, mean_and_stderr, scores
 from dbrx_q.eval.observe import Observation, batches, check_ids, chunks, observe, sample_interval, step_tokens
-from dbrx_q.eval.resume import RunState, kept_requests, restored_requests
+from dbrx_q.eval.resume import RunState, restored_requests, saved_requests
 from dbrx_q.eval.windows import Protocol, Window
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.model.modeling import DbrxForCausalLM
@@ -33,119 +33,127 @@ __all__ = ["Pair", "check_same_shape", "compare", "summary"]
 
 _SAVE_SECONDS = 30.0
 _WORST = 10
-_CONTEXT_TOKENS = 40  # that are shown before a token that suffered
+_CONTEXT_TOKENS = 40  # shown before each of the worst tokens
 
 
 @dataclass(frozen=True)
 class _LayerSums:
-    """Sums per layer, [L] each.
-
-    same_experts: tokens whose experts are the same set. jaccard: of |A and B| / |A or B| over tokens. error, norm: of the squares of
-    h - h_ref and of h_ref over `sampled` tokens.
-    """
+    """Sums over tokens per layer, numpy arrays [L]."""
 
     same_experts: np.ndarray
+    """int64, tokens for which both models choose the same set of experts."""
     jaccard: np.ndarray
+    """float64, sum of |A and B| / |A or B| of both models' sets of experts."""
     error: np.ndarray
+    """float64, sum of squares of h - h_ref over the sampled tokens."""
     norm: np.ndarray
+    """float64, sum of squares of h_ref over the sampled tokens."""
     sampled: np.ndarray
+    """int64, how many tokens are sampled."""
 
     @classmethod
-    def none(cls, layers: int) -> _LayerSums:
-        """Of no token."""
+    def zeros(cls, layers: int) -> _LayerSums:
+        """Sums over no tokens."""
         return cls(np.zeros(layers, np.int64), np.zeros(layers), np.zeros(layers), np.zeros(layers), np.zeros(layers, np.int64))
 
     @classmethod
-    def of(cls, reference: ReferenceStep, seen: Observation) -> _LayerSums:
-        """Of one step."""
-        wanted = reference.states.double()  # [S, L, D]
-        error = (seen.states.double() - wanted).square().sum((0, 2)).numpy()
-        sampled = np.full(wanted.shape[1], len(wanted))
-        return cls(*_expert_agreement(reference.experts, seen.experts), error, wanted.square().sum((0, 2)).numpy(), sampled)
+    def of(cls, reference: ReferenceStep, step: Observation) -> _LayerSums:
+        """Sums over the tokens of one step."""
+        expected = reference.states.double()  # [S, L, D]
+        error = (step.states.double() - expected).square().sum((0, 2)).numpy()
+        sampled = np.full(expected.shape[1], len(expected))
+        return cls(*_expert_agreement(reference.experts, step.experts), error, expected.square().sum((0, 2)).numpy(), sampled)
 
     def plus(self, other: _LayerSums) -> _LayerSums:
-        """Of the tokens of both."""
+        """Sums over the tokens of both."""
         return _LayerSums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What counts of a run, replaced as a whole."""
+class _Progress:
+    """What a run has measured so far. It is replaced as a whole, so that an interruption leaves a consistent state."""
 
     windows: int
+    """Windows measured."""
     tokens: int
+    """Tokens predicted in these windows."""
     layers: _LayerSums
-    served: ExpertStats
+    """Sums over these tokens."""
+    requests: ExpertStats
+    """Requests for experts that these windows made."""
 
 
 class Pair:
-    """One checkpoint beside the reference, and what has been measured of it so far.
+    """A checkpoint paired with the reference, and what has been measured of the two so far.
 
     Args:
         source: the checkpoint.
-        state: where figures so far are kept, and found again; None for nowhere.
+        state: where partial results are saved, and read from when the run is resumed; None to save none.
     """
 
     def __init__(self, source: Source, state: RunState | None = None) -> None:
         self.source = source
         self._state = state
-        self._room = TokenScores.room(0)
-        self._done = _Done(0, 0, _LayerSums.none(source.config.n_layers), ExpertStats())
-        kept = None if state is None else state.load()
-        if kept is not None:
-            self._room = TokenScores(*(kept[field.name] for field in fields(TokenScores)))
-            layers = _LayerSums(*(kept[field.name] for field in fields(_LayerSums)))
-            self._done = _Done(int(kept["windows"]), len(self._room.kl), layers, restored_requests(kept))
+        self._scores = TokenScores.zeros(0)
+        self._progress = _Progress(0, 0, _LayerSums.zeros(source.config.n_layers), ExpertStats())
+        saved = None if state is None else state.load()
+        if saved is not None:
+            self._scores = TokenScores(*(saved[field.name] for field in fields(TokenScores)))
+            layers = _LayerSums(*(saved[field.name] for field in fields(_LayerSums)))
+            self._progress = _Progress(int(saved["windows"]), len(self._scores.kl), layers, restored_requests(saved))
 
     @property
     def windows(self) -> int:
-        """Windows that are done."""
-        return self._done.windows
+        """Windows measured so far."""
+        return self._progress.windows
 
     @property
     def tokens(self) -> int:
-        """Predicted tokens that are done."""
-        return self._done.tokens
+        """Tokens predicted in these windows."""
+        return self._progress.tokens
 
     @property
     def layers(self) -> _LayerSums:
-        """Sums over what is done."""
-        return self._done.layers
+        """Sums per layer over these tokens."""
+        return self._progress.layers
 
     @property
     def scores(self) -> TokenScores:
-        """Of all tokens that are done."""
-        return self._room.first(self.tokens)
+        """Scores of these tokens."""
+        return self._scores.first(self.tokens)
 
-    def make_room(self, tokens: int) -> None:
-        """For the scores of a whole run: small arrays that stay would keep the allocator from giving back the large ones between them."""
-        room = TokenScores.room(tokens)
-        room.put(0, self.scores)
-        self._room = room  # in one step, as what follows: Ctrl-C may come at any
+    def reserve(self, tokens: int) -> None:
+        """Allocate the scores of a whole run.
 
-    def put(self, at: int, part: TokenScores) -> None:
-        """Write scores from token `at` on; they count when `add` is called."""
-        self._room.put(at, part)
+        Small arrays allocated on the way, between large ones, would keep the allocator from returning those to the system.
+        """
+        scores = TokenScores.zeros(tokens)
+        scores.put(0, self.scores)
+        self._scores = scores  # in one step: Ctrl-C may interrupt anywhere
+
+    def put(self, start: int, part: TokenScores) -> None:
+        """Write the scores of the tokens from index `start` on. They count once `add` is called."""
+        self._scores.put(start, part)
 
     @property
-    def served(self) -> ExpertStats:
-        """What was asked of the experts for what is done."""
-        return self._done.served
+    def requests(self) -> ExpertStats:
+        """Requests for experts of the windows measured so far."""
+        return self._progress.requests
 
-    def add(self, windows: int, tokens: int, layers: _LayerSums, served: ExpertStats) -> None:
-        """Count one more batch of windows, whose scores have been put, and what its experts were asked for."""
-        self._done = _Done(self.windows + windows, self.tokens + tokens, self.layers.plus(layers), self.served + served)
+    def add(self, windows: int, tokens: int, layers: _LayerSums, requests: ExpertStats) -> None:
+        """Count one more batch of windows, whose scores `put` has written, and its requests for experts."""
+        self._progress = _Progress(self.windows + windows, self.tokens + tokens, self.layers.plus(layers), self.requests + requests)
 
-    def keep(self) -> None:
-        """Write what is done to where it is found again."""
+    def save(self) -> None:
+        """Save the partial results, if there is a place for them."""
         if self._state is not None and self.windows:
-            done = self._done
-            arrays = {field.name: getattr(self._room.first(done.tokens), field.name) for field in fields(TokenScores)}
-            layers = {field.name: getattr(done.layers, field.name) for field in fields(_LayerSums)}
-            self._state.save(arrays | layers | {"windows": np.array(done.windows)} | kept_requests(done.served))
+            progress = self._progress
+            arrays = {field.name: getattr(self._scores.first(progress.tokens), field.name) for field in fields(TokenScores)}
+            layers = {field.name: getattr(progress.layers, field.name) for field in fields(_LayerSums)}
+            self._state.save(arrays | layers | {"windows": np.array(progress.windows)} | saved_requests(progress.requests))
 
     def forget(self) -> None:
-        """Remove what was kept."""
+        """Delete the saved partial results."""
         if self._state is not None:
             self._state.clear()
 
@@ -161,26 +169,26 @@ def compare(
     kv_format: str = "plain",
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Fill `pairs` with what the text gives.
+    """Measure all `pairs` on a text.
 
-    The reference runs, or is read, batch by batch beside the checkpoints, so that logits are never held for more than one chunk. Ctrl-C
-    ends it with the figures so far, once there are any.
+    The reference runs, or is read, batch by batch along with the checkpoints, so that the logits of one chunk at most are in memory. Ctrl-C
+    ends the run with the figures of the windows done so far, if there are any.
 
     Args:
         reference: predictions to measure against.
-        pairs: the checkpoints; what they hold already is not measured again.
+        pairs: the checkpoints; windows that they have measured already are skipped.
         ids: the text's token ids.
         protocol: how the text is cut into windows, and which of their tokens are predicted.
-        load: gives a source's model.
-        together: groups of pairs whose models are in memory at the same time.
-        kv_format: of the checkpoints' keys and values; the reference's are as they are.
-        on_window: called with (windows done, windows in all), over all pairs.
+        load: loads a source's model.
+        together: groups pairs whose models are in memory at the same time.
+        kv_format: of the checkpoints' keys and values; the reference's are not quantized.
+        on_window: called with (windows done, total windows), over all pairs.
 
     Returns:
         Whether every pair is complete.
 
     Raises:
-        RequestError: a text shorter than one window, or a checkpoint of another shape than the reference.
+        RequestError: the text is shorter than one window, or a checkpoint's shape differs from the reference's.
     """
     for pair in pairs:
         check_same_shape(reference.name, reference.config, pair.source)
@@ -197,13 +205,13 @@ def compare(
             _run(reference, group, text, windows, load, kv_format, report)
     except KeyboardInterrupt:
         for pair in pairs:
-            pair.keep()
+            pair.save()
         if not any(pair.windows for pair in pairs):
             raise
         return False
     except BaseException:
         for pair in pairs:
-            pair.keep()
+            pair.save()
         raise
     return True
 
@@ -221,8 +229,8 @@ def _run(
     predicted = sum(window.tokens for window in windows)
     interval = sample_interval(windows, reference.config.n_layers, reference.config.d_model)
     for pair in pairs:
-        pair.make_room(predicted)
-    first, saved = 0, time.monotonic()
+        pair.reserve(predicted)
+    first, last_save = 0, time.monotonic()
     step = step_tokens([*models, *reference.models])
     for index, batch in batches(windows, step, [pair.windows for pair in pairs]):
         tokens = sum(window.tokens for window in batch)
@@ -230,13 +238,13 @@ def _run(
         if behind:
             report()
             _run_batch(reference, behind, text, batch, index=index, first=first, interval=interval, kv_format=kv_format)
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if time.monotonic() - last_save > _SAVE_SECONDS:
                 for pair in pairs:
-                    pair.keep()
-                saved = time.monotonic()
+                    pair.save()
+                last_save = time.monotonic()
         first += tokens
     for pair in pairs:
-        pair.keep()
+        pair.save()
     report()
 
 
@@ -251,42 +259,47 @@ def _run_batch(
     interval: int,
     kv_format: str,
 ) -> None:
-    before = [model.expert_store.stats() for _, model in pairs]
+    earlier_requests = [model.expert_store.stats() for _, model in pairs]
     runs = [observe(model, text, batch, first=first, interval=interval, kv_format=kv_format) for _, model in pairs]
-    layers = [_LayerSums.none(reference.config.n_layers) for _ in pairs]
-    at = first
-    for wanted in reference.steps(text, batch, index=index, first=first, interval=interval):
-        seen = [next(run) for run in runs]
-        for place in chunks(len(seen[0].targets)):
-            expected = wanted.distribution(place)
-            for (pair, model), one in zip(pairs, seen, strict=True):
-                logits = model.lm_head(one.hidden[place])
-                pair.put(at + place.start, scores(expected.on(logits.device), Distribution.of(logits, one.targets[place])))
-        layers = [sums.plus(_LayerSums.of(wanted, one)) for sums, one in zip(layers, seen, strict=True)]
-        at += len(seen[0].targets)
-    for (pair, model), sums, earlier in zip(pairs, layers, before, strict=True):
-        pair.add(len(batch), at - first, sums, model.expert_store.stats() - earlier)
+    layers = [_LayerSums.zeros(reference.config.n_layers) for _ in pairs]
+    end = first
+    for reference_step in reference.steps(text, batch, index=index, first=first, interval=interval):
+        steps = [next(run) for run in runs]
+        for chunk in chunks(len(steps[0].targets)):
+            expected = reference_step.distribution(chunk)
+            for (pair, model), step in zip(pairs, steps, strict=True):
+                logits = model.lm_head(step.hidden[chunk])
+                pair.put(end + chunk.start, scores(expected.on(logits.device), Distribution.of(logits, step.targets[chunk])))
+        layers = [sums.plus(_LayerSums.of(reference_step, step)) for sums, step in zip(layers, steps, strict=True)]
+        end += len(steps[0].targets)
+    for (pair, model), sums, earlier in zip(pairs, layers, earlier_requests, strict=True):
+        pair.add(len(batch), end - first, sums, model.expert_store.stats() - earlier)
 
 
 def _expert_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """([L] tokens whose experts are the same, [L] sums of |A and B| / |A or B|) of uint8 [L, P, A] each."""
+    """(tokens with equal sets of experts [L], sums of |A and B| / |A or B| [L]); ours, theirs: uint8 [L, P, A]."""
     common = (ours[..., :, None] == theirs[..., None, :]).any(-1).sum(-1)  # [L, P]
     either = ours.shape[-1] + theirs.shape[-1] - common
     return (common == ours.shape[-1]).sum(-1).numpy(), (common.double() / either).sum(-1).numpy()
 
 
 def check_same_shape(reference: str, config: DbrxConfig, source: Source) -> None:
-    """Refuse a checkpoint that is not of the model of the reference, called `reference`, whose configuration is `config`.
+    """Refuse a checkpoint of another model than the reference's.
+
+    Args:
+        reference: name of the reference, for the error.
+        config: of the reference.
+        source: the checkpoint.
 
     Raises:
-        RequestError: with the first difference.
+        RequestError: naming the first difference.
     """
     ours, theirs = _shape(config), _shape(source.config)
     for name, value in ours.items():
         if theirs[name] != value:
             raise RequestError(
                 f"{source.name}: a checkpoint must be of the same model as the reference {reference}; "
-                f"{name} is {theirs[name]} here and {value} there. Compare checkpoints of one model"
+                f"its {name} is {theirs[name]}, the reference's {value}. Compare checkpoints of one model"
             )
 
 
@@ -314,10 +327,10 @@ def summary(
     text: str,
     provenance: Mapping[str, Any],
 ) -> Comparison:
-    """The figures of all pairs of which something is done."""
+    """The figures of all pairs that have measured at least one window."""
     windows = protocol.windows(len(ids))
-    begun = [pair for pair in pairs if pair.windows]
-    longest = max(begun, key=lambda pair: pair.tokens).scores
+    measured = [pair for pair in pairs if pair.windows]
+    longest = max(measured, key=lambda pair: pair.tokens).scores
     mean, error = mean_and_stderr(longest.nll_reference)
     positions = np.concatenate([np.arange(window.scored, window.end) for window in windows])
     firsts = np.concatenate([np.full(window.tokens, window.first) for window in windows])
@@ -332,24 +345,24 @@ def summary(
         context=protocol.context,
         stride=protocol.stride,
         protocol=protocol.name,
-        tokens=min(pair.tokens for pair in begun),
+        tokens=min(pair.tokens for pair in measured),
         total_tokens=len(positions),
         complete=all(pair.windows == len(windows) for pair in pairs),
         approximation=reference.approximation,
-        results=[_result(pair, ids, positions, firsts, tokenizer) for pair in begun],
+        results=[_result(pair, ids, positions, firsts, tokenizer) for pair in measured],
         provenance=dict(provenance),
     )
 
 
 def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.ndarray, tokenizer: DbrxTokenizer) -> QuantResult:
-    found = pair.scores
-    tokens, layers, sums = len(found.kl), pair.source.config.n_layers, pair.layers
-    mean, error = mean_and_stderr(found.nll)
-    kl, kl_error = mean_and_stderr(found.kl)
-    change, change_error = mean_and_stderr(found.nll - found.nll_reference)
-    median, p90, p99, p999 = (float(np.quantile(found.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
-    fallback_share = pair.served.fallback_share
-    worst = np.argsort(-np.nan_to_num(found.kl, nan=np.inf), kind="stable")[:_WORST]
+    scored = pair.scores
+    tokens, layers, sums = len(scored.kl), pair.source.config.n_layers, pair.layers
+    mean, error = mean_and_stderr(scored.nll)
+    kl, kl_error = mean_and_stderr(scored.kl)
+    change, change_error = mean_and_stderr(scored.nll - scored.nll_reference)
+    median, p90, p99, p999 = (float(np.quantile(scored.kl, share)) for share in (0.5, 0.9, 0.99, 0.999))
+    fallback_share = pair.requests.fallback_share
+    worst = np.argsort(-np.nan_to_num(scored.kl, nan=np.inf), kind="stable")[:_WORST]
     return QuantResult(
         path=pair.source.name,
         format=pair.source.format + (f", {fallback_share:.1%} of requests answered by the fallback copy" if fallback_share else ""),
@@ -364,24 +377,24 @@ def _result(pair: Pair, ids: Sequence[int], positions: np.ndarray, firsts: np.nd
         p90_kl=p90,
         p99_kl=p99,
         p999_kl=p999,
-        max_kl=float(found.kl.max()),
+        max_kl=float(scored.kl.max()),
         delta_ln_ppl=change,
         delta_ln_ppl_stderr=change_error,
-        top1_agreement=float((found.top == found.reference_top).mean()),
-        top5_agreement=float(found.top5.mean(dtype=np.float64)),
-        rms_dp=float(np.sqrt(np.square(np.exp(-found.nll) - np.exp(-found.nll_reference)).mean())),
+        top1_agreement=float((scored.top == scored.reference_top).mean()),
+        top5_agreement=float(scored.top5.mean(dtype=np.float64)),
+        rms_dp=float(np.sqrt(np.square(np.exp(-scored.nll) - np.exp(-scored.nll_reference)).mean())),
         router_agreement=(sums.same_experts / tokens).tolist(),
         router_jaccard=(sums.jaccard / tokens).tolist(),
         hidden_error=[float(np.sqrt(sums.error[i] / sums.norm[i])) if sums.norm[i] else 0.0 for i in range(layers)],
         hidden_tokens=int(sums.sampled[0]),
         tokens=tokens,
         sha256=pair.source.sha256(),
-        worst_tokens=[_worst(found, int(row), ids, int(firsts[row]), int(positions[row]), tokenizer) for row in worst],
+        worst_tokens=[_worst(scored, int(row), ids, int(firsts[row]), int(positions[row]), tokenizer) for row in worst],
         quantize_seconds=pair.source.quantize_seconds,
     )
 
 
-def _worst(found: TokenScores, row: int, ids: Sequence[int], first: int, position: int, tokenizer: DbrxTokenizer) -> WorstToken:
+def _worst(scored: TokenScores, row: int, ids: Sequence[int], first: int, position: int, tokenizer: DbrxTokenizer) -> WorstToken:
     def spelled(token: int) -> str:
         return tokenizer.decode([token]) if tokenizer.has_token(token) else f"<{token}>"
 
@@ -389,9 +402,9 @@ def _worst(found: TokenScores, row: int, ids: Sequence[int], first: int, positio
         position=position,
         before=tokenizer.decode(ids[max(first, position - _CONTEXT_TOKENS) : position]),
         token=spelled(ids[position]),
-        kl=float(found.kl[row]),
-        reference_top=spelled(int(found.reference_top[row])),
-        quant_top=spelled(int(found.top[row])),
-        reference_probability=float(np.exp(-found.nll_reference[row])),
-        quant_probability=float(np.exp(-found.nll[row])),
+        kl=float(scored.kl[row]),
+        reference_top=spelled(int(scored.reference_top[row])),
+        quant_top=spelled(int(scored.top[row])),
+        reference_probability=float(np.exp(-scored.nll_reference[row])),
+        quant_probability=float(np.exp(-scored.nll[row])),
     )

@@ -1,7 +1,7 @@
-"""What other checkpoints are measured against: a model that runs beside them, or what one left in a file.
+"""The predictions that checkpoints are measured against: of a model that runs along with them, or read from a file.
 
-Dimension letters: `P` predicted tokens of a step, `S` sampled ones of them, `L` layers, `A` active experts, `D` d_model, `V` vocabulary,
-`K` tokens that a file keeps of each distribution.
+Dimension letters: `P` predicted tokens of a step, `S` sampled tokens among them, `L` layers, `A` active experts, `D` d_model,
+`N` tokens of the text.
 """
 
 from __future__ import annotations
@@ -24,45 +24,55 @@ __all__ = ["ModelReference", "Reference", "ReferenceStep"]
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """What the reference made of one step. experts: uint8 [L, P, A], ascending. states: float32 [S, L, D].
-
-    distribution: of some places of the step's P predicted tokens.
-    """
+    """The reference's results for one step."""
 
     experts: torch.Tensor
+    """uint8 [L, P, A], the experts that the routers chose, ascending."""
     states: torch.Tensor
+    """float32 [S, L, D], the residual stream after every block."""
     distribution: Callable[[slice], Distribution]
+    """Gives the predictions for a slice of the step's P predicted tokens."""
 
 
 class Reference(ABC):
-    """Predictions for one text, cut by one protocol.
-
-    Attributes:
-        name, format, nbytes, bits_per_weight, sha256: of the checkpoint that they come from.
-        config: its configuration.
-        approximation: empty, or what is not exact about them.
-    """
+    """A checkpoint's predictions for one text, cut by one protocol."""
 
     name: str
+    """The checkpoint's path or hub id, as given."""
     format: str
+    """The checkpoint's formats, such as "bfloat16"."""
     nbytes: int
+    """Bytes of all tensors as stored."""
     bits_per_weight: float
+    """Stored bits over parameters, scales included."""
     sha256: str
+    """Of the checkpoint."""
     config: DbrxConfig
+    """The checkpoint's configuration."""
     approximation: str = ""
+    """What is not exact about the predictions; empty if they are exact."""
     models: Sequence[DbrxForCausalLM] = ()
+    """The loaded model, if there is one."""
 
     @abstractmethod
     def steps(self, text: torch.Tensor, windows: Sequence[Window], *, index: int, first: int, interval: int) -> Iterator[ReferenceStep]:
-        """The steps of a batch of windows, as `observe` takes them. index: of the first window; first: tokens predicted before it."""
+        """Yield the steps of a batch of windows, divided as by `observe`.
+
+        Args:
+            text: int64 [N], on the CPU.
+            windows: a batch of `observe.batches`.
+            index: of the first window of the batch.
+            first: tokens of the text that were predicted before the batch.
+            interval: distance in predicted tokens between two samples of the residual stream.
+        """
 
 
 class ModelReference(Reference):
-    """A loaded model.
+    """The predictions of a loaded model.
 
     Args:
         source: the checkpoint.
-        model: what `source.load` gave.
+        model: loaded by `source.load`.
     """
 
     def __init__(self, source: Source, model: DbrxForCausalLM) -> None:
@@ -70,8 +80,8 @@ class ModelReference(Reference):
         self.bits_per_weight, self.config, self.model, self.models = source.bits_per_weight, source.config, model, [model]
 
     def steps(self, text: torch.Tensor, windows: Sequence[Window], *, index: int, first: int, interval: int) -> Iterator[ReferenceStep]:
-        for seen in observe(self.model, text, windows, first=first, interval=interval):
-            yield ReferenceStep(seen.experts, seen.states, self._distribution_of(seen))
+        for step in observe(self.model, text, windows, first=first, interval=interval):
+            yield ReferenceStep(step.experts, step.states, self._distribution_of(step))
 
-    def _distribution_of(self, seen: Observation) -> Callable[[slice], Distribution]:
-        return lambda place: Distribution.of(self.model.lm_head(seen.hidden[place]), seen.targets[place])
+    def _distribution_of(self, step: Observation) -> Callable[[slice], Distribution]:
+        return lambda chunk: Distribution.of(self.model.lm_head(step.hidden[chunk]), step.targets[chunk])

@@ -1,20 +1,21 @@
-"""A reference that was saved: predictions on one text, to measure checkpoints against on a machine that cannot hold the reference itself.
+"""A saved reference: its predictions on one text, so that checkpoints can be measured on a machine without memory for the reference.
 
-One safetensors file. Its tensors, for T predicted tokens in the order of the text, W windows, and N tokens of the text that lie in them:
+The file is a safetensors file with these tensors, for T predicted tokens in the order of the text, W windows, and the text's N tokens in
+these windows:
 
-| tensor | dtype, shape | what |
+| tensor | dtype, shape | content |
 |---|---|---|
-| `text_ids` | int32 [N] | the text |
-| `nll` | float64 [T] | negative log-likelihood of the token that came, in nats |
-| `log_probs` | float16 [T, V] | of the whole vocabulary; normalised again when read |
-| `top_log_probs` | float32 [T, K] | in its place with `top_k`: of the K likeliest |
-| `top_ids` | int32 [T, K], or [T, 5] beside the whole vocabulary | the likeliest tokens, likeliest first |
-| `experts` | uint8 [T, L, A] | chosen by the routers for the token before, ascending |
+| `text_ids` | int32 [N] | token ids of the text |
+| `nll` | float64 [T] | negative log-likelihood of the actual token, in nats |
+| `log_probs` | float16 [T, V] | log-probabilities of the whole vocabulary; normalised again when read |
+| `top_log_probs` | float32 [T, K] | with `top_k`, in place of `log_probs`: those of the K likeliest tokens |
+| `top_ids` | int32 [T, K], or [T, 5] with `log_probs` | the likeliest tokens, likeliest first |
+| `experts` | uint8 [T, L, A] | experts chosen by the routers for the preceding token, ascending |
 | `states` | float32 [S, L, D] | residual stream after every block, of every `interval`-th predicted token |
-| `window_sha256` | uint8 [W, 32] | SHA-256 of a window's rows of the tensors above but the text's; zeros for one not written yet |
+| `window_sha256` | uint8 [W, 32] | SHA-256 of a window's rows of the tensors above except `text_ids`; zeros for a window not written yet |
 
-The header's metadata holds, under `dbrx_q_reference`, a JSON object that says whose predictions these are, on which text and how it was
-cut, and under `sha256` its SHA-256 and that of `text_ids`.
+The header's metadata has, under `dbrx_q_reference`, a JSON object that names the checkpoint, the text and how it was cut, and, under
+`sha256`, one SHA-256 over this object and `text_ids`.
 
 Dimension letters: `T`, `W`, `N`, `K`, `S` as above, `V` vocabulary, `L` layers, `A` active experts, `D` d_model.
 """
@@ -46,7 +47,7 @@ VERSION = 1
 
 
 def is_reference_file(path: Path) -> bool:
-    """Whether a path names a saved reference rather than a checkpoint: a single .safetensors file."""
+    """Whether a path names a saved reference, which is a single .safetensors file, rather than a checkpoint."""
     return path.suffix == ".safetensors" and path.is_file()
 
 
@@ -54,13 +55,16 @@ class ReferenceFile(Reference):
     """A saved reference; use it as a context manager. Every window is checked against its SHA-256 when it is read.
 
     Attributes:
-        protocol: how its text was cut.
-        text, text_sha256: what its text is called, and its hash.
+        settings: the JSON object of the header.
+        path: of the file.
+        protocol: how the text was cut.
+        text: path or name of the text, as given.
+        text_sha256: of the text's UTF-8 bytes.
         ids: the text's token ids up to the end of the last window.
-        tokens: how many the whole text has.
+        tokens: tokens of the whole text.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that holds something else.
+        CheckpointError: the file does not exist, is damaged, or is not a saved reference.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,12 +85,13 @@ class ReferenceFile(Reference):
         described = self._file.metadata.get(KEY)
         if described is None:
             raise CheckpointError(
-                f"{path}: a reference must be a checkpoint, a GGUF file or what `dbrx-q reference` saved; this safetensors file is neither"
+                f"{path}: a reference must be a checkpoint, a GGUF file or a file of `dbrx-q reference`; this file is none of these. "
+                "Name the folder of the checkpoint"
             )
         ids = self._file.read("text_ids") if "text_ids" in self._file.tensors else torch.zeros(0, dtype=torch.int32)
         if digest_of(described.encode(), bytes_of(ids)) != self._file.metadata.get("sha256"):
             raise CheckpointError(
-                f"{path}: the header of a reference must have the SHA-256 that it names; it differs, so the file is damaged: copy it again"
+                f"{path}: the header of a reference must have the SHA-256 that it names; it differs, so the file is damaged. Copy it again"
             )
         self.settings: dict[str, Any] = json.loads(described)
         if self.settings["version"] != VERSION:
@@ -103,48 +108,48 @@ class ReferenceFile(Reference):
         self._digests = self._file.read("window_sha256")
         self._top_k = self.settings["top_k"]
         if self._top_k is None:
-            self.approximation = "the reference kept its log-probabilities in float16: divergences below about 0.000001 are its rounding"
+            self.approximation = "the reference kept its log-probabilities in float16: divergences below about 0.000001 are rounding error"
         else:
             self.approximation = (
-                f"the reference kept its {self._top_k} likeliest tokens: divergences count all others as one event and are lower bounds"
+                f"the reference kept its {self._top_k} likeliest tokens: divergences treat all others as one event and are lower bounds"
             )
 
     def check_text(self, text: Text, ids: Sequence[int], protocol: Protocol) -> None:
-        """Refuse what these predictions are not of.
+        """Refuse a text or a protocol other than that of the saved predictions.
 
         Args:
-            text: what checkpoints shall be measured on.
-            ids: its tokens, by a checkpoint's tokenizer.
-            protocol: how it shall be cut.
+            text: the text to measure checkpoints on.
+            ids: its token ids, by a checkpoint's tokenizer.
+            protocol: how it is to be cut.
 
         Raises:
-            RequestError: another text, other tokens or another protocol, with the first difference.
+            RequestError: the text, its tokens or the protocol differ; the error names the first difference.
         """
         if text.sha256 != self.text_sha256:
             raise RequestError(
-                f"{text.name}: a saved reference serves the text that it was made on, which is {self.text} with the SHA-256 "
-                f"{self.text_sha256[:16]}...; this one has {text.sha256[:16]}... Give that text, or save a reference on this one"
+                f"{text.name}: a saved reference must be used on its own text, {self.text} with the SHA-256 "
+                f"{self.text_sha256[:16]}...; this text has {text.sha256[:16]}... Name that text, or save a reference on this one"
             )
         if protocol != self.protocol:
             raise RequestError(
-                f"{self.path}: a saved reference serves the windows that it was made on, {_cut(self.protocol)}; asked for are "
-                f"{_cut(protocol)}. Leave the options out, or save a reference with them"
+                f"{self.path}: a saved reference must be used on its own windows, {_described(self.protocol)}; the options ask for "
+                f"{_described(protocol)}. Leave the options out, or save a reference with them"
             )
         if list(ids[: len(self.ids)]) != self.ids or len(ids) != self.tokens:
-            place = next((i for i, (ours, theirs) in enumerate(zip(ids, self.ids, strict=False)) if ours != theirs), len(ids))
-            theirs = self.ids[place] if place < len(self.ids) else "none"
-            found = f"token {place} is {ids[place]}" if place < len(ids) else f"the text has {len(ids)} tokens"
+            index = next((i for i, (ours, theirs) in enumerate(zip(ids, self.ids, strict=False)) if ours != theirs), len(ids))
+            theirs = self.ids[index] if index < len(self.ids) else "none"
+            ours = f"token {index} is {ids[index]}" if index < len(ids) else f"there are {len(ids)} tokens"
             raise RequestError(
-                f"{self.path}: a checkpoint's tokenizer must cut the text as the reference's did; here {found}, there {theirs} "
-                f"(of {self.tokens}). Compare checkpoints of one model"
+                f"{self.path}: a checkpoint's tokenizer must encode the text as the reference's did; by the checkpoint's {ours}, by the "
+                f"reference's {theirs} (of {self.tokens}). Compare checkpoints of one model"
             )
 
     def steps(self, text: torch.Tensor, windows: Sequence[Window], *, index: int, first: int, interval: int) -> Iterator[ReferenceStep]:
         assert interval == self.settings["interval"]
-        at = first
-        for place, window in enumerate(windows, index):
-            self._check_window(place, at, window.tokens)
-            at += window.tokens
+        window_first = first
+        for window_index, window in enumerate(windows, index):
+            self._check_window(window_index, window_first, window.tokens)
+            window_first += window.tokens
         for size in step_sizes(windows):
             experts = self._file.read_rows("experts", first, size).transpose(0, 1)  # [L, P, A]
             low, high = -(-first // interval), -(-(first + size) // interval)
@@ -152,8 +157,8 @@ class ReferenceFile(Reference):
             first += size
 
     def _distribution_from(self, first: int) -> Callable[[slice], Distribution]:
-        def distribution(place: slice) -> Distribution:
-            start, count = first + place.start, place.stop - place.start
+        def distribution(chunk: slice) -> Distribution:
+            start, count = first + chunk.start, chunk.stop - chunk.start
             nll, ids = self._file.read_rows("nll", start, count), self._file.read_rows("top_ids", start, count).long()
             if self._top_k is None:
                 stored = self._file.read_rows("log_probs", start, count).double()
@@ -168,7 +173,7 @@ class ReferenceFile(Reference):
             != self._digests[index].numpy().tobytes()
         ):
             raise CheckpointError(
-                f"{self.path}: every window must have the SHA-256 that was kept of it; window {index} differs. Copy the file again"
+                f"{self.path}: every window must have the SHA-256 that the file names; window {index} differs. Copy the file again"
             )
 
 
@@ -179,13 +184,13 @@ def layout_of(config: DbrxConfig, windows: Sequence[Window], top_k: int | None) 
     """(name, dtype, shape) of every tensor of a file."""
     L, A, T = config.n_layers, config.ffn_config.moe_top_k, sum(window.tokens for window in windows)
     if top_k is None:
-        kept: _Layout = [("log_probs", torch.float16, (T, config.vocab_size)), ("top_ids", torch.int32, (T, AGREEING))]
+        predictions: _Layout = [("log_probs", torch.float16, (T, config.vocab_size)), ("top_ids", torch.int32, (T, AGREEING))]
     else:
-        kept = [("top_log_probs", torch.float32, (T, top_k)), ("top_ids", torch.int32, (T, top_k))]
+        predictions = [("top_log_probs", torch.float32, (T, top_k)), ("top_ids", torch.int32, (T, top_k))]
     return [
         ("text_ids", torch.int32, (windows[-1].end,)),
         ("nll", torch.float64, (T,)),
-        *kept,
+        *predictions,
         ("experts", torch.uint8, (T, L, A)),
         ("states", torch.float32, (-(-T // interval_of(config, windows)), L, config.d_model)),
         ("window_sha256", torch.uint8, (len(windows), 32)),
@@ -193,12 +198,20 @@ def layout_of(config: DbrxConfig, windows: Sequence[Window], top_k: int | None) 
 
 
 def interval_of(config: DbrxConfig, windows: Sequence[Window]) -> int:
-    """Every how many predicted tokens the residual stream is kept."""
+    """Distance in predicted tokens between two samples of the residual stream."""
     return sample_interval(windows, config.n_layers, config.d_model)
 
 
 def window_digest(rows: Callable[[str, int, int], torch.Tensor], names: Sequence[str], first: int, tokens: int, interval: int) -> bytes:
-    """SHA-256 of a window's rows, tensor after tensor."""
+    """SHA-256 of a window's rows of all tensors, one tensor after the other.
+
+    Args:
+        rows: reads rows of a tensor: (name, first row, count).
+        names: of the tensors, in the order of the file.
+        first: predicted tokens before the window.
+        tokens: predicted tokens of the window.
+        interval: distance in predicted tokens between two samples of the residual stream.
+    """
     digest = hashlib.sha256()
     for name in names:
         if name in ("text_ids", "window_sha256"):
@@ -211,13 +224,13 @@ def window_digest(rows: Callable[[str, int, int], torch.Tensor], names: Sequence
     return digest.digest()
 
 
-def _cut(protocol: Protocol) -> str:
-    some = "" if protocol.limit is None else f" the first {protocol.limit}"
-    return f"{protocol.name}, context {protocol.context}, stride {protocol.stride},{some or ' all of them'}"
+def _described(protocol: Protocol) -> str:
+    count = "all of them" if protocol.limit is None else f"the first {protocol.limit}"
+    return f"{protocol.name}, context {protocol.context}, stride {protocol.stride}, {count}"
 
 
 def digest_of(*parts: bytes) -> str:
-    """The SHA-256 of `parts`, joined, in hexadecimal."""
+    """SHA-256 of the concatenated `parts`, in hexadecimal."""
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

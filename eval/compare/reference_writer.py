@@ -1,4 +1,4 @@
-"""Writing a reference window by window, so that a run that was interrupted can go on; `reference_file.py` draws the format.
+"""Writes a reference window by window, so that an interrupted run can be resumed; `reference_file.py` describes the format.
 
 Dimension letters: `T` predicted tokens, `K` tokens kept of each distribution.
 """
@@ -29,33 +29,34 @@ from .reference_file import KEY, VERSION, bytes_of, digest_of, interval_of, layo
 __all__ = ["LEAST_TOP_K", "check_destination", "save_reference"]
 
 LEAST_TOP_K = 16
-_RESERVE_BYTES = 16 << 20
-_LEAST_LOG_PROB = -60000.0  # float16 holds this; below it there would be infinities
+"""Fewest tokens of each distribution that a reference may keep."""
+_RESERVE_BYTES = 16 << 20  # of disk that stay free
+_LEAST_LOG_PROB = -60000.0  # float16 would round much lower values to infinity
 
 
 def check_destination(path: Path, config: DbrxConfig, ids: int, protocol: Protocol, top_k: int | None) -> None:
-    """Refuse what cannot be written, before a model is loaded.
+    """Refuse a file that cannot be written, before the model is loaded.
 
     Args:
-        path: the file that shall be written.
+        path: the file to write.
         config: of the reference.
-        ids: tokens of the text.
-        protocol: how it is cut.
+        ids: number of tokens of the text.
+        protocol: how the text is cut.
         top_k: tokens of each distribution to keep.
 
     Raises:
-        RequestError: a file in the way, a top_k out of range, or too little room.
+        RequestError: the file exists, top_k is out of range, or the disk has too little free space.
     """
     if top_k is not None and not LEAST_TOP_K <= top_k <= config.vocab_size:
-        raise RequestError(f"top_k must be from {LEAST_TOP_K} to the vocabulary of {config.vocab_size}; found {top_k}")
+        raise RequestError(f"top_k must be from {LEAST_TOP_K} to the vocabulary of {config.vocab_size}; found {top_k}. Choose another")
     if path.exists():
-        raise RequestError(f"{path}: the reference's file must not exist; found one. Give another name or remove it")
+        raise RequestError(f"{path}: the file of a new reference must not exist; it does. Choose another name or delete it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     partial = _partial(path)
     free = shutil.disk_usage(folder).free + (partial.stat().st_blocks * 512 if partial.exists() else 0)
     size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout_of(config, protocol.windows(ids), top_k))
     if free < size + _RESERVE_BYTES:
-        raise RequestError(f"{path}: the reference takes {size:,} bytes and the disk has {free:,} free. Make room, or give --top-k")
+        raise RequestError(f"{path}: the reference takes {size:,} bytes; the disk has {free:,} free. Free space, or use --top-k")
 
 
 def save_reference(
@@ -69,23 +70,23 @@ def save_reference(
     resume: bool = False,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, int]:
-    """Write what `reference` predicts for a text to `path`, which appears when it is complete; until then it is `path`.partial.
+    """Write the predictions of `reference` for a text to `path`. The file is called `path`.partial until it is complete.
 
     Args:
         reference: a loaded model.
         ids: the text's token ids.
         protocol: how the text is cut.
         path: a file; must not exist.
-        about: more to say in the file: "text", "text_sha256" and "provenance".
+        about: further settings to store: "text", "text_sha256" and "provenance".
         top_k: tokens of each distribution to keep, at least 16; None for the whole vocabulary.
-        resume: go on with a `path`.partial of the same run.
-        on_window: called with (windows done, windows in all).
+        resume: continue a `path`.partial of the same run.
+        on_window: called with (windows done, total windows).
 
     Returns:
-        (tokens done, tokens in all); fewer where Ctrl-C ended it after at least one window.
+        (tokens done, total tokens). They differ if Ctrl-C ended the run after at least one window.
 
     Raises:
-        RequestError: as `check_destination`, or a `path`.partial of another run.
+        RequestError: as for `check_destination`, or `path`.partial is of another run.
     """
     config = reference.config
     protocol.check(len(ids), config)
@@ -131,7 +132,7 @@ def save_reference(
 
 
 class _Writer:
-    """Writes rows of the tensors of a file that is made at its full size, so that a run can go on where it stopped."""
+    """Writes rows of tensors into a file of full size from the start, so that a run can be resumed where it stopped."""
 
     def __init__(self, path: Path, header: bytes, infos: Mapping[str, TensorInfo], windows: Sequence[Window], *, resume: bool) -> None:
         self._path, self._header, self._infos, self._windows, self._resume = path, header, infos, windows, resume
@@ -144,8 +145,8 @@ class _Writer:
                 return self
             os.close(self._fd)
             raise RequestError(
-                f"{self._path}: what is resumed must be the same run; this file was begun by another command, checkpoint or version. "
-                "Give the same options, or leave --resume out to begin again"
+                f"{self._path}: --resume must continue the same run; this file is of another command, checkpoint or version. "
+                "Use the same options, or leave --resume out to start again"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -155,10 +156,10 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         os.fsync(self._fd)
-        begun = bool(self.rows("window_sha256", 0, len(self._windows)).any())
+        has_window = bool(self.rows("window_sha256", 0, len(self._windows)).any())
         os.close(self._fd)
-        if not begun:
-            self._path.unlink(missing_ok=True)  # at its full size it would only be in the way
+        if not has_window:
+            self._path.unlink(missing_ok=True)  # it takes its full size on disk and has nothing to resume from
 
     def put(self, name: str, row: int, rows: torch.Tensor) -> None:
         """Write rows of a tensor from `row` on."""
@@ -167,10 +168,10 @@ class _Writer:
         self._put_at(info.offset + row * (info.nbytes // info.shape[0]), bytes_of(rows))
 
     def rows(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Rows that were written before."""
+        """Read rows that were written before."""
         info = self._infos[name]
-        each = info.nbytes // info.shape[0]
-        data = bytearray(os.pread(self._fd, count * each, info.offset + first * each))
+        row_bytes = info.nbytes // info.shape[0]
+        data = bytearray(os.pread(self._fd, count * row_bytes, info.offset + first * row_bytes))
         return (
             torch.frombuffer(data, dtype=info.dtype).view(count, *info.shape[1:])
             if count
@@ -178,16 +179,16 @@ class _Writer:
         )
 
     def finish_window(self, index: int, first: int, tokens: int, interval: int) -> None:
-        """Write the SHA-256 of a window whose rows are all there."""
+        """Write the SHA-256 of a window after all of its rows."""
         digest = window_digest(self.rows, list(self._infos), first, tokens, interval)
         self.put("window_sha256", index, torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None])
 
     def windows_done(self, interval: int) -> int:
-        """Windows from the first on whose rows are what their SHA-256 says."""
+        """How many windows, from the first on, match their SHA-256."""
         first = 0
         for index, window in enumerate(self._windows):
-            kept = bytes_of(self.rows("window_sha256", index, 1))
-            if kept == bytes(len(kept)) or kept != window_digest(self.rows, list(self._infos), first, window.tokens, interval):
+            stored = bytes_of(self.rows("window_sha256", index, 1))
+            if stored == bytes(len(stored)) or stored != window_digest(self.rows, list(self._infos), first, window.tokens, interval):
                 return index
             first += window.tokens
         return len(self._windows)
@@ -208,25 +209,24 @@ def _write_batch(
     interval: int,
     top_k: int | None,
 ) -> None:
-    at = first
+    row = first
     for step, size in zip(reference.steps(text, batch, index=index, first=first, interval=interval), step_sizes(batch), strict=True):
         for start in range(0, size, LOGIT_TOKENS):
-            place = slice(start, min(start + LOGIT_TOKENS, size))
-            found = step.distribution(place)
-            writer.put("nll", at + start, found.nll.cpu())
-            ids = found.likeliest(top_k or AGREEING)
-            writer.put("top_ids", at + start, ids.to(torch.int32).cpu())
+            predicted = step.distribution(slice(start, min(start + LOGIT_TOKENS, size)))
+            writer.put("nll", row + start, predicted.nll.cpu())
+            ids = predicted.likeliest(top_k or AGREEING)
+            writer.put("top_ids", row + start, ids.to(torch.int32).cpu())
             if top_k is None:
-                writer.put("log_probs", at + start, found.log_probs.clamp(min=_LEAST_LOG_PROB).half().cpu())
+                writer.put("log_probs", row + start, predicted.log_probs.clamp(min=_LEAST_LOG_PROB).half().cpu())
             else:
-                writer.put("top_log_probs", at + start, found.log_probs.gather(-1, ids).float().cpu())
-        writer.put("experts", at, step.experts.transpose(0, 1).contiguous())
-        writer.put("states", -(-at // interval), step.states)
-        at += size
-    at = first
+                writer.put("top_log_probs", row + start, predicted.log_probs.gather(-1, ids).float().cpu())
+        writer.put("experts", row, step.experts.transpose(0, 1).contiguous())
+        writer.put("states", -(-row // interval), step.states)
+        row += size
+    row = first
     for number, window in enumerate(batch, index):
-        writer.finish_window(number, at, window.tokens, interval)
-        at += window.tokens
+        writer.finish_window(number, row, window.tokens, interval)
+        row += window.tokens
 
 
 def _partial(path: Path) -> Path:

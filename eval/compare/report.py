@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, JSON, plots and one HTML page, in a folder."""
+"""Writes the report of a comparison into a folder: Markdown, JSON, plots and one HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs no network, for people who would rather look."""
+"""Writes a comparison as one HTML page that loads no other file."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ __all__ = ["html"]
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
-def html(found: Comparison, divergence: Figure, layers: Figure) -> str:
-    """The page; `divergence` and `layers` are drawn into it."""
+def html(comparison: Comparison, divergence: Figure, layers: Figure) -> str:
+    """The page, with the plots `divergence` and `layers` inlined."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"printable": printable, "size": _size}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    provenance = found.provenance
-    names = short_names([row.path for row in found.results])
+    provenance = comparison.provenance
+    names = short_names([row.path for row in comparison.results])
     return template.render(
-        found=found,
-        sentences=headline(found),
-        cut=cut(found),
-        columns=_columns(found.results),
+        comparison=comparison,
+        sentences=headline(comparison),
+        cut=cut(comparison),
+        columns=_columns(comparison.results),
         divergence=inline_svg(divergence, "divergence-plot", "Mean KL divergence of each checkpoint over its bits per weight"),
         layers=inline_svg(layers, "layers-plot", "Error of the hidden states after every block, a line per checkpoint"),
         names=names,
-        heat=[_heat(row, name) for row, name in zip(found.results, names, strict=True)],
-        layer_count=len(found.results[0].router_agreement),
-        tokens=[(printable(row.path), [_token(token) for token in row.worst_tokens]) for row in found.results],
+        heat=[_heat(row, name) for row, name in zip(comparison.results, names, strict=True)],
+        layer_count=len(comparison.results[0].router_agreement),
+        tokens=[(printable(row.path), [_token(token) for token in row.worst_tokens]) for row in comparison.results],
         versions=provenance.get("versions", {}),
         provenance=provenance,
     )
 
 
 def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
-    """What the table shows of each checkpoint: a title, the cells, and which of them are the best."""
+    """Columns of the table: a title, a hint, a cell per checkpoint, and which cells are the best of the column."""
 
     def column(title: str, hint: str, cells: list[str], values: list[float] | None = None, *, high: bool = False) -> dict[str, Any]:
         finite = [value for value in values or [] if math.isfinite(value)]
-        wanted = (max if high else min)(finite) if len(finite) > 1 else None
-        return {"title": title, "hint": hint, "cells": cells, "best": [value == wanted for value in values or [math.nan] * len(cells)]}
+        best = (max if high else min)(finite) if len(finite) > 1 else None
+        return {"title": title, "hint": hint, "cells": cells, "best": [value == best for value in values or [math.nan] * len(cells)]}
 
     def kl(title: str, name: str) -> dict[str, Any]:
         values = [getattr(row, name) for row in results]
@@ -84,7 +84,7 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
             "change of ln PPL",
             "paired, with its standard error",
             [f"{row.delta_ln_ppl:+.5f} ± {row.delta_ln_ppl_stderr:.5f}" for row in results],
-            [abs(row.delta_ln_ppl) for row in results],  # below the reference is as far from it as above
+            [abs(row.delta_ln_ppl) for row in results],  # a change below zero is as large a difference as one above
         ),
         kl("median KL", "median_kl"),
         kl("90 % KL", "p90_kl"),
@@ -93,13 +93,13 @@ def _columns(results: list[QuantResult]) -> list[dict[str, Any]]:
         kl("maximum KL", "max_kl"),
         share("same top token", "share of tokens", "top1_agreement", high=True),
         share("same top five", "mean share of the reference's five", "top5_agreement", high=True),
-        share("RMS of Δp", "of the token that came", "rms_dp", high=False),
+        share("RMS of Δp", "of the probability of the actual token", "rms_dp", high=False),
         column("size", "of all tensors", [_size(row.bytes) for row in results], [float(row.bytes) for row in results]),
     ]
 
 
 def _heat(row: QuantResult, name: str) -> dict[str, Any]:
-    """Cells of the heat map: how strong the colour is (0 for full agreement, 1 for the least that is told apart), and the text."""
+    """Cells of the heat map: the strength of the colour, from 0 for full agreement to 1 for 70 % and less, and the text."""
     cells = [
         {"strength": round(min(1.0, (1 - share) / 0.3), 3), "share": f"{share:.1%}", "jaccard": f"{jaccard:.3f}"}
         for share, jaccard in zip(row.router_agreement, row.router_jaccard, strict=True)
@@ -120,9 +120,9 @@ def _token(token: WorstToken) -> dict[str, Any]:
     }
 
 
-def _size(n: float) -> str:
+def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

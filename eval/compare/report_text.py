@@ -1,4 +1,4 @@
-"""How names, texts of models and figures are spelled in a report."""
+"""Formats figures, names and texts for a report."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def four_digits(value: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A name on one line that any encoding holds: what cannot be seen, or turns the text beside it around, is escaped as in Python."""
+    """A name on one line: characters that are invisible, or that reverse the text around them, are escaped as in Python."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def visible(text: str) -> str:
-    """Text of a model with signs for line ends (before the line end itself), tabs and what else cannot be seen; spaces stay."""
+    """Text of a model with signs before line ends and for tabs, and other invisible characters escaped; spaces stay."""
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else _escaped(c)) for c in text)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path where these differ, else the whole; printable."""
-    last = [Path(path).name or path for path in paths]
-    return [printable(name if last.count(name) == 1 else path) for name, path in zip(last, paths, strict=True)]
+    """The last part of each path, or the whole path where several have the same last part; printable."""
+    names = [Path(path).name or path for path in paths]
+    return [printable(name if names.count(name) == 1 else path) for name, path in zip(names, paths, strict=True)]
 
 
 def _escaped(character: str) -> str:

@@ -1,4 +1,4 @@
-"""A whole comparison: from names of checkpoints and a text to the figures, with everything that makes them comparable checked first."""
+"""Runs a comparison, from the names of checkpoints and a text to the figures, after checking that the checkpoints can be compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["compare_checkpoints", "groups", "open_reference"]
 
 
 def open_reference(path_or_hub_id: str) -> Source | ReferenceFile:
-    """What checkpoints are measured against: a checkpoint, or a file that `save_reference` wrote; errors as for the two of them."""
+    """Open a checkpoint or a file that `save_reference` wrote; raises what `open_source` and `ReferenceFile` raise."""
     path = Path(path_or_hub_id).expanduser()
     return ReferenceFile(path) if is_reference_file(path) else open_source(path_or_hub_id)
 
@@ -45,74 +45,74 @@ def compare_checkpoints(
     kv_format: str = "plain",
     resume: bool = False,
     command: str = "",
-    kept: list[RunState] | None = None,
+    states: list[RunState] | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Measure `sources` against `reference` on `text`.
 
     Args:
-        reference: what `open_reference` gave.
-        sources: what `open_source` gave.
-        text: what `load_text` gave.
-        protocol: how the text is cut; a saved reference's own where that is the reference.
-        dtype: of activations and of weights that are not packed; None for each checkpoint's own.
+        reference: opened by `open_reference`.
+        sources: opened by `open_source`.
+        text: loaded by `load_text`.
+        protocol: how the text is cut into windows; for a saved reference it must be the saved protocol.
+        dtype: of activations and of plain weights; None for each checkpoint's own.
         device: where the models run; None for the CPU.
         kv_format: of the checkpoints' keys and values.
-        resume: go on where the same comparison was interrupted.
-        command: for the record.
-        kept: filled with the places where figures are kept for `resume`, for a caller that clears them when it has written the figures;
-            None to clear them as soon as all are there.
-        on_window: called with (windows done, windows in all), over all checkpoints.
+        resume: continue the same comparison where it was interrupted.
+        command: recorded in the provenance.
+        states: receives the run states of all checkpoints, which the caller clears after writing the figures; None to clear them when the
+            run is complete.
+        on_window: called with (windows done, total windows), over all checkpoints.
 
     Returns:
-        The figures; of Ctrl-C those so far, with `complete` False.
+        The figures; after Ctrl-C those of the windows done so far, with `complete` False.
 
     Raises:
-        RequestError: another text, model or tokenizer than the reference's, or a text shorter than a window.
+        RequestError: a checkpoint's model or tokenizer, or the text, is not the reference's, or the text is shorter than a window.
     """
-    place = torch.device("cpu") if device is None else device
+    device = torch.device("cpu") if device is None else device
     tokenizer = (sources[0] if isinstance(reference, ReferenceFile) else reference).tokenizer()
     ids = tokenizer.encode(text.text)
     if isinstance(reference, ReferenceFile):
         reference.check_text(text, ids, protocol)
-    named = sources[0].name if isinstance(reference, ReferenceFile) else reference.name
+    tokenizer_of = sources[0].name if isinstance(reference, ReferenceFile) else reference.name
     for source in sources:
         check_same_shape(reference.name, reference.config, source)
         protocol.check(len(ids), source.config, source=text.name)
         if source is not sources[0] or not isinstance(reference, ReferenceFile):
-            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(named, source.name))
+            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(tokenizer_of, source.name))
 
     def load(source: Source) -> DbrxForCausalLM:
-        return source.load(dtype=dtype, device=place)
+        return source.load(dtype=dtype, device=device)
 
-    known = _identity(reference)
+    identity = _identity(reference)
     pairs = []
     for source in sources:
-        key = run_key("compare", known, source, source.sha256(), ids, protocol, dtype=dtype, kv_format=kv_format, device=place)
+        key = run_key("compare", identity, source, source.sha256(), ids, protocol, dtype=dtype, kv_format=kv_format, device=device)
         state = RunState(key)
         if not resume:
             state.clear()
         pairs.append(Pair(source, state))
-        if kept is not None:
-            kept.append(state)
+        if states is not None:
+            states.append(state)
     with ExitStack() as stack:
         against: Reference
         if isinstance(reference, ReferenceFile):
             against = stack.enter_context(reference)
         else:
             against = stack.enter_context(nullcontext(ModelReference(reference, load(reference))))
-        room = available_memory(place) // 2  # the other half is for activations, and for what other programs take meanwhile
+        memory = available_memory(device) // 2  # the other half is for activations and for other programs
         compare(
             against,
             pairs,
             ids,
             protocol,
             load=load,
-            together=lambda waiting: groups(waiting, [_loaded_bytes(pair.source, dtype) for pair in waiting], room),
+            together=lambda waiting: groups(waiting, [_loaded_bytes(pair.source, dtype) for pair in waiting], memory),
             kv_format=kv_format,
             on_window=on_window,
         )
-        where = provenance(place, command) | {
+        record = provenance(device, command) | {
             "text_sha256": text.sha256,
             "reference_sha256": against.sha256,
             "dtype": str(dtype).removeprefix("torch.") if dtype else "each checkpoint's own",
@@ -120,42 +120,42 @@ def compare_checkpoints(
             "limit": protocol.limit,
         }
         if isinstance(reference, ReferenceFile):
-            where["reference_saved_with"] = {name: reference.settings[name] for name in ("dtype", "provenance")}
-        found = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=where)
-    if found.complete and kept is None:
+            record["reference_saved_with"] = {name: reference.settings[name] for name in ("dtype", "provenance")}
+        comparison = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=record)
+    if comparison.complete and states is None:
         for pair in pairs:
             pair.forget()
-    return found
+    return comparison
 
 
-def groups(pairs: Sequence[Pair], sizes: Sequence[int], room: int) -> list[list[Pair]]:
-    """Pairs that are measured together: in their order, as many as fit `room` bytes, at least one.
+def groups(pairs: Sequence[Pair], sizes: Sequence[int], memory: int) -> list[list[Pair]]:
+    """Group pairs that are measured together: in their order, as many as fit into `memory` bytes, at least one.
 
     Args:
-        pairs: what is to be measured.
-        sizes: bytes that each one's model takes.
-        room: bytes that may be taken.
+        pairs: to be measured.
+        sizes: bytes of each pair's model.
+        memory: bytes that the models of a group may take.
     """
-    found: list[list[Pair]] = []
-    taken = 0
+    grouped: list[list[Pair]] = []
+    used = 0
     for pair, size in zip(pairs, sizes, strict=True):
-        if not found or taken + size > room:
-            found.append([])
-            taken = 0
-        found[-1].append(pair)
-        taken += size
-    return found
+        if not grouped or used + size > memory:
+            grouped.append([])
+            used = 0
+        grouped[-1].append(pair)
+        used += size
+    return grouped
 
 
 def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
-    """What decides a reference's predictions."""
+    """What determines a reference's predictions, for the key of a run."""
     if isinstance(reference, ReferenceFile):
         return reference.settings | {"file": True}
     return {"sha256": reference.sha256(), "config": reference.config.to_dict()}
 
 
 def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:
-    """Bytes of a loaded model."""
+    """Bytes of the model once it is loaded."""
     if isinstance(source, DequantizedSource):
         return resident_bytes(source.config, dtype or source.stored_dtype, stream=False)
     return source.loaded_bytes if isinstance(source, PackedFolder) else source.nbytes

@@ -1,4 +1,4 @@
-"""Sensitivities as a table, as a plot and as files."""
+"""Writes sensitivities as a table, a plot and files."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ __all__ = ["FILES", "KEYS", "markdown", "plot", "short_name", "table", "without_
 
 FILES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 KEYS = ("checkpoint", "units", "provenance")
-"""What the JSON object of a report has at least."""
+"""Keys that the JSON object of every report has."""
 
 _ROWS = ("Wqkv", "out_proj", "w1", "v1", "w2")  # of the heat map, from the top
-_WRITTEN = 16  # columns up to which cells have room for their figure
+_HATCHES = ("", "///", "...", "xxx")  # of bars: one per format
+_WRITTEN = 16  # columns up to which a cell has room for its figure
 
 
-def write_report(found: Sensitivity, folder: Path) -> None:
-    """Write `FILES` into `folder`, which is made where missing.
+def write_report(sensitivity: Sensitivity, folder: Path) -> None:
+    """Write `FILES` into `folder`, which is created if missing.
 
     Raises:
         RequestError: a file cannot be written; `folder` is then as it was.
         UnsupportedError: matplotlib is not installed.
     """
     contents = (
-        (json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n").encode(),
-        markdown(found).encode(errors="replace"),
-        render(plot(found), "png"),
+        (json.dumps(sensitivity.to_dict(), indent=2, allow_nan=False) + "\n").encode(),
+        markdown(sensitivity).encode(errors="replace"),
+        render(plot(sensitivity), "png"),
     )
     write_files(folder, dict(zip(FILES, contents, strict=True)))
 
@@ -49,11 +50,11 @@ def short_name(name: str) -> str:
     return f"blocks.{parts[2]}.{parts[-1]}" if parts[:2] == ["transformer", "blocks"] else parts[-1]
 
 
-def table(found: Sensitivity) -> list[tuple[str, ...]]:
-    """A head and a row per unit and format, those first that lose most for a byte saved; last those of which that is not known."""
-    head = ("rounded", "format", "bits per weight", "MB saved", "mean KL", "change of ln PPL", "weight error", "KL per GB saved")
-    units = sorted(found.units, key=lambda unit: (math.isnan(unit.kl_per_saved_byte), -unit.kl_per_saved_byte))
-    rows: list[tuple[str, ...]] = [head]
+def table(sensitivity: Sensitivity) -> list[tuple[str, ...]]:
+    """A header, and a row per unit and format, sorted by the loss per saved byte, largest first; rows without that figure are last."""
+    header = ("quantized", "format", "bits per weight", "MB saved", "mean KL", "change of ln PPL", "weight error", "KL per GB saved")
+    units = sorted(sensitivity.units, key=lambda unit: (math.isnan(unit.kl_per_saved_byte), -unit.kl_per_saved_byte))
+    rows: list[tuple[str, ...]] = [header]
     rows += [
         (
             short_name(unit.name),
@@ -70,52 +71,52 @@ def table(found: Sensitivity) -> list[tuple[str, ...]]:
     return rows
 
 
-def without_figures(found: Sensitivity) -> list[str]:
-    """A line for every unit that was not measured in a format, with the reason."""
+def without_figures(sensitivity: Sensitivity) -> list[str]:
+    """A line for every unit and format that was not measured, with the reason."""
     return [
         f"not measured: {short_name(part.name)} in {TensorFormat(part.format, part.group_size)}: {part.reason}"
-        for part in found.skipped + found.failed
+        for part in sensitivity.skipped + sensitivity.failed
     ]
 
 
-def markdown(found: Sensitivity) -> str:
-    """Results as a Markdown document."""
-    return "\n".join(_lines(found)) + "\n"
+def markdown(sensitivity: Sensitivity) -> str:
+    """The results as a Markdown document."""
+    return "\n".join(_lines(sensitivity)) + "\n"
 
 
-def plot(found: Sensitivity) -> Figure:
-    """Mean KL of every unit: by tensor a heat map of layers and matrices for each format, by kind or layer bars.
+def plot(sensitivity: Sensitivity) -> Figure:
+    """Mean KL of every unit: for tensors a heat map of layers and matrices per format, for kinds and layers bars.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    return _heat_maps(found) if found.by == "tensor" else _bars(found)
+    return _heat_maps(sensitivity) if sensitivity.by == "tensor" else _bars(sensitivity)
 
 
-def _lines(found: Sensitivity) -> Iterator[str]:
-    yield f"# Sensitivity of {found.checkpoint} by {found.by}"
+def _lines(sensitivity: Sensitivity) -> Iterator[str]:
+    yield f"# Sensitivity of {sensitivity.checkpoint} by {sensitivity.by}"
     yield ""
-    if not found.complete:
-        yield "**Partial**: the run was interrupted; what is here is whole."
+    if not sensitivity.complete:
+        yield "**Partial**: the run was interrupted; the units listed are measured completely."
         yield ""
-    yield "One part at a time is rounded to nearest, all the rest stays as it is. KL is that of the model's predictions, in nats per token;"
-    yield "what loses most for a byte saved comes first."
+    yield "One part at a time is quantized by rounding to nearest, everything else stays plain. KL is the divergence of the predictions,"
+    yield "in nats per token. Parts that lose most per saved byte are listed first."
     yield ""
-    yield f"- perplexity as it is: {found.perplexity:.4f}"
-    yield f"- text: {found.text} (SHA-256 `{found.text_sha256}`), {found.windows} windows of {found.context} tokens, {found.protocol}:"
-    yield f"  {found.tokens:,} tokens predicted"
-    yield f"- checkpoint: SHA-256 `{found.sha256}`, computed in {found.dtype}"
-    yield f"- command: `{found.provenance.get('command', '')}`"
-    versions = ", ".join(f"{name} {version}" for name, version in found.provenance.get("versions", {}).items())
-    yield f"- on {found.provenance.get('device', '')}, {found.provenance.get('threads', '')} threads; {versions}"
+    yield f"- perplexity of the unquantized model: {sensitivity.perplexity:.4f}"
+    yield f"- text: {sensitivity.text} (SHA-256 `{sensitivity.text_sha256}`), {sensitivity.windows} windows of {sensitivity.context}"
+    yield f"  tokens, {sensitivity.protocol}: {sensitivity.tokens:,} tokens predicted"
+    yield f"- checkpoint: SHA-256 `{sensitivity.sha256}`, computed in {sensitivity.dtype}"
+    yield f"- command: `{sensitivity.provenance.get('command', '')}`"
+    versions = ", ".join(f"{name} {version}" for name, version in sensitivity.provenance.get("versions", {}).items())
+    yield f"- on {sensitivity.provenance.get('device', '')}, {sensitivity.provenance.get('threads', '')} threads; {versions}"
     yield ""
-    notes = without_figures(found)
+    notes = without_figures(sensitivity)
     if notes:
         yield from (f"- {note}" for note in notes)
         yield ""
-    head, *rows = table(found)
-    yield "| " + " | ".join(head) + " |"
-    yield "|---|---|" + "---:|" * (len(head) - 2)
+    header, *rows = table(sensitivity)
+    yield "| " + " | ".join(header) + " |"
+    yield "|---|---|" + "---:|" * (len(header) - 2)
     for row in rows:
         yield "| " + " | ".join(row) + " |"
 
@@ -124,38 +125,38 @@ def _figure(value: float, spec: str) -> str:
     return "n/a" if math.isnan(value) else format(value, spec)
 
 
-def _formats(found: Sensitivity) -> list[tuple[str, int]]:
-    """In the order of their request, which a unit that has them all shows: the embedding has int8 alone."""
+def _formats(sensitivity: Sensitivity) -> list[tuple[str, int]]:
+    """Formats and group sizes in the order requested, read from a unit that has all of them: the embedding has int8 alone."""
     of_unit: dict[str, list[tuple[str, int]]] = {}
-    for unit in found.units:
+    for unit in sensitivity.units:
         of_unit.setdefault(unit.name, []).append((unit.format, unit.group_size))
     units = sorted(of_unit.values(), key=len, reverse=True)
     return list(dict.fromkeys(fmt for formats in units for fmt in formats))
 
 
-def _title(found: Sensitivity) -> str:
-    partial = "" if found.complete else ", partial"
-    return f"Mean KL (nats per token) where one {found.by} is rounded{partial}"
+def _title(sensitivity: Sensitivity) -> str:
+    partial = "" if sensitivity.complete else ", partial"
+    return f"Mean KL (nats per token) if one {sensitivity.by} is quantized{partial}"
 
 
-def _heat_maps(found: Sensitivity) -> Figure:
+def _heat_maps(sensitivity: Sensitivity) -> Figure:
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    formats = _formats(found)
-    layers = 1 + max((int(unit.name.split(".")[2]) for unit in found.units if ".blocks." in unit.name), default=-1)
-    columns = layers + 2  # the embedding comes before the blocks, the head after them
+    formats = _formats(sensitivity)
+    layers = 1 + max((int(unit.name.split(".")[2]) for unit in sensitivity.units if ".blocks." in unit.name), default=-1)
+    columns = layers + 2  # embedding, blocks, head
     width = max(6.5, 2.6 + columns * (0.75 if columns <= _WRITTEN else 0.3))
     drawing, axes = figure(width, 0.7 + 2.3 * len(formats))
     axes.remove()
     panels: list[Axes] = list(drawing.subplots(len(formats), 1, squeeze=False, sharex=True)[:, 0])
-    positive = [unit.mean_kl for unit in found.units if 0 < unit.mean_kl < math.inf] or [1e-6]
+    positive = [unit.mean_kl for unit in sensitivity.units if 0 < unit.mean_kl < math.inf] or [1e-6]
     low, high = min(positive), max(positive)
     norm = LogNorm(low, high if high > low else 10 * low)
     image: Any = None
     for panel, fmt in zip(panels, formats, strict=True):
         cells = np.full((len(_ROWS), columns), np.nan)
-        for unit in found.units:
+        for unit in sensitivity.units:
             if (unit.format, unit.group_size) == fmt:
                 rows, column = _cells(unit, columns)
                 cells[rows, column] = unit.mean_kl
@@ -172,19 +173,19 @@ def _heat_maps(found: Sensitivity) -> Figure:
         for side in panel.spines.values():
             side.set_visible(False)
         panel.set_title(f"{fmt[0]}, groups of {fmt[1]}", loc="left", fontsize=10, color=INK)
-    every = 1 if layers <= 24 else 5
-    places = [0.5, *(1.5 + layer for layer in range(0, layers, every)), columns - 0.5]
-    panels[-1].set_xticks(places, ["wte", *(str(layer) for layer in range(0, layers, every)), "head"], color=INK, fontsize=9)
+    step = 1 if layers <= 24 else 5
+    ticks = [0.5, *(1.5 + layer for layer in range(0, layers, step)), columns - 0.5]
+    panels[-1].set_xticks(ticks, ["wte", *(str(layer) for layer in range(0, layers, step)), "head"], color=INK, fontsize=9)
     panels[-1].set_xlabel("layer", color=INK)
     bar = drawing.colorbar(image, ax=panels, pad=0.015, aspect=12 * len(formats))
     bar.outline.set_visible(False)
     bar.ax.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
-    drawing.suptitle(_title(found), fontsize=11, color=INK, x=0.01, ha="left")
+    drawing.suptitle(_title(sensitivity), fontsize=11, color=INK, x=0.01, ha="left")
     return drawing
 
 
 def _cells(unit: UnitResult, columns: int) -> tuple[slice, int]:
-    """(rows, column) that a tensor fills: embedding and head a whole column."""
+    """(rows, column) of a tensor's cells: the embedding and the head fill a whole column."""
     parts = unit.name.removesuffix(".weight").split(".")
     if parts[1:2] == ["blocks"]:
         row = _ROWS.index(parts[-1])
@@ -199,39 +200,39 @@ def _write(panel: Axes, unit: UnitResult, rows: slice, column: int, norm: Any) -
 
 
 def _borders(panel: Axes, columns: int) -> None:
-    """White lines between cells, but none across the columns of embedding and head."""
+    """White lines between cells, except across the columns of embedding and head."""
     panel.hlines(range(1, len(_ROWS)), 1, columns - 1, colors="white", linewidth=1.2)
     panel.vlines(range(1, columns), 0, len(_ROWS), colors="white", linewidth=1.2)
 
 
-def _bars(found: Sensitivity) -> Figure:
-    formats = _formats(found)
-    names = list(dict.fromkeys(unit.name for unit in found.units))
+def _bars(sensitivity: Sensitivity) -> Figure:
+    formats = _formats(sensitivity)
+    names = list(dict.fromkeys(unit.name for unit in sensitivity.units))
     drawing, axes = figure(max(6.5, 1.8 + len(names) * (0.3 + 0.25 * len(formats))), 4.2)
-    floor = log_axis(axes, [unit.mean_kl for unit in found.units])
+    floor = log_axis(axes, [unit.mean_kl for unit in sensitivity.units])
     bottom = axes.get_ylim()[0]
     share = 0.8 / len(formats)
 
-    def place(unit: UnitResult, number: int) -> float:
+    def middle(unit: UnitResult, number: int) -> float:
         return names.index(unit.name) - 0.4 + share * (number + 0.5)
 
     for number, fmt in enumerate(formats):
-        units = [unit for unit in found.units if (unit.format, unit.group_size) == fmt]
+        units = [unit for unit in sensitivity.units if (unit.format, unit.group_size) == fmt]
         for unit in (unit for unit in units if not math.isfinite(unit.mean_kl)):
             text = _figure(unit.mean_kl, ".1e")
-            axes.text(place(unit, number), bottom, text, ha="center", va="bottom", rotation=90, fontsize=7.5, color=INK)
+            axes.text(middle(unit, number), bottom, text, ha="center", va="bottom", rotation=90, fontsize=7.5, color=INK)
         units = [unit for unit in units if math.isfinite(unit.mean_kl)]
-        places = [place(unit, number) for unit in units]
+        middles = [middle(unit, number) for unit in units]
         heights = [max(unit.mean_kl, floor) - bottom for unit in units]
-        # An error of more than the value itself would reach below the axis.
+        # An error larger than the value would reach below the axis.
         errors = [[min(unit.mean_kl_stderr, 0.95 * unit.mean_kl) for unit in units], [unit.mean_kl_stderr for unit in units]]
         axes.bar(
-            places,
+            middles,
             heights,
             share * 0.92,
             bottom=bottom,
             color=style(number).colour,
-            hatch=("", "///", "...")[number % 3],
+            hatch=_HATCHES[number % len(_HATCHES)],
             edgecolor="white",
             linewidth=0,
             label=f"{fmt[0]}, groups of {fmt[1]}",
@@ -241,8 +242,8 @@ def _bars(found: Sensitivity) -> Figure:
     axes.set_xticks(range(len(names)), [name.removeprefix("layer ") for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(False, axis="x")
-    axes.set_xlabel("layer" if found.by == "layer" else "")
+    axes.set_xlabel("layer" if sensitivity.by == "layer" else "")
     axes.set_ylabel("mean KL (nats per token)")
-    axes.set_title(_title(found), loc="left", fontsize=11, color=INK)
+    axes.set_title(_title(sensitivity), loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return drawing

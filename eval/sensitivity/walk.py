@@ -1,7 +1,7 @@
-"""A model run part by part, and from any part on with rounded weights.
+"""Runs a model block by block, and from any block on with quantized weights.
 
-Dimension letters: `T` tokens of a batch, `P` predicted ones of them, `E` experts, `D` d_model, `V` vocabulary, `N` rows of a matrix, `K`
-its reduction axis.
+Dimension letters: `T` tokens of a batch, `P` predicted tokens among them, `E` experts, `D` d_model, `V` vocabulary, `N` rows of a
+matrix, `K` its reduction axis.
 """
 
 from __future__ import annotations
@@ -29,59 +29,71 @@ from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
 
 from .rounding import Rounding, rounded
 
-__all__ = ["Seen", "Walk", "packable"]
+__all__ = ["Outcome", "Walk", "packable"]
 
 _PACKED_KINDS = ("embedding", "attention", "experts", "head")
-_TOGETHER = 8  # 2 D numbers a token each: of 16 windows of 512 tokens of DBRX in float32 3.2 GB, half of one layer's experts in bfloat16
+_TOGETHER = 8  # 2 D numbers per token each: 3.2 GB for 16 windows of 512 tokens, float32; half of a layer's experts in bfloat16
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def packable(config: DbrxConfig) -> list[DenseTensor]:
-    """The matrices that a packed format can hold, in the model's order: all but routers and norms."""
+    """The matrices that can have a packed format, in the model's order: all except routers and norms."""
     return [tensor for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Windows that run together. ids: int64 [T]. rows: int64 [P], places among them that predict. targets: int64 [P], what came."""
+    """The inputs of windows that run together."""
 
     ids: torch.Tensor
+    """int64 [T], token ids."""
     batch: Batch
+    """How the tokens are divided into windows."""
     rotation: Rotation
+    """Rotary embedding of their positions."""
     rows: torch.Tensor
+    """int64 [P], indices of the tokens whose last hidden state predicts."""
     targets: torch.Tensor
+    """int64 [P], the actual tokens."""
 
 
 _Stream = tuple[torch.Tensor, torch.Tensor | None]
-"""What enters a block: the residual stream [T, D] and what the block before adds to it [T, D]."""
+"""A block's input: the residual stream [T, D], and the preceding block's output [T, D], which is added to it."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a model with rounded weights predicts, beside the model as it is, and what rounding did to each of its tensors."""
+class Outcome:
+    """The measurement of a model with some tensors quantized."""
 
     scores: TokenScores
+    """Its predictions compared with the unquantized model's."""
     roundings: list[Rounding]
+    """The quantization error of each tensor."""
 
 
 @dataclass
 class _PartialRun:
-    """A part on its way. error: why it cannot go on."""
+    """A part whose run through the model is in progress."""
 
     tensors: Sequence[str]
+    """Names of the tensors that are quantized."""
     fmt: TensorFormat
+    """The format that they are quantized to."""
     streams: list[_Stream]
+    """Input of the next block, for every step."""
     roundings: list[Rounding] = field(default_factory=list)
+    """The quantization error of each tensor so far."""
     error: str | None = None
+    """Why the run ended early, if it did."""
 
 
 class Walk:
-    """Goes through the model once with all windows, and from where it stands runs what comes after with other weights.
+    """Runs all windows through the model once, place by place; from its current place it runs the rest with other weights.
 
     Places are 0 for the embedding, 1 .. n_layers for the blocks, n_layers + 1 for the norm and the head.
 
     Attributes:
-        together: parts that are to be measured together: several where experts are decoded again whenever a block is reached.
+        together: how many parts to measure together: several if experts are dequantized again each time a block runs.
     """
 
     def __init__(self, model: DbrxForCausalLM, text: torch.Tensor, windows: Sequence[Window]) -> None:
@@ -101,17 +113,17 @@ class Walk:
         self.together = _TOGETHER if self._store.reloads_each_step else 1
 
     def place_of(self, name: str) -> int:
-        """The place that a tensor belongs to."""
+        """The place of a tensor."""
         return {_EMBEDDING: 0, _HEAD: self._end}.get(name, self._tensors[name].layer + 1)
 
     def go_to(self, place: int) -> None:
-        """Stand before a place that was not passed yet. What is interrupted here leaves a walk that stands nowhere."""
+        """Advance to a later place. An interruption here leaves the walk unusable."""
         for passed in range(self._place, place):
             self._pass(passed, self._streams, {})
         self._place = place
 
     def reference_nll(self) -> float:
-        """Mean negative log-likelihood of the model as it is, in nats."""
+        """Mean negative log-likelihood of the unquantized model, in nats."""
         losses = [
             Distribution.of(self._logits(hidden[chunk], None), step.targets[chunk]).nll.cpu().numpy()
             for step, hidden in zip(self._steps, self._reference, strict=True)
@@ -119,38 +131,38 @@ class Walk:
         ]
         return float(np.concatenate(losses).mean())
 
-    def measure(self, parts: Sequence[tuple[Sequence[str], TensorFormat]]) -> Iterator[Seen | FormatError]:
-        """What every part gives: the model with these tensors, none of which was passed, rounded to this format.
+    def measure(self, parts: Sequence[tuple[Sequence[str], TensorFormat]]) -> Iterator[Outcome | FormatError]:
+        """Measure the model with each part, tensors at the current place or later, quantized to the part's format.
 
-        Parts go through the model together, block by block; each takes 2 D numbers a token. FormatError, with the tensor's name, stands for
-        a part of which the format cannot hold a tensor.
+        Parts run through the model together, block by block, with 2 D numbers per token each. A part with a tensor that its format cannot
+        represent yields a FormatError that names the tensor.
         """
         runs = [_PartialRun(tensors, fmt, [*self._streams]) for tensors, fmt in parts]
         for place in range(self._place, self._end):
             for run in runs:
                 self._advance(run, place)
         for run in runs:
-            yield self._seen(run)
+            yield self._outcome(run)
 
     def _advance(self, run: _PartialRun, place: int) -> None:
         if run.error is None:
             try:
-                self._pass(place, run.streams, self._rounded(run, place))
+                self._pass(place, run.streams, self._quantized(run, place))
             except FormatError as error:
                 run.error = str(error)
                 run.streams.clear()
 
-    def _seen(self, run: _PartialRun) -> Seen | FormatError:
+    def _outcome(self, run: _PartialRun) -> Outcome | FormatError:
         if run.error is None:
             try:
-                head = self._rounded(run, self._end).get(_HEAD)
-                return Seen(self._scores(self._hidden(run.streams), head), run.roundings)
+                head = self._quantized(run, self._end).get(_HEAD)
+                return Outcome(self._scores(self._hidden(run.streams), head), run.roundings)
             except FormatError as error:
                 run.error = str(error)
         return FormatError(run.error)
 
-    def _rounded(self, run: _PartialRun, place: int) -> dict[str, torch.Tensor]:
-        """A run's own weights of a place."""
+    def _quantized(self, run: _PartialRun, place: int) -> dict[str, torch.Tensor]:
+        """The run's tensors of a place, quantized and dequantized again."""
         weights = {}
         for name in run.tensors:
             if self.place_of(name) == place:
@@ -171,9 +183,9 @@ class Walk:
         return weight
 
     def _pass(self, place: int, streams: list[_Stream], weights: Mapping[str, torch.Tensor]) -> None:
-        """Make of what enters a place what leaves it, with some of its weights replaced.
+        """Run one place, with some of its weights replaced; `streams` is its input and becomes its output.
 
-        Step by step in place, so that what entered is not held beside all that leaves.
+        Each step's input is replaced by its output at once, so that not all inputs and outputs are in memory together.
         """
         experts = {name: weight for name, weight in weights.items() if self._tensors[name].experts}
         with _replaced(self._model, {name: weight for name, weight in weights.items() if name not in experts}):
@@ -181,7 +193,7 @@ class Walk:
                 streams[:] = [(self._model.transformer.wte(step.ids, self._model.dtype), None) for step in self._steps]
                 return
             block = self._model.transformer.layers()[place - 1]
-            store = _OtherExperts(self._store, experts)
+            store = _ReplacedExperts(self._store, experts)
             for index, step in enumerate(self._steps):
                 streams[index] = block(*streams[index], step.batch, step.rotation, store)[:2]
 
@@ -191,45 +203,45 @@ class Walk:
         return [norm(*streams.pop(0))[1][step.rows] for step in self._steps]
 
     def _scores(self, hidden: list[torch.Tensor], head: torch.Tensor | None) -> TokenScores:
-        found, at = TokenScores.room(sum(len(step.targets) for step in self._steps)), 0
-        for step, reference, own in zip(self._steps, self._reference, hidden, strict=True):
+        scored, start = TokenScores.zeros(sum(len(step.targets) for step in self._steps)), 0
+        for step, reference, quantized in zip(self._steps, self._reference, hidden, strict=True):
             for chunk in _chunks(step):
                 targets = step.targets[chunk]
-                before = Distribution.of(self._logits(reference[chunk], None), targets)
-                found.put(at, scores(before, Distribution.of(self._logits(own[chunk], head), targets)))
-                at += len(targets)
-        return found
+                expected = Distribution.of(self._logits(reference[chunk], None), targets)
+                scored.put(start, scores(expected, Distribution.of(self._logits(quantized[chunk], head), targets)))
+                start += len(targets)
+        return scored
 
     def _logits(self, hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
-        """[P, V] of [P, D], with another head's weight where one is given."""
+        """Logits [P, V] of hidden states [P, D]; `head` replaces the weight of the model's head."""
         return linear(hidden, self._model.get_parameter(_HEAD).data if head is None else head)
 
 
-class _OtherExperts(ExpertStore):
-    """A store of which some matrices are others: [E, N, K] by their names in a plain checkpoint."""
+class _ReplacedExperts(ExpertStore):
+    """A store with some matrices replaced: weights [E, N, K] by their names in a plain checkpoint."""
 
     def __init__(self, store: ExpertStore, weights: Mapping[str, torch.Tensor]) -> None:
         self._store, self._weights = store, weights
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         prefix = f"transformer.blocks.{index}.ffn.experts.mlp."
-        own = {name.removeprefix(prefix): weight for name, weight in self._weights.items() if name.startswith(prefix)}
-        return replace(self._store.layer(index, experts), **own)
+        replaced = {name.removeprefix(prefix): weight for name, weight in self._weights.items() if name.startswith(prefix)}
+        return replace(self._store.layer(index, experts), **replaced)
 
 
 @contextmanager
 def _replaced(model: DbrxForCausalLM, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model with other parameters, by their names in a plain checkpoint, as long as the context lasts.
+    """Replaces parameters of the model, by their names in a plain checkpoint, within the context.
 
-    Its own are set aside and put back, never written to.
+    The model's own parameters are set aside and restored, never written to.
     """
-    own = {name: model.get_parameter(name) for name in weights}
+    originals = {name: model.get_parameter(name) for name in weights}
     try:
         for name, weight in weights.items():
             _put(model, name, nn.Parameter(weight, requires_grad=False))
         yield
     finally:
-        for name, parameter in own.items():
+        for name, parameter in originals.items():
             _put(model, name, parameter)
 
 
@@ -252,6 +264,6 @@ def _step(model: DbrxForCausalLM, text: torch.Tensor, windows: Sequence[Window])
 
 
 def _chunks(step: _Step) -> Iterator[slice]:
-    """Predicted tokens whose logits are held at once."""
+    """Slices of a step's predicted tokens, at most `LOGIT_TOKENS` long."""
     for first in range(0, len(step.targets), LOGIT_TOKENS):
         yield slice(first, first + LOGIT_TOKENS)

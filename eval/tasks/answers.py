@@ -1,4 +1,4 @@
-"""Answers to requests, kept from time to time so that a run that was interrupted can go on."""
+"""Answers to the requests of a task run, saved periodically so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -18,50 +18,51 @@ _SAVE_SECONDS = 30.0
 
 
 class Answers:
-    """What requests of one run were answered.
+    """The answers of one run.
 
     Args:
-        state: where answers are kept, and found again; None for nowhere.
+        state: where answers are saved, and read from when the run is resumed; None to save none.
 
     Attributes:
-        done: requests that are answered, of `total`, which is 0 until all are known.
+        done: requests answered so far.
+        total: requests in all; 0 until all have been created.
     """
 
     def __init__(self, state: RunState | None = None) -> None:
         self.done = self.total = 0
         self._state = state
-        self._found: dict[str, Any] = _restored(state)
-        self._saved = time.monotonic()
+        self._answers: dict[str, Any] = _restored(state)
+        self._last_save = time.monotonic()
 
     def __getitem__(self, key: str) -> Any:
-        return self._found[key]
+        return self._answers[key]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._found
+        return key in self._answers
 
     def add(self, key: str, answer: Any) -> None:
-        """Remember an answer, which JSON can hold, of the request that `request_key` names."""
-        self._found[key] = answer
+        """Record the answer, which must be JSON-serializable, to the request with this `request_key`."""
+        self._answers[key] = answer
 
-    def keep(self, *, now: bool = True) -> bool:
-        """Write what is there, or, unless `now`, only when the last time is half a minute ago; whether the file is there."""
+    def save(self, *, now: bool = True) -> bool:
+        """Write all answers; with `now` False only if the last write was half a minute ago. Returns whether the file exists."""
         if self._state is None:
             return False
-        if self._found and (now or time.monotonic() - self._saved > _SAVE_SECONDS):
-            self._state.save({"answers": np.frombuffer(json.dumps(self._found).encode(), dtype=np.uint8)})
-            self._saved = time.monotonic()
+        if self._answers and (now or time.monotonic() - self._last_save > _SAVE_SECONDS):
+            self._state.save({"answers": np.frombuffer(json.dumps(self._answers).encode(), dtype=np.uint8)})
+            self._last_save = time.monotonic()
         return self._state.path.exists()
 
 
 def request_key(kind: str, index: int, *parts: Sequence[int] | str) -> str:
-    """Names a request: its kind, its place among those of its kind, its tokens, its options."""
+    """A key for a request: a hash of its kind, its index among those of its kind, its tokens and its options."""
     return hashlib.sha256(json.dumps([kind, index, *parts]).encode()).hexdigest()[:32]
 
 
 def _restored(state: RunState | None) -> dict[str, Any]:
-    kept = None if state is None else state.load()
+    saved = None if state is None else state.load()
     try:
-        found = {} if kept is None else json.loads(kept["answers"].tobytes())
+        answers = {} if saved is None else json.loads(saved["answers"].tobytes())
     except (KeyError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return answers if isinstance(answers, dict) else {}

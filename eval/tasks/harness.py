@@ -1,6 +1,6 @@
-"""A model for lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness), with the semantics of its own `HFLM`.
+"""An adapter for lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness), with the semantics of the harness's own `HFLM`.
 
-Needs the extra `tasks`; `tasks.py` imports this file and says so where it is missing.
+It needs the extra `tasks`. `run.py` imports this file only when tasks run, and reports a missing extra.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ from .shared_prefix import Continuation, PrefixScorer, TokenCounts
 
 __all__ = ["SEED", "DeferredModel", "HarnessModel", "check_requests"]
 
-SEED = 1234  # the harness's
+SEED = 1234
+"""The harness's default seed."""
 
-_NEW_TOKENS = 256  # where a task names no number, as in the harness
-_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given wins
-_TOP_K = 50  # of transformers' `generate`, where neither a request nor the checkpoint names a number
+_NEW_TOKENS = 256  # if a task sets no limit; the harness's default
+_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first option given takes effect
+_TOP_K = 50  # the default of transformers' `generate`
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no types
-    """What `lm_eval.simple_evaluate(model=...)` takes.
+    """A loaded model as `lm_eval.simple_evaluate(model=...)` takes it.
 
-    Spellings of special tokens in a text are these tokens, as in the tokenizers that the harness uses: only so a chat template works.
+    The text of a special token is encoded as that token, as by the tokenizers that the harness uses; chat templates need this.
 
     Args:
         model: a loaded model.
         tokenizer: the model's.
-        name: of the checkpoint; the harness tells its caches of requests apart by it.
+        name: of the checkpoint; part of the key of the harness's cache of requests.
         batch_size: requests that run together.
         kv_format: "plain", "int8" or "int4".
-        seed: of sampling; the draws of request i come from seed + i, whatever the batch size. The default is the harness's.
-        answers: of the same requests to a run that was interrupted; filled and kept on the way. With the same batch size, the other
-            answers are the same to the last bit.
-        on_done: called with (requests done, in all) of the kind of request that runs.
+        seed: of sampling. Request i samples with seed + i, for every batch size. The default is the harness's.
+        answers: of an interrupted run with the same requests; new answers are added and saved as they are computed. With the same batch
+            size, the remaining answers are bit-identical to those of an uninterrupted run.
+        on_done: called with (requests done, total requests) of the kind of request that runs.
 
     Raises:
-        RequestError: a batch size below 1, an unknown format, or a tokenizer without a token to begin an empty context with.
+        RequestError: the batch size is below 1, the format is unknown, or neither tokenizer nor model has an end token.
     """
 
     def __init__(
@@ -75,18 +76,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
         self._scorer = PrefixScorer(model, batch_size=batch_size, kv_format=kv_format)
         ends = [token for token in (tokenizer.eos_token_id, *model.eos_token_ids) if token is not None]
         if not ends:
-            raise RequestError("an empty context must have a token to begin with; neither the tokenizer nor the model names an end token")
+            raise RequestError(
+                "an empty context must be replaced by a token; neither the tokenizer nor the model names an end token. Name one there"
+            )
         self._ends = list(dict.fromkeys(ends))
         self._begin: int = self._ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     @property
     def counts(self) -> TokenCounts:
-        """Tokens of contexts and continuations so far, how many of them ran, and contexts that were cut."""
+        """Tokens of the requests so far, tokens that ran for them, and contexts that were truncated."""
         return self._scorer.counts
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """The dtype of activations."""
         return self._model.dtype
 
     @property
@@ -96,7 +99,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """The token that replaces an empty context."""
         return self._begin
 
     @property
@@ -106,53 +109,53 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task names no number."""
+        """New tokens if a task sets no limit."""
         return _NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """Part of the key of the harness's cache of requests."""
         return _tokenizer_name(self._name)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Ids of a text; DBRX's tokenizer adds none, whatever `add_special_tokens` says."""
+        """Encode a text. DBRX's tokenizer adds no special tokens, so `add_special_tokens` has no effect."""
         return self.tokenizer.encode(string, allow_special=True)
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without a generation prompt it ends where the last message does, so that it can go on there.
+        """The text of a conversation. Without a generation prompt it ends with the last message, so that the model continues that message.
 
         Raises:
-            TokenizerError: no template, messages of another form, or a template that drops the last message.
+            TokenizerError: there is no template, messages have another form, or the template drops the last message.
         """
         return _chat(self.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The harness's: (log-likelihood, whether greedy) of every (context, continuation).
+        """For every (context, continuation): its log-likelihood in nats, and whether greedy decoding would give it.
 
         Raises:
-            RequestError: an empty continuation, or one longer than the model's context.
+            RequestError: a continuation is empty or longer than the model's context.
         """
         _check_continuations(requests)
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
-        scored = self._scored("loglikelihood", [self._cut(*request) for request in requests], range(len(requests)))
+        scored = self._scored("loglikelihood", [self._truncated(*request) for request in requests], range(len(requests)))
         for (key, _context, _tokens), answer in zip(requests, scored, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return scored
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, each token predicted once from as much context as the harness's windows give it."""
+        """Log-likelihoods of whole texts. Each token is predicted once, with the context that the harness's windows give it."""
         windows: list[Continuation] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
             (text,) = request.args
             for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
-                windows.append(self._cut(None, *make_disjoint_window(window)))
+                windows.append(self._truncated(None, *make_disjoint_window(window)))
                 owners.append(i)
         self._answers.done += len(requests) - len(set(owners))  # empty texts
         sums = [0.0] * len(requests)
@@ -163,16 +166,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of (context, options), each up to the first of its stop strings or an end token.
+        """Generate a text for every (context, options), up to the first of its stop strings or an end token.
 
         Options: `until`, `max_gen_toks` (or another of its usual names), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
-        `repetition_penalty`. Where tokens are drawn and no `top_k` is given it is 50, as in transformers' `generate`, which the
+        `repetition_penalty`. If tokens are sampled and no `top_k` is given, it is 50, as in transformers' `generate`, which the
         harness's own adapter calls (`_get_default_generation_params` in transformers/generation/configuration_utils.py).
-        A context that leaves no room for the new tokens loses its beginning. Prompts that are not drawn from run in the order of their
-        tokens; what prompts of a batch begin with is run once, as far as `generate` shares it.
+        A context that leaves no room for the new tokens is truncated at its beginning. Prompts with greedy decoding run in the order of
+        their tokens; `generate` runs the common prefix of a batch's prompts once, as far as it shares prefixes.
 
         Raises:
-            RequestError: an option that is not known or out of range, or more new tokens than the model's context holds.
+            RequestError: an option is unknown or out of range, or asks for more new tokens than the model's context has.
         """
         check_requests("generate_until", requests, self.max_length)
         texts = [""] * len(requests)
@@ -186,11 +189,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
                 members.sort(key=prompts.__getitem__)
                 batches = [members[first : first + self.batch_size] for first in range(0, len(members), self.batch_size)]
             else:
-                batches = _neighbours(members, self.batch_size)
+                batches = _runs(members, self.batch_size)
             for batch in batches:
                 keys = [request_key("generate_until", i, prompts[i], options, str(self._seed)) for i in batch]
                 if not all(key in self._answers for key in keys):
-                    found = generate(
+                    generations = generate(
                         self._model,
                         [prompts[i] for i in batch],
                         max_new_tokens=new_tokens,
@@ -200,7 +203,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
                         tokenizer=self.tokenizer,
                         kv_format=self._kv_format,
                     )
-                    for key, generation in zip(keys, found, strict=True):
+                    for key, generation in zip(keys, generations, strict=True):
                         self._answers.add(key, [generation.text, generation.prefilled_tokens])
                 for key, i in zip(keys, batch, strict=True):
                     texts[i], prefilled = self._answers[key]
@@ -209,55 +212,57 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 done += len(batch)
                 self._answers.done += len(batch)
-                self._answers.keep(now=False)
+                self._answers.save(now=False)
                 if self._on_done is not None:
                     self._on_done(done, len(requests))
         return texts
 
     def _scored(self, kind: str, asked: Sequence[Continuation], owners: Sequence[int]) -> list[tuple[float, bool]]:
-        """Answers of `asked`, each a part of the request of its owner's index."""
-        keys = [request_key(kind, i, one.context, one.tokens) for i, one in enumerate(asked)]
+        """Answers to the continuations `asked`; continuation k is a part of request owners[k]."""
+        keys = [request_key(kind, i, continuation.context, continuation.tokens) for i, continuation in enumerate(asked)]
         known = {
             i: (float(value), bool(greedy)) for i, key in enumerate(keys) if key in self._answers for value, greedy in [self._answers[key]]
         }
         open_parts = Counter(owners)
 
-        def on_answers(found: Mapping[int, tuple[float, bool]]) -> None:
-            for i, answer in found.items():
+        def on_answers(answers: Mapping[int, tuple[float, bool]]) -> None:
+            for i, answer in answers.items():
                 self._answers.add(keys[i], answer)
                 open_parts[owners[i]] -= 1
                 self._answers.done += open_parts[owners[i]] == 0
-            self._answers.keep(now=False)
+            self._answers.save(now=False)
 
         return self._scorer.score(asked, known=known, on_scored=self._on_done, on_answers=on_answers)
 
-    def _cut(self, key: tuple[str, str] | None, context: list[int], tokens: list[int]) -> Continuation:
-        """The last max_length + 1 tokens of a request: the last of these is predicted and never runs."""
+    def _truncated(self, key: tuple[str, str] | None, context: list[int], tokens: list[int]) -> Continuation:
+        """A request's last max_length + 1 tokens, the last of which is predicted and does not run."""
         limit = self.max_length
         if not 0 < len(tokens) <= limit:
-            what = "" if key is None else f" in {key[1][:60]!r}"
-            raise RequestError(f"a continuation must have 1 to {limit} tokens, the model's context; found {len(tokens)}{what}")
+            text = "" if key is None else f" in {key[1][:60]!r}"
+            raise RequestError(
+                f"a continuation must have 1 to {limit} tokens, the model's context; found {len(tokens)}{text}. Correct the task"
+            )
         room = limit + 1 - len(tokens)
-        self.counts.cut += len(context) > room
+        self.counts.truncated += len(context) > room
         return Continuation(tuple(context[-room:]), tuple(tokens))
 
     def _prompt(self, context: str, new_tokens: int) -> list[int]:
         ids = self.tok_encode(context) or [self.prefix_token_id]
         room = self.max_length - new_tokens
-        self.counts.cut += len(ids) > room
+        self.counts.truncated += len(ids) > room
         return ids[-room:]
 
 
 class DeferredModel(LM):  # type: ignore[misc] # the harness ships no types
-    """What `lm_eval.simple_evaluate(model=...)` takes where a model shall be loaded only when all requests have been made.
+    """A model for `lm_eval.simple_evaluate(model=...)` that is loaded only when the harness has created all requests.
 
     Args:
         tokenizer: the model's.
-        name: as of `HarnessModel`.
-        start: gives the model that answers; called once, before the first request.
+        name: as for `HarnessModel`.
+        start: loads the model; called once, before the first request runs.
 
     Attributes:
-        failure: the error that ended a request, if one did: the harness raises errors of its own too.
+        failure: the error that ended a request, if any; it tells the model's errors from the harness's.
     """
 
     def __init__(self, tokenizer: DbrxTokenizer, name: str, start: Callable[[], HarnessModel]) -> None:
@@ -268,23 +273,23 @@ class DeferredModel(LM):  # type: ignore[misc] # the harness ships no types
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches of requests."""
+        """Part of the key of the harness's cache of requests."""
         return _tokenizer_name(self._name)
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """As `HarnessModel.apply_chat_template`."""
+        """See `HarnessModel.apply_chat_template`."""
         return _chat(self._tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """As `HarnessModel.loglikelihood`."""
+        """See `HarnessModel.loglikelihood`."""
         return self._ask("loglikelihood", requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
-        """As `HarnessModel.loglikelihood_rolling`."""
+        """See `HarnessModel.loglikelihood_rolling`."""
         return self._ask("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
-        """As `HarnessModel.generate_until`."""
+        """See `HarnessModel.generate_until`."""
         return self._ask("generate_until", requests)
 
     def _ask(self, kind: str, requests: Sequence[Any]) -> Any:
@@ -298,10 +303,10 @@ class DeferredModel(LM):  # type: ignore[misc] # the harness ships no types
 
 
 def check_requests(kind: str, requests: Iterable[Any], max_length: int) -> None:
-    """Refuse requests that no model of this context could serve; needs no model.
+    """Refuse requests that no model with this context could answer. No model needs to be loaded.
 
     Raises:
-        RequestError: an empty continuation, or as for `HarnessModel.generate_until`.
+        RequestError: a continuation is empty, or as for `HarnessModel.generate_until`.
     """
     if kind == "loglikelihood":
         _check_continuations(requests)
@@ -313,11 +318,11 @@ def check_requests(kind: str, requests: Iterable[Any], max_length: int) -> None:
 def _check_continuations(requests: Iterable[Any]) -> None:
     for request in requests:
         if request.args[1] == "":
-            raise RequestError(f"a continuation must hold text; found an empty one after {request.args[0][-60:]!r}. Correct the task")
+            raise RequestError(f"a continuation must have text; found an empty one after {request.args[0][-60:]!r}. Correct the task")
 
 
 def _options(options: Mapping[str, Any], max_length: int) -> tuple[SamplingParams, list[str], int]:
-    """(how to sample, stop strings, new tokens), as the harness reads them: nothing is drawn unless it is asked for."""
+    """(sampling parameters, stop strings, new tokens), read as the harness reads them: decoding is greedy unless a task samples."""
     try:
         return _parsed(options, max_length)
     except RequestError:
@@ -332,16 +337,16 @@ def _parsed(options: Mapping[str, Any], max_length: int) -> tuple[SamplingParams
     rest = dict(options)
     until = rest.pop("until", None) or []
     until = [until] if isinstance(until, str) else list(until)
-    named = [int(rest.pop(name)) for name in _NEW_TOKENS_NAMES if rest.get(name) is not None]
-    new_tokens = named[0] if named else _NEW_TOKENS
+    limits = [int(rest.pop(name)) for name in _NEW_TOKENS_NAMES if rest.get(name) is not None]
+    new_tokens = limits[0] if limits else _NEW_TOKENS
     if not 0 < new_tokens < max_length:
         raise RequestError(
             f"max_gen_toks must be from 1 to {max_length - 1}, below the model's context; found {new_tokens}. Change the task"
         )
     temperature = rest.pop("temperature", None)
-    draws = rest.pop("do_sample", None)
-    if draws is None:
-        draws = bool(temperature)
+    do_sample = rest.pop("do_sample", None)
+    if do_sample is None:
+        do_sample = bool(temperature)
     names = ("top_k", "top_p", "min_p", "repetition_penalty")
     filters = {name: rest.pop(name) for name in names if rest.get(name) is not None}
     rest = {name: value for name, value in rest.items() if value is not None and name not in _NEW_TOKENS_NAMES}
@@ -350,31 +355,31 @@ def _parsed(options: Mapping[str, Any], max_length: int) -> tuple[SamplingParams
             f"generation options of a task must be until, max_gen_toks, do_sample, temperature, {', '.join(names)}; "
             f"found {next(iter(rest), 'num_beams')!r}. Change the task"
         )
-    heat = (1.0 if temperature is None else float(temperature)) if draws else 0.0
-    if draws:
+    temperature = (1.0 if temperature is None else float(temperature)) if do_sample else 0.0
+    if do_sample:
         filters.setdefault("top_k", _TOP_K)
-    return SamplingParams(heat, **filters), [stop for stop in until if stop], new_tokens
+    return SamplingParams(temperature, **filters), [stop for stop in until if stop], new_tokens
 
 
 def _chat(tokenizer: DbrxTokenizer, history: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
     text = tokenizer.apply_chat_template(history, add_generation_prompt=add_generation_prompt, tokenize=False)
     if add_generation_prompt:
         return text
-    last = history[-1]["content"]
-    found = text.rfind(last)
-    kept = last if found >= 0 else last.strip()  # templates may strip a message
-    found = text.rfind(kept)
-    if found < 0:
-        raise TokenizerError("a chat that goes on after its last message must hold it; the template changes it. Use another template")
-    return text[: found + len(kept)]
+    message = history[-1]["content"]
+    if message not in text:
+        message = message.strip()  # templates may strip a message
+    start = text.rfind(message)
+    if start < 0:
+        raise TokenizerError("a chat that continues its last message must contain it; the template changes it. Use another template")
+    return text[: start + len(message)]
 
 
 def _tokenizer_name(name: str) -> str:
     return name.replace("/", "__")
 
 
-def _neighbours(members: Sequence[int], size: int) -> list[list[int]]:
-    """Runs of neighbours, so that the draws of a request do not depend on the batch that it is in."""
+def _runs(members: Sequence[int], size: int) -> list[list[int]]:
+    """Batches of consecutive requests, so that the seed of a request does not depend on its batch."""
     batches: list[list[int]] = []
     for i in members:
         if not batches or len(batches[-1]) == size or i != batches[-1][-1] + 1:
@@ -384,5 +389,5 @@ def _neighbours(members: Sequence[int], size: int) -> list[list[int]]:
 
 
 def _key(options: Mapping[str, Any]) -> str:
-    """Equal where options are."""
+    """A string that is equal for equal options."""
     return json.dumps(options, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Downstream tasks through lm-evaluation-harness (extra `tasks`)."""
+"""Runs downstream tasks through lm-evaluation-harness (extra `tasks`)."""
 
 from __future__ import annotations
 
@@ -26,34 +26,37 @@ __all__ = ["TaskResults", "Tasks", "find_tasks", "run_tasks"]
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that exist, whose data sets are at hand and that may be run. names: as given. manager: the harness's, which knows them."""
+    """Tasks that the harness has loaded with their data sets and that are safe to run."""
 
     names: tuple[str, ...]
+    """Of tasks, groups or tags, as given."""
     manager: Any
+    """The harness's `TaskManager` that found them."""
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What the harness measured.
-
-    values: JSON of the harness's `results`, `groups`, `group_subtasks`, `versions`, `n-shot`, `n-samples` and `higher_is_better`.
-    requested_tokens: what all requests would run, each by itself. prefilled_tokens: what was run for them; generated tokens are in neither.
-    cut_contexts: requests whose contexts were longer than the model's and lost their beginning. requests_sha256: by task, over kind,
-    context and continuation or options of its requests. seeds: of the harness and of sampling. versions: of the harness and `datasets`.
-    dtype: of activations.
-    """
+    """The harness's results, and what is needed to repeat them."""
 
     values: dict[str, Any]
+    """JSON of the harness's `results`, `groups`, `group_subtasks`, `versions`, `n-shot`, `n-samples` and `higher_is_better`."""
     requested_tokens: int
+    """Tokens that would run if each request ran alone, without generated tokens."""
     prefilled_tokens: int
-    cut_contexts: int
+    """Tokens that ran, without generated tokens; fewer than `requested_tokens` where requests share a prefix."""
+    truncated_contexts: int
+    """Requests whose context did not fit the model's and was truncated at its beginning."""
     requests_sha256: dict[str, str]
+    """By task, over kind, context, and continuation or options of its requests."""
     seeds: dict[str, int]
+    """Of the harness and of sampling."""
     versions: dict[str, str]
+    """Of the harness and of `datasets`."""
     dtype: str
+    """Of activations."""
 
     def table(self) -> str:
-        """The harness's own table, in Markdown: tasks, then groups."""
+        """The harness's own table in Markdown: tasks, then groups."""
         from lm_eval.utils import make_table
 
         tables = [make_table(self.values)]
@@ -63,16 +66,16 @@ class TaskResults:
 
 
 def find_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
-    """Look tasks up, and fetch their data sets.
+    """Look up tasks and download their data sets.
 
     Args:
         names: of tasks, groups or tags.
-        path: folder with task YAMLs, which come before the harness's own of the same names.
+        path: folder with task YAMLs, which take precedence over the harness's own of the same names.
 
     Raises:
         UnsupportedError: the harness is not installed.
-        RequestError: a name that nothing has, no such folder, a task that the harness cannot load, a data set that cannot be fetched, or
-            a task that runs code of a model's or shows it more than text.
+        RequestError: a name is unknown, the folder does not exist, the harness cannot load a task, a data set cannot be downloaded, or a
+            task runs code that a model writes or uses more than text.
     """
     try:
         import datasets  # noqa: F401
@@ -80,23 +83,23 @@ def find_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
     except ImportError:
         raise UnsupportedError("tasks need lm-evaluation-harness, which is not installed: pip install 'dbrx_q[tasks]'") from None
     if not names:
-        raise RequestError("at least one task must be named; found none. See `lm-eval ls tasks` for the harness's")
+        raise RequestError("at least one task must be named; found none. `lm-eval ls tasks` lists the harness's")
     if path is not None and not path.is_dir():
-        raise RequestError(f"{path}: must be a folder with task YAMLs; there is none. Check the path")
+        raise RequestError(f"{path}: must be a folder with task YAMLs; it is not a folder. Check the path")
     with _quiet():
         manager = None
-        if path is not None:  # the harness's own are 14,000 files, which take it half a minute to read
+        if path is not None:  # without the harness's own 14,000 files, which take half a minute to read
             manager = _loaded(lambda: TaskManager(include_path=str(path), include_defaults=False), f"the tasks in {path}")
         if manager is None or not set(names) <= set(manager.all_subtasks):
             manager = _loaded(lambda: TaskManager(include_path=None if path is None else str(path)), "the harness's tasks")
         _check_names(names, manager.all_tasks)
-        # Before minutes of loading a model; the harness loads them again, from disk.
+        # Fails before the minutes of loading a model. The harness loads the tasks again later, from disk.
         loaded = _loaded(lambda: manager.load(list(names)), f"the tasks {', '.join(names)}")
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise RequestError(f"a task must not run code that a model writes; {name} is marked unsafe. Run it in a sandbox of your own")
         if getattr(task, "MULTIMODAL", False):
-            raise RequestError(f"a task must ask in text alone; {name} shows pictures or sounds. Leave it out")
+            raise RequestError(f"a task must use text alone; {name} has images or audio. Leave it out")
     return Tasks(tuple(names), manager)
 
 
@@ -115,31 +118,31 @@ def run_tasks(
     answers: Answers | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> TaskResults:
-    """Measure a model on tasks; what the harness prints goes to stderr.
+    """Measure a model on tasks. The harness's output is redirected to stderr.
 
     Args:
-        tasks: of `find_tasks`.
-        load: loads the model; called when all requests have been made and checked.
+        tasks: found by `find_tasks`.
+        load: loads the model; called when all requests have been created and checked.
         tokenizer: the model's.
         config: the model's.
         name: of the checkpoint.
-        num_fewshot: examples before each question; None for each task's own number. A task that says 0 keeps it.
-        limit: documents of each task, from its first on; None for all.
+        num_fewshot: examples before each question; None for each task's default. A task whose default is 0 keeps it.
+        limit: documents of each task, from the first on; None for all.
         batch_size: requests that run together.
         kv_format: "plain", "int8" or "int4".
-        chat: whether prompts go through the checkpoint's chat template, examples as turns.
-        answers: of the same run that was interrupted; filled on the way, and kept whatever ends the run.
-        on_done: called with (requests done, in all) of the kind of request that runs.
+        chat: whether to apply the checkpoint's chat template to prompts, with examples as turns.
+        answers: of an interrupted run to resume; new answers are added, and saved however the run ends.
+        on_done: called with (requests done, total requests) of the kind of request that runs.
 
     Raises:
-        RequestError: a number out of range, a request that the model cannot serve, or an error of the harness or of a task's own code.
-        TokenizerError: a chat, and the checkpoint has no template.
+        RequestError: a number is out of range, the model cannot answer a request, or the harness or a task's code fails.
+        TokenizerError: `chat` is set and the checkpoint has no template.
     """
     from lm_eval import simple_evaluate
 
     from .harness import SEED, DeferredModel, HarnessModel, check_requests
 
-    kept = answers or Answers()
+    answers = answers or Answers()
     manager = _Recording(tasks.manager)
     hashes: dict[str, str] = {}
     harness: list[HarnessModel] = []
@@ -147,19 +150,21 @@ def run_tasks(
     def start() -> HarnessModel:
         for task_name, task in manager.loaded["tasks"].items():
             hashes[task_name] = _requests_sha256(task.instances)
-            kept.total += sum(instance.repeats for instance in task.instances)
+            answers.total += sum(instance.repeats for instance in task.instances)
             for kind in sorted({instance.request_type for instance in task.instances}):
-                check_requests(kind, [one for one in task.instances if one.request_type == kind], config.max_seq_len)
+                check_requests(kind, [instance for instance in task.instances if instance.request_type == kind], config.max_seq_len)
         model = load()
-        harness.append(HarnessModel(model, tokenizer, name=name, batch_size=batch_size, kv_format=kv_format, answers=kept, on_done=on_done))
+        harness.append(
+            HarnessModel(model, tokenizer, name=name, batch_size=batch_size, kv_format=kv_format, answers=answers, on_done=on_done)
+        )
         return harness[0]
 
-    asked = DeferredModel(tokenizer, name, start)
+    deferred = DeferredModel(tokenizer, name, start)
     seeds = {"random": 0, "numpy": SEED, "torch": SEED, "fewshot": SEED}  # the harness's defaults
     try:
         with _quiet():
-            found = simple_evaluate(
-                asked,
+            results = simple_evaluate(
+                deferred,
                 tasks=list(tasks.names),
                 task_manager=manager,
                 num_fewshot=num_fewshot,
@@ -173,24 +178,24 @@ def run_tasks(
                 fewshot_random_seed=seeds["fewshot"],
             )
     except Exception as error:
-        later = " Answers are kept: then --resume goes on" if kept.keep() and kept.done else ""
-        if isinstance(error, (DbrxError, MemoryError)) or error is asked.failure:
+        hint = " Answers are saved: the same command with --resume continues" if answers.save() and answers.done else ""
+        if isinstance(error, (DbrxError, MemoryError)) or error is deferred.failure:
             raise
         raise RequestError(
             f"the tasks {', '.join(tasks.names)} must run; {_brief(error)}. "
-            f"Lower --num-fewshot if it is more than the examples that there are; otherwise correct the task's file.{later}"
+            f"Lower --num-fewshot if the task has fewer examples; otherwise correct the task's file.{hint}"
         ) from None
     except BaseException:
-        kept.keep()
+        answers.save()
         raise
-    kept.keep()
+    answers.save()
     names = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
     counts = harness[0].counts
     return TaskResults(
-        values=json.loads(json.dumps({key: found[key] for key in names if key in found}, default=str)),
+        values=json.loads(json.dumps({key: results[key] for key in names if key in results}, default=str)),
         requested_tokens=counts.requested,
         prefilled_tokens=counts.prefilled,
-        cut_contexts=counts.cut,
+        truncated_contexts=counts.truncated,
         requests_sha256=hashes,
         seeds=seeds | {"sampling": SEED},
         versions={package: version(package) for package in ("lm_eval", "datasets")},
@@ -199,7 +204,7 @@ def run_tasks(
 
 
 class _Recording:
-    """The harness's manager of tasks; remembers what it loaded last."""
+    """Wraps the harness's `TaskManager` and records the tasks that it loaded last."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -214,10 +219,10 @@ class _Recording:
 
 
 def _requests_sha256(instances: Sequence[Any]) -> str:
-    """Over one line of JSON for every request: its kind, its context, and its continuation or options."""
+    """SHA-256 over a line of JSON per request: its kind, its context, and its continuation or options."""
     digest = hashlib.sha256()
-    for one in instances:
-        digest.update(json.dumps([one.request_type, *one.args], sort_keys=True, default=str).encode() + b"\n")
+    for instance in instances:
+        digest.update(json.dumps([instance.request_type, *instance.args], sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -225,19 +230,19 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=5)
-            guess = f"Near: {', '.join(near)}" if near else "See `lm-eval ls tasks`, or name a folder of your own with --tasks-path"
+            guess = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them; --tasks-path adds a folder of your own"
             raise RequestError(f"a task must be one that the harness knows; found {name!r}. {guess}")
 
 
 def _loaded(load: Callable[[], Any], what: str) -> Any:
-    """What `load` gives. Packages below the harness raise errors of any kind: of the hub, of YAML, of a task's own code."""
+    """Call `load`. The harness passes on errors of the hub, of YAML and of a task's own code, so that any kind can occur."""
     try:
         return load()
     except DbrxError:
         raise
     except Exception as error:
         raise RequestError(
-            f"{what} must load; {_brief(error)}. If it is a data set, check the network; if it is a task, its file"
+            f"{what} must load; {_brief(error)}. Check the network if a data set is missing, otherwise the task's file"
         ) from None
 
 
@@ -248,7 +253,7 @@ def _brief(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what is printed off stdout, and the hub's repeated attempts off stderr: an error says it once."""
+    """Redirects stdout to stderr, and silences the hub's warnings about retries: the final error reports the problem."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)

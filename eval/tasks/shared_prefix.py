@@ -1,13 +1,13 @@
-"""Log-likelihoods of continuations, where tokens that several requests begin with run once.
+"""Computes log-likelihoods of continuations; a prefix that several requests share runs once.
 
-Requests are sorted by their tokens. What all contexts of a batch begin with runs into a cache of one sequence, the trunk, of which the
-next batch keeps what it begins with too. The trunk is forked to one sequence for each context, and these to one for each continuation,
-all of whose tokens but the last run. The last state of a context predicts the first token of every continuation.
+Requests are sorted by their tokens. The common prefix of a batch's contexts runs into a KV cache of one sequence, the trunk. The next batch
+keeps the part of the trunk that is a prefix of its own contexts. The trunk is forked into one sequence per context, and these into one per
+continuation. All tokens of a continuation but the last run. The last state of a context predicts the first token of every continuation.
 
-Batches whose answers are known already do not run. What the trunk would hold after them is run when a batch needs it, in the same pieces
-as it would have been, so that every other answer is the same to the last bit.
+A batch whose answers are known does not run. The tokens that it would have added to the trunk run when a later batch needs them, divided
+into the same forward passes, so that all other answers are bit-identical.
 
-Dimension letters: `P` places whose next token is asked for, `D` d_model, `V` vocabulary.
+Dimension letters: `P` positions whose next token is scored, `D` d_model, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -25,66 +25,71 @@ from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
 __all__ = ["CACHES", "Continuation", "PrefixScorer", "TokenCounts"]
 
 CACHES = 3
-"""Of keys and values, each of at most one context: what requests begin with, and copies of it for contexts and for continuations."""
+"""KV caches in use, each of at most one context of tokens: the trunk, and its copies for contexts and for continuations."""
 
 
 @dataclass(frozen=True, order=True)
 class Continuation:
-    """A request: what is the probability of `tokens` after `context`? Both hold at least one token."""
+    """A request for the probability of `tokens` after `context`."""
 
     context: tuple[int, ...]
+    """At least one token id."""
     tokens: tuple[int, ...]
+    """At least one token id."""
 
 
 @dataclass
 class TokenCounts:
-    """requested: tokens that the requests would run, each by itself. prefilled: tokens that were run, also for answers that are kept.
-
-    cut: requests whose contexts were longer than the model's and lost their beginning.
-    """
+    """Counts over all requests so far."""
 
     requested: int = 0
+    """Tokens that would run if each request ran alone."""
     prefilled: int = 0
-    cut: int = 0
+    """Tokens that ran, here or in the earlier run whose answers are reused."""
+    truncated: int = 0
+    """Requests whose context did not fit the model's and was truncated at its beginning."""
 
 
 @dataclass
 class _Row:
-    """New tokens of one sequence; `asked`: (place, index of the request, the token that came after this place)."""
+    """New tokens of one sequence."""
 
     tokens: tuple[int, ...]
+    """Token ids that run."""
     asked: list[tuple[int, int, int]] = field(default_factory=list)
+    """(position in `tokens`, index of the request, the token to score after this position)."""
 
 
 class PrefixScorer:
-    """Scores continuations, and remembers the last trunk from one call to the next.
+    """Scores continuations. The trunk of the last batch is kept from one call to the next.
 
     Args:
         model: a loaded model.
-        batch_size: requests that run together, at most; fewer where they would hold more tokens than one context of the model.
+        batch_size: requests that run together at most; fewer where together they would have more tokens than one context of the model.
         kv_format: "plain", "int8" or "int4".
 
     Attributes:
-        counts: of all calls.
+        counts: over all calls.
 
     Raises:
-        RequestError: a batch size below 1, or an unknown format.
+        RequestError: the batch size is below 1, or the format is unknown.
     """
 
     def __init__(self, model: DbrxForCausalLM, *, batch_size: int = 1, kv_format: str = "plain") -> None:
         if batch_size < 1:
-            raise RequestError(f"a batch must hold at least 1 request; found {batch_size}")
+            raise RequestError(f"a batch must have at least 1 request; found {batch_size}. Choose another batch size")
         self.counts = TokenCounts()
         self._model, self._batch_size = model, batch_size
         self._limit = model.config.max_seq_len  # tokens of a cache
         if model.limits.kv_bytes is not None:
-            each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
-            self._limit = min(self._limit, model.limits.kv_bytes // each // CACHES)
-        places = model.transformer.devices
-        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=places, format=kv_format, grows=True, limit=self._limit)
-        self._held: tuple[int, ...] = ()  # the trunk's tokens
-        self._pieces: list[tuple[int, tuple[int, ...]]] = []  # what ran into the trunk: (place of its first token, tokens)
-        self._known = self._behind = False  # whether the batch's answers are; whether the trunk lacks what did not run for them
+            token_bytes = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
+            self._limit = min(self._limit, model.limits.kv_bytes // token_bytes // CACHES)
+        devices = model.transformer.devices
+        self._trunk = KVCache(model.config, 1, 1, dtype=model.dtype, device=devices, format=kv_format, grows=True, limit=self._limit)
+        self._trunk_tokens: tuple[int, ...] = ()
+        self._pieces: list[tuple[int, tuple[int, ...]]] = []  # forward passes into the trunk: (position of the first token, tokens)
+        self._known = False  # whether the batch's answers are known
+        self._behind = False  # whether the trunk's cache lacks tokens of batches that did not run
 
     @torch.inference_mode()
     def score(
@@ -95,16 +100,16 @@ class PrefixScorer:
         on_scored: Callable[[int, int], None] | None = None,
         on_answers: Callable[[Mapping[int, tuple[float, bool]]], None] | None = None,
     ) -> list[tuple[float, bool]]:
-        """(sum of the tokens' log-probabilities in nats, whether each token is the most probable one) of every request, in their order.
+        """For every request: the sum of its tokens' log-probabilities in nats, and whether each token is the most probable one.
 
         Args:
             requests: any number.
-            known: answers of the same call that was not finished, by index of the request.
-            on_scored: called with (requests done, in all) after every batch.
+            known: answers of an interrupted run with the same requests, by index of the request.
+            on_scored: called with (requests done, total requests) after every batch.
             on_answers: called with the answers of every batch, by index of the request, before `on_scored`.
 
         Raises:
-            RequestError: a request without context or without tokens, one that the model's context cannot hold, or ids out of range.
+            RequestError: a request has no context or no tokens, does not fit the model's context, or has an id outside the vocabulary.
         """
         for request in requests:
             self._check(request)
@@ -132,7 +137,7 @@ class PrefixScorer:
             raise RequestError("a request must have a context and a continuation of at least one token each; found an empty one")
         if _size(request) > self._limit:
             whole = self._limit == self._model.config.max_seq_len
-            room = f"the model's context of {self._limit}" if whole else f"the {self._limit} tokens that the model was given memory for"
+            room = f"the model's context of {self._limit}" if whole else f"the {self._limit} tokens that the KV cache has memory for"
             raise RequestError(
                 f"a context and all but the last token of its continuation must fit {room}; found {_size(request)}. Truncate the context"
             )
@@ -153,15 +158,16 @@ class PrefixScorer:
     def _run_batch(self, batch: list[int]) -> None:
         requests = self._requests
         self.counts.requested += sum(_size(requests[i]) for i in batch)
-        contexts = list(dict.fromkeys(requests[i].context for i in batch))  # still in order
+        contexts = list(dict.fromkeys(requests[i].context for i in batch))  # still sorted
         if len(batch) == 1:
             self._extend(self._whole(batch[0], self._keep(contexts[0][:-1])))
             return
         if len(contexts) == 1:
             shared = self._keep(contexts[0][:-1])
         else:
-            # Of sorted contexts the first and the last differ earliest. The last token of a context always runs, for its state.
-            shared = min(_common(contexts[0], contexts[-1]), min(map(len, contexts)) - 1)
+            # The first and the last of sorted contexts have the shortest common prefix. The last token of a context always runs, as its
+            # state predicts.
+            shared = min(_common_prefix_length(contexts[0], contexts[-1]), min(map(len, contexts)) - 1)
             trunk = contexts[0][:shared]
             self._extend(_Row(trunk[self._keep(trunk) :]))
             if len(contexts) == len(batch):
@@ -187,50 +193,50 @@ class PrefixScorer:
         return cache if self._known else cache.forked(rows, capacity)
 
     def _extend(self, row: _Row) -> None:
-        """Append to the trunk."""
+        """Append a row's tokens to the trunk."""
         if self._known:
-            self._trunk.reserve(len(self._held) + len(row.tokens))  # memory grows as it would have
+            self._trunk.reserve(len(self._trunk_tokens) + len(row.tokens))  # as if the tokens had run
             self._behind = True
         self._run(self._trunk, [row])
         if row.tokens:
-            self._pieces.append((len(self._held), row.tokens))
-            self._held += row.tokens
+            self._pieces.append((len(self._trunk_tokens), row.tokens))
+            self._trunk_tokens += row.tokens
 
     def _catch_up(self) -> None:
-        """Run what the trunk lacks, piece by piece: tokens that run together in other numbers differ in their last bits."""
+        """Run the tokens that the trunk lacks, divided as they would have run: another division changes the last bits of their states."""
         for start, tokens in self._pieces:
             self._trunk.lengths = [start]
             self._run_model(self._trunk, [_Row(tokens)])
-        self._trunk.lengths = [len(self._held)]
+        self._trunk.lengths = [len(self._trunk_tokens)]
         self._behind = False
 
     def _keep(self, tokens: tuple[int, ...]) -> int:
-        """Cut the trunk down to what `tokens` begin with; how many tokens that are."""
-        kept = _common(self._held, tokens)
-        self._held = self._held[:kept]
+        """Truncate the trunk to its common prefix with `tokens`; returns the prefix's length."""
+        kept = _common_prefix_length(self._trunk_tokens, tokens)
+        self._trunk_tokens = self._trunk_tokens[:kept]
         self._pieces = [piece for piece in self._pieces if piece[0] < kept]
         self._trunk.lengths = [kept]
         return kept
 
     def _whole(self, i: int, known: int) -> _Row:
-        """A request without its first `known` tokens, which end before its context does."""
+        """A request's row without its first `known` tokens, which are fewer than those of its context."""
         context, tokens = self._requests[i].context, self._requests[i].tokens
         first = len(context) - 1 - known
-        return _Row((*context, *tokens)[known:-1], [(first + place, i, token) for place, token in enumerate(tokens)])
+        return _Row((*context, *tokens)[known:-1], [(first + position, i, token) for position, token in enumerate(tokens)])
 
     def _rest(self, i: int) -> _Row:
-        """A continuation whose first token is predicted already."""
+        """The row of a continuation whose first token has been scored already."""
         tokens = self._requests[i].tokens
-        return _Row(tokens[:-1], [(place, i, token) for place, token in enumerate(tokens[1:])])
+        return _Row(tokens[:-1], [(position, i, token) for position, token in enumerate(tokens[1:])])
 
     def _run(self, cache: KVCache, rows: Sequence[_Row]) -> None:
-        """Append each row's tokens to its sequence, and score what is asked; only count them where answers are known."""
+        """Append each row's tokens to its sequence and score what it asks for; if the answers are known, only count the tokens."""
         self.counts.prefilled += sum(len(row.tokens) for row in rows)
         if not self._known:
             self._run_model(cache, rows)
 
     def _run_model(self, cache: KVCache, rows: Sequence[_Row]) -> None:
-        """As many tokens together as a step may bring."""
+        """Run rows in forward passes of at most `STEP_TOKENS` tokens."""
         model = self._model
         longest = max(len(row.tokens) for row in rows)
         cache.reserve(max(length + len(row.tokens) for length, row in zip(cache.lengths, rows, strict=True)))
@@ -243,35 +249,35 @@ class PrefixScorer:
             cache.advance(counts)
             asked, start = [], -first
             for row, count in zip(rows, counts, strict=True):
-                asked += [(start + place, i, token) for place, i, token in row.asked if first <= place < first + count]
+                asked += [(start + position, i, token) for position, i, token in row.asked if first <= position < first + count]
                 start += count
             self._score(hidden, asked)
 
     def _score(self, hidden: torch.Tensor, asked: Sequence[tuple[int, int, int]]) -> None:
-        """Add to the sums what the states `hidden` [T, D] say of (place, request, token)."""
-        places = sorted({place for place, _, _ in asked})
-        for first in range(0, len(places), LOGIT_TOKENS):
-            slots = {place: slot for slot, place in enumerate(places[first : first + LOGIT_TOKENS])}
-            states = hidden[torch.tensor(list(slots), device=hidden.device)]  # [P, D]
+        """Add the log-probability of each (position, request, token), predicted by the states `hidden` [T, D], to its request's sum."""
+        positions = sorted({position for position, _, _ in asked})
+        for first in range(0, len(positions), LOGIT_TOKENS):
+            row_of = {position: row for row, position in enumerate(positions[first : first + LOGIT_TOKENS])}
+            states = hidden[torch.tensor(list(row_of), device=hidden.device)]  # [P, D]
             log_p = self._model.lm_head(states).double().log_softmax(-1)  # [P, V]
-            wanted = [(slots[place], i, token) for place, i, token in asked if place in slots]
-            rows, tokens = (torch.tensor([one[k] for one in wanted], device=log_p.device) for k in (0, 2))
+            scored = [(row_of[position], i, token) for position, i, token in asked if position in row_of]
+            rows, tokens = (torch.tensor([entry[k] for entry in scored], device=log_p.device) for k in (0, 2))
             values, best = log_p[rows, tokens].tolist(), (log_p.argmax(-1)[rows] == tokens).tolist()
-            for (_, i, _), value, most_probable in zip(wanted, values, best, strict=True):
+            for (_, i, _), value, most_probable in zip(scored, values, best, strict=True):
                 self._sums[i] += value
                 self._greedy[i] &= most_probable
 
 
 def _size(request: Continuation) -> int:
-    """Tokens that run."""
+    """Tokens of a request that run."""
     return len(request.context) + len(request.tokens) - 1
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    same = 0
+def _common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common prefix of two sequences."""
+    length = 0
     for a, b in zip(left, right, strict=False):
         if a != b:
             break
-        same += 1
-    return same
+        length += 1
+    return length

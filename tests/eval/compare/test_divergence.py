@@ -88,7 +88,7 @@ def test_parts_take_their_places() -> None:
         values = np.arange(first, first + 3)
         return TokenScores(*(values.astype(kind) for kind in (np.float64, np.float64, np.float64, np.float32, np.int32, np.int32)))
 
-    whole = TokenScores.room(8)
+    whole = TokenScores.zeros(8)
     whole.put(3, part(3))
     whole.put(0, part(0))
     assert whole.first(6).kl.tolist() == [0, 1, 2, 3, 4, 5]

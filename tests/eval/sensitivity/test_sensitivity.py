@@ -106,7 +106,7 @@ def token_scores(before: DbrxForCausalLM, after: DbrxForCausalLM, ids: list[int]
         for one, other in zip(observe(before, text, windows), observe(after, text, windows), strict=True):
             for (place, p), (_, q) in zip(logit_chunks(before, one), logit_chunks(after, other), strict=True):
                 found.append(scores(Distribution.of(p, one.targets[place]), Distribution.of(q, one.targets[place])))
-    whole, at = TokenScores.room(sum(len(part.kl) for part in found)), 0
+    whole, at = TokenScores.zeros(sum(len(part.kl) for part in found)), 0
     for part in found:
         whole.put(at, part)
         at += len(part.kl)

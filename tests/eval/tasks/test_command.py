@@ -171,7 +171,7 @@ def test_tasks_of_all_kinds(own: Path, expected: dict[str, float], cli: Callable
     assert found["provenance"]["versions"]["lm_eval"]
     assert (found["dtype"], found["batch"], found["tasks"]) == ("float32", 4, list(TASKS))
     assert 0 < found["prefilled_tokens"] < found["requested_tokens"]
-    assert found["cut_contexts"] == 0
+    assert found["truncated_contexts"] == 0
     assert found["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234, "sampling": 1234}
     assert found["provenance"]["versions"]["datasets"] == version("datasets")
     lines = (json.dumps(["loglikelihood_rolling", text]) + "\n" for text in TEXTS)
@@ -365,7 +365,7 @@ def test_contexts_that_are_cut_are_counted(own: Path, cli: Callable[..., Any], t
         "".join(json.dumps({"prompt": prompt, "answer": "x"}) + "\n" for prompt in (BOOK[:12000], "It was")), encoding="utf-8"
     )
     shown = cli("tasks", NANO, "--tasks", "own_answers", "--tasks-path", own, "--json")
-    assert json.loads(shown.out)["cut_contexts"] == 1
+    assert json.loads(shown.out)["truncated_contexts"] == 1
     assert "the beginning of 1 contexts was left out" in shown.err
 
 

@@ -196,9 +196,9 @@ def test_contexts_that_lose_their_beginning_are_counted(model: DbrxForCausalLM, 
     harness = adapter(model, tokenizer)
     harness.loglikelihood(requests("loglikelihood", [("It was", " a"), (BOOK[:12000], " and")]))
     harness.generate_until(requests("generate_until", [("It was", {"max_gen_toks": 1}), (BOOK[:12000], {"max_gen_toks": 1})]))
-    assert harness.counts.cut == 2
+    assert harness.counts.truncated == 2
     harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(BOOK[:12000],)]))
-    assert harness.counts.cut == 2  # windows leave nothing out
+    assert harness.counts.truncated == 2  # windows leave nothing out
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
