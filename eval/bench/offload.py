@@ -333,8 +333,9 @@ def markdown(benchmark: OffloadBenchmark) -> str:
         f"{record['device']}, {record['threads']} threads; {versions}. `{record['command']}`",
         "",
         f"{benchmark.experts} experts of {format_size(benchmark.expert_bytes)}, read {access}; policy {benchmark.policy}. The bound "
-        "follows from the disk's bandwidth, measured before and after each row, and from the experts that were needed and not in memory, even if "
-        "a fallback copy answered. If products of experts take nearly all of the time, the processor limits the speed, not the disk.",
+        "follows from the disk's bandwidth, measured before and after each row, and from the experts that were needed and not in "
+        "memory, even if a fallback copy answered. If products of experts take nearly all of the time, the processor is the limit, not "
+        "the disk.",
         "",
         "| experts held | test | prefetch | hits | fallback copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
         "| of the bound | time in products |",
