@@ -51,7 +51,7 @@ def test_documents(tmp_path: Path, name: str, content: str, expected: str, zippe
     ("name", "content", "message"),
     [
         ("a.txt", b"", "must not be empty"),
-        ("a.txt", b" \n\t\r\n", "must hold more than blanks; found 5 blanks"),
+        ("a.txt", b" \n\t\r\n", "must have more than white space; found 5 blanks"),
         ("a.txt", "caf\xe9".encode("latin-1"), "must be UTF-8; byte 3 (0xe9) is not"),
         ("a.txt", "word".encode("utf-16"), "binary, or text in UTF-16: byte 3 is NUL"),
         ("a.jsonl", b"", "must not be empty"),
@@ -60,14 +60,14 @@ def test_documents(tmp_path: Path, name: str, content: str, expected: str, zippe
         ("a.jsonl", b'{"text": "one"}\n\n{"content": "two", "id": 2}\n', "line 3: must be an object whose field 'text' is a string; found "
          "the fields 'content', 'id'"),
         ("a.jsonl", b"{}\n", "line 1: must be an object whose field 'text' is a string; found the fields (none)"),
-        ("a.jsonl", b'{"text": ["one"]}\n', "line 1: must be an object whose field 'text' is a string; found list there"),
+        ("a.jsonl", b'{"text": ["one"]}\n', "line 1: must be an object whose field 'text' is a string; found a field of type list"),
         ("a.jsonl", b'"one"\n', "line 1: must be an object whose field 'text' is a string; found str"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: a text must be Unicode; character 0 is half of a surrogate pair"),
-        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: must be an object with a field 'text'; found JSON that is nested too deep"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: must be an object with a field 'text'; found JSON that is nested too deeply"),
         ("a.json", b'["one", 2]', "element 2: must be an object whose field 'text' is a string; found int"),
         ("a.json", b'["one", ', "a.json: must be JSON"),
         ("a.txt.gz", b"one", "must be an undamaged gzip file; Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"one two three", mtime=0)[:-9], "must have an end; this one breaks off"),
+        ("a.txt.gz", gzip.compress(b"one two three", mtime=0)[:-9], "must be complete; this one is truncated"),
         ("a.txt.gz", gzip.compress(b"one", mtime=0)[:-8] + b"12345678", "must be an undamaged gzip file; CRC check failed"),
         ("a.txt.gz", gzip.compress(b"one", mtime=0)[:10] + b"\xff" * 12, "must be an undamaged gzip file; Error -3"),
         ("a.txt.gz", gzip.compress(b"a\0b", mtime=0), "byte 1 is NUL"),
@@ -165,13 +165,13 @@ def test_the_hub_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RequestError, match="wikitext2: the hub did not give the data set Salesforce/wikitext") as caught:
+    with pytest.raises(RequestError, match="wikitext2: the hub must provide the data set Salesforce/wikitext") as caught:
         load_text("wikitext2")
     assert "\n" not in str(caught.value)
 
 
 def test_a_repository_that_is_damaged(hub: Path) -> None:
     (hub / "c4" / "en" / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"te'))
-    with pytest.raises(RequestError, match="c4: the hub did not give the data set") as caught:
+    with pytest.raises(RequestError, match="c4: the hub must provide the data set") as caught:
         load_text("c4")
     assert "\n" not in str(caught.value)

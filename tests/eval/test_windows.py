@@ -69,7 +69,7 @@ def test_values_out_of_range_are_refused() -> None:
         (lambda: Protocol.of(1), "at least 2 tokens; found 1"),
         (lambda: Protocol.of(200, stride=0), "stride must be from 1 to the context of 200 tokens; found 0"),
         (lambda: Protocol.of(200, stride=201), "found 201"),
-        (lambda: Protocol.of(200, half_window=True, stride=100), "half windows lie side by side; found a stride of 100"),
+        (lambda: Protocol.of(200, half_window=True, stride=100), "half windows must not overlap; found a stride of 100"),
         (lambda: Protocol.of(3, half_window=True), "at least 4 tokens; found 3"),
         (lambda: Protocol.of(200, limit=0), "found a limit of 0"),
     ]:

@@ -30,8 +30,8 @@ PROBLEM = Problem("linear", 1, 8192, 6144, 4, 64)
 def test_without_a_gpu_the_command_says_so(command: str, cli: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
     done = cli("bench", command)
     assert done.code == 2  # type: ignore[attr-defined] # the Outcome of tests/conftest.py
-    assert "measures a GPU" in done.err  # type: ignore[attr-defined] # the same
-    assert "Run it on a machine" in done.err  # type: ignore[attr-defined] # the same
+    assert "must run on a GPU" in done.err  # type: ignore[attr-defined] # the same
+    assert "Use a machine" in done.err  # type: ignore[attr-defined] # the same
 
 
 def row(**changes: object) -> KernelTiming:

@@ -283,7 +283,7 @@ def test_weights_that_are_decoded_layer_by_layer_are_refused(nano_gguf: Path, mo
     source = open_source(nano_gguf)
     load = source.load
     monkeypatch.setattr(source, "load", lambda *, dtype, device: load(dtype=dtype, device=device, stream=True))
-    with pytest.raises(RequestError, match="speed is that of weights in memory"):
+    with pytest.raises(RequestError, match="weights must fit in memory for a benchmark"):
         bench_model(source, [SpeedTest("pp", 4)], device=CPU, repeats=1)
 
 

@@ -311,7 +311,7 @@ def test_saving_goes_on_where_it_was_interrupted(
 
     assert saved(reference, text, path, top_k=16, on_window=interrupt) == (4 * (CONTEXT - 1), total)
     assert not path.exists()
-    with pytest.raises(RequestError, match="must be the same run"):
+    with pytest.raises(RequestError, match="must continue the same run"):
         saved(reference, text, path, top_k=17, resume=True)
     partial = path.with_name(path.name + ".partial")
     data = bytearray(partial.read_bytes())
@@ -322,7 +322,7 @@ def test_saving_goes_on_where_it_was_interrupted(
     saved(reference, text, path, top_k=16, resume=True, on_window=lambda done, total: seen.append(done))
     assert seen[0] == 3
     assert path.read_bytes() == whole.read_bytes()
-    with pytest.raises(RequestError, match="must not exist; found one"):
+    with pytest.raises(RequestError, match="must not exist; it does"):
         saved(reference, text, path)
 
 
@@ -337,11 +337,11 @@ def test_a_reference_that_does_not_belong_is_refused(
     def run(source: Source, words: Text = text, protocol: Protocol = PROTOCOL) -> None:
         compare_checkpoints(open_reference(str(path)), [source], words, protocol)
 
-    with pytest.raises(RequestError, match=r"other\.txt: a saved reference serves the text that it was made on"):
+    with pytest.raises(RequestError, match=r"other\.txt: a saved reference must be used on its own text"):
         run(open_source(quantized_nano), load_text(str(other)))
-    with pytest.raises(RequestError, match="asked for are half-window, context 256"):
+    with pytest.raises(RequestError, match="the options ask for half-window, context 256"):
         run(open_source(quantized_nano), protocol=Protocol.of(CONTEXT, half_window=True))
-    with pytest.raises(RequestError, match="n_layers is 1 here and 4 there"):
+    with pytest.raises(RequestError, match="n_layers is 1, the reference's 4"):
         run(open_source(small))
     data = bytearray(path.read_bytes())
     with ReferenceFile(path) as file:
@@ -354,7 +354,7 @@ def test_a_reference_that_does_not_belong_is_refused(
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"reference\.safetensors: "):
         open_reference(str(path))
-    with pytest.raises(CheckpointError, match="this safetensors file is neither"):
+    with pytest.raises(CheckpointError, match="this file is none of these"):
         open_reference(str(nano / "model.safetensors"))
     path.write_bytes(data[:1000])
     with pytest.raises(CheckpointError, match="truncated"):

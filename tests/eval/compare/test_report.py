@@ -288,7 +288,7 @@ def test_only_a_former_report_is_replaced(tmp_path: Path) -> None:
     (other / "notes.txt").write_text("")
     check_report_folder(other, FILES, KEYS)
     (other / "report.md").write_text("my own")
-    with pytest.raises(RequestError, match=r"report.md: only a former report is replaced"):
+    with pytest.raises(RequestError, match=r"report.md: only an earlier report is replaced"):
         check_report_folder(other, FILES, KEYS)
 
 

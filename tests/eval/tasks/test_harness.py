@@ -255,7 +255,7 @@ def test_options_that_mean_nothing_here_are_refused(
 
 def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     harness = adapter(model, tokenizer)
-    with pytest.raises(RequestError, match="must hold text; found an empty one after 'It was'"):
+    with pytest.raises(RequestError, match="must have text; found an empty one after 'It was'"):
         harness.loglikelihood(requests("loglikelihood", [("It was", "")]))
     with pytest.raises(RequestError, match=r"1 to 2048 tokens, the model's context; found \d+ in"):
         harness.loglikelihood(requests("loglikelihood", [("It was", BOOK[:12000])]))
@@ -269,7 +269,7 @@ def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, toke
         PrefixScorer(model).score([Continuation((), (1,))])
     roles = DbrxTokenizer.from_pretrained(NANO)
     roles.chat_template = "{{ messages[0]['role'] }}"
-    with pytest.raises(TokenizerError, match="goes on after its last message"):
+    with pytest.raises(TokenizerError, match="continues its last message"):
         adapter(model, roles).apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=False)
 
 
@@ -293,7 +293,7 @@ def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypa
     asked = [Continuation((*shared, i), tuple(range(30, 30 + n))) for i, n in enumerate((2, 5, 9, 20, 1, 30))]
     found = scorer.score(asked)
     assert 0 < most <= 3 * 60 * each
-    with pytest.raises(RequestError, match="must fit the 60 tokens that the model was given memory for; found 61"):
+    with pytest.raises(RequestError, match="must fit the 60 tokens that the KV cache has memory for; found 61"):
         scorer.score([Continuation((1,) * 60, (1, 2))])
     monkeypatch.setattr(model.transformer, "limits", Limits())
     for one, whole in zip(found, PrefixScorer(model, batch_size=8).score(asked), strict=True):
