@@ -103,7 +103,9 @@ def command(
         _print(result, source, path, checkpoint, str(origin["device"]))
     if result.truncated_contexts:
         window = source.config.max_seq_len
-        terminal.say(f"the beginning of {result.truncated_contexts:,} contexts was left out: they are longer than the model's {window:,}")
+        terminal.say(
+            f"{result.truncated_contexts:,} contexts were truncated at their beginning: they are longer than the model's {window:,} tokens"
+        )
     if out is not None:
         write_files(out.parent, {out.name: _encoded(report)})
     state.clear()

@@ -16,7 +16,7 @@ from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DecodedSource
+from dbrx_q.sources.streamed import DequantizedSource
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 
@@ -95,7 +95,7 @@ def test_batches_begin_where_a_run_goes_on(done: list[int]) -> None:
 
 def test_more_tokens_go_together_where_experts_are_decoded_for_each_step() -> None:
     source = open_source(NANO)
-    assert isinstance(source, DecodedSource)
+    assert isinstance(source, DequantizedSource)
     whole, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
     assert step_tokens([whole]) == step_tokens([]) == 4096
     assert step_tokens([whole, streamed]) == 32_768

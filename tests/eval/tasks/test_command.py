@@ -22,7 +22,7 @@ import transformers
 
 from dbrx_q import DbrxTokenizer
 from dbrx_q.eval.tasks import harness, shared_prefix
-from dbrx_q.sources.streamed import DecodedSource
+from dbrx_q.sources.streamed import DequantizedSource
 from dbrx_q.sources.weights_hash import weights_sha256
 
 DATA = Path(__file__).parents[2] / "data"
@@ -145,7 +145,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(DecodedSource, "load", load)
+    monkeypatch.setattr(DequantizedSource, "load", load)
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_an_interruption_before_the_first_answer_says_nothing_of_resuming(
     def press(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DecodedSource, "load", press)
+    monkeypatch.setattr(DequantizedSource, "load", press)
     shown = cli("tasks", NANO, "--tasks", "own_text", "--tasks-path", own)
     assert (shown.code, shown.out) == (2, "")
     assert "interrupted; nothing was left half-written" in shown.err
