@@ -6,6 +6,12 @@
 # although no tensor is kept. With one number of rows the same calls take no more memory, nor do they in float32, which
 # another library computes. Filling up the rows with zeros to one of a few numbers avoids it.
 #
+# Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
+#   torch 2.13.0+cpu oneDNN True 3.12.0
+#   torch.float32, 300 calls, one number of rows: 7 MB more
+#   torch.float32, 300 calls, 300 numbers of rows: -2 MB more
+#   torch.bfloat16, 300 calls, one number of rows: 0 MB more
+#   torch.bfloat16, 300 calls, 300 numbers of rows: 223 MB more
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,8 +4,14 @@
 # The published config.json has attn_config.rope_theta = 500000. DbrxConfig keeps that number but computes the rotary
 # embedding with rope_parameters, whose rope_theta is always 10000: positions are encoded with other frequencies than those
 # the model was trained with, which no message says. Without attn_config.rope_theta, as in the example of the DBRX
-# documentation, the model cannot be built at all. An entry rope_parameters in the configuration cures both.
+# documentation, the model cannot be built at all. A rope_parameters entry beside attn_config.rope_theta gives the right
+# frequencies.
 #
+# Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
+#   transformers 5.24.0
+#   attn_config.rope_theta 500000.0 rope_parameters {'rope_theta': 10000.0, 'rope_type': 'default'}
+#   second inverse frequency 0.5623; of 500000 it would be 0.4404, of 10000 0.5623
+#   DbrxModel(DbrxConfig(n_layers=2, d_model=256, n_heads=8, vocab_size=128)): AttributeError: 'DbrxAttentionConfig' object has...
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
