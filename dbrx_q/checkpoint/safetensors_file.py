@@ -274,71 +274,80 @@ def safetensors_header(
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor and hashes it on the way.
+    """Writes one safetensors file tensor by tensor and hashes it while writing.
 
     Args:
         path: the file; must not exist, unless it is `reopened`.
-        tensors: (name, dtype, shape) of all tensors, in the order in which `write` will bring them.
-        reopened: go on with what an earlier writer left at `path`: `keep` takes its tensors, the first `write` cuts off the others.
+        tensors: (name, dtype, shape) of all tensors, in the order in which `write` receives them.
+        reopened: continue the file that an earlier writer left at `path`: `keep` accepts its tensors, and the first `write` cuts off the
+            rest.
     """
+
+    nbytes: int
+    """Bytes written or kept so far, the header included."""
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, reopened: bool = False) -> None:
         self.path = path
-        self._waiting = list(reversed(tensors))
+        self._remaining = list(reversed(tensors))
         self._hash = hashlib.sha256()
         self.nbytes = 0
         header, self._infos = safetensors_header(tensors)
         reopened = reopened and path.exists()
         self._file = open(path, "r+b" if reopened else "x+b", buffering=0)  # noqa: SIM115 # closed by close()
-        if not reopened or not self._take(len(header), hashlib.sha256(header).hexdigest()):
-            self._put(header)
+        if not reopened or not self._keep_bytes(len(header), hashlib.sha256(header).hexdigest()):
+            self._append(header)
 
     @property
     def digest(self) -> str:
-        """The SHA-256, in hexadecimal, of what has been written so far."""
+        """The SHA-256, in hexadecimal, of the bytes written or kept so far."""
         return self._hash.hexdigest()
 
     def keep(self, names: Sequence[str], digest: str) -> bool:
-        """Take the next tensors as an earlier writer left them, if with them the file so far is what had this `digest`; else nothing."""
-        assert [name for name, _, _ in self._waiting[-len(names) :]] == list(reversed(names)), f"{names[0]} is not due"
-        if not self._take(sum(self._infos[name].nbytes for name in names), digest):
+        """Keep the next tensors as an earlier writer left them, if the file up to their end has the SHA-256 `digest`.
+
+        Returns:
+            Whether they were kept; nothing changes where they were not.
+        """
+        announced = [name for name, _, _ in self._remaining[-len(names) :]]
+        assert announced == list(reversed(names)), f"{names[0]} is not the next tensor"
+        if not self._keep_bytes(sum(self._infos[name].nbytes for name in names), digest):
             return False
-        del self._waiting[-len(names) :]
+        del self._remaining[-len(names) :]
         return True
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor, which must be the one that was announced."""
-        expected, dtype, shape = self._waiting.pop()
-        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape), f"{name} came where {expected} {dtype} {shape} is due"
-        self._put(_bytes_of(tensor.contiguous()))
+        expected, dtype, shape = self._remaining.pop()
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape), f"got {name}; the next is {expected} {dtype} {shape}"
+        self._append(_bytes_of(tensor.contiguous()))
 
     def close(self) -> str:
-        """Flush to the disk; the SHA-256 of the file, in hexadecimal."""
-        assert not self._waiting, f"{self._waiting[-1][0]} was never written"
+        """Flush to the disk; returns the SHA-256 of the file, in hexadecimal."""
+        assert not self._remaining, f"{self._remaining[-1][0]} was never written"
         self._file.truncate(self.nbytes)
         os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close without the checks of `close`: the file will be removed, or reopened."""
+        """Close without the checks of `close`, for a file that will be removed or reopened."""
         self._file.close()
 
-    def _take(self, length: int, digest: str) -> bool:
-        hashed, left = self._hash.copy(), length
+    def _keep_bytes(self, length: int, digest: str) -> bool:
+        hash_with_them, left = self._hash.copy(), length
         self._file.seek(self.nbytes)
         while left:
             piece = self._file.read(min(left, _HASH_STEP_BYTES))
             if not piece:
                 return False
-            hashed.update(piece)
+            hash_with_them.update(piece)
             left -= len(piece)
-        if hashed.hexdigest() != digest:
+        if hash_with_them.hexdigest() != digest:
             return False
-        self._hash, self.nbytes = hashed, self.nbytes + length
+        self._hash, self.nbytes = hash_with_them, self.nbytes + length
         return True
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         if self._file.seek(0, os.SEEK_CUR) != self.nbytes:
             self._file.seek(self.nbytes)
             self._file.truncate()
@@ -351,10 +360,10 @@ class SafetensorsWriter:
 
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
-    """One tensor of a file that may not be complete yet.
+    """One tensor of a file that is still being written, so that its header cannot be checked against its size.
 
     Raises:
-        CheckpointError: the file is too short.
+        CheckpointError: the file ends before the tensor does.
     """
     out = torch.empty(info.shape, dtype=info.dtype)
     view = _bytes_of(out)
@@ -364,7 +373,9 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
         while done < len(view):
             n = file.readinto(view[done : done + _MAX_READ_BYTES])
             if not n:
-                raise CheckpointError(f"{path}: byte {info.offset + done} must be there; the file ends before. Quantize again")
+                raise CheckpointError(
+                    f"{path}: a tensor must be whole; the file ends at byte {info.offset + done}, in the middle of one. Quantize again"
+                )
             done += n
     return out
 

@@ -1,11 +1,11 @@
-"""Reading tokenizer.json: what tiktoken can represent of it, and a refusal of all the rest.
+"""Reads tokenizer.json and refuses every file that tiktoken would encode otherwise.
 
-tiktoken merges, among all neighbours whose concatenation is a token, the leftmost pair of the lowest rank, and takes a piece
-that is a token at once. The `tokenizers` library merges the leftmost pair that comes first in a list of merges. The two
-agree where the list follows the ids (rank = id) and where every token, encoded alone, is built by a merge that is listed:
-a token's bytes are merged in a longer piece exactly as they are alone, as long as no merge has crossed their border.
-`read_tokenizer_json` checks both, so a text has the same ids in either engine. Added tokens have the ids that the file gives
-them; `tokenizers` itself gives them the next free ones, so it reads a file with a gap before them otherwise.
+tiktoken merges, among all neighbours whose concatenation is a token, the leftmost pair of the lowest rank, and takes a piece that is a
+token as that token. The `tokenizers` library merges the leftmost pair that is first in a list of merges. Two conditions make the engines
+agree: the list follows the ids (rank = id), and every token, encoded alone, is built by a listed merge. The second suffices because the
+bytes of a token are merged in a longer piece as they are alone, as long as no merge has crossed their border. `read_tokenizer_json` checks
+both, so a text has the same ids in either engine. Added tokens have the ids that the file gives them; `tokenizers` gives them the next free
+ids, so the two differ on a file with a gap before the added tokens.
 """
 
 from __future__ import annotations
@@ -21,40 +21,35 @@ from dbrx_q.json_file import read_json_object
 __all__ = ["AddedToken", "TokenizerFile", "parse_added_token", "parse_tokenizer", "read_json", "read_tokenizer_json", "wrong"]
 
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# tiktoken drops what the pattern leaves over. Both pairs keep every match as a piece; they differ in what is left over.
+# (behavior, invert) of the splits that keep every match of the pattern as a piece. They differ in the text between matches, which
+# tiktoken drops; `tokenizer.py` refuses patterns that leave text between matches.
 _SPLITS = [("Isolated", False), ("Removed", True)]
 
 
 class AddedToken(NamedTuple):
-    """A token beside the BPE vocabulary.
-
-    Attributes:
-        content: its spelling.
-        id: its id.
-        special: whether decoding can skip it.
-    """
+    """A token beside the BPE vocabulary."""
 
     content: str
+    """The spelling."""
     id: int
+    """The token id."""
     special: bool
+    """Whether decoding can skip the token."""
 
 
 class TokenizerFile(NamedTuple):
-    """What tokenizer.json says.
-
-    Attributes:
-        ranks: bytes of each ordinary token -> id, which is also its rank.
-        pattern: the regular expression whose matches are the pieces that merges never cross.
-        added: the tokens beside the vocabulary.
-    """
+    """The contents of a tokenizer.json."""
 
     ranks: dict[bytes, int]
+    """Id of each ordinary token, by its bytes; the id is also the rank."""
     pattern: str
+    """The regular expression that splits a text into pieces; no merge crosses their borders."""
     added: list[AddedToken]
+    """The tokens beside the vocabulary."""
 
 
 def wrong(path: Path, name: str, rule: str, value: object) -> TokenizerError:
-    """The error for one value of one file: the file, the rule, the value, the next step."""
+    """The error for a value in a file: names the file, the rule, the value and the next step."""
     shown = repr(value)
     shown = shown if len(shown) <= 120 else shown[:117] + "..."
     return TokenizerError(f"{path}: {name} must be {rule}; found {shown}. Use the tokenizer files published with the DBRX checkpoint")
@@ -76,7 +71,7 @@ def parse_added_token(path: Path, name: str, node: object, token_id: object) -> 
     """One added token of tokenizer.json or of tokenizer_config.json.
 
     Raises:
-        TokenizerError: no spelling, no id, or one that takes the blanks around it along or matches whole words only.
+        TokenizerError: the token has no spelling or no id, takes in the blanks around it, or matches whole words only.
     """
     content = node.get("content") if isinstance(node, dict) else None
     if not isinstance(node, dict) or not isinstance(content, str) or not content:
@@ -90,16 +85,16 @@ def parse_added_token(path: Path, name: str, node: object, token_id: object) -> 
 
 
 def read_tokenizer_json(path: Path) -> TokenizerFile:
-    """Reads a byte-level BPE.
+    """The byte-level BPE in `path`.
 
     Raises:
-        TokenizerError: malformed JSON, or anything that tiktoken would encode otherwise than the file says.
+        TokenizerError: the JSON is malformed, or tiktoken would encode some text otherwise than the file says.
     """
     return parse_tokenizer(path, read_json(path))
 
 
 def parse_tokenizer(path: Path, data: Mapping[str, Any]) -> TokenizerFile:
-    """What a tokenizer.json that is in memory says; `path` names its origin in errors, which are those of `read_tokenizer_json`."""
+    """The byte-level BPE of a tokenizer.json in memory; `path` names its origin in errors, which are those of `read_tokenizer_json`."""
     model = data.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise wrong(path, "model.type", "'BPE'", model.get("type") if isinstance(model, dict) else model)
@@ -133,10 +128,10 @@ def _kind(node: object) -> object:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes, in order, for U+0100 onwards."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """The alphabet of byte-level BPE: a printable Latin-1 character stands for its byte, U+0100 onwards for the other bytes in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _read_pattern(path: Path, node: object) -> str:
@@ -150,7 +145,8 @@ def _read_pattern(path: Path, node: object) -> str:
         raise wrong(path, "pre_tokenizer: add_prefix_space", "false", byte_level.get("add_prefix_space", True))
     alone = len(steps) == 1
     if byte_level.get("use_regex", True) is not alone:
-        raise wrong(path, "pre_tokenizer: use_regex", f"{str(alone).lower()} in this place", byte_level.get("use_regex", True))
+        where = "without a Split before ByteLevel" if alone else "after a Split"
+        raise wrong(path, "pre_tokenizer: use_regex", f"{str(alone).lower()} {where}", byte_level.get("use_regex", True))
     if alone:
         return _GPT2_PATTERN
     pattern = split.get("pattern")
@@ -160,15 +156,15 @@ def _read_pattern(path: Path, node: object) -> str:
     if (split.get("behavior"), split.get("invert", False)) not in _SPLITS:
         rule = "Isolated with invert false, or Removed with invert true"
         raise wrong(path, "pre_tokenizer: behavior and invert", rule, (split.get("behavior"), split.get("invert", False)))
-    bare = re.sub(r"\[(?:\\.|[^\]\\])*\]|\\.", "", pattern)
-    if re.search(r"[$^]|\{\d*,?\d*\}\+", bare):
-        # "{1,3}+" is possessive in tiktoken and a repeated group in tokenizers; "$" is the text's end in one, a line's in the other
+    outside_classes = re.sub(r"\[(?:\\.|[^\]\\])*\]|\\.", "", pattern)
+    if re.search(r"[$^]|\{\d*,?\d*\}\+", outside_classes):
+        # "{1,3}+" is possessive in tiktoken and a repeated group in tokenizers; "$" is the end of the text in one, of a line in the other
         raise wrong(path, "pre_tokenizer: pattern", "free of '^', '$' and '}+', which the two libraries read differently", pattern)
     return pattern
 
 
 def _read_vocab(path: Path, node: object, added: Mapping[str, int]) -> dict[str, int]:
-    """Byte-level string -> id of the ordinary tokens, that is, of all but the added ones."""
+    """Id of every ordinary token, that is, of all but the added ones, by its byte-level string."""
     if not isinstance(node, dict) or not node:
         raise wrong(path, "model.vocab", "a non-empty object", node)
     alphabet = set(_byte_of_character())
@@ -194,20 +190,22 @@ def _check_merges(path: Path, vocab: Mapping[str, int], node: object, ignore_mer
     if not isinstance(node, list):
         raise wrong(path, "model.merges", "a list", node)
     listed: set[tuple[str, str]] = set()
-    last = -1
-    for place, merge in enumerate(node):
+    previous_rank = -1
+    for index, merge in enumerate(node):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
-            raise wrong(path, f"model.merges[{place}]", "'a b' or ['a', 'b']", merge)
+            raise wrong(path, f"model.merges[{index}]", "'a b' or ['a', 'b']", merge)
         left, right = pair
         for token in (left, right, left + right):
             if token not in vocab:
-                raise wrong(path, f"model.merges[{place}]", "made of ordinary tokens of model.vocab, its result included", merge)
+                raise wrong(path, f"model.merges[{index}]", "made of ordinary tokens of model.vocab, its result included", merge)
         rank = vocab[left + right]
-        if rank < last:
-            rule = f"in non-decreasing order of the resulting id (the one before gives {last}), because tiktoken's rank is the id"
-            raise wrong(path, f"model.merges[{place}]", rule, f"{merge!r} -> {rank}")
-        last = rank
+        if rank < previous_rank:
+            rule = (
+                f"in non-decreasing order of the resulting id (the merge before gives {previous_rank}), because tiktoken's rank is the id"
+            )
+            raise wrong(path, f"model.merges[{index}]", rule, f"{merge!r} -> {rank}")
+        previous_rank = rank
         listed.add((left, right))
     for token, rank in vocab.items():
         if len(token) == 1:
@@ -221,15 +219,15 @@ def _check_merges(path: Path, vocab: Mapping[str, int], node: object, ignore_mer
 
 
 def _parts_below(token: str, rank: int, vocab: Mapping[str, int]) -> list[str]:
-    """The parts of `token` when every merge of a rank below its own is done."""
+    """The parts of `token` after all merges of ranks below its own."""
     parts = list(token)
     while len(parts) > 2:
-        best, at = rank, -1
-        for place in range(len(parts) - 1):
-            found = vocab.get(parts[place] + parts[place + 1], best)
-            if found < best:
-                best, at = found, place
-        if at < 0:
+        best_rank, best = rank, -1
+        for index in range(len(parts) - 1):
+            merged_rank = vocab.get(parts[index] + parts[index + 1], best_rank)
+            if merged_rank < best_rank:
+                best_rank, best = merged_rank, index
+        if best < 0:
             break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts

@@ -1,11 +1,11 @@
 """DBRX's tokenizer, on tiktoken.
 
-B: texts of a batch, S: tokens of the longest one.
+Dimension letters: `B` texts of a batch, `S` tokens of the longest one.
 
-Two generations of files are read: a tokenizer.json (byte-level BPE), or the files of DBRX's launch, which name an encoding of
-tiktoken's (cl100k_base). Special tokens are never read from a text unless that is asked for. The pattern that cuts a text into
-pieces is the file's: transformers 5 puts GPT-2's in its place where tokenizer_class is GPT2Tokenizer, and then its ids differ
-(".\\n", numbers); those of the `tokenizers` library do not.
+Two generations of files are read: a tokenizer.json (byte-level BPE), or the files of DBRX's launch, which name an encoding of tiktoken
+(cl100k_base). `encode` reads special tokens from a text only on request. The pattern that splits a text into pieces is the file's.
+transformers 5 uses GPT-2's pattern instead where tokenizer_class is GPT2Tokenizer, so its ids differ (".\\n", numbers); those of the
+`tokenizers` library do not.
 """
 
 from __future__ import annotations
@@ -30,26 +30,23 @@ if TYPE_CHECKING:
 __all__ = ["DbrxTokenizer", "StreamDecoder", "TokenBatch"]
 
 _DBRX_SPECIALS = [AddedToken("<|pad|>", 100277, True), AddedToken("<|im_start|>", 100278, True), AddedToken("<|im_end|>", 100279, True)]
-# One of each kind that a pattern tells apart: what it leaves over would be lost without a word
+# A character of every class that patterns distinguish. A character that the pattern leaves over would be lost silently.
 _PROBE = "".join(map(chr, range(128))) + "é\u0301ǅʰ中١ⅷ½\u200d\u0085\u00a0\u2028\u3000€‿\U0001f600\ue000\u0378\U000e0001"
 
 
 class TokenBatch(NamedTuple):
-    """Encoded texts, padded on the left.
-
-    Attributes:
-        input_ids: [B, S] int64.
-        attention_mask: [B, S] int64, 0 on padding and 1 elsewhere.
-    """
+    """Encoded texts, padded on the left."""
 
     input_ids: torch.Tensor
+    """[B, S] int64."""
     attention_mask: torch.Tensor
+    """[B, S] int64, 0 on padding and 1 elsewhere."""
 
 
 class StreamDecoder:
-    """Turns ids into text one by one. All that `push` and then `flush` return, joined, is what `decode` gives for these ids.
+    """Turns the ids of one sequence into text, one by one; made by `DbrxTokenizer.stream_decoder`.
 
-    Made by `DbrxTokenizer.stream_decoder`; one per sequence.
+    The results of all `push` calls and of `flush`, joined, equal the `decode` of these ids.
     """
 
     def __init__(self, tokenizer: DbrxTokenizer, *, skip_special_tokens: bool) -> None:
@@ -73,12 +70,16 @@ class StreamDecoder:
 
 
 class DbrxTokenizer:
-    """Text to ids and back. Made by `from_pretrained`; immutable, so threads may share it.
+    """Text to ids and back. Made by `from_pretrained`; immutable, so threads may share it."""
 
-    Attributes:
-        bos_token_id, eos_token_id, pad_token_id: ids that tokenizer_config.json names, or None.
-        chat_template: the checkpoint's Jinja template, or None.
-    """
+    bos_token_id: int | None
+    """Id of the token that begins a text, by tokenizer_config.json; None where it names none."""
+    eos_token_id: int | None
+    """Id of the token that ends a text, likewise."""
+    pad_token_id: int | None
+    """Id of the token that pads a batch, likewise."""
+    chat_template: str | None
+    """The checkpoint's Jinja template; None where there is none."""
 
     def __init__(
         self,
@@ -90,13 +91,13 @@ class DbrxTokenizer:
     ) -> None:
         """
         Args:
-            encoding: the engine for ordinary tokens.
-            added_tokens: tokens beside the encoding's own; one that it has already may be repeated.
+            encoding: tiktoken's encoding of the ordinary tokens.
+            added_tokens: tokens beside those of the encoding; a token that it has already may be repeated.
             token_names: spellings of named tokens, such as {"pad_token": "<|pad|>"}.
             chat_template: Jinja source.
 
         Raises:
-            TokenizerError: two tokens with one id or one spelling, or a name for no token.
+            TokenizerError: two tokens have the same id or spelling, or a named token is not in the vocabulary.
         """
         self._encoding = encoding
         self._table: dict[int, bytes] = {}
@@ -127,15 +128,16 @@ class DbrxTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> DbrxTokenizer:
-        """Reads the tokenizer of a checkpoint.
+        """The tokenizer of a checkpoint.
+
+        Named tokens, added tokens and the chat template are read from tokenizer_config.json; a file chat_template.jinja takes
+        precedence over its template.
 
         Args:
-            path: a local folder with tokenizer.json, or with a tokenizer_config.json of DBRX's launch that names an encoding of
-                tiktoken's. Of tokenizer_config.json, the named tokens, added tokens and chat template are read too; a file
-                chat_template.jinja comes before the latter.
+            path: a local folder with tokenizer.json, or with a tokenizer_config.json of DBRX's launch that names a tiktoken encoding.
 
         Raises:
-            TokenizerError: a file is missing, malformed, or says something that tiktoken cannot do.
+            TokenizerError: a file is missing or malformed, or describes a tokenizer that tiktoken cannot represent.
         """
         folder = Path(path)
         file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -176,11 +178,11 @@ class DbrxTokenizer:
         token_names: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> DbrxTokenizer:
-        """The tokenizer of a tokenizer.json that is in memory, such as one made of another file's contents.
+        """The tokenizer of a tokenizer.json in memory, such as one built from the contents of another file.
 
         Args:
             data: the JSON object.
-            source: the file that it comes from, for errors.
+            source: the file that `data` is from, for errors.
             token_names, chat_template: as for the constructor.
 
         Raises:
@@ -191,35 +193,35 @@ class DbrxTokenizer:
         return cls(encoding, added_tokens=parsed.added, token_names=token_names, chat_template=chat_template)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; none is put before or after them.
+        """The ids of `text`; no token is added before or after them.
 
         Args:
-            text: any string. A surrogate without its partner becomes U+FFFD.
-            allow_special: whether the spelling of an added token is that token, as in `tokenizers`; it is plain text otherwise.
+            text: any string. A lone surrogate becomes U+FFFD.
+            allow_special: whether the spelling of an added token is read as that token, as in `tokenizers`, or as plain text.
 
         Raises:
-            TokenizerError: not a string, or one with a run of blanks so long (hundreds of thousands) that tiktoken gives up.
+            TokenizerError: `text` is not a string, or holds a run of blanks so long (hundreds of thousands) that tiktoken fails.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"text must be a string; found {type(text).__name__}. Decode bytes, or encode a list with batch_encode")
         if not allow_special or self._spellings is None:
             return self._encode_ordinary(text)
         ids: list[int] = []
-        for place, piece in enumerate(self._spellings.split(text)):
-            if place % 2:
+        for index, piece in enumerate(self._spellings.split(text)):
+            if index % 2:  # the pattern is a group, so odd pieces are its matches
                 ids.append(self._added[piece])
             elif piece:
                 ids.extend(self._encode_ordinary(piece))
         return ids
 
     def batch_encode(self, texts: Sequence[str], *, allow_special: bool = False) -> TokenBatch:
-        """Encodes each text and pads on the left with `pad_token_id`, so that the last column is where each text goes on.
+        """Encode each text and pad it on the left with `pad_token_id`, so that the last column holds the last token of every text.
 
         Returns:
             input_ids and attention_mask, [B, S] int64.
 
         Raises:
-            TokenizerError: as `encode`; a bare string; or lengths that differ and no padding token.
+            TokenizerError: as `encode`; `texts` is a single string; or lengths differ and there is no padding token.
         """
         import torch
 
@@ -234,29 +236,29 @@ class DbrxTokenizer:
             pad = 0
         input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)  # [B, S]
         attention_mask = torch.zeros_like(input_ids)  # [B, S]
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             start = width - len(row)
-            input_ids[place, start:] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[place, start:] = 1
+            input_ids[index, start:] = torch.tensor(row, dtype=torch.int64)
+            attention_mask[index, start:] = 1
         return TokenBatch(input_ids, attention_mask)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD; blanks before punctuation stay, whatever the config says.
+        """The text of `ids`. Invalid UTF-8 becomes U+FFFD; blanks before punctuation stay, whatever the config says.
 
         Raises:
-            TokenizerError: an id that no token has, such as one of the padding rows of the embedding.
+            TokenizerError: no token has an id, such as one of a padding row of the embedding.
         """
         return self.token_bytes(ids, skip_special_tokens=skip_special_tokens).decode("utf-8", errors="replace")
 
     def has_token(self, token_id: int) -> bool:
-        """Whether `token_id` stands for a token; rows that only pad the vocabulary do not."""
+        """Whether a token has this id; rows that pad the vocabulary are no tokens."""
         return token_id in self._table
 
     def token_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> bytes:
         """The bytes of `ids`, joined.
 
         Raises:
-            TokenizerError: an id that no token has.
+            TokenizerError: no token has an id of `ids`.
         """
         pieces: list[bytes] = []
         for token_id in ids:
@@ -271,7 +273,7 @@ class DbrxTokenizer:
         return b"".join(pieces)
 
     def stream_decoder(self, *, skip_special_tokens: bool = False) -> StreamDecoder:
-        """A decoder that takes ids one by one and never returns half a character."""
+        """A decoder that takes ids one by one and returns whole characters only."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens)
 
     @overload
@@ -302,16 +304,16 @@ class DbrxTokenizer:
         tokenize: bool = True,
         template: str | None = None,
     ) -> list[int] | str:
-        """The prompt for a conversation. Special tokens are the template's only: one that a message spells stays text.
+        """The prompt for a conversation. Only the template writes special tokens; one that a message spells stays text.
 
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...].
             add_generation_prompt: whether to open the assistant's turn.
-            tokenize: True for ids; False for the text, in which the template's tokens and a message's text look alike.
+            tokenize: True for ids; False for the text, in which special tokens and text that spells one cannot be told apart.
             template: Jinja source to use instead of the checkpoint's.
 
         Raises:
-            TokenizerError: no template, messages of another form, or a template that fails on them.
+            TokenizerError: there is no template, the messages have another form, or the template fails on them.
         """
         checked = check_messages(messages)
         template = self.chat_template if template is None else template
@@ -336,7 +338,7 @@ class DbrxTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Spelling -> id of every special token."""
+        """Id of every special token, by its spelling."""
         return dict(self._special_ids)
 
     @property
@@ -363,16 +365,16 @@ class DbrxTokenizer:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            # tiktoken's regex engine overflows its stack on such runs; pyo3 raises that past `except Exception`
+            # tiktoken's regex engine overflows its stack on such runs; pyo3's PanicException is no subclass of Exception.
             if type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(
-                f"text must not hold hundreds of thousands of blanks in a row; tiktoken gave up on {len(text)} characters. Split the text"
+                f"text must not hold hundreds of thousands of blanks in a row; tiktoken failed on {len(text)} characters. Split the text"
             ) from None
 
 
 def _alternatives(spellings: Iterable[str]) -> re.Pattern[str] | None:
-    """A group that matches the longest of `spellings`, or None where there is none."""
+    """A pattern of one group that matches the longest of `spellings`; None without spellings."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 

@@ -1,4 +1,4 @@
-"""What a tokenizer needs of tokenizer_config.json: named tokens, added tokens, the chat template, an encoding of tiktoken's."""
+"""Reads tokenizer_config.json: named tokens, added tokens, the chat template, the name of a tiktoken encoding."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 def named_encoding(file: Path, config: Mapping[str, Any]) -> tiktoken.Encoding:
-    """The encoding that a file of DBRX's launch names, by tiktoken's name or by a model's.
+    """The tiktoken encoding that a file of DBRX's launch names, by the encoding's name or by a model's.
 
     Raises:
-        TokenizerError: no such name, or tiktoken has no rank file and cannot download it.
+        TokenizerError: tiktoken does not know the name, or has no rank file and cannot download it.
     """
     import tiktoken
 
@@ -32,25 +32,25 @@ def named_encoding(file: Path, config: Mapping[str, Any]) -> tiktoken.Encoding:
     name, model = config.get("encoding_name"), config.get("model_name")
     if not isinstance(name if model is None else model, str) or (name is not None and model is not None):
         raise wrong(file, "model_name and encoding_name", "one string and one null", (model, name))
-    known = tiktoken.list_encoding_names()
+    encoding_names = tiktoken.list_encoding_names()
     if model is not None:
         try:
             name = tiktoken.encoding_name_for_model(model)
         except KeyError:
             raise wrong(file, "model_name", "a model that tiktoken knows, such as 'gpt-4'", model) from None
-    if name not in known:
-        raise wrong(file, "encoding_name", f"one of {', '.join(known)}", name)
+    if name not in encoding_names:
+        raise wrong(file, "encoding_name", f"one of {', '.join(encoding_names)}", name)
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise TokenizerError(
-            f"{file}: names tiktoken's encoding {name!r}, whose rank file must be at hand or downloaded; tiktoken failed with "
-            f"{type(error).__name__}: {error}. Go online once, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
+            f"{file}: names tiktoken's encoding {name!r}, whose rank file must be in tiktoken's cache or be downloaded; tiktoken failed "
+            f"with {type(error).__name__}: {error}. Go online once, or set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
         ) from error
 
 
 def read_added_tokens(file: Path, config: Mapping[str, Any]) -> list[AddedToken]:
-    """The tokens of added_tokens_decoder; none where it is absent."""
+    """The tokens of added_tokens_decoder; [] where it is absent."""
     node = config.get("added_tokens_decoder") or {}
     if not isinstance(node, dict):
         raise wrong(file, "added_tokens_decoder", "an object", node)
@@ -59,7 +59,7 @@ def read_added_tokens(file: Path, config: Mapping[str, Any]) -> list[AddedToken]
 
 
 def read_token_names(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> spelling of the named tokens that are set, such as {"eos_token": "<|endoftext|>"}."""
+    """Spellings of the named tokens that are set, such as {"eos_token": "<|endoftext|>"}."""
     names: dict[str, str] = {}
     for name in _NAMED_TOKENS:
         value = config.get(name)
@@ -72,13 +72,13 @@ def read_token_names(file: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path, file: Path, config: Mapping[str, Any]) -> str | None:
-    """The Jinja source in chat_template.jinja, else in the config (of several, the one named "default"), else None."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
+    """The Jinja source in chat_template.jinja, else in the config (of several templates, the one named "default"), else None."""
+    template_file = folder / "chat_template.jinja"
+    if template_file.is_file():
         try:
-            return own.read_text(encoding="utf-8")
+            return template_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{own}: must be a readable UTF-8 file; {error}") from None
+            raise TokenizerError(f"{template_file}: must be a readable UTF-8 file; {error}. Fetch it again") from None
     value = config.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = next((entry.get("template") for entry in value if entry.get("name") == "default"), None)

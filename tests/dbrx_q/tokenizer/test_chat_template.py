@@ -1,4 +1,4 @@
-"""Chat templates: the same text and ids as transformers, and no way for a message to write a special token."""
+"""Chat templates render to the text and ids of transformers, and no message can write a special token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 NANO = Path(__file__).parents[2] / "data" / "dbrx-nano"
 OURS = DbrxTokenizer.from_pretrained(NANO)
-# Not AutoTokenizer: for tokenizer_class GPT2Tokenizer, transformers 5 puts GPT-2's pattern in place of the file's
+# Not AutoTokenizer: for tokenizer_class GPT2Tokenizer, transformers 5 uses GPT-2's pattern instead of the file's.
 THEIRS = PreTrainedTokenizerFast.from_pretrained(NANO)
 START, END = OURS.special_tokens["<|im_start|>"], OURS.special_tokens["<|im_end|>"]
 
@@ -93,7 +93,7 @@ def test_a_message_cannot_write_a_special_token(content: str) -> None:
         ("{{ messages[0].content }}{{ messages[1].content }}<|pad|>", "<|im_"),
     ],
 )
-def test_nor_with_the_templates_help(template: str, content: str) -> None:
+def test_a_template_does_not_help_it_to_write_one(template: str, content: str) -> None:
     messages = [*user(content), *user("end|>")]
     ids = OURS.apply_chat_template(messages, template=template)
     assert [i for i in ids if i in OURS.special_tokens.values()] == [OURS.pad_token_id]

@@ -77,7 +77,7 @@ def special_reader() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def plain_reader() -> tokenizers.Tokenizer:
-    """The library, told to take special tokens in a text for text."""
+    """The library, set to read special tokens in a text as plain text."""
     return _PLAIN
 
 
@@ -126,11 +126,11 @@ def test_any_ids_decode_as_in_tokenizers_and_stream(ids: list[int]) -> None:
         stream = _NANO.stream_decoder(skip_special_tokens=skip)
         assert "".join([*map(stream.push, ids), stream.flush()]) == whole
     assert _NANO.decode(ids).encode() == _NANO.token_bytes(ids).decode(errors="replace").encode()
-    if not any(i >= 4092 for i in ids):  # the library decodes the bytes on each side of an added token for themselves
+    if not any(i >= 4092 for i in ids):  # the library decodes the bytes before and after an added token separately
         assert _NANO.decode(ids) == _SPECIAL.decode(ids, skip_special_tokens=False)
 
 
-def test_both_regex_engines_class_characters_alike() -> None:
+def test_both_regex_engines_classify_characters_alike() -> None:
     """Which characters are letters, digits, blanks or contractions, for every 7th code point and all of Latin, in four contexts."""
     split = pre_tokenizers.Split(Regex(CL100K_PATTERN), "isolated")
     codes = [c for c in [*range(0x250), 0x1E9E, 0x2028, 0x212A, 0x3000, *range(0x250, 0x110000, 7)] if not 0xD800 <= c < 0xE000]
@@ -170,7 +170,7 @@ def test_long_runs_take_no_time(nano: DbrxTokenizer) -> None:
     assert time.perf_counter() - start < 10  # quadratic engines take minutes
 
 
-def test_a_run_that_overflows_tiktoken_is_an_error_of_ours(nano: DbrxTokenizer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_blanks_that_overflows_tiktoken_is_a_tokenizer_error(nano: DbrxTokenizer, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TokenizerError, match="blanks in a row"):
         nano.encode(" " * 3_000_000)
 
@@ -249,9 +249,9 @@ def test_import_is_lean() -> None:
 
 def write_cl100k_json(folder: Path, cl100k: tiktoken.Encoding) -> None:
     """cl100k_base as a tokenizer.json, by the rule of transformers' converter: every split of a token into two tokens is a merge."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
     ranks = {cl100k.decode_single_token_bytes(i): i for i in range(100256)}
     text = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
     merges = []
@@ -291,8 +291,9 @@ def test_converted_cl100k_equals_tiktoken(cl100k: tiktoken.Encoding, book: str, 
         assert ours.encode(text) == ids, text[:40]
         assert ours.decode(ids) == text
     assert ours.vocab_size == 100280
-    assert ours.special_tokens["<|im_end|>"] == 100279  # tokenizers counts on from the vocabulary, whatever the file says
-    with pytest.raises(TokenizerError, match="found 100256"):  # the gap in DBRX's ids
+    # The library itself numbers added tokens from the end of the vocabulary, whatever the file says.
+    assert ours.special_tokens["<|im_end|>"] == 100279
+    with pytest.raises(TokenizerError, match="found 100256"):  # a gap in DBRX's ids
         ours.decode([100256])
     library_ids = library(tmp_path)
     assert ours.encode(book[:50_000]) == library_ids.encode(book[:50_000]).ids
