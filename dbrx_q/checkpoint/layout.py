@@ -1,11 +1,10 @@
-"""What a DBRX checkpoint holds, and what it is called: the only place that knows names, orientations and packed parts.
+"""Names, orientations and stored parts of the tensors of a DBRX checkpoint. No other module knows them.
 
 A plain checkpoint has the names of the published one (`transformer.blocks.0.ffn.experts.mlp.w1` ...). In a quantized checkpoint a tensor
-X becomes the parts `X.qweight`, `X.scales` and, for int4, `X.zeros`, or for nf4 `X.qweight` and `X.absmax`, and for nf4-double also
-`X.nested_absmax` and `X.offset`; an expert matrix becomes such parts per expert, `X.0.qweight`, `X.1.qweight` ..., each with its
-reduction axis last. One expert's parts lie next to each other in the file.
+X becomes the parts of its format, such as `X.qweight` and `X.scales`; a stack of experts becomes such parts per expert, `X.0.qweight`,
+`X.1.qweight` ..., each with its reduction axis last. The parts of one expert are adjacent in the file.
 
-Dimension letters: `E` experts, `D` d_model, `F` ffn hidden, `N` rows, `K` the reduction axis, `G` group size.
+Dimension letters: `E` experts, `D` d_model, `F` ffn hidden, `V` vocabulary, `N` rows, `K` the reduction axis.
 """
 
 from __future__ import annotations
@@ -22,34 +21,57 @@ from dbrx_q.kernels.formats.format import Part
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, TensorFormat, offered_formats
 
 __all__ = [
+    "ATTENTION_MATRICES",
+    "EMBEDDING",
+    "EXPERT_MATRICES",
+    "HEAD",
+    "KINDS",
     "DenseTensor",
     "Part",
     "TensorFormat",
     "dense_tensors",
     "embedding_formats",
+    "expert_name",
+    "expert_of",
     "kind_of",
+    "layer_of",
     "may_have",
     "oriented",
     "part_name",
     "parts_of",
+    "role_of",
+    "router_name",
     "tensor_formats",
     "tensors_by_role",
     "unpacked_experts",
 ]
 
+EMBEDDING = "transformer.wte.weight"
+"""The embedding [V, D]."""
+HEAD = "lm_head.weight"
+"""The head [V, D]."""
+ATTENTION_MATRICES = ("Wqkv", "out_proj")
+"""The roles of the matrices of attention."""
+EXPERT_MATRICES = ("w1", "v1", "w2")
+"""The roles of the stacks of expert matrices: gate, up and down."""
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
-_ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # of other tensors the last part of the name
+"""The kinds of tensors, by which formats are assigned and reported."""
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
+_ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
 
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor of a plain checkpoint. experts: E where it stacks the matrices of all experts, else 0. layer: -1 outside the blocks."""
+    """A tensor of a plain checkpoint."""
 
     name: str
+    """Its name there."""
     shape: tuple[int, ...]
+    """Its shape there."""
     layer: int
+    """Of the block; -1 outside the blocks."""
     experts: int = 0
+    """E where it stacks the matrices of all experts, else 0."""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -57,13 +79,17 @@ class DenseTensor:
         if not self.experts:
             return self.shape[0], self.shape[1]
         rows = self.shape[0] // self.experts
-        return (self.shape[1], rows) if self.name.endswith(".w2") else (rows, self.shape[1])
+        return (self.shape[1], rows) if self.transposed else (rows, self.shape[1])
 
     @property
     def role(self) -> str:
-        """One of "embedding", "norm_1", "Wqkv", "out_proj", "norm_2", "router", "w1", "v1", "w2", "norm_f" or "head"."""
-        last = self.name.removesuffix(".weight").rsplit(".", 1)[-1]
-        return _ROLES.get(last, last)
+        """See `role_of`."""
+        return role_of(self.name)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the plain checkpoint stores the matrices [K, N]: DBRX stores w2 as [F, D]."""
+        return self.role == "w2"
 
 
 def dense_tensors(config: DbrxConfig) -> list[DenseTensor]:
@@ -71,23 +97,46 @@ def dense_tensors(config: DbrxConfig) -> list[DenseTensor]:
     D, V = config.d_model, config.vocab_size
     E, F = config.ffn_config.moe_num_experts, config.ffn_config.ffn_hidden_size
     kv = config.attn_config.kv_n_heads * config.head_dim
-    found = [DenseTensor("transformer.wte.weight", (V, D), -1)]
+    tensors = [DenseTensor(EMBEDDING, (V, D), -1)]
     for layer in range(config.n_layers):
         block = f"transformer.blocks.{layer}"
-        found += [
+        tensors += [
             DenseTensor(f"{block}.norm_attn_norm.norm_1.weight", (D,), layer),
             DenseTensor(f"{block}.norm_attn_norm.attn.Wqkv.weight", (D + 2 * kv, D), layer),
             DenseTensor(f"{block}.norm_attn_norm.attn.out_proj.weight", (D, D), layer),
             DenseTensor(f"{block}.norm_attn_norm.norm_2.weight", (D,), layer),
-            DenseTensor(f"{block}.ffn.router.layer.weight", (E, D), layer),
-            *(DenseTensor(f"{block}.ffn.experts.mlp.{matrix}", (E * F, D), layer, E) for matrix in ("w1", "v1", "w2")),
+            DenseTensor(router_name(layer), (E, D), layer),
+            *(DenseTensor(expert_name(layer, matrix), (E * F, D), layer, E) for matrix in EXPERT_MATRICES),
         ]
-    return [*found, DenseTensor("transformer.norm_f.weight", (D,), -1), DenseTensor("lm_head.weight", (V, D), -1)]
+    return [*tensors, DenseTensor("transformer.norm_f.weight", (D,), -1), DenseTensor(HEAD, (V, D), -1)]
 
 
 def tensors_by_role(config: DbrxConfig, layer: int) -> dict[str, DenseTensor]:
     """The tensors of a layer by their roles; those outside the blocks for -1."""
     return {tensor.role: tensor for tensor in dense_tensors(config) if tensor.layer == layer}
+
+
+def router_name(layer: int) -> str:
+    """The name of a layer's router [E, D]."""
+    return f"transformer.blocks.{layer}.ffn.router.layer.weight"
+
+
+def expert_name(layer: int, matrix: str, expert: int | None = None, part: str = "") -> str:
+    """The name of a stack of expert matrices, or in a quantized checkpoint of one expert's part."""
+    name = f"transformer.blocks.{layer}.ffn.experts.mlp.{matrix}"
+    return f"{name}.{expert}.{part}" if part else name
+
+
+def layer_of(name: str) -> int:
+    """The layer of a tensor or a part of one, by its name; -1 outside the blocks."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["transformer", "blocks"] else -1
+
+
+def role_of(name: str) -> str:
+    """The role of a tensor: "embedding", "norm_1", "Wqkv", "out_proj", "norm_2", "router", "w1", "v1", "w2", "norm_f" or "head"."""
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return _ROLES.get(last, last)
 
 
 def kind_of(name: str) -> str:
@@ -104,10 +153,10 @@ def kind_of(name: str) -> str:
 
 
 def oriented(stacked: torch.Tensor, tensor: DenseTensor) -> torch.Tensor:
-    """The rows of one or several experts [.., D] as [experts, N, K], reduction axis last; a view. DBRX stores w2 as [F, D]."""
+    """The rows of one or several experts [.., D] as [experts, N, K], reduction axis last; a view."""
     rows = tensor.shape[0] // tensor.experts
     matrices = stacked.view(-1, rows, stacked.shape[-1])
-    return matrices.transpose(1, 2) if tensor.name.endswith(".w2") else matrices
+    return matrices.transpose(1, 2) if tensor.transposed else matrices
 
 
 def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
@@ -125,17 +174,17 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
             "Quantize the original checkpoint with `dbrx-q quantize`"
         )
     known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS}
-    found = {}
+    formats = {}
     entries = config.quantization_config.get("tensors")
     for name, entry in (entries if isinstance(entries, Mapping) else {}).items():
-        found[name] = _format(name, entry, source)
+        formats[name] = _format(name, entry, source)
         if name not in known:
             raise CheckpointError(f"{source}: quantization_config names {name!r}, which is no matrix of this model that can be packed")
-        if not may_have(name, found[name]):
-            raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {found[name].format}")
-    if not found:
+        if not may_have(name, formats[name]):
+            raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {formats[name].format}")
+    if not formats:
         raise CheckpointError(f"{source}: quantization_config must list the packed tensors under 'tensors'; found none")
-    return found
+    return formats
 
 
 def _format(name: str, entry: Any, source: str) -> TensorFormat:
@@ -167,6 +216,11 @@ def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
     for prefix in [f"{tensor.name}.{e}" for e in range(tensor.experts)] if tensor.experts else [tensor.name]:
         for part in fmt.parts(*tensor.matrix):
             yield Part(f"{prefix}.{part.name}", part.dtype, part.shape)
+
+
+def expert_of(part: Part) -> int:
+    """The expert of a part of a stack."""
+    return int(part.name.rsplit(".", 2)[1])
 
 
 def part_name(part: Part) -> str:

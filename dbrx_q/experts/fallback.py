@@ -12,7 +12,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import resolve_file
-from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
+from dbrx_q.checkpoint.layout import TensorFormat, router_name, tensor_formats
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.planning.expert_kinds import expert_kinds
@@ -20,7 +20,6 @@ from dbrx_q.planning.expert_kinds import expert_kinds
 __all__ = ["FALLBACK_FOLDER", "carried_formats", "check_fallback", "open_fallback"]
 
 FALLBACK_FOLDER = "fallback"
-_ROUTER = "transformer.blocks.0.ffn.router.layer.weight"
 
 
 def carried_formats(
@@ -83,7 +82,7 @@ def open_fallback(checkpoint: Checkpoint) -> Checkpoint:
     """
     carried_formats(checkpoint.folder, checkpoint.config, checkpoint.formats)
     fallback = Checkpoint(checkpoint.folder / FALLBACK_FOLDER)
-    if not torch.equal(fallback.read(_ROUTER), checkpoint.read(_ROUTER)):  # routers are never quantized
+    if not torch.equal(fallback.read(router_name(0)), checkpoint.read(router_name(0))):  # routers are never quantized
         fallback.close()
         raise CheckpointError(
             f"{fallback.folder}: a fallback copy must be made from the same weights; its router of layer 0 differs. "

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.planning.expert_kinds import MATRICES, ExpertKind, expert_kinds
+from dbrx_q.checkpoint.layout import EXPERT_MATRICES, expert_name
+from dbrx_q.planning.expert_kinds import ExpertKind, expert_kinds
 
 __all__ = ["ExpertFiles", "Extent"]
 
@@ -69,12 +70,11 @@ class ExpertFiles:
 def _extents_of_parts(checkpoint: Checkpoint, kind: ExpertKind, layer: int, expert: int) -> list[Extent]:
     """One range for each stored part."""
     extents = []
-    for matrix in MATRICES:
-        tensor = f"transformer.blocks.{layer}.ffn.experts.mlp.{matrix}"
+    for matrix in EXPERT_MATRICES:
         for part in kind.stored:
             if part.matrix != matrix:
                 continue
-            name = f"{tensor}.{expert}.{part.name}" if part.name else tensor
+            name = expert_name(layer, matrix, expert, part.name)
             skipped = 0 if part.name else expert * part.nbytes
             extents.append(Extent(checkpoint.path_of(name), checkpoint.infos[name].offset + skipped, part.nbytes, 1))
     return extents

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dbrx_q.checkpoint.folder import check_finite
+from dbrx_q.checkpoint.layout import expert_name
 from dbrx_q.errors import CheckpointError
 from dbrx_q.planning.host_memory import available_bytes
 from dbrx_q.planning.offloading import READ_ALIGNMENT, READ_BYTES, READ_THREADS
@@ -163,7 +164,7 @@ class ExpertReader:
         def finish(stored: list[torch.Tensor]) -> None:
             if (layer, expert) not in self._checked:
                 for part, piece in zip(kind.stored, stored, strict=True):
-                    name = f"transformer.blocks.{layer}.ffn.experts.mlp.{part.matrix}.{expert}.{part.name}".rstrip(".")
+                    name = expert_name(layer, part.matrix, expert, part.name)
                     check_finite(piece, name, extents[0].path)
                 self._checked.add((layer, expert))
             if not kind.as_stored:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import resolve_folder
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, kind_of, part_name, parts_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
@@ -294,8 +294,7 @@ def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat,
     """
     stacks: dict[str, torch.Tensor] = {}
     for part in parts_of(tensor, fmt):
-        prefix, last = part.name.rsplit(".", 1)
-        expert = int(prefix.rsplit(".", 1)[1]) if tensor.experts else 0
+        expert, last = expert_of(part) if tensor.experts else 0, part_name(part)
         shape = tensor.experts or 1, *part.shape
         if last not in stacks:
             on_host = device.type == "cpu"

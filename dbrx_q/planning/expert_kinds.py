@@ -1,4 +1,4 @@
-"""How one expert of every layer is laid out on disk and in memory.
+"""The parts of one expert of every layer, on disk and in memory.
 
 Dimension letters: `D` d_model, `F` ffn hidden.
 """
@@ -11,40 +11,41 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors
+from dbrx_q.checkpoint.layout import EXPERT_MATRICES, DenseTensor, TensorFormat, dense_tensors
 from dbrx_q.config import DbrxConfig
 
-__all__ = ["MATRICES", "ExpertKind", "ExpertPart", "expert_kinds"]
-
-
-MATRICES = ("w1", "v1", "w2")
+__all__ = ["ExpertKind", "ExpertPart", "expert_kinds"]
 
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """A piece of one expert. matrix: one of w1, v1, w2. name: its last name, "" where it is the plain matrix [F, D]."""
+    """One tensor of one expert."""
 
     matrix: str
+    """One of `EXPERT_MATRICES`."""
     name: str
+    """The last name of a part of its format; "" where it is the plain matrix [F, D]."""
     dtype: torch.dtype
+    """Of its elements."""
     shape: tuple[int, ...]
+    """For one expert."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the piece."""
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """How the experts of a layer lie on disk and in memory; those that lie alike in memory can take each other's place.
-
-    formats: of w1, v1 and w2 as stored, None for plain ones. stored: the pieces on disk, in their order there. parts: those in memory.
-    """
+    """The parts of a layer's experts. Experts with the same parts in memory can use the same slots."""
 
     formats: tuple[TensorFormat | None, ...]
+    """Of w1, v1 and w2 as stored, None for plain ones."""
     stored: tuple[ExpertPart, ...] = field(compare=False)
+    """The parts on disk, in their order there."""
     parts: tuple[ExpertPart, ...]
+    """The parts in memory."""
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +59,7 @@ class ExpertKind:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the bytes on disk are those in memory."""
+        """Whether the bytes in memory are those on disk."""
         return self.stored == self.parts
 
 
@@ -71,24 +72,29 @@ def expert_kinds(
         config: of the model.
         formats: of its packed tensors, by their plain names.
         dtype: of plain experts in memory.
-        stored_dtypes: of plain expert tensors on disk, by name; the same without.
+        stored_dtypes: of plain expert tensors on disk, by name; None: `dtype`.
     """
-    tensors: list[list[DenseTensor]] = [[] for _ in range(config.n_layers)]
+    layers: list[dict[str, DenseTensor]] = [{} for _ in range(config.n_layers)]
     for tensor in dense_tensors(config):
         if tensor.experts:
-            tensors[tensor.layer].append(tensor)
-    kinds = []
-    for layer in tensors:
-        stored: list[ExpertPart] = []
-        parts: list[ExpertPart] = []
-        for matrix, tensor in zip(MATRICES, layer, strict=True):
-            fmt = formats.get(tensor.name)
-            if fmt is None:
-                shape = tensor.shape[0] // tensor.experts, tensor.shape[1]
-                stored.append(ExpertPart(matrix, "", (stored_dtypes or {}).get(tensor.name, dtype), shape))
-                parts.append(ExpertPart(matrix, "", dtype, shape))
-            else:
-                stored += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.parts(*tensor.matrix)]
-                parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.in_memory.parts(*tensor.matrix)]
-        kinds.append(ExpertKind(tuple(formats.get(tensor.name) for tensor in layer), tuple(stored), tuple(parts)))
-    return kinds
+            layers[tensor.layer][tensor.role] = tensor
+    return [_kind(tensors, formats, dtype, stored_dtypes or {}) for tensors in layers]
+
+
+def _kind(
+    tensors: Mapping[str, DenseTensor], formats: Mapping[str, TensorFormat], dtype: torch.dtype, stored_dtypes: Mapping[str, torch.dtype]
+) -> ExpertKind:
+    """Of one layer, from its stacks of experts by their roles."""
+    stored: list[ExpertPart] = []
+    parts: list[ExpertPart] = []
+    for matrix in EXPERT_MATRICES:
+        tensor = tensors[matrix]
+        fmt = formats.get(tensor.name)
+        if fmt is None:
+            shape = tensor.shape[0] // tensor.experts, tensor.shape[1]
+            stored.append(ExpertPart(matrix, "", stored_dtypes.get(tensor.name, dtype), shape))
+            parts.append(ExpertPart(matrix, "", dtype, shape))
+        else:
+            stored += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.parts(*tensor.matrix)]
+            parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.in_memory.parts(*tensor.matrix)]
+    return ExpertKind(tuple(formats.get(tensors[matrix].name) for matrix in EXPERT_MATRICES), tuple(stored), tuple(parts))

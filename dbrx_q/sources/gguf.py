@@ -6,7 +6,6 @@ Dimension letters: `E` experts, `D` d_model, `F` ffn hidden.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dbrx_q.checkpoint.folder import check_finite
-from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors
+from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, layer_of, role_of
 from dbrx_q.config import NORM_EPS, DbrxConfig
 from dbrx_q.errors import CheckpointError, ConfigError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -27,19 +26,19 @@ from .weights_hash import weights_sha256
 __all__ = ["GgufSource", "gguf_name"]
 
 _NAMES = {
-    "transformer.wte": "token_embd",
-    "transformer.norm_f": "output_norm",
-    "lm_head": "output",
-    "norm_attn_norm.norm_1": "attn_norm",
-    "norm_attn_norm.attn.Wqkv": "attn_qkv",
-    "norm_attn_norm.attn.out_proj": "attn_output",
-    "norm_attn_norm.norm_2": "attn_output_norm",
-    "ffn.router.layer": "ffn_gate_inp",
-    "ffn.experts.mlp.w1": "ffn_gate_exps",
-    "ffn.experts.mlp.v1": "ffn_up_exps",
-    "ffn.experts.mlp.w2": "ffn_down_exps",
+    "embedding": "token_embd",
+    "norm_f": "output_norm",
+    "head": "output",
+    "norm_1": "attn_norm",
+    "Wqkv": "attn_qkv",
+    "out_proj": "attn_output",
+    "norm_2": "attn_output_norm",
+    "router": "ffn_gate_inp",
+    "w1": "ffn_gate_exps",
+    "v1": "ffn_up_exps",
+    "w2": "ffn_down_exps",
 }
-"""Our name of a tensor, without prefix and suffix, to GGUF's."""
+"""The role of a tensor (`layout.role_of`) to GGUF's name of it."""
 
 _GUESSED = 1024  # flag in general.file_type: the writer guessed the type
 
@@ -85,7 +84,7 @@ class GgufSource(DequantizedSource):
             experts = out.view(tensor.experts, -1, tensor.shape[1]).numpy()  # [E, F, D]
             for expert, matrix in zip(experts, stored.data, strict=True):  # one by one: memory holds one dequantized copy beside the stack
                 values = dequantize(matrix, stored.tensor_type)
-                expert[:] = values.T if tensor.name.endswith(".w2") else values  # DBRX stores w2 as [F, D], GGUF as [D, F]
+                expert[:] = values.T if tensor.transposed else values  # DBRX stores w2 as [F, D], GGUF as [D, F]
         else:
             out.numpy()[:] = dequantize(stored.data, stored.tensor_type)
         check_finite(out, stored.name, self._parts.path_of[stored.name])
@@ -94,9 +93,8 @@ class GgufSource(DequantizedSource):
 
 def gguf_name(name: str) -> str:
     """GGUF's name of a tensor of a plain checkpoint."""
-    block = re.match(r"transformer\.blocks\.(\d+)\.", name)
-    plain = name.removesuffix(".weight")
-    return f"blk.{block[1]}.{_NAMES[plain[block.end() :]]}.weight" if block else f"{_NAMES[plain]}.weight"
+    layer, theirs = layer_of(name), _NAMES[role_of(name)]
+    return f"blk.{layer}.{theirs}.weight" if layer >= 0 else f"{theirs}.weight"
 
 
 def _config(parts: GgufParts) -> DbrxConfig:

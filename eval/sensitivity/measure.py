@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dbrx_q.checkpoint.layout import TensorFormat, embedding_formats, kind_of, may_have
+from dbrx_q.checkpoint.layout import ATTENTION_MATRICES, EXPERT_MATRICES, TensorFormat, embedding_formats, kind_of, may_have
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.eval.divergence import TokenScores, mean_and_stderr
@@ -35,7 +35,7 @@ BY = ("kind", "layer", "tensor")
 """Ways to divide a model into units, which are quantized one at a time."""
 
 _KINDS = ("embedding", "attention", "experts", "head")
-_MATRICES = ("Wqkv", "out_proj", "w1", "v1", "w2")
+_MATRICES = (*ATTENTION_MATRICES, *EXPERT_MATRICES)
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def units_of(config: DbrxConfig, by: str) -> list[Unit]:
         ]
     assert by == "kind"
     tensors_of = {kind: [tensor.name for tensor in tensors if kind_of(tensor.name) == kind] for kind in _KINDS}
-    tensors_of |= {
-        matrix: [tensor.name for tensor in tensors if tensor.name.removesuffix(".weight").endswith(matrix)] for matrix in _MATRICES
-    }
+    tensors_of |= {matrix: [tensor.name for tensor in tensors if tensor.role == matrix] for matrix in _MATRICES}
     order = ("embedding", "attention", "Wqkv", "out_proj", "experts", "w1", "v1", "w2", "head")
     return [Unit(name, tuple(tensors_of[name])) for name in order]
 

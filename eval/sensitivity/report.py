@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbrx_q.checkpoint.layout import ATTENTION_MATRICES, EXPERT_MATRICES, layer_of, role_of
 from dbrx_q.eval.report_folder import write_files
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.plots import INK, MUTED, figure, log_axis, render, style
@@ -24,7 +25,7 @@ FILES = ("sensitivity.json", "sensitivity.md", "sensitivity.png")
 KEYS = ("checkpoint", "units", "provenance")
 """Keys that the JSON object of every report has."""
 
-_ROWS = ("Wqkv", "out_proj", "w1", "v1", "w2")  # of the heat map, from the top
+_ROWS = (*ATTENTION_MATRICES, *EXPERT_MATRICES)  # of the heat map, from the top
 _HATCHES = ("", "///", "...", "xxx")  # of bars: one per format
 _WRITTEN = 16  # columns up to which a cell has room for its figure
 
@@ -46,8 +47,8 @@ def write_report(sensitivity: Sensitivity, folder: Path) -> None:
 
 def short_name(name: str) -> str:
     """A unit's name for tables: `blocks.0.w1` for the w1 of block 0."""
-    parts = name.removesuffix(".weight").split(".")
-    return f"blocks.{parts[2]}.{parts[-1]}" if parts[:2] == ["transformer", "blocks"] else parts[-1]
+    layer = layer_of(name)
+    return f"blocks.{layer}.{role_of(name)}" if layer >= 0 else name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def table(sensitivity: Sensitivity) -> list[tuple[str, ...]]:
@@ -144,7 +145,7 @@ def _heat_maps(sensitivity: Sensitivity) -> Figure:
     from matplotlib.colors import LogNorm
 
     formats = _formats(sensitivity)
-    layers = 1 + max((int(unit.name.split(".")[2]) for unit in sensitivity.units if ".blocks." in unit.name), default=-1)
+    layers = 1 + max((layer_of(unit.name) for unit in sensitivity.units), default=-1)
     columns = layers + 2  # embedding, blocks, head
     width = max(6.5, 2.6 + columns * (0.75 if columns <= _WRITTEN else 0.3))
     drawing, axes = figure(width, 0.7 + 2.3 * len(formats))
@@ -186,11 +187,11 @@ def _heat_maps(sensitivity: Sensitivity) -> Figure:
 
 def _cells(unit: UnitResult, columns: int) -> tuple[slice, int]:
     """(rows, column) of a tensor's cells: the embedding and the head fill a whole column."""
-    parts = unit.name.removesuffix(".weight").split(".")
-    if parts[1:2] == ["blocks"]:
-        row = _ROWS.index(parts[-1])
-        return slice(row, row + 1), int(parts[2]) + 1
-    return slice(0, len(_ROWS)), 0 if parts[-1] == "wte" else columns - 1
+    layer, role = layer_of(unit.name), role_of(unit.name)
+    if layer >= 0:
+        row = _ROWS.index(role)
+        return slice(row, row + 1), layer + 1
+    return slice(0, len(_ROWS)), 0 if role == "embedding" else columns - 1
 
 
 def _write(panel: Axes, unit: UnitResult, rows: slice, column: int, norm: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of
+from dbrx_q.checkpoint.layout import EMBEDDING, HEAD, DenseTensor, TensorFormat, dense_tensors, kind_of, layer_of, role_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError
 from dbrx_q.eval.divergence import Distribution, TokenScores, scores
@@ -33,7 +33,6 @@ __all__ = ["Outcome", "Walk", "packable"]
 
 _PACKED_KINDS = ("embedding", "attention", "experts", "head")
 _TOGETHER = 8  # 2 D numbers per token each: 3.2 GB for 16 windows of 512 tokens, float32; half of a layer's experts in bfloat16
-_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def packable(config: DbrxConfig) -> list[DenseTensor]:
@@ -114,7 +113,7 @@ class Walk:
 
     def place_of(self, name: str) -> int:
         """The place of a tensor."""
-        return {_EMBEDDING: 0, _HEAD: self._end}.get(name, self._tensors[name].layer + 1)
+        return {EMBEDDING: 0, HEAD: self._end}.get(name, self._tensors[name].layer + 1)
 
     def go_to(self, place: int) -> None:
         """Advance to a later place. An interruption here leaves the walk unusable."""
@@ -155,7 +154,7 @@ class Walk:
     def _outcome(self, run: _PartialRun) -> Outcome | FormatError:
         if run.error is None:
             try:
-                head = self._quantized(run, self._end).get(_HEAD)
+                head = self._quantized(run, self._end).get(HEAD)
                 return Outcome(self._scores(self._hidden(run.streams), head), run.roundings)
             except FormatError as error:
                 run.error = str(error)
@@ -178,7 +177,7 @@ class Walk:
         tensor = self._tensors[name]
         if not tensor.experts:
             return self._model.get_parameter(name).data
-        weight = getattr(self._store.layer(tensor.layer, torch.arange(tensor.experts)[None]), name.rsplit(".", 1)[1])
+        weight = getattr(self._store.layer(tensor.layer, torch.arange(tensor.experts)[None]), tensor.role)
         assert isinstance(weight, torch.Tensor)
         return weight
 
@@ -214,7 +213,7 @@ class Walk:
 
     def _logits(self, hidden: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D]; `head` replaces the weight of the model's head."""
-        return linear(hidden, self._model.get_parameter(_HEAD).data if head is None else head)
+        return linear(hidden, self._model.get_parameter(HEAD).data if head is None else head)
 
 
 class _ReplacedExperts(ExpertStore):
@@ -224,9 +223,8 @@ class _ReplacedExperts(ExpertStore):
         self._store, self._weights = store, weights
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        prefix = f"transformer.blocks.{index}.ffn.experts.mlp."
-        replaced = {name.removeprefix(prefix): weight for name, weight in self._weights.items() if name.startswith(prefix)}
-        return replace(self._store.layer(index, experts), **replaced)
+        others = {role_of(name): weight for name, weight in self._weights.items() if layer_of(name) == index and kind_of(name) == "experts"}
+        return replace(self._store.layer(index, experts), **others)
 
 
 @contextmanager

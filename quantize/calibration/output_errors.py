@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, oriented, tensors_by_role
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, layer_of, oriented, tensors_by_role
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.block import activate, normed, rotation_of, routed
 from dbrx_q.quantize.methods.products import Products
@@ -73,7 +73,7 @@ def _routers_before(name: str, layers: int) -> int:
     kind = kind_of(name)
     if kind in ("embedding", "head"):
         return 0 if kind == "embedding" else layers + 1
-    return int(name.split(".")[2]) + (kind == "experts")
+    return layer_of(name) + (kind == "experts")
 
 
 def output_errors(

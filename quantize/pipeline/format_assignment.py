@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, embedding_formats, kind_of, may_have, parts_of
+from dbrx_q.checkpoint.layout import (
+    ATTENTION_MATRICES,
+    EXPERT_MATRICES,
+    DenseTensor,
+    TensorFormat,
+    dense_tensors,
+    embedding_formats,
+    kind_of,
+    may_have,
+    parts_of,
+)
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import PLAIN, offered_formats
@@ -28,9 +38,7 @@ OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
 """For attention, embedding and head, None for plain."""
 
 _INT8_KINDS = ("embedding", "attention", "head")
-_EXPERT_MATRICES = ("w1", "v1", "w2")
-_ATTENTION_MATRICES = ("Wqkv", "out_proj")
-_NAMES = (*_EXPERT_MATRICES, "experts", "attention", *_ATTENTION_MATRICES, "embedding", "head")
+_NAMES = (*EXPERT_MATRICES, "experts", "attention", *ATTENTION_MATRICES, "embedding", "head")
 _RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+(?::\d+)?)")
 
 
@@ -107,8 +115,7 @@ def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorForma
     wanted = [
         tensor
         for tensor in dense_tensors(config)
-        if name in (kind_of(tensor.name), tensor.name.removesuffix(".weight").rsplit(".", 1)[-1])
-        and (first is None or tensor.layer in blocks)
+        if name in (kind_of(tensor.name), tensor.role) and (first is None or tensor.layer in blocks)
     ]
     if not wanted:
         raise RequestError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import TensorFormat, part_name
+from dbrx_q.checkpoint.layout import TensorFormat, expert_name, part_name
 from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
@@ -140,7 +140,7 @@ class Quantizer:
     def _column_scales(self, job: Job, v1: torch.Tensor) -> torch.Tensor | None:
         """Scales of the columns of w2, which follows v1; None where the expert has too few tokens."""
         assert self._calibration is not None
-        w2 = self._checkpoint.tensors[job.tensor.name.removesuffix("v1") + "w2"]
+        w2 = self._checkpoint.tensors[expert_name(job.tensor.layer, "w2")]
         fmt = self._formats[w2.name]
         importance = self._calibration.hidden_importance(job.expert, v1)
         if importance is None:

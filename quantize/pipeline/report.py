@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbrx_q.checkpoint.layout import KINDS
+from dbrx_q.checkpoint.layout import ATTENTION_MATRICES, EXPERT_MATRICES, KINDS, role_of
 from dbrx_q.errors import UnsupportedError
 from dbrx_q.plots import INK, check_plot_extra, figure, render, style
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "write_report"]
 
 NAME = "quantization_report"
-_MATRICES = ("Wqkv", "out_proj", "w1", "v1", "w2")
+_MATRICES = (*ATTENTION_MATRICES, *EXPERT_MATRICES)
 _MOST_NAMES = 12  # of experts, in a line
 
 
@@ -226,8 +226,7 @@ def _short(count: int) -> str:
 
 def _matrix(record: TensorRecord) -> str:
     """As "w1" or "Wqkv"; outside the blocks the kind."""
-    parts = record.name.removesuffix(".weight").rsplit(".", 1)
-    return parts[-1] if record.kind in ("experts", "attention") else record.kind
+    return role_of(record.name) if record.kind in ("experts", "attention") else record.kind
 
 
 def _bits(records: Iterable[TensorRecord]) -> float:
