@@ -1,4 +1,4 @@
-"""The configuration of a DBRX model: every key of its config.json that inference needs, checked on the way in."""
+"""The configuration of a DBRX model: every key of config.json that inference needs, checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class _Section:
-    """What the three configurations share: equality, repr and the dictionary form."""
+    """Equality, repr and the dictionary form, which the three configurations share."""
 
     _fields: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as the JSON object that config.json holds."""
+        """The configuration as the JSON object of config.json."""
         return {name: getattr(self, name) for name in self._fields}
 
     def __eq__(self, other: object) -> bool:
@@ -45,13 +45,13 @@ class _Section:
 
 
 class DbrxAttentionConfig(_Section):
-    """The attention part.
+    """The attention of every block: `attn_config` in config.json.
 
     Args:
-        attn_pdrop: dropout probability of the attention weights in training; inference applies none.
-        clip_qkv: clamp queries, keys and values to [-clip_qkv, clip_qkv] before they are split; None for no clamp.
-        kv_n_heads: number of key/value heads; divides `n_heads`.
-        rope_theta: base of the rotary embedding; 10000.0 where neither this nor `rope_parameters` gives one.
+        attn_pdrop: dropout probability of attention weights in training; inference applies none.
+        clip_qkv: queries, keys and values are clamped to [-clip_qkv, clip_qkv] before they are split; None for no clamp.
+        kv_n_heads: key/value heads; must divide `n_heads`.
+        rope_theta: base of the rotary embedding; 10000.0 unless this or `rope_parameters` gives another value.
 
     Raises:
         ConfigError: a value out of range.
@@ -75,16 +75,17 @@ class DbrxAttentionConfig(_Section):
 
 
 class DbrxFFNConfig(_Section):
-    """The mixture-of-experts part.
+    """The mixture of experts of every block: `ffn_config` in config.json.
 
     Args:
-        ffn_act_fn: `{"name": "silu"}`, the only activation that DBRX was trained with; None means the same.
+        ffn_act_fn: `{"name": "silu"}`, the only activation that DBRX was trained with, or None, which stands for it.
         ffn_hidden_size: width of one expert.
         moe_num_experts: experts of a layer.
-        moe_top_k: experts that every token is sent to.
+        moe_top_k: experts that each token is routed to.
         moe_jitter_eps: router noise in training; inference applies none.
         moe_loss_weight: weight of the load-balancing loss in training.
-        moe_normalize_expert_weights: the order p of the norm that the chosen experts' weights are divided by; None for no division.
+        moe_normalize_expert_weights: the weights of a token's experts are divided by their p-norm, of which this is the order p; None for
+            no division.
 
     Raises:
         ConfigError: a value out of range.
@@ -131,33 +132,36 @@ class DbrxFFNConfig(_Section):
 
 
 class DbrxConfig(_Section):
-    """The whole model; names and defaults are those of the transformers documentation.
+    """The configuration of a model. Names and defaults are those of transformers.
 
-    `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `max_position_embeddings` are other names of `d_model`,
-    `n_heads`, `n_layers` and `max_seq_len`; giving both with different values is an error.
+        config = DbrxConfig.from_pretrained("dbrx-int4")
+        config.n_layers, config.ffn_config.moe_num_experts  # 40, 16
+
+    `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `max_position_embeddings` are other names for `d_model`,
+    `n_heads`, `n_layers` and `max_seq_len`. Different values under both names are an error.
 
     Args:
         d_model: width of the residual stream; a multiple of `n_heads`.
         n_heads: query heads.
         n_layers: transformer blocks.
         max_seq_len: longest context in tokens.
-        vocab_size: rows of the embedding.
+        vocab_size: rows of the embedding and of the head.
         resid_pdrop: dropout of the residual stream in training; inference applies none.
         emb_pdrop: dropout of the embeddings in training; inference applies none.
-        attn_config: a `DbrxAttentionConfig` or its dictionary.
-        ffn_config: a `DbrxFFNConfig` or its dictionary.
-        use_cache: whether `forward` returns its KV cache by default.
+        attn_config: a `DbrxAttentionConfig`, or a dictionary of its arguments.
+        ffn_config: a `DbrxFFNConfig`, or a dictionary of its arguments.
+        use_cache: whether `forward` returns a KV cache by default.
         initializer_range: standard deviation of randomly initialised weights.
-        output_router_logits: whether `forward` returns the router's logits by default.
+        output_router_logits: whether `forward` returns the logits of every router by default.
         router_aux_loss_coef: weight of the load-balancing loss in training.
-        rope_parameters: `{"rope_type": "default", "rope_theta": float}`; must agree with `attn_config.rope_theta` where both are given.
-        pad_token_id, bos_token_id, eos_token_id: special ids; `eos_token_id` may be a list.
-        tie_word_embeddings: must be False; DBRX has a head of its own.
-        torch_dtype: dtype that the weights are published in.
-        quantization_config: what the quantizer wrote, None for a plain checkpoint.
+        rope_parameters: `{"rope_type": "default", "rope_theta": float}`; must agree with `attn_config.rope_theta` if both are given.
+        pad_token_id, bos_token_id, eos_token_id: ids of special tokens; `eos_token_id` may be a list.
+        tie_word_embeddings: must be False; the head of DBRX has its own weights.
+        torch_dtype: name of the dtype that the weights are published in.
+        quantization_config: the format of every packed tensor, as the quantizer wrote it; None for a plain checkpoint.
 
     Raises:
-        ConfigError: a value that no DBRX can have.
+        ConfigError: a value that no DBRX model can have.
         TypeError: an unknown argument.
     """
 
@@ -272,43 +276,43 @@ class DbrxConfig(_Section):
 
     @property
     def hidden_size(self) -> int:
-        """Another name of `d_model`."""
+        """Another name for `d_model`."""
         return self.d_model
 
     @property
     def num_attention_heads(self) -> int:
-        """Another name of `n_heads`."""
+        """Another name for `n_heads`."""
         return self.n_heads
 
     @property
     def num_key_value_heads(self) -> int:
-        """Another name of `attn_config.kv_n_heads`."""
+        """Another name for `attn_config.kv_n_heads`."""
         return self.attn_config.kv_n_heads
 
     @property
     def num_hidden_layers(self) -> int:
-        """Another name of `n_layers`."""
+        """Another name for `n_layers`."""
         return self.n_layers
 
     @property
     def max_position_embeddings(self) -> int:
-        """Another name of `max_seq_len`."""
+        """Another name for `max_seq_len`."""
         return self.max_seq_len
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "config.json") -> DbrxConfig:
-        """Read the object that a config.json holds; keys that inference does not need are ignored, in sub-configs too.
+        """The configuration in the JSON object of a config.json. Keys that inference does not need are ignored, also in its parts.
 
         Args:
             data: the parsed JSON object.
-            source: what to call it in an error.
+            source: its name in errors.
 
         Raises:
-            ConfigError: another model type, or a value that no DBRX can have.
+            ConfigError: another model type, or a value that no DBRX model can have.
         """
-        found = data.get("model_type")
-        if found != cls.model_type:
-            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {found!r}. Point to a DBRX checkpoint")
+        model_type = data.get("model_type")
+        if model_type != cls.model_type:
+            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {model_type!r}. Point to a DBRX checkpoint")
         known = {k: v for k, v in data.items() if k in cls._fields or k in _ALIASES}
         if known.get("torch_dtype") is None:
             known["torch_dtype"] = data.get("dtype")
@@ -325,11 +329,16 @@ class DbrxConfig(_Section):
     def from_pretrained(
         cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> DbrxConfig:
-        """Read config.json of a folder or of a hub repository.
+        """Read config.json of a folder, or of a repository on the Hugging Face hub.
+
+        Args:
+            path_or_hub_id: a folder, or an `owner/name` of the hub.
+            revision: branch, tag or commit on the hub.
+            token: access token for a gated repository.
 
         Raises:
             CheckpointError: no such folder or repository, or a file that is not JSON.
-            ConfigError: a configuration that no DBRX can have.
+            ConfigError: a value that no DBRX model can have.
         """
         # Imported here, since `checkpoint` imports this module: a configuration loads itself, as in transformers.
         from dbrx_q.checkpoint.hub import resolve_file
@@ -340,7 +349,7 @@ class DbrxConfig(_Section):
         return cls.from_dict(read_json_object(path), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as the JSON object that config.json holds."""
+        """The configuration as the JSON object of config.json."""
         data: dict[str, Any] = {"architectures": ["DbrxForCausalLM"], "model_type": self.model_type}
         data |= super().to_dict()
         data["attn_config"] = self.attn_config.to_dict() | {"rope_theta": self.rope_theta}
@@ -350,7 +359,7 @@ class DbrxConfig(_Section):
         return data
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json into `folder`, which is made where it is missing."""
+        """Write config.json into `folder`, which is created if it does not exist."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -360,7 +369,7 @@ _ALIASES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_posi
 
 def _aliased(name: str, value: int | None, alias: str, other: int | None, default: int) -> int:
     if value is not None and other is not None and value != other:
-        raise ConfigError(f"{alias} is another name of {name} and must equal it; found {other} and {value}")
+        raise ConfigError(f"{alias} is another name for {name} and must equal it; found {other} and {value}")
     chosen = value if value is not None else other
     return default if chosen is None else _positive_int(name, chosen)
 
@@ -369,7 +378,7 @@ def _section(name: str, value: Any, cls: Any) -> Any:
     if value is None:
         return cls()
     if isinstance(value, cls):
-        return copy(value)  # the model's theta may be written into it
+        return copy(value)  # `_resolve_rope_theta` may write into it
     if isinstance(value, Mapping):
         return cls(**value)
     raise ConfigError(f"{name} must be an object; found {value!r}")

@@ -1,14 +1,14 @@
 """The exceptions that dbrx_q raises for wrong input or a wrong file.
 
     DbrxError
-    ├── ConfigError        a value in config.json or in a constructor that no DBRX can have
+    ├── ConfigError        a value, in config.json or in a constructor, that no DBRX model can have
     ├── CheckpointError    a file of a checkpoint is missing, damaged or of another model
     ├── FormatError        a tensor that a packed format cannot hold
-    ├── TokenizerError     tokenizer files, chat templates and ids out of range
+    ├── TokenizerError     a tokenizer file, a chat template or a token id that cannot be used
     ├── RequestError       an argument or a prompt that cannot be served
-    └── UnsupportedError   something that is named but not offered by this version
+    └── UnsupportedError   a value that this version knows and does not support
 
-Every message states the rule, the offending value and the next step. The command line prints the message and exits with code 2.
+Every message states the rule, the offending value and the next step. The command line prints it and exits with code 2.
 """
 
 from dbrx_q.kernels.formats.errors import DbrxError, FormatError
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class ConfigError(DbrxError, ValueError):
-    """A configuration value that no DBRX can have."""
+    """A configuration value that no DBRX model can have."""
 
 
 class CheckpointError(DbrxError):
@@ -33,7 +33,7 @@ class CheckpointError(DbrxError):
 
 
 class TokenizerError(DbrxError, ValueError):
-    """Tokenizer files, chat templates and token ids that cannot be used."""
+    """A tokenizer file, a chat template or a token id that cannot be used."""
 
 
 class RequestError(DbrxError, ValueError):
@@ -41,4 +41,4 @@ class RequestError(DbrxError, ValueError):
 
 
 class UnsupportedError(DbrxError):
-    """Something that is named but not offered by this version."""
+    """A value that this version knows and does not support."""

@@ -1,6 +1,6 @@
-"""A decode step for several sequences at once: static buffers, captured in one CUDA graph per batch-size bucket.
+"""A decode step for several sequences at once, captured in one CUDA graph for each batch-size bucket.
 
-A step of DBRX launches some 350 kernels, each a few microseconds of work; replayed from a graph they follow each other without the host.
+A step of DBRX launches some 350 kernels of a few microseconds each. Replayed from a graph they follow each other without the host.
 
 Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
 """
@@ -21,17 +21,19 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 
 __all__ = ["BatchDecoder", "DecodeStep"]
 
-_CAPACITY_STEP = 1024  # tokens; so that requests of like length share one cache and its graphs
+# Tokens that a cache's capacity is rounded up to, so that requests of similar length share one cache and its graphs.
+_CAPACITY_STEP = 1024
 
 
 class DecodeStep:
     """One token for each of `size` sequences of `cache`.
 
-    On a CUDA device that holds the whole model the step is captured when it is made, and replayed; elsewhere it is computed each time.
+    If one CUDA device holds the whole model, the constructor captures the step in a graph and every call replays it. Otherwise every call
+    launches the kernels one by one.
 
     Args:
-        model: a loaded model.
-        cache: whose memory stays in place as long as the step is used.
+        model: a loaded model whose attention reads lengths on the device (`DbrxModel.steps_together`).
+        cache: holds the sequences; it must not grow while the step is in use, since the graph has its addresses.
         size: S, sequences of every call.
     """
 
@@ -40,14 +42,14 @@ class DecodeStep:
         self._model, self._cache, self.size = model, cache, size
         device = model.device
         self._on_device = torch.zeros(3, size, dtype=torch.int64, device=device)  # token ids, lengths with the new token, cache rows
-        self._on_device[2] = -1  # nothing is stored while the graph is made
+        self._on_device[2] = -1  # no row: nothing is stored while the graph is captured
         self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._on_host = torch.zeros(3, size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        whole = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
-        if device.type == "cuda" and whole:
+        all_on_one_device = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
+        if device.type == "cuda" and all_on_one_device:
             self._capture()
 
     @property
@@ -57,24 +59,24 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self, tokens: Sequence[int], lengths: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-        """float32 logits [S, V] of what follows; the result is overwritten by the next call.
+        """float32 logits [S, V] of the token that follows; the next call overwrites them.
 
         Args:
             tokens: the new token of every sequence.
-            lengths: tokens in the cache once the new one is there.
-            rows: the cache's row of every sequence.
+            lengths: tokens of every sequence in the cache, the new one included.
+            rows: the row of every sequence in the cache.
 
         Raises:
-            RequestError: a length that the cache has no room for.
+            RequestError: a length that exceeds the capacity of the cache.
         """
         if max(lengths) > self._cache.capacity:
             raise RequestError(
                 f"a sequence must fit {self._cache.capacity} tokens, the room of its cache; found {max(lengths)}. Shorten it"
             )
         if self._copied is not None:
-            self._copied.synchronize()  # the last step's inputs have left the host's buffer
-        for place, values in enumerate((tokens, lengths, rows)):
-            self._on_host[place] = torch.tensor(values)
+            self._copied.synchronize()  # the inputs of the last step must have left the host buffer before it is overwritten
+        for index, values in enumerate((tokens, lengths, rows)):
+            self._on_host[index] = torch.tensor(values)
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._model.device))
@@ -95,12 +97,12 @@ class DecodeStep:
     @torch.inference_mode()
     def _capture(self) -> None:
         with torch.cuda.device(self._model.device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # compiles kernels and lets libraries allocate what they keep
+            warm_up_stream = torch.cuda.Stream()
+            warm_up_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up_stream):  # compiles kernels and lets libraries allocate their workspaces
                 for _ in range(2):
                     self._compute()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(warm_up_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._compute()
@@ -108,10 +110,10 @@ class DecodeStep:
 
 
 class BatchDecoder:
-    """A KV cache of several sequences with its decode steps, one per bucket of 1, 2, 4, 8 ... sequences, made when first needed.
+    """A KV cache of several sequences and its decode steps: one for each bucket of 1, 2, 4, 8 ... sequences, made when first needed.
 
     Attributes:
-        cache: of all sequences.
+        cache: holds the keys and values of all sequences, one row each.
     """
 
     def __init__(self, model: DbrxForCausalLM, sequences: int, capacity: int, kv_format: str) -> None:
@@ -122,12 +124,15 @@ class BatchDecoder:
     @classmethod
     @contextmanager
     def borrowed(cls, model: DbrxForCausalLM, sequences: int, capacity: int, kv_format: str) -> Iterator[BatchDecoder]:
-        """The decoder that the last request left, where it is large enough and free; a new one otherwise. Its sequences are empty."""
+        """The decoder that the last request left on the model, if it is large enough and not in use; otherwise a new one.
+
+        Its sequences are empty. On exit it stays on the model for the next request.
+        """
         kept, model.decoder = model.decoder, None
         if isinstance(kept, BatchDecoder) and kept._serves(sequences, capacity, kv_format):
             decoder = kept
         else:
-            del kept  # its memory goes before more is taken
+            del kept  # its memory is freed before more is allocated
             roomy = min(model.config.max_seq_len, -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP)
             decoder = cls(model, sequences, roomy if model.limits.kv_bytes is None else capacity, kv_format)
         decoder.cache.lengths = [0] * len(decoder.cache.lengths)
@@ -137,9 +142,9 @@ class BatchDecoder:
             model.decoder = decoder
 
     def step(self, tokens: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-        """Append a token to each of the cache's `rows`; float32 logits [rows, V], overwritten by the next step.
+        """Append a token to each of `rows` of the cache; float32 logits [rows, V], which the next step overwrites.
 
-        A bucket is filled up with the first sequence once more: it computes the same and asks for no other expert.
+        The rest of the bucket repeats the first sequence, which adds no expert to the step.
         """
         size = _power_of_two(len(rows))
         if size not in self._steps:

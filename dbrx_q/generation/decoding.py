@@ -1,11 +1,11 @@
 """How the sequences of a request advance: each by itself on the CPU, all together on a GPU.
 
-On the CPU every sequence has a cache and products of its own. Nothing is lost by that, since the tokens of a step go to different
-experts: those of one DBRX layer take 23 ms for 1 token, 44 for 2, 96 for 4 and 183 for 8. On a GPU a step reads each expert once for all
-sequences that need it, and the whole step is one CUDA graph (`decode_graph.py`).
+On the CPU every sequence has a cache and products of its own. Batching would gain nothing there, since the tokens of a step go to
+different experts: the experts of one DBRX layer take 23 ms for 1 token, 44 ms for 2, 96 ms for 4 and 183 ms for 8. On a GPU a step reads
+each expert once for all sequences that need it, and the whole step is one CUDA graph (`decode_graph.py`).
 
-What a prompt begins with is run once: a later prompt of the request copies the keys and values of an earlier one that begins alike. On the
-CPU it copies whole prefill steps alone, so that every product is the one that the prompt alone would take, bit for bit.
+A prefix that prompts of a request share is computed once: a later prompt copies its keys and values from an earlier one. On the CPU only
+whole prefill steps are copied, so that every product has the same rows, and hence the same bits, as if the prompt ran alone.
 
 Dimension letters: `V` vocabulary, `D` d_model.
 """
@@ -29,10 +29,10 @@ __all__ = ["Decoder", "decode_one_token", "decoder_for", "prefill"]
 
 
 class Decoder(ABC):
-    """Runs the prompts of one request.
+    """Runs the prompts of one request, which it knows by their index.
 
     Attributes:
-        prefilled: by index of the prompt, how many of its tokens were run; the others were copied.
+        prefilled: by index of the prompt, how many of its tokens were computed; the others were copied from another prompt.
     """
 
     def __init__(self, model: DbrxForCausalLM) -> None:
@@ -42,32 +42,31 @@ class Decoder(ABC):
 
     @abstractmethod
     def _cache(self, index: int) -> KVCache:
-        """The cache of one sequence, whose memory `step` reads."""
+        """A cache of sequence `index` alone, in the memory that `step` reads."""
 
     def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
-        """Run prompt `index`, after what was run of it before; float32 logits [V] of what follows."""
+        """Append `prompt` to sequence `index`; float32 logits [V] of the token that follows."""
         cache = self._cache(index)
         if cache.lengths != [0]:
             self._prompts[index] = [*self._prompts[index], *prompt]
             self.prefilled[index] += len(prompt)
             return prefill(self._model, prompt, cache)
         step = _chunk(self._model) if pick(self._model.device) is Backend.CPU else 1
-        donor, shared = max(
-            ((i, _common_prefix_length(other, prompt)) for i, other in self._prompts.items()), key=lambda pair: pair[1], default=(-1, 0)
-        )
+        prefixes = ((i, _common_prefix_length(earlier, prompt)) for i, earlier in self._prompts.items())
+        donor, shared = max(prefixes, key=lambda pair: pair[1], default=(-1, 0))
         shared = min(shared, len(prompt) - 1) // step * step
         if shared:
-            cache.copy_beginning(self._cache(donor), shared)
+            cache.copy_prefix(self._cache(donor), shared)
         self._prompts[index], self.prefilled[index] = prompt, len(prompt) - shared
         return prefill(self._model, prompt[shared:], cache)
 
     @abstractmethod
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
-        """Append one token to each of the sequences named; float32 logits [V] of what follows each."""
+        """Append one token to each of the given sequences; float32 logits [V] of the token that follows, by index of the sequence."""
 
 
 def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Append a prompt to a cache of one sequence, in chunks; float32 logits [V] of what follows."""
+    """Append a prompt to a cache of one sequence, in chunks of a prefill step; float32 logits [V] of the token that follows."""
     chunk = _chunk(model)
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
@@ -76,20 +75,21 @@ def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> to
 
 
 def _chunk(model: DbrxForCausalLM) -> int:
-    limit, most = model.limits.step_tokens, PREFILL_TOKENS[model.device.type]
-    return most if limit is None else min(limit, most)
+    """Tokens of a prefill step."""
+    limit, preferred = model.limits.step_tokens, PREFILL_TOKENS[model.device.type]
+    return preferred if limit is None else min(limit, preferred)
 
 
 def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:
-    """Append one token to a cache of one sequence; float32 logits [V] of what follows."""
+    """Append one token to a cache of one sequence; float32 logits [V] of the token that follows."""
     return model(torch.tensor([[token]]), None, cache, True, False).logits[0, -1]
 
 
 @contextmanager
 def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> Iterator[Decoder]:
-    """A decoder for sequences of at most `capacities` tokens each, whose KV cache has the format `kv_format`.
+    """A decoder for sequences of at most `capacities` tokens each, with a KV cache in the format `kv_format`.
 
-    Only the attention of the Triton kernels reads lengths on the device; with any other, sequences advance one by one on a GPU too.
+    Sequences advance together only with the attention of the Triton kernels, which reads their lengths on the device.
     """
     if not model.transformer.steps_together:
         yield _Separate(model, capacities, kv_format)
@@ -98,12 +98,15 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
         yield _Together(model, batch)
 
 
-def _common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens of the longest prefix that both have."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 class _Separate(Decoder):
+    """Every sequence has a cache of its own and advances alone."""
+
     def __init__(self, model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> None:
         super().__init__(model)
         self._caches = [
@@ -119,6 +122,8 @@ class _Separate(Decoder):
 
 
 class _Together(Decoder):
+    """All sequences share one cache and advance in one step."""
+
     def __init__(self, model: DbrxForCausalLM, batch: BatchDecoder) -> None:
         super().__init__(model)
         self._batch = batch

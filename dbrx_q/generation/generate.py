@@ -1,4 +1,4 @@
-"""Generation: one token after another, and text as it grows.
+"""Continues prompts token by token, and streams the text as it grows.
 
 Dimension letters: `V` vocabulary.
 """
@@ -25,24 +25,25 @@ __all__ = ["Generation", "check_request", "generate", "generate_text", "stream_t
 
 @dataclass
 class Generation:
-    """What was generated for one prompt.
-
-    token_ids: the new tokens, without the end token. text: their text, up to a stop string; empty without a tokenizer.
-    finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens), "context" (the model's context is full) or "memory" (the budget
-    that the model was loaded with has no room for more keys and values).
-    prefilled_tokens: of the prompt, those that were run; the others begin an earlier prompt of the batch too.
-    decode_steps: tokens that were computed one at a time, an end token included. prefill_seconds, decode_seconds: of the whole batch,
-    up to the first token and after it.
-    """
+    """The continuation of one prompt."""
 
     prompt_tokens: int
+    """Tokens of the prompt."""
     token_ids: list[int] = field(default_factory=list)
+    """The new tokens, without the end token."""
     text: str = ""
+    """The text of the new tokens, up to a stop string; empty without a tokenizer."""
     finish_reason: str = ""
+    """Why the sequence ended: "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (the model's context is
+    full) or "memory" (the model's budget has no room for more keys and values)."""
     prefilled_tokens: int = 0
+    """Tokens of the prompt that were computed; the others are a prefix that an earlier prompt of the batch has, too."""
     decode_steps: int = -1
+    """Tokens that were computed one at a time, an end token included."""
     prefill_seconds: float = 0.0
+    """Time until the prompts of the whole batch were computed."""
     decode_seconds: float = 0.0
+    """Time from then until this sequence ended."""
 
 
 def generate(
@@ -57,24 +58,32 @@ def generate(
     kv_format: str = "plain",
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continue every prompt; prompts may differ in length.
+    """Continue every prompt of a batch; prompts may differ in length.
 
-    On the CPU each result is, bit for bit, what the prompt alone would give. On a GPU sequences share products: a logit may differ in its
-    last bits with what else is in the batch.
+        sampling = SamplingParams(temperature=0.7, seed=1)
+        [result] = generate(model, [tokenizer.encode("A mixture of experts is")], sampling=sampling, tokenizer=tokenizer)
+        result.text, result.finish_reason
+
+    On the CPU each result is the same, bit for bit, as if its prompt ran alone. On a GPU sequences share products, so the last bits of a
+    logit may depend on the rest of the batch.
 
     Args:
         model: a loaded model.
         prompts: token ids of each prompt.
-        max_new_tokens: most tokens to generate for each.
-        sampling: None is greedy.
-        eos_token_ids: tokens that end a sequence; None takes all of the checkpoint's generation_config.json.
-        stop: strings that end a sequence; they are not part of the text. Needs `tokenizer`.
-        tokenizer: turns tokens into text; without it only ids come back.
-        kv_format: "plain" keeps keys and values in the model's dtype; "int8" and "int4" quantize them, per token and head.
-        on_text: called with (index of the prompt, new text) as soon as text is certain. Needs `tokenizer`.
+        max_new_tokens: most tokens to generate for each prompt.
+        sampling: how tokens are chosen; None for greedy decoding.
+        eos_token_ids: tokens that end a sequence; None for those of the checkpoint's generation_config.json.
+        stop: strings that end a sequence; the text ends before them. Needs `tokenizer`.
+        tokenizer: turns tokens into text; without it the results have token ids only.
+        kv_format: "plain" stores keys and values in the model's dtype, "int8" and "int4" with a scale per token and head.
+        on_text: called with (index of the prompt, new text) whenever text is complete. Needs `tokenizer`.
+
+    Returns:
+        One result for each prompt, in the order of the prompts.
 
     Raises:
-        RequestError: an empty prompt, ids out of range, a prompt longer than the context, or an argument out of range.
+        RequestError: an empty prompt, a prompt that leaves no room in the context or in the model's budget, a token id out of range, or an
+            argument out of range.
     """
     results: list[Generation] = []
     for i, text in _steps(model, prompts, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results):
@@ -93,10 +102,13 @@ def generate_text(
     stop: Sequence[str] = (),
     kv_format: str = "plain",
 ) -> list[str]:
-    """Continue every text; errors as for `generate`."""
+    """The continuation of every text in `prompts`; arguments and errors as for `generate`.
+
+    generate_text(model, tokenizer, ["One prompt", "and a longer one"], max_new_tokens=50, stop=["\n\n"])
+    """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    found = generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer, kv_format=kv_format)
-    return [generation.text for generation in found]
+    results = generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer, kv_format=kv_format)
+    return [result.text for result in results]
 
 
 def stream_text(
@@ -109,7 +121,14 @@ def stream_text(
     stop: Sequence[str] = (),
     kv_format: str = "plain",
 ) -> Iterator[str]:
-    """Continue one text, piece by piece; leaving the loop ends the generation. Errors as for `generate`."""
+    """Continue one text and yield the new text piece by piece; arguments and errors as for `generate`.
+
+        for piece in stream_text(model, tokenizer, "A mixture of experts is"):
+            print(piece, end="", flush=True)
+
+    A piece has whole characters and no part of a stop string. Generation ends when the iterator is closed, as by leaving the loop. Errors
+    are raised when the first piece is asked for.
+    """
     ids = [tokenizer.encode(prompt)]
     for _, text in _steps(model, ids, max_new_tokens, sampling, None, stop, tokenizer, kv_format, []):
         if text:
@@ -127,18 +146,21 @@ def _steps(
     kv_format: str,
     results: list[Generation],
 ) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, new text) for every token of every sequence; `results` is filled on the way."""
+    """Generate, and yield (index of the prompt, new text) after every token of every sequence.
+
+    `results` must be an empty list; it receives a result for each prompt, which grows with every token.
+    """
     check_request(model.config, prompts, max_new_tokens, stop, tokenizer)
     sampling = sampling or SamplingParams()
-    ends = set(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    end_tokens = set(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
     results += [Generation(len(prompt)) for prompt in prompts]
     texts = [_GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
-    unspoken = _without_a_token(model, tokenizer)
+    excluded = _ids_without_token(model, tokenizer)
     capacities = _capacities(model, prompts, max_new_tokens, kv_format)
     with decoder_for(model, capacities, kv_format) as decoder:
         started = time.perf_counter()
-        logits = {i: decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)}  # of [V]
+        logits = {i: decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)}  # [V] each
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         prefilled = time.perf_counter()
@@ -147,66 +169,68 @@ def _steps(
         while logits:
             for i in logits:
                 result = results[i]
-                token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], unspoken)
+                token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], excluded)
                 result.decode_steps += 1
-                new = ""
-                if token in ends:
+                new_text = ""
+                if token in end_tokens:
                     result.finish_reason = "eos"
                 else:
                     result.token_ids.append(token)
-                    new = texts[i].push(token)
-                    held = len(prompts[i]) + len(result.token_ids)
-                    done = len(result.token_ids) >= max_new_tokens
-                    full = "context" if held >= model.config.max_seq_len else "memory" if held >= capacities[i] else ""
-                    result.finish_reason = "stop" if texts[i].stopped else "length" if done else full
+                    new_text = texts[i].push(token)
+                    length = len(prompts[i]) + len(result.token_ids)
+                    enough = len(result.token_ids) >= max_new_tokens
+                    full = "context" if length >= model.config.max_seq_len else "memory" if length >= capacities[i] else ""
+                    result.finish_reason = "stop" if texts[i].stopped else "length" if enough else full
                 if result.finish_reason:
-                    new += texts[i].flush()
+                    new_text += texts[i].flush()
                     result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
-                result.text += new
-                yield i, new
-            going = {i: results[i].token_ids[-1] for i in logits if not results[i].finish_reason}
-            logits = decoder.step(going) if going else {}
+                result.text += new_text
+                yield i, new_text
+            unfinished = {i: results[i].token_ids[-1] for i in logits if not results[i].finish_reason}
+            logits = decoder.step(unfinished) if unfinished else {}
 
 
 def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, kv_format: str) -> list[int]:
-    """Tokens that every sequence has room for: what is asked for, cut to the same length where the model's budget holds less.
+    """Tokens that the KV cache of each sequence has room for.
+
+    That is the prompt and `max_new_tokens`. If the model's budget cannot hold all of them, the longest sequences are cut to one length.
 
     Raises:
-        RequestError: a prompt alone takes more.
+        RequestError: the budget has no room for a new token after a prompt.
     """
     wanted = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
     kv_bytes = model.limits.kv_bytes
     if kv_bytes is None or not wanted:
         return wanted
-    each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
-    room = kv_bytes // each
-    cut = max(wanted)
+    bytes_per_token = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes
+    room = kv_bytes // bytes_per_token
+    longest = max(wanted)
 
-    def taken(cut: int) -> int:
-        lengths = [min(tokens, cut) for tokens in wanted]
-        return len(lengths) * max(lengths) if model.transformer.steps_together else sum(lengths)  # one cache, or one for each
+    def reserved_tokens(longest: int) -> int:
+        lengths = [min(tokens, longest) for tokens in wanted]
+        return len(lengths) * max(lengths) if model.transformer.steps_together else sum(lengths)  # one cache, or one per sequence
 
-    while (over := taken(cut) - room) > 0:
-        cut -= max(1, over // len(wanted))
-    found = [min(tokens, cut) for tokens in wanted]
-    for i, (prompt, capacity) in enumerate(zip(prompts, found, strict=True)):
+    while (excess := reserved_tokens(longest) - room) > 0:
+        longest -= max(1, excess // len(wanted))
+    capacities = [min(tokens, longest) for tokens in wanted]
+    for i, (prompt, capacity) in enumerate(zip(prompts, capacities, strict=True)):
         if len(prompt) >= capacity:
             raise RequestError(
                 f"the prompts must leave room in the KV cache, which has {kv_bytes:,} bytes; prompt {i} has {len(prompt)} "
                 f"tokens and room for {max(0, capacity)}. Load the model with a longer context or a larger batch, or shorten it"
             )
-    return found
+    return capacities
 
 
-def _without_a_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:
-    """bool [V]: rows of the head that stand for no token (padding of the vocabulary); None where that is not known."""
+def _ids_without_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:
+    """bool [V], True for rows of the head that only pad the vocabulary; None without a tokenizer that could tell."""
     if tokenizer is None:
         return None
     return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)], device=model.device)
 
 
 class _GrowingText:
-    """Text of one sequence: never half a character, and nothing that may yet turn out to be part of a stop string."""
+    """The text of one sequence. Holds back incomplete characters, and text that may still become a stop string."""
 
     def __init__(self, tokenizer: DbrxTokenizer | None, stop: Sequence[str]) -> None:
         self._decoder = None if tokenizer is None else tokenizer.stream_decoder(skip_special_tokens=True)
@@ -215,38 +239,38 @@ class _GrowingText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that has become certain with `token`."""
+        """The text that `token` completes."""
         return "" if self._decoder is None else self._release(self._decoder.push(token))
 
     def flush(self) -> str:
-        """What is left when no token follows."""
+        """The text that was held back, when no token follows."""
         if self._decoder is None or self.stopped:
             return ""
-        certain = self._release(self._decoder.flush())
+        released = self._release(self._decoder.flush())
         rest, self._held = ("" if self.stopped else self._held), ""
-        return certain + rest
+        return released + rest
 
     def _release(self, text: str) -> str:
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if found:
+        stops = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        if stops:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
-            return out
-        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return out
+            released, self._held = self._held[: min(stops)], ""
+            return released
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop` and not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def check_request(
     config: DbrxConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], tokenizer: DbrxTokenizer | None
 ) -> None:
-    """Refuse what `generate` cannot serve; needs no model.
+    """Refuse a request that `generate` cannot serve; needs the configuration only, before a model is loaded.
 
     Raises:
         RequestError: as for `generate`.
@@ -265,8 +289,8 @@ def check_request(
             raise RequestError(
                 f"a prompt must leave room in the model's context of {limit} tokens; prompt {i} has {len(prompt)}. Shorten it"
             )
-        bad = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if bad:
+        invalid = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if invalid:
             raise RequestError(
-                f"token ids must be from 0 to {config.vocab_size - 1}; prompt {i} holds {bad[0]}. Is the tokenizer this model's?"
+                f"token ids must be from 0 to {config.vocab_size - 1}; prompt {i} holds {invalid[0]}. Is the tokenizer this model's?"
             )

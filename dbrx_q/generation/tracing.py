@@ -1,4 +1,4 @@
-"""Recording which experts a text uses."""
+"""Records which experts a text uses."""
 
 from __future__ import annotations
 
@@ -26,45 +26,47 @@ def record(
     step: int,
     on_tokens: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trace:
-    """Run a text through a model and note what every router chose, and what it would have chosen from the input of the layer before.
+    """Run a text through a model, and record which experts every router chose and which ones it would have chosen one layer earlier.
+
+    The earlier choice applies the router of a layer to the input of the layer before: the prediction that prefetching follows.
 
     Args:
         model: a loaded model.
-        ids: the text's tokens; they are cut into windows that don't see each other.
+        ids: the tokens of the text; they are cut into windows that do not see each other.
         context: tokens of a window.
-        step: tokens of a forward pass at most; 1 for what decoding does.
-        on_tokens: called with (tokens done, tokens in all).
+        step: most tokens of a forward pass; 1 to record what decoding does.
+        on_tokens: called with (tokens done, all tokens) after each pass.
 
     Raises:
-        RequestError: no token, or a window or a step that is none.
+        RequestError: an empty text, or a `context` or `step` out of range.
     """
     config = model.config
     if not ids:
-        raise RequestError("a trace must be of at least one token; the text is empty")
+        raise RequestError("a trace needs at least one token; the text is empty")
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"the context of a trace must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if step < 1:
         raise RequestError(f"a step must be at least 1 token; found {step}")
-    own = model.transformer.expert_store
+    original_store = model.transformer.expert_store
     recorder = _Recorder(model.transformer.store, model)
     model.transformer.expert_store = recorder
-    steps = []
+    pass_tokens = []
     try:
         for first in range(0, len(ids), context):
             window = ids[first : first + context]
             cache = KVCache(config, 1, len(window), dtype=model.dtype, device=model.transformer.devices)
-            for at in range(0, len(window), step):
-                some = window[at : at + step]
-                model.transformer(torch.tensor([some]), None, cache, True, False)
-                steps.append(len(some))
-                on_tokens(first + at + len(some), len(ids))
+            for start in range(0, len(window), step):
+                tokens = window[start : start + step]
+                model.transformer(torch.tensor([tokens]), None, cache, True, False)
+                pass_tokens.append(len(tokens))
+                on_tokens(first + start + len(tokens), len(ids))
     finally:
-        model.transformer.expert_store = own
-    return Trace(recorder.joined(recorder.chosen), recorder.joined(recorder.predicted), np.array(steps), config.to_dict())
+        model.transformer.expert_store = original_store
+    return Trace(recorder.joined(recorder.chosen), recorder.joined(recorder.predicted), np.array(pass_tokens), config.to_dict())
 
 
 class _Recorder(ExpertStore):
-    """Another store, and what it was asked for."""
+    """Passes everything on to another store, and records the experts that were asked for."""
 
     def __init__(self, store: ExpertStore, model: DbrxForCausalLM) -> None:
         self._store = store
@@ -81,12 +83,12 @@ class _Recorder(ExpertStore):
         if index == 0:
             self.predicted[0].append(best_first)
         if index + 1 < len(self._routers):
-            router = self._routers[index + 1].to(x.device)  # which may be another GPU's
-            ahead = route(x, router, routing.experts.shape[1], None).experts
-            self.predicted[index + 1].append(ahead.cpu().numpy().astype(np.uint8))
+            router = self._routers[index + 1].to(x.device)  # the next layer may be on another GPU
+            predicted = route(x, router, routing.experts.shape[1], None).experts
+            self.predicted[index + 1].append(predicted.cpu().numpy().astype(np.uint8))
         return self._store.forward(index, x, routing)
 
     @staticmethod
     def joined(layers: list[list[np.ndarray]]) -> np.ndarray:
-        """uint8 [N, L, A]."""
+        """uint8 [N, L, A] from the [T, A] of every pass, for each layer."""
         return np.stack([np.concatenate(layer) for layer in layers], axis=1)

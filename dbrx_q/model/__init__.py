@@ -1,1 +1,17 @@
-"""To be written."""
+"""The DBRX model: modules named as in the checkpoint, the KV cache, and loading.
+
+Begin with `modeling.py`: `DbrxForCausalLM.from_pretrained` loads a model and `forward` runs it.
+
+A forward pass, from the outside in:
+
+- `modeling.py`: token ids to logits. Checks a batch, removes its padding, and runs the blocks, on several GPUs if need be.
+- `layers.py`: the modules of a block, with plain or packed weights. Experts are asked of an expert store (`dbrx_q.experts`).
+- `block.py`: the arithmetic of a block as functions, which calibration uses as well.
+- `kv_cache.py`: keys and values of the tokens so far, plain or quantized; grows, forks and shares prefixes.
+
+Loading:
+
+- `loading.py`: a checkpoint to a model in three steps: plan, read the weights that stay in memory, build the expert store.
+- `limits.py`: what a budget leaves to requests: bytes of KV cache, tokens of a pass, bytes of logits.
+- `devices.py`: checks a device by its name. `tuned_tiles.py`: tiles of the Triton kernels that were measured on this GPU.
+"""

@@ -1,4 +1,4 @@
-"""The KV cache: keys (after the rotary embedding) and values of every layer, one row of memory per sequence, without padding.
+"""The KV cache: keys (after the rotary embedding) and values of every layer, one row per sequence, without padding.
 
 Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `C` channels of a head.
 """
@@ -17,24 +17,32 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Room for `capacity` tokens in each of `batch_size` sequences.
+    """Keys and values of `batch_size` sequences, with room for `capacity` tokens each.
+
+    `DbrxModel.forward` appends to it:
+
+        cache = KVCache(model.config, 1, 100, dtype=model.dtype)
+        model(prompt, past_key_values=cache)  # [1, 40]
+        model(next_token, past_key_values=cache)  # [1, 1]
+        cache.lengths  # [41]
 
     Args:
         config: of the model.
-        batch_size: B.
-        capacity: L, at most the model's `max_seq_len`.
-        dtype: of the model's activations, and of plain keys and values.
-        device: where they lie; or one for each layer.
-        grows: whether `reserve` may make room for more than L tokens.
-        limit: for how many at most, where it grows; None for the model's context.
-        format: "plain", or "int8" or "int4" with scales per token and head.
+        batch_size: B, sequences.
+        capacity: L, tokens of each sequence, at most the model's `max_seq_len`.
+        dtype: of the model's activations, and of keys and values in the format "plain".
+        device: of all keys and values, or one device for each layer.
+        grows: whether `reserve` may enlarge the cache.
+        limit: most tokens of a sequence in a cache that grows; None for the model's context.
+        format: "plain", or "int8" or "int4" with a scale per token and head.
 
     Attributes:
-        lengths: tokens that each sequence holds. `forward` moves them on after the last layer.
-        layers: what each layer holds.
+        lengths: tokens that each sequence holds, [B]. `forward` advances them after the last layer.
+        capacity: L, tokens that each sequence has room for now.
+        layers: for each layer the keys and values [B, G, L, C], and for "int8" and "int4" their scales; see `KVLayer`.
 
     Raises:
-        RequestError: a capacity past the model's context, or an unknown format.
+        RequestError: a capacity above the model's context, or an unknown format.
     """
 
     def __init__(
@@ -56,8 +64,8 @@ class KVCache:
         if format not in KV_FORMATS:
             raise RequestError(f"the format of a KV cache must be one of {', '.join(KV_FORMATS)}; found {format!r}")
         shape = batch_size, config.attn_config.kv_n_heads, capacity, config.head_dim
-        places = [torch.device(device)] * config.n_layers if isinstance(device, (torch.device, str)) else device
-        self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, place) for place in places]
+        devices = [torch.device(device)] * config.n_layers if isinstance(device, (torch.device, str)) else device
+        self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, layer_device) for layer_device in devices]
         self.lengths = [0] * batch_size
         self.capacity = capacity
         self._limit = (config.max_seq_len if limit is None else min(limit, config.max_seq_len)) if grows else capacity
@@ -69,51 +77,51 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and scales."""
+        """Bytes of the keys, values and scales of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in every sequence.
 
         Raises:
-            RequestError: more than the cache, or the model's context where the cache grows, can hold.
+            RequestError: more tokens than the cache can hold, or than its limit if it grows.
         """
         if tokens > self._limit:
             raise RequestError(f"a sequence must fit {self._limit} tokens, the room of its cache; found {tokens}. Shorten it")
         if tokens > self.capacity:
             more = min(self._limit, max(tokens, 2 * self.capacity)) - self.capacity
-            for i, layer in enumerate(self.layers):  # one after the other, so that little more than what is kept is held
-                self.layers[i] = _grown(layer, more)
+            for i, layer in enumerate(self.layers):  # layer by layer, so that only one layer is held twice
+                self.layers[i] = _enlarged(layer, more)
             self.capacity += more
 
     def sequence(self, index: int) -> KVCache:
-        """A cache of one sequence in the same memory: what is written to it is written here; `lengths` are its own."""
-        one = object.__new__(KVCache)
-        one.layers = [_mapped(layer, lambda x: x[index : index + 1]) for layer in self.layers]
-        one.lengths = [self.lengths[index]]
-        one.capacity = one._limit = self.capacity
-        return one
+        """A view of one sequence as a cache: keys and values share this cache's memory, `lengths` do not."""
+        view = object.__new__(KVCache)
+        view.layers = [_mapped(layer, lambda x: x[index : index + 1]) for layer in self.layers]
+        view.lengths = [self.lengths[index]]
+        view.capacity = view._limit = self.capacity
+        return view
 
     def forked(self, rows: Sequence[int], capacity: int) -> KVCache:
-        """A cache with memory of its own and one sequence for each of `rows`, which begins as a copy of that sequence of this one.
+        """A cache with its own memory, whose sequences begin as copies of sequences of this one.
 
-        It may grow where this one may.
+        It has the same limit as this cache.
 
         Args:
-            rows: indices of sequences; one may come several times.
-            capacity: room for so many tokens in each.
+            rows: indices of the sequences to copy; an index may be repeated.
+            capacity: tokens that each sequence of the copy has room for.
 
         Raises:
-            RequestError: a capacity below what a sequence holds, or above the room that this cache can have.
+            RequestError: a capacity below the length of a copied sequence, or above this cache's limit.
         """
         held = max((self.lengths[row] for row in rows), default=0)
         if not held <= capacity <= self._limit:
             raise RequestError(f"a fork must have room for {held} to {self._limit} tokens; found {capacity}")
 
         def copy(x: torch.Tensor) -> torch.Tensor:
-            fresh = x.new_zeros(len(rows), x.shape[1], capacity, *x.shape[3:])
-            fresh[:, :, :held] = x[list(rows), :, :held]
-            return fresh
+            copied = x.new_zeros(len(rows), x.shape[1], capacity, *x.shape[3:])
+            copied[:, :, :held] = x[list(rows), :, :held]
+            return copied
 
         fork = object.__new__(KVCache)
         fork.layers = [_mapped(layer, copy) for layer in self.layers]
@@ -121,28 +129,30 @@ class KVCache:
         fork.capacity, fork._limit = capacity, self._limit
         return fork
 
-    def copy_beginning(self, other: KVCache, tokens: int) -> None:
-        """Take the first `tokens` tokens of another cache of one sequence and of this format for the first of this one's.
+    def copy_prefix(self, other: KVCache, tokens: int) -> None:
+        """Replace the sequence of this cache by the first `tokens` tokens of `other`; both have one sequence and the same format.
 
         Raises:
-            RequestError: the other holds fewer, or this one has no room for them.
+            RequestError: `other` holds fewer tokens, or this cache has no room for them.
         """
         if not tokens <= other.lengths[0]:
             raise RequestError(f"a cache must hold the {tokens} tokens that are copied from it; found {other.lengths[0]}")
         self.reserve(tokens)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for target, source in zip(self.layers, other.layers, strict=True):
             for name in ("keys", "values", "key_scales", "value_scales"):
-                part = getattr(mine, name)
+                part = getattr(target, name)
                 if part is not None:
-                    part[:, :, :tokens] = getattr(theirs, name)[:, :, :tokens]
+                    part[:, :, :tokens] = getattr(source, name)[:, :, :tokens]
         self.lengths = [tokens]
 
     def advance(self, counts: list[int]) -> None:
-        """Count the tokens that every layer has written."""
+        """Add to `lengths` the tokens that every layer has written for each sequence."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
 
-def _grown(layer: KVLayer, more: int) -> KVLayer:
+def _enlarged(layer: KVLayer, more: int) -> KVLayer:
+    """A copy with room for `more` tokens."""
+
     def pad(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 3), 0, more))  # the token axis is the third
 

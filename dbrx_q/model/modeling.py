@@ -1,10 +1,10 @@
-"""The DBRX model: modules with the names of the checkpoint, for inference.
+"""The DBRX model for inference: `DbrxModel` and, with its head, `DbrxForCausalLM`. Modules are named as in the checkpoint.
 
 Dimension letters: `B` sequences, `S` columns of a padded batch, `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `H` query
 heads, `G` key/value heads, `C` channels of a head, `E` experts, `F` ffn hidden.
 
-Padding never reaches a layer: a padded batch [B, S] becomes its T real tokens, one sequence after the other, and only attention knows
-where a sequence begins.
+Padding never reaches a layer. A padded batch [B, S] is reduced to its T real tokens, one sequence after the other, and only attention
+knows where a sequence begins.
 """
 
 from __future__ import annotations
@@ -44,31 +44,39 @@ __all__ = [
 
 @dataclass
 class ModelOutput:
-    """What `DbrxModel` returns.
-
-    last_hidden_state: [B, S, D], zeros where the mask is 0. past_key_values: the cache that holds these tokens, or None.
-    router_logits: float32 [T, E] per layer of the real tokens, or None.
-    """
+    """What `DbrxModel` returns."""
 
     last_hidden_state: torch.Tensor
+    """[B, S, D] after the last norm, in the dtype of activations; zeros where the mask is 0."""
     past_key_values: KVCache | None = None
+    """The cache, which now holds these tokens as well; None without one."""
     router_logits: tuple[torch.Tensor, ...] | None = None
+    """float32 [T, E] of the real tokens for each layer; None unless asked for."""
 
 
 @dataclass
 class CausalLMOutput:
-    """What `DbrxForCausalLM` returns: float32 logits [B, S or logits_to_keep, V], zeros where the mask is 0; the rest as `ModelOutput`."""
+    """What `DbrxForCausalLM` returns."""
 
     logits: torch.Tensor
+    """float32 [B, S, V], or [B, logits_to_keep, V]; zeros where the mask is 0."""
     past_key_values: KVCache | None = None
+    """The cache, which now holds these tokens as well; None without one."""
     router_logits: tuple[torch.Tensor, ...] | None = None
+    """float32 [T, E] of the real tokens for each layer; None unless asked for."""
 
 
 class DbrxModel(nn.Module):
-    """The transformer without its head, randomly initialised; `DbrxForCausalLM.from_pretrained` loads weights.
+    """The transformer without its head.
+
+    The constructor initialises weights at random; `DbrxForCausalLM.from_pretrained` loads a checkpoint.
 
     Args:
         config: a `DbrxConfig`.
+
+    Attributes:
+        expert_store: serves the experts of all layers; None for the experts of the modules themselves.
+        limits: the memory that requests may take.
     """
 
     def __init__(self, config: DbrxConfig) -> None:
@@ -89,27 +97,27 @@ class DbrxModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the last layer and the head compute; of a model on one device, the model."""
+        """The device of the last layer and the head, which is the only device of most models."""
         return self.norm_f.weight.device
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where each layer computes."""
+        """The device of each layer."""
         return [block.device for block in self.layers()]
 
     @property
     def steps_together(self) -> bool:
-        """Whether one step can serve sequences of lengths that the device alone knows."""
-        own = all(block.norm_attn_norm.attn.implementation == "triton" for block in self.layers())
-        return own and pick(self.device) is Backend.TRITON
+        """Whether attention reads the lengths of sequences on the device, so that one captured step serves a batch."""
+        triton = all(block.norm_attn_norm.attn.implementation == "triton" for block in self.layers())
+        return triton and pick(self.device) is Backend.TRITON
 
     @property
     def store(self) -> ExpertStore:
-        """The expert store; of a model that was not loaded one that has the parameters as they are."""
+        """The expert store; for a model that was not loaded, a store of the modules' own parameters."""
         return self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
 
     def layers(self) -> list[DbrxBlock]:
-        """The blocks, with their type."""
+        """The blocks in order, typed."""
         return [block for block in self.blocks if isinstance(block, DbrxBlock)]
 
     @torch.inference_mode()
@@ -125,28 +133,29 @@ class DbrxModel(nn.Module):
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: [B, S], 0 for padding on either side; or [B, past + S], of which the last S columns are looked at.
-            past_key_values: the cache of the tokens before; the new ones are added to it.
-            use_cache: return a cache that later calls can go on from; None takes the configuration's.
-            output_router_logits: None takes the configuration's.
+            attention_mask: [B, S], 0 for padding on either side; or [B, past + S], of which the last S columns are used. None for no
+                padding.
+            past_key_values: the cache with the tokens before these; the new tokens are added to it.
+            use_cache: whether to return a cache for later calls; None for the configuration's `use_cache`.
+            output_router_logits: whether to return the logits of every router; None for the configuration's `output_router_logits`.
 
         Raises:
-            RequestError: token ids out of range, a mask of another shape, or more tokens than the context, or the memory that the model
-                was given, holds.
+            RequestError: token ids out of range, a mask of another shape, or more tokens than the context, the cache or the model's budget
+                has room for.
         """
         batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
         ids = input_ids.flatten() if rows is None else input_ids.flatten()[rows]
         x, router_logits = self.run(ids, batch)
         if batch.cache is not None:
             batch.cache.advance(list(batch.sequences.counts))
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        with_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         hidden = _padded(x, None if rows is None else rows.to(x.device), input_ids.shape)
-        return ModelOutput(hidden, batch.cache, tuple(router_logits) if wanted else None)
+        return ModelOutput(hidden, batch.cache, tuple(router_logits) if with_logits else None)
 
     def run(self, ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(the last hidden state [T, D], float32 router logits [T, E] of every layer) of the tokens `ids` [T].
 
-        Nothing of it waits for the device, so that a CUDA graph can hold it; `batch.cache.lengths` are left to the caller.
+        It never waits for the device, so that a CUDA graph can capture it. The caller advances `batch.cache.lengths`.
         """
         x = self.wte(ids.to(self.devices[0]), self.dtype)  # [T, D]
         batch = batch.to(x.device)
@@ -154,7 +163,7 @@ class DbrxModel(nn.Module):
         store = self.store
         delta, router_logits = None, []
         for block in self.layers():
-            if block.device != x.device:  # the next GPU's layers begin; tokens cross, 2 D bytes each
+            if block.device != x.device:  # the layers of the next GPU begin: the residual stream moves, 2 D bytes per token
                 batch = batch.to(block.device)
                 rotation = rotation_of(batch.positions, self.config)
                 x, delta = x.to(block.device), None if delta is None else delta.to(block.device)
@@ -165,14 +174,14 @@ class DbrxModel(nn.Module):
     def _batch(
         self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool
     ) -> tuple[Batch, torch.Tensor | None]:
-        """The checked tokens of a call, and their places in the flattened [B * S], None for all of them."""
+        """The tokens of a call once checked, and their indices in the flattened [B * S]; None for the indices without padding."""
         if ids.ndim != 2 or ids.is_floating_point():
             raise RequestError(f"input_ids must be whole numbers [batch, tokens]; found {ids.dtype} {list(ids.shape)}")
         B, S = ids.shape
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            bad = ids.min() if ids.min() < 0 else ids.max()
+            invalid = ids.min() if ids.min() < 0 else ids.max()
             raise RequestError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}; found {int(bad)}. Is the tokenizer this model's?"
+                f"token ids must be from 0 to {self.config.vocab_size - 1}; found {int(invalid)}. Is the tokenizer this model's?"
             )
         past = cache.lengths if cache is not None else [0] * B
         if len(past) != B:
@@ -193,35 +202,46 @@ class DbrxModel(nn.Module):
                 f"{sum(counts)}. Pass fewer at a time, with past_key_values, or load the model with a longer context"
             )
         if cache is None and use_cache:
-            room, kv_bytes = None, self.limits.kv_bytes
-            if kv_bytes is not None:
-                room = kv_bytes // max(1, KVCache(self.config, B, 1, dtype=self.dtype, device="meta").nbytes)
-                if longest > room:
-                    raise RequestError(
-                        f"keys and values must fit the {kv_bytes:,} bytes of the model's budget, {room} tokens of {B} sequences; "
-                        f"found {longest}. Load the model with a longer context or a larger batch, or shorten it"
-                    )
-            cache = KVCache(self.config, B, max(longest, 1), dtype=self.dtype, device=self.devices, grows=True, limit=room)
+            cache = self._new_cache(B, longest)
         if cache is not None:
             cache.reserve(longest)
         return batch_of(counts, past, cache, self.device), rows
 
+    def _new_cache(self, batch_size: int, tokens: int) -> KVCache:
+        """A cache with room for `tokens` tokens in each sequence, which grows as far as the model's budget allows."""
+        room, kv_bytes = None, self.limits.kv_bytes
+        if kv_bytes is not None:
+            room = kv_bytes // max(1, KVCache(self.config, batch_size, 1, dtype=self.dtype, device="meta").nbytes)
+            if tokens > room:
+                raise RequestError(
+                    f"keys and values must fit the {kv_bytes:,} bytes of the model's budget, {room} tokens of {batch_size} sequences; "
+                    f"found {tokens}. Load the model with a longer context or a larger batch, or shorten it"
+                )
+        return KVCache(self.config, batch_size, max(tokens, 1), dtype=self.dtype, device=self.devices, grows=True, limit=room)
+
 
 def batch_of(counts: Sequence[int], past: Sequence[int], cache: KVCache | None, device: torch.device) -> Batch:
-    """`counts[b]` new tokens for each sequence b, of which `past[b]` are known already."""
+    """A batch of `counts[b]` new tokens for each sequence b, which follow `past[b]` tokens in the cache."""
     ends = [length + count for length, count in zip(past, counts, strict=True)]
-    places = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
-    rows, positions = torch.tensor(places, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
+    tokens = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
+    rows, positions = torch.tensor(tokens, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
     starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
     lengths = torch.tensor(ends, dtype=torch.int32).to(device)
     return Batch(Sequences(starts, lengths, tuple(counts), tuple(ends)), positions, rows, cache)
 
 
 class DbrxForCausalLM(nn.Module):
-    """The transformer with its head.
+    """The transformer with its head; `from_pretrained` loads a checkpoint.
+
+        model = DbrxForCausalLM.from_pretrained("dbrx-int4")
+        model(tokenizer.batch_encode(["A mixture of experts is"]).input_ids).logits  # [1, S, V]
 
     Args:
-        config: a `DbrxConfig`.
+        config: a `DbrxConfig`; weights are initialised at random.
+
+    Attributes:
+        eos_token_ids: tokens that end a generation: those of generation_config.json, or of the configuration without that file.
+        placement: what each device holds; None for a model that was loaded without a budget.
     """
 
     def __init__(self, config: DbrxConfig) -> None:
@@ -231,7 +251,7 @@ class DbrxForCausalLM(nn.Module):
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
         self.decoder: object | None = None  # the `BatchDecoder` that generation on a GPU keeps from one request to the next
-        self.placement: Placement | None = None  # what each device holds; None for a model that was loaded without a budget
+        self.placement: Placement | None = None
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
 
@@ -242,7 +262,7 @@ class DbrxForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the last layer and the head, which is the only device of most models."""
         return self.transformer.device
 
     @property
@@ -252,11 +272,11 @@ class DbrxForCausalLM(nn.Module):
 
     @property
     def expert_store(self) -> ExpertStore:
-        """Where the experts live; `expert_store.stats()` says what they were asked for."""
+        """Serves the experts of all layers; its `stats()` counts hits, misses and bytes."""
         return self.transformer.store
 
     def close(self) -> None:
-        """Give up what the expert store holds open; the model computes no longer where experts lie on disk."""
+        """Close the files and threads of the expert store. A model whose experts are partly on disk cannot run afterwards."""
         self.transformer.store.close()
 
     @classmethod
@@ -344,20 +364,23 @@ class DbrxForCausalLM(nn.Module):
         output_router_logits: bool | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
-        """Logits of new tokens; arguments and errors as for `DbrxModel.forward`.
+        """Logits of new tokens; other arguments and errors as for `DbrxModel.forward`.
 
         Args:
-            logits_to_keep: compute the logits of the last so many columns only; 0 for all.
+            logits_to_keep: how many of the last columns to compute logits for; 0 for all.
+
+        Raises:
+            RequestError: also for logits that exceed the model's budget.
         """
         logit_bytes = self.limits.logit_bytes
         if logit_bytes is not None and input_ids.ndim == 2:
             B, S = input_ids.shape
             columns = min(logits_to_keep or S, S)
-            wanted = B * columns * self.config.vocab_size * (torch.float32.itemsize + self.dtype.itemsize)
-            if wanted > logit_bytes:
+            needed = B * columns * self.config.vocab_size * (torch.float32.itemsize + self.dtype.itemsize)
+            if needed > logit_bytes:
                 raise RequestError(
                     f"logits must fit {logit_bytes:,} bytes, the workspace of the model's budget; those of {B} x {columns} tokens take "
-                    f"{wanted:,}. Name logits_to_keep, or pass fewer tokens at a time"
+                    f"{needed:,}. Name logits_to_keep, or pass fewer tokens at a time"
                 )
         out = self.transformer(input_ids, attention_mask, past_key_values, use_cache, output_router_logits)
         hidden = out.last_hidden_state[:, -logits_to_keep:]
@@ -376,11 +399,11 @@ def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _padded(x: torch.Tensor, rows: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """[T, D] as [B, S, D], zeros where there is no token."""
+    """[T, D] as [B, S, D], with zeros in place of padding."""
     if rows is not None:
-        full = x.new_zeros(shape.numel(), x.shape[-1])
-        full[rows] = x
-        x = full
+        padded = x.new_zeros(shape.numel(), x.shape[-1])
+        padded[rows] = x
+        x = padded
     return x.view(*shape, -1)
 
 

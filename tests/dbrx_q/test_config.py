@@ -31,7 +31,7 @@ def test_aliases_work_in_the_constructor_and_as_attributes() -> None:
     assert (config.d_model, config.n_heads, config.n_layers, config.max_seq_len) == (256, 8, 3, 77)
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.max_position_embeddings) == (256, 8, 3, 77)
     assert DbrxConfig(d_model=256, hidden_size=256, n_heads=8).d_model == 256
-    with pytest.raises(ConfigError, match=r"hidden_size is another name of d_model.*512 and 256"):
+    with pytest.raises(ConfigError, match=r"hidden_size is another name for d_model.*512 and 256"):
         DbrxConfig(d_model=256, hidden_size=512)
 
 
