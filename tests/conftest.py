@@ -1,4 +1,4 @@
-"""Fixtures that several floors use."""
+"""Fixtures that tests of several floors use."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import pytest
 DATA = Path(__file__).parent / "data"
 KERNELS = Path(__file__).parent.parent / "kernels"
 
-# numba notices a change of the file that a kernel stands in, but not of what that file imports: new sources get a new cache.
+# numba notices a change of the file that defines a kernel, but not of a file that it imports. New sources therefore get a new cache.
 _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.rglob("*.py")))).hexdigest()
 os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
-# Files that take half a minute or more. The first two compile the CPU kernels, for this chip and for another: commands that later tests
-# start, and interrupt, find them then.
+# Files that take half a minute or more. The first two compile the CPU kernels for this chip and for another, so that the commands that
+# later tests start and interrupt find them in the cache.
 FIRST = ["test_generate.py", "test_other_chips.py", "test_resume.py", "test_memory.py", "test_compare.py", "test_llama_cpp.py"]
 FIRST += ["test_hub.py", "test_calibrated.py", "test_interrupt.py", "test_report.py", "test_command.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that no process waits for another's last test."""
+    """Run long files first, so that parallel processes end at about the same time."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
 def nano() -> Path:
-    """The bundled model: plain, bfloat16, trained."""
+    """The bundled model: trained, plain bfloat16."""
     return DATA / "dbrx-nano"
 
 
 @pytest.fixture(scope="session")
 def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with int4 experts in groups of 64 and the rest int8."""
+    """The bundled model with int4 experts in groups of 64 and int8 for the rest."""
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.quantize.pipeline.format_assignment import default_formats
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
@@ -50,11 +50,14 @@ def quantized_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code and what it wrote."""
+    """The exit code and the output of a command."""
 
     code: int
+    """The exit code."""
     out: str
+    """Standard output."""
     err: str
+    """Standard error."""
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def small(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain checkpoint of 1 MB in two shards, random, with the tokenizer of the bundled model."""
+    """A plain checkpoint of 1 MB in two shards, with random weights and the tokenizer of the bundled model."""
     from dbrx_q.config import DbrxConfig
     from dbrx_q.eval.bench.synthetic import write_checkpoint
 

@@ -1,4 +1,4 @@
-"""DbrxConfig: defaults, aliases, what is refused, and what is ignored."""
+"""DbrxConfig: defaults, aliases, and the values that are refused or ignored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_aliases_work_in_the_constructor_and_as_attributes() -> None:
         DbrxConfig(d_model=256, hidden_size=512)
 
 
-def test_rope_theta_comes_from_either_place() -> None:
+def test_rope_theta_is_read_from_either_place() -> None:
     assert DbrxConfig().rope_theta == 10000.0
     assert DbrxConfig(attn_config={"rope_theta": 500000}).rope_theta == 500000.0
     assert DbrxConfig(rope_parameters={"rope_type": "default", "rope_theta": 500000}).rope_theta == 500000.0
@@ -105,10 +105,10 @@ def test_round_trip_through_a_folder(tmp_path: Path) -> None:
     config = DbrxConfig.from_pretrained(DATA / "dbrx-nano")
     assert config.rope_theta == 500000.0
     config.save_pretrained(tmp_path / "new")
-    again = DbrxConfig.from_pretrained(tmp_path / "new")
-    assert again == config
-    assert again.to_dict() == config.to_dict()
-    assert again.to_dict()["attn_config"]["rope_theta"] == 500000.0
+    reloaded = DbrxConfig.from_pretrained(tmp_path / "new")
+    assert reloaded == config
+    assert reloaded.to_dict() == config.to_dict()
+    assert reloaded.to_dict()["attn_config"]["rope_theta"] == 500000.0
 
 
 def test_another_model_type_is_refused_with_the_file(tmp_path: Path) -> None:

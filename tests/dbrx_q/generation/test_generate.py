@@ -1,4 +1,4 @@
-"""Generation: greedy is what the logits say, batches are what their prompts give alone, and text ends where it should."""
+"""Generation: greedy decoding follows the logits, a batch equals its prompts one by one, and text ends where it should."""
 
 from __future__ import annotations
 
@@ -57,29 +57,31 @@ def test_a_batch_equals_its_prompts_one_by_one(tokenizer: DbrxTokenizer, quantiz
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4"])
-def test_a_quantized_cache_gives_what_its_prefill_gives(model: DbrxForCausalLM, tokenizer: DbrxTokenizer, kv_format: str) -> None:
-    """Greedy tokens, each from a cache that was filled step by step, are those of prefilling everything again."""
+def test_a_quantized_cache_decodes_the_tokens_that_its_prefill_predicts(
+    model: DbrxForCausalLM, tokenizer: DbrxTokenizer, kv_format: str
+) -> None:
+    """Greedy tokens from a cache that was filled step by step are those of a prefill of the whole sequence."""
     prompts = ids_of(tokenizer)[:2]
-    found = generate(model, prompts, max_new_tokens=10, kv_format=kv_format)
-    for prompt, result in zip(prompts, found, strict=True):
+    results = generate(model, prompts, max_new_tokens=10, kv_format=kv_format)
+    for prompt, result in zip(prompts, results, strict=True):
         cache = KVCache(model.config, 1, len(prompt) + 10, dtype=model.dtype, format=kv_format)
         whole = model(torch.tensor([prompt + result.token_ids]), past_key_values=cache).logits[0]
         assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == result.token_ids
     plain = generate(model, prompts, max_new_tokens=10)
-    assert sum(a == b for r, s in zip(found, plain, strict=True) for a, b in zip(r.token_ids, s.token_ids, strict=False)) >= 10
+    assert sum(a == b for r, s in zip(results, plain, strict=True) for a, b in zip(r.token_ids, s.token_ids, strict=False)) >= 10
 
 
-def test_rows_of_the_head_without_a_token_never_come(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_rows_of_the_head_without_a_token_are_never_chosen(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     import copy
 
-    few = copy.copy(tokenizer)
+    without_one_token = copy.copy(tokenizer)
     likeliest = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=1)[0].token_ids[0]
-    few._table = {token: piece for token, piece in tokenizer._table.items() if token != likeliest}
-    [result] = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=20, tokenizer=few)
+    without_one_token._table = {token: piece for token, piece in tokenizer._table.items() if token != likeliest}
+    [result] = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=20, tokenizer=without_one_token)
     assert likeliest not in result.token_ids
 
 
-def test_generating_leaves_torchs_own_random_numbers_alone(model: DbrxForCausalLM) -> None:
+def test_generating_draws_nothing_from_torchs_global_generator(model: DbrxForCausalLM) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -94,10 +96,10 @@ def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(model: DbrxFo
 
 
 @pytest.mark.parametrize("kv_format", ["plain", "int8"])
-def test_what_prompts_begin_with_is_run_once(model: DbrxForCausalLM, kv_format: str) -> None:
+def test_a_shared_prefix_is_computed_once(model: DbrxForCausalLM, kv_format: str) -> None:
     generator = torch.Generator().manual_seed(3)
     words = torch.randint(0, 4000, (1600,), generator=generator).tolist()
-    # 1,300 tokens in common with the first, of which two whole steps of 512 can be copied; all of it; less than a step; another beginning.
+    # They share with the first prompt: 1,300 tokens, of which two whole steps of 512 can be copied; all tokens; less than a step; nothing.
     prompts = [words, words[:1300] + [5] * 40, words[:1024], words[:300], [7, *words[:600]], words]
     alone = [generate(model, [prompt], max_new_tokens=5, eos_token_ids=[], kv_format=kv_format)[0] for prompt in prompts]
     together = generate(model, prompts, max_new_tokens=5, eos_token_ids=[], kv_format=kv_format)
@@ -120,7 +122,7 @@ def test_all_eos_ids_of_generation_config_end_a_sequence(model: DbrxForCausalLM,
     assert len(result.token_ids) == 2
 
 
-def test_stop_strings_cut_the_text_and_never_show(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_stop_strings_cut_the_text_and_are_never_shown(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     prompt = tokenizer.encode(PROMPTS[0])
     full = generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer)[0].text
     stop = full[12:17]
@@ -131,7 +133,7 @@ def test_stop_strings_cut_the_text_and_never_show(model: DbrxForCausalLM, tokeni
     assert result.finish_reason == "stop"
     assert result.text == full[: full.index(stop)]
     assert "".join(shown) == result.text
-    # A stop string that begins but does not come about is text after all.
+    # The beginning of a stop string that is never completed is text.
     [result] = generate(model, [prompt], max_new_tokens=30, tokenizer=tokenizer, stop=[full[-2:] + "\0"])
     assert result.text == full
 
@@ -144,26 +146,27 @@ def test_streamed_pieces_make_up_the_text(model: DbrxForCausalLM, tokenizer: Dbr
     assert first == pieces[0]
 
 
-def test_generation_ends_where_the_context_does(model: DbrxForCausalLM) -> None:
+def test_generation_ends_at_the_end_of_the_context(model: DbrxForCausalLM) -> None:
     prompt = [5] * 2040
     [result] = generate(model, [prompt], max_new_tokens=50, eos_token_ids=[])
     assert result.finish_reason == "context"
     assert len(prompt) + len(result.token_ids) == 2048
 
 
-def test_sampling_is_repeatable_and_a_batch_samples_like_its_rows(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_sampling_is_repeatable_and_the_seeds_of_a_batch_count_up(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     prompts = ids_of(tokenizer)
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=7)
     first = [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=params, eos_token_ids=[])]
     assert first == [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=params, eos_token_ids=[])]
-    row = generate(model, [prompts[1]], max_new_tokens=15, sampling=SamplingParams(temperature=0.9, top_p=0.95, seed=8), eos_token_ids=[])
-    assert row[0].token_ids == first[1]
+    second = SamplingParams(temperature=0.9, top_p=0.95, seed=8)
+    [alone] = generate(model, [prompts[1]], max_new_tokens=15, sampling=second, eos_token_ids=[])
+    assert alone.token_ids == first[1]
     other = SamplingParams(temperature=0.9, top_p=0.95, seed=99)
     assert first != [r.token_ids for r in generate(model, prompts, max_new_tokens=15, sampling=other, eos_token_ids=[])]
 
 
 def draws(params: SamplingParams, probabilities: list[float], n: int = 4000) -> list[float]:
-    """How often each token comes."""
+    """The share of `n` draws that chose each token."""
     logits, generator = torch.tensor(probabilities).log(), torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.tensor([sample(logits, params, [], generator) for _ in range(n)]), minlength=len(probabilities))
     return (counts / n).tolist()
@@ -184,8 +187,8 @@ def draws(params: SamplingParams, probabilities: list[float], n: int = 4000) -> 
     ids=["plain", "temperature", "top_k", "top_p", "top_p exactly", "min_p", "tiny temperature", "greedy"],
 )
 def test_sample_draws_from_the_filtered_distribution(params: SamplingParams, expected: list[float]) -> None:
-    found = draws(params, [0.5, 0.3, 0.15, 0.05])
-    for frequency, probability in zip(found, expected, strict=True):
+    frequencies = draws(params, [0.5, 0.3, 0.15, 0.05])
+    for frequency, probability in zip(frequencies, expected, strict=True):
         assert abs(frequency - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""A GPU that holds a part of the experts: the answers of one that holds all, and its budget kept."""
+"""A GPU that holds some of the experts gives the answers of a GPU that holds all of them, and keeps to its budget."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_pol
     for megabytes in (2.4, 3.4, 4.4):
         model = load_pretrained(quantized_nano, budget=budget(megabytes, miss_policy=miss_policy, prefetch=prefetch))
         assert isinstance(model.expert_store, GpuExpertStore)
-        found = model(ids).logits.cpu()
-        assert (found - exact).abs().mean() <= 2 * (whole - exact).abs().mean() + 1e-3
-        steps = [model(torch.tensor([[token]])).logits.cpu() for token in (7, 300, 7, 9)]  # decode: few tokens
+        logits = model(ids).logits.cpu()
+        assert (logits - exact).abs().mean() <= 2 * (whole - exact).abs().mean() + 1e-3
+        steps = [model(torch.tensor([[token]])).logits.cpu() for token in (7, 300, 7, 9)]  # decode steps, which have few tokens
         assert all(torch.isfinite(step).all() for step in steps)
-        did = model.expert_store.stats()
-        assert did.cache.misses > 0
-        assert (did.computed_on_cpu > 0) or miss_policy is not MissPolicy.cpu
+        stats = model.expert_store.stats()
+        assert stats.cache.misses > 0
+        assert (stats.computed_on_cpu > 0) or miss_policy is not MissPolicy.cpu
         model.close()
 
 
@@ -53,7 +53,7 @@ def test_generation_agrees(quantized_nano: Path) -> None:
     model.close()
 
 
-def test_a_gpu_takes_what_the_plan_says(quantized_nano: Path) -> None:
+def test_a_gpu_takes_the_memory_of_the_plan(quantized_nano: Path) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     model = load_pretrained(quantized_nano, budget=budget(3.0))
@@ -63,12 +63,12 @@ def test_a_gpu_takes_what_the_plan_says(quantized_nano: Path) -> None:
     loaded = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     generate(model, PROMPTS, max_new_tokens=4)
-    libraries = 64 << 20  # matmuls of torch keep a workspace of their own, which is part of the reserve
+    libraries = 64 << 20  # torch's matmuls keep a workspace, which is part of the reserve
     assert torch.cuda.max_memory_allocated() - loaded <= gpu.kv_cache + gpu.workspace + libraries
     model.close()
 
 
-def test_a_link_carries_what_it_is_given() -> None:
+def test_a_link_copies_every_tensor() -> None:
     device = torch.device("cuda", 0)
     link = make_link(device)
     sources = [torch.randint(0, 255, (n,), dtype=torch.uint8) for n in (1, 1000, 40 << 20, 123_456_789)]

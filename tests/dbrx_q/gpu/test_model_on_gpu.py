@@ -1,4 +1,4 @@
-"""The whole model on a GPU: the same answers as on the CPU, from a graph as well, and no decoded copy of a weight."""
+"""The whole model on a GPU: the answers of the CPU, also from a CUDA graph, and no dequantized copy of a weight."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def ids(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [3, 40])
 def test_logits_agree_with_the_cpu(quantized_nano: Path, implementation: str, n: int) -> None:
     exact = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)(ids(n)).logits
-    rough = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.bfloat16, attn_implementation="eager")(ids(n)).logits
+    in_bfloat16 = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.bfloat16, attn_implementation="eager")(ids(n)).logits
     on_gpu = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda", dtype=torch.bfloat16, attn_implementation=implementation)
-    found = on_gpu(ids(n)).logits.cpu()
-    assert (found - exact).abs().mean() <= 2 * (rough - exact).abs().mean() + 1e-3
+    logits = on_gpu(ids(n)).logits.cpu()
+    assert (logits - exact).abs().mean() <= 2 * (in_bfloat16 - exact).abs().mean() + 1e-3
 
 
 def test_heads_too_narrow_for_a_format_are_refused(quantized_nano: Path) -> None:
@@ -41,14 +41,14 @@ def test_heads_too_narrow_for_a_format_are_refused(quantized_nano: Path) -> None
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_other_attention_generates_the_same(quantized_nano: Path, implementation: str) -> None:
-    own = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    triton = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
     other = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda", attn_implementation=implementation)
-    for a, b in zip(generate(own, PROMPTS, max_new_tokens=4), generate(other, PROMPTS, max_new_tokens=4), strict=True):
+    for a, b in zip(generate(triton, PROMPTS, max_new_tokens=4), generate(other, PROMPTS, max_new_tokens=4), strict=True):
         assert sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) >= 3  # a tie in bfloat16 may fall either way
 
 
 @pytest.mark.parametrize("kv_format", ["plain", "int8"])
-def test_a_captured_step_gives_what_the_same_step_gives_uncaptured(quantized_nano: Path, kv_format: str) -> None:
+def test_a_captured_step_equals_the_same_step_uncaptured(quantized_nano: Path, kv_format: str) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
     options = {"dtype": model.dtype, "device": model.device, "format": kv_format}
     caches = [KVCache(model.config, 4, 64, **options) for _ in range(2)]
@@ -84,7 +84,7 @@ def test_a_decoded_token_agrees_with_prefill(quantized_nano: Path) -> None:
     assert (last - whole).abs().mean() < 0.05 * whole.abs().mean()
 
 
-def test_loading_and_decoding_take_the_packed_bytes_and_little_more(quantized_nano: Path) -> None:
+def test_loading_and_decoding_take_little_more_than_the_packed_bytes(quantized_nano: Path) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
@@ -94,7 +94,7 @@ def test_loading_and_decoding_take_the_packed_bytes_and_little_more(quantized_na
     torch.cuda.reset_peak_memory_stats()
     model(ids(4))
     experts = model.transformer.layers()[0].ffn.experts.mlp.weights().w1
-    assert torch.cuda.max_memory_allocated() - loaded < experts.shape.numel() * 2  # one decoded matrix stack would not fit
+    assert torch.cuda.max_memory_allocated() - loaded < experts.shape.numel() * 2  # a dequantized stack of matrices would not fit
 
 
 def test_float32_is_refused(quantized_nano: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole model on the Triton kernels against the cpu backend, which answers from a process of its own."""
+"""The whole model on the Triton kernels against the cpu backend, which runs in another process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dbrx_q.kernels.formats.kv import KV_FORMATS
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 
-# The first has one token in its cache when it decodes; together they make prefill and decode of unequal lengths.
+# The first has one token in its cache when decoding begins; together they cover prefill and decode of unequal lengths.
 PROMPTS = [[7], list(range(5, 22)), [300, 301, 302]]
 STEPS = [[11, 12, 13], [400, 5, 9]]
 
-# In float32 the two backends differ by the order of sums alone, and by the CPU's 16-bit activations.
+# In float32 the two backends differ only in the order of sums and in the CPU's 16-bit activations.
 ON_THE_CPU = """
 import sys, torch
 from dbrx_q.generation.decoding import decode_one_token, prefill
@@ -32,27 +32,27 @@ from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 folder, out, prompts, steps = sys.argv[1], sys.argv[2], eval(sys.argv[3]), eval(sys.argv[4])
 model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
-found = {}
+by_format = {}
 for kv in KV_FORMATS:
     caches = [KVCache(model.config, 1, 32, dtype=model.dtype, format=kv) for _ in prompts]
     logits = [torch.stack([prefill(model, p, c) for p, c in zip(prompts, caches)])]
     for tokens in steps:
         logits.append(torch.stack([decode_one_token(model, t, c) for t, c in zip(tokens, caches)]))
-    found[kv] = torch.stack(logits)
-torch.save(found, out)
+    by_format[kv] = torch.stack(logits)
+torch.save(by_format, out)
 """
 
 
 @pytest.fixture(scope="module")
 def on_the_cpu(quantized_small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """By KV format, float32 [1 + steps, prompts, V] of the cpu backend."""
+    """For each KV format, float32 logits [1 + steps, prompts, V] of the cpu backend."""
     folder = tmp_path_factory.mktemp("cpu")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     out = folder / "logits.pt"
     arguments = [str(quantized_small), str(out), repr(PROMPTS), repr(STEPS)]
     subprocess.run([sys.executable, "-c", ON_THE_CPU, *arguments], env=environment, check=True, cwd=folder)
-    found: dict[str, torch.Tensor] = torch.load(out)
-    return found
+    logits: dict[str, torch.Tensor] = torch.load(out)
+    return logits
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
@@ -61,16 +61,16 @@ def test_prefill_and_batched_steps_agree_with_the_cpu(quantized_small: Path, kv_
     model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
     assert model.transformer.layers()[0].norm_attn_norm.attn.implementation == "triton"
     cache = KVCache(model.config, 3, 32, dtype=model.dtype, format=kv_format)
-    found = [torch.stack([prefill(model, prompt, cache.sequence(row)) for row, prompt in enumerate(PROMPTS)])]
+    logits = [torch.stack([prefill(model, prompt, cache.sequence(row)) for row, prompt in enumerate(PROMPTS)])]
     step = DecodeStep(model, cache, 4)
     for n, tokens in enumerate(STEPS, 1):
         lengths = [len(prompt) + n for prompt in PROMPTS]
-        # A bucket of four, filled up with the first sequence.
-        logits = step([*tokens, tokens[0]], [*lengths, lengths[0]], [0, 1, 2, 0])
-        assert torch.equal(logits[3], logits[0])
-        found.append(logits[:3].clone())
-    wanted = on_the_cpu[kv_format]
-    torch.testing.assert_close(torch.stack(found), wanted, rtol=2e-3, atol=2e-3 * float(wanted.abs().max()))
+        # A bucket of four, in which the first sequence is repeated.
+        bucket = step([*tokens, tokens[0]], [*lengths, lengths[0]], [0, 1, 2, 0])
+        assert torch.equal(bucket[3], bucket[0])
+        logits.append(bucket[:3].clone())
+    expected = on_the_cpu[kv_format]
+    torch.testing.assert_close(torch.stack(logits), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 
 def test_a_left_padded_batch_agrees_with_its_sequences(quantized_small: Path) -> None:
@@ -91,11 +91,11 @@ def test_attention_that_reads_lengths_on_the_host_advances_sequences_one_by_one(
     expected = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
     for block in model.transformer.layers():
         block.norm_attn_norm.attn.implementation = implementation
-    found = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
-    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+    results = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
 
 
-def test_a_step_past_the_room_of_the_cache_is_refused(quantized_small: Path) -> None:
+def test_a_step_beyond_the_capacity_of_the_cache_is_refused(quantized_small: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
     step = DecodeStep(model, KVCache(model.config, 1, 4, dtype=model.dtype), 1)
     with pytest.raises(RequestError, match="must fit 4 tokens, the room of its cache; found 5"):
@@ -109,5 +109,5 @@ def test_generate_advances_a_batch_together_and_keeps_its_decoder(quantized_smal
     assert kept is not None
     assert [result.decode_steps for result in together] == [2, 2, 2]
     [alone] = generate(model, PROMPTS[1:2], max_new_tokens=3, eos_token_ids=[])
-    assert model.decoder is kept  # large enough for one as well
+    assert model.decoder is kept  # large enough for one prompt as well
     assert together[1].token_ids == alone.token_ids

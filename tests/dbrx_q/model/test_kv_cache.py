@@ -1,4 +1,4 @@
-"""The KV cache in all its formats, under the model."""
+"""The KV cache in every format, filled by the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache_of(model: DbrxForCausalLM, batch: int, capacity: int, format: str, *, 
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_the_first_layer_stores_the_codes_of_what_a_plain_cache_stores(model: DbrxForCausalLM, format: str) -> None:
+def test_the_first_layer_stores_the_quantized_keys_and_values_of_a_plain_cache(model: DbrxForCausalLM, format: str) -> None:
     plain, packed = cache_of(model, 2, 20, "plain"), cache_of(model, 2, 20, format)
     for cache in (plain, packed):
         model(tokens(2, 20), past_key_values=cache)
@@ -41,7 +41,7 @@ def test_the_first_layer_stores_the_codes_of_what_a_plain_cache_stores(model: Db
 
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_token_by_token_equals_one_chunk(model: DbrxForCausalLM, format: str) -> None:
-    """Both attend to what the cache kept, in every layer."""
+    """Both attend to the quantized keys and values, in every layer."""
     ids = tokens(2, 24)
     cache = cache_of(model, 2, 24, format)
     steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(24)]
@@ -57,7 +57,7 @@ def test_more_bits_lose_less(model: DbrxForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_growing_keeps_what_was_stored(model: DbrxForCausalLM, format: str) -> None:
+def test_growing_keeps_the_stored_tokens(model: DbrxForCausalLM, format: str) -> None:
     ids = tokens(2, 30)
     growing, roomy = cache_of(model, 2, 4, format, grows=True), cache_of(model, 2, 30, format)
     for first in range(0, 30, 6):
@@ -67,31 +67,31 @@ def test_growing_keeps_what_was_stored(model: DbrxForCausalLM, format: str) -> N
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_a_sequence_of_a_cache_writes_into_it(model: DbrxForCausalLM, format: str) -> None:
-    whole, one = cache_of(model, 3, 16, format), cache_of(model, 1, 16, format)
+def test_a_view_of_one_sequence_writes_into_the_cache(model: DbrxForCausalLM, format: str) -> None:
+    batch, single = cache_of(model, 3, 16, format), cache_of(model, 1, 16, format)
     ids = tokens(1, 9)
-    view = whole.sequence(1)
-    assert torch.equal(model(ids, past_key_values=view).logits, model(ids, past_key_values=one).logits)
+    view = batch.sequence(1)
+    assert torch.equal(model(ids, past_key_values=view).logits, model(ids, past_key_values=single).logits)
     assert view.lengths == [9]
-    assert whole.lengths == [0, 0, 0]
-    for mine, other in zip(whole.layers, one.layers, strict=True):
-        assert torch.equal(mine.keys[1], other.keys[0])
-        assert not mine.keys[0].any()
-        assert not mine.values[2].any()
+    assert batch.lengths == [0, 0, 0]
+    for written, expected in zip(batch.layers, single.layers, strict=True):
+        assert torch.equal(written.keys[1], expected.keys[0])
+        assert not written.keys[0].any()
+        assert not written.values[2].any()
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_a_fork_goes_on_from_copies(model: DbrxForCausalLM, format: str) -> None:
-    """Each of its sequences as if it had been prefilled by itself, and nothing it writes reaches the cache that it came from."""
+def test_a_fork_continues_copies(model: DbrxForCausalLM, format: str) -> None:
+    """Its sequences give the logits of a cache that was prefilled for each, and nothing is written into the original cache."""
     ids = tokens(2, 9)
-    whole = cache_of(model, 2, 12, format, grows=True)
-    model(ids, past_key_values=whole)
-    before = [layer.keys.clone() for layer in whole.layers]
+    original = cache_of(model, 2, 12, format, grows=True)
+    model(ids, past_key_values=original)
+    before = [layer.keys.clone() for layer in original.layers]
     rows, more = [1, 0, 1], tokens(3, 5)
-    fork = whole.forked(rows, 20)
+    fork = original.forked(rows, 20)
     forked = model(more, past_key_values=fork).logits
-    assert (fork.lengths, whole.lengths, fork.capacity) == ([14] * 3, [9] * 2, 20)
-    assert all(torch.equal(layer.keys, old) for layer, old in zip(whole.layers, before, strict=True))
+    assert (fork.lengths, original.lengths, fork.capacity) == ([14] * 3, [9] * 2, 20)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(original.layers, before, strict=True))
     for i, row in enumerate(rows):
         alone = cache_of(model, 1, 20, format)
         model(ids[row : row + 1], past_key_values=alone)
@@ -99,7 +99,7 @@ def test_a_fork_goes_on_from_copies(model: DbrxForCausalLM, format: str) -> None
 
 
 @pytest.mark.parametrize("capacity", [8, 13])
-def test_a_fork_holds_what_it_copies_and_no_more_than_its_origin_may(model: DbrxForCausalLM, capacity: int) -> None:
+def test_a_fork_has_room_for_its_copies_within_the_limit_of_the_original(model: DbrxForCausalLM, capacity: int) -> None:
     cache = cache_of(model, 1, 12, "plain")
     model(tokens(1, 9), past_key_values=cache)
     with pytest.raises(RequestError, match=f"room for 9 to 12 tokens; found {capacity}"):

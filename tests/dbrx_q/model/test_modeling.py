@@ -1,4 +1,4 @@
-"""The model against transformers, in float32, and against itself through the KV cache."""
+"""The model against transformers in float32, and with a KV cache against itself without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model() -> DbrxForCausalLM:
 
 @pytest.fixture(scope="module")
 def oracle() -> transformers.DbrxForCausalLM:
-    """transformers ignores the nested rope_theta, so it is given a second time."""
+    """transformers ignores the nested rope_theta, so it is given again as rope_parameters."""
     config = transformers.DbrxConfig.from_pretrained(NANO)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     return transformers.DbrxForCausalLM.from_pretrained(NANO, config=config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -84,8 +84,8 @@ def test_left_padding_then_decoding_equals_transformers(model: DbrxForCausalLM, 
     assert (torch.cat(steps, dim=1) - expected).abs().max() <= TOLERANCE
 
 
-def test_clamp_happens_and_before_the_rotation(oracle: transformers.DbrxForCausalLM) -> None:
-    """A tight clamp changes the logits, and to the same ones."""
+def test_the_clamp_is_applied_before_the_rotation(oracle: transformers.DbrxForCausalLM) -> None:
+    """A tight clamp changes the logits, to those of transformers with the same clamp."""
     config = transformers.DbrxConfig.from_pretrained(NANO)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     config.attn_config.clip_qkv = 0.3
@@ -100,7 +100,7 @@ def test_clamp_happens_and_before_the_rotation(oracle: transformers.DbrxForCausa
     assert (model(ids).logits - expected).abs().max() <= TOLERANCE
 
 
-def test_the_cache_of_a_call_takes_what_the_tokens_take_and_grows(model: DbrxForCausalLM) -> None:
+def test_the_cache_of_a_call_has_room_for_its_tokens_and_grows(model: DbrxForCausalLM) -> None:
     cache = model(tokens(1, 10)).past_key_values
     assert cache is not None
     assert cache.capacity == 10
@@ -110,20 +110,20 @@ def test_the_cache_of_a_call_takes_what_the_tokens_take_and_grows(model: DbrxFor
     assert (torch.cat(steps, dim=1) - model(ids).logits[:, 10:]).abs().max() <= TOLERANCE
 
 
-def test_router_logits_come_per_layer_in_float32(model: DbrxForCausalLM) -> None:
+def test_router_logits_are_returned_per_layer_in_float32(model: DbrxForCausalLM) -> None:
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :4] = 0
     out = model(ids, attention_mask=mask, output_router_logits=True)
     assert out.router_logits is not None
     assert [tuple(logits.shape) for logits in out.router_logits] == [(14, 16)] * 4
     assert {logits.dtype for logits in out.router_logits} == {torch.float32}
-    seen: list[torch.Tensor] = []
+    router_inputs: list[torch.Tensor] = []
     layers = model.transformer.layers()
-    hooks = [layer.norm_attn_norm.norm_2.register_forward_hook(lambda _, __, out: seen.append(out[1])) for layer in layers]
+    hooks = [layer.norm_attn_norm.norm_2.register_forward_hook(lambda _, __, out: router_inputs.append(out[1])) for layer in layers]
     again = model(ids, attention_mask=mask, output_router_logits=True).router_logits
     for hook in hooks:
         hook.remove()
-    for layer, normed, logits in zip(layers, seen, again, strict=True):
+    for layer, normed, logits in zip(layers, router_inputs, again, strict=True):
         expected = normed.double() @ layer.ffn.router.layer.weight.double().T
         torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     assert model(ids).router_logits is None
@@ -163,8 +163,8 @@ def test_dtype_defaults_to_the_checkpoints() -> None:
 def test_bfloat16_stays_close_to_float32(model: DbrxForCausalLM) -> None:
     ids = tokens(1, 200)
     expected = model(ids).logits.log_softmax(-1)
-    found = DbrxForCausalLM.from_pretrained(NANO)(ids).logits.log_softmax(-1)
-    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    rounded = DbrxForCausalLM.from_pretrained(NANO)(ids).logits.log_softmax(-1)
+    divergence = (expected.exp() * (expected - rounded)).sum(-1).mean()
     assert divergence < 2e-3
 
 
@@ -177,20 +177,20 @@ def test_bfloat16_stays_close_to_float32(model: DbrxForCausalLM) -> None:
     ],
     ids=["device_map", "triton", "flash"],
 )
-def test_what_is_not_built_is_refused_by_name(arguments: dict[str, object], message: str) -> None:
+def test_unsupported_values_are_refused_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         DbrxForCausalLM.from_pretrained(NANO, **arguments)  # type: ignore[arg-type] # one case each
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu", "cpu:what"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+def test_a_device_that_does_not_exist_is_refused(device: str) -> None:
     with pytest.raises(RequestError, match=r"must be .*'cuda:N'; found|it sees \d+. Check the driver"):
         DbrxForCausalLM.from_pretrained(NANO, device=device)
 
 
 def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:
-    for ids, found in (([[0, 4096]], "4096"), ([[-1, 3]], "-1")):
-        with pytest.raises(RequestError, match=f"token ids must be from 0 to 4095; found {found}"):
+    for ids, invalid in (([[0, 4096]], "4096"), ([[-1, 3]], "-1")):
+        with pytest.raises(RequestError, match=f"token ids must be from 0 to 4095; found {invalid}"):
             model(torch.tensor(ids))
     with pytest.raises(RequestError, match="must fit 2048 tokens, the context; found 2049"):
         model(torch.zeros(1, 2049, dtype=torch.int64))
@@ -206,7 +206,7 @@ def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:
         KVCache(model.config, 1, 4000, dtype=torch.float32)
 
 
-def test_a_quantized_model_is_not_moved_half_way(quantized_nano: Path) -> None:
+def test_moving_a_quantized_model_is_refused(quantized_nano: Path) -> None:
     quantized = DbrxForCausalLM.from_pretrained(quantized_nano)
     with pytest.raises(UnsupportedError, match=r"keeps its device and dtype.*from_pretrained"):
         quantized.to("meta")

@@ -1,4 +1,4 @@
-"""Measured tiles as files: written, read back, refused when damaged, used on the device that they were measured on alone."""
+"""Files of measured tiles: written, read back, refused when damaged, and used only on the chip that they were measured on."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_MEASURED", {})
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_written_file_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "sm_90.json"
     write_tuning(TUNING, path)
     assert read_tuning(path) == TUNING
     assert [file.name for file in path.parent.iterdir()] == ["sm_90.json"]
 
 
-def test_a_measured_choice_is_preferred_for_all_tokens_that_it_stands_for() -> None:
+def test_measured_tiles_replace_the_default_for_every_number_of_tokens_in_their_bucket() -> None:
     default = choose(PROBLEM, CHIP)
     assert load_tuning(CHIP) is None
     write_tuning(TUNING, tuning_path("sm_90"))
@@ -50,7 +50,7 @@ def test_a_measured_choice_is_preferred_for_all_tokens_that_it_stands_for() -> N
     assert choose(replace(PROBLEM, tokens=2), CHIP) == default
 
 
-def test_another_device_gets_the_default() -> None:
+def test_another_chip_keeps_the_default() -> None:
     write_tuning(TUNING, tuning_path("sm_90"))
     smaller = replace(CHIP, multiprocessors=114)
     default = choose(PROBLEM, smaller)
@@ -60,12 +60,12 @@ def test_another_device_gets_the_default() -> None:
 
 
 def change(**changes: object) -> Callable[[dict[str, Any]], object]:
-    """Of the only choice's tiles."""
+    """Damage that overwrites fields of the tiles of the only choice."""
     return lambda data: data["choices"][0]["tiles"].update(changes)
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda data: data.pop("device"), "Tuning must have"),
         (lambda data: data.update(extra=1), "Tuning must have"),
@@ -84,13 +84,13 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
         *("splits in prefill", "no object"),
     ],
 )
-def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Any]], object], says: str) -> None:
+def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Any]], object], message: str) -> None:
     path = tuning_path("sm_90")
     write_tuning(TUNING, path)
     data = json.loads(path.read_text(encoding="utf-8"))
     damage(data)
     path.write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(RequestError, match=says) as raised:
+    with pytest.raises(RequestError, match=message) as raised:
         load_tuning(CHIP)
     assert str(path) in str(raised.value)
 
