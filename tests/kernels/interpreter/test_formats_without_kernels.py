@@ -1,0 +1,41 @@
+"""A format that Triton kernels have no code for is dequantized and multiplied as a plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.formats import nf4
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.linear import linear
+from dbrx_q.kernels.moe import moe_experts
+from dbrx_q.kernels.triton.codes import CODES
+
+
+@pytest.fixture(autouse=True)
+def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CODES, "nf4")
+
+
+def test_linear() -> None:
+    weight, x, residual = nf4.quantize(torch.randn(40, 64)), torch.randn(3, 64), torch.randn(3, 40)
+    found = linear(x, weight, clip=2.0, residual=residual, backend=Backend.TRITON)
+    assert torch.allclose(found, (x @ dequantize(weight).T).clamp(-2, 2) + residual, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize("slots", [None, [2, -1, 0, 1]], ids=["resident", "slots"])
+def test_experts(T: int, slots: list[int] | None) -> None:
+    S, D, F = 4 if slots is None else 3, 64, 128
+    w1, v1, w2 = (nf4.quantize(torch.randn(S, *shape) / 8) for shape in ((F, D), (F, D), (D, F)))
+    layer = ExpertWeights(w1, v1, w2, None if slots is None else torch.tensor(slots, dtype=torch.int32))
+    x, weights = torch.randn(T, D), torch.rand(T, 2)
+    experts = torch.stack([torch.randperm(4)[:2] for _ in range(T)])
+    missing, expected_missing = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    found = moe_experts(x, experts, weights, layer, missing=missing, backend=Backend.TRITON)
+    expected = moe_experts(x, experts, weights, layer, missing=expected_missing, backend=Backend.REFERENCE)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    if slots is not None:
+        assert missing.tolist() == expected_missing.tolist()
