@@ -1,4 +1,4 @@
-"""What a calibrated method knows of the inputs of a matrix.
+"""The moments of the inputs of a matrix, to which calibrated methods fit it.
 
 Dimension letters: `T` tokens, `N` rows, `K` the reduction axis.
 """
@@ -22,18 +22,20 @@ _MOST_DAMPING = 1e3
 
 
 class Moments:
-    """Weighted sums over the tokens that reach a matrix: x enters it in the model that calibrates, y in the original one.
+    """Weighted sums over the tokens that reach a matrix: x is its input in the model that calibrates, y its input in the original model.
 
     Args:
-        hessian: float32 [K, K], sum of g^2 x x^T; becomes the attribute. [K], its diagonal alone, for methods that need no more.
-        drift: float32 [K, K], sum of g^2 (y - x) x^T; None where there is no y.
-        products: that multiply.
+        hessian: float32 [K, K], the sum of g^2 x x^T, damped in place; or [K], its diagonal alone, for methods that need no more.
+        cross_term: float32 [K, K], the sum of g^2 (y - x) x^T; None without the original model.
+        products: multiply.
+        act_order: whether GPTQ rounds the columns with the largest inputs first.
 
     Attributes:
-        hessian: with what makes it positive definite: `DAMPING` times the mean of the diagonal is added to all of it, ten times more as
-            long as it has no Cholesky factor. Inputs that are always zero count as if they had the mean. None for a diagonal alone.
-        drift: as given.
-        act_order: whether the columns with the largest inputs come first.
+        hessian: the damped Hessian, which is positive definite: `DAMPING` times the mean of the diagonal is added to the diagonal, and ten
+            times more as long as no Cholesky factor exists. Inputs that are always zero count as if they had the mean. None where the
+            diagonal alone was given.
+        cross_term: as given.
+        act_order: as given.
     """
 
     def __init__(self, hessian: torch.Tensor, cross_term: torch.Tensor | None, products: Products, *, act_order: bool = True) -> None:
@@ -48,7 +50,7 @@ class Moments:
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 [K]: the columns with the largest inputs first, the lower one of equals; as they lie without act-order."""
+        """int64 [K]: columns by descending size of their inputs, the lower of two equals first; ascending without act-order."""
         columns = torch.arange(len(self.importance), device=self.importance.device)
         return self.importance.argsort(descending=True, stable=True) if self.act_order else columns
 
@@ -57,41 +59,41 @@ class Moments:
         """float32 [K, K]: the upper Cholesky factor of the inverse of the damped Hessian, its rows and columns in `order`."""
         assert self.hessian is not None
         damping = DAMPING
-        while (found := inverse_factor(self.hessian, self.order, self._products.workers)) is None:
+        while (factor := inverse_factor(self.hessian, self.order, self._products.workers)) is None:
             assert damping < _MOST_DAMPING, "a finite Hessian with that much on its diagonal is positive definite"
             damping *= 10
             self._damp(self.hessian, damping)
-        return found
+        return factor
 
     @cached_property
     def inverse_hessian_cost(self) -> torch.Tensor:
-        """float32 [K]: what a squared error in each column costs once all columns that GPTQ rounds after it have made up for it.
+        """float32 [K]: the cost of a squared error in each column, once GPTQ has compensated it in all columns that it rounds later.
 
-        1 / R[i, i]^2 with R the `factor` (Frantar et al. 2022, "GPTQ", equation 2). It is far from the Hessian's diagonal where inputs
-        depend on each other: an error in an early column is made up for almost for nothing.
+        1 / R[i, i]^2 with R the `factor` (Frantar et al. 2022, "GPTQ", equation 2). It is far below the Hessian's diagonal where inputs
+        depend on each other: an error in an early column is then compensated at almost no cost.
         """
-        found = torch.empty_like(self.importance)
-        found[self.order] = self.factor.diagonal().square().reciprocal()
-        return found
+        cost = torch.empty_like(self.importance)
+        cost[self.order] = self.factor.diagonal().square().reciprocal()
+        return cost
 
     def prepare(self) -> None:
-        """Compute what threads would otherwise wait for."""
+        """Compute the cached properties, so that worker threads do not wait for each other."""
         if self.hessian is not None:
             _ = self.inverse_hessian_cost
 
     def corrected_target(self, weight: torch.Tensor) -> torch.Tensor:
-        """float32 [N, K]: the weight that makes up for the errors of what comes before it.
+        """float32 [N, K]: the weight that compensates the errors of earlier layers.
 
-        W' = W (C + d I) (H + d I)^-1 with C = sum of g^2 y x^T minimises |W' X - W Y|^2 + d |W' - W|^2: on the inputs X it gives what W
-        gives on the original's, Y (the aim of GPTAQ, Li et al. 2025, and of Qronos, Zhang et al. 2025, here in closed form). With the
-        drift D = C - H that is W + W D (H + d I)^-1; d I is what damping adds.
+        W' = W (C + d I) (H + d I)^-1 with C = sum of g^2 y x^T minimizes |W' X - W Y|^2 + d |W' - W|^2: on the inputs X it approximates
+        the outputs of W on the original inputs Y (the aim of GPTAQ, Li et al. 2025, and of Qronos, Zhang et al. 2025, here in closed
+        form). With the cross term D = C - H that is W + W D (H + d I)^-1, where d I is the damping.
         """
         if self.cross_term is None:
             return weight
         change = (weight @ self.cross_term)[:, self.order] @ self.factor.T @ self.factor
-        made = weight.clone()
-        made[:, self.order] += change
-        return made
+        target = weight.clone()
+        target[:, self.order] += change
+        return target
 
     def _damp(self, hessian: torch.Tensor, damping: float) -> None:
         hessian.diagonal().copy_((self.importance.double() + self._added + damping * self._mean).float())
@@ -105,10 +107,15 @@ def moments_of(
     act_order: bool = True,
     squares: bool = False,
 ) -> Moments:
-    """The moments of pieces (x [T, K], y [T, K], g [T]): inputs of the two models and what their outputs weigh.
+    """Add up the moments, in the order of the pieces and on the device of `products`.
 
-    No y gives no drift, no g weighs all alike. Pieces are added in their order, where the results of `products` lie.
-    act_order: as in `Moments`. squares: the Hessian's diagonal is enough.
+    Args:
+        pieces: (x [T, K], y [T, K], g [T]): inputs in the two models, and the weight of each token's output; without y there is no cross
+            term, without g all tokens weigh alike.
+        K: the number of inputs.
+        products: multiply.
+        act_order: as in `Moments`.
+        squares: whether the Hessian's diagonal is enough.
     """
     place = products.place
     hessian, cross_term = torch.zeros(K if squares else (K, K), device=place), None
@@ -129,7 +136,7 @@ def moments_of(
 
 
 def _mirror(matrix: torch.Tensor, step: int = 1024) -> None:
-    """What lies above the diagonal becomes what lies below."""
+    """Copy the upper triangle to the lower one."""
     for first in range(0, len(matrix), step):
         rows = slice(first, first + step)
         matrix[rows, rows] = matrix[rows, rows].triu() + matrix[rows, rows].triu(1).T

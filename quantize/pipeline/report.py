@@ -79,8 +79,8 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     if calibration:
         lines += ["", "Calibrated with " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in calibration.items()) + "."]
     earlier = f" after {run.resumed_seconds:,.1f} s of tensors that earlier runs had finished" if run.resumed_seconds else ""
-    there = f", {run.peak_device_bytes:,} on {run.device}" if run.device != "cpu" else ""
-    lines += ["", f"Took {run.seconds:,.1f} s{earlier}; peak memory {run.peak_memory_bytes:,} bytes{there}."]
+    gpu = f", {run.peak_device_bytes:,} on {run.device}" if run.device != "cpu" else ""
+    lines += ["", f"Took {run.seconds:,.1f} s{earlier}; peak memory {run.peak_memory_bytes:,} bytes{gpu}."]
     lines += ["", "## Bits and time by kind", "", "| kind | parameters | bits per weight | seconds |", "|---|---|---|---|"]
     for kind, bits in bits_by_kind(run).items():
         records = [record for record in run.records if record.kind == kind]
