@@ -1,4 +1,4 @@
-"""Allocation: the solver against exhaustive search and a bound, measured errors against the model itself, formats against targets."""
+"""Allocation: the solver against exhaustive search and a bound, measured errors against the model, formats against their target."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ SMALL = st.lists(
 
 
 def choices_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[FormatChoice]]:
-    return {f"t{i}": [FormatChoice(INT4, bits, error) for bits, error in some] for i, some in enumerate(tensors)}
+    return {f"t{i}": [FormatChoice(INT4, bits, error) for bits, error in options] for i, options in enumerate(tensors)}
 
 
-def spent(found: dict[str, FormatChoice]) -> int:
-    return sum(choice.bits for choice in found.values())
+def spent(chosen: dict[str, FormatChoice]) -> int:
+    return sum(choice.bits for choice in chosen.values())
 
 
-def harm(found: dict[str, FormatChoice]) -> float:
-    return sum(choice.error for choice in found.values())
+def harm(chosen: dict[str, FormatChoice]) -> float:
+    return sum(choice.error for choice in chosen.values())
 
 
 @given(SMALL, st.floats(0, 1), st.integers(1, 1 << 40))
 @settings(max_examples=80, deadline=None)
 def test_small_cases_are_solved_exactly(tensors: list[list[tuple[int, float]]], share: float, scale: int) -> None:
-    tensors = [[(bits * scale, error) for bits, error in some] for some in tensors]
-    least, most = (sum(of(bits for bits, _ in some) for some in tensors) for of in (min, max))
+    tensors = [[(bits * scale, error) for bits, error in options] for options in tensors]
+    least, most = (sum(extreme(bits for bits, _ in options) for options in tensors) for extreme in (min, max))
     target = least + int(share * (most - least))
-    found = allocate(choices_of(tensors), target)
-    assert spent(found) <= target
+    chosen = allocate(choices_of(tensors), target)
+    assert spent(chosen) <= target
     best = min(sum(error for _, error in mix) for mix in itertools.product(*tensors) if sum(bits for bits, _ in mix) <= target)
-    assert harm(found) == pytest.approx(best, abs=1e-9)
+    assert harm(chosen) == pytest.approx(best, abs=1e-9)
 
 
 def lower_bound(choices: dict[str, list[FormatChoice]], target: int) -> float:
-    """Of the sum of errors, where a tensor may be part one choice and part another: the largest value of the Lagrange dual on a grid."""
+    """A lower bound of the sum of errors, by the Lagrange dual on a grid of prices: a tensor may be split between two choices."""
     return max(
-        sum(min(choice.error + price * choice.bits for choice in some) for some in choices.values()) - price * target
+        sum(min(choice.error + price * choice.bits for choice in options) for options in choices.values()) - price * target
         for price in (10**exponent for exponent in torch.linspace(-19, -6, 500).tolist())
     )
 
@@ -76,11 +76,11 @@ def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None
         choices[f"t{i}"] = [
             FormatChoice(INT4, int(weights * bits), 10 ** (2 * sensitivity) * 4**-bits) for bits in (4.17, 4.31, 4.63, 8.25, 16)
         ]
-    least, most = (sum(of(choice.bits for choice in some) for some in choices.values()) for of in (min, max))
+    least, most = (sum(extreme(choice.bits for choice in options) for options in choices.values()) for extreme in (min, max))
     target = least + int(share * (most - least))
-    found = allocate(choices, target)
-    assert target * 0.998 <= spent(found) <= target
-    assert harm(found) <= 1.02 * lower_bound(choices, target)  # which may split one of the 80 tensors
+    chosen = allocate(choices, target)
+    assert target * 0.998 <= spent(chosen) <= target
+    assert harm(chosen) <= 1.02 * lower_bound(choices, target)  # which may split one of the 80 tensors
 
 
 @pytest.mark.parametrize("target", [99, 801])
@@ -116,7 +116,7 @@ def candidates_of(checkpoint: Checkpoint) -> dict[str, Sequence[TensorFormat]]:
 
 
 def streams(model: DbrxForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-    """What the model makes of the sequences, [T, ...]: the embedded tokens, the stream after a layer's attention and experts, logits."""
+    """Activations of the model, [T, ...]: embedded tokens, the stream after a layer's attention and after its experts, logits."""
     seen = {}
 
     def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
@@ -218,7 +218,7 @@ def test_the_reachable_range_is_said(nano: Path, sequences: torch.Tensor, target
         with pytest.raises(RequestError, match=r"from 4\.468 to 9\.434 bits per weight") as refused:
             allocated_formats(checkpoint, sequences, target)
         assert str(target) in str(refused.value)
-        for end in (4.468, 9.434):  # what it says can be had
+        for end in (4.468, 9.434):  # the ends of the range in the message
             assert allocated_formats(checkpoint, sequences[:1, :8], end)
 
 

@@ -1,4 +1,4 @@
-"""Calibration layer by layer: its two streams are the two models, and what is fitted with them diverges less."""
+"""Calibration layer by layer: its two streams are those of the two models, and calibrated checkpoints diverge less."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, me
 
 @pytest.fixture
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
-    """Every calibration that is made."""
-    made: list[Calibration] = []
+    """Every calibration that runs in the test, with its last inputs kept as `last`."""
+    calibrations: list[Calibration] = []
 
     class Kept(Calibration):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            made.append(self)
+            calibrations.append(self)
 
         def close(self) -> None:
             self.last = {name: state.inputs.read(0, state.inputs.tokens) for name, state in self._states.items()}
             super().close()
 
     monkeypatch.setattr(pipeline, "Calibration", Kept)
-    return made
+    return calibrations
 
 
 @pytest.mark.parametrize("method", ["gptq", "best"])
@@ -85,30 +85,30 @@ def test_calibrated_checkpoints_diverge_less(nano: Path, ids: list[int], tmp_pat
     rest = tmp_path / "rest.txt"
     rest.write_text(text[len(text) // 2 + 1000 :], encoding="utf-8")
     sources = [open_source(tmp_path / method) for method in ("rtn", "best")]
-    found = compare_checkpoints(open_reference(str(nano)), sources, load_text(str(rest)), Protocol.of(256, limit=24))
-    nearest, best = (row.mean_kl for row in found.results)
+    comparison = compare_checkpoints(open_reference(str(nano)), sources, load_text(str(rest)), Protocol.of(256, limit=24))
+    nearest, best = (row.mean_kl for row in comparison.results)
     assert best < 0.75 * nearest
-    assert len({row.bits_per_weight for row in found.results}) == 1
+    assert len({row.bits_per_weight for row in comparison.results}) == 1
 
 
 def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration]) -> None:
     report = quantize(nano, tmp_path / "out", sequences_of(ids, count=6, length=100, seed=0), "gptq")
     (calibration,) = calibrations
-    few = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
-    assert {(record.layer, record.expert) for record in report.undersampled} == set(few)
+    undersampled = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
+    assert {(record.layer, record.expert) for record in report.undersampled} == set(undersampled)
     assert {record.calibrated_by for record in report.undersampled} == {"layer"}
-    assert 0 < len(few) < 64
+    assert 0 < len(undersampled) < 64
     errors = report.relative_error
-    fallen, others = (
+    with_layer, others = (
         [
             errors[f"transformer.blocks.{layer}.ffn.experts.mlp.w1.{e}"]
             for layer in range(4)
             for e in range(16)
-            if ((layer, e) in few) == whether
+            if ((layer, e) in undersampled) == belongs
         ]
-        for whether in (True, False)
+        for belongs in (True, False)
     )
-    assert max(fallen) < 1.5 * max(others)  # data of too few tokens would cost more
+    assert max(with_layer) < 1.5 * max(others)  # too few tokens would give larger errors
 
 
 def test_same_input_same_bytes(small: Path, tmp_path: Path) -> None:
@@ -147,13 +147,13 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
 
 def test_sequences_are_windows_of_the_text() -> None:
     ids = list(range(1003))
-    found = sequences_of(ids, count=5, length=100, seed=3)
-    assert found.shape == (5, 100)
-    assert (found.diff() == 1).all()
-    assert (found[:, 0] % 100 == 0).all()
-    assert (found[:, 0].diff() > 0).all()
-    assert torch.equal(found, sequences_of(ids, count=5, length=100, seed=3))
-    assert not torch.equal(found, sequences_of(ids, count=5, length=100, seed=4))
+    sequences = sequences_of(ids, count=5, length=100, seed=3)
+    assert sequences.shape == (5, 100)
+    assert (sequences.diff() == 1).all()
+    assert (sequences[:, 0] % 100 == 0).all()
+    assert (sequences[:, 0].diff() > 0).all()
+    assert torch.equal(sequences, sequences_of(ids, count=5, length=100, seed=3))
+    assert not torch.equal(sequences, sequences_of(ids, count=5, length=100, seed=4))
     assert torch.equal(sequences_of(ids, count=50, length=100, seed=3), torch.arange(1000).view(10, 100))
     with pytest.raises(RequestError, match="at least one sequence of 2000 tokens; found 1003"):
         sequences_of(ids, count=5, length=2000, seed=3)
@@ -179,10 +179,10 @@ def test_the_command(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> Non
     command = ("quantize", nano, out, "--calibration", BOOK, "--sequences", 6, "--length", 128)
     done = cli(*command, "--method", "awq", "--json")
     assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert found["method"] == "awq"
-    assert found["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
-    assert found["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
+    summary = json.loads(done.out)
+    assert summary["method"] == "awq"
+    assert summary["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
+    assert summary["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
     assert cli("verify", out).code == 0
     short = tmp_path / "short.txt"
     short.write_text("The old man")

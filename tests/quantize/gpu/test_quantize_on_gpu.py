@@ -36,19 +36,19 @@ def quantize(source: Path, out: Path, method: str, memory: int | None, device: s
 @pytest.mark.parametrize("method", ["clip", "hqq", "awq", "gptq", "best"])
 def test_errors_are_those_of_the_cpu_and_bytes_repeat(nano: Path, tmp_path: Path, method: str) -> None:
     plain = quantize(nano, tmp_path / "cpu", method, None, "cpu")
-    found, again = (quantize(nano, tmp_path / name, method, None) for name in ("once", "again"))
-    assert found.relative_error == pytest.approx(plain.relative_error, rel=0.02)
-    assert {record.device for record in found.records if record.relative_error is not None} == {"cuda:0"}
-    assert len(again.records) == len(found.records)
+    once, again = (quantize(nano, tmp_path / name, method, None) for name in ("once", "again"))
+    assert once.relative_error == pytest.approx(plain.relative_error, rel=0.02)
+    assert {record.device for record in once.records if record.relative_error is not None} == {"cuda:0"}
+    assert len(again.records) == len(once.records)
     for path in (tmp_path / "once").glob("*.safetensors"):
         assert sha256_of(path) == sha256_of(tmp_path / "again" / path.name)
 
 
 def test_memory_that_runs_out_leaves_a_tensor_to_the_cpu(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbrx_q.quantize.pipeline.accelerator._TEMPORARIES", 0.001)  # so that the plan promises what the GPU cannot keep
-    found = quantize(nano, tmp_path / "out", "best", 4 << 20)
-    assert any(record.device == "cpu: cuda:0 ran out of memory" for record in found.records)
-    assert found.peak_device_bytes <= 4 << 20
+    monkeypatch.setattr("dbrx_q.quantize.pipeline.accelerator._TEMPORARIES", 0.001)  # so that the plan promises more than the GPU has
+    run = quantize(nano, tmp_path / "out", "best", 4 << 20)
+    assert any(record.device == "cpu: cuda:0 ran out of memory" for record in run.records)
+    assert run.peak_device_bytes <= 4 << 20
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 

@@ -1,6 +1,6 @@
-"""Quantizes a checkpoint, is killed at random moments, goes on, and tells whether the result is the same: a script of `test_resume.py`.
+"""Kills the quantizer at random moments, resumes it, and says whether the result is the same: a script of `test_resume.py`.
 
-A process that has imported everything, and whose threads have ended, is forked for each run, so that a run takes as long as its work.
+Each run is a fork of a process that has imported everything and whose threads have ended, so that it takes as long as its work.
 
     python killed_runs.py SOURCE FOLDER METHOD KILLS SEED
 """
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.backends.backend_agg  # noqa: F401 # which each run draws with
+import matplotlib.backends.backend_agg  # noqa: F401 # for the plots of each run
 import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
@@ -38,7 +38,7 @@ def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, shard_bytes=100_000
     )
     if METHODS[method].in_pieces:
-        quantize_checkpoint(source, folder / "first", request)  # compiled code that starts no threads is loaded once
+        quantize_checkpoint(source, folder / "first", request)  # loads compiled code once; that starts no threads
     whole = run(source, folder / "whole", request, None)
     expected = sums(folder / "whole")
     draw = random.Random(seed)
@@ -46,7 +46,7 @@ def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict
     while moments < kills:
         out = folder / f"out{moments}"
         if not run(source, out, request, (draw.randrange(whole.tensors), draw.expovariate(whole.tensors / whole.seconds))).killed:
-            shutil.rmtree(out)  # it was faster this time
+            shutil.rmtree(out)  # it ended before it was killed
             continue
         partial = folder / f"{out.name}.partial"
         begun += bool(list(partial.glob("*.safetensors")))
@@ -62,7 +62,7 @@ def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict
 
 
 class Run(NamedTuple):
-    """How a run went: what it did until it was killed, or to its end."""
+    """The outcome of a run, until it was killed or ended."""
 
     killed: bool
     tensors: int
@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
 
 def run(source: Path, out: Path, request: QuantizationRequest, kill: tuple[int, float] | None) -> Run:
-    """A run that gets SIGKILL some seconds after it has rounded some tensors (or has begun, for 0)."""
+    """Run, with SIGKILL some seconds after some tensors are rounded (after the beginning, for 0); None kills nothing."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

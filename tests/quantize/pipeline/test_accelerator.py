@@ -1,4 +1,4 @@
-"""The path of a GPU, run on the CPU where there is none: tensors move, whole matrices are rounded, and what does not fit goes back."""
+"""The path of a GPU, run on the CPU: tensors move, whole matrices are rounded, and what does not fit is left to the CPU."""
 
 from __future__ import annotations
 
@@ -25,58 +25,58 @@ ROOM = 1 << 30
 def quantize(source: Path, out: Path, method: str, memory: int | None) -> RunRecord:
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
     accelerator = None if memory is None else Accelerator(PLACE, memory, "a GPU")
-    asked = QuantizationRequest(
+    request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
     )
-    return quantize_checkpoint(source, out, asked)
+    return quantize_checkpoint(source, out, request)
 
 
 @pytest.mark.parametrize("method", ["clip", "awq", "best"])
 def test_an_accelerator_rounds_as_the_cpu_does(small: Path, tmp_path: Path, method: str) -> None:
-    plain, found = quantize(small, tmp_path / "cpu", method, None), quantize(small, tmp_path / "accelerated", method, ROOM)
+    plain, accelerated = quantize(small, tmp_path / "cpu", method, None), quantize(small, tmp_path / "accelerated", method, ROOM)
     assert {record.device for record in plain.records} == {"cpu"}
-    assert {record.device for record in found.records if record.relative_error is not None} == {str(PLACE)}
-    assert found.relative_error == pytest.approx(plain.relative_error, rel=0.02)
-    assert found.device == "a GPU"
+    assert {record.device for record in accelerated.records if record.relative_error is not None} == {str(PLACE)}
+    assert accelerated.relative_error == pytest.approx(plain.relative_error, rel=0.02)
+    assert accelerated.device == "a GPU"
 
 
 def test_what_does_not_fit_is_left_to_the_cpu(small: Path, tmp_path: Path) -> None:
-    found = quantize(small, tmp_path / "out", "gptq", 1 << 12)
-    where = {record.device for record in found.records if record.relative_error is not None}
-    assert where == {f"cpu: {PLACE} has too little memory"}
+    run = quantize(small, tmp_path / "out", "gptq", 1 << 12)
+    devices = {record.device for record in run.records if record.relative_error is not None}
+    assert devices == {f"cpu: {PLACE} has too little memory"}
     assert "has too little memory" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
 def test_a_tensor_that_runs_out_of_memory_is_rounded_by_the_cpu(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize(small, tmp_path / "whole", "gptq", ROOM)
-    run, calls = METHODS["gptq"].run, []
+    gptq, calls = METHODS["gptq"].run, []
 
     def scarce(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
         calls.append(weight.shape)
         if len(calls) in (2, 9):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return run(weight, fmt, moments)
+        return gptq(weight, fmt, moments)
 
     monkeypatch.setitem(methods.METHODS, "gptq", replace(METHODS["gptq"], run=scarce))
-    found = quantize(small, tmp_path / "out", "gptq", ROOM)
-    moved = [record for record in found.records if record.device.startswith("cpu:")]
+    run = quantize(small, tmp_path / "out", "gptq", ROOM)
+    moved = [record for record in run.records if record.device.startswith("cpu:")]
     assert [record.device for record in moved] == [f"cpu: {PLACE} ran out of memory"] * 2
-    assert [record.label for record in found.records] == [record.label for record in whole.records]
-    assert found.relative_error == pytest.approx(whole.relative_error, rel=0.02)
+    assert [record.label for record in run.records] == [record.label for record in whole.records]
+    assert run.relative_error == pytest.approx(whole.relative_error, rel=0.02)
     assert "2 matrices were rounded on the CPU" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
-def test_an_unfinished_run_on_another_device_is_not_gone_on_with(small: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_on_another_device_is_not_resumed(small: Path, tmp_path: Path) -> None:
     class EndedError(Exception):
         pass
 
     def end(done: int, total: int) -> None:
         raise EndedError
 
-    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="clip")
+    request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="clip")
     with pytest.raises(EndedError):
-        quantize_checkpoint(small, tmp_path / "out", asked, on_bytes=end)
-    other = replace(asked, accelerator=Accelerator(PLACE, ROOM, "a GPU"))
+        quantize_checkpoint(small, tmp_path / "out", request, on_bytes=end)
+    other = replace(request, accelerator=Accelerator(PLACE, ROOM, "a GPU"))
     with pytest.raises(RequestError, match="accelerator"):
         quantize_checkpoint(small, tmp_path / "out", other, resume=True)
 

@@ -18,16 +18,16 @@ Cli = Callable[..., Any]
 
 
 def bits_of(cli: Cli, folder: Path) -> dict[str, Any]:
-    found = json.loads(cli("inspect", folder, "--json").out)
-    return {kind: row["format"] for kind, row in found["kinds"].items()} | {"all": found["bits_per_weight"]}
+    inventory = json.loads(cli("inspect", folder, "--json").out)
+    return {kind: row["format"] for kind, row in inventory["kinds"].items()} | {"all": inventory["bits_per_weight"]}
 
 
 def test_rules_give_tensors_their_formats(small: Path, tmp_path: Path, cli: Cli) -> None:
     rules = ("--tensor", "w2=int8:32", "--tensor", "head=plain", "--tensor", "blocks.0.Wqkv=int4:32")
     assert cli("quantize", small, tmp_path / "out", *rules).code == 0
-    found = bits_of(cli, tmp_path / "out")
-    assert found["experts"] == "int4:64 + int8:32"
-    assert (found["head"], found["attention"]) == ("bfloat16", "int4:32 + int8:64")
+    formats = bits_of(cli, tmp_path / "out")
+    assert formats["experts"] == "int4:64 + int8:32"
+    assert (formats["head"], formats["attention"]) == ("bfloat16", "int4:32 + int8:64")
     assert cli("verify", tmp_path / "out").code == 0
     for rule, says in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
         done = cli("quantize", small, tmp_path / "bad", "--tensor", rule)
@@ -55,7 +55,7 @@ def test_bits_that_no_mix_reaches_are_refused_with_the_range(small: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_measured_is_not_measured_again(small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_does_not_measure_again(small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("quantize", small, tmp_path / "out", "--target-bpw", 7, *TEXT)
     with monkeypatch.context() as patch:
         patch.setattr("dbrx_q.quantize.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -68,7 +68,7 @@ def test_what_was_measured_is_not_measured_again(small: Path, tmp_path: Path, cl
     done = cli(*command, "--resume")
     assert done.code == 0, done.err
     assert not measured
-    with pytest.raises(AttributeError):  # a run of its own measures, and would get nothing here
+    with pytest.raises(AttributeError):  # a new run measures; here it gets None
         cli("quantize", small, tmp_path / "other", "--target-bpw", 7, *TEXT)
     assert measured
 

@@ -1,4 +1,4 @@
-"""Memory: the quantizer keeps to what it planned, whatever the size of the model."""
+"""The quantizer stays within the memory that it planned, whatever the size of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 
-# In a process whose data may not grow past the limit (RLIMIT_DATA: what it allocates, and 8 MB a thread): an allocation beyond it fails.
+# Runs in a process whose data cannot grow past the limit (RLIMIT_DATA counts allocations, and 8 MB per thread): others then fail.
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
@@ -40,12 +40,12 @@ quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # c
 plan = plan_checkpoint(source, request(tokens))
 before = resident_bytes()
 budget = plan.working + plan.activations // 2
-budget += 2 << 20  # by which a process grows without a tensor
+budget += 2 << 20  # growth of the process beside tensors
 plan = plan_checkpoint(source, request(tokens), memory=before + budget)
 data = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
 threads = 8 << 23
 resource.setrlimit(resource.RLIMIT_DATA, (data + budget + threads, data + budget + threads))
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which compiling may have made
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which compiling may have raised
 quantize_checkpoint(source, out, request(tokens), memory=before + budget)
 print(json.dumps({"budget": budget, "grown": peak_memory_bytes() - before, "in_files": plan.in_files}))
 """
@@ -78,27 +78,27 @@ def test_a_model_several_times_larger_than_the_limit(large: tuple[Path, Path], t
     command = [sys.executable, "-c", MEASURE, *large, tmp_path / "out", method, tokens]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    figures = json.loads(done.stdout)
     model = sum(shard.stat().st_size for shard in large[1].glob("*.safetensors"))
-    assert model > 3 * found["budget"]
-    assert found["grown"] <= found["budget"]
-    assert found["in_files"] == (tokens > 0)
+    assert model > 3 * figures["budget"]
+    assert figures["grown"] <= figures["budget"]
+    assert figures["in_files"] == (tokens > 0)
 
 
 def test_files_and_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
     ids = torch.arange(64 * 60).view(64, 60) % 500
-    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
-    quantize_checkpoint(small, tmp_path / "memory", asked)  # first: compiled code and the allocator's reserves have come then
-    whole = plan_checkpoint(small, asked)
+    request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
+    quantize_checkpoint(small, tmp_path / "memory", request)  # first: it compiles code and fills the allocator's reserves
+    whole = plan_checkpoint(small, request)
     tight = whole.peak_memory - whole.activations // 2
-    assert plan_checkpoint(small, asked, memory=tight).in_files
-    quantize_checkpoint(small, tmp_path / "files", asked, memory=tight)
+    assert plan_checkpoint(small, request, memory=tight).in_files
+    quantize_checkpoint(small, tmp_path / "files", request, memory=tight)
     for path in (tmp_path / "memory").glob("*.safetensors"):
         assert sha256_of(path) == sha256_of(tmp_path / "files" / path.name), path.name
 
 
 def test_too_little_memory_is_refused(small: Path, tmp_path: Path) -> None:
-    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
+    request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
     with pytest.raises(RequestError, match=r"--memory must be at least [\d,]+ bytes here, of which .*; found 1,048,576"):
-        quantize_checkpoint(small, tmp_path / "out", asked, memory=1 << 20)
+        quantize_checkpoint(small, tmp_path / "out", request, memory=1 << 20)
     assert not list(tmp_path.iterdir())

@@ -47,8 +47,8 @@ def checkpoint(request: pytest.FixtureRequest, nano: Path, tmp_path_factory: pyt
     return folder
 
 
-def decoded(folder: Path) -> DbrxForCausalLM:
-    """The same model, every weight decoded to float32."""
+def dequantized(folder: Path) -> DbrxForCausalLM:
+    """The same model with every weight dequantized to float32."""
     with Checkpoint(folder) as checkpoint:
 
         def read(tensor: DenseTensor) -> torch.Tensor:
@@ -65,8 +65,8 @@ def decoded(folder: Path) -> DbrxForCausalLM:
         return load_plain_model(checkpoint.config, read, dtype=torch.float32)
 
 
-def test_a_model_of_mixed_formats_gives_what_its_decoded_weights_give(checkpoint: Path) -> None:
-    packed, plain = DbrxForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), decoded(checkpoint)
+def test_logits_of_mixed_formats_are_those_of_the_dequantized_weights(checkpoint: Path) -> None:
+    packed, plain = DbrxForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), dequantized(checkpoint)
     for tokens in (1, 7, 90):  # 90 tokens reach some experts often enough for tiles and others seldom enough for dot products
         ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(tokens))
         with torch.inference_mode():
@@ -76,19 +76,19 @@ def test_a_model_of_mixed_formats_gives_what_its_decoded_weights_give(checkpoint
 
 def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., Any]) -> None:
     outcome = cli("inspect", checkpoint, "--json")
-    found = json.loads(outcome.out)["kinds"]
-    assert set(found["experts"]["format"].split(" + ")) == {"int4:128", "int4:32", "int8:64", "int8:128", "nf4:64", "int8:32"}
-    assert set(found["attention"]["format"].split(" + ")) == {"int4:64", "bfloat16", "nf4:64", "nf4-double:64"}
-    assert found["head"]["format"] == "int4:32"
+    kinds = json.loads(outcome.out)["kinds"]
+    assert set(kinds["experts"]["format"].split(" + ")) == {"int4:128", "int4:32", "int8:64", "int8:128", "nf4:64", "int8:32"}
+    assert set(kinds["attention"]["format"].split(" + ")) == {"int4:64", "bfloat16", "nf4:64", "nf4-double:64"}
+    assert kinds["head"]["format"] == "int4:32"
     plan = json.loads(cli("plan", checkpoint, "--json").out)
-    assert plan["expert_bytes"] == found["experts"]["bytes"]
+    assert plan["expert_bytes"] == kinds["experts"]["bytes"]
     assert cli("verify", checkpoint).code == 0
 
 
 def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
     config = DbrxConfig.from_pretrained(str(nano))
-    found = mixed(config)
-    assert list(found) == [tensor.name for tensor in dense_tensors(config) if tensor.name in found]
+    formats = mixed(config)
+    assert list(formats) == [tensor.name for tensor in dense_tensors(config) if tensor.name in formats]
     expected = {
         "transformer.wte.weight": TensorFormat("int8", 64),
         "transformer.blocks.0.ffn.experts.mlp.w2": TensorFormat("int8", 64),
@@ -96,9 +96,9 @@ def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
         "transformer.blocks.2.ffn.experts.mlp.v1": TensorFormat("int8", 32),
         "transformer.blocks.3.norm_attn_norm.attn.out_proj.weight": TensorFormat("int4", 64),
     }
-    assert {name: found[name] for name in expected} == expected
-    assert "transformer.blocks.1.norm_attn_norm.attn.out_proj.weight" not in found
-    assert override(found, config, []) == found
+    assert {name: formats[name] for name in expected} == expected
+    assert "transformer.blocks.1.norm_attn_norm.attn.out_proj.weight" not in formats
+    assert override(formats, config, []) == formats
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is told of a run: the report, its plots, and the model card."""
+"""The report of a run, its plots, and the model card."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def quantize(source: Path, out: Path, method: str = "best", ids: torch.Tensor | None = IDS, **options: Any) -> RunRecord:
-    asked = QuantizationRequest(
+    request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)),
         method=method,
         sequences=ids,
         about={"sequences": 16, "length": 60, "seed": 0} if ids is not None else None,
         options=CalibrationOptions(**options),
     )
-    return quantize_checkpoint(source, out, asked)
+    return quantize_checkpoint(source, out, request)
 
 
-def told(folder: Path) -> tuple[dict[str, Any], str]:
+def report_of(folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads((folder / f"{NAME}.json").read_text()), (folder / f"{NAME}.md").read_text()
 
 
-def test_the_report_says_what_lies_there(small: Path, tmp_path: Path) -> None:
+def test_the_report_agrees_with_the_files(small: Path, tmp_path: Path) -> None:
     run = quantize(small, tmp_path / "out")
-    data, text = told(tmp_path / "out")
+    data, text = report_of(tmp_path / "out")
     with Checkpoint(tmp_path / "out") as checkpoint:
         inventory = take_inventory(checkpoint)
         names = {part.rsplit(".", 1)[0] for part in checkpoint.infos if part.endswith(".qweight")}
@@ -64,15 +64,15 @@ def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_pa
     from dbrx_q.kernels.formats.weights import dequantize
 
     run = quantize(small, tmp_path / "out", "clip", None)
-    data, _ = told(tmp_path / "out")
+    data, _ = report_of(tmp_path / "out")
     with Checkpoint(small) as plain, Checkpoint(tmp_path / "out") as packed:
         name = "transformer.blocks.0.ffn.experts.mlp.w2"
         tensor, fmt = plain.tensors[name], packed.formats[name]
         original = oriented(plain.read(name), tensor).double()
         for expert in range(tensor.experts):
             parts = [part for part in parts_of(tensor, fmt) if part.name.startswith(f"{name}.{expert}.")]
-            found = dequantize(fmt.load({part_name(part): packed.read(part.name) for part in parts})).double()
-            error = float((found - original[expert]).norm() / original[expert].norm())
+            weight = dequantize(fmt.load({part_name(part): packed.read(part.name) for part in parts})).double()
+            error = float((weight - original[expert]).norm() / original[expert].norm())
             assert run.relative_error[f"{name}.{expert}"] == pytest.approx(error, rel=1e-4)
     assert data["expert_tokens"] == {}
     calibrated = quantize(small, tmp_path / "gptq", "gptq")
@@ -86,7 +86,7 @@ def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_pa
 def test_experts_that_too_few_tokens_reach_are_named(small: Path, tmp_path: Path, tokens: int, by: str) -> None:
     ids = IDS.flatten()[:tokens].view(-1, 60)
     run = quantize(small, tmp_path / "out", "gptq", ids, min_tokens=tokens if by == "layer" else tokens + 1)
-    data, text = told(tmp_path / "out")
+    data, text = report_of(tmp_path / "out")
     assert {record.calibrated_by for record in run.records if record.expert >= 0} == {by}
     assert data["undersampled_experts"] == [[0, expert, by] for expert in range(4)]
     assert "4 expert(s) that too few tokens reach" in text
@@ -127,4 +127,4 @@ def test_a_report_without_matplotlib_says_what_is_missing(small: Path, tmp_path:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     quantize(small, tmp_path / "out", "clip", None)
     assert not list((tmp_path / "out").glob("*.png"))
-    assert "pip install 'dbrx_q[eval]'" in told(tmp_path / "out")[1]
+    assert "pip install 'dbrx_q[eval]'" in report_of(tmp_path / "out")[1]

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment is gone on with, to the same bytes."""
+"""A run that is killed at any moment resumes, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -54,24 +54,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class StoppedError(Exception):
-    """What ends a run in the middle."""
+    """Ends a run in the middle."""
 
 
 def stop_after(tensors: int) -> Callable[[int, int], None]:
     """A hook that ends a run when some tensors have been rounded."""
-    left = tensors
+    remaining = tensors
 
     def on_bytes(done: int, total: int) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
+        nonlocal remaining
+        remaining -= 1
+        if not remaining:
             raise StoppedError
 
     return on_bytes
 
 
-def begun(source: Path, out: Path, asked: QuantizationRequest, tensors: int) -> Path:
-    """A run that was stopped after some tensors; where it was built."""
+def begin(source: Path, out: Path, asked: QuantizationRequest, tensors: int) -> Path:
+    """Run until some tensors are finished; returns the folder of the unfinished result."""
     with pytest.raises(StoppedError):
         quantize_checkpoint(source, out, asked, on_bytes=stop_after(tensors))
     assert not out.exists()
@@ -84,21 +84,21 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path, method: str, kil
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["kills"], found["differ"]) == (kills, [])
-    assert found["begun"] > kills / 2  # the others were killed before the first tensor or after the last
+    outcome = json.loads(done.stdout)
+    assert (outcome["kills"], outcome["differ"]) == (kills, [])
+    assert outcome["begun"] > kills / 2  # the others were killed before the first tensor or after the last
 
 
 @pytest.fixture(scope="module")
 def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunRecord, Path]]:
-    """What a run that nobody stops makes by a method, made once."""
-    made: dict[str, tuple[RunRecord, Path]] = {}
+    """The result of an uninterrupted run by a method, computed once."""
+    results: dict[str, tuple[RunRecord, Path]] = {}
 
     def make(method: str) -> tuple[RunRecord, Path]:
-        if method not in made:
+        if method not in results:
             whole = tmp_path_factory.mktemp("at-once") / method
-            made[method] = quantize_checkpoint(source, whole, request(method)), whole
-        return made[method]
+            results[method] = quantize_checkpoint(source, whole, request(method)), whole
+        return results[method]
 
     return make
 
@@ -108,14 +108,14 @@ def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     [(method, tensors) for method in ("awq", "gptq") for tensors in (1, 11, 26, 45)]
     + [("best", n) for n in (1, 2, 5, 11, 17, 26, 40, 44, 45)],
 )
-def test_goes_on_from_the_last_finished_tensor(
+def test_resumes_from_the_last_finished_tensor(
     source: Path, at_once: Callable[[str], tuple[RunRecord, Path]], tmp_path: Path, method: str, tensors: int
 ) -> None:
     run, whole = at_once(method)
     assert len(run.records) == 45
-    partial = begun(source, tmp_path / "out", request(method), tensors)
+    partial = begin(source, tmp_path / "out", request(method), tensors)
     finished = len((partial / MARKER_NAME).read_text().splitlines()) - 1
-    assert finished >= tensors - 1  # the last one may still have been on its way
+    assert finished >= tensors - 1  # the last one may not have been written yet
     later = []
     resumed = quantize_checkpoint(source, tmp_path / "out", request(method), resume=True, on_bytes=lambda done, total: later.append(done))
     assert len(later) == 45 - finished
@@ -127,12 +127,12 @@ def test_goes_on_from_the_last_finished_tensor(
 
 
 @pytest.mark.parametrize("method", ["rtn", "best"])
-def test_what_the_power_took_is_made_again(source: Path, tmp_path: Path, method: str) -> None:
+def test_tensors_lost_in_a_power_failure_are_made_again(source: Path, tmp_path: Path, method: str) -> None:
     """The journal may reach the disk before the tensors that it names, in whole or in part."""
     quantize_checkpoint(source, tmp_path / "whole", request(method))
     for number, damage in enumerate(("short", "zeros", "gone", "torn journal", "early")):
         out = tmp_path / f"out{number}"
-        partial = begun(source, out, request(method), 30)
+        partial = begin(source, out, request(method), 30)
         shards = sorted(partial.glob("*.safetensors"))
         assert len(shards) > 2
         if damage == "short":
@@ -156,7 +156,7 @@ def test_what_the_power_took_is_made_again(source: Path, tmp_path: Path, method:
 
 def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    partial = begun(source, out, request("gptq"), 12)
+    partial = begin(source, out, request("gptq"), 12)
     before = sums(partial)
     for asked, says in (
         (request("best"), "rounding was 'gptq', found 'best'"),
@@ -192,7 +192,7 @@ def test_a_full_disk_stops_cleanly(source: Path, tmp_path: Path, monkeypatch: py
     assert sums(tmp_path / "out") == sums(tmp_path / "whole")
 
 
-def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_after_its_source_is_repaired(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "whole", request())
     damaged = shutil.copytree(source, tmp_path / "damaged" / source.name)  # the model card names it
     shard = sorted(damaged.glob("*.safetensors"))[-1]
@@ -206,10 +206,10 @@ def test_a_source_that_is_mended_is_gone_on_with(source: Path, tmp_path: Path) -
     assert sums(tmp_path / "out") == sums(tmp_path / "whole")
 
 
-def test_the_command_goes_on_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_command_resumes_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
     asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
-    partial = begun(nano, out, asked, 20)
+    partial = begin(nano, out, asked, 20)
     done = cli("quantize", nano, out)
     assert (done.code, done.out) == (2, "")
     assert "this folder holds an unfinished run. Continue it with --resume" in done.err

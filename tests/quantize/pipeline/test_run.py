@@ -1,4 +1,4 @@
-"""The quantizer: what it writes is each tensor rounded on its own, along the reduction axis, in little memory."""
+"""The quantizer writes each tensor rounded by itself, along its reduction axis, in little memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path, fmt:
 def test_the_manifest_states_each_tensors_error(
     source: Path, plain: dict[str, torch.Tensor], tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbrx_q.quantize.methods.rtn._NF4_ELEMENTS", 7 * 192)  # several pieces, the last one smaller
+    monkeypatch.setattr("dbrx_q.quantize.methods.rtn._PIECE_ELEMENTS", 7 * 192)  # several pieces, the last one smaller
     quantize(source, tmp_path / "out", module.__name__.rsplit(".", 1)[1])
     statistics = json.loads((tmp_path / "out" / "manifest.json").read_text())["tensors"]
     name = "transformer.blocks.0.ffn.experts.mlp.w2"
