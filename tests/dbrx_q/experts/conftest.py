@@ -1,4 +1,4 @@
-"""Models on GPUs that are pieces of host memory."""
+"""Models on GPUs that are parts of host memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dbrx_q.planning.offloading import PINNED_BYTES
 
 @pytest.fixture(scope="session")
 def gpus() -> Callable[..., Budget]:
-    """Gives a budget of GPUs of so many megabytes beside what is reserved of a real one, which the planner takes off."""
+    """Makes budgets of GPUs with so many megabytes beside the reserve of a real one, which the planner subtracts."""
 
     def budget(*megabytes: float, ram: float, **options: Any) -> Budget:
         reserve = Gpu(0).reserve
@@ -30,7 +30,7 @@ def gpus() -> Callable[..., Budget]:
 
 @pytest.fixture
 def loaded(quantized_nano: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
-    """Loads models that are closed in the end."""
+    """Loads models, and closes them after the test."""
     opened: list[DbrxForCausalLM] = []
 
     def load(budget: Budget, folder: Path = quantized_nano) -> DbrxForCausalLM:

@@ -1,4 +1,4 @@
-"""Experts in memory over disk: the same bits as with all of them in memory, whatever the budget; and what happens when reading fails."""
+"""Experts in host memory over disk: the bits do not depend on the budget; and what happens when reading fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SETTINGS += [(5, "least-stale", True), (5, "lru", True), (5, "lfu", False), (64,
 
 @pytest.fixture(scope="module")
 def mixed_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers of three kinds: int8, nf4 with double quantization, which is decoded on the way in, and plain beside int4."""
+    """Layers of three kinds: int8, nf4 with double quantization, which is converted while it is read, and plain beside int4."""
 
     def assign_formats(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         formats = default_formats(checkpoint.config, TensorFormat("int4", 64))
@@ -90,12 +90,12 @@ def store_over(
 
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
-    """Of a prompt, and of tokens one by one after it."""
+    """The logits of a prompt, and of single tokens after it."""
     cache = KVCache(model.config, 1, 128, dtype=model.dtype)
-    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
     for token in (7, 300, 7, 41):
-        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
-    return found
+        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return logits
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def replaced() -> Iterator[Callable[[DbrxForCausalLM, CpuExpertStore], None]]:
         model.transformer.expert_store = store
 
     yield give
-    for model, own, store in opened:
-        model.transformer.expert_store = own
+    for model, original, store in opened:
+        model.transformer.expert_store = original
         store.close()
 
 
@@ -122,9 +122,9 @@ def test_any_budget_policy_and_prefetch_gives_the_same_bits(folder: Path, dtype:
         store = store_over(folder, model, slots, policy=policy, prefetch=prefetch, direct=slots == 5 and supports_direct(folder))
         store.fill()
         model.transformer.expert_store = store
-        found = logits_of(model)
+        logits = logits_of(model)
         store.close()
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (slots, policy, prefetch)
+        assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True)), (slots, policy, prefetch)
         assert (store.stats().cache.misses == 0) == (slots == 64), (slots, policy, prefetch)
 
 
@@ -137,16 +137,16 @@ def test_a_model_loads_by_its_plan_and_counts_what_it_does(quantized_nano: Path)
     before = model.expert_store.stats()
     assert before.disk_bytes == plan.host.experts  # the slots were filled
     assert generate(model, [PROMPT], max_new_tokens=8)[0].token_ids == expected
-    did = model.expert_store.stats() - before
-    assert did.cache.requests >= 4 * 16 + 7 * 4 * 4
-    assert did.cache.misses > 0
-    each = plan.expert_bytes // plan.experts
-    assert did.cache.misses * each <= did.disk_bytes <= (did.cache.misses + did.cache.prefetches) * each
-    assert did.compute_seconds > 0
+    stats = model.expert_store.stats() - before
+    assert stats.cache.requests >= 4 * 16 + 7 * 4 * 4
+    assert stats.cache.misses > 0
+    expert_bytes = plan.expert_bytes // plan.experts
+    assert stats.cache.misses * expert_bytes <= stats.disk_bytes <= (stats.cache.misses + stats.cache.prefetches) * expert_bytes
+    assert stats.compute_seconds > 0
     model.close()
 
 
-def test_all_experts_in_the_budget_are_simply_resident(quantized_nano: Path) -> None:
+def test_a_budget_for_all_experts_makes_a_resident_store(quantized_nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano, device_map="auto", max_memory={"cpu": "1GiB"})
     assert isinstance(model.expert_store, ResidentExpertStore)
     assert model.expert_store.stats().cache.requests == 0
@@ -156,10 +156,10 @@ def test_an_expert_of_a_quantized_checkpoint_is_one_range(nano: Path, quantized_
     for folder, ranges in ((nano, 3), (quantized_nano, 1), (mixed_nano, 1)):
         with Checkpoint(folder) as checkpoint:
             files = ExpertFiles(checkpoint, torch.bfloat16)
-            every = [extent for layer in range(4) for e in range(16) for extent in files.extents(layer, e)]
-            assert len(every) == ranges * 64
+            extents = [extent for layer in range(4) for e in range(16) for extent in files.extents(layer, e)]
+            assert len(extents) == ranges * 64
             stored = [info for name, info in checkpoint.infos.items() if ".experts." in name]
-            assert sum(extent.nbytes for extent in every) == files.nbytes == sum(info.nbytes for info in stored)
+            assert sum(extent.nbytes for extent in extents) == files.nbytes == sum(info.nbytes for info in stored)
 
 
 @pytest.fixture
@@ -168,21 +168,21 @@ def copied(quantized_nano: Path, tmp_path: Path) -> Path:
 
 
 def bounded(action: Callable[[], Any]) -> BaseException | None:
-    """What an action raises; it must end."""
-    found: list[BaseException | None] = []
+    """The exception that an action raises, or None; fails if the action hangs."""
+    outcomes: list[BaseException | None] = []
 
     def run() -> None:
         try:
             action()
-            found.append(None)
+            outcomes.append(None)
         except BaseException as error:
-            found.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(TIMEOUT)
     assert not thread.is_alive(), "it hangs"
-    return found[0]
+    return outcomes[0]
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -196,7 +196,7 @@ def test_a_file_that_shrinks_under_the_reader(copied: Path, prefetch: bool) -> N
     error = bounded(lambda: generate(model, [PROMPT[:5]], max_new_tokens=12))
     assert isinstance(error, CheckpointError)
     assert "became shorter while it was read" in str(error)
-    shard.write_bytes(whole)  # and what was half read is not taken for an expert
+    shard.write_bytes(whole)  # a partly read expert is not used
     assert generate(model, [PROMPT[:5]], max_new_tokens=12)[0].token_ids == expected
     model.close()
 
@@ -246,7 +246,7 @@ def test_a_damaged_expert_is_refused_when_it_is_first_read(copied: Path, expert:
     assert f"{name} must be finite" in str(error)
 
 
-def test_an_interruption_in_the_middle_leaves_no_expert_that_did_not_arrive(
+def test_an_interruption_frees_the_slots_of_experts_that_have_not_arrived(
     quantized_nano: Path, replaced: Callable[[DbrxForCausalLM, CpuExpertStore], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(quantized_nano)
@@ -269,7 +269,7 @@ def test_an_interruption_in_the_middle_leaves_no_expert_that_did_not_arrive(
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
-def test_a_closed_store_says_so_and_does_not_hang(quantized_nano: Path) -> None:
+def test_a_closed_store_raises_an_error_and_does_not_hang(quantized_nano: Path) -> None:
     model = load_model(quantized_nano, budget=Budget(Machine(2 << 20), context=100, step_tokens=8))
     model.close()
     model.close()
@@ -278,8 +278,8 @@ def test_a_closed_store_says_so_and_does_not_hang(quantized_nano: Path) -> None:
     assert "closed" in str(error)
 
 
-def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Path) -> None:
-    """Whatever is predicted and not needed, the slot gets the right bytes afterwards."""
+def test_a_cancelled_load_frees_its_slot(quantized_nano: Path) -> None:
+    """The next load into the slot gives it the right bytes."""
     model = load_model(quantized_nano)
     with Checkpoint(quantized_nano) as checkpoint:
         files = ExpertFiles(checkpoint, model.dtype)
@@ -294,7 +294,7 @@ def test_a_load_that_nobody_waits_for_any_more_frees_its_slot(quantized_nano: Pa
     reader.close()
 
 
-def test_experts_that_are_waited_for_come_before_those_that_are_predicted(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urgent_experts_are_read_before_predicted_ones(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpoint(quantized_nano) as checkpoint:
         files = ExpertFiles(checkpoint, torch.bfloat16)
     reader = ExpertReader(files, threads=1)
@@ -318,7 +318,7 @@ def test_experts_that_are_waited_for_come_before_those_that_are_predicted(quanti
     reader.close()
 
 
-def test_the_page_cache_serves_where_it_can_hold_what_is_read(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_cache_is_used_if_it_can_hold_the_uncached_experts(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpoint(quantized_nano) as checkpoint:
         files = ExpertFiles(checkpoint, torch.bfloat16)
     assert not reads_faster_directly(files, uncached_bytes=1)
@@ -373,7 +373,7 @@ def test_a_context_that_outgrows_the_cache_stops_and_says_why(quantized_nano: Pa
     assert (result.finish_reason, len(result.token_ids)) == ("memory", 10)
     whole = load_model(quantized_nano)
     assert generate(whole, [PROMPT[:10]], max_new_tokens=10)[0].token_ids == result.token_ids
-    short, long = generate(model, [PROMPT[:2], PROMPT[:7]], max_new_tokens=50)  # they share the room
+    short, long = generate(model, [PROMPT[:2], PROMPT[:7]], max_new_tokens=50)  # they share the memory
     assert (short.finish_reason, long.finish_reason) == ("memory", "memory")
     assert (len(short.token_ids), len(long.token_ids)) == (8, 3)
     with pytest.raises(RequestError, match="prompt 0 has 20 tokens and room for 20"):
@@ -383,7 +383,7 @@ def test_a_context_that_outgrows_the_cache_stops_and_says_why(quantized_nano: Pa
     model.close()
 
 
-def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> None:
+def test_the_layer_of_a_store_holds_the_requested_experts(quantized_nano: Path) -> None:
     model = load_model(quantized_nano)
     store = store_over(quantized_nano, model, 5)
     weights = store.layer(2, torch.tensor([[3, 9], [9, 1]]))
@@ -395,7 +395,7 @@ def test_the_layer_of_a_store_holds_what_was_asked_for(quantized_nano: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch", 0)])
-def test_keys_and_values_that_no_model_has(quantized_nano: Path, name: str, value: Any) -> None:
+def test_contexts_and_batches_that_no_model_has_are_refused(quantized_nano: Path, name: str, value: Any) -> None:
     rule = "from 1 to the model's 2,048 tokens" if name == "context" else "at least 1"
     with pytest.raises(RequestError, match=f"must be a whole number {rule}; found {value}"):
         DbrxForCausalLM.from_pretrained(quantized_nano, budget=Budget(Machine(3_000_000), **{name: value}))
@@ -416,7 +416,7 @@ def test_a_device_beside_a_budget_is_refused(quantized_nano: Path, monkeypatch: 
 
 
 def test_generate_takes_the_workspace_of_a_prefill_step(quantized_nano: Path, cli: Callable[..., Any]) -> None:
-    """Not that of the whole prompt, as `plan` has it."""
+    """Not the workspace of the whole prompt."""
     with Checkpoint(quantized_nano) as checkpoint:
         least = place(checkpoint.config, checkpoint.formats, Machine(1), MemoryRequest(1100)).shortfall + 1
     ram = f"{-(-least // 1000)}KB"

@@ -1,4 +1,4 @@
-"""A fallback copy answers for experts on disk: which of the two computed what, at once, and what it costs."""
+"""A fallback copy replaces experts on disk: which copy computed which expert, without waiting, and what it costs."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def carrying(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_host(slots: int, **options: Any) -> Budget:
-    """Host memory for so many experts beside the copy."""
+    """A budget of host memory for so many experts beside the copy."""
     budget = Budget(Machine(1), context=64, step_tokens=40, direct=False, fallback=True, **options)
     return replace(budget, machine=Machine(6_163_712 + slots * EXPERT["int8"]))
 
 
 def on_gpus(*megabytes: float, ram: float, **options: Any) -> Budget:
-    """Two GPUs of so much memory beside what is reserved of a real one."""
+    """A budget of GPUs with so much memory beside the reserve of a real one."""
     machine = Machine(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in megabytes))
     return Budget(machine, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, fallback=True, **options)
 
 
 @pytest.fixture
 def loaded(carrying: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
-    """Loads models that are closed in the end."""
+    """Loads models, and closes them after the test."""
     opened: list[DbrxForCausalLM] = []
 
     def load(budget: Budget, folder: Path = carrying) -> DbrxForCausalLM:
@@ -87,19 +87,19 @@ def loaded(carrying: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
 
 def logits_of(model: DbrxForCausalLM, tokens: tuple[int, ...] = (7, 300, 7, 41, 9, 300)) -> list[torch.Tensor]:
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
-    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
     for token in tokens:
-        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
-    return found
+        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return logits
 
 
 class Recorded(PairSum):
-    """Notes which experts were computed at fewer bits."""
+    """Records which experts were computed, and which of them from the fallback copy."""
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
         super().__init__(x, routing)
         self.fallback: set[int] = set()
-        self.came: list[int] = []
+        self.computed: list[int] = []
 
     def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         self._note(weights, slots)
@@ -110,25 +110,25 @@ class Recorded(PairSum):
         super().add_host(weights, slots)
 
     def _note(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
-        self.came += slots
+        self.computed += slots
         self.fallback |= set(slots) if isinstance(weights.w1, Int4Weight) else set()
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-    """Every layer of every forward pass over tiers, in order."""
-    found: list[Recorded] = []
+    """The sums of every layer of every forward pass, in order."""
+    sums: list[Recorded] = []
 
     def make(x: torch.Tensor, routing: Routing) -> Recorded:
-        found.append(Recorded(x, routing))
-        return found[-1]
+        sums.append(Recorded(x, routing))
+        return sums[-1]
 
     monkeypatch.setattr(tiered, "sum_for", make)
-    return found
+    return sums
 
 
 class Replayed(ExpertStore):
-    """Experts of two models that lie whole in memory, each pass with those at fewer bits that were recorded."""
+    """Computes the recorded experts of every pass from the fallback model, the others from the full one, both whole in memory."""
 
     def __init__(self, full: DbrxForCausalLM, fallback: DbrxForCausalLM, recorded: list[Recorded]) -> None:
         self._layers = [[block.ffn.experts.mlp.weights() for block in model.transformer.layers()] for model in (full, fallback)]
@@ -147,7 +147,7 @@ class Replayed(ExpertStore):
 BUDGETS = {
     "one slot": on_host(1),
     "some slots": on_host(20, cache_policy="lru"),
-    "nothing is brought": on_host(20, upgrade=False),
+    "no upgrades": on_host(20, upgrade=False),
     "GPUs, hybrid": on_gpus(1.9, 1.6, ram=6.0),
     "GPUs, cpu": on_gpus(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.cpu),
     "GPUs, copy": on_gpus(1.9, 1.6, ram=6.0, miss_policy=MissPolicy.copy),
@@ -156,24 +156,24 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-def test_every_expert_is_computed_once_from_one_of_the_two(
+def test_every_expert_is_computed_once_from_one_of_the_copies(
     carrying: Path, budget: Budget, loaded: Callable[..., DbrxForCausalLM], recorded: list[Recorded]
 ) -> None:
     model = loaded(budget)
     before = model.expert_store.stats()
-    found = logits_of(model) + logits_of(model)
-    did = model.expert_store.stats() - before
-    for each in recorded:
-        assert sorted(each.came) == sorted(each.counts)
-    assert did.fallback_hits == sum(len(each.fallback) for each in recorded)
-    assert 0 < did.fallback_hits < did.cache.requests
-    assert did.fallback_hits <= did.cache.misses
-    assert did.cache.requests == sum(len(each.counts) for each in recorded)
-    assert did.fallback_share == did.as_dict()["fallback_share"] == did.fallback_hits / did.cache.requests
-    assert any("fallback copy: answered" in line for line in did.lines())
+    logits = logits_of(model) + logits_of(model)
+    stats = model.expert_store.stats() - before
+    for layer_sum in recorded:
+        assert sorted(layer_sum.computed) == sorted(layer_sum.counts)
+    assert stats.fallback_hits == sum(len(layer_sum.fallback) for layer_sum in recorded)
+    assert 0 < stats.fallback_hits < stats.cache.requests
+    assert stats.fallback_hits <= stats.cache.misses
+    assert stats.cache.requests == sum(len(layer_sum.counts) for layer_sum in recorded)
+    assert stats.fallback_share == stats.as_dict()["fallback_share"] == stats.fallback_hits / stats.cache.requests
+    assert any("fallback copy: answered" in line for line in stats.lines())
     oracle = load_model(carrying)
     oracle.transformer.expert_store = Replayed(oracle, load_model(carrying / FALLBACK_FOLDER), recorded)
-    assert all(torch.equal(a, b) for a, b in zip(found, logits_of(oracle) + logits_of(oracle), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(logits, logits_of(oracle) + logits_of(oracle), strict=True))
 
 
 STEADY = {
@@ -184,37 +184,37 @@ STEADY = {
 
 
 @pytest.mark.parametrize("budget", STEADY.values(), ids=STEADY.keys())
-def test_what_nothing_is_brought_for_repeats(budget: Budget, loaded: Callable[..., DbrxForCausalLM]) -> None:
+def test_runs_without_upgrades_are_reproducible(budget: Budget, loaded: Callable[..., DbrxForCausalLM]) -> None:
     model = loaded(budget)
     before = model.expert_store.stats()
     first = logits_of(model)
     assert all(torch.equal(a, b) for a, b in zip(first, logits_of(model), strict=True))
-    did = model.expert_store.stats() - before
-    assert did.fallback_hits > 0
-    assert did.disk_bytes == did.host.evictions == 0
+    stats = model.expert_store.stats() - before
+    assert stats.fallback_hits > 0
+    assert stats.disk_bytes == stats.host.evictions == 0
 
 
-def test_experts_come_at_their_full_bits_while_the_disk_is_idle(carrying: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
+def test_experts_are_upgraded_while_the_disk_is_idle(carrying: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
     model = loaded(on_host(20))
     store = model.expert_store
     assert isinstance(store, CpuExpertStore)
     full = load_model(carrying)
 
-    def step(of: DbrxForCausalLM) -> torch.Tensor:
-        return of(torch.tensor([[7]]), None, KVCache(of.config, 1, 8, dtype=of.dtype), True).logits
+    def step(stepped: DbrxForCausalLM) -> torch.Tensor:
+        return stepped(torch.tensor([[7]]), None, KVCache(stepped.config, 1, 8, dtype=stepped.dtype), True).logits
 
     expected = step(full)
     assert not torch.equal(step(model), expected)
     for _ in range(100):
         before = store.stats()
-        found = step(model)
+        logits = step(model)
         if not (store.stats() - before).fallback_hits:
             break
         time.sleep(0.01)
-    assert torch.equal(found, expected)
+    assert torch.equal(logits, expected)
 
 
-def test_nobody_waits_for_the_disk(loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_does_not_wait_for_the_disk(loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(on_host(20))
     gate = threading.Event()
     real = ExpertReader._read
@@ -232,7 +232,7 @@ def test_nobody_waits_for_the_disk(loaded: Callable[..., DbrxForCausalLM], monke
     assert not hangs
 
 
-def test_a_disk_that_fails_under_what_is_brought(carrying: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
+def test_a_disk_that_fails_during_an_upgrade(carrying: Path, tmp_path: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
     copy = Path(shutil.copytree(carrying, tmp_path / "copy"))
     model = loaded(on_host(20), copy)
     [shard] = copy.glob("*.safetensors")
@@ -261,11 +261,11 @@ def test_a_loaded_model_takes_what_the_plan_says(carrying: Path, budget: Budget,
     assert plan.host.fallback == store.fallback.tier.nbytes == copy == 64 * EXPERT["int4"]
     assert plan.host.experts == store.tier.nbytes
     if isinstance(store, GpuExpertStore):
-        assert [gpu.nbytes for gpu in store.gpus] == [there.experts + there.fallback for there in plan.gpus]
-        assert [there.fallback for there in plan.gpus] == [2 * EXPERT["int4"]] * 2
-    for there in plan.devices:
-        assert there.budget is not None
-        assert there.total <= there.budget
+        assert [gpu.nbytes for gpu in store.gpus] == [device.experts + device.fallback for device in plan.gpus]
+        assert [device.fallback for device in plan.gpus] == [2 * EXPERT["int4"]] * 2
+    for device in plan.devices:
+        assert device.budget is not None
+        assert device.total <= device.budget
 
 
 def test_all_experts_in_memory_need_no_copy(carrying: Path, loaded: Callable[..., DbrxForCausalLM]) -> None:
@@ -276,7 +276,7 @@ def test_all_experts_in_memory_need_no_copy(carrying: Path, loaded: Callable[...
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), logits_of(load_model(carrying)), strict=True))
 
 
-def test_figures_to_go_on_from_are_of_the_same_copy(carrying: Path, nano: Path, tmp_path: Path) -> None:
+def test_resumed_figures_must_be_of_the_same_copy(carrying: Path, nano: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(carrying, folder)
 
@@ -309,7 +309,7 @@ def test_the_cost_is_measured_and_repeats(carrying: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "plain", "larger", "other", "weights"])
-def test_a_copy_that_does_not_belong_there(
+def test_a_copy_that_does_not_match_is_refused(
     carrying: Path, quantized_nano: Path, quantized_small: Path, nano: Path, tmp_path: Path, cli: Cli, name: str
 ) -> None:
     folder = tmp_path / "model"
@@ -322,44 +322,44 @@ def test_a_copy_that_does_not_belong_there(
         write_checkpoint(config, tmp_path / "random")
         formats = default_formats(config, TensorFormat("int4", 64))
         pipeline.quantize_checkpoint(tmp_path / "random", inner, pipeline.QuantizationRequest(lambda _: formats))
-    wanted = {
+    message = {
         "none": "--fallback needs a fallback copy in the folder 'fallback'; there is none",
         "plain": "a fallback copy must be quantized; this one is plain",
         "larger": "the experts of a fallback copy must take fewer bytes than the checkpoint's; one of layer 0 takes 101,376, and 52,992",
         "other": "a fallback copy must be of the same model",
         "weights": "a fallback copy must be made from the same weights; its router of layer 0 differs",
     }[name]
-    found = cli("generate", folder, "--prompt", "The", "--ram", "7MB", "--max-new-tokens", 2, "--fallback")
-    assert (found.code, found.out) == (2, "")
-    assert wanted in found.err.replace("\n", " ")
+    outcome = cli("generate", folder, "--prompt", "The", "--ram", "7MB", "--max-new-tokens", 2, "--fallback")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err.replace("\n", " ")
     if name != "weights":  # which a plan does not read
-        assert wanted in cli("plan", folder, "--fallback").err.replace("\n", " ")
+        assert message in cli("plan", folder, "--fallback").err.replace("\n", " ")
 
 
-def test_a_fallback_copy_that_cannot_be_used(carrying: Path, nano: Path, cli: Cli) -> None:
-    for arguments, wanted in (
+def test_fallback_options_that_cannot_work_are_refused(carrying: Path, nano: Path, cli: Cli) -> None:
+    for arguments, message in (
         (("generate", carrying, "--prompt", "The"), "found no limit to memory. Add --ram or --gpu"),
         (("generate", carrying, "--prompt", "The", "--ram", "4MB"), "of a fallback copy"),
         (("perplexity", nano, "--text", TEXT, "--ram", "90MB"), "--fallback is for checkpoints that dbrx_q quantized"),
         (("plan", nano, "--fallback-format", "int4"), "--fallback-format goes with --format and --fallback"),
         (("plan", nano, "--format", "int4", "--fallback-format", "int8"), "must take fewer bytes"),
     ):
-        found = cli(*arguments, "--fallback")
-        assert (found.code, found.out) == (2, ""), arguments
-        assert wanted in found.err.replace("\n", " ")
+        outcome = cli(*arguments, "--fallback")
+        assert (outcome.code, outcome.out) == (2, ""), arguments
+        assert message in outcome.err.replace("\n", " ")
 
 
-def test_a_quantizer_makes_it_and_goes_on_with_it(small: Path, tmp_path: Path, cli: Cli) -> None:
+def test_quantize_writes_a_fallback_copy_and_resumes_it(small: Path, tmp_path: Path, cli: Cli) -> None:
     plan = json.loads(cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--dry-run", "--json").out)
     assert plan["fallback"]["bytes_out"] < plan["bytes_out"]
     refused = cli("quantize", small, tmp_path / "out", "--format", "int4", "--fallback-format", "int8")
     assert (refused.code, refused.out) == (2, "")
     assert "must take fewer bytes" in refused.err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
-    # As a run leaves it that was killed between the two.
+    # A run that was killed between the two leaves this.
     assert cli("quantize", small, tmp_path / "out", "--format", "int8").code == 0
-    made = cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--resume")
-    assert (made.code, made.err.count("is complete already")) == (0, 1)
+    resumed = cli("quantize", small, tmp_path / "out", "--format", "int8", "--fallback-format", "int4", "--resume")
+    assert (resumed.code, resumed.err.count("is complete already")) == (0, 1)
     assert cli("quantize", small, tmp_path / "int4", "--format", "int4").code == 0
     for shard in (tmp_path / "int4").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / FALLBACK_FOLDER / shard.name).read_bytes()

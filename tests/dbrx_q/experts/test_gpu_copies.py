@@ -1,4 +1,4 @@
-"""Copies to a gpu: their order, what waits for them and what does not, and which experts the CPU takes instead."""
+"""Copies to a GPU: their order, what waits for them and what does not, and which experts the CPU computes instead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OneGpu = Callable[[MissPolicy], GpuExperts]
 
 
 class Gate:
-    """Holds a link's copies, all or those that somebody chooses, until it is opened."""
+    """Holds a link's copies, all or those that `hold` selects, until it is opened."""
 
     def __init__(self, link: Link, hold: Callable[[Any], bool] = lambda job: True) -> None:
         self.order: list[int] = []
@@ -52,7 +52,7 @@ class Gate:
         return self._real(job)
 
 
-def test_copies_come_in_the_order_of_need() -> None:
+def test_copies_are_sent_in_the_order_of_need() -> None:
     link = make_link(CPU)
     gate = Gate(link)
     target = torch.zeros(8, 3)
@@ -78,21 +78,21 @@ def test_copies_come_in_the_order_of_need() -> None:
 
 
 def begun(link: Link, pending: PendingCopy) -> None:
-    """Return when the link is at a copy, or through with it."""
+    """Return when the link has started a copy."""
     until = time.monotonic() + TIMEOUT
     while any(job.pending is pending for job in list(link._jobs)):
-        assert time.monotonic() < until, "the link does not come to it"
+        assert time.monotonic() < until, "the link does not start it"
         time.sleep(0.001)
 
 
-def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
+def test_a_copy_that_is_cancelled_in_progress_is_not_completed() -> None:
     link = make_link(CPU)
     gate = Gate(link)
     target = torch.zeros(3)
     pending = link.copy([torch.ones(3), torch.ones(3)], [target, target], urgent=False)
     begun(link, pending)
     link.cancel(pending)
-    assert not pending.done  # what it reads may not be written to yet
+    assert not pending.done  # its source must not be overwritten yet
     gate.open()
     pending.join()
     assert target.tolist() == [0, 0, 0]
@@ -102,7 +102,7 @@ def test_what_is_abandoned_on_its_way_is_not_sent_to_its_end() -> None:
 
 
 class Noted(PairSum):
-    """Notes what is computed where, in order."""
+    """Notes which experts are computed where, in order."""
 
     def __init__(self, x: torch.Tensor, routing: Any, notes: list[tuple[str, list[int]]]) -> None:
         super().__init__(x, routing)
@@ -122,7 +122,7 @@ ROUTING = Routing(torch.zeros(1, 16), torch.tensor([[3, 7, 1, 9]]), torch.full((
 
 @pytest.fixture
 def one_gpu(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> OneGpu:
-    """Makes a GPU with slots for some experts, none of which it holds; those of the first two layers lie in host memory."""
+    """Makes a GPU with empty slots for some experts; host memory holds those of the first two layers."""
 
     def make(miss_policy: MissPolicy) -> GpuExperts:
         store = loaded(gpus(2.6, ram=5.0, miss_policy=miss_policy)).expert_store
@@ -138,21 +138,21 @@ def one_gpu(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> OneGpu:
     return make
 
 
-def test_the_cpu_does_not_wait_for_what_was_predicted(one_gpu: OneGpu) -> None:
-    """Copies for the next layer begin before the CPU computes, and what is not there yet is computed last."""
+def test_the_cpu_does_not_wait_for_prefetches(one_gpu: OneGpu) -> None:
+    """Prefetches start before the CPU computes; experts that have not arrived are computed last."""
     gpu, x, notes = one_gpu(MissPolicy.cpu), torch.randn(1, 128), []
-    began: list[list[int]] = []
+    notes_at_start: list[list[int]] = []
     real = gpu.link.copy
 
     def copy(sources: Any, targets: Any, **options: Any) -> Any:
-        began.append([len(notes)])
+        notes_at_start.append([len(notes)])
         return real(sources, targets, **options)
 
     gpu.link.copy = copy  # type: ignore[method-assign] # to see when
     gate = Gate(gpu.link)
     gpu.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
     assert notes == [("host", [1, 3, 7, 9])]
-    assert began == [[0], [0]]  # before the CPU computed
+    assert notes_at_start == [[0], [0]]  # before the CPU computed
     notes.clear()
     threading.Timer(0.2, gate.open).start()
     before = gpu.wait_seconds
@@ -163,10 +163,10 @@ def test_the_cpu_does_not_wait_for_what_was_predicted(one_gpu: OneGpu) -> None:
     assert gpu.copies.predicted == {}
 
 
-def test_hybrid_computes_what_does_not_come_in_time(one_gpu: OneGpu) -> None:
+def test_hybrid_computes_experts_whose_copies_are_late(one_gpu: OneGpu) -> None:
     gpu, x, notes = one_gpu(MissPolicy.hybrid), torch.randn(1, 128), []
-    gpu.rates = MissRates(cpu=1e12, link=1.0)  # nothing that must travel is worth it
-    gate = Gate(gpu.link)  # and nothing does
+    gpu.rates = MissRates(cpu=1e12, link=1.0)  # no copy is worth it
+    gate = Gate(gpu.link)  # and none arrives
     gpu.serve(0, Noted(x, ROUTING, notes), [1, 3, 7, 9], [3, 1])
     gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [5])
     assert notes == [("host", [1, 3, 7, 9])] * 2
@@ -174,12 +174,12 @@ def test_hybrid_computes_what_does_not_come_in_time(one_gpu: OneGpu) -> None:
     gate.open()
     gpu.link.drain()
     notes.clear()
-    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have come since
+    gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])  # they have arrived since
     assert notes == [("gpu", [1, 3]), ("host", [7, 9])]
     assert gpu.stats.prefetch_hits == 2
 
 
-def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> None:
+def test_host_slots_that_copies_read_are_not_overwritten(one_gpu: OneGpu) -> None:
     gpu = one_gpu(MissPolicy.cpu)
     gate = Gate(gpu.link)
     gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [3])
@@ -187,18 +187,18 @@ def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> No
     [(_, pending)] = [read for read in gpu.copies._reading if not read[1].done]
     begun(gpu.link, pending)
     assert list(gpu._tier.slot_readers) == [gpu.copies]
-    for wanted in (True, False):  # nor when it is given up in the middle
-        if not wanted:
+    for still_wanted in (True, False):  # nor if the copy is cancelled in progress
+        if not still_wanted:
             gate = Gate(gpu.link)
             gpu.serve(0, PairSum(torch.randn(1, 128), ROUTING), [1, 3, 7, 9], [9])
-            [pending] = [pending for place, pending in gpu.copies._reading if place == (1, 9)]
+            [pending] = [pending for expert_id, pending in gpu.copies._reading if expert_id == (1, 9)]
             begun(gpu.link, pending)
             gpu.link.cancel(pending)
         reused = threading.Event()
-        place = (1, 3) if wanted else (1, 9)
+        expert_id = (1, 3) if still_wanted else (1, 9)
 
-        def reuse(place: tuple[int, int] = place, reused: threading.Event = reused) -> None:
-            gpu.copies.wait_until_unread(place)
+        def reuse(expert_id: tuple[int, int] = expert_id, reused: threading.Event = reused) -> None:
+            gpu.copies.wait_until_unread(expert_id)
             reused.set()
 
         threading.Thread(target=reuse, daemon=True).start()
@@ -208,7 +208,7 @@ def test_host_memory_that_is_still_read_is_not_given_away(one_gpu: OneGpu) -> No
 
 
 def occupied(gpu: GpuExperts, free: int) -> ExpertCache:
-    """The GPU's cache when experts of the last two layers, which lie nowhere else, have taken all but some slots."""
+    """The GPU's cache when experts of the last two layers, which no other memory holds, take all but `free` slots."""
     cache = gpu._main_pool.cache(1)
     for key in range(32, 64):
         if len(cache._free) > free:
@@ -218,8 +218,8 @@ def occupied(gpu: GpuExperts, free: int) -> ExpertCache:
     return cache
 
 
-def test_a_wrong_guess_does_not_keep_host_memory(one_gpu: OneGpu) -> None:
-    """It is cut off when its place in host memory is wanted; what somebody waits for is not."""
+def test_a_wrong_prediction_does_not_block_host_memory(one_gpu: OneGpu) -> None:
+    """Its copy is cancelled when its host slot is needed; a copy that a layer waits for is not."""
     gpu = one_gpu(MissPolicy.hybrid)
     gpu.rates = MissRates(cpu=1e12, link=1.0)
     gate = Gate(gpu.link)
@@ -238,28 +238,28 @@ def test_a_wrong_guess_does_not_keep_host_memory(one_gpu: OneGpu) -> None:
     assert len(cache._free) == cache.slots - 1
 
 
-def test_what_is_about_to_be_copied_is_not_given_up_first(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
-    """Host memory gives up first what lies on a GPU, too."""
+def test_experts_that_are_being_copied_are_not_evicted_first(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+    """Host memory first evicts experts that a GPU holds, too, unless their copies are under way."""
     store = loaded(gpus(2.2, ram=1.6, miss_policy=MissPolicy.cpu)).expert_store
     assert isinstance(store, GpuExpertStore)
     [gpu] = store.gpus
     [host] = [pool.cache for pool in store.tier._pools.values()]
     assert host.evict_first is not None
     assert host.evict_first().sum() == gpu.caches[0].held.sum() > 0
-    here = [e for e in range(16) if store.tier.holds(1, e) and gpu.caches[0].slot_of(1, e) < 0]
+    in_host_only = [e for e in range(16) if store.tier.holds(1, e) and gpu.caches[0].slot_of(1, e) < 0]
     gate = Gate(gpu.link)
     x = torch.randn(1, 128)
     needed = [e for e in range(16) if store.tier.holds(0, e) or gpu.caches[0].slot_of(0, e) >= 0][:4]
     routing = replace(ROUTING, experts=torch.tensor([needed]))
-    gpu.serve(0, PairSum(x, routing), needed, here[:1])
-    assert list(gpu.copies.predicted) == [(1, here[0])]
-    assert gpu.caches[0].slot_of(1, here[0]) >= 0
-    assert not host.evict_first()[16 + here[0]]
+    gpu.serve(0, PairSum(x, routing), needed, in_host_only[:1])
+    assert list(gpu.copies.predicted) == [(1, in_host_only[0])]
+    assert gpu.caches[0].slot_of(1, in_host_only[0]) >= 0
+    assert not host.evict_first()[16 + in_host_only[0]]
     gate.open()
 
 
-def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_gpu: OneGpu) -> None:
-    """Not when the CPU has computed its share."""
+def test_a_copy_starts_when_the_hits_have_released_their_slots(one_gpu: OneGpu) -> None:
+    """Not only when the CPU has computed its share."""
     gpu, x, notes = one_gpu(MissPolicy.hybrid), torch.randn(1, 128), []
     cache = occupied(gpu, free=2)
     for e in (3, 9):
@@ -267,34 +267,34 @@ def test_a_copy_begins_when_the_experts_that_lie_here_have_left_their_slots(one_
         assert assignment is not None
         gpu.copy_now(assignment, gpu._main_pool.host_views(1, e))
     gpu.rates = MissRates(cpu=1e9, link=1e9)  # of the two that are missed one goes each way
-    began: list[list[tuple[str, list[int]]]] = []
+    notes_at_start: list[list[tuple[str, list[int]]]] = []
     real = gpu.link.copy
 
     def copy(sources: Any, targets: Any, **options: Any) -> Any:
-        began.append(list(notes))
+        notes_at_start.append(list(notes))
         return real(sources, targets, **options)
 
     gpu.link.copy = copy  # type: ignore[method-assign] # to see when
     gpu.serve(1, Noted(x, ROUTING, notes), [1, 3, 7, 9], [])
-    assert began == [[("gpu", [3, 9])]]
+    assert notes_at_start == [[("gpu", [3, 9])]]
     assert sorted(e for _, experts in notes for e in experts) == [1, 3, 7, 9]
-    assert sorted(where for where, _ in notes) == ["gpu", "gpu", "host"]
+    assert sorted(device for device, _ in notes) == ["gpu", "gpu", "host"]
 
 
-def test_what_is_predicted_does_not_drive_out_what_was_predicted(one_gpu: OneGpu) -> None:
+def test_prefetches_do_not_evict_prefetched_experts(one_gpu: OneGpu) -> None:
     gpu, x = one_gpu(MissPolicy.cpu), torch.randn(1, 128)
     cache = occupied(gpu, free=2)
-    gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # room for two
+    gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 3, 1])  # slots for two
     assert list(gpu.copies.predicted) == [(1, 5), (1, 3)]
     assert gpu.stats.prefetches == 2
     gpu.serve(0, PairSum(x, ROUTING), [1, 3, 7, 9], [5, 1])
-    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # what is predicted again stays
+    assert [cache.slot_of(1, e) >= 0 for e in (5, 3, 1)] == [True, False, True]  # an expert that is predicted again stays
 
 
 def test_an_error_waits_for_the_copies_of_other_gpus(
     loaded: Callable[..., DbrxForCausalLM], monkeypatch: pytest.MonkeyPatch, gpus: Gpus
 ) -> None:
-    """What they read in host memory may be free after it."""
+    """The host slots that they read may be free after it."""
     store = loaded(gpus(1.6, 1.6, ram=5.0)).expert_store
     assert isinstance(store, GpuExpertStore)
     first, second = store.gpus
@@ -313,7 +313,7 @@ def test_an_error_waits_for_the_copies_of_other_gpus(
     st.floats(1e9, 1e11),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_split_ends_as_early_as_any(missed: dict[int, int], cpu: float, link: float) -> None:
+def test_a_split_is_as_fast_as_any(missed: dict[int, int], cpu: float, link: float) -> None:
     rates, nbytes = MissRates(cpu, link), 10**8
 
     def seconds(on_cpu: list[int]) -> float:
@@ -329,12 +329,12 @@ def test_a_split_ends_as_early_as_any(missed: dict[int, int], cpu: float, link: 
     assert seconds(on_cpu) <= min(one, len(missed) * nbytes / link) * 1.0000001
 
 
-def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
+def test_started_copies_are_used_unless_the_cpu_is_faster() -> None:
     even, slow = MissRates(10.0, 10.0), MissRates(10.0, 1.0)
     assert split_misses({2: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([2], [])  # one each
     assert split_misses({}, 10, even, MissPolicy.hybrid, {5: (1, 10)}) == ([], [])
     assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 3], [])
-    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 1)}) == ([2], [3])  # it has almost come
+    assert split_misses({2: 1, 3: 1}, 10, even, MissPolicy.hybrid, {5: (1, 1)}) == ([2], [3])  # it has almost arrived
     assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (1, 10)}) == ([2, 5, 6], [])
     assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 1), 6: (1, 10)}) == ([2, 6], [])  # the last to arrive
     assert split_misses({2: 1}, 10, slow, MissPolicy.hybrid, {5: (1, 10), 6: (80, 10)}) == ([2], [])  # 80 tokens are 20 reads
@@ -342,7 +342,7 @@ def test_what_is_on_its_way_stays_there_unless_the_cpu_is_faster() -> None:
     assert split_misses({2: 1}, 10, slow, MissPolicy.copy, {5: (1, 10)}) == ([], [2])
 
 
-def test_rates_follow_what_is_seen() -> None:
+def test_rates_follow_measurements() -> None:
     rates = MissRates(10.0, 20.0)
     for _ in range(60):
         rates.observe(cpu_bytes=100, cpu_seconds=5)

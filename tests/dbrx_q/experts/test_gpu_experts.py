@@ -1,4 +1,4 @@
-"""Layers split over GPUs, here two pieces of host memory: the code of GPUs, and the bits of a model in one place."""
+"""Layers split over GPUs, here parts of host memory: the GPU code gives the bits of a model that is not split."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Gpus = Callable[..., Budget]
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
-    found = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
     for token in (7, 300, 7, 41, 9, 300):
-        found.append(model(torch.tensor([[token]]), None, cache, True).logits)
-    return found
+        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def expected(quantized_nano: Path) -> list[torch.Tensor]:
     return logits_of(load_model(quantized_nano))
 
 
-# Of the 64 experts of 53 kB: host memory holds all; all lie on the GPUs or there, some of them on both; some on disk alone; hardly a slot
-# on the GPUs; one GPU; three of unequal size.
+# The model has 64 experts of 53 kB. Host memory holds all; GPUs and host together hold all, some twice; some are only on disk; the GPUs
+# have few slots; one GPU; three GPUs of unequal size.
 MACHINES = {
     "in memory": ((2.3, 2.0), 5.0),
     "once": ((2.3, 2.0), 2.6),
@@ -66,9 +66,9 @@ def test_any_split_gives_the_same_bits(
     machine: str, miss_policy: MissPolicy, loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus
 ) -> None:
     sizes, ram = MACHINES[machine]
-    every = [("least-stale", True), ("lru", True), ("lfu", False)]
-    turn = (list(MACHINES).index(machine) + list(MissPolicy).index(miss_policy)) % len(every)
-    for policy, prefetch in every if machine == "few slots" else every[turn : turn + 1]:
+    policies = [("least-stale", True), ("lru", True), ("lfu", False)]
+    turn = (list(MACHINES).index(machine) + list(MissPolicy).index(miss_policy)) % len(policies)
+    for policy, prefetch in policies if machine == "few slots" else policies[turn : turn + 1]:
         model = loaded(gpus(*sizes, ram=ram, cache_policy=policy, prefetch=prefetch, miss_policy=miss_policy))
         plan, store = model.placement, model.expert_store
         assert plan is not None
@@ -80,19 +80,19 @@ def test_any_split_gives_the_same_bits(
         )
         before = store.stats()
         assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True)), (policy, prefetch)
-        did = store.stats() - before
-        assert did.cache.misses > 0
-        assert did.host.requests == did.cache.misses
-        assert (did.disk_bytes == 0) == (machine in ("in memory", "once"))
+        stats = store.stats() - before
+        assert stats.cache.misses > 0
+        assert stats.host.requests == stats.cache.misses
+        assert (stats.disk_bytes == 0) == (machine in ("in memory", "once"))
         if miss_policy is MissPolicy.cpu:
-            assert did.computed_on_cpu == did.cache.misses
+            assert stats.computed_on_cpu == stats.cache.misses
         if miss_policy is MissPolicy.copy:
-            assert did.computed_on_cpu == 0
-            assert did.link_bytes >= did.cache.misses * store.tier.kind(0).nbytes
+            assert stats.computed_on_cpu == 0
+            assert stats.link_bytes >= stats.cache.misses * store.tier.kind(0).nbytes
         model.close()
 
 
-def test_the_memory_of_every_gpu_is_the_plans(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+def test_every_gpu_takes_the_planned_memory(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
     model = loaded(gpus(2.3, 2.0, ram=1.4))
     plan, store = model.placement, model.expert_store
     assert plan is not None
@@ -105,7 +105,9 @@ def test_the_memory_of_every_gpu_is_the_plans(loaded: Callable[..., DbrxForCausa
     assert cache.nbytes == sum(device.kv_cache for device in plan.gpus)
 
 
-def test_all_on_gpus_is_simply_resident(loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus) -> None:
+def test_gpus_for_all_experts_make_a_resident_store(
+    loaded: Callable[..., DbrxForCausalLM], expected: list[torch.Tensor], gpus: Gpus
+) -> None:
     model = loaded(gpus(9.0, 9.0, ram=1.0))
     assert not isinstance(model.expert_store, GpuExpertStore)
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
@@ -120,22 +122,22 @@ def test_a_model_that_is_loaded_in_inference_mode(loaded: Callable[..., DbrxForC
 def test_generation_and_its_counters(loaded: Callable[..., DbrxForCausalLM], quantized_nano: Path, gpus: Gpus) -> None:
     model = loaded(gpus(2.3, 2.0, ram=1.4))
     prompts = [PROMPT[:7], PROMPT[3:20]]
-    wanted = [found.token_ids for found in generate(load_model(quantized_nano), prompts, max_new_tokens=12)]
-    assert [found.token_ids for found in generate(model, prompts, max_new_tokens=12)] == wanted
+    expected_ids = [result.token_ids for result in generate(load_model(quantized_nano), prompts, max_new_tokens=12)]
+    assert [result.token_ids for result in generate(model, prompts, max_new_tokens=12)] == expected_ids
     shown = "\n".join(model.expert_store.stats().lines())
     assert "host memory:" in shown
-    did = model.expert_store.stats()
-    assert [link.gpu for link in did.links] == ["cuda:0", "cuda:1"]
-    for link, its in zip(did.links, did.as_dict()["links"], strict=True):
+    stats = model.expert_store.stats()
+    assert [link.gpu for link in stats.links] == ["cuda:0", "cuda:1"]
+    for link, link_json in zip(stats.links, stats.as_dict()["links"], strict=True):
         assert link.nbytes > 0
         assert link.seconds > 0
         assert f"link to {link.gpu}: {format_size(link.nbytes)} copied" in shown
-        assert its == {"gpu": link.gpu, "nbytes": link.nbytes, "seconds": link.seconds}
-    assert did.link_bytes == sum(link.nbytes for link in did.links) == did.as_dict()["link_bytes"]
-    twice = did + did
-    assert [link.nbytes for link in twice.links] == [2 * link.nbytes for link in did.links]
-    assert (twice - did).links == did.links
-    assert (ExpertStats() + did).links == did.links
+        assert link_json == {"gpu": link.gpu, "nbytes": link.nbytes, "seconds": link.seconds}
+    assert stats.link_bytes == sum(link.nbytes for link in stats.links) == stats.as_dict()["link_bytes"]
+    doubled = stats + stats
+    assert [link.nbytes for link in doubled.links] == [2 * link.nbytes for link in stats.links]
+    assert (doubled - stats).links == stats.links
+    assert (ExpertStats() + stats).links == stats.links
 
 
 def test_a_reader_that_fails_under_gpus(
@@ -176,7 +178,7 @@ def test_a_link_that_fails_and_an_interruption(
             assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
-def test_a_closed_store_of_gpus_says_so(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
+def test_a_closed_store_of_gpus_raises_an_error(loaded: Callable[..., DbrxForCausalLM], gpus: Gpus) -> None:
     model = loaded(gpus(1.4, 1.1, ram=1.4))
     model.close()
     error = ends(lambda: logits_of(model))
@@ -185,41 +187,41 @@ def test_a_closed_store_of_gpus_says_so(loaded: Callable[..., DbrxForCausalLM], 
 
 
 def ends(action: Callable[[], Any]) -> BaseException | None:
-    """What an action raises; it must end."""
-    found: list[BaseException | None] = []
+    """The exception that an action raises, or None; fails if the action hangs."""
+    outcomes: list[BaseException | None] = []
 
     def run() -> None:
         try:
             action()
-            found.append(None)
+            outcomes.append(None)
         except BaseException as error:
-            found.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(TIMEOUT)
     assert not thread.is_alive(), "it hangs"
-    return found[0]
+    return outcomes[0]
 
 
 @pytest.mark.parametrize("T", [1, 70])
 def test_parts_from_a_gpu_and_from_the_cpu_add_up(quantized_nano: Path, T: int) -> None:
-    """What a GPU does, on the CPU: partial sums of some experts here and the others there."""
+    """The sum of a GPU, on the CPU: some experts are added as on the GPU, the others as from the host."""
     model = load_model(quantized_nano)
     layer = model.transformer.layers()[1].ffn.experts.mlp.weights()
     x = torch.randn(T, 128, generator=torch.Generator().manual_seed(T))
     routing = route(x, torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), 4, 1.0)
     total = PartialSum(x, routing)
-    every = list(total.counts)
-    total.add_gpu(layer, {e: e for e in every[::2]})
-    total.add_host(layer, {e: e for e in every[1::2][:2]})
-    total.add_gpu(layer, {e: e for e in every[1::2][2:]})
+    chosen = list(total.counts)
+    total.add_gpu(layer, {e: e for e in chosen[::2]})
+    total.add_host(layer, {e: e for e in chosen[1::2][:2]})
+    total.add_gpu(layer, {e: e for e in chosen[1::2][2:]})
     whole = moe_experts(x, routing.experts, routing.weights, layer)
     torch.testing.assert_close(total.result(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
     assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
 
 
-def test_what_does_not_fit_on_a_gpu_is_refused(quantized_nano: Path, gpus: Gpus) -> None:
+def test_a_model_that_does_not_fit_on_a_gpu_is_refused(quantized_nano: Path, gpus: Gpus) -> None:
     budget = gpus(0.3, 2.0, ram=4.0)
     with pytest.raises(RequestError, match=r"cuda:0 must hold [\d,]+ bytes .* at least"):
         load_model(quantized_nano, budget=budget)
@@ -237,7 +239,7 @@ def test_names_that_a_budget_does_not_know_are_refused() -> None:
             Budget(Machine(), **{name: "gpu"})  # type: ignore[arg-type] # by name
 
 
-def test_a_plan_leaves_room_for_what_is_copied(quantized_nano: Path, gpus: Gpus) -> None:
+def test_a_plan_leaves_slots_for_copies(quantized_nano: Path, gpus: Gpus) -> None:
     model = load_model(quantized_nano)
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.planning.footprint import MemoryRequest

@@ -43,15 +43,15 @@ def run(folder, ram, fallback, gpus=()):
     cpu = torch.device("cpu")
     budget = Budget(Machine(ram, tuple(gpus)), context=160, step_tokens=128, direct=direct, fallback=fallback, devices=(cpu,) * len(gpus))
     model = load_model(folder, budget=budget)
-    # Every prompt has other numbers of tokens for its experts.
-    found = [generate(model, [list(range(2, 2 + n))], max_new_tokens=16)[0].token_ids for n in (128, 117, 103, 90)]
+    # With every prompt, experts get other numbers of tokens.
+    tokens = [generate(model, [list(range(2, 2 + n))], max_new_tokens=16)[0].token_ids for n in (128, 117, 103, 90)]
     stats = model.expert_store.stats()
     model.close()
-    return found[0], stats
+    return tokens[0], stats
 
-run(warm, 1 << 30, False)  # compiled code and threads are not the model's memory
+run(warm, 1 << 30, False)  # compiled code and threads do not count
 gc.collect()
-ctypes.CDLL(None).malloc_trim(0)  # what was free again would be taken again, and not be seen
+ctypes.CDLL(None).malloc_trim(0)  # otherwise the model would reuse freed memory, and its growth would not show
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far
 tokens, stats = run(folder, ram, fallback, gpus)
@@ -62,7 +62,7 @@ RAM = 44 << 20
 
 
 def make(folder: Path, layers: int) -> None:
-    """22 MB a layer at 4 bits in `int4`; beside it the same at 8 bits, which carries it."""
+    """Write a model of 22 MB a layer at 4 bits to `int4`, and the same at 8 bits with the former as its fallback copy to `int8`."""
     config = DbrxConfig(
         d_model=768,
         n_heads=12,
@@ -87,7 +87,7 @@ def make(folder: Path, layers: int) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """90 MB at 4 bits, of which the budget holds half."""
+    """A model of 90 MB at 4 bits, of which the budget holds half."""
     folder = tmp_path_factory.mktemp("large")
     make(folder, 4)
     yield folder / "int4"
@@ -96,7 +96,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer of it, whose products have the same shapes."""
+    """One layer of that model, whose products have the same shapes."""
     folder = tmp_path_factory.mktemp("warm")
     make(folder, 1)
     return folder / "int4"
@@ -110,15 +110,15 @@ def test_a_model_of_twice_the_budget_stays_below_it(large: Path, warm: Path, way
         [sys.executable, "-c", MEASURE, str(warm), str(large), str(RAM), way], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
-    assert found["misses"] > 0
-    assert found["read"] > size
-    assert found["grown"] <= RAM
-    assert found["grown"] > RAM / 2
+    measured = json.loads(done.stdout)
+    assert measured["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
+    assert measured["misses"] > 0
+    assert measured["read"] > size
+    assert measured["grown"] <= RAM
+    assert measured["grown"] > RAM / 2
 
 
-def test_a_fallback_copy_lies_within_the_budget(large: Path, warm: Path) -> None:
+def test_a_fallback_copy_stays_within_the_budget(large: Path, warm: Path) -> None:
     folder = large.with_name("int8")
     copy = sum(info.nbytes for name, info in Checkpoint(folder / FALLBACK_FOLDER).infos.items() if ".experts." in name)
     budget = RAM + copy
@@ -130,23 +130,23 @@ def test_a_fallback_copy_lies_within_the_budget(large: Path, warm: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["fallback_hits"] > 0
-    assert copy < found["grown"] <= budget
+    measured = json.loads(done.stdout)
+    assert measured["fallback_hits"] > 0
+    assert copy < measured["grown"] <= budget
 
 
 def test_gpus_and_the_memory_under_them_stay_below_their_budgets(large: Path, warm: Path) -> None:
-    """Two gpus that are host memory, too: slots of both, what stages between them, and what computes experts for them."""
+    """Two GPUs in host memory: their slots, host slots, staging buffers, and the workspace of experts computed for them."""
     memory = 24 << 20, 20 << 20
     ram = (34 << 20) + 2 * PINNED_BYTES
     command = [sys.executable, "-c", MEASURE, str(warm), str(large), str(ram), "direct", *map(str, memory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
-    assert found["read"] > sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    whole = sum(memory) + ram - 2 * PINNED_BYTES  # which the links of host memory do not take
-    assert whole / 2 < found["grown"] <= whole
+    measured = json.loads(done.stdout)
+    assert measured["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
+    assert measured["read"] > sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    whole = sum(memory) + ram - 2 * PINNED_BYTES  # links within host memory have no pinned buffers
+    assert whole / 2 < measured["grown"] <= whole
 
 
 def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:

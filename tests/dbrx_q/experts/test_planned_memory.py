@@ -1,4 +1,4 @@
-"""What a model takes of the memory that it was given, and gives back."""
+"""A model stays within its memory budget, and frees the memory when it is dropped."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TIMEOUT = 60
 
 
 @pytest.mark.parametrize("gpus", [(), (2.3,)], ids=["host", "gpu"])
-def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, gpus: tuple[float, ...]) -> None:
-    """Slots and threads, once nobody has the model any more."""
+def test_a_dropped_model_is_freed_without_being_closed(quantized_nano: Path, gpus: tuple[float, ...]) -> None:
+    """Its slots and threads, once no reference to the model is left."""
     machine = Machine(5 << 20 if gpus else 2_400_000, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in gpus))
     machine = replace(machine, ram=(machine.ram or 0) + PINNED_BYTES * len(gpus))
     before = set(threading.enumerate())
@@ -37,7 +37,7 @@ def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, gpus: tu
     store = model.expert_store
     assert isinstance(store, TieredExpertStore)
     slots = [store.tier.slots(0), *(gpu._main_pool.slots(gpu.layers[0]) for gpu in getattr(store, "gpus", ()))]
-    memory = [weakref.ref(stack) for each in slots for stack in each._stacks]
+    memory = [weakref.ref(stack) for slots_of_kind in slots for stack in slots_of_kind._stacks]
     threads = set(threading.enumerate()) - before
     assert len(threads) >= 4
     del model, store, slots, budget
@@ -51,11 +51,11 @@ def test_a_model_that_nobody_closed_is_given_back(quantized_nano: Path, gpus: tu
 def test_a_store_of_gpus_that_cannot_be_made_leaves_no_thread(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine((5 << 20) + 2 * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (1.6, 1.6)))
     cpu = torch.device("cpu")
-    real, made = GpuExperts.__init__, []
+    real, instances = GpuExperts.__init__, []
 
     def fails_second(self: GpuExperts, *arguments: Any, **options: Any) -> None:
-        made.append(self)
-        if len(made) == 2:
+        instances.append(self)
+        if len(instances) == 2:
             raise torch.OutOfMemoryError("the GPU is full")
         real(self, *arguments, **options)
 
@@ -66,7 +66,7 @@ def test_a_store_of_gpus_that_cannot_be_made_leaves_no_thread(quantized_nano: Pa
     assert set(threading.enumerate()) <= before
 
 
-def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) -> None:
+def test_a_forward_pass_beyond_the_reserved_memory_is_refused(quantized_nano: Path) -> None:
     model = load_model(quantized_nano, budget=Budget(Machine(3 << 20), context=40, step_tokens=20))
     ids = torch.arange(21)[None]
     with pytest.raises(RequestError, match=r"at most 20 tokens, which the model's budget has memory for; found 21\. Pass fewer"):
@@ -90,7 +90,7 @@ def test_a_pass_that_memory_was_not_kept_for_is_refused(quantized_nano: Path) ->
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_a_container_may_take(tmp_path: Path, version: int) -> None:
+def test_the_limits_of_control_groups(tmp_path: Path, version: int) -> None:
     groups, mounted = tmp_path / "cgroup", tmp_path / "mounted"
     root = mounted / "memory" if version == 1 else mounted
     first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
@@ -101,8 +101,8 @@ def test_what_a_container_may_take(tmp_path: Path, version: int) -> None:
         (root / folder / names[0]).write_text(f"{most}\n")
         (root / folder / names[1]).write_text(f"{used}\n")
         (root / folder / "memory.stat").write_text(f"anon 5\n{names[2]}inactive_file {cached}\n{names[2]}active_file {cached // 2}\n")
-    found = allowed_bytes(groups, mounted)
-    assert min(found) == 550  # of the outer one: 900 - 500 + 100 + 50
-    assert len(found) == 3 - version
+    allowed = allowed_bytes(groups, mounted)
+    assert min(allowed) == 550  # of the outer one: 900 - 500 + 100 + 50
+    assert len(allowed) == 3 - version
     assert allowed_bytes(tmp_path / "nothing", mounted) == []
     assert available_bytes() > 1 << 20

@@ -1,4 +1,4 @@
-"""Traces, and simulations that come to the counters of the store."""
+"""Traces, and simulations whose counters equal those of a real store."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def saved(model: DbrxForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def run(model: DbrxForCausalLM, context: int, step: int) -> None:
-    """The same text in the same steps."""
+    """Run the text of the trace in the same steps."""
     for first in range(0, len(IDS), context):
         window = IDS[first : first + context]
         cache = KVCache(model.config, 1, context, dtype=model.dtype)
-        for at in range(0, len(window), step):
-            model(torch.tensor([window[at : at + step]]), None, cache, True)
+        for start in range(0, len(window), step):
+            model(torch.tensor([window[start : start + step]]), None, cache, True)
 
 
 def counters(stats: ExpertStats) -> ExpertStats:
-    """Without times, and without bytes of guesses that were given up on the way."""
+    """Without times, and without bytes, which include those of cancelled prefetches."""
     return replace(stats, compute_seconds=0, wait_seconds=0, read_seconds=0, links=(), disk_bytes=0)
 
 
 def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str, profile: np.ndarray | None) -> ExpertStats:
-    """By the plan that the model was loaded with."""
+    """Simulate the trace with the plan that the model was loaded with."""
     assert model.placement is not None
     kinds = expert_kinds(model.config, tensor_formats(model.config, ""), model.dtype)
     return simulate(
@@ -81,7 +81,7 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("miss_policy", [MissPolicy.cpu, MissPolicy.copy])
 @pytest.mark.parametrize("ram", [5.0, 2.6, 1.4], ids=["in memory", "once", "on disk"])
-def test_a_simulation_of_gpus_does_so_too(
+def test_a_simulation_of_gpus_counts_what_their_store_counts(
     model: DbrxForCausalLM, quantized_nano: Path, miss_policy: MissPolicy, ram: float, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
@@ -91,31 +91,34 @@ def test_a_simulation_of_gpus_does_so_too(
     split = load_model(quantized_nano, budget=budget)
     before = split.expert_store.stats()
     run(split, 24, step)
-    found = split.expert_store.stats() - before
+    counted = split.expert_store.stats() - before
     split.close()
     expected = simulated(split, trace, budget, "least-stale", None)
-    assert counters(found) == counters(expected)
-    assert [link.nbytes <= its.nbytes for link, its in zip(found.links, expected.links, strict=True)] == [True, True]
-    assert found.cache.misses > 0
-    assert (found.disk_bytes > 0) == (ram < 2)
+    assert counters(counted) == counters(expected)
+    assert [link.nbytes <= simulated_link.nbytes for link, simulated_link in zip(counted.links, expected.links, strict=True)] == [
+        True,
+        True,
+    ]
+    assert counted.cache.misses > 0
+    assert (counted.disk_bytes > 0) == (ram < 2)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
 def test_gpus_follow_their_policy_where_host_memory_holds_all(model: DbrxForCausalLM, policy: str) -> None:
-    """Of a text that uses the last experts of every layer, which do not lie on the GPUs at first, nothing is missed for long."""
+    """A text that uses the last experts of every layer, which are not on the GPUs at first, soon hits nearly always."""
     N, L = 40, 4
-    few = np.tile(np.arange(12, 16, dtype=np.uint8), (N, L, 1))
-    trace = Trace(few, few, np.array([1] * N), model.config.to_dict())
+    chosen = np.tile(np.arange(12, 16, dtype=np.uint8), (N, L, 1))
+    trace = Trace(chosen, chosen, np.array([1] * N), model.config.to_dict())
     kinds = expert_kinds(model.config, tensor_formats(model.config, ""), model.dtype)
-    each = kinds[0].nbytes
+    expert_bytes = kinds[0].nbytes
 
     def hits(ram: int) -> float:
         machine = Machine(ram, tuple(Gpu(size + Gpu(0).reserve) for size in (14 << 20, 14 << 20)))
         plan = place(model.config, tensor_formats(model.config, ""), machine, MemoryRequest(64, step_tokens=1))
         gpus = tuple(replace(gpu, slots=dict.fromkeys(gpu.slots, 12)) for gpu in plan.gpus)
-        host = replace(plan.host, slots={kinds[0]: min(64, (ram - (8 << 20)) // each)})
+        host = replace(plan.host, slots={kinds[0]: min(64, (ram - (8 << 20)) // expert_bytes)})
         passes = trace.passes(token_by_token=True)
-        found = simulate(
+        stats = simulate(
             trace,
             passes,
             kinds,
@@ -125,20 +128,20 @@ def test_gpus_follow_their_policy_where_host_memory_holds_all(model: DbrxForCaus
             prefetch=False,
             miss_policy=MissPolicy.copy,
         )
-        assert found.disk_bytes == 0
-        return found.cache.hit_rate
+        assert stats.disk_bytes == 0
+        return stats.cache.hit_rate
 
-    assert hits((8 << 20) + 64 * each) > 0.9
-    assert hits((8 << 20) + 50 * each) < 0.5  # a GPU may give up little of what it holds
+    assert hits((8 << 20) + 64 * expert_bytes) > 0.9
+    assert hits((8 << 20) + 50 * expert_bytes) < 0.5  # a GPU may evict few of its experts
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale"])
 @pytest.mark.parametrize("gpus", [(), (2_400_000,)], ids=["host", "gpu"])
 def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tuple[int, ...], policy: str) -> None:
-    """Tokens that need other experts in every turn, so that nothing hits that could hit."""
+    """Even for tokens that each need other experts than the last one, so that as much as possible misses."""
     N = 60
-    few = np.array([[[(4 * token + i) % 16 for i in range(4)]] * 4 for token in range(N)], np.uint8)
-    trace = Trace(np.sort(few, -1), few, np.array([1] * N), model.config.to_dict())
+    chosen = np.array([[[(4 * token + i) % 16 for i in range(4)]] * 4 for token in range(N)], np.uint8)
+    trace = Trace(np.sort(chosen, -1), chosen, np.array([1] * N), model.config.to_dict())
     formats = tensor_formats(model.config, "")
     kinds = expert_kinds(model.config, formats, model.dtype)
     ram = 2_900_000 if not gpus else 2_000_000 + PINNED_BYTES
@@ -147,7 +150,7 @@ def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tu
     assert plan.fits
     assert plan.disk_experts > 0
     bounds = speed_bounds(plan, machine, n_experts=16, top_k=4)
-    found = simulate(
+    stats = simulate(
         trace,
         trace.passes(token_by_token=True),
         kinds,
@@ -157,16 +160,16 @@ def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tu
         prefetch=False,
         miss_policy=MissPolicy.copy,
     )
-    assert found.disk_bytes > N * 4 * kinds[0].nbytes  # it is hard
-    assert N / simulated_seconds(found, plan, machine, tokens=N) >= bounds.lower * 0.9999
+    assert stats.disk_bytes > N * 4 * kinds[0].nbytes  # it is hard
+    assert N / simulated_seconds(stats, plan, machine, tokens=N) >= bounds.lower * 0.9999
     [disk] = [term.nbytes for term in bounds.lower_terms if term.path == "disk"]
-    assert found.disk_bytes / N <= disk * 1.0001
+    assert stats.disk_bytes / N <= disk * 1.0001
 
 
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale", "static"])
-def test_a_simulation_comes_to_the_counters_of_the_store(
+def test_a_simulation_counts_what_the_store_counts(
     model: DbrxForCausalLM, quantized_nano: Path, tmp_path: Path, policy: str, prefetch: bool, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
@@ -183,13 +186,13 @@ def test_a_simulation_comes_to_the_counters_of_the_store(
         before = small.expert_store.stats()
         run(small, 24, step)
         counts = None if profile is None else trace.counts()
-        found = small.expert_store.stats() - before
+        counted = small.expert_store.stats() - before
         expected = simulated(small, trace, budget, policy, counts)
-        assert counters(found) == counters(expected)
-        assert found.disk_bytes == expected.disk_bytes or (prefetch and found.disk_bytes < expected.disk_bytes)
-        assert found.cache.misses > 0
+        assert counters(counted) == counters(expected)
+        assert counted.disk_bytes == expected.disk_bytes or (prefetch and counted.disk_bytes < expected.disk_bytes)
+        assert counted.cache.misses > 0
         if slots > 10:
-            assert (found.cache.prefetches > 0) == prefetch
+            assert (counted.cache.prefetches > 0) == prefetch
         small.close()
 
 
@@ -198,32 +201,34 @@ def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path)
     assert trace.experts.shape == trace.predicted.shape == (36, 4, 4)
     assert trace.steps.tolist() == [1] * 36
     assert trace.counts().sum() == 36 * 4 * 4
-    assert [(some.start, some.stop) for some in replace(trace, steps=np.array([24, 12])).passes(token_by_token=False)] == [
+    assert [
+        (step_tokens.start, step_tokens.stop) for step_tokens in replace(trace, steps=np.array([24, 12])).passes(token_by_token=False)
+    ] == [
         (0, 24),
         (24, 36),
     ]
     assert len(replace(trace, steps=np.array([24, 12])).passes(token_by_token=True)) == 36
-    whole = record(model, IDS, context=24, step=512)
-    assert whole.steps.tolist() == [24, 12]
+    in_windows = record(model, IDS, context=24, step=512)
+    assert in_windows.steps.tolist() == [24, 12]
     cache = KVCache(model.config, 1, 24, dtype=model.dtype)
     logits = model(torch.tensor([IDS[:24]]), None, cache, True, output_router_logits=True).router_logits
     assert logits is not None
     for layer, scores in enumerate(logits):
         chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
-        assert (chosen == whole.experts[:24, layer]).all()
-    assert (whole.predicted[:, 3, 0, None] == whole.experts[:, 3]).any(1).mean() > 0.8  # the first guess of the last layer
+        assert (chosen == in_windows.experts[:24, layer]).all()
+    assert (in_windows.predicted[:, 3, 0, None] == in_windows.experts[:, 3]).any(1).mean() > 0.8  # the first prediction of the last layer
 
 
-def test_guesses_are_ordered_by_promise_and_followed_while_they_come_true() -> None:
+def test_predictions_are_ordered_by_likelihood_and_used_while_they_are_right() -> None:
     assert by_likelihood(np.array([[3, 1, 0, 2]]), 5) == [3, 1, 0, 2]
     assert by_likelihood(np.array([[3, 1], [1, 4], [1, 0]]), 5) == [1, 3, 0, 4]
     predictor = ExpertPredictor(2, 4, least_precision=0.5)
     assert predictor.predict(1, np.array([[2, 0]])) == [2, 0]
     predictor.observe(1, [1, 2])
-    assert predictor.predict(1, np.array([[2, 0]])) == [2, 0]  # the second came true in one of two
+    assert predictor.predict(1, np.array([[2, 0]])) == [2, 0]  # the second was right in one of two
     predictor.observe(1, [1, 2])
     assert predictor.predict(1, np.array([[2, 0]])) == [2]
-    assert predictor.predict(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are another matter
+    assert predictor.predict(1, np.array([[2, 0], [2, 0]])) == [2, 0]  # several tokens are counted separately
     predictor.observe(0, [2])  # another layer's
     predictor.observe(1, [0, 2])
     assert (predictor.predicted, predictor.needed) == (4, 6)
@@ -234,12 +239,12 @@ def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., A
     text.write_text("The old man looked at the sea, and the sea looked back at him. " * 10)
     done = cli("trace", quantized_nano, "--text", text, "--out", trace, "--tokens", 80, "--json")
     assert (done.code, json.loads(done.out)["tokens"]) == (0, 80)
-    found = json.loads(cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 60, "--json").out)
-    rates = {(row["policy"], row["prefetch"]): row["hit_rate"] for row in found["rows"]}
+    result = json.loads(cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 60, "--json").out)
+    rates = {(row["policy"], row["prefetch"]): row["hit_rate"] for row in result["rows"]}
     assert len(rates) == 10
     assert max(rate for (_, prefetch), rate in rates.items() if not prefetch) == rates["belady", False]
     assert (
-        found["slots"]
+        result["slots"]
         == json.loads(cli("plan", quantized_nano, "--ram", "3MiB", "--context", 64, "--json").out)["devices"][0]["expert_slots"]
     )
     drawn = cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 20, "--out", out)

@@ -1,4 +1,4 @@
-"""Where a model lies, from its configuration alone: bytes against the real ones, and machines of every size."""
+"""Plans from a configuration alone: their bytes are the real ones, on machines of every size."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano:
 def test_every_byte_of_every_machine_is_accounted_for(case: Case) -> None:
     request = MemoryRequest(8192)
     plan = place(DBRX, INT4, case.machine, request)
-    whole = place(DBRX, INT4, Machine(), request)
+    without_limit = place(DBRX, INT4, Machine(), request)
     assert plan.fits
     for device in plan.devices:
         assert device.budget is not None
         assert device.total <= device.budget
         assert device.experts == pytest.approx(device.n_slots * EXPERT)
-    assert sum(device.dense for device in plan.devices) == whole.host.dense
-    assert sum(device.kv_cache for device in plan.devices) == whole.host.kv_cache
+    assert sum(device.dense for device in plan.devices) == without_limit.host.dense
+    assert sum(device.kv_cache for device in plan.devices) == without_limit.host.kv_cache
     on_gpus = sum(device.n_slots - device.scratch for device in plan.gpus)
     if plan.disk_experts or not plan.gpus:
         assert on_gpus + plan.host.n_slots + plan.disk_experts == 640
-    else:  # what lies on GPUs lies in host memory, too, as far as there is room
+    else:  # host memory holds the experts of GPUs as well, as far as there is room
         spare = case.ram * GIB - plan.host.total
         assert 640 - on_gpus <= plan.host.n_slots <= 640
         assert plan.host.n_slots in (0, 640) or spare < EXPERT
@@ -108,7 +108,7 @@ def test_every_byte_of_every_machine_is_accounted_for(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.gpus], ids=str)
 def test_no_gpu_ends_with_all_the_offloaded_layers(case: Case) -> None:
-    """Every GPU holds about the same share of its layers' experts, and gives a layer away to nobody who would be faster."""
+    """Every GPU holds about the same share of its layers' experts."""
     plan = place(DBRX, INT4, case.machine, MemoryRequest(8192))
     shares = [device.n_slots / (16 * (device.layers[1] - device.layers[0])) for device in plan.gpus]
     assert max(shares) - min(shares) <= 0.12  # a layer of 40 more or less
@@ -125,8 +125,8 @@ def test_the_split_is_the_best_of_all(case: Case) -> None:
 
     request = MemoryRequest(8192)
     model = Footprint.of(DBRX, INT4, request)
-    every = [placement._on_gpus(model, case.machine, (*ends, 40)) for ends in combinations(range(1, 40), len(case.gpus) - 1)]
-    least = min(placement._cost(model, case.machine, plan) for plan in every)
+    plans = [placement._on_gpus(model, case.machine, (*ends, 40)) for ends in combinations(range(1, 40), len(case.gpus) - 1)]
+    least = min(placement._cost(model, case.machine, plan) for plan in plans)
     assert placement._cost(model, case.machine, place(DBRX, INT4, case.machine, request)) == least
 
 
@@ -158,7 +158,7 @@ def test_a_shorter_context_is_found_however_short_it_must_be() -> None:
     assert "no smaller KV cache, shorter context or other GPU makes it fit" in tiny
 
 
-def test_a_kind_that_lies_on_gpus_alone_passes_through_host_memory() -> None:
+def test_a_kind_that_only_gpus_hold_has_a_slot_in_host_memory() -> None:
     formats = {name: TensorFormat("int8", 64) if ".blocks.0.ffn" in name else fmt for name, fmt in INT4.items()}
     plan = place(DBRX, formats, Machine(32 * GIB, (gpu(24), gpu(48))), MemoryRequest(4096))
     assert len(plan.host.slots) == 2
@@ -169,14 +169,16 @@ def test_a_kind_that_lies_on_gpus_alone_passes_through_host_memory() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
-    """Of the requests of a token as many come from disk as experts can lie on it alone, over the link and over nothing else at the time."""
+    """As many requests of a token are read from disk as there may be experts only on disk; misses travel over the link alone."""
     plan = place(DBRX, INT4, case.machine, MemoryRequest(8192))
     bounds = speed_bounds(plan, case.machine, n_experts=16, top_k=4)
-    moved = {what: sum(term.nbytes for term in bounds.lower_terms if what in term.path) for what in ("disk", "link")}
-    slots = sum(there.n_slots for there in plan.gpus), plan.host.n_slots
-    nowhere = 640 - max(slots) if plan.disk_experts else 0
-    assert moved["disk"] == pytest.approx(min(160, nowhere) * EXPERT)
-    off_gpus = sum(min(4 * (end - first), 16 * (end - first) - there.n_slots) for there in plan.gpus for first, end in [there.layers])
+    moved = {path: sum(term.nbytes for term in bounds.lower_terms if path in term.path) for path in ("disk", "link")}
+    slots = sum(gpu_plan.n_slots for gpu_plan in plan.gpus), plan.host.n_slots
+    only_on_disk = 640 - max(slots) if plan.disk_experts else 0
+    assert moved["disk"] == pytest.approx(min(160, only_on_disk) * EXPERT)
+    off_gpus = sum(
+        min(4 * (end - first), 16 * (end - first) - gpu_plan.n_slots) for gpu_plan in plan.gpus for first, end in [gpu_plan.layers]
+    )
     assert moved["link"] == pytest.approx(off_gpus * EXPERT)
     assert bounds.lower == pytest.approx(1 / sum(term.seconds for term in bounds.lower_terms))
     assert bounds.lower <= bounds.expected * 1.0000001
@@ -185,7 +187,7 @@ def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
 
 
 def test_the_arithmetic_of_a_token() -> None:
-    """All-miss over 25 GB/s, and from 60 GB/s of host memory."""
+    """Misses over a link of 25 GB/s, and from host memory at 60 GB/s."""
     machine = Machine(128 * GIB, (gpu(24),))
     bounds = speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4)
     dense = next(term for term in bounds.terms if "every token" in term.data)
@@ -202,7 +204,7 @@ def test_the_arithmetic_of_a_token() -> None:
     assert hit_rate(plan, 16) == pytest.approx(share)
 
 
-def test_formats_that_differ_share_the_room_evenly() -> None:
+def test_different_formats_share_the_memory_evenly() -> None:
     formats = dict(INT4)
     for name in formats:
         if ".blocks.7.ffn" in name:
@@ -221,7 +223,7 @@ def test_more_gpus_than_layers(nano: Path) -> None:
     assert [device.layers for device in plan.gpus] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4), (4, 4)]
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_fits_instead() -> None:
+def test_a_plan_that_does_not_fit_names_the_shortfall_and_what_fits() -> None:
     machine = Machine(64 * GIB, (gpu(8),))
     plan = place(DBRX, INT4, machine, MemoryRequest(32768))
     assert not plan.fits
@@ -257,11 +259,11 @@ def test_advice_names_what_helps_most(machine: Machine, most: str) -> None:
         )
 
 
-def test_the_command_says_the_same(nano: Path, quantized_nano: Path, cli: Callable[..., Any]) -> None:
-    ahead = json.loads(cli("plan", nano, "--format", "int4", "--context", 2048, "--json").out)
-    found = json.loads(cli("plan", quantized_nano, "--json", "--context", 2048).out)
-    assert ahead == found
-    assert (found["fits"], found["disk_experts"], found["devices"][0]["device"]) == (True, 0, "cpu")
+def test_the_command_shows_the_plan(nano: Path, quantized_nano: Path, cli: Callable[..., Any]) -> None:
+    of_plain = json.loads(cli("plan", nano, "--format", "int4", "--context", 2048, "--json").out)
+    of_quantized = json.loads(cli("plan", quantized_nano, "--json", "--context", 2048).out)
+    assert of_plain == of_quantized
+    assert (of_quantized["fits"], of_quantized["disk_experts"], of_quantized["devices"][0]["device"]) == (True, 0, "cpu")
     tight = json.loads(cli("plan", quantized_nano, "--ram", "10MB", "--context", 512, "--json").out)
     assert tight["fits"]
     assert tight["devices"][0]["total"] <= 10_000_000
@@ -299,7 +301,7 @@ def test_gpus_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: p
 
 
 def test_a_plan_is_quick() -> None:
-    """Four GPUs have 9,139 splits; few are looked at."""
+    """Four GPUs have 9,139 splits, of which few are evaluated."""
     from dbrx_q.planning import placement
 
     seen: list[tuple[int, ...]] = []
@@ -315,7 +317,7 @@ def test_a_plan_is_quick() -> None:
     assert len(seen) < 1500
 
 
-def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
+def test_a_fallback_copy_replaces_the_disk_in_the_expected_speed() -> None:
     for gpus in ((), (gpu(24), gpu(24))):
         machine = Machine(80 * GIB, gpus)
         plans = [place(DBRX, INT8, machine, MemoryRequest(4096, fallback=copy)) for copy in (None, INT4)]
@@ -333,9 +335,9 @@ def test_a_plan_counts_with_the_copy_in_place_of_the_disk() -> None:
 @pytest.mark.parametrize("memory", [(24, 1, 24), (12, 0.5, 12, 24), (1, 24), (24, 0.6, 0.6, 24)])
 def test_a_gpu_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None:
     plan = place(DBRX, INT4, Machine(64 * GIB, tuple(Gpu(int(size * GIB)) for size in memory)), MemoryRequest(4096))
-    assert all(there.layers[1] > there.layers[0] for there in plan.gpus)
-    assert [there.layers[0] for there in plan.gpus[1:]] == [there.layers[1] for there in plan.gpus[:-1]]
-    assert {there.device for there in plan.over_budget} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
+    assert all(device_plan.layers[1] > device_plan.layers[0] for device_plan in plan.gpus)
+    assert [device_plan.layers[0] for device_plan in plan.gpus[1:]] == [device_plan.layers[1] for device_plan in plan.gpus[:-1]]
+    assert {device_plan.device for device_plan in plan.over_budget} == {f"cuda:{c}" for c, size in enumerate(memory) if size <= 1}
 
 
 @pytest.mark.parametrize(("memory", "ram"), [((2, 2), 1.0), ((6,), 0.3), ((24, 24), 0.2), ((1, 1, 1), 0.1), ((24, 1, 24), 64)])
@@ -343,22 +345,22 @@ def test_what_is_named_as_the_least_works(memory: tuple[float, ...], ram: float)
     machine = Machine(int(ram * GIB), tuple(Gpu(int(size * GIB)) for size in memory))
     plan, request = place(DBRX, INT4, machine, MemoryRequest(4096)), MemoryRequest(4096)
     sentence = advice(DBRX, INT4, machine, request)
-    least = {there.device: there.total for there in plan.over_budget}
+    least = {device_plan.device: device_plan.total for device_plan in plan.over_budget}
     assert all(f"{size:,} bytes for {device}" in sentence for device, size in least.items())
-    given = tuple(replace(gpu, memory=least.get(f"cuda:{c}", gpu.memory)) for c, gpu in enumerate(machine.gpus))
-    assert place(DBRX, INT4, Machine(least.get("cpu", machine.ram), given), request).fits
+    gpus = tuple(replace(gpu, memory=least.get(f"cuda:{c}", gpu.memory)) for c, gpu in enumerate(machine.gpus))
+    assert place(DBRX, INT4, Machine(least.get("cpu", machine.ram), gpus), request).fits
 
 
 def test_gpus_without_layers_hold_nothing() -> None:
     config = DbrxConfig.from_dict(DBRX.to_dict() | {"n_layers": 2})
     plan = place(config, {}, Machine(None, (gpu(24),) * 4), MemoryRequest(64))
-    whole = place(config, {}, Machine(), MemoryRequest(64))
-    assert [there.dense > 0 for there in plan.gpus] == [True, True, False, False]
-    assert sum(there.dense for there in plan.gpus) == whole.host.dense
+    without_limit = place(config, {}, Machine(), MemoryRequest(64))
+    assert [device_plan.dense > 0 for device_plan in plan.gpus] == [True, True, False, False]
+    assert sum(device_plan.dense for device_plan in plan.gpus) == without_limit.host.dense
 
 
 def test_a_host_that_computes_for_gpus_has_room_for_their_steps() -> None:
-    """A row of every pair alone takes 201 MB of the 2,048 tokens that a GPU's step brings."""
+    """For the 2,048 tokens of a GPU's step, one row for every pair takes 201 MB."""
     plan = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192))
     one = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192, step_tokens=1))
     assert plan.host.workspace - one.host.workspace > 2 * 2048 * 4 * 6144 * 4
