@@ -137,12 +137,12 @@ class Link(ABC):
         return pending
 
     def prioritize(self, pending: PendingCopy) -> None:
-        """A layer waits for this copy now: it comes behind those that are urgent already."""
+        """A layer waits for this copy now: it is sent after those that are urgent already."""
         if pending.rank[0] != _URGENT:
             pending.rank = self._rank(_URGENT)
 
     def defer(self, pending: PendingCopy) -> None:
-        """This copy is not needed now: it comes behind all others."""
+        """This copy is not needed now: it is sent after all others."""
         if pending.rank[0] != _DEFERRED:
             pending.rank = self._rank(_DEFERRED)
 
