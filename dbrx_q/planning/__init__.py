@@ -16,6 +16,7 @@ The files:
 - `placement.py`: the plan. `speed.py`: the tokens/s that it allows. `advice.py`: what would speed it up, or make it fit.
 - `offloading.py`: sizes of the buffers between disk, host memory and GPUs, and the slots that a GPU keeps free.
 - `policy_names.py`: the names of cache policies and miss policies (the cache policies themselves: `experts/policies.py`).
-- `budget.py`: how much memory a model may take and how it uses it, and the errors if that is too little. `sizes.py`: sizes such as "64GiB" as text.
+- `budget.py`: how much memory a model may take and how it uses it, and the errors if that is too little.
+- `sizes.py`: sizes such as "64GiB" as text.
 - `host_memory.py`: how much host memory is free or in use, and tensors in it.
 """
