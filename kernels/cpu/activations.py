@@ -20,16 +20,14 @@ _SUMS_MULTIPLE = 16  # the int4 kernel reads the sums of 16 groups at a time
 
 @dataclass(frozen=True)
 class QuantizedActivations:
-    """`T` rows of `K` activations.
-
-    codes: int16 [T, K]; for int4 weights lane `l` of vector `s` of a block of 128 is element 4l+s, else in their own order.
-    scales: float32 [T, K/128].
-    sums: float32 [T, K/G rounded up to 16]: the sum of each group of decoded activations; empty unless asked for.
-    """
+    """`T` rows of `K` activations."""
 
     codes: torch.Tensor
+    """int16 [T, K]; for int4 weights lane `l` of vector `s` of a block of 128 is element 4l+s, else in their own order."""
     scales: torch.Tensor
+    """float32 [T, K/128]."""
     sums: torch.Tensor
+    """float32 [T, K/G rounded up to 16]: the sum of each group of dequantized activations; empty unless asked for."""
 
 
 def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> QuantizedActivations:

@@ -1,8 +1,8 @@
 """Many tokens on the CPU's matrix unit: packed weights times bfloat16 activations, through AMX tiles (Intel, Sapphire Rapids and later).
 
-The product is computed transposed, so that neither operand needs a shuffle in the loop over the weight: a tile of 16 rows of decoded
-weights, as they lie, times a tile of activations that hold pairs of neighbours along `K` for 16 tokens. Activations are brought into
-that form once; weights are decoded a chunk of `K` at a time, into a buffer that the multiplication finds in the first-level cache.
+The product is computed transposed, so that neither operand needs a shuffle in the loop over the weight: a tile of 16 rows of dequantized
+weights, in their order, times a tile of activations that hold pairs of neighbours along `K` for 16 tokens. Activations are brought into
+that form once; weights are dequantized a chunk of `K` at a time, into a buffer that the multiplication finds in the first-level cache.
 
 Dimension letters: `T` tokens, `N` output features, `K` input features, `G` group size.
 """
@@ -29,7 +29,7 @@ from . import vector as v
 
 __all__ = ["available", "matmul"]
 
-_BLOCK = 128  # elements along K that a decoder writes at a time: four tiles wide
+_BLOCK = 128  # elements along K that are dequantized at a time: four tiles wide
 _TILE = 1024  # bytes of a full tile: 16 rows of 64
 # int4 [10752, 6144], groups of 64, two cores, 512 (128) tokens: 32, 64, 128, 256 rows take 89, 68, 64, 65 (21, 22, 20, 19) ms at 3 blocks;
 # 1, 2, 3 blocks 70, 62, 64 (26, 21, 20) ms at 128 rows; panels of 256 tokens 67 ms.
@@ -314,7 +314,7 @@ def _decode(codes, scales, zeros, first_block, n_blocks, out, group_size, four_b
 
 @numba.njit(nogil=True, parallel=True, cache=True)
 def _pack(x, tokens, K, chunk_blocks, out, four_bits):
-    """out = x [tokens, K] as tiles: for each chunk of K, for each 16 tokens, the tiles along K in the order of decoded weights."""
+    """out = x [tokens, K] as tiles: for each chunk of K, for each 16 tokens, the tiles along K in the order of dequantized weights."""
     blocks, columns = K // _BLOCK, (tokens + 15) // 16
     for task in prange(blocks * columns):
         column, block = task // blocks, task % blocks

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 __all__ = ["BLOCK", "CpuChoice", "Regime", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
 
 BLOCK = 128
-"""The compiled kernels want a multiple of it along the reduction axis."""
+"""The compiled kernels need a multiple of it along the reduction axis."""
 
 
 class Regime(Enum):
@@ -23,18 +23,21 @@ class Regime(Enum):
     MATVEC = "matvec"
     """dot products on packed codes"""
     AMX = "amx"
-    """decoded and multiplied tile by tile, in one kernel"""
+    """dequantized and multiplied tile by tile, in one kernel"""
     TILES = "tiles"
-    """some rows decoded at a time, for torch's matmul"""
+    """some rows dequantized at a time, for torch's matmul"""
 
 
 @dataclass(frozen=True)
 class CpuChoice:
-    """How an op runs. tile_rows and tile_dtype: rows that TILES decodes at a time, and to what."""
+    """How a product runs."""
 
     regime: Regime
+    """The way to compute it."""
     tile_rows: int
+    """Rows of the weight that TILES dequantizes at a time."""
     tile_dtype: torch.dtype
+    """The dtype that it dequantizes them to."""
 
 
 def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, dots: bool = True) -> CpuChoice:
@@ -63,7 +66,7 @@ _TILE_ROWS = 1024
 
 
 def tile_bytes(N: int, K: int) -> int:
-    """Memory that a product with a packed weight [N, K] takes for decoded rows, at most."""
+    """Memory that a product with a packed weight [N, K] takes for dequantized rows, at most."""
     return min(N, _TILE_ROWS) * K * torch.float32.itemsize
 
 

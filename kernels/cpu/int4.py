@@ -1,4 +1,4 @@
-"""int4 grouped weights on the CPU: dot products against 16-bit activations, and decoding into tiles.
+"""int4 grouped weights on the CPU: dot products against 16-bit activations, and rows dequantized into tiles.
 
 A row of weights is read 64 bytes at a time, as 32 words of four 4-bit codes: word `l` of a block holds elements 4l..4l+3, and shift 4s
 brings out element 4l+s. Activations are therefore laid out so that lane `l` of vector `s` of a block is element 4l+s
@@ -20,7 +20,7 @@ from . import vector as v
 __all__ = ["dequantize_rows", "matvec"]
 
 _BLOCK = 128  # elements that one 64-byte load holds
-_CHUNK = 16  # groups whose scales are decoded together
+_CHUNK = 16  # groups whose scales are converted together
 # Distance that hides memory latency on a 2-core Xeon (Sapphire Rapids): 10.6 GB/s at 0, 12.9 at 2048, 14.4 at 4096, 14.2 at 16384.
 _PREFETCH_BYTES = 4096
 # Rows that a thread takes at a time: long enough to amortise the hand-over, short enough to balance.

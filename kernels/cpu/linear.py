@@ -1,9 +1,9 @@
-"""The `cpu` backend: products in one of three regimes (`cpu_choice.py`).
+"""The `cpu` backend: products in one of three regimes (`choice.py`).
 
-Few tokens: dot products straight on the packed codes, at the speed of memory (`int4.py`, `int8.py`). Many tokens of bfloat16
-on a chip with AMX: decoding and multiplication in one kernel (`amx.py`). Many tokens elsewhere, and any number with NF4, which
-bitsandbytes decodes: tiles of the weight are decoded into a small buffer that stays in cache and go through torch's matmul. A packed
-weight is never decoded whole.
+Few tokens: dot products on the packed codes, at the speed of memory (`int4.py`, `int8.py`). Many tokens of bfloat16 on a chip with AMX:
+dequantization and multiplication in one kernel (`amx.py`). Many tokens elsewhere, and any number of them in a format without dot products:
+tiles of the weight are dequantized into a small buffer that stays in cache and multiplied by torch's matmul. A quantized weight is never
+dequantized whole.
 
 Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
 `N` output features, `K` input features.

@@ -16,16 +16,16 @@ __all__ = ["ExpertWeights", "Routing"]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Experts of one layer, every matrix with its reduction axis last. A matrix lies in one of S slots; S = E where all experts are here.
-
-    w1: [S, F, D], the gate. v1: [S, F, D], up. w2: [S, D, F], down (the transpose of what a DBRX checkpoint stores).
-    slots: int32 [E], the slot of every expert, -1 for one that is not here; None: expert e lies in slot e.
-    """
+    """Experts of one layer in S slots, every matrix with its reduction axis last; S = E where all experts are resident."""
 
     w1: Weight
+    """[S, F, D], the gate."""
     v1: Weight
+    """[S, F, D], up."""
     w2: Weight
+    """[S, D, F], down (the transpose of what a DBRX checkpoint stores)."""
     slots: torch.Tensor | None = None
+    """int32 [E], the slot of every expert, -1 for an expert without one; None: expert e is in slot e."""
 
     @property
     def n_experts(self) -> int:
@@ -35,8 +35,11 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision. logits: float32 [T, E]. experts: int64 [T, A], best first. weights: float32 [T, A]."""
+    """The decision of a router."""
 
     logits: torch.Tensor
+    """float32 [T, E]."""
     experts: torch.Tensor
+    """int64 [T, A], best first."""
     weights: torch.Tensor
+    """float32 [T, A]."""

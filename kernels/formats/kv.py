@@ -28,7 +28,7 @@ class KVLayer:
         keys, values  | e0 | e1 | ... | e(C-1) |     int8 [B, G, L, C]
         scales        | step |                       float16 [B, G, L]
 
-    int4   value = step * code + minimum, code 0..15. The two halves of a head share bytes, so that decoding needs no interleaving
+    int4   value = step * code + minimum, code 0..15. The two halves of a head share bytes, so that dequantization needs no interleaving
            (byte addresses grow to the right, the high nibble is drawn first):
 
         keys, values  | e(C/2) e0 | e(C/2+1) e1 | ... | e(C-1) e(C/2-1) |     uint8 [B, G, L, C/2]
@@ -36,10 +36,15 @@ class KVLayer:
     """
 
     format: str
+    """One of `KV_FORMATS`."""
     keys: torch.Tensor
+    """After the rotary embedding."""
     values: torch.Tensor
+    """Of the same layout."""
     key_scales: torch.Tensor | None = None
+    """Of the keys; None in a plain cache."""
     value_scales: torch.Tensor | None = None
+    """Of the values."""
 
     @property
     def nbytes(self) -> int:

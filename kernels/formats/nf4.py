@@ -1,7 +1,7 @@
 """NF4 weights, as bitsandbytes stores them: 4-bit codes of a table of normal quantiles, one float32 scale per block of 64.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E. With its double quantization the scales
-of a matrix are stored in 8 bits; kernels do not know that form, it is decoded to float32 scales when a checkpoint is loaded.
+of a matrix are stored in 8 bits; kernels do not know that form: its scales are dequantized to float32 when a checkpoint is loaded.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` block size, `S` blocks of 256 scales of a
 matrix, the last one perhaps smaller; `...` is any number of leading axes, such as the experts of a layer.

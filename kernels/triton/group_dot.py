@@ -2,7 +2,7 @@
 
 A column of the activations' tile holds one token's elements of one group and zeros elsewhere, so that a column of the product is what
 one group gives one token, to be multiplied by its scale in float32. The matrix instructions have columns to spare where tokens are few,
-and a weight costs two instructions less to decode.
+and a weight takes two instructions less to dequantize.
 
 Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the reduction axis, `BT` tokens, `NB` groups in BK, `BC` columns
 NB * BT.

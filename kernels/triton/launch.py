@@ -23,16 +23,16 @@ __all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", 
 
 @dataclass(frozen=True)
 class Chip:
-    """A device as tile choices see it.
-
-    name: "sm_86" or "gfx1100". vendor: "cuda", "hip" or "interpreter". multiprocessors: that share the work of a grid.
-    shared_memory: most bytes that one program may use.
-    """
+    """The properties of a device that tile choices depend on."""
 
     name: str
+    """As "sm_86" or "gfx1100"."""
     vendor: str
+    """ "cuda", "hip" or "interpreter"."""
     multiprocessors: int
+    """That share the programs of a grid."""
     shared_memory: int
+    """The most bytes that one program may use."""
 
     @property
     def smallest_dot(self) -> int:
@@ -60,14 +60,20 @@ INTERPRETER = Chip("interpreter", "interpreter", 4, 99 * _KB)
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its grid, its arguments by position, its compile-time constants, warps and pipeline stages."""
+    """One launch of a kernel."""
 
     kernel: Any
+    """The Triton function."""
     grid: tuple[int, ...]
+    """Programs along each axis."""
     arguments: tuple[Any, ...]
+    """By position."""
     constants: dict[str, Any]
+    """The compile-time constants by name."""
     warps: int
+    """Warps of a program."""
     stages: int
+    """Stages of its pipeline."""
 
 
 _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)

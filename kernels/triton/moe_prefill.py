@@ -1,6 +1,6 @@
 """`moe_experts` in Triton for many tokens: pairs of a token and an expert sorted by expert on the device, then two grouped products.
 
-On Hopper, activations that meet 4-bit weights lie as their even elements, then their odd ones, as the weights are decoded: the matrix
+On Hopper, activations for 4-bit weights are stored as even elements, then odd ones, as the weights are dequantized: the matrix
 instructions read both straight from shared memory.
 
 The grid has room for the worst case, one partly filled tile an expert; a program finds its expert from the sorted pairs, and those that

@@ -19,20 +19,22 @@ MATVEC_TOKENS = 16
 
 @dataclass(frozen=True)
 class Problem:
-    """What a tile is chosen for.
-
-    op: "linear", "gate_up" or "down". tokens: T of `linear`; tokens of the step in decode, pairs in prefill of the others. N, K: of
-    the weight (of one expert). bits: of a stored code, 16 where the weight is plain. group: elements that share a scale, 1 where plain.
-    parallel: matrices that are worked on at the same time, the active experts of a decode step; 1 for `linear`.
-    """
+    """The product that tiles are chosen for."""
 
     op: str
+    """ "linear", "gate_up" or "down"."""
     tokens: int
+    """T of `linear`; for the others the tokens of a decode step, or the pairs of a token and an expert in prefill."""
     N: int
+    """Rows of the weight (of one expert)."""
     K: int
+    """Its columns."""
     bits: int
+    """Of a stored code; 16 for a plain weight."""
     group: int
+    """Elements that share a scale; 1 for a plain weight."""
     parallel: int = 1
+    """Matrices that are multiplied at the same time, the active experts of a decode step; 1 for `linear`."""
 
     @property
     def decode(self) -> bool:
@@ -42,14 +44,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one program works: rows of the weight, tokens, depth along the reduction axis, programs that share a reduction, warps, stages."""
+    """The work of one program."""
 
     rows: int
+    """Rows of the weight."""
     tokens: int
+    """Tokens."""
     depth: int
+    """Elements along the reduction axis per step."""
     splits: int
+    """Programs that share a reduction."""
     warps: int
+    """Warps of the program."""
     stages: int
+    """Stages of the pipeline that loads tiles."""
 
 
 _MEASURED: dict[tuple[str, Problem], Tiles] = {}

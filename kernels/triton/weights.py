@@ -1,4 +1,4 @@
-"""What all Triton kernels share: packed weights, decoded in registers, and the product with a tile of activations.
+"""What all Triton kernels share: quantized weights, dequantized in registers, and the product with a tile of activations.
 
 Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the reduction axis, `BT` tokens, `NB` groups in BK.
 """
