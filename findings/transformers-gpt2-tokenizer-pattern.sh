@@ -7,8 +7,8 @@
 #
 # Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
 #   transformers 5.24.0 tokenizers 0.23.3
-#   AutoTokenizer gives a GPT2Tokenizer that cuts '1234567 they'LL' into ['1234567', 'Ġthey', "'", 'LL']
-#   TokenizersBackend gives a TokenizersBackend that cuts '1234567 they'LL' into ['123', '456', '7', 'Ġthey', "'LL"]
+#   AutoTokenizer: a GPT2Tokenizer that cuts "1234567 they'LL" into ['1234567', 'Ġthey', "'", 'LL']
+#   PreTrainedTokenizerFast: a TokenizersBackend that cuts "1234567 they'LL" into ['123', '456', '7', 'Ġthey', "'LL"]
 #   the file's own pattern: ['123', '456', '7', 'Ġthey', "'LL"]
 set -euo pipefail
 folder=$(mktemp -d)

@@ -6,6 +6,10 @@
 # the interpreter therefore shows nothing, or fails for no fault of the kernel: run it in float16 or float32, or convert to
 # float32 before every operation.
 #
+# Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
+#   triton 3.9.0 torch 2.13.0+cpu
+#   torch.float16: 1.5 + 2.25 = 3.75; sum of 16 products 1 * 1 by tl.dot = 16.0
+#   torch.bfloat16: 1.5 + 2.25 = nan; sum of 16 products 1 * 1 by tl.dot = 4228120576.0
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
