@@ -31,7 +31,6 @@ _CODE = re.compile(r"`([^`]+)`")
 ELSEWHERE = {
     "modeling_dbrx.py": "transformers and the published checkpoint",
     "tiktoken.py": "the published checkpoint",
-    "NAME.sh": "a name to be chosen",
     "report.html": "a result of `dbrx-q compare`",
 }
 
@@ -55,7 +54,9 @@ def paths(text: str) -> set[str]:
     """Files and folders of this project that a text names in backticks or in blocks of code."""
     code = [span for _, line in prose(text) for span in _CODE.findall(line)]
     code += [span for line in text.splitlines() if line.startswith("|") for span in _CODE.findall(line)]
-    return {match for span in code for pattern in (_PATH, _FOLDER) for match in pattern.findall(span)} - ELSEWHERE.keys()
+    return {
+        match for span in code for pattern in (_PATH, _FOLDER) for match in pattern.findall(span) if "NAME" not in match
+    } - ELSEWHERE.keys()
 
 
 def commands(text: str) -> list[str]:
