@@ -54,7 +54,15 @@ def command(
         option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
     ] = None,
     method: Annotated[
-        str, option(METHOD, "Quantization method: {}; awq, gptq and best need --calibration.", metavar="METHOD", one_of=METHODS)
+        str,
+        option(
+            METHOD,
+            "Quantization method: {}; awq, gptq and best need --calibration.",
+            "--method",
+            "--recipe",
+            metavar="METHOD",
+            one_of=METHODS,
+        ),
     ] = "rtn",
     act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
     calibration: Annotated[str | None, option(CALIBRATION, options.TEXT_HELP, metavar="FILE")] = None,

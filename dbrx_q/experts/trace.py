@@ -18,7 +18,7 @@ from dbrx_q.errors import RequestError
 
 __all__ = ["Trace"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

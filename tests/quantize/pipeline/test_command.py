@@ -83,7 +83,7 @@ def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) 
     assert (plan["bytes_in"], plan["bytes_out"]) == (report["bytes_in"], report["bytes_out"])
     assert plan["bits"] == report["bits_by_kind"]
     assert plan["seconds"] > 0
-    shown = cli("quantize", nano, tmp_path / "other", "--method", "best", *TEXT, "--dry-run").out
+    shown = cli("quantize", nano, tmp_path / "other", "--recipe", "best", *TEXT, "--dry-run").out
     assert all(word in shown for word in ("reads", "writes", "memory", "disk", "time", "experts"))
 
 
