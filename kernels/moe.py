@@ -1,4 +1,4 @@
-"""`route` and `moe_experts`: a mixture-of-experts layer for expert weights in any format.
+"""`moe_experts`: the experts of a mixture-of-experts layer, with weights in any format.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model, `F` ffn hidden.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.weights import Weight, dequantize
+from dbrx_q.kernels.formats.weights import dequantize
 
 from .backend import Backend, pick
 
@@ -32,12 +32,15 @@ def moe_experts(
 ) -> torch.Tensor:
     """y [T, D]: for each token the sum over its active experts of weight * w2 @ (silu(w1 @ x) * (v1 @ x)).
 
+    On Triton, if the kernels have no code for a format of the layer, the active experts are dequantized one at a time and multiplied by
+    torch. The host waits for the device to learn which experts are active, so a CUDA graph cannot capture such a call.
+
     Args:
-        x: [T, D], float32, bfloat16 or float16; the result has its dtype.
+        x: [T, D], float32, bfloat16 or float16; the result has the same dtype.
         experts: int64 [T, A], the experts of each token, no expert twice.
         weights: float32 [T, A].
-        layer: the layer's experts. Only those that got tokens are read; the share of those that have no slot is left out.
-        missing: int32 [E], to which the number of pairs of a token and an expert is added that were left out.
+        layer: the layer's experts. Only the experts of `experts` are read; the sum leaves out experts without a slot.
+        missing: int32 [E]; for each expert, the number of tokens that it was left out for is added.
         backend: None picks by the device of `x`.
     """
     return _implementations()[backend or pick(x.device)](x, experts, weights, layer, missing).to(x.dtype)
@@ -46,19 +49,27 @@ def moe_experts(
 def moe_experts_reference(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """float32 y [T, D], each expert dequantized whole."""
-    x = x.float()
-    y = torch.zeros_like(x)
+    """float32 y [T, D], computed in float32; arguments as for `moe_experts`."""
+    return _expert_by_expert(x.float(), experts, weights, layer, missing)
+
+
+def _expert_by_expert(
+    x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None
+) -> torch.Tensor:
+    """float32 y [T, D]; products are computed in the dtype of `x`, with one matrix of one active expert dequantized at a time."""
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     slots = range(layer.n_experts) if layer.slots is None else layer.slots.tolist()
     for e in experts.unique().tolist():
         tokens, rank = (experts == e).nonzero(as_tuple=True)
-        if slots[e] < 0:
+        slot = slots[e]
+        if slot < 0:
             if missing is not None:
                 missing[e] += len(tokens)
             continue
-        w1, v1, w2 = (dequantize(w[slots[e]]) for w in (layer.w1, layer.v1, layer.w2))
-        h = F.silu(x[tokens] @ w1.T) * (x[tokens] @ v1.T)  # [tokens of e, F]
-        y.index_add_(0, tokens, (h @ w2.T) * weights[tokens, rank, None])
+        gate = x[tokens] @ dequantize(layer.w1[slot], x.dtype).T  # [tokens of e, F]
+        h = F.silu(gate) * (x[tokens] @ dequantize(layer.v1[slot], x.dtype).T)
+        out = h @ dequantize(layer.w2[slot], x.dtype).T  # [tokens of e, D]
+        y.index_add_(0, tokens, out.float() * weights[tokens, rank, None])
     return y
 
 
@@ -80,27 +91,7 @@ def _triton(
     from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
 
     if not all(served(weight) for weight in (layer.w1, layer.v1, layer.w2)):
-        layer = _plain_layer(layer, x.dtype)
+        return _expert_by_expert(x, experts, weights, layer, missing)
     regime = triton_moe_decode.decode if x.shape[0] <= MATVEC_TOKENS else triton_moe_prefill.prefill
     y: torch.Tensor = regime(x, experts, weights, layer, missing)
     return y
-
-
-def _plain_layer(layer: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-    """The E experts of a layer as plain weights, expert e in slot e where it has one: for formats without kernels.
-
-    It takes the memory of a plain layer. The host waits for nothing, so that a CUDA graph can hold it.
-    """
-    E = layer.n_experts
-    device = layer.w1.device
-    slots = torch.arange(E, device=device) if layer.slots is None else layer.slots.long().clamp(min=0)
-
-    def plain(weight: Weight) -> torch.Tensor:
-        out = torch.empty(E, *weight.shape[1:], dtype=dtype, device=device)
-        for e in range(E):
-            out[e] = dequantize(weight[slots[e : e + 1]], dtype)[0]
-        return out
-
-    experts = torch.arange(E, dtype=torch.int32, device=device)
-    present = None if layer.slots is None else torch.where(layer.slots < 0, -1, experts).to(torch.int32)
-    return ExpertWeights(plain(layer.w1), plain(layer.v1), plain(layer.w2), present)

@@ -1,6 +1,7 @@
 """A decode step for several sequences at once, captured in one CUDA graph for each batch-size bucket.
 
 A step of DBRX launches some 350 kernels of a few microseconds each. Replayed from a graph they follow each other without the host.
+`capturable` says for which models a graph can be captured.
 
 Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
 """
@@ -16,10 +17,10 @@ from dbrx_q.errors import RequestError
 from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.kernels.attention import Sequences
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.layers import Batch
+from dbrx_q.model.layers import Batch, PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 
-__all__ = ["BatchDecoder", "DecodeStep"]
+__all__ = ["BatchDecoder", "DecodeStep", "capturable"]
 
 # Tokens that a cache's capacity is rounded up to, so that requests of similar length share one cache and its graphs.
 _CAPACITY_STEP = 1024
@@ -28,8 +29,8 @@ _CAPACITY_STEP = 1024
 class DecodeStep:
     """One token for each of `size` sequences of `cache`.
 
-    If one CUDA device holds the whole model, the constructor captures the step in a graph and every call replays it. Otherwise every call
-    launches the kernels one by one.
+    If the model is on a CUDA device and `capturable`, the constructor captures the step in a graph and every call replays it. Otherwise
+    every call launches the kernels one by one.
 
     Args:
         model: a loaded model whose attention reads lengths on the device (`DbrxModel.steps_together`).
@@ -48,8 +49,7 @@ class DecodeStep:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        all_on_one_device = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
-        if device.type == "cuda" and all_on_one_device:
+        if device.type == "cuda" and capturable(model):
             self._capture()
 
     @property
@@ -159,6 +159,18 @@ class BatchDecoder:
     def _serves(self, sequences: int, capacity: int, kv_format: str) -> bool:
         cache = self.cache
         return len(cache.lengths) >= sequences and cache.capacity >= capacity and cache.format == kv_format
+
+
+def capturable(model: DbrxForCausalLM) -> bool:
+    """Whether a CUDA graph can hold a decode step of the model: the step must never wait for the host.
+
+    One device must hold the whole model, and the Triton kernels must have code for the format of every packed weight. A weight in another
+    format is dequantized by the torch code of its record, and its experts are visited one by one, as the router's choice requires.
+    """
+    from dbrx_q.kernels.triton.codes import served  # imports Triton, which a CPU does not need
+
+    all_on_one_device = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
+    return all_on_one_device and all(served(module.value) for module in model.modules() if isinstance(module, PackedWeight))
 
 
 def _power_of_two(n: int) -> int:

@@ -11,6 +11,7 @@ from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.generation.decode_graph import DecodeStep
 from dbrx_q.generation.decoding import decode_one_token, prefill
 from dbrx_q.generation.generate import generate
+from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 
@@ -64,6 +65,23 @@ def test_a_captured_step_equals_the_same_step_uncaptured(quantized_nano: Path, k
         new = [n + 1 + step for n in lengths]
         arguments = ([11, 12, 13, 11], [*new, new[0]], [0, 1, 2, 0])
         torch.testing.assert_close(replayed(*arguments), plain(*arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_a_step_of_a_format_without_triton_code_is_not_captured(quantized_nano: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int4 is the format of the experts, int8 of the other weights."""
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    caches = [KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device) for _ in range(2)]
+    for cache in caches:
+        prefill(model, PROMPTS[0], cache.sequence(0))
+    arguments = ([11], [len(PROMPTS[0]) + 1], [0])
+    captured = DecodeStep(model, caches[0], 1)
+    expected = captured(*arguments).clone()
+    monkeypatch.delitem(CODES, format)
+    step = DecodeStep(model, caches[1], 1)
+    assert captured.captured
+    assert not step.captured
+    torch.testing.assert_close(step(*arguments), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
 def test_generation_in_a_batch_agrees_with_one_by_one(quantized_nano: Path) -> None:

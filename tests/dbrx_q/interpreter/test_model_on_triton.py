@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dbrx_q.errors import RequestError
-from dbrx_q.generation.decode_graph import DecodeStep
+from dbrx_q.generation.decode_graph import DecodeStep, capturable
 from dbrx_q.generation.decoding import prefill
 from dbrx_q.generation.generate import generate
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.formats.kv import KV_FORMATS
+from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 
@@ -70,6 +71,25 @@ def test_prefill_and_batched_steps_agree_with_the_cpu(quantized_small: Path, kv_
         assert torch.equal(bucket[3], bucket[0])
         logits.append(bucket[:3].clone())
     expected = on_the_cpu[kv_format]
+    torch.testing.assert_close(torch.stack(logits), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_a_step_without_triton_code_is_not_capturable_and_agrees_with_the_cpu(
+    quantized_small: Path, format: str, on_the_cpu: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int4 is the format of the experts, int8 of the other weights."""
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    assert capturable(model)
+    monkeypatch.delitem(CODES, format)
+    assert not capturable(model)
+    cache = KVCache(model.config, 3, 32, dtype=model.dtype)
+    logits = [torch.stack([prefill(model, prompt, cache.sequence(row)) for row, prompt in enumerate(PROMPTS)])]
+    step = DecodeStep(model, cache, 4)
+    for n, tokens in enumerate(STEPS, 1):
+        lengths = [len(prompt) + n for prompt in PROMPTS]
+        logits.append(step([*tokens, tokens[0]], [*lengths, lengths[0]], [0, 1, 2, 0])[:3].clone())
+    expected = on_the_cpu["plain"]
     torch.testing.assert_close(torch.stack(logits), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 

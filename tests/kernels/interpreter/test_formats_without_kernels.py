@@ -1,10 +1,11 @@
-"""A format that Triton kernels have no code for is dequantized and multiplied as a plain one."""
+"""A weight in a format that the Triton kernels have no code for is dequantized and multiplied by torch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from dbrx_q.kernels import moe
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats import nf4
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
@@ -39,3 +40,35 @@ def test_experts(T: int, slots: list[int] | None) -> None:
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
     if slots is not None:
         assert missing.tolist() == expected_missing.tolist()
+
+
+def random_layer(experts: int) -> ExpertWeights:
+    D, F = 64, 128
+    return ExpertWeights(*(nf4.quantize(torch.randn(experts, *shape) / 8) for shape in ((F, D), (F, D), (D, F))))
+
+
+@pytest.mark.parametrize("T", [2, 20])
+def test_experts_in_bfloat16(T: int) -> None:
+    layer, x, weights = random_layer(4), torch.randn(T, 64, dtype=torch.bfloat16), torch.rand(T, 2)
+    experts = torch.tensor([[0, 2]] * T)
+    y = moe_experts(x, experts, weights, layer, backend=Backend.TRITON)
+    expected = moe_experts(x.float(), experts, weights, layer, backend=Backend.REFERENCE)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_only_matrices_of_active_experts_are_dequantized_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def recorded(weight: nf4.Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+        shapes.append(tuple(weight.shape))
+        return dequantize(weight, dtype)
+
+    monkeypatch.setattr(moe, "dequantize", recorded)
+    moe_experts(torch.randn(3, 64), torch.tensor([[1, 6]] * 3), torch.rand(3, 2), random_layer(8), backend=Backend.TRITON)
+    assert shapes == [(128, 64), (128, 64), (64, 128)] * 2
+
+
+def test_no_tokens() -> None:
+    y = moe_experts(torch.empty(0, 64), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), random_layer(4), backend=Backend.TRITON)
+    assert y.shape == (0, 64)
