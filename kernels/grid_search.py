@@ -57,14 +57,14 @@ def least_squares_reference(
 ) -> _Grid:
     """`least_squares` with whole tensors, on any device."""
     groups = grouped(weight.float(), group_size)
-    each = None if importance is None else grouped(importance.float(), group_size)
+    importances = None if importance is None else grouped(importance.float(), group_size)
     best = _of_ranges(groups, levels)
-    least = _squares(groups, *best, levels, each)
+    least = _squares(groups, *best, levels, importances)
     for share in shares.tolist():
-        scales, whole = _of_ranges(groups, levels, share)
+        scales, nearest_zeros = _of_ranges(groups, levels, share)
         for shift in (0,) if levels.symmetric else (0, -1, 1):
-            zeros = (whole + shift).clamp(0, levels.levels) if shift else whole
-            error = _squares(groups, scales, zeros, levels, each)
+            zeros = (nearest_zeros + shift).clamp(0, levels.levels) if shift else nearest_zeros
+            error = _squares(groups, scales, zeros, levels, importances)
             best, least = _better(error, least, (scales, zeros), best)
     return best
 
@@ -89,8 +89,8 @@ def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: Grid
 
 
 def _in_pieces(weight: torch.Tensor, search: Callable[[torch.Tensor], _Grid]) -> _Grid:
-    found = [search(rows) for rows in weight.split(max(1, _PIECE_ELEMENTS // weight.shape[1]))]
-    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
+    grids = [search(rows) for rows in weight.split(max(1, _PIECE_ELEMENTS // weight.shape[1]))]
+    return torch.cat([scales for scales, _ in grids]), torch.cat([zeros for _, zeros in grids])
 
 
 def _of_ranges(groups: torch.Tensor, levels: GridLevels, share: float = 1.0) -> _Grid:
@@ -110,13 +110,13 @@ def _rounded(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, le
 
 
 def _squares(
-    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: GridLevels, each: torch.Tensor | None
+    groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, levels: GridLevels, importance: torch.Tensor | None
 ) -> torch.Tensor:
     error = (_rounded(groups, scales, zeros, levels) * scales.float().unsqueeze(-1)).sub_(groups).square_()
-    return (error if each is None else error.mul_(each)).sum(-1)
+    return (error if importance is None else error.mul_(importance)).sum(-1)
 
 
 def _better(error: torch.Tensor, least: torch.Tensor, tried: _Grid, best: _Grid) -> tuple[_Grid, torch.Tensor]:
     less = error < least
-    found = torch.where(less, tried[0], best[0]), torch.where(less, tried[1], best[1])
-    return found, torch.where(less, error, least)
+    grid = torch.where(less, tried[0], best[0]), torch.where(less, tried[1], best[1])
+    return grid, torch.where(less, error, least)

@@ -123,7 +123,7 @@ def command(
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     try:
         if dry_run:
-            plans = [plan_checkpoint(opened, each, memory=budget) for each in requests.values()]
+            plans = [plan_checkpoint(opened, request, memory=budget) for request in requests.values()]
             quantize_report.show_plans(plans, accelerator, json=json)
             return
         runs = _run(opened, requests, budget, resume=resume)

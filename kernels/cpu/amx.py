@@ -157,11 +157,11 @@ def _multiply_tiles(typing_context, weights, x, sums, steps, fresh):
                     _call(b, "tileloadd64", [totals[i], sums_at[i], tile_row])
         second = b.mul(steps, v.I64(_TILE))
         with cgutils.for_range(b, steps) as step:
-            at = b.mul(step.index, v.I64(_TILE))
-            _call(b, "tileloadd64", [x_tile, _pointer(b, b.add(x, at)), tile_row])
-            at = b.add(weights, at)
+            offset = b.mul(step.index, v.I64(_TILE))
+            _call(b, "tileloadd64", [x_tile, _pointer(b, b.add(x, offset)), tile_row])
+            weights_at = b.add(weights, offset)
             for i in range(2):
-                _call(b, "tileloadd64", [weight_tiles[i], _pointer(b, b.add(at, second) if i else at), tile_row])
+                _call(b, "tileloadd64", [weight_tiles[i], _pointer(b, b.add(weights_at, second) if i else weights_at), tile_row])
                 _call(b, "tdpbf16ps", [totals[i], weight_tiles[i], x_tile])
                 _call(b, "tilezero", [weight_tiles[i]])
             _call(b, "tilezero", [x_tile])
@@ -199,8 +199,8 @@ def _pack_block(typing_context, x, last_token, x_stride, out, four_bits):
         ordered = b.ptrtoint(cgutils.alloca_once(b, ir.ArrayType(v.I8, 16 * 2 * _BLOCK)), v.I64)
         with cgutils.for_range(b, v.I64(16)) as token:
             row = b.select(b.icmp_signed("<", token.index, last_token), token.index, last_token)
-            at = b.add(x, b.mul(row, x_stride))
-            parts = [v.load(b, b.add(at, v.I64(64 * s)), words) for s in range(4)]
+            row_at = b.add(x, b.mul(row, x_stride))
+            parts = [v.load(b, b.add(row_at, v.I64(64 * s)), words) for s in range(4)]
             if four_bits.literal_value:
                 wide = v.vector(v.I32, 64)
                 halves = [b.shuffle_vector(*parts[i : i + 2], v.constant(wide, list(range(64)))) for i in (0, 2)]
@@ -243,16 +243,17 @@ def _decode_int4(typing_context, weights, scales, zeros, first_block, n_blocks, 
         groups = _BLOCK // G
         with cgutils.for_range(b, n_blocks) as step:
             block = b.add(first_block, step.index)
-            at = b.add(weights, b.mul(block, v.I64(64)))
-            v.prefetch(b, b.add(at, b.mul(n_blocks, v.I64(64))))
+            address = b.add(weights, b.mul(block, v.I64(64)))
+            v.prefetch(b, b.add(address, b.mul(n_blocks, v.I64(64))))
             first = b.mul(block, v.I64(groups))
-            each = [values(b, scales, zeros, b.add(first, v.I64(g))) for g in range(groups)]
+            values_of_groups = [values(b, scales, zeros, b.add(first, v.I64(g))) for g in range(groups)]
             tables = []
             for g in range(0, groups, 2):
-                both = b.shuffle_vector(each[g], each[min(g + 1, groups - 1)], v.constant(v.vector(v.I32, 32), list(range(32))))
+                pair = values_of_groups[g], values_of_groups[min(g + 1, groups - 1)]
+                both = b.shuffle_vector(*pair, v.constant(v.vector(v.I32, 32), list(range(32))))
                 tables.append(v.round_to_bfloat16(b, both))
             group_of_lane = v.constant(words, [lane * 4 // G * 16 for lane in range(32)])
-            codes = v.load(b, at, words)
+            codes = v.load(b, address, words)
             to = b.add(out, b.mul(step.index, v.I64(4 * _TILE)))
             for s in range(4):
                 index = b.and_(b.lshr(codes, v.constant(words, [4 * s] * 32)), v.constant(words, [15] * 32))
@@ -279,15 +280,15 @@ def _decode_int8(typing_context, weights, scales, first_block, n_blocks, out, gr
         weights, scales, first_block, n_blocks, out, _ = args
         with cgutils.for_range(b, n_blocks) as step:
             block = b.add(first_block, step.index)
-            at = b.add(weights, b.mul(block, v.I64(_BLOCK)))
+            address = b.add(weights, b.mul(block, v.I64(_BLOCK)))
             for line in range(2):
-                v.prefetch(b, b.add(at, b.add(b.mul(n_blocks, v.I64(_BLOCK)), v.I64(64 * line))))
+                v.prefetch(b, b.add(address, b.add(b.mul(n_blocks, v.I64(_BLOCK)), v.I64(64 * line))))
             to = b.add(out, b.mul(step.index, v.I64(4 * _TILE)))
             for s in range(4):
                 group = b.add(b.mul(block, v.I64(_BLOCK // G)), v.I64(32 * s // G))
                 scale = b.fpext(b.load(b.inttoptr(b.add(scales, b.mul(group, v.I64(2))), v.F16.as_pointer()), align=2), v.F32)
                 for half in range(2):
-                    codes = b.sext(v.load(b, b.add(at, v.I64(32 * s + 16 * half)), v.vector(v.I8, 16)), v.V16I)
+                    codes = b.sext(v.load(b, b.add(address, v.I64(32 * s + 16 * half)), v.vector(v.I8, 16)), v.V16I)
                     value = b.fmul(b.sitofp(codes, v.V16F), v.broadcast(b, scale, [0] * 16))
                     v.store_rounded(b, value, b.add(to, v.I64(_TILE * s + 32 * half)), bfloat16=True)
         return context.get_dummy_value()
@@ -320,11 +321,11 @@ def _pack(x, tokens, K, chunk_blocks, out, four_bits):
         column, block = task // blocks, task % blocks
         chunk = block // chunk_blocks * chunk_blocks
         to = out + (chunk * columns + column * min(chunk_blocks, blocks - chunk) + block - chunk) * (4 * _TILE)
-        at = x + (column * 16 * K + block * _BLOCK) * 2
+        address = x + (column * 16 * K + block * _BLOCK) * 2
         if four_bits:
-            _pack_block(at, tokens - 1 - column * 16, K * 2, to, 1)
+            _pack_block(address, tokens - 1 - column * 16, K * 2, to, 1)
         else:
-            _pack_block(at, tokens - 1 - column * 16, K * 2, to, 0)
+            _pack_block(address, tokens - 1 - column * 16, K * 2, to, 0)
 
 
 @numba.njit(nogil=True, parallel=True, cache=True)

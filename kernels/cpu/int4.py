@@ -41,11 +41,11 @@ def _copied(b: Any, source: Any, size: Any, limit: int) -> Any:
 def _scales_and_offsets(b: Any, scales: Any, zeros: Any, first_group: Any, n_groups: Any) -> tuple[Any, Any]:
     """float32 scales and scales * zero-points of 16 groups; lanes past `n_groups` are zero."""
     left = b.sub(n_groups, first_group)
-    whole = b.icmp_signed(">=", left, v.I64(_CHUNK))
+    full = b.icmp_signed(">=", left, v.I64(_CHUNK))
     scale_at = b.add(scales, b.mul(first_group, v.I64(2)))
     zero_at = b.add(zeros, b.lshr(first_group, v.I64(1)))
     scale_slot, zero_slot = cgutils.alloca_once(b, v.I64), cgutils.alloca_once(b, v.I64)
-    with b.if_else(whole) as (then, otherwise):
+    with b.if_else(full) as (then, otherwise):
         with then:
             b.store(scale_at, scale_slot)
             b.store(zero_at, zero_slot)
@@ -96,9 +96,9 @@ def _dot_rows(typing_context, weights, scales, zeros, x, x_scales, x_sums, n_gro
             count = b.select(b.icmp_signed("<", left, v.I64(chunk_blocks)), left, v.I64(chunk_blocks))
             with cgutils.for_range(b, count) as step:
                 block = b.add(first_block, step.index)
-                at = b.add(weights, b.mul(block, v.I64(64)))
-                v.prefetch(b, b.add(at, v.I64(_PREFETCH_BYTES)))
-                words = v.load(b, at, v.vector(v.I16, 32))
+                address = b.add(weights, b.mul(block, v.I64(64)))
+                v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES)))
+                words = v.load(b, address, v.vector(v.I16, 32))
                 codes = [b.and_(b.lshr(words, v.constant(words.type, [4 * s] * 32)), nibble) for s in range(4)]
                 groups = _BLOCK // G
                 scale = v.broadcast(b, v.lookup(b, table_at, b.mul(step.index, v.I64(groups)), groups), _group_lanes(G))
@@ -142,9 +142,9 @@ def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group
             count = b.select(b.icmp_signed("<", left, v.I64(chunk_blocks)), left, v.I64(chunk_blocks))
             with cgutils.for_range(b, count) as step:
                 block = b.add(first_block, step.index)
-                at = b.add(weights, b.mul(block, v.I64(64)))
-                v.prefetch(b, b.add(at, v.I64(_PREFETCH_BYTES)))
-                words = v.load(b, at, v.V16I)
+                address = b.add(weights, b.mul(block, v.I64(64)))
+                v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES)))
+                words = v.load(b, address, v.V16I)
                 first = b.mul(step.index, v.I64(groups))
                 scale, offset = (v.broadcast(b, v.lookup(b, b.ptrtoint(table, v.I64), first, groups), _group_lanes(G)) for table in tables)
                 to = b.add(out, b.mul(block, v.I64(_BLOCK * size)))

@@ -38,17 +38,17 @@ def _dot_rows(typing_context, weights, scales, x, x_scales, n_groups, out, out_s
         words = v.vector(v.I16, 32)
         with cgutils.for_range(b, n_blocks) as step:
             block = step.index
-            at = b.add(weights, b.mul(block, v.I64(_BLOCK)))
+            address = b.add(weights, b.mul(block, v.I64(_BLOCK)))
             scale_at = b.add(scales, b.mul(block, v.I64(2 * _BLOCK // G)))
             for line in range(2):
-                v.prefetch(b, b.add(at, v.I64(_PREFETCH_BYTES + 64 * line)))
+                v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES + 64 * line)))
             x_rows = [b.add(b.mul(n_blocks, v.I64(m)), block) for m in range(M)]
             x_scale = [v.lookup(b, x_scales, row, 1) for row in x_rows]
             for group in range(_BLOCK // G):
                 scale = _half(b, b.add(scale_at, v.I64(2 * group)))
                 integers = [ir.Constant(v.V16I, None) for _ in range(M)]
                 for first in range(group * G, (group + 1) * G, 32):
-                    codes = b.sext(v.load(b, b.add(at, v.I64(first)), v.vector(v.I8, 32)), words)
+                    codes = b.sext(v.load(b, b.add(address, v.I64(first)), v.vector(v.I8, 32)), words)
                     for m in range(M):
                         values = v.load(b, b.add(x, b.add(b.mul(x_rows[m], v.I64(2 * _BLOCK)), v.I64(2 * first))), words)
                         integers[m] = v.dot_i16(b, integers[m], codes, values)
@@ -73,12 +73,12 @@ def _dequantize_row(typing_context, weights, scales, n_groups, out, group_size, 
         weights, scales, n_groups, out, _, _ = args
         size = 2 if narrow else 4
         with cgutils.for_range(b, n_groups) as step:
-            at = b.add(weights, b.mul(step.index, v.I64(G)))
-            v.prefetch(b, b.add(at, v.I64(_PREFETCH_BYTES)))
+            address = b.add(weights, b.mul(step.index, v.I64(G)))
+            v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES)))
             scale = v.broadcast(b, _half(b, b.add(scales, b.mul(step.index, v.I64(2)))), [0] * 16)
             to = b.add(out, b.mul(step.index, v.I64(G * size)))
             for k in range(0, G, 16):
-                codes = b.sext(v.load(b, b.add(at, v.I64(k)), v.vector(v.I8, 16)), v.V16I)
+                codes = b.sext(v.load(b, b.add(address, v.I64(k)), v.vector(v.I8, 16)), v.V16I)
                 v.store_rounded(b, b.fmul(b.sitofp(codes, v.V16F), scale), b.add(to, v.I64(k * size)), bfloat16=narrow)
         return context.get_dummy_value()
 

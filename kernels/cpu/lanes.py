@@ -259,19 +259,19 @@ def inverse_power(typing_context, value):
     """value^-0.3 of positive normal numbers, with a relative error of at most 4e-5."""
 
     def polynomial(b, x, coefficients):
-        found = _floats(coefficients[-1])
+        result = _floats(coefficients[-1])
         for coefficient in reversed(coefficients[:-1]):
-            found = _llvm(b, "fma", found, x, _floats(coefficient))
-        return found
+            result = _llvm(b, "fma", result, x, _floats(coefficient))
+        return result
 
     def codegen(context, b, sig, args):
         bits = b.bitcast(args[0], v.V16I)
         exponent = b.sitofp(b.sub(b.lshr(bits, _ints(23)), _ints(127)), v.V16F)
         mantissa = b.bitcast(b.or_(b.and_(bits, _ints(0x7FFFFF)), _ints(127 << 23)), v.V16F)
         power = b.fmul(exponent, _floats(-0.3))
-        whole = _llvm(b, "rint", power)
-        scaled = b.fmul(polynomial(b, mantissa, _MANTISSA), polynomial(b, b.fsub(power, whole), _EXP2))
-        raised = b.add(b.bitcast(scaled, v.V16I), b.shl(b.fptosi(whole, v.V16I), _ints(23)))
+        integer = _llvm(b, "rint", power)
+        scaled = b.fmul(polynomial(b, mantissa, _MANTISSA), polynomial(b, b.fsub(power, integer), _EXP2))
+        raised = b.add(b.bitcast(scaled, v.V16I), b.shl(b.fptosi(integer, v.V16I), _ints(23)))
         return b.bitcast(raised, v.V16F)
 
     return _lanes(_lanes), codegen

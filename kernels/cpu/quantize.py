@@ -89,14 +89,14 @@ def _int4(
     N, K = weight.shape
     packed_zeros = torch.zeros(N, (K // group_size + 1) // 2, dtype=torch.uint8) if zeros is None else int4.pack(zeros.to(torch.uint8))
     qweight = torch.empty(N, K // 2, dtype=torch.uint8)
-    found, error, square = _rounded(weight, group_size, 15, qweight, scales, packed_zeros)
-    return Int4Weight(qweight, found, packed_zeros, group_size), error, square
+    rounded_scales, error, square = _rounded(weight, group_size, 15, qweight, scales, packed_zeros)
+    return Int4Weight(qweight, rounded_scales, packed_zeros, group_size), error, square
 
 
 def _int8(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None) -> tuple[Int8Weight, float, float]:
     qweight = torch.empty(weight.shape, dtype=torch.int8)
-    found, error, square = _rounded(weight, group_size, 127, qweight, scales, torch.empty(len(weight), 0, dtype=torch.uint8))
-    return Int8Weight(qweight, found, group_size), error, square
+    rounded_scales, error, square = _rounded(weight, group_size, 127, qweight, scales, torch.empty(len(weight), 0, dtype=torch.uint8))
+    return Int8Weight(qweight, rounded_scales, group_size), error, square
 
 
 def _rounded(
@@ -104,14 +104,14 @@ def _rounded(
 ) -> tuple[torch.Tensor, float, float]:
     """Fill qweight, and without scales the zeros; the scales and both sums."""
     N, K = weight.shape
-    weight, place = in_memory_order(weight)
-    found = torch.empty(N, K // group_size, dtype=torch.float16) if scales is None else scales.contiguous()
+    weight, layout = in_memory_order(weight)
+    grid_scales = torch.empty(N, K // group_size, dtype=torch.float16) if scales is None else scales.contiguous()
     sums = np.zeros((N, 2))  # one row each, added in order: the same on any number of threads
     words = qweight.view(torch.int32).numpy()
     run = _round if scales is None else _round_here
-    run(*place, group_size, levels, scales is not None, words, found.view(torch.int16).numpy(), zeros.numpy(), sums)
+    run(*layout, group_size, levels, scales is not None, words, grid_scales.view(torch.int16).numpy(), zeros.numpy(), sums)
     error, square = sums.sum(axis=0).tolist()
-    return found, error, square
+    return grid_scales, error, square
 
 
 @numba.njit(nogil=True, parallel=True, cache=True)
@@ -132,9 +132,9 @@ def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given,
     N, n_groups = scales.shape
     bits = 4 if levels == 15 else 8
     per_word = 32 // bits
-    tile, some = np.empty((G, LANES), np.float32), np.empty((G // per_word, LANES), np.int32)
+    tile, packed = np.empty((G, LANES), np.float32), np.empty((G // per_word, LANES), np.int32)
     half, single = np.empty(LANES, np.int16), np.empty((4, LANES), np.float32)
-    tile_at, some_at, single_at = tile.ctypes.data, some.ctypes.data, single.ctypes.data
+    tile_at, packed_at, single_at = tile.ctypes.data, packed.ctypes.data, single.ctypes.data
     least, most = splat(np.float32(0 if levels == 15 else -127)), splat(np.float32(levels))
     for g in range(n_groups):
         for n in range(first, min(first + _ROWS, N), LANES):
@@ -164,11 +164,11 @@ def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given,
                     word = with_code(word, code, c * bits, bits)
                     difference = (code - zero) * scale - x
                     error, square = fused(difference, difference, error), fused(x, x, square)
-                store(word, some_at + w * _VECTOR)
+                store(word, packed_at + w * _VECTOR)
             store(error, single_at + 2 * _VECTOR)
             store(square, single_at + 3 * _VECTOR)
             for r in range(rows):
                 for w in range(G // per_word):
-                    words[n + r, g * (G // per_word) + w] = some[w, r]
+                    words[n + r, g * (G // per_word) + w] = packed[w, r]
                 sums[n + r, 0] += single[2, r]
                 sums[n + r, 1] += single[3, r]

@@ -43,58 +43,58 @@ def _padded(part: torch.Tensor) -> torch.Tensor:
     return F.pad(part, (0, missing)) if missing else part.contiguous()
 
 
-def _kept(made: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _kept(result: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Without what was padded; parts that change in place are copied back."""
     for part, padded in changed:
         if padded is not part:
             part.copy_(padded[:, : part.shape[1]])
-    return made[:, : changed[0][0].shape[1]]
+    return result[:, : changed[0][0].shape[1]]
 
 
 @numba.njit(nogil=True, cache=True)
 def _gptq(columns, steps, low, high, u, factor, N):
     B, pitch = len(factor), 4 * N
     tile = np.empty((B, LANES), np.float32)
-    at = tile.ctypes.data
-    none, one = splat(np.float32(0)), splat(np.float32(1))
+    tile_at = tile.ctypes.data
+    zero, one = splat(np.float32(0)), splat(np.float32(1))
     for first in range(0, pitch, _VECTOR):
         for i in range(B):
-            store(load(columns + i * pitch + first), at + i * _VECTOR)
+            store(load(columns + i * pitch + first), tile_at + i * _VECTOR)
         for i in range(B):
-            here = i * pitch + first
-            step, x = load(steps + here), load(at + i * _VECTOR)
-            chosen = nearest(x / where_equal(step, none, one, step))
-            chosen = smaller(larger(chosen, load(low + here)), load(high + here))
-            store(chosen, u + here)
-            error = fused(none - chosen, step, x) / splat(factor[i, i])
-            store(error, columns + here)
-            minus = none - error
+            offset = i * pitch + first
+            step, x = load(steps + offset), load(tile_at + i * _VECTOR)
+            chosen = nearest(x / where_equal(step, zero, one, step))
+            chosen = smaller(larger(chosen, load(low + offset)), load(high + offset))
+            store(chosen, u + offset)
+            error = fused(zero - chosen, step, x) / splat(factor[i, i])
+            store(error, columns + offset)
+            minus = zero - error
             for j in range(i + 1, B):
-                place = at + j * _VECTOR
-                store(fused(minus, splat(factor[i, j]), load(place)), place)
+                residual_at = tile_at + j * _VECTOR
+                store(fused(minus, splat(factor[i, j]), load(residual_at)), residual_at)
 
 
 @numba.njit(nogil=True, cache=True)
 def _descend(u, slope, steps, low, high, moved, hessian, N):
     B, pitch = len(hessian), 4 * N
     tile = np.empty((B, LANES), np.float32)
-    at = tile.ctypes.data
-    none, one = splat(np.float32(0)), splat(np.float32(1))
+    tile_at = tile.ctypes.data
+    zero, one = splat(np.float32(0)), splat(np.float32(1))
     for first in range(0, pitch, _VECTOR):
         for i in range(B):
-            store(load(slope + i * pitch + first), at + i * _VECTOR)
+            store(load(slope + i * pitch + first), tile_at + i * _VECTOR)
         for i in range(B):
-            here = i * pitch + first
-            code, step, curve = load(u + here), load(steps + here), splat(hessian[i, i])
+            offset = i * pitch + first
+            code, step, curve = load(u + offset), load(steps + offset), splat(hessian[i, i])
             slant = curve * step
-            best = nearest(code - load(at + i * _VECTOR) / where_equal(slant, none, one, slant))
-            best = smaller(larger(best, load(low + here)), load(high + here))
-            best = where_less(none, curve, where_equal(step, none, code, best), code)
+            best = nearest(code - load(tile_at + i * _VECTOR) / where_equal(slant, zero, one, slant))
+            best = smaller(larger(best, load(low + offset)), load(high + offset))
+            best = where_less(zero, curve, where_equal(step, zero, code, best), code)
             change = (best - code) * step
-            store(best, u + here)
-            store(change, moved + here)
+            store(best, u + offset)
+            store(change, moved + offset)
             for j in range(B):
-                place = at + j * _VECTOR
-                store(fused(change, splat(hessian[i, j]), load(place)), place)
+                slope_at = tile_at + j * _VECTOR
+                store(fused(change, splat(hessian[i, j]), load(slope_at)), slope_at)
         for i in range(B):
-            store(load(at + i * _VECTOR), slope + i * pitch + first)
+            store(load(tile_at + i * _VECTOR), slope + i * pitch + first)

@@ -39,20 +39,20 @@ def least_squares(
     weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.least_squares`, on the CPU."""
-    weight, place = in_memory_order(weight)
+    weight, layout = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
-    each = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
-    which = group_size, levels.levels, levels.symmetric
-    _least_squares(*place, *which, shares.numpy(), each.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    importances = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
+    grid = group_size, levels.levels, levels.symmetric
+    _least_squares(*layout, *grid, shares.numpy(), importances.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
     return scales, zeros
 
 
 def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `grid_search.half_quadratic`, on the CPU."""
-    weight, place = in_memory_order(weight)
+    weight, layout = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
-    which = group_size, levels.levels, levels.symmetric
-    _half_quadratic(*place, *which, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
+    grid = group_size, levels.levels, levels.symmetric
+    _half_quadratic(*layout, *grid, betas.numpy(), scales.view(torch.int16).numpy(), zeros.numpy())
     return scales, zeros
 
 
@@ -62,28 +62,28 @@ def _empty_grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_squares(address, item, row_pitch, column_pitch, G, levels, symmetric, shares, each, scales, zeros):
+def _least_squares(address, item, row_pitch, column_pitch, G, levels, symmetric, shares, importance, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
-    at = tile.ctypes.data
+    tile_at = tile.ctypes.data
     none, one, top = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(levels))
     for n in range(0, N, LANES):
         rows = min(LANES, N - n)
         for g in range(n_groups):
-            weights = each[g * G : (g + 1) * G]
-            fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
-            low, high = group_ranges(at, G)
+            group_importance = importance[g * G : (g + 1) * G]
+            fill_tile(tile_at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
+            low, high = group_ranges(tile_at, G)
             best_scale, best_zero = range_scale_and_zero(low, high, levels, symmetric)
-            least = _error(at, best_scale, best_zero, levels, symmetric, weights)
+            least = _error(tile_at, best_scale, best_zero, levels, symmetric, group_importance)
             for s in range(len(shares)):
                 share = splat(shares[s])
                 scale, zero = range_scale_and_zero(low * share, high * share, levels, symmetric)
                 if symmetric:
-                    error = _error(at, scale, zero, levels, symmetric, weights)
+                    error = _error(tile_at, scale, zero, levels, symmetric, group_importance)
                     best_scale, least = where_less(error, least, scale, best_scale), smaller(error, least)
                     continue
                 less, more = larger(zero - one, none), smaller(zero + one, top)
-                errors = _errors(at, scale, zero, less, more, levels, weights)
+                errors = _errors(tile_at, scale, zero, less, more, levels, group_importance)
                 for error, tried in ((errors[0], zero), (errors[1], less), (errors[2], more)):
                     best_scale, best_zero = where_less(error, least, scale, best_scale), where_less(error, least, tried, best_zero)
                     least = smaller(error, least)
@@ -127,18 +127,18 @@ def _errors(tile, scale, zero, less, more, levels, weights):
 def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, symmetric, betas, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
-    at = tile.ctypes.data
+    tile_at = tile.ctypes.data
     none, size = splat(np.float32(0)), splat(np.float32(G))
     for n in range(0, N, LANES):
         rows = min(LANES, N - n)
         for g in range(n_groups):
-            fill_tile(at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
-            low, high = group_ranges(at, G)
+            fill_tile(tile_at, address + n * row_pitch + g * G * column_pitch, item, row_pitch, column_pitch, rows, G)
+            low, high = group_ranges(tile_at, G)
             scale, zero = range_scale_and_zero(low, high, levels, symmetric)
             best_scale, best_zero, least = scale, zero, splat(np.float32(np.inf))
             for s in range(len(betas)):
                 step = step_of(scale)
-                cost, moved, squares, u_sum, moves = _fitted(at, G, scale, step, zero, levels, symmetric, betas[s])
+                cost, moved, squares, u_sum, moves = _fitted(tile_at, G, scale, step, zero, levels, symmetric, betas[s])
                 best_scale, best_zero = where_less(cost, least, scale, best_scale), where_less(cost, least, zero, best_zero)
                 least = smaller(cost, least)
                 # The least squares scale of weight - outlier = u * scale + moved, with sums of u * moved and of u * u.

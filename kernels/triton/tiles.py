@@ -99,7 +99,7 @@ def choose(problem: Problem, chip: Chip) -> Tiles:
 def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     """Tiles worth measuring for a problem; the default comes first."""
     default = _default(problem, chip)
-    found = [default]
+    tilings = [default]
     tokens = {default.tokens} if problem.decode else {64, 128, 256}
     depths = {max(depth, problem.group) for depth in ((128, 256) if problem.decode else (64, 128))}
     for rows, warps in ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8)):
@@ -108,9 +108,9 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
                 for stages in (2, 3, 4, 5):
                     for splits in sorted({1, 2, 4, 8, default.splits}) if problem.decode else (1,):
                         tiles = Tiles(rows, token, depth, splits, warps, stages)
-                        if tiles not in found and splits * depth <= problem.K and _shared_memory(problem, tiles) <= chip.shared_memory:
-                            found.append(tiles)
-    return found
+                        if tiles not in tilings and splits * depth <= problem.K and _shared_memory(problem, tiles) <= chip.shared_memory:
+                            tilings.append(tiles)
+    return tilings
 
 
 def _default(problem: Problem, chip: Chip) -> Tiles:

@@ -60,9 +60,9 @@ def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorForm
         FormatError: as for `column_scales`.
     """
     wide = weight.float() * scales
-    each = importance / scales.square()
-    grid = searched_grid(wide, fmt, each)
-    return float(((grid.dequantize(grid.round(wide)) - wide).square() * each).sum(dtype=torch.float64))
+    column_importance = importance / scales.square()
+    grid = searched_grid(wide, fmt, column_importance)
+    return float(((grid.dequantize(grid.round(wide)) - wide).square() * column_importance).sum(dtype=torch.float64))
 
 
 def fold(v1: torch.Tensor, w2: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,19 +31,19 @@ def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch
         grid, u: what is to be improved.
     """
     n, G = grid.scales.shape[1], grid.group_size
-    fitted, some = [], _ROWS if u.device.type == "cpu" else _ROWS_ON_GPU
-    for rows, wanted, old in zip(u.split(some), weight.split(some), grid.scales.split(some), strict=True):
-        each = grouped(rows, G)  # [R, n, G]
+    fitted, piece = [], _ROWS if u.device.type == "cpu" else _ROWS_ON_GPU
+    for rows, weight_rows, old_scales in zip(u.split(piece), weight.split(piece), grid.scales.split(piece), strict=True):
+        u_groups = grouped(rows, G)  # [R, n, G]
         system = torch.empty(len(rows), n, n, device=u.device)
         for a in range(n):
-            products = (each[:, a] @ hessian[a * G : (a + 1) * G, a * G :]).mul_(rows[:, a * G :])
+            products = (u_groups[:, a] @ hessian[a * G : (a + 1) * G, a * G :]).mul_(rows[:, a * G :])
             system[:, a, a:] = system[:, a:, a] = grouped(products, G).sum(-1)
-        known = (each * grouped(wanted @ hessian, G)).sum(-1)  # [R, n]
+        known = (u_groups * grouped(weight_rows @ hessian, G)).sum(-1)  # [R, n]
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal.add_(_RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)
-        found = torch.linalg.solve_ex(system, known)[0]
-        before = old.float()
-        fitted.append(torch.where((found > before / 2) & (found < before * 2), found, before))
+        solved = torch.linalg.solve_ex(system, known)[0]
+        before = old_scales.float()
+        fitted.append(torch.where((solved > before / 2) & (solved < before * 2), solved, before))
     return Grid(torch.cat(fitted).half(), grid.zeros, grid.fmt)
 
 

@@ -88,11 +88,11 @@ def parse_rules(config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFor
     Raises:
         RequestError: a rule that is none, matches no tensor, or gives a tensor a format that it cannot have.
     """
-    found: dict[str, TensorFormat | None] = {}
+    formats: dict[str, TensorFormat | None] = {}
     for rule in rules:
         names, fmt = _read(config, rule)
-        found |= {tensor.name: _checked(rule, tensor, fmt) for tensor in names}
-    return found
+        formats |= {tensor.name: _checked(rule, tensor, fmt) for tensor in names}
+    return formats
 
 
 def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorFormat | None]:
@@ -190,13 +190,13 @@ def allocated_formats(
         else:
             offered[name] = tuple(fmt for fmt in (experts if kind == "experts" else others) if _fits(tensor, fmt))
             if not offered[name]:
-                found = ", ".join(map(str, experts))
-                raise FormatError(f"{name}: one of the formats on offer must divide its {tensor.matrix[1]} inputs; found {found}")
+                names = ", ".join(map(str, experts))
+                raise FormatError(f"{name}: one of the formats on offer must divide its {tensor.matrix[1]} inputs; found {names}")
     bits = {name: [_bits(checkpoint, tensor, fmt) for fmt in offered[name]] for name, tensor in checkpoint.tensors.items()}
     target = _target(target_bpw, bits, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
-    packed = {name: some for name, formats in offered.items() if (some := [fmt for fmt in formats if fmt is not None])}
+    packed = {name: kept for name, formats in offered.items() if (kept := [fmt for fmt in formats if fmt is not None])}
     measured = output_errors(checkpoint, sequences, packed, on_layer=on_layer)
-    errors = {name: dict(zip(some, measured.errors[name], strict=True)) for name, some in packed.items()}
+    errors = {name: dict(zip(formats, measured.errors[name], strict=True)) for name, formats in packed.items()}
     choices = {
         name: [FormatChoice(fmt, size, errors[name][fmt] if fmt else 0.0) for fmt, size in zip(formats, bits[name], strict=True)]
         for name, formats in offered.items()
@@ -210,18 +210,21 @@ def _least_harm(choices: Mapping[str, Sequence[FormatChoice]], measured: OutputE
     least = math.inf
     weights = dict.fromkeys(choices, 1.0)
     while True:
-        weighted = {name: [replace(choice, error=weights[name] * choice.error) for choice in some] for name, some in choices.items()}
-        picked = {name: next(own for own in choices[name] if own.fmt == choice.fmt) for name, choice in allocate(weighted, target).items()}
-        own = {name: choice.error for name, choice in picked.items() if name in measured.errors}
-        total = measured.total(own)
+        weighted = {
+            name: [replace(choice, error=weights[name] * choice.error) for choice in of_tensor] for name, of_tensor in choices.items()
+        }
+        formats = {name: choice.fmt for name, choice in allocate(weighted, target).items()}
+        picked = {name: next(choice for choice in choices[name] if choice.fmt == fmt) for name, fmt in formats.items()}
+        errors = {name: choice.error for name, choice in picked.items() if name in measured.errors}
+        total = measured.total(errors)
         if total >= least:
             return best
-        best, least, weights = picked, total, weights | measured.weights(own)
+        best, least, weights = picked, total, weights | measured.weights(errors)
 
 
 def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: int) -> int:
     """Bits in all."""
-    least, most = (sum(of(some) for some in bits.values()) / parameters for of in (min, max))
+    least, most = (sum(of(sizes) for sizes in bits.values()) / parameters for of in (min, max))
     if not least <= target_bpw <= most:
         reach = f"from {math.ceil(1000 * least) / 1000:.3f} to {math.floor(1000 * most) / 1000:.3f} bits per weight"
         raise RequestError(f"the target must be one that a mix of formats reaches, {reach} for this checkpoint; found {target_bpw}")

@@ -241,6 +241,6 @@ def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _PartsAndSums:
 
 def _place(job: Job, parts: list[torch.Tensor], packed: QuantizedWeight, first: int) -> None:
     """Copy packed rows to rows first .. of the parts."""
-    for part, whole in zip(job.parts, parts, strict=True):
-        rows = packed.parts[part_name(part)]
-        whole[first : first + len(rows)] = rows
+    for part, stored in zip(job.parts, parts, strict=True):
+        packed_rows = packed.parts[part_name(part)]
+        stored[first : first + len(packed_rows)] = packed_rows

@@ -1,4 +1,4 @@
-"""Attention against a float64 computation written out in numpy, without a cache and over one.
+"""Attention with and without a KV cache, compared with a float64 computation written out in numpy.
 
 Dimension letters: `S` new tokens, `L` tokens in the cache with the new ones, `H` query heads, `G` key/value heads, `C` channels of a head.
 """
@@ -23,11 +23,14 @@ H, G, C = 6, 2, 16
 
 @dataclass(frozen=True)
 class Case:
-    """New tokens and length of every sequence, and its row of the cache."""
+    """A batch of sequences."""
 
     counts: tuple[int, ...]
+    """New tokens of each sequence."""
     ends: tuple[int, ...]
+    """Length of each sequence, new tokens included."""
     rows: tuple[int, ...] | None = None
+    """Its row of the cache; None: in order."""
 
     def __str__(self) -> str:
         return "+".join(f"{count}of{end}" for count, end in zip(self.counts, self.ends, strict=True)) + ("-rows" if self.rows else "")
@@ -44,17 +47,17 @@ CASES = [
 
 
 def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> np.ndarray:
-    """[S, H, C], one query and one head at a time."""
+    """[S, H, C], computed for one query and one head at a time."""
     queries, keys, values = (x.double().numpy() for x in (q, k, v))
     S, L = len(queries), keys.shape[1]
     out = np.zeros((S, H, C))
     for s in range(S):
         for h in range(H):
             g = h // (H // G)
-            seen = L - S + s + 1
-            scores = keys[g, :seen] @ queries[s, h] / np.sqrt(C)
+            visible = L - S + s + 1
+            scores = keys[g, :visible] @ queries[s, h] / np.sqrt(C)
             weights = np.exp(scores - scores.max())
-            out[s, h] = weights / weights.sum() @ values[g, :seen]
+            out[s, h] = weights / weights.sum() @ values[g, :visible]
     return out
 
 
@@ -73,9 +76,9 @@ def test_attention_over_a_cache(case: Case, format: str, implementation: str) ->
     q, cache, sequences = problem(case, format)
     out = cached_attention(q, cache, sequences, implementation=implementation)
     rows = case.rows or range(len(case.ends))
-    for mine, queries, row, end in zip(out.split(case.counts), q.split(case.counts), rows, case.ends, strict=True):
+    for result, queries, row, end in zip(out.split(case.counts), q.split(case.counts), rows, case.ends, strict=True):
         expected = truth(queries, *cache.row(row, end, torch.float32)) if end else torch.zeros_like(queries).numpy()
-        np.testing.assert_allclose(mine.numpy(), expected, atol=4e-6)
+        np.testing.assert_allclose(result.numpy(), expected, atol=4e-6)
 
 
 def problem(case: Case, format: str) -> tuple[torch.Tensor, KVLayer, Sequences]:
@@ -102,7 +105,7 @@ def test_triton_needs_a_gpu() -> None:
         cached_attention(q, cache, sequences, implementation="triton")
 
 
-def test_no_copy_of_a_quantized_cache_is_made_off_the_cpu() -> None:
+def test_a_quantized_cache_is_never_dequantized_off_the_cpu() -> None:
     cache = allocate_kv("int8", 1, G, 4, C, torch.float32, torch.device("meta"))
     q, ints = torch.empty(1, H, C, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
     with pytest.raises(DbrxError, match="found 'int8'"):

@@ -1,4 +1,4 @@
-"""Searched grids in compiled code against the search with whole tensors, and rounding to a grid against the formats themselves."""
+"""Grid searches in compiled code compared with those on whole tensors, and rounding to a grid compared with the formats."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ K = 384
 SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])
 BETAS = torch.tensor([10 * 1.01**n for n in range(20)])
 
-Found = tuple[torch.Tensor, torch.Tensor]
+SearchedGrid = tuple[torch.Tensor, torch.Tensor]
 
 
 def weight(rows: int, *, transposed: bool = False) -> torch.Tensor:
-    """float32 [rows, K] with a group of zeros, one that is too small for float16 scales, and outliers."""
+    """float32 [rows, K] with a group of zeros, a group too small for float16 scales, and outliers."""
     shape = (K, rows) if transposed else (rows, K)
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) * 0.02
-    made = made.T if transposed else made
-    made[:, ::50] *= 5
-    made[0, :128] = 0
-    made[-1, 128:256] = 1e-9
-    return made
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(rows)) * 0.02
+    values = values.T if transposed else values
+    values[:, ::50] *= 5
+    values[0, :128] = 0
+    values[-1, 128:256] = 1e-9
+    return values
 
 
-def decoded(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: GridLevels) -> torch.Tensor:
-    """float32 [N, n, G]: what the elements become."""
+def dequantized(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: GridLevels) -> torch.Tensor:
+    """x rounded to its grid and back, float32 [N, n, G]."""
     most = torch.full_like(zeros, levels.levels)
     low, high = (-most, most) if levels.symmetric else (-zeros, most - zeros)
     u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round().clamp(low.unsqueeze(-1), high.unsqueeze(-1))
     return u * scales.float().unsqueeze(-1)
 
 
-def check(x: torch.Tensor, G: int, levels: GridLevels, found: Found, expected: Found, power: float, importance: torch.Tensor) -> None:
-    """Nearly all grids are the same, and where a tie goes another way the errors are as small."""
+def check(
+    x: torch.Tensor, G: int, levels: GridLevels, grid: SearchedGrid, expected: SearchedGrid, power: float, importance: torch.Tensor
+) -> None:
+    """Nearly all grids are equal; where a tie is broken differently, the errors are as small."""
 
-    def errors(grid: Found) -> torch.Tensor:
-        error = decoded(x, *grid, G, levels).double() - grouped(x.double(), G)
+    def errors(candidate: SearchedGrid) -> torch.Tensor:
+        error = dequantized(x, *candidate, G, levels).double() - grouped(x.double(), G)
         return (error.abs().pow(power) * grouped(importance.double(), G)).sum(-1)
 
-    assert (found[0] == expected[0]).float().mean() > 0.97
-    assert (found[1] == expected[1]).float().mean() > 0.97
-    assert errors(found).sum() <= errors(expected).sum() * (1 + 1e-4)
+    assert (grid[0] == expected[0]).float().mean() > 0.97
+    assert (grid[1] == expected[1]).float().mean() > 0.97
+    assert errors(grid).sum() <= errors(expected).sum() * (1 + 1e-4)
 
 
 CASES = pytest.mark.parametrize(
@@ -68,44 +70,44 @@ SHAPES = pytest.mark.parametrize(("rows", "transposed"), [(48, False), (37, Fals
 @CASES
 @SHAPES
 @pytest.mark.parametrize("weighted", [False, True])
-def test_least_squares_is_the_search_of_all(G: int, levels: GridLevels, rows: int, transposed: bool, weighted: bool) -> None:
+def test_least_squares_equals_the_search_on_whole_tensors(G: int, levels: GridLevels, rows: int, transposed: bool, weighted: bool) -> None:
     x = weight(rows, transposed=transposed).bfloat16() if weighted else weight(rows, transposed=transposed)
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
-    found = least_squares(x, G, levels, SHARES, importance if weighted else None)
-    check(x, G, levels, found, least_squares_reference(x, G, levels, SHARES, importance), 2, importance)
+    grid = least_squares(x, G, levels, SHARES, importance if weighted else None)
+    check(x, G, levels, grid, least_squares_reference(x, G, levels, SHARES, importance), 2, importance)
 
 
 @CASES
 @SHAPES
-def test_half_quadratic_is_the_same_as_with_whole_tensors(G: int, levels: GridLevels, rows: int, transposed: bool) -> None:
+def test_half_quadratic_equals_the_search_on_whole_tensors(G: int, levels: GridLevels, rows: int, transposed: bool) -> None:
     x = weight(rows, transposed=transposed)
     check(x, G, levels, half_quadratic(x, G, levels, BETAS), half_quadratic_reference(x, G, levels, BETAS), 0.7, torch.ones(K))
 
 
 @pytest.mark.parametrize("search", [least_squares, half_quadratic])
-def test_an_infinite_scale_stays_for_the_caller_to_see(search: Callable[..., Found]) -> None:
+def test_an_infinite_scale_is_returned(search: Callable[..., SearchedGrid]) -> None:
     x = weight(4)
     x[2, 70] = 3e6
     scales, _ = search(x, 64, INT4, SHARES if search is least_squares else BETAS)
     assert torch.isinf(scales).nonzero().tolist() == [[2, 1]]
 
 
-def test_neither_layout_nor_pieces_nor_threads_change_a_bit() -> None:
+def test_bits_do_not_depend_on_layout_pieces_and_threads() -> None:
     x = weight(50).bfloat16()
-    lying = x.T.contiguous().T
-    apart = torch.empty(50, 2 * K, dtype=x.dtype)[:, ::2].copy_(x)
+    transposed = x.T.contiguous().T
+    strided = torch.empty(50, 2 * K, dtype=x.dtype)[:, ::2].copy_(x)
     for run in (lambda w: least_squares(w, 64, INT4, SHARES), lambda w: half_quadratic(w, 64, INT4, BETAS)):
         expected = run(x)
         with ThreadPoolExecutor(3) as pool:
-            pieces = list(pool.map(run, lying.split(7)))
-        for other in (run(lying), run(apart), run(x.float()), tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))):
+            pieces = list(pool.map(run, transposed.split(7)))
+        for other in (run(transposed), run(strided), run(x.float()), tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))):
             assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
 
 
 @SHAPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("G", [32, 128])
-def test_rounding_is_the_formats(rows: int, transposed: bool, dtype: torch.dtype, G: int) -> None:
+def test_rounding_equals_that_of_the_formats(rows: int, transposed: bool, dtype: torch.dtype, G: int) -> None:
     x = weight(rows, transposed=transposed).to(dtype)
     four, eight = int4.quantize(x, G), int8.quantize(x, G)
     zeros = int4.unpack(four.zeros, K // G)
@@ -114,22 +116,22 @@ def test_rounding_is_the_formats(rows: int, transposed: bool, dtype: torch.dtype
         (eight, (cpu_quantize.quantize_int8(x, G), cpu_quantize.round_int8(x, eight.scales, G))),
     ):
         module = int4 if expected is four else int8
-        for found, error, square in runs:
+        for result, error, square in runs:
             for part in ("qweight", "scales", "zeros")[: 3 if expected is four else 2]:
-                assert torch.equal(getattr(found, part), getattr(expected, part)), part
+                assert torch.equal(getattr(result, part), getattr(expected, part)), part
             value = module.dequantize(expected)  # type: ignore[arg-type] # of its own format
             assert error == pytest.approx(float((value.double() - x.double()).square().sum()), rel=1e-4)
             assert square == pytest.approx(float(x.double().square().sum()), rel=1e-5)
 
 
-def test_power() -> None:
+def test_inverse_power() -> None:
     x = torch.logspace(-30, 30, 16 * 4000, base=2)
-    found = torch.empty_like(x)
-    _powers(x.numpy(), found.numpy())
-    assert (found.double() / x.double().pow(-0.3) - 1).abs().max() < 4e-5
+    powers = torch.empty_like(x)
+    _powers(x.numpy(), powers.numpy())
+    assert (powers.double() / x.double().pow(-0.3) - 1).abs().max() < 4e-5
 
 
 @numba.njit  # type: ignore[untyped-decorator] # numba's decorators are not annotated
-def _powers(x: np.ndarray, found: np.ndarray) -> None:
+def _powers(x: np.ndarray, powers: np.ndarray) -> None:
     for i in range(0, len(x), 16):
-        store(inverse_power(load(x.ctypes.data + 4 * i)), found.ctypes.data + 4 * i)
+        store(inverse_power(load(x.ctypes.data + 4 * i)), powers.ctypes.data + 4 * i)

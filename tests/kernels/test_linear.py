@@ -1,4 +1,4 @@
-"""`linear` on the cpu backend against the float32 reference, in both regimes."""
+"""`linear` on the cpu backend compared with the float32 reference, with dot products and with tiles."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 
 @dataclass(frozen=True)
 class Case:
-    """One product. K = 96 and 160 are no multiples of the compiled kernels' block; 10752 / 64 groups are no multiple of their chunk."""
+    """One product."""
 
     T: int
+    """Tokens."""
     N: int
+    """Output features."""
     K: int
+    """Input features. 96 and 160 are not multiples of the compiled kernels' block, 10752 / 64 groups not of their chunk."""
 
     def __str__(self) -> str:
         return f"T{self.T}-N{self.N}-K{self.K}"
@@ -60,7 +63,7 @@ def packed_weight(fmt: str, group_size: int, N: int, K: int, seed: int = 0) -> Q
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that was never written shows as NaN."""
+    """Fill new tensors with NaN, so that memory that is never written shows."""
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
@@ -97,7 +100,7 @@ def test_linear_agrees_with_the_reference(
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 @pytest.mark.parametrize("regime", ["matvec", "tiles"])
-def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int, regime: str) -> None:
+def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, regime: str) -> None:
     K = 256
     weight = packed_weight(fmt, group_size, 48, K)
     step = 1 if regime == "matvec" else K
@@ -106,27 +109,27 @@ def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int,
     expected = dequantize(weight).T
     if regime == "tiles":
         assert torch.equal(out, expected)
-    else:  # one is 32767 steps of 1/32767, and zero-points are taken off a whole group at once: two float32 roundings
+    else:  # 1 is 32767 steps of 1/32767, and zero-points are subtracted once per group: two float32 roundings
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("T", [1, 192])
-def test_identity_activations_give_the_decoded_nf4_weight(T: int, dtype: torch.dtype) -> None:
+def test_identity_activations_give_the_dequantized_nf4_weight(T: int, dtype: torch.dtype) -> None:
     weight = packed_weight("nf4", 64, 1100, 192)  # more rows than one tile
     out = torch.cat([linear(part, weight) for part in torch.eye(192, dtype=dtype).split(T)])
     assert torch.equal(out, dequantize(weight, dtype).T)
 
 
-def test_an_nf4_weight_is_never_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nf4_weight_is_dequantized_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     real = format_kernels.dequantize_on_cpu
 
-    def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize_rows(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
         rows.append(weight.shape[0])
         return real(weight, dtype)
 
-    monkeypatch.setitem(format_kernels.DEQUANTIZERS, "nf4", decode)
+    monkeypatch.setitem(format_kernels.DEQUANTIZERS, "nf4", dequantize_rows)
     linear(torch.ones(1, 64), packed_weight("nf4", 64, 2100, 64))
     assert sum(rows) == 2100
     assert max(rows) <= 1024
@@ -155,11 +158,11 @@ for n in (1, 2):
 print(torch.equal(*outs))
 """
     environment = os.environ | {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "2", "True"]
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["1", "2", "True"]
 
 
-def test_the_first_product_leaves_torchs_threads_as_they_are(tmp_path: Path) -> None:
+def test_the_first_product_does_not_change_torchs_thread_count(tmp_path: Path) -> None:
     code = """
 import torch
 from dbrx_q.kernels.formats import int4
@@ -169,19 +172,19 @@ linear(torch.ones(1, 256), int4.quantize(torch.ones(64, 256), 64))
 print(before, torch.get_num_threads())
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "1"]
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["1", "1"]
 
 
 @pytest.mark.parametrize("T", [1, 40])
-def test_nan_activations_stay_nan(T: int) -> None:
+def test_nan_activations_give_nan(T: int) -> None:
     x = torch.ones(T, 256)
     x[0, 5] = torch.nan
     assert linear(x, packed_weight("int4", 64, 8, 256))[0].isnan().all()
 
 
 @pytest.mark.parametrize("T", [1, 40])
-def test_parts_that_are_not_contiguous_serve_too(T: int) -> None:
+def test_parts_need_not_be_contiguous(T: int) -> None:
     weight = packed_weight("int4", 64, 40, 256)
     assert isinstance(weight, Int4Weight)
     strided = Int4Weight(weight.qweight.T.contiguous().T, weight.scales, weight.zeros, 64)
@@ -193,7 +196,7 @@ def test_parts_that_are_not_contiguous_serve_too(T: int) -> None:
     assert torch.equal(linear(x, strided_nf4), linear(x, other))
 
 
-def test_a_plain_weight_goes_to_torch() -> None:
+def test_a_plain_weight_is_multiplied_by_torch() -> None:
     x, weight = torch.randn(3, 20), torch.randn(7, 20)
     assert torch.equal(linear(x, weight), x @ weight.T)
 
@@ -204,7 +207,7 @@ def test_leading_axes_are_kept() -> None:
     assert torch.equal(linear(x, weight).view(6, 16), linear(x.view(6, 128), weight))
 
 
-def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
+def test_few_tokens_use_dot_products_and_many_use_tiles() -> None:
     few = choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
     many = choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
     assert few.regime is Regime.MATVEC
@@ -216,15 +219,15 @@ def test_few_tokens_take_dot_products_and_many_take_tiles() -> None:
     assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, dots=False).regime is Regime.TILES
 
 
-def test_amx_serves_many_tokens_of_bfloat16() -> None:
+def test_many_tokens_of_bfloat16_use_amx() -> None:
     assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.AMX
     assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.MATVEC
     assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is Regime.TILES
     assert choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
 
 
-def test_a_few_numbers_of_rows_stand_for_all() -> None:
-    """oneDNN keeps code of its own for every number of rows."""
+def test_products_are_padded_to_few_row_counts() -> None:
+    """oneDNN compiles and caches a kernel for every number of rows."""
     assert [padded_rows(T) for T in (0, 1, 2, 3, 16, 17, 33, 128, 129, 512, 513)] == [0, 1, 2, 4, 16, 32, 48, 128, 144, 512, 576]
     assert all(0 <= padded_rows(T) - T < max(16, T / 8) for T in range(4096))
     assert all(padded_rows(padded_rows(T)) == padded_rows(T) for T in range(4096))
@@ -233,15 +236,15 @@ def test_a_few_numbers_of_rows_stand_for_all() -> None:
 
 @pytest.mark.parametrize("T", [0, 1, 5, 19, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows_that_pad_a_product_change_nothing(T: int, dtype: torch.dtype) -> None:
+def test_padding_rows_do_not_change_a_product(T: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(T)
     x, weight = (torch.randn(rows, 128, generator=generator).to(dtype) for rows in (T, 24))
-    found = matmul(x, weight)
-    assert found.shape == (T, 24)
-    torch.testing.assert_close(found.float(), (x.double() @ weight.double().T).float(), rtol=2**-7, atol=1e-3)
+    product = matmul(x, weight)
+    assert product.shape == (T, 24)
+    torch.testing.assert_close(product.float(), (x.double() @ weight.double().T).float(), rtol=2**-7, atol=1e-3)
 
 
-def test_decoded_rows_take_what_is_planned() -> None:
+def test_dequantized_tiles_take_the_planned_memory() -> None:
     weight = packed_weight("int8", 64, 1500, 256)
     sizes: list[int] = []
     real = torch.empty

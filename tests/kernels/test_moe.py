@@ -1,4 +1,4 @@
-"""`route` and `moe_experts` on the cpu backend against the float32 reference."""
+"""`route` and `moe_experts` on the cpu backend compared with the float32 reference."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ E, F, D, A = 16, 384, 256, 4
 
 @dataclass(frozen=True)
 class Case:
-    """Formats of w1, v1 and w2, and how many tokens."""
+    """One call."""
 
     formats: tuple[str, str, str]
+    """Of w1, v1 and w2."""
     T: int
+    """Tokens."""
 
     def __str__(self) -> str:
         return f"{'+'.join(self.formats)}-T{self.T}"
@@ -75,16 +77,16 @@ def test_experts_agree_with_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("formats", FORMATS[:3], ids=lambda formats: "+".join(formats))
 def test_bfloat16_is_as_good_as_torch_in_bfloat16(formats: tuple[str, str, str]) -> None:
     layer = layer_in(formats)
-    decoded = ExpertWeights(*(_plain(w).bfloat16() for w in (layer.w1, layer.v1, layer.w2)))
+    dequantized = ExpertWeights(*(_plain(w).bfloat16() for w in (layer.w1, layer.v1, layer.w2)))
     for T in (3, 200):
         x, experts, weights = inputs(T, torch.bfloat16)
         truth = moe_experts(x.float(), experts, weights, layer, backend=Backend.REFERENCE)
         error = (moe_experts(x, experts, weights, layer).float() - truth).abs().max()
-        torch_error = (moe_experts(x, experts, weights, decoded).float() - truth).abs().max()
+        torch_error = (moe_experts(x, experts, weights, dequantized).float() - truth).abs().max()
         assert error <= 2 * torch_error
 
 
-def test_all_tokens_on_the_same_experts_and_others_empty() -> None:
+def test_all_tokens_on_the_same_experts() -> None:
     layer = layer_in(FORMATS[0])
     for T in (3, 50):
         x = torch.randn(T, D)
@@ -94,7 +96,7 @@ def test_all_tokens_on_the_same_experts_and_others_empty() -> None:
         torch.testing.assert_close(moe_experts(x, experts, weights, layer), truth, rtol=0, atol=2e-4 * float(truth.abs().max()))
 
 
-def test_busy_and_idle_experts_in_one_call() -> None:
+def test_experts_with_many_and_with_few_tokens_in_one_call() -> None:
     layer = layer_in(FORMATS[0])
     x = torch.randn(41, D)
     experts = torch.cat([torch.tensor([[0, 1, 2, 3]]).expand(40, A), torch.tensor([[0, 9, 10, 11]])])
@@ -119,22 +121,22 @@ SLOTS = torch.tensor([3, -1, 0, 5, 1, -1, 2, 4, -1, -1, 8, 6, 7, -1, 10, 9], dty
 
 
 def in_slots(layer: ExpertWeights) -> ExpertWeights:
-    """`layer` with its experts in SLOTS, those that have none left out."""
-    held = [int((slot == SLOTS).nonzero()) for slot in range(int(SLOTS.max()) + 1)]
-    return ExpertWeights(*(_taken(weight, held) for weight in (layer.w1, layer.v1, layer.w2)), SLOTS)
+    """`layer` with its experts in SLOTS; experts without a slot are absent."""
+    experts = [int((slot == SLOTS).nonzero()) for slot in range(int(SLOTS.max()) + 1)]
+    return ExpertWeights(*(_experts_of(weight, experts) for weight in (layer.w1, layer.v1, layer.w2)), SLOTS)
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU], ids=lambda backend: backend.value)
 @pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[5], FORMATS[6]], ids=lambda formats: "+".join(formats))
 @pytest.mark.parametrize("T", [0, 1, 5, 300])
-def test_experts_without_a_slot_are_left_out_and_counted(T: int, formats: tuple[str, str, str], backend: Backend) -> None:
+def test_experts_without_a_slot_are_skipped_and_counted(T: int, formats: tuple[str, str, str], backend: Backend) -> None:
     layer = layer_in(formats)
     x, experts, weights = inputs(T)
-    here = SLOTS[experts] >= 0
-    truth = moe_experts(x, experts, torch.where(here, weights, 0), layer, backend=Backend.REFERENCE)
+    has_slot = SLOTS[experts] >= 0
+    truth = moe_experts(x, experts, torch.where(has_slot, weights, 0), layer, backend=Backend.REFERENCE)
     missing = torch.full((E,), 7, dtype=torch.int32)
     out = moe_experts(x, experts, weights, in_slots(layer), missing=missing, backend=backend)
-    assert torch.equal(missing, 7 + experts[~here].bincount(minlength=E).int())
+    assert torch.equal(missing, 7 + experts[~has_slot].bincount(minlength=E).int())
     if T:
         assert (out - truth).abs().max() <= 2e-4 * truth.abs().max()
         assert torch.equal(moe_experts(x, experts, weights, in_slots(layer), backend=backend), out)
@@ -156,7 +158,7 @@ def test_a_token_gives_the_same_bits_alone_and_in_a_small_batch() -> None:
     assert torch.equal(moe_experts(x, experts, weights, layer), alone)
 
 
-def test_route_is_a_float32_softmax_over_all_experts_then_the_best() -> None:
+def test_route_is_a_float32_softmax_and_a_selection_of_the_best() -> None:
     x, router = torch.randn(30, D), torch.randn(E, D)
     routing = route(x.bfloat16(), router.bfloat16(), A, 1.0)
     logits = x.bfloat16().double() @ router.bfloat16().double().T
@@ -174,15 +176,15 @@ def test_route_breaks_ties_by_the_lower_index() -> None:
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0])
-def test_route_divides_by_the_norm_that_is_asked_for(order: float) -> None:
+def test_route_divides_by_the_requested_norm(order: float) -> None:
     routing = route(torch.randn(5, D), torch.randn(E, D), A, order)
     torch.testing.assert_close(torch.linalg.vector_norm(routing.weights, ord=order, dim=-1), torch.ones(5))
 
 
-def _taken(weight: Weight, held: list[int]) -> Weight:
+def _experts_of(weight: Weight, experts: list[int]) -> Weight:
     if isinstance(weight, torch.Tensor):
-        return weight[held]
-    return replace(weight, **{name: value[held] for name, value in vars(weight).items() if isinstance(value, torch.Tensor)})
+        return weight[experts]
+    return replace(weight, **{name: value[experts] for name, value in vars(weight).items() if isinstance(value, torch.Tensor)})
 
 
 def _plain(weight: Weight) -> torch.Tensor:
@@ -193,12 +195,12 @@ def _plain(weight: Weight) -> torch.Tensor:
 
 @pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[3], FORMATS[5]], ids=lambda formats: "+".join(formats))
 @pytest.mark.parametrize("T", [1, 40])
-def test_experts_in_any_order_and_company_give_the_same_bits(formats: tuple[str, str, str], T: int) -> None:
+def test_experts_computed_in_any_order_and_group_give_the_same_bits(formats: tuple[str, str, str], T: int) -> None:
     layer = layer_in(formats)
     x, experts, weights = inputs(T, torch.float32 if "plain" in formats else torch.bfloat16)
     together = moe_experts(x, experts, weights, layer)
     outputs = ExpertOutputs(x, experts)
     order = list(outputs.counts)[::-1]
-    for some in (order[:1], order[1:3], order[3:]):
-        outputs.add(layer, {e: e for e in some})
+    for group in (order[:1], order[1:3], order[3:]):
+        outputs.add(layer, {e: e for e in group})
     assert torch.equal(outputs.total(weights).to(x.dtype), together)

@@ -1,4 +1,4 @@
-"""Blocks of GPTQ and of coordinate descent: compiled code against plain torch, which serves GPUs."""
+"""Blocks of GPTQ and of coordinate descent: compiled code compared with the plain torch code that runs on GPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ROWS = pytest.mark.parametrize("rows", [1, 16, 37, 512])
 B = 24
 
 
-def made(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(columns, steps of which some are 0, least and largest u), float32 [B, rows]."""
+def block_and_grid(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(columns, steps of which some are 0, smallest codes, largest codes), float32 [B, rows]."""
     generator = torch.Generator().manual_seed(rows)
     columns, steps = torch.randn(B, rows, generator=generator), torch.rand(B, rows, generator=generator) * 0.2 + 0.02
     steps[3, ::2] = 0
@@ -22,22 +22,22 @@ def made(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
 
 
 @ROWS
-def test_gptq_block(rows: int) -> None:
-    columns, *grid = made(rows)
+def test_gptq_block_equals_torch(rows: int) -> None:
+    columns, *grid = block_and_grid(rows)
     factor = torch.randn(B, B, generator=torch.Generator().manual_seed(1)).mul_(0.1).triu_(1) + 2 * torch.eye(B)
-    ours, errors = columns.clone(), columns.clone()
-    found, expected = cpu_rounding.gptq_block(ours, factor, *grid), gptq_block_reference(errors, factor, *grid)
-    assert torch.equal(found, expected)
-    assert torch.allclose(ours, errors, atol=1e-5)
-    # What the errors are: each column and its share of those before it, less the value that was chosen, over the factor's diagonal.
-    left = columns.double() - torch.triu(factor, 1).T.double() @ ours.double()
-    assert torch.allclose((left - found * grid[0]) / factor.diagonal()[:, None], ours.double(), atol=1e-4)
-    assert torch.equal(found, (left / torch.where(grid[0] == 0, 1, grid[0])).round().clamp(grid[1], grid[2]).float())
+    errors, expected_errors = columns.clone(), columns.clone()
+    codes, expected = cpu_rounding.gptq_block(errors, factor, *grid), gptq_block_reference(expected_errors, factor, *grid)
+    assert torch.equal(codes, expected)
+    assert torch.allclose(errors, expected_errors, atol=1e-5)
+    # An error is the column corrected for those before it, less its rounded value, divided by the factor's diagonal.
+    left = columns.double() - torch.triu(factor, 1).T.double() @ errors.double()
+    assert torch.allclose((left - codes * grid[0]) / factor.diagonal()[:, None], errors.double(), atol=1e-4)
+    assert torch.equal(codes, (left / torch.where(grid[0] == 0, 1, grid[0])).round().clamp(grid[1], grid[2]).float())
 
 
 @ROWS
-def test_descend_block(rows: int) -> None:
-    slope, *grid = made(rows)
+def test_descend_block_equals_torch(rows: int) -> None:
+    slope, *grid = block_and_grid(rows)
     inputs = torch.randn(100, B, generator=torch.Generator().manual_seed(2))
     hessian = inputs.T @ inputs / 100
     hessian[5] = hessian[:, 5] = 0  # an input that is always zero

@@ -1,4 +1,4 @@
-"""Triton's compiler without a GPU (`make compiled`): in the interpreter's process there is nothing to compile."""
+"""Triton's compiler without a GPU (`make compiled`): with TRITON_INTERPRET=1 nothing is compiled, and these tests are not collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The AMX kernel against the float32 reference."""
+"""The AMX kernel compared with the float32 reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def packed_weight(fmt: str, group_size: int, N: int, K: int) -> Int4Weight | Int
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that was never written shows as NaN; 255 in every byte is one in any float."""
+    """Fill new tensors with NaN (255 in every byte, in any dtype), so that memory that is never written shows."""
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_matmul_agrees_with_the_reference(N: int, K: int, fmt: str, group_size: 
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 @pytest.mark.parametrize("N", [48, 1100])
 @pytest.mark.parametrize("K", [256, 640])
-def test_identity_activations_give_the_decoded_weight(N: int, K: int, fmt: str, group_size: int) -> None:
+def test_identity_activations_give_the_dequantized_weight(N: int, K: int, fmt: str, group_size: int) -> None:
     weight = packed_weight(fmt, group_size, N, K)
     assert torch.equal(amx.matmul(torch.eye(K, dtype=torch.bfloat16), weight), dequantize(weight, torch.bfloat16).T)
 
@@ -69,7 +69,7 @@ def test_tensors_need_not_be_contiguous() -> None:
     assert torch.equal(amx.matmul(x, weight), amx.matmul(x.contiguous(), weight))
 
 
-def test_nan_stays_with_its_token() -> None:
+def test_nan_does_not_spread_to_other_tokens() -> None:
     x = torch.ones(20, 256, dtype=torch.bfloat16)
     x[19, 5] = torch.nan
     out = amx.matmul(x, packed_weight("int8", 64, 40, 256))

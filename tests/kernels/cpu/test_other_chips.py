@@ -1,4 +1,4 @@
-"""The CPU kernels compiled for a chip without AVX-512: the same tests, in a process of their own."""
+"""The CPU kernels compiled for a chip without AVX-512: the same tests, in a separate process."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parents[1]
+KERNEL_TESTS = Path(__file__).parents[1]
 AVX2 = "+avx,+avx2,+f16c,+fma,+bmi,+bmi2,+sse4.2,+popcnt"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names chips of another architecture")
-def test_kernels_for_a_chip_with_avx2_alone(tmp_path: Path) -> None:
+def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2, "NUMBA_CACHE_DIR": str(tmp_path)}
     check = "from dbrx_q.kernels.cpu import amx, vector; assert not vector.has_bfloat16(); assert not amx.available()"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-    pytest_script, some = Path(sys.executable).parent / "pytest", "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64"
+    pytest_script, selection = Path(sys.executable).parent / "pytest", "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64"
     command = [
         str(pytest_script),
         "-q",
         "-p",
         "no:cacheprovider",
         "-k",
-        some,
-        *(str(HERE / name) for name in ("test_linear.py", "test_moe.py")),
+        selection,
+        *(str(KERNEL_TESTS / name) for name in ("test_linear.py", "test_moe.py")),
     ]
-    run = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, cwd=KERNEL_TESTS.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout

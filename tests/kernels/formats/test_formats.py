@@ -1,4 +1,4 @@
-"""The packed formats: packing is lossless, rounding is what it claims, and the compiled quantizer gives the same bits."""
+"""The packed formats: packing is lossless, rounding has the stated error, and the compiled quantizer gives the same bits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_int8_error_is_at_most_half_a_step(group_size: int) -> None:
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_values_on_the_grid_survive(group_size: int) -> None:
+def test_values_on_the_grid_round_trip_exactly(group_size: int) -> None:
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 16, (8, 256), generator=generator)
     codes.unflatten(-1, (-1, group_size))[..., :2] = torch.tensor([0, 15])  # the whole range occurs in every group
@@ -85,16 +85,16 @@ def test_leading_axes_are_independent(group_size: int) -> None:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize(("N", "K"), [(1, 128), (37, 640), (8, 1152)])
-@pytest.mark.parametrize("lies", ["bfloat16", "float32", "transposed"])
-def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: int, lies: str) -> None:
+@pytest.mark.parametrize("layout", ["bfloat16", "float32", "transposed"])
+def test_the_compiled_quantizer_gives_the_same_bits(N: int, K: int, group_size: int, layout: str) -> None:
     weight = hard_weight(N, K)
     wide = weight.float()
-    given = {"bfloat16": weight, "float32": wide, "transposed": weight.T.contiguous().T}[lies]
-    expected4, (fast4, error4, square4) = int4.quantize(weight, group_size), cpu_quantize.quantize_int4(given, group_size)
+    source = {"bfloat16": weight, "float32": wide, "transposed": weight.T.contiguous().T}[layout]
+    expected4, (fast4, error4, square4) = int4.quantize(weight, group_size), cpu_quantize.quantize_int4(source, group_size)
     assert torch.equal(fast4.qweight, expected4.qweight)
     assert torch.equal(fast4.scales, expected4.scales)
     assert torch.equal(fast4.zeros, expected4.zeros)
-    expected8, (fast8, error8, square8) = int8.quantize(weight, group_size), cpu_quantize.quantize_int8(given, group_size)
+    expected8, (fast8, error8, square8) = int8.quantize(weight, group_size), cpu_quantize.quantize_int8(source, group_size)
     assert torch.equal(fast8.qweight, expected8.qweight)
     assert torch.equal(fast8.scales, expected8.scales)
     for packed, dequantize, error, square in ((expected4, int4.dequantize, error4, square4), (expected8, int8.dequantize, error8, square8)):
@@ -114,11 +114,11 @@ def test_nf4_layout_is_the_documented_one() -> None:
     assert nf4.pack(torch.tensor([1, 2, 3, 15], dtype=torch.uint8)).tolist() == [0x12, 0x3F]
 
 
-@pytest.mark.parametrize("lies", ["bfloat16", "float32", "transposed"])
-def test_nf4_takes_the_nearest_value_of_its_table(lies: str) -> None:
+@pytest.mark.parametrize("layout", ["bfloat16", "float32", "transposed"])
+def test_nf4_takes_the_nearest_value_of_its_table(layout: str) -> None:
     weight = hard_weight(12, 192)
-    given = {"bfloat16": weight, "float32": weight.float(), "transposed": weight.T.contiguous().T}[lies]
-    packed = nf4.quantize(given)
+    source = {"bfloat16": weight, "float32": weight.float(), "transposed": weight.T.contiguous().T}[layout]
+    packed = nf4.quantize(source)
     blocks = weight.double().unflatten(-1, (-1, 64))
     absmax = blocks.abs().amax(-1, keepdim=True)
     assert torch.equal(packed.absmax.double(), absmax.squeeze(-1))
@@ -130,29 +130,29 @@ def test_nf4_takes_the_nearest_value_of_its_table(lies: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("scale", [1.0, 1e-36, 1e38], ids=["ordinary", "tiny", "huge"])
-def test_nf4_decodes_to_the_bits_of_bitsandbytes(scale: float, dtype: torch.dtype) -> None:
+def test_nf4_dequantizes_to_the_bits_of_bitsandbytes(scale: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     codes = torch.arange(256, dtype=torch.uint8).repeat(3, 2)  # every byte
     weight = nf4.Nf4Weight(codes, (torch.rand(3, 16, generator=generator) + 0.5) * scale, 64)
-    decoded, expected = nf4.dequantize_on_cpu(weight, dtype), nf4.dequantize(weight, dtype)
-    assert decoded.dtype == dtype
-    assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
+    dequantized, expected = nf4.dequantize_on_cpu(weight, dtype), nf4.dequantize(weight, dtype)
+    assert dequantized.dtype == dtype
+    assert torch.equal(dequantized.view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_nf4_decodes_subnormal_numbers_in_float32() -> None:
+def test_nf4_dequantizes_subnormal_numbers_in_float32() -> None:
     weight = nf4.quantize(torch.rand(3, 128, generator=torch.Generator().manual_seed(4)) * 1e-39)
     assert torch.equal(nf4.dequantize_on_cpu(weight, torch.float32), nf4.dequantize(weight))
 
 
-def test_the_dynamic_map_is_that_of_bitsandbytes_whatever_the_chip() -> None:
-    """Which has other last bits there on chips without fused multiplication and addition."""
-    found, theirs = nf4.dynamic_map(), nf4.bitsandbytes_functional().create_dynamic_map()
-    assert (found.shape, found.dtype) == ((256,), torch.float32)
-    assert hashlib.sha256(found.numpy().tobytes()).hexdigest() == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
-    assert (found - theirs).abs().max() <= 2**-24
+def test_the_dynamic_map_of_bitsandbytes_is_the_same_on_every_chip() -> None:
+    """bitsandbytes computes other last bits on chips without fused multiply-add."""
+    ours, theirs = nf4.dynamic_map(), nf4.bitsandbytes_functional().create_dynamic_map()
+    assert (ours.shape, ours.dtype) == ((256,), torch.float32)
+    assert hashlib.sha256(ours.numpy().tobytes()).hexdigest() == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    assert (ours - theirs).abs().max() <= 2**-24
     exact = [10 ** (e - 6) * (0.1 + 0.9 * (2 * i + 1) / 2 ** (e + 1)) for e in range(7) for i in range(2**e)]
     expected = torch.tensor(sorted([0, 1, *exact, *(-value for value in exact)]), dtype=torch.float64)
-    assert ((found.double() - expected).abs() <= 2**-22 * expected.abs()).all()
+    assert ((ours.double() - expected).abs() <= 2**-22 * expected.abs()).all()
 
 
 # Scales of a matrix: 3, 21, 256, 400, 33,000.
@@ -161,7 +161,7 @@ SHAPES = [(3, 64), (7, 192), (64, 256), (100, 256), (2200, 960)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["ordinary", "hard", "zero", "constant"])
-def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int], kind: str) -> None:
+def test_double_quantization_gives_the_bits_of_bitsandbytes(shape: tuple[int, int], kind: str) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.02
     if kind == "hard":
         weight = hard_weight(*shape).float()
@@ -189,7 +189,9 @@ def test_double_quantization_has_the_bits_of_bitsandbytes(shape: tuple[int, int]
 
 def test_the_offset_does_not_depend_on_the_number_of_threads() -> None:
     generator, threads = torch.Generator().manual_seed(7), torch.get_num_threads()
-    matrices = [torch.rand(400, 100, generator=generator) for _ in range(12)]  # of half of which another order gives another last bit
+    matrices = [
+        torch.rand(400, 100, generator=generator) for _ in range(12)
+    ]  # for half of them, another order of summation gives another last bit
     try:
         torch.set_num_threads(1)
         expected = [float(matrix.view(-1).mean()) for matrix in matrices]
@@ -201,28 +203,28 @@ def test_the_offset_does_not_depend_on_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3)], ids=str)
-def test_double_quantization_is_decoded_matrix_by_matrix(lead: tuple[int, ...]) -> None:
+def test_double_quantization_is_dequantized_matrix_by_matrix(lead: tuple[int, ...]) -> None:
     weight = torch.randn(*lead, 20, 1024, generator=torch.Generator().manual_seed(6)) * torch.rand(*lead, 1, 1)  # 320 scales each
     packed = nf4.quantize(weight)
     parts = [nf4.compress_absmax(absmax) for absmax in packed.absmax.view(-1, 20, 16)]
     absmax, nested, offset = (torch.stack(part).view(*lead, *part[0].shape) for part in zip(*parts, strict=True))
-    found = nf4.dequantize_absmax(absmax, nested, offset)
-    assert found.shape == packed.absmax.shape
-    each = [nf4.dequantize_absmax(*part) for part in parts]
-    assert torch.equal(found.view(-1, 20, 16), torch.stack(each))
-    error = (found - packed.absmax).view(-1, 320)
+    dequantized = nf4.dequantize_absmax(absmax, nested, offset)
+    assert dequantized.shape == packed.absmax.shape
+    by_matrix = [nf4.dequantize_absmax(*part) for part in parts]
+    assert torch.equal(dequantized.view(-1, 20, 16), torch.stack(by_matrix))
+    error = (dequantized - packed.absmax).view(-1, 320)
     for change, scales in zip(error, packed.absmax.view(-1, 320), strict=True):
         largest = (scales - scales.mean()).abs().max()
         assert 0 < change.abs().max() <= 0.9 / 64 / 2 * 1.01 * largest + 1e-7  # half of the map's widest step
 
 
-def test_scales_whose_sum_is_infinite_are_refused() -> None:
+def test_an_infinite_sum_of_scales_is_refused() -> None:
     with pytest.raises(FormatError, match=r"must stay below 3\.4e38"):
         nf4.compress_absmax(torch.full((2, 2), 3e38))
 
 
-def test_bitsandbytes_is_imported_late_quietly_and_without_the_hub(tmp_path: Path) -> None:
-    """On chips with bfloat16 instructions it would fetch code through the package `kernels`, or log that it is not installed."""
+def test_importing_bitsandbytes_is_lazy_silent_and_offline(tmp_path: Path) -> None:
+    """On chips with bfloat16 instructions, bitsandbytes would fetch code through the package `kernels`, or log that it is missing."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options): raise SystemExit('fetched from the hub')")
     check = (
         "import logging, sys; logging.basicConfig(); import torch, dbrx_q.kernels.linear, dbrx_q.kernels.formats.nf4 as nf4\n"
@@ -231,8 +233,8 @@ def test_bitsandbytes_is_imported_late_quietly_and_without_the_hub(tmp_path: Pat
         "assert 'bitsandbytes' in sys.modules and 'kernels' not in sys.modules; import kernels"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    process = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 def test_stated_bits_per_weight_are_true() -> None:
@@ -256,7 +258,7 @@ def test_stated_bits_per_weight_are_true() -> None:
     ],
     ids=["divides", "offered", "nan", "inf", "range"],
 )
-def test_refusals(module: object, weight: torch.Tensor, group_size: int, message: str) -> None:
+def test_weights_that_int4_and_int8_refuse(module: object, weight: torch.Tensor, group_size: int, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         module.quantize(weight, group_size)  # type: ignore[attr-defined] # both have it
 
@@ -271,12 +273,12 @@ def test_refusals(module: object, weight: torch.Tensor, group_size: int, message
     ],
     ids=["divides", "offered", "nan", "inf"],
 )
-def test_refusals_of_nf4(weight: torch.Tensor, group_size: int, message: str) -> None:
+def test_weights_that_nf4_refuses(weight: torch.Tensor, group_size: int, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         nf4.quantize(weight, group_size)
 
 
-def test_embedding_rows_are_the_decoded_rows() -> None:
+def test_gathered_embedding_rows_equal_the_dequantized_rows() -> None:
     packed = int8.quantize(torch.randn(50, 128), 64)
     rows = torch.tensor([3, 3, 49, 0])
     assert torch.equal(gather_rows(packed, rows, torch.float32), int8.dequantize(packed)[rows])

@@ -1,4 +1,4 @@
-"""The formats of a KV cache, and the torch path that fills one.
+"""The formats of a KV cache, and the torch code that fills one.
 
 Dimension letters: `B` sequences, `G` key/value heads, `L` capacity in tokens, `C` channels of a head.
 """
@@ -30,14 +30,14 @@ def test_the_error_is_at_most_half_a_step(format: str, x: np.ndarray) -> None:
         span, levels = values.abs().amax(-1, keepdim=True), 127
     else:
         span, levels = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True), 15
-    # A step that is rounded down clips the outermost values by as much as `levels` of its roundings; 2^-25 is the smallest of them.
+    # A step that is rounded down clips the outermost values by up to `levels` rounding errors of a step; the smallest is 2^-25.
     rounding = span * HALF + levels * 2.0**-25 + values.abs().amax(-1, keepdim=True) * HALF + 2.0**-25
     assert (error <= span / levels / 2 * (1 + HALF) + rounding).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_what_codes_hold_comes_back_bit_for_bit(format: str, dtype: torch.dtype) -> None:
+def test_values_on_the_grid_round_trip_exactly(format: str, dtype: torch.dtype) -> None:
     codes = torch.arange(-127, 128.0) if format == "int8" else torch.arange(16.0)
     codes = codes[torch.randint(len(codes), (4, 64), generator=torch.Generator().manual_seed(0))]
     codes[:, 0], codes[:, 1] = (127, -127) if format == "int8" else (0, 15)
@@ -45,27 +45,27 @@ def test_what_codes_hold_comes_back_bit_for_bit(format: str, dtype: torch.dtype)
     assert torch.equal(dequantize_kv(*quantize_kv(x, format), format, dtype), x)
 
 
-def test_int4_halves_share_bytes() -> None:
+def test_int4_stores_both_halves_of_a_head_in_the_same_bytes() -> None:
     codes, scales = quantize_kv(torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 15]), "int4")
     assert codes.tolist() == [0x40, 0x51, 0x62, 0xF3]
     assert scales.tolist() == [1, 0]
 
 
-def test_halves_round_to_even() -> None:
+def test_ties_round_to_even() -> None:
     codes, _ = quantize_kv(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5]), "int8")
     assert codes.tolist() == [127, 0, 2, 2, 0, -2]
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
 @pytest.mark.parametrize("value", [0.0, 1.5, -3.0, 1e-9, 60000.0, -60000.0])
-def test_constant_heads(format: str, value: float) -> None:
+def test_constant_heads_round_trip(format: str, value: float) -> None:
     x = torch.full((2, 16), value)
     back = dequantize_kv(*quantize_kv(x, format), format, torch.float32)
     torch.testing.assert_close(back, x, rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_what_float16_steps_do_not_reach_saturates(format: str) -> None:
+def test_values_beyond_the_range_of_float16_steps_saturate(format: str) -> None:
     x = torch.tensor([-1e30, 0.0, 1.0, 1e30])
     back = dequantize_kv(*quantize_kv(x, format), format, torch.float32)
     assert back.isfinite().all()
@@ -93,7 +93,7 @@ def test_an_unknown_format_is_refused() -> None:
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_store_qkv_puts_every_token_in_its_place(format: str) -> None:
+def test_store_qkv_writes_every_token_to_its_position(format: str) -> None:
     H, G, C, T = 4, 2, 16, 3
     generator = torch.Generator().manual_seed(0)
     qkv, angles = torch.randn(T, (H + 2 * G) * C, generator=generator), torch.rand(T, C // 2, generator=generator)
@@ -104,20 +104,20 @@ def test_store_qkv_puts_every_token_in_its_place(format: str) -> None:
     assert torch.equal(out, q)
     keys, values = (torch.zeros(2, G, 7, C) for _ in range(2))
     for token in (0, 2):
-        for mine, theirs in ((keys, k), (values, v)):
-            x = theirs[token] if format == "plain" else dequantize_kv(*quantize_kv(theirs[token], format), format, torch.float32)
-            mine[rows[token], :, positions[token]] = x
+        for expected, source in ((keys, k), (values, v)):
+            x = source[token] if format == "plain" else dequantize_kv(*quantize_kv(source[token], format), format, torch.float32)
+            expected[rows[token], :, positions[token]] = x
     for row in range(2):
         stored = cache.row(row, 7, torch.float32)
         assert torch.equal(stored[0], keys[row])
         assert torch.equal(stored[1], values[row])
 
 
-def test_rotation_is_that_of_complex_numbers() -> None:
-    """The first and the last half of the channels are the real and the imaginary parts."""
+def test_rotary_embedding_is_complex_multiplication() -> None:
+    """The first half of the channels are the real parts, the second half the imaginary parts."""
     x, angles = torch.randn(5, 3 * 16), torch.rand(5, 8) * 6
     q, k, v = split_and_rotate(x, angles.cos(), angles.sin(), heads=1, channels=16)
-    turned = torch.complex(*x.view(5, 3, 16).chunk(2, dim=-1)) * torch.polar(torch.ones(5, 8), angles)[:, None]
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    rotated = torch.complex(*x.view(5, 3, 16).chunk(2, dim=-1)) * torch.polar(torch.ones(5, 8), angles)[:, None]
+    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
     torch.testing.assert_close(torch.cat((q, k), dim=1), expected[:, :2], rtol=1e-5, atol=1e-6)
     assert torch.equal(v, x.view(5, 3, 16)[:, 2:])

@@ -1,5 +1,7 @@
-"""The kernels on a GPU, at DBRX's own shapes in bfloat16. With TRITON_INTERPRET=1 the same tests run in Triton's interpreter on the CPU, at
-toy sizes in float16, so that their own logic can be tried without a GPU: `TRITON_INTERPRET=1 pytest tests/kernels/gpu`.
+"""The kernels on a GPU, at DBRX's shapes in bfloat16.
+
+With TRITON_INTERPRET=1 the tests run in Triton's interpreter on the CPU, at small shapes in float16, which tries the tests themselves
+without a GPU: `TRITON_INTERPRET=1 pytest tests/kernels/gpu`.
 """
 
 from __future__ import annotations
@@ -28,19 +30,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where tests run, at which sizes."""
+    """Where tests run, and at which sizes."""
 
     device: torch.device
+    """A GPU, or the CPU for the interpreter."""
     dtype: torch.dtype
+    """Of activations: bfloat16 on a GPU, float16 in the interpreter."""
     shapes: Shapes
+    """Those of DBRX on a GPU, small ones in the interpreter."""
 
     @property
     def real(self) -> bool:
-        """Whether on a GPU."""
+        """Whether the tests run on a GPU."""
         return self.device.type == "cuda"
 
     def tokens(self, T: int) -> int:
-        """T, or less where each takes long."""
+        """T, limited in the interpreter, where each token takes long."""
         return T if self.real else min(T, 24)
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -48,7 +53,7 @@ class Place:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
 
     def ints(self, values: object) -> torch.Tensor:
-        """int32 on the device."""
+        """An int32 tensor on the device."""
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
@@ -62,15 +67,15 @@ def place() -> Place:
 
 @pytest.fixture
 def assert_as_good_as_torch() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """Checks a result against float32 `truth`: no further away than twice what torch is in the same dtype, and a little."""
+    """Checks that the error of a result to float32 `truth` is at most twice that of torch in the same dtype, plus a floor."""
 
-    def check(found: torch.Tensor, truth: torch.Tensor, by_torch: torch.Tensor) -> None:
-        assert found.shape == truth.shape
-        assert found.dtype == by_torch.dtype
+    def check(result: torch.Tensor, truth: torch.Tensor, by_torch: torch.Tensor) -> None:
+        assert result.shape == truth.shape
+        assert result.dtype == by_torch.dtype
         if not truth.numel():
             return
-        error, torch_error = ((out.float() - truth).abs() for out in (found, by_torch))
-        floor = torch.finfo(found.dtype).eps * truth.abs().max()
+        error, torch_error = ((out.float() - truth).abs() for out in (result, by_torch))
+        floor = torch.finfo(result.dtype).eps * truth.abs().max()
         assert error.max() <= 2 * torch_error.max() + floor
         assert error.mean() <= 2 * torch_error.mean() + floor / 8
 
@@ -79,10 +84,10 @@ def assert_as_good_as_torch() -> Callable[[torch.Tensor, torch.Tensor, torch.Ten
 
 @pytest.fixture
 def replayed() -> Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
-    """Captures a call in a CUDA graph; what it gives replays the graph and returns its result."""
+    """Captures a call in a CUDA graph; the returned function replays the graph and returns its result."""
 
     def capture(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        if not torch.cuda.is_available():  # the interpreter has no graphs: the test's own logic is what is tried there
+        if not torch.cuda.is_available():  # the interpreter has no graphs
             return call
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

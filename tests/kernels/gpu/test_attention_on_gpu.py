@@ -40,7 +40,7 @@ def sequences_of(counts: list[int], ends: list[int], place: Any, rows: list[int]
 
 
 def in_the_same_dtype(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
-    """torch's attention over a decoded copy of each sequence's cache."""
+    """torch's attention over a dequantized copy of each sequence's cache."""
     rows = range(len(sequences.counts)) if sequences.rows is None else sequences.rows.tolist()
     outs = []
     for row, part, end in zip(rows, q.split(sequences.counts), sequences.ends, strict=True):
@@ -55,8 +55,8 @@ def truth_of(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Ten
 
 def check(cache: KVLayer, sequences: Sequences, place: Any, assert_as_good_as_torch: Check) -> None:
     q = place.randn(sum(sequences.counts), place.shapes.heads, place.shapes.channels)
-    found = cached_attention(q, cache, sequences, implementation="triton")
-    assert_as_good_as_torch(found, truth_of(q, cache, sequences), in_the_same_dtype(q, cache, sequences))
+    result = cached_attention(q, cache, sequences, implementation="triton")
+    assert_as_good_as_torch(result, truth_of(q, cache, sequences), in_the_same_dtype(q, cache, sequences))
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
@@ -77,7 +77,7 @@ def test_decode_of_one_sequence(kv_format: str, end: int, place: Any, assert_as_
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
-def test_prefill_after_what_is_cached(kv_format: str, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_prefill_after_cached_tokens(kv_format: str, place: Any, assert_as_good_as_torch: Check) -> None:
     counts, ends = ([1, 0, 17, 300, 512], [40, 9, 17, 1000, 32768]) if place.real else ([1, 0, 5, 20], [40, 9, 5, 60])
     cache = filled_cache(kv_format, len(counts), max(ends), place)
     check(cache, sequences_of(counts, ends, place), place, assert_as_good_as_torch)
@@ -90,31 +90,31 @@ def test_a_first_chunk_of_one_sequence(kv_format: str, place: Any, assert_as_goo
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
-def test_what_is_stored_is_what_the_reference_stores(kv_format: str, place: Any) -> None:
+def test_the_stored_cache_equals_that_of_the_reference(kv_format: str, place: Any) -> None:
     T, L = 9, 64
     qkv = place.randn(T, place.shapes.qkv) * 4
     qkv[3] = 0
     angles = torch.rand(T, place.shapes.channels // 2, device=place.device) * 100
     rows = place.ints([0, 0, 1, 2, 2, 2, -1, 3, 3])
     positions = place.ints([5, 6, 0, 61, 62, 63, 7, 0, 1])
-    ours, expected = (empty_cache(kv_format, 4, L, place) for _ in range(2))
+    cache, expected_cache = (empty_cache(kv_format, 4, L, place) for _ in range(2))
     arguments = rows, positions, angles.cos(), angles.sin()
-    q = store_qkv(qkv, ours, *arguments, heads=place.shapes.heads, clip=8.0)
-    expected_q = store_qkv_reference(qkv, expected, *arguments, heads=place.shapes.heads, clip=8.0)
+    q = store_qkv(qkv, cache, *arguments, heads=place.shapes.heads, clip=8.0)
+    expected_q = store_qkv_reference(qkv, expected_cache, *arguments, heads=place.shapes.heads, clip=8.0)
     assert_nearly_equal_bits(q, expected_q)
     for name in ("keys", "values", "key_scales", "value_scales"):
-        found, wanted = getattr(ours, name), getattr(expected, name)
-        assert (found is None) == (wanted is None)
-        if found is not None:
-            assert_nearly_equal_bits(found, wanted)
+        stored, expected_part = getattr(cache, name), getattr(expected_cache, name)
+        assert (stored is None) == (expected_part is None)
+        if stored is not None:
+            assert_nearly_equal_bits(stored, expected_part)
 
 
-def assert_nearly_equal_bits(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal, but for values on the edge of a rounding: a fused multiply-add may turn those."""
-    different = found != wanted
-    assert different.sum() <= found.numel() // 1000
-    assert found.dtype == wanted.dtype
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=17.0 if found.dtype == torch.uint8 else 1.0)
+def assert_nearly_equal_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, except for values near a rounding boundary, which a fused multiply-add may round the other way."""
+    different = values != expected
+    assert different.sum() <= values.numel() // 1000
+    assert values.dtype == expected.dtype
+    torch.testing.assert_close(values.float(), expected.float(), rtol=2**-7, atol=17.0 if values.dtype == torch.uint8 else 1.0)
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
@@ -127,10 +127,10 @@ def test_a_captured_step_replays_with_other_lengths(kv_format: str, B: int, plac
     for ends in ([L] * B, [1 + L // 5 * number for number in range(B)], [L // 2] * B):
         q.copy_(place.randn(*q.shape))
         sequences.lengths.copy_(place.ints(ends))
-        found = replay().clone()
+        out = replay().clone()
         now = replace(sequences, ends=tuple(ends))
-        assert torch.equal(found, cached_attention(q, cache, now, implementation="triton"))
-        assert (found.float() - truth_of(q, cache, now)).abs().max() < 0.05
+        assert torch.equal(out, cached_attention(q, cache, now, implementation="triton"))
+        assert (out.float() - truth_of(q, cache, now)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
@@ -157,7 +157,7 @@ def test_a_captured_store_replays_with_other_places(kv_format: str, place: Any, 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4"])
 @pytest.mark.parametrize("T", [1, 64])
-def test_no_decoded_copy_of_the_cache_is_made(kv_format: str, T: int, place: Any) -> None:
+def test_no_dequantized_copy_of_the_cache_is_made(kv_format: str, T: int, place: Any) -> None:
     if not place.real:
         return
     B, L = 2, place.shapes.context
@@ -170,5 +170,5 @@ def test_no_decoded_copy_of_the_cache_is_made(kv_format: str, T: int, place: Any
     before = torch.cuda.memory_allocated()
     cached_attention(q, cache, sequences, implementation="triton")
     torch.cuda.synchronize()
-    decoded = 2 * 2 * B * place.shapes.kv_heads * L * place.shapes.channels
-    assert torch.cuda.max_memory_allocated() - before < decoded / 8
+    copy_bytes = 2 * 2 * B * place.shapes.kv_heads * L * place.shapes.channels
+    assert torch.cuda.max_memory_allocated() - before < copy_bytes / 8

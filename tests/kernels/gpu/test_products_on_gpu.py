@@ -19,12 +19,12 @@ from dbrx_q.kernels.moe import moe_experts, moe_experts_reference
 
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Replayed = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
-SLACK = 64 << 20  # bytes of partial sums, and what the allocator rounds up
+SLACK = 64 << 20  # bytes of partial sums and of the allocator's rounding
 
 
 @pytest.mark.parametrize("T", [0, 1, 3, 16, 17, 300])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_linear(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_linear_agrees_with_the_reference(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     T, N, K = place.tokens(T), place.shapes.qkv, place.shapes.width
     weight, x, residual = random_weight(fmt, N, K, device=place.device), place.randn(T, K), place.randn(T, N)
     clip = 0.5
@@ -36,14 +36,14 @@ def test_linear(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: 
 
 @pytest.mark.parametrize("tokens", [16, 256], ids=["matvec", "tiles"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_identity_activations_give_the_decoded_weight_bit_for_bit(fmt: TensorFormat, tokens: int, place: Any) -> None:
+def test_identity_activations_give_the_dequantized_weight(fmt: TensorFormat, tokens: int, place: Any) -> None:
     N, K = place.shapes.qkv if place.real else 64, place.shapes.width
     weight = random_weight(fmt, N, K, device=place.device)
-    decoded = dequantize(weight, place.dtype).T  # [K, N]
+    dequantized = dequantize(weight, place.dtype).T  # [K, N]
     rows = torch.eye(K, dtype=place.dtype, device=place.device)
     for first in range(0, K, tokens * max(1, K // tokens // 8)):  # some of many
         part = slice(first, first + tokens)
-        assert torch.equal(linear(rows[part], weight), decoded[part])
+        assert torch.equal(linear(rows[part], weight), dequantized[part])
 
 
 def layer_of(fmt: TensorFormat, place: Any, *, slots: torch.Tensor | None = None) -> ExpertWeights:
@@ -60,7 +60,7 @@ def routed(T: int, place: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def experts_by_torch(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights) -> torch.Tensor:
-    """What a careful user writes in the same dtype: the sum over experts in float32."""
+    """The experts in plain torch in the same dtype, summed over experts in float32."""
     y = torch.zeros(x.shape, device=x.device)
     for e in experts.unique().tolist():
         slot = e if layer.slots is None else int(layer.slots[e])
@@ -75,40 +75,40 @@ def experts_by_torch(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tens
 
 @pytest.mark.parametrize("T", [0, 1, 2, 8, 16, 17, 300])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_experts(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_experts_agree_with_the_reference(fmt: TensorFormat, T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     T = place.tokens(T)
     layer, x = layer_of(fmt, place), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
-    found = moe_experts(x, experts, weights, layer)
-    assert_as_good_as_torch(found, moe_experts_reference(x, experts, weights, layer), experts_by_torch(x, experts, weights, layer))
+    out = moe_experts(x, experts, weights, layer)
+    assert_as_good_as_torch(out, moe_experts_reference(x, experts, weights, layer), experts_by_torch(x, experts, weights, layer))
 
 
 @pytest.mark.parametrize("T", [1, 8, 40])
 def test_experts_in_slots_with_holes(T: int, place: Any, assert_as_good_as_torch: Check) -> None:
     E = place.shapes.experts
-    slots = place.ints([-1 if e % 3 == 1 else (E - e) // 2 for e in range(E)])  # some share a slot, which kernels do not mind
+    slots = place.ints([-1 if e % 3 == 1 else (E - e) // 2 for e in range(E)])  # some experts share a slot, which the kernels permit
     layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
     counted, expected = (torch.full((E,), 5, dtype=torch.int32, device=place.device) for _ in range(2))
-    found = moe_experts(x, experts, weights, layer, missing=counted)
+    out = moe_experts(x, experts, weights, layer, missing=counted)
     truth = moe_experts_reference(x, experts, weights, layer, expected)
     assert torch.equal(counted, expected)
-    assert_as_good_as_torch(found, truth, experts_by_torch(x, experts, weights, layer))
+    assert_as_good_as_torch(out, truth, experts_by_torch(x, experts, weights, layer))
 
 
 @pytest.mark.parametrize("T", [8, 200])
-@pytest.mark.parametrize("here", [True, False], ids=["here", "missing"])
-def test_all_tokens_on_the_same_experts(T: int, here: bool, place: Any, assert_as_good_as_torch: Check) -> None:
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "missing"])
+def test_all_tokens_on_the_same_experts(T: int, resident: bool, place: Any, assert_as_good_as_torch: Check) -> None:
     T, A, E = place.tokens(T), place.shapes.active, place.shapes.experts
-    slots = place.ints(range(E) if here else [-1] * A + list(range(E - A)))
+    slots = place.ints(range(E) if resident else [-1] * A + list(range(E - A)))
     layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
     experts = torch.arange(A, device=place.device).expand(T, A).contiguous()
     weights = torch.full((T, A), 1 / A, device=place.device)
-    found = moe_experts(x, experts, weights, layer)
-    if not here:
-        assert not found.any()
+    out = moe_experts(x, experts, weights, layer)
+    if not resident:
+        assert not out.any()
     else:
-        assert_as_good_as_torch(found, moe_experts_reference(x, experts, weights, layer), experts_by_torch(x, experts, weights, layer))
+        assert_as_good_as_torch(out, moe_experts_reference(x, experts, weights, layer), experts_by_torch(x, experts, weights, layer))
 
 
 @pytest.mark.parametrize("T", [1, 8])
@@ -136,15 +136,15 @@ def test_captured_experts_replay_with_other_inputs(T: int, place: Any, replayed:
             kept.copy_(new)
         slots[turn] = -1  # the map changes between steps as well
         missing.zero_()
-        found, counted = replay().clone(), missing.clone()
+        out, counted = replay().clone(), missing.clone()
         missing.zero_()
-        assert torch.equal(found, moe_experts(x, experts, weights, layer, missing=missing))
+        assert torch.equal(out, moe_experts(x, experts, weights, layer, missing=missing))
         assert torch.equal(counted, missing)
 
 
-def most_memory(call: Callable[[], torch.Tensor]) -> int:
-    """Bytes that a call holds at most beyond what was held before and what it returns."""
-    call()  # compiles, and takes what is kept for good
+def peak_memory(call: Callable[[], torch.Tensor]) -> int:
+    """The most bytes that a call allocates at a time, without its result."""
+    call()  # compiles, and allocates what stays allocated
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -159,15 +159,15 @@ def nbytes_in_16_bits(weight: Weight) -> int:
 
 @pytest.mark.parametrize("T", [1, 16, 64])
 @pytest.mark.parametrize("fmt", [TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)], ids=str)
-def test_no_decoded_copy_of_a_weight_is_made(fmt: TensorFormat, T: int, place: Any) -> None:
+def test_no_dequantized_copy_of_a_weight_is_made(fmt: TensorFormat, T: int, place: Any) -> None:
     if not place.real:
         return
     D = place.shapes.width
     x = place.randn(T, D)
     weight = random_weight(fmt, place.shapes.vocabulary, D, device=place.device)
     assert nbytes_in_16_bits(weight) / 8 > SLACK
-    assert most_memory(lambda: linear(x, weight)) < SLACK
+    assert peak_memory(lambda: linear(x, weight)) < SLACK
     layer, (experts, weights) = layer_of(fmt, place), routed(T, place)
     pairs = T * place.shapes.active * (place.shapes.hidden + D) * 4
     assert SLACK + pairs < nbytes_in_16_bits(layer.w1[0])  # less than one expert's matrix
-    assert most_memory(lambda: moe_experts(x, experts, weights, layer)) < SLACK + pairs
+    assert peak_memory(lambda: moe_experts(x, experts, weights, layer)) < SLACK + pairs

@@ -18,31 +18,31 @@ TOKENS = [0, 1, 7, 16, 17, 300]
 
 
 @pytest.mark.parametrize("T", TOKENS)
-def test_the_router_chooses_what_the_reference_chooses(T: int, place: Any) -> None:
-    """Small integers have sums that are exact in any order: logits tie often, and every choice has one right answer."""
+def test_the_router_chooses_the_same_experts_as_the_reference(T: int, place: Any) -> None:
+    """Sums of small integers are exact in any order: logits tie often, and every choice has one right answer."""
     E, D, A = place.shapes.experts, place.shapes.width, place.shapes.active
     x, router = (torch.randint(-1, 2, shape, device=place.device).to(place.dtype) for shape in ((T, D), (E, D)))
     router[1] = router[0]
-    found, expected = route(x, router, A, 1), route(x, router, A, 1, backend=Backend.REFERENCE)
-    assert torch.equal(found.logits, expected.logits)
-    assert torch.equal(found.experts, expected.experts)
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-7)
+    routing, expected = route(x, router, A, 1), route(x, router, A, 1, backend=Backend.REFERENCE)
+    assert torch.equal(routing.logits, expected.logits)
+    assert torch.equal(routing.experts, expected.experts)
+    torch.testing.assert_close(routing.weights, expected.weights, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("T", TOKENS)
-def test_the_router_on_activations_as_they_come(T: int, place: Any) -> None:
+def test_the_router_on_random_activations(T: int, place: Any) -> None:
     x, router = place.randn(T, place.shapes.width), place.randn(place.shapes.experts, place.shapes.width) * 0.02
-    found, expected = route(x, router, place.shapes.active, 1), route(x, router, place.shapes.active, 1, backend=Backend.REFERENCE)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-4)
+    routing, expected = route(x, router, place.shapes.active, 1), route(x, router, place.shapes.active, 1, backend=Backend.REFERENCE)
+    torch.testing.assert_close(routing.logits, expected.logits, rtol=1e-5, atol=1e-4)
     gaps = expected.logits.sort(-1, descending=True).values.diff(dim=-1).abs()[:, : place.shapes.active]
     clear = (gaps > 1e-3).all(-1)
-    assert torch.equal(found.experts[clear], expected.experts[clear])
-    torch.testing.assert_close(found.weights[clear], expected.weights[clear], rtol=1e-4, atol=1e-5)
+    assert torch.equal(routing.experts[clear], expected.experts[clear])
+    torch.testing.assert_close(routing.weights[clear], expected.weights[clear], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("T", TOKENS)
-def test_norm(T: int, adds: bool, place: Any, assert_as_good_as_torch: Check) -> None:
+def test_norm_agrees_with_the_reference(T: int, adds: bool, place: Any, assert_as_good_as_torch: Check) -> None:
     D = place.shapes.width
     x, weight = place.randn(T, D) + 2, place.randn(D)
     delta = place.randn(T, D) * 8 if adds else None

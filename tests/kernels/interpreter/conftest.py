@@ -1,4 +1,4 @@
-"""Triton's kernels in its interpreter: the whole process runs with TRITON_INTERPRET=1 (`make interpreter`), or these tests are left out."""
+"""Triton's kernels in its interpreter: collected only if the whole process runs with TRITON_INTERPRET=1 (`make interpreter`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that was never written shows: NaN in floating point, 77 elsewhere."""
+    """Fill new tensors with NaN (integers: 77), so that memory that is never written shows."""
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Both attention kernels in Triton's interpreter against the float32 reference over the decoded cache.
+"""Both attention kernels in Triton's interpreter compared with the float32 reference over the dequantized cache.
 
 Dimension letters: `B` sequences, `L` capacity in tokens, `H` query heads, `G` key/value heads, `C` channels of a head.
 """
@@ -23,15 +23,22 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Case:
-    """New tokens and length of every sequence; splits of decoding; the mean of keys and values; the size of values."""
+    """A batch of sequences."""
 
     counts: tuple[int, ...]
+    """New tokens of each sequence."""
     ends: tuple[int, ...]
+    """Length of each sequence, new tokens included."""
     splits: int = 3
+    """Splits of the cache in decoding."""
     heads: int = 6
+    """Query heads."""
     scale: float = 1.0
+    """Factor of the values."""
     shift: float = 0.0
+    """Mean of keys and values before scaling."""
     rows: tuple[int, ...] | None = None
+    """Row of the cache of each sequence, -1 for none; None: in order."""
 
     def __str__(self) -> str:
         lengths = "+".join(f"{count}of{end}" for count, end in zip(self.counts, self.ends, strict=True))
@@ -57,12 +64,12 @@ PREFILL = [
     Case((3, 2), (4, 18), heads=2, rows=(1, 0)),
 ]
 FLOAT16 = Case((1,), (20,), scale=1e-5), Case((5,), (18,), heads=2, scale=1e-5), Case((1,), (40,), splits=2), Case((2,), (18,), heads=2)
-"""float16 in the range where its steps would be too small, and in the usual one."""
+"""For float16: values so small that float16 steps of the cache would underflow, and ordinary values."""
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that short sequences fill."""
+    """Tiles so small that short sequences fill them."""
     case = request.node.callspec.params["case"]
     monkeypatch.setattr(triton_attention_decode, "decode_tiles", lambda *_: DecodeTiles(BLOCK, 8, case.splits, 2, 4, 2))
     monkeypatch.setattr(triton_attention_prefill, "prefill_tiles", lambda *_: PrefillTiles(16, BLOCK, 4, 2))
@@ -70,24 +77,24 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("format", KV_FORMATS)
 @pytest.mark.parametrize("case", DECODE, ids=str)
-def test_decode(case: Case, format: str) -> None:
+def test_decode_agrees_with_the_reference(case: Case, format: str) -> None:
     check(case, format, torch.float32)
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
 @pytest.mark.parametrize("case", PREFILL, ids=str)
-def test_prefill(case: Case, format: str) -> None:
+def test_prefill_agrees_with_the_reference(case: Case, format: str) -> None:
     check(case, format, torch.float32)
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
 @pytest.mark.parametrize("case", FLOAT16, ids=str)
-def test_float16(case: Case, format: str) -> None:
+def test_float16_agrees_with_the_reference(case: Case, format: str) -> None:
     check(case, format, torch.float16)
 
 
 @pytest.mark.parametrize("case", DECODE[3:4], ids=str)
-def test_counters_are_left_at_zero(case: Case) -> None:
+def test_counters_are_reset_to_zero(case: Case) -> None:
     q, cache, sequences = problem(case, "int8", torch.float32)
     first, second = (cached_attention(q, cache, sequences, implementation="triton") for _ in range(2))
     assert torch.equal(first, second)
@@ -98,27 +105,27 @@ def check(case: Case, format: str, dtype: torch.dtype) -> None:
     out = cached_attention(q, cache, sequences, implementation="triton")
     assert out.dtype == dtype
     outs = out.split(case.counts)
-    for b, (count, end, mine, queries) in enumerate(zip(case.counts, case.ends, outs, q.split(case.counts), strict=True)):
+    for b, (count, end, result, queries) in enumerate(zip(case.counts, case.ends, outs, q.split(case.counts), strict=True)):
         row = b if case.rows is None else case.rows[b]
         if not count:
             continue
         if not end or row < 0:
-            assert (mine == 0).all()
+            assert (result == 0).all()
             continue
         k, v = cache.row(row, end, torch.float32)
         truth = attention_reference(queries, k, v)
         same_dtype = attention_reference(queries, k, v).to(dtype).float() if dtype == torch.float32 else rounded(queries, k, v, dtype)
         floor = float(v.abs().max()) * (2e-6 if dtype == torch.float32 else 1e-3)
-        assert (mine.float() - truth).abs().max() <= 2 * (same_dtype - truth).abs().max() + floor
+        assert (result.float() - truth).abs().max() <= 2 * (same_dtype - truth).abs().max() + floor
 
 
 def rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the same computation in `dtype` gives."""
+    """The reference computed with keys, values and results in `dtype`."""
     return attention_reference(q, k.to(dtype), v.to(dtype)).to(dtype).float()
 
 
 def problem(case: Case, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, KVLayer, Sequences]:
-    """What lies past a sequence's end, and in rows that no sequence has, is poison."""
+    """The cache beyond a sequence's end and in unused rows is filled with NaN or large codes."""
     generator = torch.Generator().manual_seed(sum(case.ends))
     rows = range(len(case.ends)) if case.rows is None else case.rows
     cache = poisoned(format, max(*rows, 0) + 1, max(*case.ends, BLOCK) + 3, dtype)

@@ -20,24 +20,24 @@ def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(CODES, "nf4")
 
 
-def test_linear() -> None:
+def test_linear_dequantizes() -> None:
     weight, x, residual = nf4.quantize(torch.randn(40, 64)), torch.randn(3, 64), torch.randn(3, 40)
-    found = linear(x, weight, clip=2.0, residual=residual, backend=Backend.TRITON)
-    assert torch.allclose(found, (x @ dequantize(weight).T).clamp(-2, 2) + residual, atol=1e-5)
+    out = linear(x, weight, clip=2.0, residual=residual, backend=Backend.TRITON)
+    assert torch.allclose(out, (x @ dequantize(weight).T).clamp(-2, 2) + residual, atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [2, 20])
 @pytest.mark.parametrize("slots", [None, [2, -1, 0, 1]], ids=["resident", "slots"])
-def test_experts(T: int, slots: list[int] | None) -> None:
+def test_experts_are_dequantized(T: int, slots: list[int] | None) -> None:
     S, D, F = 4 if slots is None else 3, 64, 128
     w1, v1, w2 = (nf4.quantize(torch.randn(S, *shape) / 8) for shape in ((F, D), (F, D), (D, F)))
     layer = ExpertWeights(w1, v1, w2, None if slots is None else torch.tensor(slots, dtype=torch.int32))
     x, weights = torch.randn(T, D), torch.rand(T, 2)
     experts = torch.stack([torch.randperm(4)[:2] for _ in range(T)])
     missing, expected_missing = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
-    found = moe_experts(x, experts, weights, layer, missing=missing, backend=Backend.TRITON)
+    out = moe_experts(x, experts, weights, layer, missing=missing, backend=Backend.TRITON)
     expected = moe_experts(x, experts, weights, layer, missing=expected_missing, backend=Backend.REFERENCE)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
     if slots is not None:
         assert missing.tolist() == expected_missing.tolist()
 

@@ -1,4 +1,4 @@
-"""`linear` in the interpreter against the float32 reference, in both regimes, and decoded weights bit for bit."""
+"""`linear` in the interpreter compared with the float32 reference, in both regimes, and with dequantized weights bit for bit."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 
 @dataclass(frozen=True)
 class Case:
-    """One product. No N is a multiple of the tile's rows, and of the K's only 2048 is one of its depth."""
+    """One product."""
 
     fmt: str
+    """Format of the weight."""
     group_size: int
+    """Of the weight."""
     T: int
+    """Tokens."""
     N: int
+    """Output features; never a multiple of the rows of a tile."""
     K: int
+    """Input features; only 2048 is a multiple of the depth of a tile."""
     clip: float | None = None
+    """Limit of the outputs."""
     residual: bool = False
+    """Whether a residual is added."""
 
     def __str__(self) -> str:
         options = ("-clip" if self.clip else "") + ("-residual" if self.residual else "")
@@ -66,7 +73,7 @@ def finished(y: torch.Tensor, case: Case, residual: torch.Tensor | None) -> torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
+def test_linear_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
     weight = packed_weight(case.fmt, case.group_size, case.N, case.K)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.T, case.K, generator=generator).to(dtype)
@@ -83,7 +90,7 @@ def test_it_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert not case.clip or (product.abs() > case.clip).any()
 
 
-def test_the_cases_split_the_reduction() -> None:
+def test_the_cases_with_large_k_split_the_reduction() -> None:
     splits = {
         tiles_of(torch.empty(case.T, case.K), packed_weight(case.fmt, case.group_size, case.N, case.K)).splits
         for case in CASES
@@ -94,7 +101,7 @@ def test_the_cases_split_the_reduction() -> None:
 
 @pytest.mark.parametrize("T", [MATVEC_TOKENS, 192], ids=["matvec", "matmul"])
 @pytest.mark.parametrize(("fmt", "group_size"), FORMATS)
-def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int, T: int) -> None:
+def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, T: int) -> None:
     K = 192 if group_size < 128 else 256
     weight = packed_weight(fmt, group_size, 35, K)
     out = torch.cat([linear(part, weight) for part in torch.eye(K, dtype=torch.float16).split(T)])
@@ -102,19 +109,19 @@ def test_identity_activations_give_the_decoded_weight(fmt: str, group_size: int,
 
 
 @pytest.mark.parametrize("T", [3, 20])
-@pytest.mark.parametrize("lies", ["contiguous", "transposed", "strided"])
-def test_plain_weights_in_any_order(lies: str, T: int) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def test_plain_weights_in_any_memory_layout(layout: str, T: int) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = (torch.randn(70, 192, generator=generator) * 0.05).half()
     x = torch.randn(T, 192, generator=generator).half()
-    given = {"contiguous": weight, "transposed": weight.T.contiguous().T, "strided": weight.repeat_interleave(2, 1)[:, ::2]}[lies]
+    stored = {"contiguous": weight, "transposed": weight.T.contiguous().T, "strided": weight.repeat_interleave(2, 1)[:, ::2]}[layout]
     truth = linear_reference(x, weight)
     error = ((x @ weight.T).float() - truth).abs().max()
-    assert (linear(x, given).float() - truth).abs().max() <= 2 * error + 1e-6
-    assert torch.equal(linear(x, given), linear(x, weight))
+    assert (linear(x, stored).float() - truth).abs().max() <= 2 * error + 1e-6
+    assert torch.equal(linear(x, stored), linear(x, weight))
 
 
-def test_activations_that_are_not_contiguous_serve_too() -> None:
+def test_activations_need_not_be_contiguous() -> None:
     weight = packed_weight("int4", 64, 40, 192)
     x, residual = torch.randn(5, 192), torch.randn(5, 40)
     strided = linear(x.T.contiguous().T, weight, None, residual.T.contiguous().T)
@@ -129,7 +136,7 @@ def test_a_token_gives_the_same_bits_in_any_batch_of_its_tile(K: int) -> None:
 
 
 @pytest.mark.parametrize("T", [3, 20])
-def test_nan_stays_in_its_row(T: int) -> None:
+def test_nan_does_not_spread_to_other_rows(T: int) -> None:
     x = torch.ones(T, 192)
     x[1, 5] = torch.nan
     out = linear(x, packed_weight("int4", 64, 40, 192))

@@ -1,4 +1,4 @@
-"""`moe_experts` in Triton's interpreter against the float32 reference, in both regimes."""
+"""`moe_experts` in Triton's interpreter compared with the float32 reference, in both regimes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ HOLES = (1, -1, 0, 2)
 
 @dataclass(frozen=True)
 class Case:
-    """Formats of w1, v1 and w2; tokens; slots of the experts; width D and hidden F, by default (0) what groups divide and tiles do not."""
+    """One call."""
 
     formats: tuple[str, str, str]
+    """Of w1, v1 and w2."""
     T: int
+    """Tokens."""
     slots: tuple[int, ...] | None = None
+    """Slot of each expert, -1 for none; None: all experts, in order."""
     dtype: torch.dtype = torch.float32
+    """Of activations and plain weights."""
     size: int = 0
+    """Width and hidden width; 0 for sizes that groups divide and tiles do not."""
 
     @property
     def width(self) -> int:
@@ -93,7 +98,7 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def check(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights) -> torch.Tensor:
-    """The result, held against the reference's; what is missing is counted as there."""
+    """The result, after comparing it and the counts of missing experts with the reference."""
     counted, expected = (torch.zeros(layer.n_experts, dtype=torch.int32) for _ in range(2))
     truth = moe_experts(x.float(), experts, weights, layer, missing=expected, backend=Backend.REFERENCE)
     y = moe_experts(x, experts, weights, layer, missing=counted)
@@ -112,7 +117,7 @@ def check(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: 
 
 
 def in_torch(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights) -> torch.Tensor:
-    """float32 of what torch computes in the dtype of `x`."""
+    """The experts computed by torch in the dtype of `x`, as float32."""
     w1, v1, w2 = (dequantize(w, x.dtype) for w in (layer.w1, layer.v1, layer.w2))
     y = torch.zeros_like(x)
     for t, chosen in enumerate(experts.tolist()):
@@ -130,20 +135,20 @@ def test_experts_agree_with_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("formats", [FORMATS[i] for i in (0, 1, 6, 8, 10)], ids="+".join)
-def test_activations_in_halves_give_the_same(formats: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_in_halves_agree_with_the_reference(formats: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_moe_prefill, "_halves_serve", lambda chip: True)
     case = Case(formats, MANY, HOLES)
     check(*inputs(case), layer_of(case))
 
 
-def test_long_prompts_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_moe_prefill, "_CHUNK", 12)
     case = Case(FORMATS[1], MANY, HOLES)
     check(*inputs(case), layer_of(case))
 
 
 @pytest.mark.parametrize("T", [4, MANY])
-def test_all_tokens_on_the_same_experts_and_others_not_read(T: int) -> None:
+def test_experts_without_tokens_are_not_read(T: int) -> None:
     case = Case(FORMATS[1], T)
     layer = layer_of(case)
     for packed in (layer.w1, layer.v1, layer.w2):
@@ -175,7 +180,7 @@ def test_tokens_whose_experts_are_all_missing_get_zero(T: int) -> None:
 
 
 @pytest.mark.parametrize("T", [2, MANY])
-def test_missing_pairs_are_added_to_those_counted_before(T: int) -> None:
+def test_missing_pairs_are_added_to_earlier_counts(T: int) -> None:
     case = Case(FORMATS[1], T, HOLES)
     x, experts, weights = inputs(case)
     missing = torch.full((E,), 100, dtype=torch.int32)
@@ -186,8 +191,8 @@ def test_missing_pairs_are_added_to_those_counted_before(T: int) -> None:
 
 @pytest.mark.parametrize("T", [2, MANY])
 @pytest.mark.parametrize("fmt", ["int4g32", "int4g64", "int8g64", "nf4g64"])
-def test_identity_activations_give_the_decoded_down_projection(fmt: str, T: int) -> None:
-    """A gate so wide that silu is the identity, and up of one row: h is 1 at one place, and y a column of w2."""
+def test_identity_activations_give_the_dequantized_down_projection(fmt: str, T: int) -> None:
+    """The gate is so large that silu is the identity, and up selects one row: h is one-hot, and y is a column of w2."""
     D = F = 64
     down = MODULES[fmt.split("g")[0]].quantize(torch.randn(1, D, F), int(fmt.split("g")[1]))  # type: ignore[attr-defined] # all have it
     identity = torch.eye(F, D)[None]
@@ -197,10 +202,10 @@ def test_identity_activations_give_the_decoded_down_projection(fmt: str, T: int)
     assert torch.equal(y, dequantize(down)[0].T[:T])
 
 
-def test_the_same_bits_every_time() -> None:
+def test_repeated_calls_give_the_same_bits() -> None:
     case = Case(FORMATS[1], 5)
-    layer, given = layer_of(case), inputs(case)
-    assert torch.equal(moe_experts(*given, layer), moe_experts(*given, layer))
+    layer, arguments = layer_of(case), inputs(case)
+    assert torch.equal(moe_experts(*arguments, layer), moe_experts(*arguments, layer))
 
 
 @triton.jit
@@ -213,7 +218,7 @@ def tiles_kernel(bounds, slots, out):  # type: ignore[no-untyped-def] # triton c
     tl.store(place + 3, end)
 
 
-def test_every_tile_of_the_experts_that_are_here_has_one_program() -> None:
+def test_every_tile_of_a_resident_expert_has_one_program() -> None:
     bounds = [0, 0, 150, 153, 190, 191]  # none, more tiles than run together, missing, some, one
     programs = (191 // 8 + 1 + 5) * 3
     out = torch.full((programs, 4), -7, dtype=torch.int32)

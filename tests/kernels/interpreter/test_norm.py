@@ -1,4 +1,4 @@
-"""`add_norm` in the interpreter against torch."""
+"""`add_norm` in the interpreter compared with torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from dbrx_q.kernels.norm import add_norm, add_norm_reference
 
 @dataclass(frozen=True)
 class Case:
-    """One call; `add` says whether there is a delta."""
+    """One call."""
 
     T: int
+    """Tokens."""
     D: int
+    """Width."""
     add: bool = True
+    """Whether there is a delta."""
 
     def __str__(self) -> str:
         return f"T{self.T}-D{self.D}-{'add' if self.add else 'alone'}"
@@ -34,7 +37,7 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor |
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_agrees_with_torch(case: Case, dtype: torch.dtype) -> None:
+def test_add_norm_agrees_with_torch(case: Case, dtype: torch.dtype) -> None:
     assert pick(torch.device("cpu")) is Backend.TRITON
     x, delta, weight = inputs(case, dtype)
     total, normed = add_norm(x, delta, weight, 1e-5)
@@ -52,13 +55,13 @@ def test_without_a_delta_the_sum_is_the_input_itself() -> None:
     assert add_norm(x, None, weight, 1e-5)[0] is x
 
 
-def test_a_mean_that_dwarfs_the_spread_is_taken_off_first() -> None:
+def test_a_mean_much_larger_than_the_deviation_is_subtracted_first() -> None:
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)) + 4096
     truth = add_norm_reference(x.double(), None, torch.ones(256, dtype=torch.float64), 1e-5)[1]
     assert (add_norm(x, None, torch.ones(256), 1e-5)[1] - truth).abs().max() < 2e-3
 
 
-def test_views_that_are_not_contiguous_serve_too() -> None:
+def test_inputs_need_not_be_contiguous() -> None:
     x, delta, weight = inputs(Case(4, 64), torch.float32)
     assert delta is not None
     expected = add_norm(x, delta, weight, 1e-5)
@@ -66,7 +69,7 @@ def test_views_that_are_not_contiguous_serve_too() -> None:
     assert all(torch.equal(a, b) for a, b in zip(strided, expected, strict=True))
 
 
-def test_nan_stays_in_its_row() -> None:
+def test_nan_does_not_spread_to_other_rows() -> None:
     x, delta, weight = inputs(Case(3, 64), torch.float32)
     x[1, 5] = torch.nan
     total, normed = add_norm(x, delta, weight, 1e-5)

@@ -19,15 +19,22 @@ B, L, C = 3, 9, 32
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Ten query heads and nine key/value heads are no multiple of a program's eight."""
+    """One call."""
 
     name: str
+    """Shown in the test's id."""
     rows: tuple[int, ...]
+    """Row of the cache of each token, -1 for none."""
     positions: tuple[int, ...]
+    """Position of each token in its row."""
     H: int = 6
+    """Query heads; a program takes eight."""
     G: int = 2
+    """Key/value heads; a program takes eight."""
     clip: float | None = 1.5
+    """Limit of queries, keys and values."""
     scale: float = 1.0
+    """Of the random inputs."""
 
     def __str__(self) -> str:
         return self.name
@@ -49,7 +56,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("format", KV_FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_bits_of_the_reference(case: Case, format: str, dtype: torch.dtype) -> None:
+def test_the_stored_bits_equal_those_of_the_reference(case: Case, format: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(len(case.name))
     T = len(case.rows)
     qkv = (torch.randn(T, (case.H + 2 * case.G) * C, generator=generator) * case.scale).to(dtype)
@@ -58,13 +65,13 @@ def test_the_bits_of_the_reference(case: Case, format: str, dtype: torch.dtype) 
     stored, expected = (allocate_kv(format, B, case.G, L, C, dtype, torch.device("cpu")) for _ in range(2))
     arguments = rows, positions, angles.cos(), angles.sin()
     q = store_qkv(qkv, stored, *arguments, heads=case.H, clip=case.clip, backend=Backend.TRITON)
-    same(q, store_qkv_reference(qkv, expected, *arguments, heads=case.H, clip=case.clip))
-    for mine, theirs in zip(parts(stored), parts(expected), strict=True):
-        same(mine, theirs)
+    assert_same(q, store_qkv_reference(qkv, expected, *arguments, heads=case.H, clip=case.clip))
+    for part, expected_part in zip(parts(stored), parts(expected), strict=True):
+        assert_same(part, expected_part)
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_nothing_else_is_touched(format: str) -> None:
+def test_only_the_given_positions_are_written(format: str) -> None:
     cache = allocate_kv(format, B, 2, L, C, torch.float32, torch.device("cpu"))
     for part in parts(cache):
         part.fill_(3)
@@ -80,5 +87,5 @@ def parts(cache: KVLayer) -> list[torch.Tensor]:
     return [x for x in (cache.keys, cache.values, cache.key_scales, cache.value_scales) if x is not None]
 
 
-def same(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)

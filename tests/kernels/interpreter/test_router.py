@@ -1,4 +1,4 @@
-"""`route` in the interpreter: the experts that the reference chooses, bit for bit, and its weights."""
+"""`route` in the interpreter chooses the experts of the reference, bit for bit, and gives its weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from dbrx_q.kernels.router import route
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Up to 16 tokens split D over programs, more share one. E = 6 and 5 are no powers of two; D = 40 and 600 fill no tile."""
+    """One call."""
 
     T: int
+    """Tokens. For up to 16, several programs split D; more tokens share a program."""
     E: int
+    """Experts; 5 and 6 are not powers of two."""
     A: int
+    """Active experts of a token."""
     D: int
+    """Width; 40 and 600 do not fill their tiles."""
     order: float | None = 1.0
+    """Of the norm that divides the weights; None for no division."""
 
     def __str__(self) -> str:
         return f"T{self.T}-E{self.E}-A{self.A}-D{self.D}-norm{self.order}"
@@ -45,7 +50,7 @@ CASES = [
 
 
 def integers(case: Case, dtype: torch.dtype, most: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and router of small whole numbers, so that sums are exact in any order; experts come in equal pairs, so that logits tie."""
+    """x and router of small integers, whose sums are exact in any order; pairs of experts are equal, so that logits tie."""
     generator = torch.Generator().manual_seed(case.T + case.E)
     x = torch.randint(-most, most + 1, (case.T, case.D), generator=generator).to(dtype)
     router = torch.randint(-most, most + 1, (case.E, case.D), generator=generator).to(dtype)
@@ -54,44 +59,44 @@ def integers(case: Case, dtype: torch.dtype, most: int = 1) -> tuple[torch.Tenso
     return x, router
 
 
-def both(case: Case, x: torch.Tensor, router: torch.Tensor) -> tuple[Routing, Routing]:
+def routed_by_both(case: Case, x: torch.Tensor, router: torch.Tensor) -> tuple[Routing, Routing]:
     return tuple(route(x, router, case.A, case.order, backend=backend) for backend in (None, Backend.REFERENCE))  # type: ignore[return-value] # two
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_choice_is_the_reference_s_also_among_ties(case: Case, dtype: torch.dtype) -> None:
-    found, truth = both(case, *integers(case, dtype))
-    assert torch.equal(found.logits, truth.logits)
-    assert torch.equal(found.experts, truth.experts)
-    assert found.experts.dtype == torch.int64
-    torch.testing.assert_close(found.weights, truth.weights, rtol=1e-5, atol=1e-7)
+def test_the_chosen_experts_equal_those_of_the_reference_also_among_ties(case: Case, dtype: torch.dtype) -> None:
+    routing, truth = routed_by_both(case, *integers(case, dtype))
+    assert torch.equal(routing.logits, truth.logits)
+    assert torch.equal(routing.experts, truth.experts)
+    assert routing.experts.dtype == torch.int64
+    torch.testing.assert_close(routing.weights, truth.weights, rtol=1e-5, atol=1e-7)
     assert case.E < 2 or not case.T or len(truth.logits[0].unique()) < case.E
 
 
 @pytest.mark.parametrize("case", [Case(5, 16, 4, 1152), Case(20, 16, 4, 1152)], ids=str)
-def test_it_agrees_with_the_reference_on_ordinary_numbers(case: Case) -> None:
+def test_route_agrees_with_the_reference_on_random_inputs(case: Case) -> None:
     generator = torch.Generator().manual_seed(7)
     x, router = torch.randn(case.T, case.D, generator=generator).half(), torch.randn(case.E, case.D, generator=generator).half() * 0.05
-    found, truth = both(case, x, router)
-    torch.testing.assert_close(found.logits, truth.logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.experts, truth.experts)
-    torch.testing.assert_close(found.weights, truth.weights, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.weights.sum(-1), torch.ones(case.T))
+    routing, truth = routed_by_both(case, x, router)
+    torch.testing.assert_close(routing.logits, truth.logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(routing.experts, truth.experts)
+    torch.testing.assert_close(routing.weights, truth.weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routing.weights.sum(-1), torch.ones(case.T))
 
 
-def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
+def test_logits_far_apart_neither_overflow_nor_underflow() -> None:
     case = Case(1, 4, 2, 32)
     x = torch.ones(1, 32)
     router = torch.tensor([-3e4, 2e4, 3e4, 3e4])[:, None].expand(4, 32) / 32
-    found, _ = both(case, x, router)
-    assert found.experts.tolist() == [[2, 3]]
-    assert found.weights.tolist() == [[0.5, 0.5]]
+    routing, _ = routed_by_both(case, x, router)
+    assert routing.experts.tolist() == [[2, 3]]
+    assert routing.weights.tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("T", [2, 18])
-def test_nan_and_infinity_still_choose_experts_that_exist(T: int) -> None:
+def test_nan_and_infinity_choose_experts_that_exist(T: int) -> None:
     case = Case(T, 6, 4, 64)
     x, router = integers(case, torch.float32)
     x[0] = torch.nan
@@ -99,10 +104,10 @@ def test_nan_and_infinity_still_choose_experts_that_exist(T: int) -> None:
     router[2] = torch.inf
     router[3] = -torch.inf
     router[4, 0] = torch.nan
-    found, truth = both(case, x, router)
-    assert torch.equal(found.experts, truth.experts)
-    assert found.weights.isnan().all()  # as a softmax with an infinite or unknown logit is
-    assert found.experts[0].tolist() == [0, 1, 2, 3]
+    routing, truth = routed_by_both(case, x, router)
+    assert torch.equal(routing.experts, truth.experts)
+    assert routing.weights.isnan().all()  # as a softmax with an infinite or unknown logit is
+    assert routing.experts[0].tolist() == [0, 1, 2, 3]
 
 
 def test_negative_zero_ties_with_zero() -> None:
@@ -112,7 +117,7 @@ def test_negative_zero_ties_with_zero() -> None:
     assert route(x, router, 4, None).experts.tolist() == [[0, 1, 2, 3]]
 
 
-def test_the_counters_are_left_at_zero() -> None:
+def test_the_counters_are_reset_to_zero() -> None:
     case = Case(3, 16, 4, 1152)
     x, router = integers(case, torch.float32)
     first, second = (route(x, router, case.A, case.order) for _ in range(2))

@@ -1,6 +1,6 @@
-"""The inline PTX that decodes weights and KV caches, run by an evaluator of exactly the instructions it uses and compared with the formats.
+"""The inline PTX that dequantizes weights and KV caches, evaluated in numpy and compared with the formats bit for bit.
 
-No GPU is needed and none would show more: the results are compared bit for bit. Registers are arrays of uint32, one element per thread.
+The evaluator knows exactly the instructions that the PTX uses; no GPU is needed. Registers are arrays of uint32, one element per thread.
 
 Dimension letters: `L` threads, `M` bytes, four of each thread.
 """
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 
 
 def _halves(register: Array) -> Array:
-    """uint32 [L] to uint16 [L, 2], the low half first."""
+    """uint32 [L] as uint16 [L, 2], the low half first."""
     return register.view(np.uint16).reshape(-1, 2)
 
 
@@ -40,7 +40,7 @@ def _from_bfloat16(register: Array) -> Array:
 
 
 def _to_bfloat16(exact: Array) -> Array:
-    """uint16 bits of float64 values, rounded once to nearest, ties to even."""
+    """The uint16 bits of float64 values, rounded once to the nearest bfloat16, ties to even."""
     assert ((np.abs(exact) >= 2.0**-126) | (exact == 0)).all(), "subnormal bfloat16 would need another rounding"
     bits = exact.view(np.int64)
     cut = 52 - 7  # bits of the fraction that bfloat16 does not have
@@ -70,12 +70,12 @@ def _float16(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Ar
 
 
 def _float32(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """float64 has more than twice float32's digits, so that rounding to it first changes nothing."""
+    """float64 has more than twice the digits of float32, so that rounding to float64 first changes nothing."""
     return lambda a, b: op(*(register.view(np.float32).astype(np.float64) for register in (a, b))).astype(np.float32).view(np.uint32)
 
 
 def _prmt(a: Array, b: Array, selector: Array) -> Array:
-    """Four bytes of the eight of `a` (0 to 3) and `b` (4 to 7)."""
+    """Selects four of the eight bytes of `a` (0 to 3) and `b` (4 to 7)."""
     chosen = int(selector[0])
     source = np.stack(
         [*(a >> np.uint32(8 * i) & np.uint32(255) for i in range(4)), *(b >> np.uint32(8 * i) & np.uint32(255) for i in range(4))]
@@ -120,15 +120,18 @@ INSTRUCTIONS: dict[str, Callable[..., Array]] = {
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a function hands to `tl.inline_asm_elementwise`."""
+    """A call of `tl.inline_asm_elementwise`."""
 
     lines: list[str]
+    """Its instructions."""
     outputs: int
+    """Output registers."""
     inputs: int
+    """Input registers."""
 
 
 def assembly_of(function: Any, dtype: torch.dtype | None = None, pack: int = 4) -> Assembly:
-    """Read from the source of a `triton.jit` function; of several blocks, the one that gives elements of `dtype`."""
+    """The assembly in the source of a `triton.jit` function; of several blocks, the block that returns elements of `dtype`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.inline_asm_elementwise"]
     options = [{keyword.arg: keyword.value for keyword in call.keywords} for call in calls]
@@ -136,11 +139,11 @@ def assembly_of(function: Any, dtype: torch.dtype | None = None, pack: int = 4) 
     [(call, option)] = [pair for pair in zip(calls, options, strict=True) if wanted in ast.unparse(pair[1]["dtype"])]
     text, constraints = (ast.literal_eval(argument) for argument in call.args[:2])
     assert ast.literal_eval(option["pack"]) == pack
-    each = constraints.split(",")
-    outputs = [constraint for constraint in each if constraint.startswith("=")]
+    parts = constraints.split(",")
+    outputs = [constraint for constraint in parts if constraint.startswith("=")]
     assert all(constraint.startswith("=&") for constraint in outputs), "an output could share a register with an input that is read later"
     lines = [line.strip() for line in text.replace("{", "").replace("}", "").split(";")]
-    return Assembly([line for line in lines if line], len(outputs), len(each) - len(outputs))
+    return Assembly([line for line in lines if line], len(outputs), len(parts) - len(outputs))
 
 
 def evaluate(assembly: Assembly, inputs: list[Array]) -> list[Array]:
@@ -150,8 +153,8 @@ def evaluate(assembly: Assembly, inputs: list[Array]) -> list[Array]:
     declared: set[str] = set()
 
     def operand(text: str) -> Array:
-        if found := re.fullmatch(r"0f([0-9A-F]{8})|(0x[0-9A-Fa-f]+)|(\d+)", text):
-            value = int(found[1], 16) if found[1] else int(text, 0)
+        if literal := re.fullmatch(r"0f([0-9A-F]{8})|(0x[0-9A-Fa-f]+)|(\d+)", text):
+            value = int(literal[1], 16) if literal[1] else int(text, 0)
             return np.full(inputs[0].shape, value, np.uint32)
         return registers[text]
 
@@ -167,27 +170,30 @@ def evaluate(assembly: Assembly, inputs: list[Array]) -> list[Array]:
 
 
 def registers_of(values: torch.Tensor) -> list[Array]:
-    """One value per byte, [M], as registers [L]: four bytes in one, two 16-bit values in each of two, a float32 in each of four."""
+    """Values of four per thread, [M], as registers [L]: one of four bytes, two of two 16-bit values, or four of a float32."""
     size = values.element_size()
     memory = values.view(torch.uint8).numpy().reshape(-1, size, 4)
     return [np.ascontiguousarray(memory[:, i]).view(np.uint32).reshape(-1) for i in range(size)]
 
 
 def values_of(registers: list[Array]) -> torch.Tensor:
-    """int16 [M]: the bits of 16-bit values, two registers of each thread."""
+    """The bits of 16-bit values in two registers per thread, int16 [M]."""
     return torch.from_numpy(np.stack(registers, axis=1).view(np.int16).reshape(-1).copy())
 
 
-# What is compared
+# The inputs
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes, zero-points and scales, [M] each."""
+    """Inputs of the PTX."""
 
     codes: torch.Tensor
+    """Bytes [M]."""
     zeros: torch.Tensor
+    """Zero-points [M]."""
     scales: torch.Tensor
+    """Scales [M]."""
 
 
 ALL_SCALES = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)  # from zero to the largest, subnormal ones among them
@@ -199,92 +205,92 @@ ZEROS = torch.arange(16, dtype=torch.uint8)
 
 
 def numbers(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Iterator[Numbers]:
-    """Every combination, shuffled so that neighbours in a register differ in all of them; a million or so at a time."""
+    """Every combination, shuffled so that neighbours in a register differ in all three; about a million at a time."""
     step = max(1, (1 << 20) // (len(codes) * len(zeros)))
-    for some in scales.split(step):
-        grid = torch.cartesian_prod(*(torch.arange(len(part)) for part in (codes, zeros, some)))
+    for piece in scales.split(step):
+        grid = torch.cartesian_prod(*(torch.arange(len(part)) for part in (codes, zeros, piece)))
         grid = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
-        yield Numbers(codes[grid[:, 0]], zeros[grid[:, 1]], some[grid[:, 2]])
+        yield Numbers(codes[grid[:, 0]], zeros[grid[:, 1]], piece[grid[:, 2]])
 
 
-def decode_int4(dtype: torch.dtype, given: Numbers) -> torch.Tensor:
-    """int16 bits [M, 2] of both elements of each byte, by the PTX and what `_halves` prepares for it."""
-    wide = given.scales.float()
+def dequantize_int4(dtype: torch.dtype, batch: Numbers) -> torch.Tensor:
+    """The bits of both elements of each byte, int16 [M, 2], from the PTX and the operands that its callers prepare."""
+    wide = batch.scales.float()
     if dtype == torch.bfloat16:
         high = wide.bfloat16()
         low = (wide - high.float()).bfloat16()
-        operands = [(-128.0 - given.zeros.float()).bfloat16(), high, low]
+        operands = [(-128.0 - batch.zeros.float()).bfloat16(), high, low]
         assembly = assembly_of(triton_weights._int4_to_bfloat16)
     else:
-        operands = [(-1024.0 - given.zeros.float()).half(), given.scales]
+        operands = [(-1024.0 - batch.zeros.float()).half(), batch.scales]
         assembly = assembly_of(triton_weights._int4_to_float16)
-    out = evaluate(assembly, [register for operand in (given.codes, *operands) for register in registers_of(operand)])
+    out = evaluate(assembly, [register for operand in (batch.codes, *operands) for register in registers_of(operand)])
     return torch.stack((values_of(out[:2]), values_of(out[2:])), dim=-1)
 
 
-def decode_int8(dtype: torch.dtype, given: Numbers) -> torch.Tensor:
-    """int16 bits [M]."""
+def dequantize_int8(dtype: torch.dtype, batch: Numbers) -> torch.Tensor:
+    """The bits of each element, int16 [M], from the PTX."""
     function = triton_weights._int8_to_bfloat16 if dtype == torch.bfloat16 else triton_weights._int8_to_float16
-    scales = given.scales.float() if dtype == torch.bfloat16 else given.scales
-    return values_of(evaluate(assembly_of(function), [*registers_of(given.codes), *registers_of(scales)]))
+    scales = batch.scales.float() if dtype == torch.bfloat16 else batch.scales
+    return values_of(evaluate(assembly_of(function), [*registers_of(batch.codes), *registers_of(scales)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("codes", "scales"), [(BYTES, SOME_SCALES), (NIBBLES, MANY_SCALES)], ids=["every byte", "many scales"])
-def test_int4_decodes_to_the_bits_of_the_format(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
-    for given in numbers(codes, ZEROS, scales):
-        weight = int4.Int4Weight(given.codes[:, None], given.scales[:, None], given.zeros[:, None], 2)
+def test_int4_dequantizes_to_the_bits_of_the_format(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+    for batch in numbers(codes, ZEROS, scales):
+        weight = int4.Int4Weight(batch.codes[:, None], batch.scales[:, None], batch.zeros[:, None], 2)
         expected = int4.dequantize(weight, dtype).view(torch.int16)
-        assert torch.equal(decode_int4(dtype, given), expected)
+        assert torch.equal(dequantize_int4(dtype, batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_int8_decodes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
-    for given in numbers(BYTES, ZEROS[:1], torch.cat((MANY_SCALES, SOME_SCALES))):
-        weight = int8.Int8Weight(given.codes.view(torch.int8)[:, None], given.scales[:, None], 1)
-        assert torch.equal(decode_int8(dtype, given), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
+def test_int8_dequantizes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
+    for batch in numbers(BYTES, ZEROS[:1], torch.cat((MANY_SCALES, SOME_SCALES))):
+        weight = int8.Int8Weight(batch.codes.view(torch.int8)[:, None], batch.scales[:, None], 1)
+        assert torch.equal(dequantize_int8(dtype, batch), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_int4_codes_lose_their_zero_point_exactly(dtype: torch.dtype) -> None:
-    for given in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
+def test_zero_points_are_subtracted_from_int4_codes_exactly(dtype: torch.dtype) -> None:
+    for batch in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
         narrow, bias = (torch.bfloat16, 128.0) if dtype == torch.bfloat16 else (torch.float16, 1024.0)
         function = triton_group_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else triton_group_dot._steps_in_float16
-        operands = (given.codes, (-bias - given.zeros.float()).to(narrow))
+        operands = (batch.codes, (-bias - batch.zeros.float()).to(narrow))
         out = evaluate(assembly_of(function), [register for operand in operands for register in registers_of(operand)])
-        for found, codes in ((out[:2], given.codes & 15), (out[2:], given.codes >> 4)):
-            expected = (codes.float() - given.zeros.float()).to(dtype)
-            assert torch.equal(values_of(found).view(dtype), expected)
+        for registers, codes in ((out[:2], batch.codes & 15), (out[2:], batch.codes >> 4)):
+            expected = (codes.float() - batch.zeros.float()).to(dtype)
+            assert torch.equal(values_of(registers).view(dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_codes_of_a_kv_cache_become_the_numbers_that_they_are(format: str, dtype: torch.dtype) -> None:
-    """Every pair of bytes, each register holding two different ones."""
+def test_codes_of_a_kv_cache_are_converted_exactly(format: str, dtype: torch.dtype) -> None:
+    """For every pair of bytes; each register holds two different pairs."""
     pairs = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
     function = triton_kv.int8_parts if format == "int8" else triton_kv.int4_parts
-    found = evaluate(assembly_of(function, dtype, pack=2), [pairs.numpy().view(np.uint32)])
+    outputs = evaluate(assembly_of(function, dtype, pack=2), [pairs.numpy().view(np.uint32)])
     if format == "int8":
         expected = list(pairs.view(torch.int8).view(-1, 2).unbind(1))
     else:
         even, odd = pairs.view(torch.uint8).view(-1, 2).unbind(1)
         expected = [even & 15, odd & 15, even >> 4, odd >> 4]
-    for register, codes in zip(found, expected, strict=True):
+    for register, codes in zip(outputs, expected, strict=True):
         assert torch.equal(torch.from_numpy(register.view(np.int16).copy()), codes.to(dtype).view(torch.int16))
 
 
-# The evaluator itself, on what the PTX manual says
+# The evaluator itself, on examples of the PTX manual
 
 
-def test_the_instructions_do_what_the_manual_says() -> None:
+def test_the_evaluator_follows_the_ptx_manual() -> None:
     def word(value: int) -> Array:
         return np.array([value], np.uint32)
 
     assert _prmt(word(0x33221100), word(0x77665544), word(0x7210)).item() == 0x77221100
     assert _lop3(word(0xF0), word(0xCC), word(0xAA), word(0xEA)).item() & 0xFF == (0xF0 & 0xCC) | 0xAA
-    one, step = 0x3F80, 0x3C00  # 1.0 and 2^-7, the last place of 1.0, in bfloat16
-    assert _fma_bfloat16(word(one << 16 | one), word(step << 16 | one), word(one)).item() == 0x3C00_4000
+    unit, step = 0x3F80, 0x3C00  # 1.0 and 2^-7, the last place of 1.0, in bfloat16
+    assert _fma_bfloat16(word(unit << 16 | unit), word(step << 16 | unit), word(unit)).item() == 0x3C00_4000
     tie = word(np.float32(1 + 2**-8).view(np.uint32))
     odd = word(np.float32(1 + 3 * 2**-8).view(np.uint32))
     assert _convert_two(odd, tie).item() == 0x3F82_3F80  # the first operand is the upper half; both ties go to even

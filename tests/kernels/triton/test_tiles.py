@@ -1,4 +1,4 @@
-"""Tile choices are pure functions: they fit the chip, give way to what was measured, and offer candidates."""
+"""Tile choices are pure functions: tiles fit the chip, measured tiles take precedence, and candidates can be listed."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None
             assert size & (size - 1) == 0
 
 
-def test_decode_ends_where_the_matrix_units_pay() -> None:
+def test_the_decode_regime_ends_at_matvec_tokens() -> None:
     assert Problem("linear", MATVEC_TOKENS, 64, 64, 4, 64).decode
     assert not Problem("linear", MATVEC_TOKENS + 1, 64, 64, 4, 64).decode
 
 
-def test_a_measured_choice_serves_what_rounds_up_to_it_on_its_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_choice_applies_to_its_bucket_and_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_MEASURED", {})
     chip, fast = CHIPS["sm_86"], Tiles(16, 8, 128, 2, 1, 5)
     measured = Problem("gate_up", 4, 10752, 6144, 4, 64, 16)
@@ -50,12 +50,12 @@ def test_a_measured_choice_serves_what_rounds_up_to_it_on_its_chip(monkeypatch: 
 
 
 @pytest.mark.parametrize("before", [None, Tiles(32, 8, 128, 1, 2, 2)], ids=["default", "measured"])
-def test_trying_leaves_things_as_they_were(before: Tiles | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trying_restores_the_earlier_choice(before: Tiles | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_MEASURED", {})
     problem, chip, tried = PROBLEMS[0], CHIPS["sm_86"], Tiles(16, 8, 128, 2, 1, 5)
     if before is not None:
         use_measured({("sm_86", problem): before})
-    was = choose(problem, chip)
+    earlier = choose(problem, chip)
     with trying(problem, chip, tried):
         assert choose(problem, chip) == tried
-    assert choose(problem, chip) == was
+    assert choose(problem, chip) == earlier

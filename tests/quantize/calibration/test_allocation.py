@@ -1,4 +1,4 @@
-"""Allocation: the solver against exhaustive search and a bound, measured errors against the model, formats against their target."""
+"""Bit allocation: the solver against exhaustive search and a bound, measured errors against the model, formats against their target."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def choices_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[FormatC
     return {f"t{i}": [FormatChoice(INT4, bits, error) for bits, error in options] for i, options in enumerate(tensors)}
 
 
-def spent(chosen: dict[str, FormatChoice]) -> int:
+def total_bits(chosen: dict[str, FormatChoice]) -> int:
     return sum(choice.bits for choice in chosen.values())
 
 
-def harm(chosen: dict[str, FormatChoice]) -> float:
+def total_error(chosen: dict[str, FormatChoice]) -> float:
     return sum(choice.error for choice in chosen.values())
 
 
@@ -53,9 +53,9 @@ def test_small_cases_are_solved_exactly(tensors: list[list[tuple[int, float]]], 
     least, most = (sum(extreme(bits for bits, _ in options) for options in tensors) for extreme in (min, max))
     target = least + int(share * (most - least))
     chosen = allocate(choices_of(tensors), target)
-    assert spent(chosen) <= target
+    assert total_bits(chosen) <= target
     best = min(sum(error for _, error in mix) for mix in itertools.product(*tensors) if sum(bits for bits, _ in mix) <= target)
-    assert harm(chosen) == pytest.approx(best, abs=1e-9)
+    assert total_error(chosen) == pytest.approx(best, abs=1e-9)
 
 
 def lower_bound(choices: dict[str, list[FormatChoice]], target: int) -> float:
@@ -67,7 +67,7 @@ def lower_bound(choices: dict[str, list[FormatChoice]], target: int) -> float:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6])
-def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None:
+def test_many_tensors_of_odd_sizes_are_close_to_the_bound(share: float) -> None:
     generator = torch.Generator().manual_seed(3)
     choices = {}
     for i in range(80):
@@ -79,8 +79,8 @@ def test_many_tensors_of_odd_sizes_come_close_to_the_bound(share: float) -> None
     least, most = (sum(extreme(choice.bits for choice in options) for options in choices.values()) for extreme in (min, max))
     target = least + int(share * (most - least))
     chosen = allocate(choices, target)
-    assert target * 0.998 <= spent(chosen) <= target
-    assert harm(chosen) <= 1.02 * lower_bound(choices, target)  # which may split one of the 80 tensors
+    assert target * 0.998 <= total_bits(chosen) <= target
+    assert total_error(chosen) <= 1.02 * lower_bound(choices, target)  # which may split one of the 80 tensors
 
 
 @pytest.mark.parametrize("target", [99, 801])
@@ -116,25 +116,25 @@ def candidates_of(checkpoint: Checkpoint) -> dict[str, Sequence[TensorFormat]]:
 
 
 def streams(model: DbrxForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-    """Activations of the model, [T, ...]: embedded tokens, the stream after a layer's attention and after its experts, logits."""
-    seen = {}
+    """Activations of the model, [T, ...]: embedded tokens, the residual stream after a layer's attention and after its experts, logits."""
+    activations = {}
 
     def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        seen["attention"], seen["experts"] = outputs[0], outputs[0] + outputs[1]
+        activations["attention"], activations["experts"] = outputs[0], outputs[0] + outputs[1]
 
     handle = model.transformer.layers()[layer].register_forward_hook(keep)
     with torch.inference_mode():
-        seen["head"] = model(ids).logits.flatten(0, 1)
-        seen["head"] = seen["head"] - seen["head"].mean(-1, keepdim=True)
-        seen["embedding"] = model.transformer.wte(ids.flatten(), torch.float32)
+        activations["head"] = model(ids).logits.flatten(0, 1)
+        activations["head"] = activations["head"] - activations["head"].mean(-1, keepdim=True)
+        activations["embedding"] = model.transformer.wte(ids.flatten(), torch.float32)
     handle.remove()
-    return seen
+    return activations
 
 
 @pytest.mark.parametrize(
     "which", ["wte.weight", "attn.Wqkv.weight", "attn.out_proj.weight", "mlp.w1", "mlp.v1", "mlp.w2", "lm_head.weight"]
 )
-def test_errors_are_those_of_the_model_with_one_tensor_rounded(
+def test_measured_errors_equal_those_of_a_model_with_one_rounded_tensor(
     nano: Path, sequences: torch.Tensor, measured: OutputErrors, which: str
 ) -> None:
     layer = 2
@@ -155,7 +155,7 @@ def test_errors_are_those_of_the_model_with_one_tensor_rounded(
             assert error == pytest.approx(truth, rel=0.05), fmt
 
 
-def test_the_currency_grows_at_routers_that_come_after() -> None:
+def test_an_error_grows_at_the_routers_after_it() -> None:
     block = "transformer.blocks.{}.ffn.experts.mlp.w1"
     attention = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight"
     measured = OutputErrors({}, [0.01, 0.02])
@@ -167,11 +167,11 @@ def test_the_currency_grows_at_routers_that_come_after() -> None:
     chosen = {"transformer.wte.weight": 2e-4, block.format(0): 1e-4, attention: 3e-4, "lm_head.weight": 1e-3}
     weights = measured.weights(chosen)
     for name, error in chosen.items():
-        more = measured.total(chosen | {name: error * 1.001})
-        assert (more - measured.total(chosen)) / (error * 0.001) == pytest.approx(weights[name], rel=1e-2)
+        increased = measured.total(chosen | {name: error * 1.001})
+        assert (increased - measured.total(chosen)) / (error * 0.001) == pytest.approx(weights[name], rel=1e-2)
 
 
-def test_figures_do_not_depend_on_the_number_of_threads(nano: Path, sequences: torch.Tensor, measured: OutputErrors) -> None:
+def test_measured_errors_do_not_depend_on_the_number_of_threads(nano: Path, sequences: torch.Tensor, measured: OutputErrors) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3 if threads != 3 else 2)
     try:
@@ -199,7 +199,7 @@ def test_allocated_formats_meet_their_target(nano: Path, sequences: torch.Tensor
         assert target - 0.02 <= bits_per_weight(checkpoint, formats) <= target
 
 
-def test_allocated_formats_keep_to_rules_and_formats(nano: Path, sequences: torch.Tensor) -> None:
+def test_allocated_formats_respect_rules_and_offered_formats(nano: Path, sequences: torch.Tensor) -> None:
     rules = ["w2=int8:128", "blocks.0.w2=nf4", "head=plain"]
     with Checkpoint(nano) as checkpoint:
         formats = allocated_formats(checkpoint, sequences[:2], 6.5, experts=(INT4, INT8), others=(INT8,), rules=rules)
@@ -213,7 +213,7 @@ def test_allocated_formats_keep_to_rules_and_formats(nano: Path, sequences: torc
 
 
 @pytest.mark.parametrize("target", [4.0, 17.0])
-def test_the_reachable_range_is_said(nano: Path, sequences: torch.Tensor, target: float) -> None:
+def test_an_unreachable_target_names_the_reachable_range(nano: Path, sequences: torch.Tensor, target: float) -> None:
     with Checkpoint(nano) as checkpoint:
         with pytest.raises(RequestError, match=r"from 4\.468 to 9\.434 bits per weight") as refused:
             allocated_formats(checkpoint, sequences, target)

@@ -1,4 +1,4 @@
-"""Calibration layer by layer: its two streams are those of the two models, and calibrated checkpoints diverge less."""
+"""Layer-by-layer calibration: its two activation streams equal those of the two models, and calibrated checkpoints diverge less."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, me
 
 @pytest.fixture
 def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
-    """Every calibration that runs in the test, with its last inputs kept as `last`."""
+    """Every calibration that runs in the test. Its attribute `last` holds its last inputs."""
     calibrations: list[Calibration] = []
 
-    class Kept(Calibration):
+    class Recorded(Calibration):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             calibrations.append(self)
@@ -57,12 +57,14 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Calibration]:
             self.last = {name: state.inputs.read(0, state.inputs.tokens) for name, state in self._states.items()}
             super().close()
 
-    monkeypatch.setattr(pipeline, "Calibration", Kept)
+    monkeypatch.setattr(pipeline, "Calibration", Recorded)
     return calibrations
 
 
 @pytest.mark.parametrize("method", ["gptq", "best"])
-def test_the_streams_are_the_models(nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration], method: str) -> None:
+def test_the_streams_equal_the_activations_of_the_models(
+    nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration], method: str
+) -> None:
     sequences = sequences_of(ids, count=12, length=96, seed=1)
     quantize(nano, tmp_path / "out", sequences, method)
     (calibration,) = calibrations
@@ -77,21 +79,23 @@ def test_the_streams_are_the_models(nano: Path, ids: list[int], tmp_path: Path, 
 
 
 def test_calibrated_checkpoints_diverge_less(nano: Path, ids: list[int], tmp_path: Path) -> None:
-    """Fitted to the first half of a book, measured on the second."""
+    """Calibrated on the first half of a book, measured on the second."""
     sequences = sequences_of(ids[: len(ids) // 2], count=32, length=256, seed=0)
     for method in ("rtn", "best"):
         quantize(nano, tmp_path / method, sequences, method)
     text = BOOK.read_text(encoding="utf-8")
-    rest = tmp_path / "rest.txt"
-    rest.write_text(text[len(text) // 2 + 1000 :], encoding="utf-8")
+    second_half = tmp_path / "second_half.txt"
+    second_half.write_text(text[len(text) // 2 + 1000 :], encoding="utf-8")
     sources = [open_source(tmp_path / method) for method in ("rtn", "best")]
-    comparison = compare_checkpoints(open_reference(str(nano)), sources, load_text(str(rest)), Protocol.of(256, limit=24))
+    comparison = compare_checkpoints(open_reference(str(nano)), sources, load_text(str(second_half)), Protocol.of(256, limit=24))
     nearest, best = (row.mean_kl for row in comparison.results)
     assert best < 0.75 * nearest
     assert len({row.bits_per_weight for row in comparison.results}) == 1
 
 
-def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration]) -> None:
+def test_experts_that_few_tokens_reach_are_calibrated_on_all_tokens(
+    nano: Path, ids: list[int], tmp_path: Path, calibrations: list[Calibration]
+) -> None:
     report = quantize(nano, tmp_path / "out", sequences_of(ids, count=6, length=100, seed=0), "gptq")
     (calibration,) = calibrations
     undersampled = [(layer, e) for layer, counts in calibration.expert_tokens.items() for e, count in enumerate(counts) if count < 128]
@@ -104,14 +108,14 @@ def test_experts_that_few_tokens_reach_take_all(nano: Path, ids: list[int], tmp_
             errors[f"transformer.blocks.{layer}.ffn.experts.mlp.w1.{e}"]
             for layer in range(4)
             for e in range(16)
-            if ((layer, e) in undersampled) == belongs
+            if ((layer, e) in undersampled) == is_undersampled
         ]
-        for belongs in (True, False)
+        for is_undersampled in (True, False)
     )
     assert max(with_layer) < 1.5 * max(others)  # too few tokens would give larger errors
 
 
-def test_same_input_same_bytes(small: Path, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(small: Path, tmp_path: Path) -> None:
     sequences = torch.arange(4 * 60).view(4, 60)
     for name in ("a", "b"):
         quantize(small, tmp_path / name, sequences, "best", about={"seed": 0})
@@ -161,39 +165,39 @@ def test_sequences_are_windows_of_the_text() -> None:
         sequences_of(ids, count=0, length=100, seed=3)
 
 
-def test_what_does_not_fit_is_refused(small: Path, tmp_path: Path) -> None:
-    for sequences, says in (
+def test_unusable_calibration_sequences_and_methods_are_refused(small: Path, tmp_path: Path) -> None:
+    for sequences, message in (
         (None, "must have a text to calibrate with; found none"),
         (torch.full((1, 8), 4096), "token ids below 4096 and at most 64 tokens; found 4096 and 8"),
         (torch.zeros(1, 65, dtype=torch.int64), "found 0 and 65"),
     ):
-        with pytest.raises(RequestError, match=says):
+        with pytest.raises(RequestError, match=message):
             quantize(small, tmp_path / "out", sequences, "best")
     with pytest.raises(RequestError, match=r"the method must be one of rtn, .*; found 'awful'"):
         quantize(small, tmp_path / "out", None, "awful")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_quantize_command_calibrates(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
     command = ("quantize", nano, out, "--calibration", BOOK, "--sequences", 6, "--length", 128)
-    done = cli(*command, "--method", "awq", "--json")
-    assert done.code == 0, done.err
-    summary = json.loads(done.out)
+    outcome = cli(*command, "--method", "awq", "--json")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads(outcome.out)
     assert summary["method"] == "awq"
     assert summary["calibration"] == json.loads((out / "config.json").read_text())["quantization_config"]["calibration"]
     assert summary["calibration"] | {"text_sha256": ""} == {"text_sha256": "", "sequences": 6, "length": 128, "seed": 0}
     assert cli("verify", out).code == 0
     short = tmp_path / "short.txt"
     short.write_text("The old man")
-    for arguments, says in (
+    for arguments, message in (
         (("quantize", nano, tmp_path / "x", "--method", "best"), "must have a text to calibrate with"),
         (("quantize", nano, tmp_path / "x", "--calibration", BOOK), "the method rtn takes no calibration"),
         (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", short), "at least one sequence of 512 tokens"),
         (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", BOOK, "--format", "nf4"), "best makes int4 and int8"),
     ):
-        done = cli(*arguments)
-        assert (done.code, done.out) == (2, "")
-        assert says in done.err
-        assert "Traceback" not in done.err
+        outcome = cli(*arguments)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+        assert "Traceback" not in outcome.err
         assert not (tmp_path / "x").exists()

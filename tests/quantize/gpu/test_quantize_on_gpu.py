@@ -1,4 +1,4 @@
-"""Quantizing on a GPU: as good as on the CPU, the same bytes each time, and within its memory."""
+"""Quantization on a GPU: errors as on the CPU, the same bytes on every run, and within the GPU's memory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SHARES, BETAS = torch.tensor([1.0, 0.9, 0.8, 0.7]), torch.tensor([10 * 1.01**n f
 def quantize(source: Path, out: Path, method: str, memory: int | None, device: str = "cuda") -> RunRecord:
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
     accelerator = open_accelerator(device, memory)
-    asked = QuantizationRequest(
+    request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
     )
-    return quantize_checkpoint(source, out, asked)
+    return quantize_checkpoint(source, out, request)
 
 
 @pytest.mark.parametrize("method", ["clip", "hqq", "awq", "gptq", "best"])
-def test_errors_are_those_of_the_cpu_and_bytes_repeat(nano: Path, tmp_path: Path, method: str) -> None:
+def test_errors_equal_those_of_the_cpu_and_bytes_repeat(nano: Path, tmp_path: Path, method: str) -> None:
     plain = quantize(nano, tmp_path / "cpu", method, None, "cpu")
     once, again = (quantize(nano, tmp_path / name, method, None) for name in ("once", "again"))
     assert once.relative_error == pytest.approx(plain.relative_error, rel=0.02)
@@ -44,7 +44,7 @@ def test_errors_are_those_of_the_cpu_and_bytes_repeat(nano: Path, tmp_path: Path
         assert sha256_of(path) == sha256_of(tmp_path / "again" / path.name)
 
 
-def test_memory_that_runs_out_leaves_a_tensor_to_the_cpu(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_that_runs_out_of_gpu_memory_is_rounded_by_the_cpu(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbrx_q.quantize.pipeline.accelerator._TEMPORARIES", 0.001)  # so that the plan promises more than the GPU has
     run = quantize(nano, tmp_path / "out", "best", 4 << 20)
     assert any(record.device == "cpu: cuda:0 ran out of memory" for record in run.records)
@@ -53,14 +53,14 @@ def test_memory_that_runs_out_leaves_a_tensor_to_the_cpu(nano: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("G", "levels"), [(64, int4.LEVELS), (32, int8.LEVELS)], ids=["int4", "int8"])
-def test_searches_find_what_the_cpus_do(G: int, levels: GridLevels) -> None:
+def test_grid_searches_give_the_results_of_the_cpu(G: int, levels: GridLevels) -> None:
     weight = torch.randn(96, 768, generator=torch.Generator().manual_seed(3)) * 0.02
     importance = torch.rand(768, generator=torch.Generator().manual_seed(4))
-    for found, expected in (
+    for grid, expected in (
         (
             least_squares(weight.cuda(), G, levels, SHARES, importance.cuda()),
             cpu_search.least_squares(weight, G, levels, SHARES, importance),
         ),
         (half_quadratic(weight.cuda(), G, levels, BETAS), cpu_search.half_quadratic(weight, G, levels, BETAS)),
     ):
-        assert all((a.cpu() == b).float().mean() > 0.97 for a, b in zip(found, expected, strict=True))
+        assert all((a.cpu() == b).float().mean() > 0.97 for a, b in zip(grid, expected, strict=True))

@@ -1,4 +1,4 @@
-"""AWQ's scales for the columns of w2: exact where they are folded in, and no loss by their own measure."""
+"""AWQ's scales for the columns of w2: folding them in is exact, and they never raise the error that they minimize."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weight() -> torch.Tensor:
 
 @pytest.fixture
 def importance() -> torch.Tensor:
-    """Few columns matter much, as in an expert's hidden layer."""
+    """A few columns matter far more than the rest, as in an expert's hidden layer."""
     return torch.randn(K, generator=torch.Generator().manual_seed(2)).mul(1.5).exp()
 
 
@@ -31,18 +31,18 @@ def expert(x: torch.Tensor, w1: torch.Tensor, v1: torch.Tensor, w2: torch.Tensor
     return (F.silu(x @ w1.T) * (x @ v1.T)) @ w2.T
 
 
-def test_the_expert_stays_the_same(weight: torch.Tensor, importance: torch.Tensor) -> None:
+def test_folding_does_not_change_the_experts_output(weight: torch.Tensor, importance: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(3)
     w1, v1, x = (torch.randn(rows, D, generator=generator, dtype=torch.float64) / 8 for rows in (K, K, 20))
     scales = column_scales(weight, importance, INT4)
     assert scales.max() > 1.5 * scales.min()
     folded = fold(v1, weight, scales)
-    wanted = expert(x, w1, v1, weight.double())
-    assert torch.allclose(expert(x, w1, folded[0].double(), folded[1].double()), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    expected = expert(x, w1, v1, weight.double())
+    assert torch.allclose(expert(x, w1, folded[0].double(), folded[1].double()), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_the_codes_of_v1_stay_the_same(weight: torch.Tensor) -> None:
-    """By powers of two, which float16 scales take without rounding, bit for bit: the decoded rows are the scaled ones."""
+def test_folding_powers_of_two_keeps_the_codes_of_v1(weight: torch.Tensor) -> None:
+    """float16 scales absorb powers of two without rounding, so that the dequantized rows are scaled exactly."""
     v1 = torch.randn(K, D, generator=torch.Generator().manual_seed(4)) * 0.02
     scales = torch.exp2(torch.arange(K) % 5 - 2.0)
     plain, scaled = (int4.quantize(part, 64) for part in (v1, fold(v1, weight, scales)[0]))
@@ -52,7 +52,7 @@ def test_the_codes_of_v1_stay_the_same(weight: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
-def test_never_worse_than_no_fold(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat) -> None:
+def test_searched_scales_are_never_worse_than_none(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat) -> None:
     ones = torch.ones(K)
     least = column_error(weight, importance, fmt, column_scales(weight, importance, fmt))
     assert least < 0.95 * column_error(weight, importance, fmt, ones)
@@ -61,19 +61,19 @@ def test_never_worse_than_no_fold(weight: torch.Tensor, importance: torch.Tensor
         assert least < column_error(weight, importance, fmt, importance.pow(factor - 0.75))
 
 
-def test_the_error_is_that_of_the_output(weight: torch.Tensor, importance: torch.Tensor) -> None:
-    """With inputs that are independent of each other, and for what is packed in the end."""
+def test_column_error_is_the_error_of_the_output(weight: torch.Tensor, importance: torch.Tensor) -> None:
+    """For independent inputs and for the weight that is packed in the end."""
     scales = column_scales(weight, importance, INT4)
     folded = fold(torch.ones(K, 1), weight, scales)[1]
     grid = searched_grid(folded, INT4, importance / scales.square())
     value = dequantize(packed(grid, grid.round(folded)))
     inputs = torch.randn(4000, K, generator=torch.Generator().manual_seed(5)) * importance.sqrt()
-    found = ((inputs / scales) @ value.T - inputs @ weight.T).square().sum() / 4000
-    assert float(found) == pytest.approx(column_error(weight, importance, INT4, scales), rel=0.03)
+    output_error = ((inputs / scales) @ value.T - inputs @ weight.T).square().sum() / 4000
+    assert float(output_error) == pytest.approx(column_error(weight, importance, INT4, scales), rel=0.03)
 
 
 @pytest.mark.parametrize("case", ["none", "one", "zeros", "far apart"])
-def test_scales_stay_in_range(weight: torch.Tensor, case: str) -> None:
+def test_scales_stay_within_their_bounds(weight: torch.Tensor, case: str) -> None:
     importance = {
         "none": torch.zeros(K),
         "one": (torch.arange(K) == 7).float(),

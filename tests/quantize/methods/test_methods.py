@@ -1,4 +1,4 @@
-"""The parts of the methods, each against arithmetic written out in float64."""
+"""The steps of the quantization methods, each compared with arithmetic written out in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def products() -> Iterator[Products]:
 
 @pytest.fixture
 def moments(products: Products) -> Moments:
-    """Of inputs that depend on each other, as activations do, and differ a little between the two models."""
+    """Moments of inputs that are correlated, as activations are, and differ a little between the two models."""
     generator = torch.Generator().manual_seed(2)
     mix = torch.randn(K, K, generator=generator) / 8 + torch.eye(K)
     y = torch.randn(2000, K, generator=generator) @ mix
@@ -54,52 +54,52 @@ def sums(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """float64 [N]."""
+    """The squared error of each row's outputs, float64 [N]."""
     error = value.double() - weight.double()
     return ((error @ hessian.double()) * error).sum(-1)
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8, TensorFormat("int4", 32)], ids=str)
-def test_the_range_is_cut_as_the_formats_cut_it(weight: torch.Tensor, fmt: TensorFormat) -> None:
+def test_range_grids_equal_those_of_the_formats(weight: torch.Tensor, fmt: TensorFormat) -> None:
     weight[3] = 0
     weight[4, :64] = 1e-9
     module = int4 if fmt.format == "int4" else int8
     expected = module.quantize(weight, fmt.group_size)
     grid = range_grid(weight, fmt)
-    found = packed(grid, grid.round(weight))
-    assert type(found) is type(expected)
+    result = packed(grid, grid.round(weight))
+    assert type(result) is type(expected)
     for part in ("qweight", "scales", "zeros")[: 3 if fmt.format == "int4" else 2]:
-        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+        assert torch.equal(getattr(result, part), getattr(expected, part)), part
     assert torch.equal(grid.dequantize(grid.round(weight)), dequantize(expected))
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
-def test_rounding_to_a_grid_in_one_pass(weight: torch.Tensor, fmt: TensorFormat) -> None:
+def test_to_nearest_equals_rounding_and_packing(weight: torch.Tensor, fmt: TensorFormat) -> None:
     grid = searched_grid(weight, fmt)
     expected = packed(grid, grid.round(weight))
-    found, error, square = to_nearest(weight, grid)
-    assert torch.equal(found.qweight, expected.qweight)
-    assert torch.equal(dequantize(found), dequantize(expected))
+    result, error, square = to_nearest(weight, grid)
+    assert torch.equal(result.qweight, expected.qweight)
+    assert torch.equal(dequantize(result), dequantize(expected))
     assert error == pytest.approx(float((dequantize(expected).double() - weight.double()).square().sum()), rel=1e-4)
     assert square == pytest.approx(float(weight.double().square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_searched_grid_is_never_worse(weight: torch.Tensor, fmt: TensorFormat, weighted: bool) -> None:
+def test_a_searched_grid_is_never_worse_than_the_full_range(weight: torch.Tensor, fmt: TensorFormat, weighted: bool) -> None:
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
     weight[0, 5] = 0.5  # far from the rest of its group
 
     def errors(grid: Grid) -> torch.Tensor:
         return ((grid.dequantize(grid.round(weight)) - weight).square() * importance).unflatten(-1, (-1, fmt.group_size)).sum(-1)
 
-    searched, whole = searched_grid(weight, fmt, importance if weighted else None), range_grid(weight, fmt)
-    assert (errors(searched) <= errors(whole) * (1 + 1e-5)).all()
+    searched, full_range = searched_grid(weight, fmt, importance if weighted else None), range_grid(weight, fmt)
+    assert (errors(searched) <= errors(full_range) * (1 + 1e-5)).all()
     if fmt is INT4:  # with 8 bits no element is worth clipping
-        assert errors(searched).sum() < 0.97 * errors(whole).sum()
+        assert errors(searched).sum() < 0.97 * errors(full_range).sum()
 
 
-def test_hqq_lets_outliers_be_outliers(weight: torch.Tensor) -> None:
+def test_hqq_lowers_its_norm_for_weights_with_outliers(weight: torch.Tensor) -> None:
     weight[:, ::64] *= 4
 
     def norm(grid: Grid) -> float:
@@ -109,7 +109,7 @@ def test_hqq_lets_outliers_be_outliers(weight: torch.Tensor) -> None:
 
 
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Column by column with the inverse Hessian of the columns that are left, computed anew for each (OBQ's equations, fixed order)."""
+    """Rounds column by column and inverts the Hessian of the remaining columns anew for each (OBQ's equations, fixed order)."""
     w, h = weight.double().clone(), hessian.double()
     left = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     u = torch.zeros(N, K)
@@ -124,36 +124,36 @@ def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> to
     return u
 
 
-def test_gptq_is_the_textbooks(weight: torch.Tensor, moments: Moments) -> None:
+def test_gptq_equals_the_textbook_algorithm(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
-    found, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
-    assert (found == expected).float().mean() > 0.99  # a value halfway between two may go either way
-    assert torch.allclose(*(loss(weight, grid.dequantize(u), moments.hessian).sum() for u in (found, expected)), rtol=0.01)
+    codes, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
+    assert (codes == expected).float().mean() > 0.99  # a value halfway between two may go either way
+    assert torch.allclose(*(loss(weight, grid.dequantize(u), moments.hessian).sum() for u in (codes, expected)), rtol=0.01)
     nearest = loss(weight, grid.dequantize(grid.round(weight)), moments.hessian).sum()
-    assert loss(weight, grid.dequantize(found), moments.hessian).sum() < 0.6 * nearest
+    assert loss(weight, grid.dequantize(codes), moments.hessian).sum() < 0.6 * nearest
 
 
-def test_scales_are_the_least_squares_ones(weight: torch.Tensor, moments: Moments) -> None:
+def test_fitted_scales_solve_the_least_squares_problem(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
     u = gptq(weight, moments, grid)
-    found = fit_scales(weight, moments.hessian, grid, u).scales
+    fitted = fit_scales(weight, moments.hessian, grid, u).scales
     root = torch.linalg.cholesky(moments.hessian.double()).T  # H = root^T root
     for row in (0, 7, N - 1):
         columns = torch.stack([root[:, g * 64 : (g + 1) * 64] @ u[row, g * 64 : (g + 1) * 64].double() for g in range(K // 64)], 1)
         expected = torch.linalg.lstsq(columns, root @ weight[row].double()).solution
-        assert torch.allclose(found[row].double(), expected, rtol=1e-3)
+        assert torch.allclose(fitted[row].double(), expected, rtol=1e-3)
 
 
-def test_scales_that_would_run_away_stay(weight: torch.Tensor, moments: Moments) -> None:
+def test_a_scale_that_would_change_too_much_is_kept(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
     u = grid.round(weight)
     u[:, :64] *= 8  # a fit would make these eight times smaller
-    found = fit_scales(weight, moments.hessian, grid, u).scales
-    assert torch.equal(found[:, 0], grid.scales[:, 0])
-    assert not torch.equal(found[:, 1], grid.scales[:, 1])
+    fitted = fit_scales(weight, moments.hessian, grid, u).scales
+    assert torch.equal(fitted[:, 0], grid.scales[:, 0])
+    assert not torch.equal(fitted[:, 1], grid.scales[:, 1])
 
 
-def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments: Moments) -> None:
+def test_descent_ends_where_no_single_change_lowers_the_error(weight: torch.Tensor, moments: Moments) -> None:
     grid = range_grid(weight, INT4)
     start = grid.round(weight)
     once, often = (descend(weight, moments.hessian, grid, start, sweeps=sweeps) for sweeps in (1, 30))
@@ -168,18 +168,18 @@ def test_descent_ends_where_no_single_change_helps(weight: torch.Tensor, moments
             assert (loss(weight, grid.dequantize(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
 
 
-def test_what_makes_up_solves_the_least_squares_it_names(weight: torch.Tensor, moments: Moments, products: Products) -> None:
-    found = moments.corrected_target(weight).double()
+def test_the_corrected_target_solves_its_least_squares_problem(weight: torch.Tensor, moments: Moments, products: Products) -> None:
+    target = moments.corrected_target(weight).double()
     hessian, cross = sums(moments)
     d = DAMPING * hessian.diagonal().mean()
     # The gradient of |W' X - W Y|^2 + d |W' - W|^2 with respect to W'.
-    gradient = found @ hessian - weight.double() @ cross + d * (found - weight.double())
+    gradient = target @ hessian - weight.double() @ cross + d * (target - weight.double())
     assert gradient.abs().max() < 1e-4 * (weight.double() @ cross).abs().max()
-    assert (found - weight).norm() > 0.01 * weight.norm()
+    assert (target - weight).norm() > 0.01 * weight.norm()
     assert torch.equal(Moments(moments.hessian, None, products).corrected_target(weight), weight)
 
 
-def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch, products: Products) -> None:
+def test_moments_add_up_over_pieces_and_weigh_gates_squared(monkeypatch: pytest.MonkeyPatch, products: Products) -> None:
     generator = torch.Generator().manual_seed(4)
     x, y, g = torch.randn(50, 32, generator=generator), torch.randn(50, 32, generator=generator), torch.rand(50, generator=generator)
     monkeypatch.setattr("dbrx_q.quantize.methods.products._COLUMNS", 13)
@@ -190,7 +190,7 @@ def test_pieces_add_up_and_gates_weigh_squared(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("case", ["zero", "one token", "dead inputs", "indefinite"])
-def test_damping_recovers(weight: torch.Tensor, moments: Moments, products: Products, case: str) -> None:
+def test_damping_handles_singular_and_indefinite_hessians(weight: torch.Tensor, moments: Moments, products: Products, case: str) -> None:
     hessian = {
         "zero": torch.zeros(K, K),
         "one token": torch.ones(K, K),
@@ -199,48 +199,47 @@ def test_damping_recovers(weight: torch.Tensor, moments: Moments, products: Prod
     }[case]
     if case == "indefinite":
         assert torch.linalg.eigvalsh(hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(K))[0] < 0
-    found = Moments(hessian, torch.zeros(K, K), products)
-    assert torch.isfinite(found.factor).all()
+    damped = Moments(hessian, torch.zeros(K, K), products)
+    assert torch.isfinite(damped.factor).all()
     for name in ("gptq", "best"):
-        value = dequantize(METHODS[name].run(weight, INT4, found).packed)
+        value = dequantize(METHODS[name].run(weight, INT4, damped).packed)
         assert (value - weight).norm() < 0.5 * weight.norm(), name
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_statistics_are_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str) -> None:
-    found = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
+def test_reported_errors_are_those_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str) -> None:
+    result = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
     plain = weight.bfloat16().double()
-    assert found.error == pytest.approx(float((dequantize(found.packed).double() - plain).square().sum()), rel=1e-4)
-    assert found.square == pytest.approx(float(plain.square().sum()), rel=1e-4)
+    assert result.error == pytest.approx(float((dequantize(result.packed).double() - plain).square().sum()), rel=1e-4)
+    assert result.square == pytest.approx(float(plain.square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.calibrated])
-def test_rows_are_independent(weight: torch.Tensor, moments: Moments, name: str) -> None:
+def test_rows_are_quantized_independently(weight: torch.Tensor, moments: Moments, name: str) -> None:
     run = METHODS[name].run
-    whole, part = dequantize(run(weight, INT4, moments).packed), dequantize(run(weight[5:9], INT4, moments).packed)
-    assert (whole[5:9] == part).float().mean() > 0.99
+    all_rows, four_rows = dequantize(run(weight, INT4, moments).packed), dequantize(run(weight[5:9], INT4, moments).packed)
+    assert (all_rows[5:9] == four_rows).float().mean() > 0.99
 
 
-def test_better_methods_err_less_on_the_inputs(weight: torch.Tensor, moments: Moments) -> None:
-    """The aim is what the original gives on its own inputs: |W' X - W Y|^2, but for a constant."""
-
+def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Moments) -> None:
+    """The target is the original's output on its own inputs: |W' X - W Y|^2, up to a constant."""
     hessian, cross = sums(moments)
 
-    def aim(name: str) -> float:
+    def objective(name: str) -> float:
         value = dequantize(METHODS[name].run(weight, INT4, moments).packed).double()
         return float(((value @ hessian) * value).sum() - 2 * ((weight.double() @ cross) * value).sum())
 
-    best, plain, nearest = aim("best"), aim("gptq"), aim("rtn")
+    best, plain, nearest = objective("best"), objective("gptq"), objective("rtn")
     assert best < plain < nearest
 
 
-def test_formats_that_a_method_does_not_make() -> None:
+def test_a_method_refuses_formats_that_it_does_not_produce() -> None:
     METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
     with pytest.raises(FormatError, match=r"best makes int4 and int8; found nf4\. Choose one of them"):
         METHODS["best"].check("best", TensorFormat("nf4", 64))
 
 
-def test_workers_keep_the_order_and_give_the_threads_back() -> None:
+def test_workers_keep_the_order_and_restore_the_thread_count() -> None:
     before = torch.get_num_threads()
     with Workers() as workers:
         assert torch.get_num_threads() == 1
@@ -250,29 +249,31 @@ def test_workers_keep_the_order_and_give_the_threads_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_stakes_are_what_an_error_costs_once_later_columns_made_up_for_it(moments: Moments) -> None:
-    """The Schur complement: of all w with w[i] = 1, zero before i in the order and free after it, the least w H w^T."""
+def test_the_inverse_hessian_cost_is_a_schur_complement(moments: Moments) -> None:
+    """That is the cost of an error after later columns have corrected it: the least w H w^T of all w with w[i] = 1, zero before i."""
     hessian = moments.hessian.double()[moments.order][:, moments.order]
-    found = moments.inverse_hessian_cost[moments.order]
+    costs = moments.inverse_hessian_cost[moments.order]
     for i in (0, 5, K // 2, K - 2, K - 1):
         later = hessian[i + 1 :, i + 1 :]
-        corrected_target = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
-        assert found[i] == pytest.approx(float(hessian[i, i] - corrected_target), rel=1e-4)
-    assert found[0] < 0.5 * hessian[0, 0]
+        correction = hessian[i, i + 1 :] @ torch.linalg.solve(later, hessian[i + 1 :, i]) if i < K - 1 else 0
+        assert costs[i] == pytest.approx(float(hessian[i, i] - correction), rel=1e-4)
+    assert costs[0] < 0.5 * hessian[0, 0]
 
 
 @pytest.mark.parametrize("blocks", [32, 100])
-def test_the_factor_in_blocks_and_at_once(moments: Moments, monkeypatch: pytest.MonkeyPatch, products: Products, blocks: int) -> None:
-    """At once, as on a GPU; and either is of the inverse."""
+def test_the_blocked_factor_equals_the_factor_computed_at_once(
+    moments: Moments, monkeypatch: pytest.MonkeyPatch, products: Products, blocks: int
+) -> None:
+    """GPUs compute it at once. Both are factors of the inverse."""
     assert moments.hessian is not None
     monkeypatch.setattr(factor, "_BLOCK", blocks)
     order = moments.order
-    found = factor.inverse_factor(moments.hessian, order, products.workers)
+    in_blocks = factor.inverse_factor(moments.hessian, order, products.workers)
     backwards = order.flip(0)
     at_once = factor._at_once(moments.hessian[backwards][:, backwards].double())
-    assert found is not None
+    assert in_blocks is not None
     assert at_once is not None
-    assert torch.allclose(found, at_once, rtol=1e-5, atol=1e-6 * float(found.abs().max()))
+    assert torch.allclose(in_blocks, at_once, rtol=1e-5, atol=1e-6 * float(in_blocks.abs().max()))
     inverse = torch.linalg.inv(moments.hessian.double()[order][:, order])
     assert torch.allclose(at_once.double().T @ at_once.double(), inverse, atol=1e-5 * float(inverse.abs().max()))
     assert factor._at_once(-moments.hessian.double()) is None

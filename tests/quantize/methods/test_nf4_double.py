@@ -1,4 +1,4 @@
-"""nf4-double: what bitsandbytes makes of a matrix with double quantization, written, gone on with and loaded to the same bits."""
+"""nf4-double: written, resumed and loaded with the same bits as bitsandbytes' double quantization."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REQUEST = QuantizationRequest(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """128 wide, 3 experts of 192: 384 scales of an expert's matrix, 512 of a Wqkv and 200 of the head."""
+    """d_model 128, 3 experts of width 192: an expert's matrix has 384 scales, Wqkv 512 and the head 200."""
     folder = tmp_path_factory.mktemp("source") / "plain"
     sizes = {"d_model": 128, "n_heads": 4, "n_layers": 2, "vocab_size": 100}
     ffn = {"ffn_hidden_size": 192, "moe_num_experts": 3, "moe_top_k": 2}
@@ -44,9 +44,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """From blocks of 37 rows (experts' matrices come whole), in pieces of 7 rows of w1 and v1 and of 5 of w2."""
-    folder = tmp_path_factory.mktemp("made") / "nf4-double"
+def in_pieces(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized from blocks of 37 rows (experts' matrices are never split), in pieces of 7 rows of w1 and v1 and 5 of w2."""
+    folder = tmp_path_factory.mktemp("pieces") / "nf4-double"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dbrx_q.quantize.pipeline.jobs._STEP_BYTES", 37 * 2 * 128)
         patch.setattr("dbrx_q.quantize.methods.rtn._PIECE_ELEMENTS", 7 * 128 + 100)
@@ -55,9 +55,9 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same from whole matrices."""
-    folder = tmp_path_factory.mktemp("whole") / "nf4-double"
+def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint, quantized one whole matrix at a time."""
+    folder = tmp_path_factory.mktemp("at-once") / "nf4-double"
     quantize_checkpoint(source, folder, REQUEST)
     return folder
 
@@ -67,19 +67,19 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def matrices(checkpoint: Checkpoint, tensor: DenseTensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """(label, plain [N, K]) of a tensor's matrices."""
+    """(label, plain float32 [N, K]) for each matrix of a tensor."""
     stacked = checkpoint.read(tensor.name)
     for e, matrix in enumerate(oriented(stacked, tensor) if tensor.experts else [stacked]):
         yield f"{tensor.name}.{e}" if tensor.experts else tensor.name, matrix.float().contiguous()
 
 
-def test_stored_and_loaded_bits_are_those_of_bitsandbytes(source: Path, made: Path) -> None:
+def test_stored_and_loaded_bits_equal_those_of_bitsandbytes(source: Path, in_pieces: Path) -> None:
     functional = nf4.bitsandbytes_functional()
-    model = DbrxForCausalLM.from_pretrained(made)
-    manifest = Manifest.read(made)
+    model = DbrxForCausalLM.from_pretrained(in_pieces)
+    manifest = Manifest.read(in_pieces)
     assert manifest is not None
-    seen = 0
-    with Checkpoint(source) as plain, Checkpoint(made) as checkpoint:
+    n_matrices = 0
+    with Checkpoint(source) as plain, Checkpoint(in_pieces) as checkpoint:
         doubled = [tensor for tensor in checkpoint.tensors.values() if checkpoint.formats.get(tensor.name) == DOUBLE]
         for tensor in doubled:
             holder = model.get_submodule(tensor.name)
@@ -92,66 +92,66 @@ def test_stored_and_loaded_bits_are_those_of_bitsandbytes(source: Path, made: Pa
                 for part, values in expected.items():
                     stored = checkpoint.read(f"{label}.{part}")
                     assert torch.equal(stored, values.view(stored.shape)), (label, part)
-                decoded = functional.dequantize_4bit(codes, state)
-                found = nf4.dequantize(loaded[e] if tensor.experts else loaded)
-                assert torch.equal(found.view(torch.int32), decoded.view(torch.int32)), label
-                error = float((decoded - matrix).double().norm() / matrix.double().norm())
+                expected_values = functional.dequantize_4bit(codes, state)
+                dequantized = nf4.dequantize(loaded[e] if tensor.experts else loaded)
+                assert torch.equal(dequantized.view(torch.int32), expected_values.view(torch.int32)), label
+                error = float((expected_values - matrix).double().norm() / matrix.double().norm())
                 assert manifest.tensors[label]["relative_error"] == pytest.approx(error, rel=1e-6)
-                seen += 1
-    assert seen == 2 * (3 * 3 + 1) + 1
+                n_matrices += 1
+    assert n_matrices == 2 * (3 * 3 + 1) + 1
 
 
-def test_bits_are_those_stored_and_memory_is_that_of_decoded_scales(made: Path) -> None:
-    with Checkpoint(made) as checkpoint:
+def test_inventory_counts_stored_bits_and_plan_counts_dequantized_scales(in_pieces: Path) -> None:
+    with Checkpoint(in_pieces) as checkpoint:
         experts = take_inventory(checkpoint).kinds["experts"]
-        bits = 4 + 8 / 64 + (2 + 1) * 32 / (192 * 128)  # codes, scales, and of 384 scales two nested ones and an offset
+        bits = 4 + 8 / 64 + (2 + 1) * 32 / (192 * 128)  # codes, scales, and for 384 scales two nested scales and an offset
         assert (experts.format, experts.bits_per_weight) == ("nf4-double:64", bits)
         plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(context=10)).host
     assert plan.experts == (4 + 32 / 64) * experts.parameters / 8
-    model = DbrxForCausalLM.from_pretrained(made)
-    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    assert plan.dense + plan.experts == held
-    assert PackedFolder(made.name, made).loaded_bytes == held
+    model = DbrxForCausalLM.from_pretrained(in_pieces)
+    resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert plan.dense + plan.experts == resident
+    assert PackedFolder(in_pieces.name, in_pieces).loaded_bytes == resident
 
 
-def test_all_parts_of_an_expert_lie_back_to_back(made: Path) -> None:
-    with Checkpoint(made) as checkpoint:
+def test_the_parts_of_an_expert_are_stored_contiguously(in_pieces: Path) -> None:
+    with Checkpoint(in_pieces) as checkpoint:
         for e in range(3):
             w1, v1, w2 = (checkpoint.tensors[f"transformer.blocks.0.ffn.experts.mlp.{matrix}"] for matrix in ("w1", "v1", "w2"))
             names = [
                 part.name for tensor in (w1, v1, w2) for part in parts_of(tensor, DOUBLE) if f".{e}." in part.name.rpartition("mlp.")[2]
             ]
             assert len(names) == 12
-            places = [checkpoint.infos[name] for name in names]
-            assert all(one.offset + one.nbytes == other.offset for one, other in pairwise(places))
+            infos = [checkpoint.infos[name] for name in names]
+            assert all(info.offset + info.nbytes == following.offset for info, following in pairwise(infos))
 
 
 class StoppedError(Exception):
-    """What ends a run in the middle."""
+    """Stops a run before its end."""
 
 
 @pytest.mark.parametrize("tensors", [3, 12, 30])
-def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, made: Path, whole: Path, tmp_path: Path, tensors: int) -> None:
-    heard = 0
+def test_a_resumed_run_writes_the_same_bytes(source: Path, in_pieces: Path, at_once: Path, tmp_path: Path, tensors: int) -> None:
+    calls = 0
 
     def stop(done: int, total: int) -> None:
-        nonlocal heard
-        heard += 1
-        if heard == tensors:
+        nonlocal calls
+        calls += 1
+        if calls == tensors:
             raise StoppedError
 
-    out = tmp_path / whole.name  # the model card names it
+    out = tmp_path / at_once.name  # the model card names it
     with pytest.raises(StoppedError):
         quantize_checkpoint(source, out, REQUEST, on_bytes=stop)
     record = quantize_checkpoint(source, out, REQUEST, resume=True)
     assert record.resumed_seconds > 0
-    assert sums(out) == sums(whole)
-    assert [sha256_of(shard) for shard in sorted(made.glob("*.safetensors"))] == [
-        sha256_of(shard) for shard in sorted(whole.glob("*.safetensors"))
+    assert sums(out) == sums(at_once)
+    assert [sha256_of(shard) for shard in sorted(in_pieces.glob("*.safetensors"))] == [
+        sha256_of(shard) for shard in sorted(at_once.glob("*.safetensors"))
     ]
 
 
-def test_scales_whose_sum_is_infinite_are_refused_with_the_tensor(source: Path, tmp_path: Path) -> None:
+def test_an_infinite_sum_of_scales_is_refused_and_names_the_tensor(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "large"
     config = DbrxConfig.from_pretrained(str(source))
     write_checkpoint(config, folder, seed=6)
@@ -164,6 +164,6 @@ def test_scales_whose_sum_is_infinite_are_refused_with_the_tensor(source: Path, 
         quantize_checkpoint(folder, tmp_path / "out", REQUEST)
 
 
-def test_a_quantization_config_names_the_format(made: Path) -> None:
-    tensors = json.loads((made / "config.json").read_text())["quantization_config"]["tensors"]
+def test_the_quantization_config_names_the_format(in_pieces: Path) -> None:
+    tensors = json.loads((in_pieces / "config.json").read_text())["quantization_config"]["tensors"]
     assert tensors["lm_head.weight"] == {"format": "nf4-double", "group_size": 64}

@@ -1,6 +1,6 @@
-"""Kills the quantizer at random moments, resumes it, and says whether the result is the same: a script of `test_resume.py`.
+"""Kills the quantizer at random moments, resumes it, and compares the result with an uninterrupted run: a script of `test_resume.py`.
 
-Each run is a fork of a process that has imported everything and whose threads have ended, so that it takes as long as its work.
+Each run is a fork of a process that has imported everything and ended its threads, so that a run spends no time on imports.
 
     python killed_runs.py SOURCE FOLDER METHOD KILLS SEED
 """
@@ -39,19 +39,20 @@ def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict
     )
     if METHODS[method].in_pieces:
         quantize_checkpoint(source, folder / "first", request)  # loads compiled code once; that starts no threads
-    whole = run(source, folder / "whole", request, None)
+    uninterrupted = run(source, folder / "whole", request, None)
     expected = sums(folder / "whole")
     draw = random.Random(seed)
     moments, differ, begun = 0, [], 0
     while moments < kills:
         out = folder / f"out{moments}"
-        if not run(source, out, request, (draw.randrange(whole.tensors), draw.expovariate(whole.tensors / whole.seconds))).killed:
+        kill = draw.randrange(uninterrupted.tensors), draw.expovariate(uninterrupted.tensors / uninterrupted.seconds)
+        if not run(source, out, request, kill).killed:
             shutil.rmtree(out)  # it ended before it was killed
             continue
         partial = folder / f"{out.name}.partial"
         begun += bool(list(partial.glob("*.safetensors")))
         if draw.random() < 0.3:  # killed once more
-            run(source, out, request, (draw.randrange(whole.tensors), draw.uniform(0, whole.seconds)))
+            run(source, out, request, (draw.randrange(uninterrupted.tensors), draw.uniform(0, uninterrupted.seconds)))
         if not out.exists():
             run(source, out, request, None)
         if sums(out) != expected or partial.exists():
@@ -62,15 +63,22 @@ def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict
 
 
 class Run(NamedTuple):
-    """The outcome of a run, until it was killed or ended."""
+    """The outcome of one run."""
 
     killed: bool
+    """Whether it was killed before it ended."""
     tensors: int
+    """Tensors that it finished."""
     seconds: float
+    """From the first tensor to the end or the kill."""
 
 
 def run(source: Path, out: Path, request: QuantizationRequest, kill: tuple[int, float] | None) -> Run:
-    """Run, with SIGKILL some seconds after some tensors are rounded (after the beginning, for 0); None kills nothing."""
+    """Run the quantizer in a child process, and kill it.
+
+    Args:
+        kill: (tensors, seconds): SIGKILL follows so many seconds after so many tensors are rounded (0: after the start); None for no kill.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -78,17 +86,17 @@ def run(source: Path, out: Path, request: QuantizationRequest, kill: tuple[int, 
             pipe = os.fdopen(writing, "w")
             pipe.write(".")
             pipe.flush()
-            quantize_checkpoint(source, out, request, resume=True, on_bytes=lambda done, total: print(".", end="", file=pipe, flush=True))
+            quantize_checkpoint(source, out, request, resume=True, on_bytes=lambda *_: print(".", end="", file=pipe, flush=True))
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
     os.close(writing)
     started, tensors = time.perf_counter(), -1
-    while tensors < (kill[0] if kill else 1 << 30) and (more := len(os.read(reading, 1 if kill else 4096))):
+    while tensors < (kill[0] if kill else 1 << 30) and (new_dots := len(os.read(reading, 1 if kill else 4096))):
         if tensors < 1:
             started = time.perf_counter()
-        tensors += more
+        tensors += new_dots
     if kill:
         time.sleep(kill[1])
         os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The path of a GPU, run on the CPU: tensors move, whole matrices are rounded, and what does not fit is left to the CPU."""
+"""The GPU path of quantization, run on the CPU: tensors are moved, whole matrices are rounded, and the CPU rounds those that do not fit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
-PLACE = torch.device("cpu")
-ROOM = 1 << 30
+DEVICE = torch.device("cpu")
+MEMORY = 1 << 30
 
 
 def quantize(source: Path, out: Path, method: str, memory: int | None) -> RunRecord:
     ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
-    accelerator = None if memory is None else Accelerator(PLACE, memory, "a GPU")
+    accelerator = None if memory is None else Accelerator(DEVICE, memory, "a GPU")
     request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator
     )
@@ -32,23 +32,23 @@ def quantize(source: Path, out: Path, method: str, memory: int | None) -> RunRec
 
 
 @pytest.mark.parametrize("method", ["clip", "awq", "best"])
-def test_an_accelerator_rounds_as_the_cpu_does(small: Path, tmp_path: Path, method: str) -> None:
-    plain, accelerated = quantize(small, tmp_path / "cpu", method, None), quantize(small, tmp_path / "accelerated", method, ROOM)
+def test_an_accelerator_rounds_like_the_cpu(small: Path, tmp_path: Path, method: str) -> None:
+    plain, accelerated = quantize(small, tmp_path / "cpu", method, None), quantize(small, tmp_path / "accelerated", method, MEMORY)
     assert {record.device for record in plain.records} == {"cpu"}
-    assert {record.device for record in accelerated.records if record.relative_error is not None} == {str(PLACE)}
+    assert {record.device for record in accelerated.records if record.relative_error is not None} == {str(DEVICE)}
     assert accelerated.relative_error == pytest.approx(plain.relative_error, rel=0.02)
     assert accelerated.device == "a GPU"
 
 
-def test_what_does_not_fit_is_left_to_the_cpu(small: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_rounded_by_the_cpu(small: Path, tmp_path: Path) -> None:
     run = quantize(small, tmp_path / "out", "gptq", 1 << 12)
     devices = {record.device for record in run.records if record.relative_error is not None}
-    assert devices == {f"cpu: {PLACE} has too little memory"}
+    assert devices == {f"cpu: {DEVICE} has too little memory"}
     assert "has too little memory" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
 def test_a_tensor_that_runs_out_of_memory_is_rounded_by_the_cpu(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quantize(small, tmp_path / "whole", "gptq", ROOM)
+    undisturbed = quantize(small, tmp_path / "whole", "gptq", MEMORY)
     gptq, calls = METHODS["gptq"].run, []
 
     def scarce(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
@@ -58,11 +58,11 @@ def test_a_tensor_that_runs_out_of_memory_is_rounded_by_the_cpu(small: Path, tmp
         return gptq(weight, fmt, moments)
 
     monkeypatch.setitem(methods.METHODS, "gptq", replace(METHODS["gptq"], run=scarce))
-    run = quantize(small, tmp_path / "out", "gptq", ROOM)
+    run = quantize(small, tmp_path / "out", "gptq", MEMORY)
     moved = [record for record in run.records if record.device.startswith("cpu:")]
-    assert [record.device for record in moved] == [f"cpu: {PLACE} ran out of memory"] * 2
-    assert [record.label for record in run.records] == [record.label for record in whole.records]
-    assert run.relative_error == pytest.approx(whole.relative_error, rel=0.02)
+    assert [record.device for record in moved] == [f"cpu: {DEVICE} ran out of memory"] * 2
+    assert [record.label for record in run.records] == [record.label for record in undisturbed.records]
+    assert run.relative_error == pytest.approx(undisturbed.relative_error, rel=0.02)
     assert "2 matrices were rounded on the CPU" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
@@ -70,13 +70,13 @@ def test_an_unfinished_run_on_another_device_is_not_resumed(small: Path, tmp_pat
     class EndedError(Exception):
         pass
 
-    def end(done: int, total: int) -> None:
+    def end(finished: int, total: int) -> None:
         raise EndedError
 
     request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="clip")
     with pytest.raises(EndedError):
         quantize_checkpoint(small, tmp_path / "out", request, on_bytes=end)
-    other = replace(request, accelerator=Accelerator(PLACE, ROOM, "a GPU"))
+    other = replace(request, accelerator=Accelerator(DEVICE, MEMORY, "a GPU"))
     with pytest.raises(RequestError, match="accelerator"):
         quantize_checkpoint(small, tmp_path / "out", other, resume=True)
 

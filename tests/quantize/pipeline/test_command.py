@@ -1,4 +1,4 @@
-"""`dbrx-q quantize`: formats by rule and by bits, limits, and what is refused."""
+"""`dbrx-q quantize`: formats by rule and by target bits, dry runs, limits, and refused options."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ def bits_of(cli: Cli, folder: Path) -> dict[str, Any]:
     return {kind: row["format"] for kind, row in inventory["kinds"].items()} | {"all": inventory["bits_per_weight"]}
 
 
-def test_rules_give_tensors_their_formats(small: Path, tmp_path: Path, cli: Cli) -> None:
+def test_rules_choose_the_formats_of_tensors(small: Path, tmp_path: Path, cli: Cli) -> None:
     rules = ("--tensor", "w2=int8:32", "--tensor", "head=plain", "--tensor", "blocks.0.Wqkv=int4:32")
     assert cli("quantize", small, tmp_path / "out", *rules).code == 0
     formats = bits_of(cli, tmp_path / "out")
     assert formats["experts"] == "int4:64 + int8:32"
     assert (formats["head"], formats["attention"]) == ("bfloat16", "int4:32 + int8:64")
     assert cli("verify", tmp_path / "out").code == 0
-    for rule, says in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
-        done = cli("quantize", small, tmp_path / "bad", "--tensor", rule)
-        assert (done.code, done.out) == (2, ""), rule
-        assert says in done.err
+    for rule, message in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
+        outcome = cli("quantize", small, tmp_path / "bad", "--tensor", rule)
+        assert (outcome.code, outcome.out) == (2, ""), rule
+        assert message in outcome.err
     assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("target", [5, 6.5])
-def test_a_number_of_bits_is_met(nano: Path, tmp_path: Path, cli: Cli, target: float) -> None:
-    done = cli("quantize", nano, tmp_path / "out", "--target-bpw", target, *TEXT)
-    assert done.code == 0, done.err
+def test_a_target_number_of_bits_is_met(nano: Path, tmp_path: Path, cli: Cli, target: float) -> None:
+    outcome = cli("quantize", nano, tmp_path / "out", "--target-bpw", target, *TEXT)
+    assert outcome.code == 0, outcome.err
     assert target - 0.02 < bits_of(cli, tmp_path / "out")["all"] <= target
 
 
-def test_bits_that_no_mix_reaches_are_refused_with_the_range(small: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_unreachable_target_is_refused_and_names_the_range(small: Path, tmp_path: Path, cli: Cli) -> None:
     for target in (3, 17):
-        done = cli("quantize", small, tmp_path / "out", "--target-bpw", target, *TEXT)
-        assert (done.code, done.out) == (2, "")
-        assert f"found {target}" in done.err
-        assert "bits per weight" in done.err
-    done = cli("quantize", small, tmp_path / "out", "--target-bpw", 5)
-    assert done.code == 2
-    assert "--target-bpw measures errors on a text; found none. Give --calibration FILE" in done.err
+        outcome = cli("quantize", small, tmp_path / "out", "--target-bpw", target, *TEXT)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert f"found {target}" in outcome.err
+        assert "bits per weight" in outcome.err
+    outcome = cli("quantize", small, tmp_path / "out", "--target-bpw", 5)
+    assert outcome.code == 2
+    assert "--target-bpw measures errors on a text; found none. Give --calibration FILE" in outcome.err
     assert not list(tmp_path.iterdir())
 
 
@@ -59,23 +59,23 @@ def test_a_resumed_run_does_not_measure_again(small: Path, tmp_path: Path, cli: 
     command = ("quantize", small, tmp_path / "out", "--target-bpw", 7, *TEXT)
     with monkeypatch.context() as patch:
         patch.setattr("dbrx_q.quantize.pipeline.run.finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        done = cli(*command)
-    assert done.code == 2
-    assert "--resume" in done.err
+        outcome = cli(*command)
+    assert outcome.code == 2
+    assert "--resume" in outcome.err
     assert partial_of(tmp_path / "out").exists()
     measured: list[object] = []
     monkeypatch.setattr(output_errors, "output_errors", lambda *arguments, **_: measured.append(arguments))
-    done = cli(*command, "--resume")
-    assert done.code == 0, done.err
+    outcome = cli(*command, "--resume")
+    assert outcome.code == 0, outcome.err
     assert not measured
     with pytest.raises(AttributeError):  # a new run measures; here it gets None
         cli("quantize", small, tmp_path / "other", "--target-bpw", 7, *TEXT)
     assert measured
 
 
-def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) -> None:
-    done = cli("quantize", nano, tmp_path / "out", "--method", "best", *TEXT, "--dry-run", "--json")
-    plan = json.loads(done.out)
+def test_a_dry_run_shows_the_plan_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) -> None:
+    outcome = cli("quantize", nano, tmp_path / "out", "--method", "best", *TEXT, "--dry-run", "--json")
+    plan = json.loads(outcome.out)
     assert not list(tmp_path.iterdir())
     assert cli("quantize", nano, tmp_path / "out", "--method", "best", *TEXT).code == 0
     with open(tmp_path / "out" / "quantization_report.json") as file:
@@ -83,12 +83,12 @@ def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) 
     assert (plan["bytes_in"], plan["bytes_out"]) == (report["bytes_in"], report["bytes_out"])
     assert plan["bits"] == report["bits_by_kind"]
     assert plan["seconds"] > 0
-    shown = cli("quantize", nano, tmp_path / "other", "--recipe", "best", *TEXT, "--dry-run").out
-    assert all(word in shown for word in ("reads", "writes", "memory", "disk", "time", "experts"))
+    text = cli("quantize", nano, tmp_path / "other", "--recipe", "best", *TEXT, "--dry-run").out
+    assert all(word in text for word in ("reads", "writes", "memory", "disk", "time", "experts"))
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--method", "best", *TEXT, "--activations", "original"), "must see the quantized model's activations"),
         (("--memory", "many"), "a size must be a number with a unit, as 96GiB or 64GB; found 'many'"),
@@ -99,17 +99,17 @@ def test_dry_run_tells_and_writes_nothing(nano: Path, tmp_path: Path, cli: Cli) 
         (("--method", "gptq"), "must have a text to calibrate with"),
     ],
 )
-def test_bad_options_are_refused(small: Path, tmp_path: Path, cli: Cli, options: tuple[object, ...], says: str) -> None:
-    done = cli("quantize", small, tmp_path / "out", *options)
-    assert (done.code, done.out) == (2, "")
-    assert says in done.err
+def test_bad_options_are_refused(small: Path, tmp_path: Path, cli: Cli, options: tuple[object, ...], message: str) -> None:
+    outcome = cli("quantize", small, tmp_path / "out", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
     assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_text_is_refused(small: Path, tmp_path: Path, cli: Cli) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
-    done = cli("quantize", small, tmp_path / "out", "--method", "gptq", "--calibration", empty)
-    assert (done.code, done.out) == (2, "")
-    assert "empty.txt" in done.err
+    outcome = cli("quantize", small, tmp_path / "out", "--method", "gptq", "--calibration", empty)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "empty.txt" in outcome.err
     assert not (tmp_path / "out").exists()

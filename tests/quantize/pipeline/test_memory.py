@@ -1,4 +1,4 @@
-"""The quantizer stays within the memory that it planned, whatever the size of the model."""
+"""The quantizer stays within the memory that it planned, for a model of any size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 
-# Runs in a process whose data cannot grow past the limit (RLIMIT_DATA counts allocations, and 8 MB per thread): others then fail.
+# Runs in a process whose data cannot grow past the limit: allocations beyond it fail (RLIMIT_DATA counts allocations, and 8 MB per thread).
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
@@ -65,7 +65,7 @@ def config(width: int, hidden: int, layers: int, experts: int) -> DbrxConfig:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """(a small checkpoint, one of 690 MB)."""
+    """(a small checkpoint, a checkpoint of 690 MB)."""
     folder = tmp_path_factory.mktemp("memory")
     write_checkpoint(config(128, 128, 1, 2), folder / "small")
     write_checkpoint(config(512, 768, 18, 16), folder / "large")
@@ -74,23 +74,25 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
 
 
 @pytest.mark.parametrize(("method", "tokens"), [("rtn", 0), ("gptq", 2048)])
-def test_a_model_several_times_larger_than_the_limit(large: tuple[Path, Path], tmp_path: Path, method: str, tokens: int) -> None:
+def test_a_model_several_times_larger_than_the_limit_is_quantized(
+    large: tuple[Path, Path], tmp_path: Path, method: str, tokens: int
+) -> None:
     command = [sys.executable, "-c", MEASURE, *large, tmp_path / "out", method, tokens]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(process.stdout)
     model = sum(shard.stat().st_size for shard in large[1].glob("*.safetensors"))
     assert model > 3 * figures["budget"]
     assert figures["grown"] <= figures["budget"]
     assert figures["in_files"] == (tokens > 0)
 
 
-def test_files_and_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
+def test_activations_in_files_and_in_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
     ids = torch.arange(64 * 60).view(64, 60) % 500
     request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
     quantize_checkpoint(small, tmp_path / "memory", request)  # first: it compiles code and fills the allocator's reserves
-    whole = plan_checkpoint(small, request)
-    tight = whole.peak_memory - whole.activations // 2
+    plan = plan_checkpoint(small, request)
+    tight = plan.peak_memory - plan.activations // 2
     assert plan_checkpoint(small, request, memory=tight).in_files
     quantize_checkpoint(small, tmp_path / "files", request, memory=tight)
     for path in (tmp_path / "memory").glob("*.safetensors"):

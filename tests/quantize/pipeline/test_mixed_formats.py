@@ -1,4 +1,4 @@
-"""Formats that differ by layer and by matrix: rules name them, the quantizer writes them, and the model computes with them."""
+"""Formats that differ by layer and by matrix: rules select them, the quantizer writes them, and the model computes with them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def dequantized(folder: Path) -> DbrxForCausalLM:
         return load_plain_model(checkpoint.config, read, dtype=torch.float32)
 
 
-def test_logits_of_mixed_formats_are_those_of_the_dequantized_weights(checkpoint: Path) -> None:
+def test_logits_of_mixed_formats_equal_those_of_the_dequantized_weights(checkpoint: Path) -> None:
     packed, plain = DbrxForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), dequantized(checkpoint)
     for tokens in (1, 7, 90):  # 90 tokens reach some experts often enough for tiles and others seldom enough for dot products
         ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(tokens))
@@ -74,7 +74,7 @@ def test_logits_of_mixed_formats_are_those_of_the_dequantized_weights(checkpoint
         assert (logits - truth).abs().max() <= 1e-3 * truth.abs().max()
 
 
-def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., Any]) -> None:
+def test_inspect_plan_and_verify_know_every_format(checkpoint: Path, cli: Callable[..., Any]) -> None:
     outcome = cli("inspect", checkpoint, "--json")
     kinds = json.loads(outcome.out)["kinds"]
     assert set(kinds["experts"]["format"].split(" + ")) == {"int4:128", "int4:32", "int8:64", "int8:128", "nf4:64", "int8:32"}
@@ -85,7 +85,7 @@ def test_the_checkpoint_says_what_is_in_it(checkpoint: Path, cli: Callable[..., 
     assert cli("verify", checkpoint).code == 0
 
 
-def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
+def test_the_last_rule_for_a_tensor_applies(nano: Path) -> None:
     config = DbrxConfig.from_pretrained(str(nano))
     formats = mixed(config)
     assert list(formats) == [tensor.name for tensor in dense_tensors(config) if tensor.name in formats]
@@ -102,7 +102,7 @@ def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "message"),
     [
         ("w2", "must read NAME=FORMAT"),
         ("w2=int4:64:2", "must read NAME=FORMAT"),
@@ -123,14 +123,14 @@ def test_rules_name_tensors_and_the_last_wins(nano: Path) -> None:
         ("embedding=int4:64", "int8 or plain"),
     ],
 )
-def test_rules_that_cannot_be_kept_are_refused(nano: Path, rule: str, said: str) -> None:
+def test_invalid_rules_are_refused(nano: Path, rule: str, message: str) -> None:
     with pytest.raises(RequestError) as refused:
         mixed(DbrxConfig.from_pretrained(str(nano)), rule)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert rule in str(refused.value)
 
 
-def test_a_group_size_that_does_not_divide_is_refused_with_the_tensor() -> None:
+def test_a_group_size_that_does_not_divide_is_refused_and_names_the_tensor() -> None:
     ffn = {"ffn_hidden_size": 192, "moe_num_experts": 2, "moe_top_k": 1}
     config = DbrxConfig(d_model=128, n_heads=4, n_layers=1, vocab_size=100, attn_config={"kv_n_heads": 2}, ffn_config=ffn)
     formats = default_formats(config, TensorFormat("int4", 64))

@@ -1,4 +1,4 @@
-"""The report of a run, its plots, and the model card."""
+"""The report of a quantization run, its plots, and the model card."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_the_report_agrees_with_the_files(small: Path, tmp_path: Path) -> None:
     assert data["seconds"] > 0
     for path in (tmp_path / "out").glob(f"{NAME}*.png"):
         assert path.read_bytes().startswith(PNG), path.name
-    shown = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert set(shown) == {f"{NAME}_{plot}.png" for plot in ("error", "bits", "outputs", "tokens")}
-    assert all((tmp_path / "out" / name).exists() for name in shown)
+    images = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert set(images) == {f"{NAME}_{plot}.png" for plot in ("error", "bits", "outputs", "tokens")}
+    assert all((tmp_path / "out" / name).exists() for name in images)
 
 
-def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_path: Path) -> None:
+def test_reported_errors_and_tokens_equal_those_of_weights_and_router(small: Path, tmp_path: Path) -> None:
     from dbrx_q.checkpoint.layout import oriented, part_name, parts_of
     from dbrx_q.kernels.formats.weights import dequantize
 
@@ -83,7 +83,7 @@ def test_errors_and_tokens_are_of_the_weights_and_the_router(small: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("tokens", "by"), [(16 * 60, "layer"), (60, "none")])
-def test_experts_that_too_few_tokens_reach_are_named(small: Path, tmp_path: Path, tokens: int, by: str) -> None:
+def test_undersampled_experts_are_listed(small: Path, tmp_path: Path, tokens: int, by: str) -> None:
     ids = IDS.flatten()[:tokens].view(-1, 60)
     run = quantize(small, tmp_path / "out", "gptq", ids, min_tokens=tokens if by == "layer" else tokens + 1)
     data, text = report_of(tmp_path / "out")
@@ -98,20 +98,20 @@ def test_experts_that_too_few_tokens_reach_are_named(small: Path, tmp_path: Path
         }
 
 
-def test_all_experts_see_all_tokens_where_asked(small: Path, tmp_path: Path) -> None:
+def test_all_experts_see_all_tokens_on_request(small: Path, tmp_path: Path) -> None:
     run = quantize(small, tmp_path / "out", "gptq", all_experts=True)
     assert {record.tokens for record in run.records if record.expert >= 0} == {IDS.numel()}
     assert "all experts True" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("option", "value"), [("act_order", False), ("activations", "original"), ("all_experts", True)])
-def test_options_change_the_codes(small: Path, tmp_path: Path, option: str, value: object) -> None:
+def test_calibration_options_change_the_codes(small: Path, tmp_path: Path, option: str, value: object) -> None:
     usual, changed = quantize(small, tmp_path / "a", "gptq"), quantize(small, tmp_path / "b", "gptq", **{option: value})
     experts = [record.label for record in usual.records if record.label.endswith((".w2.0", ".w2.3"))]
     assert all(usual.relative_error[name] != changed.relative_error[name] for name in experts)
 
 
-def test_the_card_is_for_the_hub_and_does_not_depend_on_the_run(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_model_card_fits_the_hub_and_is_the_same_for_every_run(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     for name in ("a", "b"):
         quantize(small, tmp_path / name / "out")
     card = (tmp_path / "a" / "out" / "README.md").read_text()
@@ -123,7 +123,7 @@ def test_the_card_is_for_the_hub_and_does_not_depend_on_the_run(small: Path, tmp
     assert cli("verify", tmp_path / "a" / "out").code == 0
 
 
-def test_a_report_without_matplotlib_says_what_is_missing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_without_matplotlib_names_the_missing_package(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     quantize(small, tmp_path / "out", "clip", None)
     assert not list((tmp_path / "out").glob("*.png"))

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment resumes, and ends with the same bytes."""
+"""A run that is killed at any moment can be resumed and then writes the same bytes."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class StoppedError(Exception):
-    """Ends a run in the middle."""
+    """Stops a run before its end."""
 
 
 def stop_after(tensors: int) -> Callable[[int, int], None]:
-    """A hook that ends a run when some tensors have been rounded."""
+    """A hook that stops a run after a number of rounded tensors."""
     remaining = tensors
 
-    def on_bytes(done: int, total: int) -> None:
+    def on_bytes(finished: int, total: int) -> None:
         nonlocal remaining
         remaining -= 1
         if not remaining:
@@ -70,21 +70,21 @@ def stop_after(tensors: int) -> Callable[[int, int], None]:
     return on_bytes
 
 
-def begin(source: Path, out: Path, asked: QuantizationRequest, tensors: int) -> Path:
-    """Run until some tensors are finished; returns the folder of the unfinished result."""
+def begin(source: Path, out: Path, stopped_request: QuantizationRequest, tensors: int) -> Path:
+    """Run until a number of tensors is finished; returns the folder of the unfinished result."""
     with pytest.raises(StoppedError):
-        quantize_checkpoint(source, out, asked, on_bytes=stop_after(tensors))
+        quantize_checkpoint(source, out, stopped_request, on_bytes=stop_after(tensors))
     assert not out.exists()
     return out.with_name(out.name + ".partial")
 
 
 @pytest.mark.parametrize(("method", "kills"), [("rtn", 6), ("best", 24)])
-def test_killed_at_random_moments(source: Path, tmp_path: Path, method: str, kills: int) -> None:
+def test_runs_killed_at_random_moments_end_with_the_same_bytes(source: Path, tmp_path: Path, method: str, kills: int) -> None:
     command = [sys.executable, KILLED_RUNS, source, tmp_path, method, str(kills), "7"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    outcome = json.loads(process.stdout)
     assert (outcome["kills"], outcome["differ"]) == (kills, [])
     assert outcome["begun"] > kills / 2  # the others were killed before the first tensor or after the last
 
@@ -96,8 +96,8 @@ def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     def make(method: str) -> tuple[RunRecord, Path]:
         if method not in results:
-            whole = tmp_path_factory.mktemp("at-once") / method
-            results[method] = quantize_checkpoint(source, whole, request(method)), whole
+            folder = tmp_path_factory.mktemp("at-once") / method
+            results[method] = quantize_checkpoint(source, folder, request(method)), folder
         return results[method]
 
     return make
@@ -111,15 +111,15 @@ def at_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 def test_resumes_from_the_last_finished_tensor(
     source: Path, at_once: Callable[[str], tuple[RunRecord, Path]], tmp_path: Path, method: str, tensors: int
 ) -> None:
-    run, whole = at_once(method)
+    run, expected = at_once(method)
     assert len(run.records) == 45
     partial = begin(source, tmp_path / "out", request(method), tensors)
     finished = len((partial / MARKER_NAME).read_text().splitlines()) - 1
     assert finished >= tensors - 1  # the last one may not have been written yet
-    later = []
-    resumed = quantize_checkpoint(source, tmp_path / "out", request(method), resume=True, on_bytes=lambda done, total: later.append(done))
-    assert len(later) == 45 - finished
-    assert sums(tmp_path / "out") == sums(whole)
+    calls: list[tuple[int, ...]] = []
+    resumed = quantize_checkpoint(source, tmp_path / "out", request(method), resume=True, on_bytes=lambda *sizes: calls.append(sizes))
+    assert len(calls) == 45 - finished
+    assert sums(tmp_path / "out") == sums(expected)
     for name in ("stream_errors", "expert_tokens", "relative_error"):
         assert getattr(resumed, name) == getattr(run, name), name
     assert len(run.stream_errors) == (3 if method == "best" else 0)
@@ -127,8 +127,8 @@ def test_resumes_from_the_last_finished_tensor(
 
 
 @pytest.mark.parametrize("method", ["rtn", "best"])
-def test_tensors_lost_in_a_power_failure_are_made_again(source: Path, tmp_path: Path, method: str) -> None:
-    """The journal may reach the disk before the tensors that it names, in whole or in part."""
+def test_tensors_lost_in_a_power_failure_are_quantized_again(source: Path, tmp_path: Path, method: str) -> None:
+    """All or part of the journal may reach the disk before the tensors that it names."""
     quantize_checkpoint(source, tmp_path / "whole", request(method))
     for number, damage in enumerate(("short", "zeros", "gone", "torn journal", "early")):
         out = tmp_path / f"out{number}"
@@ -154,18 +154,18 @@ def test_tensors_lost_in_a_power_failure_are_made_again(source: Path, tmp_path: 
         assert sums(out) == sums(tmp_path / "whole"), damage
 
 
-def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_options_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial = begin(source, out, request("gptq"), 12)
     before = sums(partial)
-    for asked, says in (
+    for changed, message in (
         (request("best"), "rounding was 'gptq', found 'best'"),
         (request("gptq", shard_bytes=90_000), "shard_bytes was 100000, found 90000"),
         (request("gptq", sequences=torch.zeros(2, 30, dtype=torch.int64)), "sequences was '"),
         (request("gptq", assign_formats=lambda c: default_formats(c.config, TensorFormat("int4", 32))), "group_size was 64, found 32"),
     ):
-        with pytest.raises(RequestError, match=says):
-            quantize_checkpoint(source, out, asked, resume=True)
+        with pytest.raises(RequestError, match=message):
+            quantize_checkpoint(source, out, changed, resume=True)
         assert sums(partial) == before
     with pytest.raises(RequestError, match=r"out\.partial: this folder holds an unfinished run\. Continue it with --resume, or remove it"):
         quantize_checkpoint(source, out, request("gptq"))
@@ -174,7 +174,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_stops_cleanly(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_checkpoint(source, tmp_path / "whole", request())
-    written = SafetensorsWriter.write
+    original_write = SafetensorsWriter.write
     left = 9
 
     def write(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
@@ -182,7 +182,7 @@ def test_a_full_disk_stops_cleanly(source: Path, tmp_path: Path, monkeypatch: py
         left -= 1
         if left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written(self, name, tensor)
+        original_write(self, name, tensor)
 
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsWriter, "write", write)
@@ -206,24 +206,24 @@ def test_a_run_resumes_after_its_source_is_repaired(source: Path, tmp_path: Path
     assert sums(tmp_path / "out") == sums(tmp_path / "whole")
 
 
-def test_the_command_resumes_and_knows_when_it_is_done(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_command_resumes_and_reports_a_complete_result(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     out = tmp_path / "out"
-    asked = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
-    partial = begin(nano, out, asked, 20)
-    done = cli("quantize", nano, out)
-    assert (done.code, done.out) == (2, "")
-    assert "this folder holds an unfinished run. Continue it with --resume" in done.err
-    done = cli("quantize", nano, out, "--resume")
-    assert done.code == 0, done.err
-    assert "of earlier runs" in done.out
+    int4_request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)))
+    partial = begin(nano, out, int4_request, 20)
+    outcome = cli("quantize", nano, out)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "this folder holds an unfinished run. Continue it with --resume" in outcome.err
+    outcome = cli("quantize", nano, out, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "of earlier runs" in outcome.out
     assert not partial.exists()
     assert cli("verify", out).code == 0
     (out / MARKER_NAME).write_text("{}\n")  # killed before its last step
-    done = cli("quantize", nano, out, "--resume")
-    assert (done.code, done.out) == (0, "")
-    assert "is complete already" in done.err
+    outcome = cli("quantize", nano, out, "--resume")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "is complete already" in outcome.err
     assert not (out / MARKER_NAME).exists()
-    assert not already_there(nano, out, QuantizationRequest(asked.assign_formats, method="clip"))
-    done = cli("quantize", nano, out, "--resume", "--method", "clip")
-    assert done.code == 2
-    assert "must be empty or not exist" in done.err
+    assert not already_there(nano, out, QuantizationRequest(int4_request.assign_formats, method="clip"))
+    outcome = cli("quantize", nano, out, "--resume", "--method", "clip")
+    assert outcome.code == 2
+    assert "must be empty or not exist" in outcome.err

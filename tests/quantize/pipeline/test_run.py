@@ -1,4 +1,4 @@
-"""The quantizer writes each tensor rounded by itself, along its reduction axis, in little memory."""
+"""The quantizer rounds each tensor by itself, along its reduction axis, in little memory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SCRIPT = Path(sys.executable).with_name("dbrx-q")
 
 
 def small_config(**changes: int) -> DbrxConfig:
-    """128 wide, 3 experts of 192: group 64 fits both axes, group 128 only one."""
+    """d_model 128, 3 experts of width 192: groups of 64 divide both axes, groups of 128 only one."""
     sizes = {"d_model": 128, "n_heads": 4, "n_layers": 2, "vocab_size": 100} | changes
     ffn = {"ffn_hidden_size": 192, "moe_num_experts": 3, "moe_top_k": 2}
     return DbrxConfig(**sizes, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0}, ffn_config=ffn, torch_dtype="bfloat16")  # type: ignore[arg-type] # sizes are whole numbers
 
 
 def quantize(source: Path, destination: Path, fmt: str = "int4", group_size: int = 64, **options: int) -> dict[str, torch.Tensor]:
-    """All tensors of the result, as the safetensors package reads them."""
+    """Quantize, and read all tensors of the result with the safetensors package."""
     quantize_checkpoint(
         source, destination, QuantizationRequest(lambda c: default_formats(c.config, TensorFormat(fmt, group_size)), **options)
     )  # type: ignore[arg-type] # one option
@@ -66,27 +66,27 @@ def test_every_tensor_is_rounded_along_its_reduction_axis(
     result = quantize(source, tmp_path / "out", fmt, group_size)
     module = {"int4": int4, "int8": int8, "nf4": nf4}[fmt]
     parts = {"int4": ("qweight", "scales", "zeros"), "int8": ("qweight", "scales"), "nf4": ("qweight", "absmax")}[fmt]
-    seen = 0
+    compared = 0
     for name, tensor in plain.items():
         if ".experts.mlp." in name:
             for e, matrix in enumerate(tensor.view(3, 192, 128)):
                 expected = module.quantize(matrix.T.contiguous() if name.endswith("w2") else matrix, group_size)  # type: ignore[attr-defined] # all have it
                 for part in parts:
                     assert torch.equal(result[f"{name}.{e}.{part}"], getattr(expected, part)), (name, e, part)
-                    seen += 1
+                    compared += 1
         elif tensor.ndim == 1 or ".router." in name:
             assert torch.equal(result[name], tensor), name
-            seen += 1
+            compared += 1
         else:
             expected8 = int8.quantize(tensor, group_size)
             assert torch.equal(result[f"{name}.qweight"], expected8.qweight), name
             assert torch.equal(result[f"{name}.scales"], expected8.scales), name
-            seen += 2
-    assert seen == len(result)
+            compared += 2
+    assert compared == len(result)
 
 
 @pytest.mark.parametrize("fmt", ["int4", "nf4"])
-def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path, fmt: str) -> None:
+def test_the_result_opens_and_names_its_formats(source: Path, tmp_path: Path, fmt: str) -> None:
     quantize(source, tmp_path / "out", fmt)
     with Checkpoint(tmp_path / "out") as checkpoint:
         formats = {name: (fmt.format, fmt.group_size) for name, fmt in checkpoint.formats.items()}
@@ -96,7 +96,7 @@ def test_the_result_opens_and_says_what_it_is(source: Path, tmp_path: Path, fmt:
 
 
 @pytest.mark.parametrize("module", [int4, nf4], ids=["int4", "nf4"])
-def test_the_manifest_states_each_tensors_error(
+def test_the_manifest_holds_the_error_of_each_tensor(
     source: Path, plain: dict[str, torch.Tensor], tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dbrx_q.quantize.methods.rtn._PIECE_ELEMENTS", 7 * 192)  # several pieces, the last one smaller
@@ -110,9 +110,7 @@ def test_the_manifest_states_each_tensors_error(
     assert 0.05 < expected < 0.15
 
 
-def test_small_blocks_of_rows_and_other_thread_counts_give_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_do_not_depend_on_block_size_and_threads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = quantize(source, tmp_path / "a")
     monkeypatch.setattr("dbrx_q.quantize.pipeline.jobs._STEP_BYTES", 7 * 4 * 128)
     second = quantize(source, tmp_path / "b")
