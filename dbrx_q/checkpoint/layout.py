@@ -17,8 +17,10 @@ import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.format import Part
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, TensorFormat, offered_formats
+from dbrx_q.kernels.formats.weights import Weight
 
 __all__ = [
     "ATTENTION_MATRICES",
@@ -33,6 +35,7 @@ __all__ = [
     "embedding_formats",
     "expert_name",
     "expert_of",
+    "expert_weights",
     "kind_of",
     "layer_of",
     "may_have",
@@ -57,6 +60,7 @@ EXPERT_MATRICES = ("w1", "v1", "w2")
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 """The kinds of tensors, by which formats are assigned and reported."""
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
+_TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
 
 
@@ -88,8 +92,8 @@ class DenseTensor:
 
     @property
     def transposed(self) -> bool:
-        """Whether the plain checkpoint stores the matrices [K, N]: DBRX stores w2 as [F, D]."""
-        return self.role == "w2"
+        """Whether a plain checkpoint stores the matrices [K, N]."""
+        return self.role in _TRANSPOSED
 
 
 def dense_tensors(config: DbrxConfig) -> list[DenseTensor]:
@@ -157,6 +161,21 @@ def oriented(stacked: torch.Tensor, tensor: DenseTensor) -> torch.Tensor:
     rows = tensor.shape[0] // tensor.experts
     matrices = stacked.view(-1, rows, stacked.shape[-1])
     return matrices.transpose(1, 2) if tensor.transposed else matrices
+
+
+def expert_weights(stacks: Mapping[str, Weight]) -> ExpertWeights:
+    """The experts of a layer as kernels take them, every matrix with its reduction axis last; no copy.
+
+    Args:
+        stacks: by the roles of `EXPERT_MATRICES`: [S, F, D] as a plain checkpoint stores them, or packed with the reduction axis last.
+    """
+
+    def oriented_stack(role: str) -> Weight:
+        stack = stacks[role]
+        return stack.transpose(1, 2) if role in _TRANSPOSED and isinstance(stack, torch.Tensor) else stack
+
+    w1, v1, w2 = (oriented_stack(role) for role in EXPERT_MATRICES)
+    return ExpertWeights(w1, v1, w2)
 
 
 def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:

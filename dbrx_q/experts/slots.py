@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.checkpoint.layout import EXPERT_MATRICES, TensorFormat
-from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.checkpoint.layout import EXPERT_MATRICES, TensorFormat, expert_weights
 from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.host_memory import empty_host
@@ -36,8 +35,8 @@ class ExpertSlots:
             for part in kind.parts
         ]
         self._views: dict[int, list[torch.Tensor]] = {}  # kept, since every layer of every token asks for some
-        w1, v1, w2 = (self._matrix(matrix, fmt) for matrix, fmt in zip(EXPERT_MATRICES, kind.formats, strict=True))
-        self.weights = ExpertWeights(w1, v1, w2.transpose(1, 2) if isinstance(w2, torch.Tensor) else w2)
+        matrices = zip(EXPERT_MATRICES, kind.formats, strict=True)
+        self.weights = expert_weights({matrix: self._matrix(matrix, fmt) for matrix, fmt in matrices})
 
     @property
     def nbytes(self) -> int:

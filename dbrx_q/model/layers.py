@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dbrx_q.checkpoint.layout import EXPERT_MATRICES, expert_weights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import UnsupportedError
 from dbrx_q.experts import ExpertStore
@@ -173,8 +174,7 @@ class DbrxExpertMLP(nn.Module):
 
     def weights(self) -> ExpertWeights:
         """The same memory as [E, F, D], [E, F, D] and [E, D, F]."""
-        w1, v1, w2 = (self._split(_weight(holder)) for holder in (self.w1, self.v1, self.w2))
-        return ExpertWeights(w1, v1, w2.transpose(1, 2) if isinstance(w2, torch.Tensor) else w2)
+        return expert_weights({role: self._split(_weight(getattr(self, role))) for role in EXPERT_MATRICES})
 
     def _split(self, weight: Weight) -> Weight:
         return weight.unflatten(0, (self.experts, -1)) if isinstance(weight, torch.Tensor) else weight
