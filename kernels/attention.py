@@ -25,19 +25,18 @@ IMPLEMENTATIONS = ("sdpa", "eager", "triton")
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where each sequence of a call begins and ends; the new tokens of a sequence are its last.
-
-    starts: int32 [B + 1] on the device, the first row of each sequence among the T new tokens. lengths: int32 [B] on the device, tokens
-    in the cache with the new ones, which are stored already. counts: new tokens per sequence, on the host. ends: the lengths on the host;
-    "triton" does not read them where every count is 1, so that a captured graph replays with other lengths. rows: int32 [B] on the device,
-    the row of the cache of each sequence; None for 0, 1, 2 ...
-    """
+    """Where each sequence of a call begins and ends; the new tokens of a sequence are its last."""
 
     starts: torch.Tensor
+    """int32 [B + 1] on the device: the first row of each sequence among the T new tokens."""
     lengths: torch.Tensor
+    """int32 [B] on the device: tokens in the cache, the new ones included, which are stored already."""
     counts: tuple[int, ...]
+    """New tokens per sequence, on the host."""
     ends: tuple[int, ...]
+    """The lengths on the host. "triton" does not read them where every count is 1, so that a captured graph replays with other lengths."""
     rows: torch.Tensor | None = None
+    """int32 [B] on the device: the row of the cache of each sequence; None for 0, 1, 2 ..."""
 
 
 def cached_attention(q: torch.Tensor, cache: KVLayer, sequences: Sequences, *, implementation: str) -> torch.Tensor:

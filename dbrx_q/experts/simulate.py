@@ -86,7 +86,9 @@ class _Catalog:
     """See `ExpertCatalog`."""
 
     kinds: list[ExpertKind]
+    """The kind of every layer's experts."""
     n_experts: int
+    """Experts of each layer."""
 
 
 class _CountedSum(ExpertSum):

@@ -48,16 +48,27 @@ class Shapes:
     """The dimensions of a model that kernels see; the defaults are DBRX's."""
 
     width: int = 6144
+    """D."""
     heads: int = 48
+    """Query heads."""
     kv_heads: int = 8
+    """Key/value heads."""
     channels: int = 128
+    """Of a head."""
     experts: int = 16
+    """E."""
     active: int = 4
+    """A."""
     hidden: int = 10752
+    """F."""
     vocabulary: int = 100352
+    """Rows of the head."""
     context: int = 32768
+    """Tokens of a sequence."""
     clip: float = 8.0
+    """Bound of queries, keys and values."""
     epsilon: float = NORM_EPS
+    """Of the norms."""
 
     @property
     def qkv(self) -> int:
@@ -69,7 +80,7 @@ DBRX = Shapes()
 
 
 def empty_weight(fmt: TensorFormat, *shape: int, device: torch.device | str = "meta") -> QuantizedWeight:
-    """A packed weight [..., N, K] of `fmt` with whatever its memory holds."""
+    """A packed weight [..., N, K] of `fmt`, uninitialized."""
     *rows, K = shape
     N = rows[-1]
     parts = {part.name: torch.empty(*rows[:-1], *part.shape, dtype=part.dtype, device=device) for part in fmt.parts(N, K)}
@@ -78,10 +89,12 @@ def empty_weight(fmt: TensorFormat, *shape: int, device: torch.device | str = "m
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of an op on meta tensors: what it is called in tables, and the call."""
+    """One call of an op on meta tensors."""
 
     name: str
+    """As tables name it."""
     run: Callable[[], object]
+    """Makes the call."""
 
 
 def dbrx_launches(
@@ -172,7 +185,7 @@ def _experts(name: str, weight: Callable[..., Weight], dtype: torch.dtype, shape
         w2 = w2.new_empty(E, F, D).transpose(1, 2)
     slots = missing = _meta(E, dtype=torch.int32)
     kinds: list[tuple[str, ExpertWeights, torch.Tensor | None]] = [("", ExpertWeights(w1, v1, w2), None)]
-    if name == str(FORMATS[0]):  # a slot is an offset, whatever lies in it
+    if name == str(FORMATS[0]):  # a slot is an offset, whatever its format
         kinds.append((" slots", ExpertWeights(w1, v1, w2, slots), missing))
     for what, layer, count in kinds:
         for T in TOKENS:

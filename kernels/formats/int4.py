@@ -42,6 +42,7 @@ class Int4Weight(QuantizedWeight):
     zeros: torch.Tensor
     """Zero-points, two a byte."""
     group_size: int
+    """Elements that share a scale."""
 
     @property
     def shape(self) -> torch.Size:

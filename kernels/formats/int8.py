@@ -41,6 +41,7 @@ class Int8Weight(QuantizedWeight):
     scales: torch.Tensor
     """One per group."""
     group_size: int
+    """Elements that share a scale."""
 
     @property
     def shape(self) -> torch.Size:

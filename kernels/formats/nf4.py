@@ -87,6 +87,7 @@ class Nf4Weight(QuantizedWeight):
     absmax: torch.Tensor
     """The scales, one per block."""
     group_size: int
+    """Elements that share a scale: 64."""
 
     @property
     def shape(self) -> torch.Size:
@@ -100,7 +101,7 @@ class Nf4DoubleWeight:
 
     The scales of a matrix, row after row, are cut into blocks of 256; scale = dynamic_map()[absmax] * nested_absmax of its block + offset.
 
-        qweight         uint8 [..., N, K/2]      as of `Nf4Weight`
+        qweight         uint8 [..., N, K/2]      as in `Nf4Weight`
         absmax          uint8 [..., N, K/G]      codes of the scales
         nested_absmax   float32 [..., S]         largest magnitude of (scale - offset) in a block of scales
         offset          float32 [..., 1]         the scales' mean
@@ -115,6 +116,7 @@ class Nf4DoubleWeight:
     offset: torch.Tensor
     """The mean of the scales."""
     group_size: int
+    """Elements that share a scale: 64."""
 
     @classmethod
     def compress(cls, weight: Nf4Weight) -> Nf4DoubleWeight:

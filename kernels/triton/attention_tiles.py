@@ -14,26 +14,34 @@ __all__ = ["DecodeTiles", "PrefillTiles", "decode_tiles", "prefill_tiles"]
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How one program of decoding works: tokens of a block, query heads of a tile, programs that share a sequence, whose results are
-    combined so many at a time, warps, stages.
-    """
+    """How one program of decoding works."""
 
     tokens: int
+    """Tokens of a block of the cache."""
     heads: int
+    """Query heads of a tile."""
     splits: int
+    """Programs that share a sequence."""
     together: int
+    """Results of such programs that are combined at a time."""
     warps: int
+    """Warps of the program."""
     stages: int
+    """Stages of the pipeline that loads blocks."""
 
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """How one program of prefill works: queries, tokens of a block of the cache, warps, stages."""
+    """How one program of prefill works."""
 
     queries: int
+    """Queries of the program."""
     tokens: int
+    """Tokens of a block of the cache."""
     warps: int
+    """Warps of the program."""
     stages: int
+    """Stages of the pipeline that loads blocks."""
 
 
 def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip) -> DecodeTiles:

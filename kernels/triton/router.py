@@ -27,12 +27,16 @@ _POWER_NORM = tl.constexpr(3)
 
 @dataclass(frozen=True)
 class RouterTiles:
-    """How one program works: tokens, depth along D, programs that share a token's D, warps."""
+    """How one program works."""
 
     tokens: int
+    """Tokens of the program."""
     depth: int
+    """Elements along D of one step."""
     splits: int
+    """Programs that share the D of a token."""
     warps: int
+    """Warps of the program."""
 
 
 _TILE = 4096  # products that a program of 4 warps keeps in 32 registers a thread
