@@ -1,4 +1,4 @@
-"""`moe_experts`: the experts of a mixture-of-experts layer, with weights in any format.
+"""`moe_experts`: the experts of a mixture-of-experts layer, with weights in any format; `router.py` has `route`.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model, `F` ffn hidden.
 """

@@ -1,4 +1,4 @@
-"""Names, orientations and stored parts of the tensors of a DBRX checkpoint. No other module knows them.
+"""Names, orientations and stored parts of the tensors of a DBRX checkpoint. Other modules ask for tensors by their roles.
 
 A plain checkpoint has the names of the published one (`transformer.blocks.0.ffn.experts.mlp.w1` ...). In a quantized checkpoint a tensor
 X becomes the parts of its format, such as `X.qweight` and `X.scales`; a stack of experts becomes such parts per expert, `X.0.qweight`,

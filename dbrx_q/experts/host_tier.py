@@ -1,7 +1,13 @@
 """Experts in host memory over disk: slots in memory, which a few threads fill from files.
 
-`HostTier` serves a layer's experts to the CPU, or below GPUs to the copies that leave for them. On a miss, `cache.py` assigns a slot,
-`reader.py` reads the expert into it, and the layer waits, unless a fallback copy is used instead.
+`HostTier.serve` gives a layer's experts to the CPU, or below GPUs to the copies that are sent to them. What happens on a miss:
+
+1. `serve` asks the cache, whose policy chooses an expert to evict where no slot is free (`cache.py`, `policies.py`).
+2. `_start_load` lets the threads of `reader.py` read the expert's range from disk into the slot, piece by piece.
+3. The experts that hit are computed meanwhile.
+4. `_wait_for` returns when the slot is filled, and the expert is computed from it.
+
+With a fallback copy the caller computes from that instead, and does not wait.
 """
 
 from __future__ import annotations

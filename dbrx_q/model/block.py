@@ -1,8 +1,9 @@
 """The arithmetic of a DBRX block, step by step.
 
-The model (`layers.py`), calibration and the measurement of output errors (`dbrx_q.quantize.calibration`) all compute a block from these
-functions. Between the steps stand the products with weights, which each caller makes itself: the model with packed weights in fused
-kernels, calibration with one plain matrix at a time on threads or a GPU.
+The model (`layers.py`), calibration and the measurement of output errors (`dbrx_q.quantize.calibration`) compute a block from these
+functions. Between them stand the products with weights, which each caller makes itself: the model with packed weights, calibration with
+one plain matrix at a time on threads or a GPU. Where a fused op does several steps at once the model calls the op: `store_qkv` and
+`cached_attention` with a KV cache, `moe_experts` for the experts; `tests/dbrx_q/model/test_block.py` holds both to the same result.
 
     x, h = normed(x, norm_1)
     x, h = normed(attend(h Wqkv^T) out_proj^T, norm_2, delta=x)

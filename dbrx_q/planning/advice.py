@@ -76,4 +76,7 @@ def _changes(machine: Machine, request: MemoryRequest) -> Iterator[tuple[str, tu
     if machine.ram is not None:
         yield f"{format_size(_MORE_RAM)} more of RAM", (replace(machine, ram=machine.ram + _MORE_RAM), request)
     another = replace(machine.gpus[-1], desktop=False) if machine.gpus else _NEW_GPU
-    yield f"another GPU of {format_size(another.memory)}", (replace(machine, gpus=(*machine.gpus, another)), request)
+    yield (
+        f"{'another' if machine.gpus else 'a'} GPU of {format_size(another.memory)}",
+        (replace(machine, gpus=(*machine.gpus, another)), request),
+    )

@@ -41,9 +41,12 @@ class CpuChoice:
 
 
 def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, dots: bool = True) -> CpuChoice:
-    """The regime for `tokens` rows of `K` activations in `dtype`, on a chip with or without bfloat16 matrix instructions and AMX tiles.
+    """The regime for `tokens` rows of `K` activations in `dtype`.
 
-    dots: whether the weight's format has dot products and AMX code (`format_kernels.DOT_KERNELS`).
+    Args:
+        bfloat16_matmul: whether the chip has bfloat16 matrix instructions.
+        amx: whether it has AMX tiles, and the weight's format has code for them.
+        dots: whether the format has dot products (`format_kernels.DOT_KERNELS`).
     """
     tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
     if not dots or K % BLOCK:

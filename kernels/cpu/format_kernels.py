@@ -26,7 +26,7 @@ __all__ = ["DEQUANTIZERS", "DOT_KERNELS", "DotKernels", "dequantize_rows"]
 
 @dataclass(frozen=True)
 class DotKernels:
-    """Compiled code for the weights of one format, for K a multiple of 128; `amx.py` has code for the same formats."""
+    """Compiled code for the weights of one format, for K a multiple of 128."""
 
     matvec: Callable[[QuantizedActivations, Any, np.ndarray, np.ndarray, torch.Tensor], None]
     """(activations, contiguous weight [E, N, K] or [N, K], experts, offsets, out [P, N]): as `linear.matvec`, into `out`."""
@@ -36,6 +36,8 @@ class DotKernels:
     """Whether dot products need the sum of the activations of every group."""
     interleaved: bool
     """Whether `dequantize_rows` writes position 16 k + l of a block of 128 from element 8 l + k."""
+    amx: bool = False
+    """Whether `amx.py` has code for the format, too; without it many tokens take tiles on every chip."""
 
 
 def _int4_matvec(x: QuantizedActivations, weight: Int4Weight, experts: np.ndarray, offsets: np.ndarray, out: torch.Tensor) -> None:
@@ -61,8 +63,8 @@ def _int8_rows(weight: Int8Weight, tile: torch.Tensor) -> None:
 
 
 DOT_KERNELS = {
-    "int4": DotKernels(_int4_matvec, _int4_rows, zero_points=True, interleaved=True),
-    "int8": DotKernels(_int8_matvec, _int8_rows, zero_points=False, interleaved=False),
+    "int4": DotKernels(_int4_matvec, _int4_rows, zero_points=True, interleaved=True, amx=True),
+    "int8": DotKernels(_int8_matvec, _int8_rows, zero_points=False, interleaved=False, amx=True),
 }
 """By format: dot products on packed codes, and rows dequantized into a tile."""
 

@@ -63,8 +63,9 @@ def has_matrix_unit() -> bool:
 
 def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoice:
     """`choose` on this chip, for `tokens` rows like those of `x`."""
-    chip = {"bfloat16_matmul": has_bfloat16(), "amx": has_matrix_unit()}
-    return choose(tokens, weight.shape[-1], x.dtype, **chip, dots=weight.format in DOT_KERNELS)
+    kernels = DOT_KERNELS.get(weight.format)
+    amx_serves = kernels is not None and kernels.amx and has_matrix_unit()
+    return choose(tokens, weight.shape[-1], x.dtype, bfloat16_matmul=has_bfloat16(), amx=amx_serves, dots=kernels is not None)
 
 
 def activation_group(weight: QuantizedWeight) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import Weight
 
-from .codes import INT8, NF4, PLAIN, code_of
+from .codes import INT4, INT8, NF4, PLAIN, code_of
 from .launch import Chip
 
 __all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of"]
@@ -130,6 +130,7 @@ def _halves(
     if FORMAT == NF4:
         spread = _spread(scales, BK // 2)
         return (_nf4_value(packed >> 4) * spread).to(DTYPE), (_nf4_value(packed & 15) * spread).to(DTYPE)
+    tl.static_assert(FORMAT == INT4, "a format in CODES needs a branch of its own here")
     zeros = _zeros(z, rows, k, N, K, BK, GROUP)  # float32 [BN, NB]
     if FAST and tl.bfloat16 == DTYPE:
         # The code sits in the low bits of 128.0. scale = high + low, both bfloat16: code * low is exact in bfloat16 (at most 4 by 3

@@ -6,7 +6,7 @@ two, through the original one. For each matrix, in the order of the model:
 1. `Calibration.fit` computes the moments of the inputs (`dbrx_q.quantize.methods.moments`), to which a method fits the matrix;
 2. `Calibration.advance` takes the quantized matrix and computes the inputs of the next one.
 
-The arithmetic of a block is in `dbrx_q.model.block`, the same functions that the model runs.
+The steps of a block are functions of `dbrx_q.model.block`, which the model shares.
 
 - `sequences.py`: windows of a text, the tokens that calibrate.
 - `activations.py`: the activations of all tokens, in memory or in a file.

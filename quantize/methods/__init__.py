@@ -5,7 +5,8 @@ Begin with `choose.py`, the methods by name: each takes a matrix, a format and, 
 - `rtn.py`: to nearest, in the range of each group.
 - `hqq.py`: grids by half-quadratic quantization.
 - `awq.py`: column scales by the size of the inputs.
-- `gptq.py`: column by column, each error compensated by the columns that follow.
+- `gptq.py`: GPTQ, block by block of columns; the loop over columns, whose errors the following ones compensate, is the op
+  `dbrx_q.kernels.rounding`.
 - `refine.py`: better scales and codes for a quantized matrix.
 
 What they share:
