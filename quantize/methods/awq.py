@@ -14,7 +14,7 @@ from dbrx_q.kernels.formats.registry import TensorFormat
 
 from .grid import searched_grid
 
-__all__ = ["column_error", "column_scales", "fold"]
+__all__ = ["column_error", "column_scales", "fold_v1", "fold_w2"]
 
 _POWERS = [step / 10 for step in range(11)]
 # Keeps float16 scales of v1 and w2 out of its subnormal and infinite ends: DBRX's lie between 2^-12 and 2^-5.
@@ -65,15 +65,14 @@ def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorForm
     return float(((grid.dequantize(grid.round(wide)) - wide).square() * column_importance).sum(dtype=torch.float64))
 
 
-def fold(v1: torch.Tensor, w2: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(v1 / scales, w2 * scales), float32 [K, D] and [N, K]: with any w1 the same expert.
+def fold_v1(v1: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [K, D]: v1 [K, D] with each row divided by its scale, float32 [K]; with `fold_w2` and any w1 the same expert."""
+    return v1.float() / scales[:, None]
 
-    Args:
-        v1: [K, D].
-        w2: [N, K].
-        scales: float32 [K], positive.
-    """
-    return v1.float() / scales[:, None], w2.float() * scales
+
+def fold_w2(w2: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: w2 [N, K] with each column multiplied by its scale, float32 [K]."""
+    return w2.float() * scales
 
 
 def _normalised(importance: torch.Tensor, power: float) -> torch.Tensor:

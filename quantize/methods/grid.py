@@ -17,7 +17,7 @@ from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.grid_search import least_squares
 from dbrx_q.kernels.quantize import quantize_to_grid
 
-__all__ = ["Grid", "levels_of", "packed", "range_grid", "searched_grid", "to_nearest"]
+__all__ = ["Grid", "levels_of", "packed", "searched_grid", "to_nearest"]
 
 # Of the range of a group; below 0.6 no group of the bundled model was served best.
 _SHARES = [1 - 0.025 * step for step in range(17)]
@@ -72,25 +72,6 @@ class Grid:
         return (grouped(u, self.group_size) * self.scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def range_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
-    """The grid of rounding to nearest: each group's own range, zero included, as `int4.quantize` and `int8.quantize` cut it.
-
-    Args:
-        weight: [N, K].
-        fmt: a format with a uniform grid.
-
-    Raises:
-        FormatError: the format has no uniform grid, its group size does not divide K, or a range is too wide for float16 scales.
-    """
-    levels = levels_of(fmt)
-    fmt.check(weight.shape[-1])
-    groups = grouped(weight.float(), fmt.group_size)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # [N, n]
-    scales = ((torch.maximum(high, -low) if levels.symmetric else high - low) / levels.levels).half()
-    check_scales(scales)
-    return Grid(scales, None if levels.symmetric else (-low / steps_of(scales)).round().clamp(0, levels.levels), fmt)
-
-
 def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Tensor | None = None) -> Grid:
     """The grid of least error among 17 shares of each group's range, from all of it to six tenths, and, with zero-points, three of them.
 
@@ -103,7 +84,7 @@ def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Ten
         importance: float32 [K], such as the mean square of each input; None weighs all elements alike.
 
     Raises:
-        FormatError: as for `range_grid`.
+        FormatError: the format has no uniform grid, its group size does not divide K, or a range is too wide for float16 scales.
     """
     levels = levels_of(fmt)
     fmt.check(weight.shape[-1])

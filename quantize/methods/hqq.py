@@ -29,7 +29,7 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
         fmt: a format with a uniform grid.
 
     Raises:
-        FormatError: as for `grid.range_grid`.
+        FormatError: as for `grid.searched_grid`.
     """
     levels = levels_of(fmt)
     fmt.check(weight.shape[-1])

@@ -16,7 +16,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.calibrated import Calibration, Fit
-from dbrx_q.quantize.methods.awq import column_scales
+from dbrx_q.quantize.methods.awq import column_scales, fold_v1, fold_w2
 from dbrx_q.quantize.methods.choose import Method, Rounded
 from dbrx_q.quantize.methods.moments import Moments
 from dbrx_q.quantize.methods.rtn import rtn_whole
@@ -134,8 +134,8 @@ class Quantizer:
             self._scales = self._column_scales(job, torch.cat(blocks))
         if self._scales is None:
             return blocks
-        weight = torch.cat(blocks).float()
-        return [weight * self._scales if job.tensor.role == "w2" else weight / self._scales[:, None]]
+        fold = fold_w2 if job.tensor.role == "w2" else fold_v1
+        return [fold(torch.cat(blocks), self._scales)]
 
     def _column_scales(self, job: Job, v1: torch.Tensor) -> torch.Tensor | None:
         """Scales of the columns of w2, which follows v1; None where the expert has too few tokens."""

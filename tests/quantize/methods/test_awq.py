@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.formats.weights import dequantize
-from dbrx_q.quantize.methods.awq import column_error, column_scales, fold
+from dbrx_q.quantize.methods.awq import column_error, column_scales, fold_v1, fold_w2
 from dbrx_q.quantize.methods.grid import packed, searched_grid
 
 N, D, K = 48, 64, 256
@@ -36,7 +36,7 @@ def test_folding_does_not_change_the_experts_output(weight: torch.Tensor, import
     w1, v1, x = (torch.randn(rows, D, generator=generator, dtype=torch.float64) / 8 for rows in (K, K, 20))
     scales = column_scales(weight, importance, INT4)
     assert scales.max() > 1.5 * scales.min()
-    folded = fold(v1, weight, scales)
+    folded = fold_v1(v1, scales), fold_w2(weight, scales)
     expected = expert(x, w1, v1, weight.double())
     assert torch.allclose(expert(x, w1, folded[0].double(), folded[1].double()), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
@@ -45,7 +45,7 @@ def test_folding_powers_of_two_keeps_the_codes_of_v1(weight: torch.Tensor) -> No
     """float16 scales absorb powers of two without rounding, so that the dequantized rows are scaled exactly."""
     v1 = torch.randn(K, D, generator=torch.Generator().manual_seed(4)) * 0.02
     scales = torch.exp2(torch.arange(K) % 5 - 2.0)
-    plain, scaled = (int4.quantize(part, 64) for part in (v1, fold(v1, weight, scales)[0]))
+    plain, scaled = (int4.quantize(part, 64) for part in (v1, fold_v1(v1, scales)))
     assert torch.equal(scaled.qweight, plain.qweight)
     assert torch.equal(scaled.zeros, plain.zeros)
     assert torch.equal(dequantize(scaled) * scales[:, None], dequantize(plain))
@@ -64,7 +64,7 @@ def test_searched_scales_are_never_worse_than_none(weight: torch.Tensor, importa
 def test_column_error_is_the_error_of_the_output(weight: torch.Tensor, importance: torch.Tensor) -> None:
     """For independent inputs and for the weight that is packed in the end."""
     scales = column_scales(weight, importance, INT4)
-    folded = fold(torch.ones(K, 1), weight, scales)[1]
+    folded = fold_w2(weight, scales)
     grid = searched_grid(folded, INT4, importance / scales.square())
     value = dequantize(packed(grid, grid.round(folded)))
     inputs = torch.randn(4000, K, generator=torch.Generator().manual_seed(5)) * importance.sqrt()

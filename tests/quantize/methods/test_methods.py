@@ -10,11 +10,12 @@ import torch
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats.groups import grouped, steps_of
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.methods import factor
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.methods.gptq import gptq
-from dbrx_q.quantize.methods.grid import Grid, packed, range_grid, searched_grid, to_nearest
+from dbrx_q.quantize.methods.grid import Grid, levels_of, packed, searched_grid, to_nearest
 from dbrx_q.quantize.methods.hqq import hqq_grid
 from dbrx_q.quantize.methods.moments import DAMPING, Moments, moments_of
 from dbrx_q.quantize.methods.products import Products
@@ -51,6 +52,17 @@ def sums(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     hessian = moments.hessian.double()
     hessian.diagonal().copy_(moments.importance)
     return hessian, hessian if moments.cross_term is None else hessian + moments.cross_term.double()
+
+
+def range_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
+    """Each group's own range, zero included, as `int4.quantize` and `int8.quantize` cut it."""
+    levels = levels_of(fmt)
+    groups = grouped(weight, fmt.group_size)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # [N, n]
+    if levels.symmetric:
+        return Grid((torch.maximum(high, -low) / levels.levels).half(), None, fmt)
+    scales = ((high - low) / levels.levels).half()
+    return Grid(scales, (-low / steps_of(scales)).round().clamp(0, levels.levels), fmt)
 
 
 def loss(weight: torch.Tensor, value: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
