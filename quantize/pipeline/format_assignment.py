@@ -21,7 +21,7 @@ from dbrx_q.checkpoint.layout import (
 )
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
-from dbrx_q.kernels.formats.registry import PLAIN, offered_formats
+from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
 """For attention, embedding and head, None for plain."""
 
 _INT8_KINDS = ("embedding", "attention", "head")
+_INT8_GROUP = 64  # the largest group of those kinds
 _NAMES = (*EXPERT_MATRICES, "experts", "attention", *ATTENTION_MATRICES, "embedding", "head")
 _RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w+)=(?P<format>[\w-]+(?::\d+)?)")
 
@@ -45,10 +46,13 @@ _RULE = re.compile(r"(?:blocks\.(?P<first>\d+)(?:-(?P<last>\d+))?\.)?(?P<name>\w
 def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, TensorFormat]:
     """Experts in the given format; embedding, attention and head int8, in groups of at most 64; router and norms as they are.
 
+    The groups of int8 are no larger than the experts', or int8's smallest where the experts' are smaller than that.
+
     Raises:
         FormatError: a group size that is not offered or does not divide a tensor's reduction axis.
     """
-    others = TensorFormat("int8", min(experts.group_size, 64))
+    sizes = FORMATS["int8"].group_sizes
+    others = TensorFormat("int8", max((size for size in sizes if size <= min(experts.group_size, _INT8_GROUP)), default=min(sizes)))
     formats = {}
     for tensor in dense_tensors(config):
         kind = kind_of(tensor.name)
@@ -81,17 +85,17 @@ def parse_rules(config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFor
     """The formats that rules give to tensors, None for plain; of several rules for a tensor the last.
 
     A rule is `NAME=FORMAT`, as `w2=int8:128`, or `blocks.A-B.NAME=FORMAT` for some blocks (`blocks.A.` for one). NAME: w1, v1, w2,
-    experts (those three), Wqkv, out_proj, attention (those two), embedding or head. FORMAT: `int4:G` or `int8:G` with the group size,
-    `nf4`, `nf4-double`, or `plain`, which keeps the tensor as the source has it; experts cannot be plain, and the embedding is int8 or
-    plain.
+    experts (those three), Wqkv, out_proj, attention (those two), embedding or head. FORMAT: as `TensorFormat.parse` reads it, such as
+    `int4:64` or `nf4`; or `plain`, which keeps the tensor as the source has it. Experts cannot be plain, and the embedding is plain or
+    has a format whose record allows it.
 
     Raises:
-        RequestError: a rule that is none, matches no tensor, or gives a tensor a format that it cannot have.
+        RequestError: a malformed rule, or one that matches no tensor or gives a tensor a format that it cannot have.
     """
     formats: dict[str, TensorFormat | None] = {}
     for rule in rules:
-        names, fmt = _read(config, rule)
-        formats |= {tensor.name: _checked(rule, tensor, fmt) for tensor in names}
+        tensors, fmt = _read(config, rule)
+        formats |= {tensor.name: _checked(rule, tensor, fmt) for tensor in tensors}
     return formats
 
 
@@ -118,9 +122,7 @@ def _read(config: DbrxConfig, rule: str) -> tuple[list[DenseTensor], TensorForma
         if name in (kind_of(tensor.name), tensor.role) and (first is None or tensor.layer in blocks)
     ]
     if not wanted:
-        raise RequestError(
-            f"a --tensor rule must match a tensor; {rule!r} matches none, as {name} lies outside the blocks. Write {name}=..."
-        )
+        raise RequestError(f"a --tensor rule must match a tensor; {rule!r} matches none, as {name} is outside the blocks. Write {name}=...")
     return wanted, _format(rule, match["format"])
 
 
@@ -168,9 +170,9 @@ def allocated_formats(
         checkpoint: a plain one.
         sequences: int64 [B, S], ids of text like that which the model is for.
         target_bpw: stored bits over parameters, scales, zero-points, router and norms included.
-        experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are passed over.
-        others: for attention, embedding (of which only int8 and None) and head; None for plain.
-        rules: as for `parse_rules`: tensors whose format is settled.
+        experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are skipped.
+        others: formats on offer for attention, embedding (only those that it may have) and head; None for plain.
+        rules: as `parse_rules` takes them; they fix the formats of the tensors that they name.
         on_layer: called with (layers measured, layers in all).
 
     Raises:
@@ -179,12 +181,12 @@ def allocated_formats(
     """
     from dbrx_q.quantize.calibration.output_errors import output_errors
 
-    settled = parse_rules(checkpoint.config, rules)
+    fixed = parse_rules(checkpoint.config, rules)
     offered: dict[str, tuple[TensorFormat | None, ...]] = {}
     for name, tensor in checkpoint.tensors.items():
         kind = kind_of(name)
-        if name in settled:
-            offered[name] = (settled[name],)
+        if name in fixed:
+            offered[name] = (fixed[name],)
         elif kind in ("router", "norms"):
             offered[name] = (None,)
         else:
@@ -205,7 +207,11 @@ def allocated_formats(
 
 
 def _least_harm(choices: Mapping[str, Sequence[FormatChoice]], measured: OutputErrors, target: int) -> dict[str, FormatChoice]:
-    """What an error does at the end depends on the others that reach the same routers: weigh by that, allocate, and so on while it pays."""
+    """The formats of the least error at the end of the model.
+
+    How much a tensor's error changes the end depends on the other errors that reach the same routers. So errors are weighted by their
+    effect, formats are allocated, and both are repeated with the new errors while the total decreases.
+    """
     best: dict[str, FormatChoice] = {}
     least = math.inf
     weights = dict.fromkeys(choices, 1.0)
@@ -223,7 +229,7 @@ def _least_harm(choices: Mapping[str, Sequence[FormatChoice]], measured: OutputE
 
 
 def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: int) -> int:
-    """Bits in all."""
+    """The bits that all tensors together may take."""
     least, most = (sum(of(sizes) for sizes in bits.values()) / parameters for of in (min, max))
     if not least <= target_bpw <= most:
         reach = f"from {math.ceil(1000 * least) / 1000:.3f} to {math.floor(1000 * most) / 1000:.3f} bits per weight"
@@ -238,7 +244,7 @@ def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
 
 
 def _bits(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat | None) -> int:
-    """All that is stored of a tensor."""
+    """Bits of all stored parts of a tensor."""
     if fmt is None:
         return 8 * checkpoint.infos[tensor.name].nbytes
     return 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, parts_of
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import load_plain_model
 from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
@@ -128,6 +130,16 @@ def test_invalid_rules_are_refused(nano: Path, rule: str, message: str) -> None:
         mixed(DbrxConfig.from_pretrained(str(nano)), rule)
     assert message in str(refused.value)
     assert rule in str(refused.value)
+
+
+@pytest.mark.parametrize(("group_size", "int8_group"), [(16, 32), (32, 32), (48, 32), (64, 64), (128, 64), (256, 64)])
+def test_other_matrices_are_int8_beside_experts_of_any_group_size(
+    monkeypatch: pytest.MonkeyPatch, nano: Path, group_size: int, int8_group: int
+) -> None:
+    monkeypatch.setitem(FORMATS, "int4", replace(FORMATS["int4"], group_sizes=(group_size,)))
+    monkeypatch.setattr(TensorFormat, "check", lambda fmt, K: None)  # the bundled model has no multiple of 48 and 256
+    formats = default_formats(DbrxConfig.from_pretrained(str(nano)), TensorFormat("int4", group_size))
+    assert set(formats.values()) == {TensorFormat("int4", group_size), TensorFormat("int8", int8_group)}
 
 
 def test_a_group_size_that_does_not_divide_is_refused_and_names_the_tensor() -> None:
