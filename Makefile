@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := .ci/constraints.txt
-# Without bytecode, which comes with the first import: to compile all of it took 80 s, and most of it is never imported.
+# Without bytecode, which the first import writes: to compile all of it took 80 s, and most of it is never imported.
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 MODEL := tests/data/dbrx-nano
 TEXT := tests/data/war-of-the-worlds.txt

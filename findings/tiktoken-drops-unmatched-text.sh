@@ -4,7 +4,7 @@
 # Encoding.encode cuts a text into the matches of pat_str and encodes those. Characters between two matches get no token and no
 # message: decode(encode(text)) is not the text. The patterns of the published encodings match everything, so it shows only
 # with a pattern that was written or converted for another library, such as Hugging Face's tokenizers, whose Split keeps what
-# lies between the matches.
+# is between the matches.
 #
 # Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
 #   tiktoken 0.14.0 tokenizers 0.23.3

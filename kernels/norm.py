@@ -22,7 +22,7 @@ def add_norm(
 
     Args:
         x: [T, D], float32, bfloat16 or float16.
-        delta: [T, D] of the same dtype; None adds nothing, and the sum that comes back is `x` itself.
+        delta: [T, D] of the same dtype; None adds nothing, and the sum that is returned is `x` itself.
         weight: [D] of the same dtype.
         eps: added to the variance.
         backend: None picks by the device of `x`.

@@ -1,4 +1,4 @@
-"""`route`: which experts each token goes to, and with what weights.
+"""`route`: the experts that each token is sent to, and their weights.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model.
 """

@@ -2,7 +2,7 @@
 
     python tests/rooms.py [CHECKOUT]
 
-A room is a folder of modules. An arrow goes from a room to each room that it imports, lazily or not; imports for type checkers alone are
+A room is a folder of modules. An arrow points from a room to each room that it imports, lazily or not; imports for type checkers alone are
 left out. A room's floor is one above the highest room that it imports. An import inside a function named `from_pretrained` is the one
 documented exception: it is mirrored from transformers, where a configuration and a model load themselves.
 """

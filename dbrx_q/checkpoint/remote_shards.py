@@ -213,7 +213,7 @@ class RemoteShard:
                 if (self._file.size, self._file.tensors) != (self.size, self.tensors):
                     raise CheckpointError(
                         f"{self._file.path}: a fetched shard must have the header that the hub gave before; it differs, so the file is "
-                        "damaged. Remove it and go on"
+                        "damaged. Remove it and continue"
                     )
             return self._file
 

@@ -64,7 +64,7 @@ def staged_folder(
         if not isinstance(error, OSError) or (error.filename and not str(error.filename).startswith(str(partial))):
             raise
         reason = error.strerror or str(error)
-        rest = f"What is finished is kept in {partial}: mend that and go on with --resume" if kept else "Nothing was left behind"
+        rest = f"What is finished is kept in {partial}: fix that and continue with --resume" if kept else "Nothing was left behind"
         raise RequestError(f"{destination}: the destination must be writable; {reason}. {rest}") from None
     finally:
         if marker >= 0:

@@ -54,5 +54,5 @@ def interrupted(done: int, total: int, *, kept: bool) -> typer.Exit:
 
     kept: whether the state of the run was saved, so that --resume can continue it.
     """
-    resume = "the same command with --resume goes on" if kept else "they could not be kept for --resume"
+    resume = "the same command with --resume continues" if kept else "they could not be kept for --resume"
     return terminal.failed(f"interrupted after {done:,} of {total:,} tokens; the figures are of these alone, and {resume}")

@@ -144,7 +144,7 @@ def _all_gpus(gpu: list[str]) -> tuple[Gpu, ...]:
     from dbrx_q.planning.machine import Machine
 
     if len(gpu) > 1:
-        raise RequestError(f"--gpu auto takes all GPUs and goes with no other --gpu; found {', '.join(gpu)}")
+        raise RequestError(f"--gpu auto takes all GPUs and excludes every other --gpu; found {', '.join(gpu)}")
     gpus = Machine.detect().gpus
     if not gpus:
         raise RequestError("--gpu auto takes the GPUs that torch sees; it sees none. Check the driver, or leave it out")

@@ -66,9 +66,7 @@ def command(
     config = DbrxConfig.from_pretrained(path)
     formats = _planned_formats(config, path, tensor_formats(config, path), format, group_size)
     if fallback_format is not None and (format is None or not fallback):
-        raise RequestError(
-            f"--fallback-format goes with --format and --fallback; found {fallback_format} without. Add them, or leave it out"
-        )
+        raise RequestError(f"--fallback-format needs --format and --fallback; found {fallback_format} without. Add them, or leave it out")
     fallback_formats = _fallback_formats(config, path, formats, fallback_format) if fallback else None
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
@@ -98,7 +96,7 @@ def _planned_formats(
 
     if format is None:
         if group_size is not None:
-            raise RequestError(f"--group-size goes with --format; found {group_size} alone. Add --format {WEIGHT_FORMATS}")
+            raise RequestError(f"--group-size needs --format; found {group_size} alone. Add --format {WEIGHT_FORMATS}")
         return stored
     if stored:
         raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")

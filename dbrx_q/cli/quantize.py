@@ -185,7 +185,7 @@ def _run(opened: Path | RemoteShards, requests: dict[Path, QuantizationRequest],
         partial = [partial_of(folder) for folder in requests if partial_of(folder).exists()]
         if not partial:
             raise
-        message = f"interrupted; what is finished is kept in {partial[0]}, and the same command with --resume goes on from there"
+        message = f"interrupted; what is finished is kept in {partial[0]}, and the same command with --resume continues from there"
         raise terminal.failed(message) from None
     return runs
 

@@ -96,12 +96,12 @@ def command(
             )
     except Exception:  # the caller prints any error
         if state.path.exists():
-            terminal.say("what was measured is kept: the same command with --resume goes on")
+            terminal.say("what was measured is kept: the same command with --resume continues")
         raise
     _report(result, out, json=json)
     total = len(measurable(units, tensor_formats)[0])
     if not result.complete:
-        resumable = "the same command with --resume goes on" if state.path.exists() else "they could not be kept for --resume"
+        resumable = "the same command with --resume continues" if state.path.exists() else "they could not be kept for --resume"
         raise terminal.failed(f"interrupted after {len(result.units)} of {total} parts; the figures are of these alone, and {resumable}")
     state.clear()
     if result.failed:

@@ -175,5 +175,5 @@ def _encoded(result: dict[str, Any]) -> bytes:
 
 def _interrupted(done: int, total: int, *, kept: bool) -> typer.Exit:
     """Print on stderr how far the run got and whether --resume can continue it; raise the result."""
-    resume = "the same command with --resume goes on" if kept else "their answers could not be kept for --resume"
+    resume = "the same command with --resume continues" if kept else "their answers could not be kept for --resume"
     return terminal.failed(f"interrupted after {done:,} of {total:,} requests; {resume}")

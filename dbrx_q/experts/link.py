@@ -194,7 +194,7 @@ class Link(ABC):
         error: BaseException | None = None
         try:
             event = None if job.pending.cancelled else self._send(job)
-        except BaseException as problem:  # reported to the waiting layer; the thread goes on
+        except BaseException as problem:  # reported to the waiting layer; the thread keeps running
             error = problem
         if job.pending.cancelled:
             error = error or DbrxError("the copy was cancelled")

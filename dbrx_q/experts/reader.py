@@ -95,7 +95,7 @@ class Load:
 
 @dataclass(frozen=True)
 class _ReadPiece:
-    """One read: a range of a file, and where it goes in the stored parts of an expert."""
+    """One read: a range of a file, and its place in the stored parts of an expert."""
 
     load: Load
     """The load that it belongs to."""
@@ -251,7 +251,7 @@ class ExpertReader:
         try:
             if not piece.load.failed:
                 self._read(piece, buffer)
-        except BaseException as problem:  # reported to the waiting layer; the thread goes on
+        except BaseException as problem:  # reported to the waiting layer; the thread keeps running
             error = problem
         with self._changed:
             self._busy -= 1

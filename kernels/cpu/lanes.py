@@ -1,8 +1,8 @@
 """Sixteen float32 side by side as one value of a numba function: `+`, `-`, `*` and `/` on it, and the functions below.
 
-A loop over such values needs no luck with a vectoriser: what is written is what runs, in registers, with the same bits on every chip
-(LLVM lowers the vectors to AVX-512, AVX2 or NEON; no sum is reordered, and `fused` rounds once everywhere). Each lane goes its own way:
-sixteen rows of a weight are worked on at a time, and nothing is summed across lanes. Memory is named by addresses, int64.
+A loop over such values does not depend on a vectorizer. It runs as it is written, in registers, with the same bits on every chip: LLVM
+lowers the vectors to AVX-512, AVX2 or NEON; no sum is reordered, and `fused` rounds once everywhere. Lanes are independent: each holds one
+of sixteen rows of a weight, and nothing is summed across lanes. Memory is named by addresses, int64.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
 def in_memory_order(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
     """A weight [N, K] whose memory must stay while it is used, and what `fill_tile` must know of it: address, item and both pitches.
 
-    bfloat16 and float32 are read where they are if rows or columns lie back to back; all else is copied.
+    bfloat16 and float32 are read in place if rows or columns are contiguous; all else is copied.
     """
     if weight.dtype != torch.bfloat16:
         weight = weight.float()
@@ -118,7 +118,7 @@ def splat(typing_context, value):
 
 @intrinsic
 def load(typing_context, address):
-    """The lanes that lie at an address."""
+    """The sixteen float32 at an address."""
 
     def codegen(context, b, sig, args):
         return v.load(b, args[0], v.V16F)
@@ -128,7 +128,7 @@ def load(typing_context, address):
 
 @intrinsic
 def load_half(typing_context, address):
-    """float16 that lie at an address."""
+    """Sixteen float16 at an address."""
 
     def codegen(context, b, sig, args):
         return v.half_to_float(b, v.load(b, args[0], _SHORTS))
@@ -312,8 +312,8 @@ def _copy_one(typing_context, address, item, target):
 
 @intrinsic
 def _turn(typing_context, address, item, pitch, last, target):
-    """Put 16 x 16 elements at `target`, float32, so that lane l of vector i is element i of row l; rows lie `pitch` bytes apart, and the
-    rows after the `last` are the last again."""
+    """Put 16 x 16 elements at `target`, float32, so that lane l of vector i is element i of row l. Rows are `pitch` bytes apart; the
+    last row is repeated for those after `last`."""
 
     def codegen(context, b, sig, args):
         address, item, pitch, last, target = args

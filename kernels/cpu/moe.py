@@ -24,17 +24,14 @@ __all__ = ["ExpertOutputs", "moe_experts"]
 
 
 class ExpertOutputs:
-    """What experts make of their tokens, a row for each pair of a token and one of its experts, until all came and are summed.
+    """The outputs of experts for their tokens, a row for each pair of a token and one of its experts, until all are added and summed.
 
-    Each row is computed by itself and a token's rows are summed by the rank of its experts, so that the sum has the same bits in whatever
-    order, and together with whatever others, the experts came.
+    Each row is computed independently, and a token's rows are summed by the rank of its experts. So the sum has the same bits in whatever
+    order, and with whatever others, the experts are added.
 
     Args:
         x: [T, D].
         experts: int64 [T, A], the experts of each token, best first.
-
-    Attributes:
-        counts: how many tokens chose an expert, for those that any chose, in ascending order.
     """
 
     def __init__(self, x: torch.Tensor, experts: torch.Tensor) -> None:
@@ -44,12 +41,12 @@ class ExpertOutputs:
         counts = experts.flatten().bincount().tolist()
         ends = np.cumsum([0, *counts]).tolist()
         self._places = {e: (ends[e], ends[e + 1]) for e, count in enumerate(counts) if count}
-        self._rows = torch.zeros(self._by_expert.numel(), x.shape[1])  # [P, D], zeros for experts that do not come
+        self._rows = torch.zeros(self._by_expert.numel(), x.shape[1])  # [P, D], zeros for experts that are not added
         self._quantized: dict[int, QuantizedActivations] = {}
 
     @property
     def counts(self) -> dict[int, int]:
-        """See the class."""
+        """How many tokens chose each expert, in ascending order of experts; only those that are chosen."""
         return {e: end - first for e, (first, end) in self._places.items()}
 
     def add(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
@@ -57,7 +54,7 @@ class ExpertOutputs:
 
         Args:
             layer: holds their weights.
-            slots: where the matrices of each of them lie.
+            slots: the slot of each of them in the stacks of `layer`.
         """
         few: dict[int, int] = {}
         for e, slot in slots.items():

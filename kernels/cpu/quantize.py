@@ -24,7 +24,7 @@ from .search import group_ranges, range_scale_and_zero, step_of
 
 __all__ = ["KERNELS", "QuantizationKernels", "quantize_int4", "quantize_int8", "round_int4", "round_int8"]
 
-# Rows that a thread takes at a time: of a weight that lies transposed, 32 neighbours fill a cache line of bfloat16.
+# Rows that a thread takes at a time: 32 neighbours of a transposed weight fill a cache line of bfloat16.
 _ROWS = 32
 
 
@@ -32,7 +32,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[Int4Weight, fl
     """The packed weight, the sum of squared errors and the sum of squares; on several threads, with the same bits on any number of them.
 
     Args:
-        weight: [N, K] on the CPU; bfloat16 and float32 are read as they lie, or transposed, other dtypes are copied. NaN gives an
+        weight: [N, K] on the CPU; bfloat16 and float32 are read in place, transposed or not; other dtypes are copied. NaN gives an
             unspecified result and an infinite range infinite scales: the caller checks both.
         group_size: 32, 64 or 128; divides K.
     """

@@ -1,4 +1,4 @@
-"""What the grouped formats share: groups along the last axis and the checks on what goes in."""
+"""Shared by the grouped formats: groups along the last axis, and the checks on weights and scales."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How Triton kernels are launched, and how a launch is looked at instead: which chip, which kernel, with which arguments.
+"""Launches Triton kernels, or records a launch instead: the chip, the kernel and its arguments.
 
-Every launch goes through `launch`, so that `recording` sees the very calls that the real thing makes: with tensors on the `meta` device
-the launchers compute their tile choices and arguments and nothing runs.
+Every kernel is launched by `launch`, so `recording` sees the calls that a real run makes: with tensors on the `meta` device the launchers
+choose tiles and compute arguments, and nothing runs.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from .weights import _halves, bits_of, dot_step, pointers_of
 
 __all__ = ["combine_kernel", "down_prefill_kernel", "gate_up_prefill_kernel", "prefill"]
 
-# Bounds what lies between the kernels: 0.55 GB for 4096 tokens of DBRX, of which every expert then has enough to be bound by arithmetic.
+# Tokens of one pass. They bound the memory between the kernels, 0.55 GB for DBRX, and suffice for every expert to be bound by arithmetic.
 _CHUNK = 4096
 _TOKEN_TILES_TOGETHER = tl.constexpr(16)
 _COLUMNS = 1024

@@ -178,7 +178,7 @@ def _ranks(logit, experts_here, E: tl.constexpr, A: tl.constexpr, BE: tl.constex
     least: tl.constexpr = -(2**63)
     bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
     key = tl.where(logit != logit, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # ordered as the floats are
-    # One number by which an expert goes before another: the logit's order above, the lower index below.
+    # One number that orders the experts: the logit in the high bits, the lower index first in the low ones.
     key = (key.to(tl.int64) << 32) | (BE - 1 - experts_here)[None, :].to(tl.int64)
     key = tl.where((experts_here < E)[None, :], key, least)
     rank = tl.full(logit.shape, -1, tl.int32)

@@ -97,7 +97,7 @@ def choose(problem: Problem, chip: Chip) -> Tiles:
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
-    """Tiles worth measuring for a problem; the default comes first."""
+    """Tiles worth measuring for a problem, the default first."""
     default = _default(problem, chip)
     tilings = [default]
     tokens = {default.tokens} if problem.decode else {64, 128, 256}

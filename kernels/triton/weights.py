@@ -86,7 +86,7 @@ def dot_step(
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
 ):
-    """acc + weight[rows, k : k + BK] @ x.T; what lies past N or K counts as 0."""
+    """acc + weight[rows, k : k + BK] @ x.T; elements past N or K count as 0."""
     if FORMAT == PLAIN:
         columns = k + tl.arange(0, BK)
         inside = (rows < N)[:, None] & (columns < K)[None, :]

@@ -1,7 +1,7 @@
 """AWQ's scales (Lin et al. 2023) for the columns of an expert's w2, folded into the rows of its v1 at no cost and without loss.
 
 An expert gives w2 @ (silu(w1 x) * (v1 x)), so that row f of v1 divided by s[f] and column f of w2 multiplied by it leave the output as it
-is. The groups of v1 lie within a row: only their scales change, no code. In w2 a larger column takes a smaller share of the rounding error.
+is. A group of v1 is within a row: only its scale changes, no code. In w2 a larger column takes a smaller share of the rounding error.
 
 Dimension letters: `N` rows, `K` the reduction axis; of v1 [K, D] the rows.
 """
@@ -17,7 +17,7 @@ from .grid import searched_grid
 __all__ = ["column_error", "column_scales", "fold_v1", "fold_w2"]
 
 _POWERS = [step / 10 for step in range(11)]
-# Keeps float16 scales of v1 and w2 out of its subnormal and infinite ends: DBRX's lie between 2^-12 and 2^-5.
+# Keeps float16 scales of v1 and w2 out of its subnormal and infinite ends: DBRX's are between 2^-12 and 2^-5.
 _MOST = 16.0
 _SAMPLE_ROWS = 256  # by which powers are compared
 

@@ -1,4 +1,4 @@
-"""The factor of an inverse that GPTQ goes by, in place and in pieces: a Hessian of 10752 columns takes 0.9 GB in float64.
+"""The factor of the inverse Hessian that GPTQ uses, in place and in pieces: a Hessian of 10752 columns takes 0.9 GB in float64.
 
 Dimension letter: `K` columns.
 """
@@ -92,7 +92,7 @@ def _invert(a: torch.Tensor, workers: Workers) -> None:
 
 
 def _lower(rows: torch.Tensor) -> torch.Tensor:
-    """The last rows of a lower triangular matrix [b, k] without what lies above its diagonal."""
+    """The last rows of a lower triangular matrix [b, k] without the elements above its diagonal."""
     return rows.tril(rows.shape[1] - rows.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""GPTQ: rounding column by column, each error made up for by the columns that are still to come.
+"""GPTQ: column by column is rounded, and the columns that follow compensate its error.
 
 Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
 """
@@ -18,10 +18,10 @@ _BLOCK = 128  # columns between two products with all that follow
 
 
 def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
-    """Whole numbers u, float32 [N, K], on `grid`, of which (value - weight) H (value - weight)^T is small.
+    """Whole numbers u, float32 [N, K], on `grid`, whose values have a small (value - weight) H (value - weight)^T.
 
-    Frantar et al. 2022, "GPTQ", algorithm 1. Columns come in the order of H's diagonal, the largest first ("act-order"); groups are
-    those of the matrix as it lies, so that the order costs nothing at run time. Rows are independent of each other.
+    Frantar et al. 2022, "GPTQ", algorithm 1. Columns are rounded in the order of H's diagonal, the largest first ("act-order"). Groups
+    are neighbouring columns all the same, so that the order costs nothing at run time. Rows are independent of each other.
 
     Args:
         weight: float32 [N, K], to be approximated.

@@ -28,7 +28,7 @@ class Products:
         workers: that share the work.
         bfloat16: whether factors are rounded to bfloat16, as DBRX itself has them (for sums of outer products on a GPU to TF32),
             for chips with a matrix unit for it.
-        device: that multiplies, and where results lie; None for the CPU's threads.
+        device: multiplies and holds the results; None for the CPU's threads.
     """
 
     def __init__(self, workers: Workers, *, bfloat16: bool, device: torch.device | None = None) -> None:
@@ -36,14 +36,14 @@ class Products:
 
     @classmethod
     def fastest(cls, workers: Workers, channels: int, device: torch.device | None = None) -> Products:
-        """bfloat16 where this chip has a matrix unit and the model so many channels that it pays, otherwise float32."""
+        """bfloat16 where this chip has a matrix unit and the model has enough channels for it to pay, otherwise float32."""
         return cls(
             workers, bfloat16=channels >= _LARGE and (device is not None or fastest_dtype(channels) == torch.bfloat16), device=device
         )
 
     @property
     def place(self) -> torch.device:
-        """Where results lie."""
+        """The device that holds the results."""
         return self.device or torch.device("cpu")
 
     def on_cpu(self) -> Products:
@@ -81,7 +81,7 @@ class Products:
         return out
 
     def add_outer(self, into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, upper: bool = False) -> None:
-        """into [K, K] += left.T @ right for float32 left, right [T, K], all where results lie; `upper`: above the diagonal is enough."""
+        """into [K, K] += left.T @ right for float32 left, right [T, K], all on `place`; `upper`: only above the diagonal is needed."""
         if self.device is not None:
             with self._rounding():
                 into.addmm_(left.T, right)

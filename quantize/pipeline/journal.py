@@ -108,6 +108,6 @@ def _check_same(path: Path, before: Any, now: Any, name: str = "options") -> Non
             _check_same(path, before.get(key), now.get(key), key)
     elif before != now:
         raise RequestError(
-            f"{path.parent}: --resume goes on with the options that the run began with; {name} was {before!r:.100}, found {now!r:.100}. "
+            f"{path.parent}: --resume continues with the options that the run began with; {name} was {before!r:.100}, found {now!r:.100}. "
             "Give the same options, or remove the folder and start again"
         )

@@ -84,7 +84,7 @@ def quantize_checkpoint(
             except CheckpointError as error:
                 if not journal[0].entries:
                     raise
-                raise CheckpointError(f"{error}. The finished tensors are kept in {partial}: --resume goes on from there") from None
+                raise CheckpointError(f"{error}. The finished tensors are kept in {partial}: --resume continues from there") from None
             record = record_of(run, journal[0], finished, time.perf_counter() - started)
             finish(run, record, manifest, partial)
     return record

@@ -312,7 +312,7 @@ def test_low_disk_resumes_with_the_missing_shards(hub: type[Hub], many: list[str
     code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk"))
     assert (code, out) == (2, "")
     assert f"the hub must give {many[4]}" in err
-    assert "--resume goes on" in err
+    assert "--resume continues" in err
     assert "Traceback" not in err
     hub.fails = ""
     before = len(weights_sent(hub))

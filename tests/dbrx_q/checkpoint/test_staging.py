@@ -105,7 +105,7 @@ def test_verify_wants_a_manifest_that_covers_a_quantized_checkpoint(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "{model}", "--group-size", "64"], "--group-size goes with --format"),
+        (["plan", "{model}", "--group-size", "64"], "--group-size needs --format"),
         (["plan", "{model}", "--ram", "lots"], "a size must be a number with a unit"),
         (["plan", "{model}", "--context", "9999"], "--context must be from 1 to the model's 2048"),
         (["plan", "{model}", "--batch", "0"], "--batch must be at least 1"),

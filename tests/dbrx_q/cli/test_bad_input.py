@@ -265,7 +265,7 @@ def test_weights_must_be_finite(
     assert (done.code, done.out) == (2, "")
     assert done.err.count("dbrx-q: error: ") == 1
     assert "Traceback" not in done.err
-    for words in (*says, f"kept in {tmp_path}/new/out.partial: --resume goes on"):
+    for words in (*says, f"kept in {tmp_path}/new/out.partial: --resume continues"):
         assert words in done.err
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.partial"]
 

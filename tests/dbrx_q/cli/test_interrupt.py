@@ -138,7 +138,7 @@ def test_quantize_keeps_what_is_finished(phase: str, presses: int, large: Path, 
         time.sleep(0.002)
     text = running.end()
     if partial.exists():
-        assert f"interrupted; what is finished is kept in {partial}, and the same command with --resume goes on from there" in text
+        assert f"interrupted; what is finished is kept in {partial}, and the same command with --resume continues from there" in text
         start("quantize", large, out, "--resume").finish()
         start("verify", out).finish()
     else:
@@ -194,7 +194,7 @@ def test_figures_so_far_are_shown_and_the_rest_follows(
     text = running.stderr.decode()
     assert running.process.wait(LIMIT_SECONDS) == 2
     assert f"interrupted after {partial['tokens']:,} of {16 * 511:,} tokens" in text
-    assert "--resume goes on" in text
+    assert "--resume continues" in text
     assert "Traceback" not in text
     assert not partial["complete"]
     assert partial["tokens"] == 8 * 511

@@ -341,7 +341,7 @@ def test_fallback_options_that_cannot_work_are_refused(carrying: Path, nano: Pat
         (("generate", carrying, "--prompt", "The"), "found no limit to memory. Add --ram or --gpu"),
         (("generate", carrying, "--prompt", "The", "--ram", "4MB"), "of a fallback copy"),
         (("perplexity", nano, "--text", TEXT, "--ram", "90MB"), "--fallback is for checkpoints that dbrx_q quantized"),
-        (("plan", nano, "--fallback-format", "int4"), "--fallback-format goes with --format and --fallback"),
+        (("plan", nano, "--fallback-format", "int4"), "--fallback-format needs --format and --fallback"),
         (("plan", nano, "--format", "int4", "--fallback-format", "int8"), "must take fewer bytes"),
     ):
         outcome = cli(*arguments, "--fallback")

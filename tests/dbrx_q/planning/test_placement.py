@@ -289,7 +289,7 @@ def test_gpus_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: p
         (("--gpu", "24GiB,fast"), "found 'fast'"),
         (("--gpu", "24GiB,link=0"), "must be more than nothing"),
         (("--gpu", "big"), "a size must be a number with a unit"),
-        (("--gpu", "auto", "--gpu", "24GiB"), "goes with no other --gpu"),
+        (("--gpu", "auto", "--gpu", "24GiB"), "excludes every other --gpu"),
         (("--gpu", "auto"), "--gpu auto takes the GPUs that torch sees; it sees none"),
         (("--disk-bandwidth", "0"), "must be more than nothing"),
         (("--context", "9999"), "--context must be from 1 to the model's 2048 tokens"),

@@ -594,13 +594,13 @@ def test_an_interrupted_command(
     assert done.code == 2
     said = " ".join(done.err.split())
     if error is KeyboardInterrupt:
-        assert "interrupted after 2 of 4 parts; the figures are of these alone, and the same command with --resume goes on" in said
+        assert "interrupted after 2 of 4 parts; the figures are of these alone, and the same command with --resume continues" in said
         found = Sensitivity.from_dict(json.loads(done.out))
         assert (found.complete, [unit.name for unit in found.units]) == (False, ["layer 0", "layer 1"])
         assert json.loads((out / "sensitivity.json").read_text(encoding="utf-8")) == json.loads(done.out)
     else:
         assert done.out == ""
-        assert "what was measured is kept: the same command with --resume goes on" in said
+        assert "what was measured is kept: the same command with --resume continues" in said
     seen.clear()
     again = cli(*arguments, "--resume")
     assert again.code == 0, again.err

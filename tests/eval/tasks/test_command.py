@@ -395,7 +395,7 @@ def test_an_interrupted_run_goes_on_to_the_same_digits(
         left = press
         shown = cli(*options, *(["--resume"] if before else []))
         assert (shown.code, shown.out) == (2, "")
-        [(done, total)] = re.findall(r"interrupted after (\d+) of (\d+) requests; the same command with --resume goes on", shown.err)
+        [(done, total)] = re.findall(r"interrupted after (\d+) of (\d+) requests; the same command with --resume continues", shown.err)
         assert before < int(done) < int(total) == 10 + 2 + 3
         before = int(done)
     left = 0

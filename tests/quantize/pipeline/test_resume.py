@@ -199,7 +199,7 @@ def test_a_run_resumes_after_its_source_is_repaired(source: Path, tmp_path: Path
     data = bytearray(shard.read_bytes())
     data[-2:] = b"\xff\x7f"  # NaN
     shard.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"w2 must be finite.*The finished tensors are kept in .*--resume goes on"):
+    with pytest.raises(CheckpointError, match=r"w2 must be finite.*The finished tensors are kept in .*--resume continues"):
         quantize_checkpoint(damaged, tmp_path / "out", request())
     shutil.copyfile(source / shard.name, shard)
     quantize_checkpoint(damaged, tmp_path / "out", request(), resume=True)
