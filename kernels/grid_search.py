@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from dbrx_q.kernels.cpu import search as cpu_search
+from dbrx_q.kernels.cpu.lanes import LANES
 from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.formats.groups import grouped, steps_of
 
@@ -29,12 +30,12 @@ def least_squares(
 
     Args:
         weight: [N, K], finite.
-        group_size: a multiple of 16; divides K.
+        group_size: divides K; compiled code takes multiples of 16.
         levels: of the format; the zero-points of a symmetric grid are 0.
         shares: float32 [S] on the CPU, in the order in which they are tried.
         importance: float32 [K]; None weighs all elements alike.
     """
-    if weight.device.type == "cpu":
+    if _has_compiled_code(weight, group_size):
         return cpu_search.least_squares(weight, group_size, levels, shares, importance)
     return _in_pieces(weight, lambda rows: least_squares_reference(rows, group_size, levels, shares, importance))
 
@@ -47,7 +48,7 @@ def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, be
         weight, group_size, levels: as for `least_squares`.
         betas: float32 [S] on the CPU, by which an element counts as an outlier (see `quantize/methods/hqq.py`).
     """
-    if weight.device.type == "cpu":
+    if _has_compiled_code(weight, group_size):
         return cpu_search.half_quadratic(weight, group_size, levels, betas)
     return _in_pieces(weight, lambda rows: half_quadratic_reference(rows, group_size, levels, betas))
 
@@ -86,6 +87,11 @@ def half_quadratic_reference(weight: torch.Tensor, group_size: int, levels: Grid
         if not levels.symmetric:
             zeros = ((u + zeros.unsqueeze(-1)) - wanted / steps_of(scales).unsqueeze(-1)).mean(-1).round().clamp(0, levels.levels)
     return best
+
+
+def _has_compiled_code(weight: torch.Tensor, group_size: int) -> bool:
+    """Whether compiled code, which loads 16 elements of a group at a time, serves the search."""
+    return weight.device.type == "cpu" and group_size % LANES == 0
 
 
 def _in_pieces(weight: torch.Tensor, search: Callable[[torch.Tensor], _Grid]) -> _Grid:

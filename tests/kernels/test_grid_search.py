@@ -84,6 +84,16 @@ def test_half_quadratic_equals_the_search_on_whole_tensors(G: int, levels: GridL
     check(x, G, levels, half_quadratic(x, G, levels, BETAS), half_quadratic_reference(x, G, levels, BETAS), 0.7, torch.ones(K))
 
 
+@pytest.mark.parametrize("levels", [INT4, INT8], ids=["int4", "int8"])
+def test_groups_that_compiled_code_does_not_load_are_searched_on_whole_tensors(levels: GridLevels) -> None:
+    x, G = weight(20), 8
+    for grid, expected in (
+        (least_squares(x, G, levels, SHARES), least_squares_reference(x, G, levels, SHARES, None)),
+        (half_quadratic(x, G, levels, BETAS), half_quadratic_reference(x, G, levels, BETAS)),
+    ):
+        assert all(torch.equal(part, expected_part) for part, expected_part in zip(grid, expected, strict=True))
+
+
 @pytest.mark.parametrize("search", [least_squares, half_quadratic])
 def test_an_infinite_scale_is_returned(search: Callable[..., SearchedGrid]) -> None:
     x = weight(4)
