@@ -1,4 +1,4 @@
-"""The weight formats and the operations on them. It knows tensors and formats, never a model, a layer or a file.
+"""The weight formats and the operations on them. This package knows tensors and formats, but no model, layer or file.
 
 Begin with `formats/`, which defines how weights and KV caches are stored, and `backend.py`, which picks the implementation of an operation
 from the device: Triton on a GPU (`triton/`), compiled vector code on the CPU (`cpu/`), or the float32 reference.
@@ -12,9 +12,9 @@ Every operation has one file here, with its documentation, the choice of the bac
 - `router.py`: which experts a token is sent to.
 - `norm.py`: residual add and LayerNorm.
 
-The quantizer uses the others:
+For the quantizer:
 
-- `quantize.py`: a weight in any format, to nearest or on a given grid.
-- `grid_search.py`: scales and zero-points of least error.
+- `quantize.py`: quantizes a weight to any format, to nearest or on a given grid.
+- `grid_search.py`: the scales and zero-points of least error.
 - `rounding.py`: the column loops of GPTQ and of coordinate descent.
 """

@@ -20,7 +20,7 @@ from .backend import Backend, pick
 __all__ = ["IMPLEMENTATIONS", "Sequences", "attention", "attention_reference", "cached_attention"]
 
 IMPLEMENTATIONS = ("sdpa", "eager", "triton")
-"""torch's fused attention; every step written out in float32; the kernels of this package."""
+"""In this order: torch's fused attention; every step written out in float32; the Triton kernels of this package."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Sequences:
     starts: torch.Tensor
     """int32 [B + 1] on the device: the first row of each sequence among the T new tokens."""
     lengths: torch.Tensor
-    """int32 [B] on the device: tokens in the cache, the new ones included, which are stored already."""
+    """int32 [B] on the device: tokens in the cache, including the new ones, which are stored already."""
     counts: tuple[int, ...]
-    """New tokens per sequence, on the host."""
+    """New tokens of each sequence, on the host."""
     ends: tuple[int, ...]
-    """The lengths on the host. "triton" does not read them where every count is 1, so that a captured graph replays with other lengths."""
+    """`lengths` on the host. "triton" does not read them if every count is 1, so that a captured graph replays with other lengths."""
     rows: torch.Tensor | None = None
     """int32 [B] on the device: the row of the cache of each sequence; None for 0, 1, 2 ..."""
 
@@ -44,12 +44,12 @@ def cached_attention(q: torch.Tensor, cache: KVLayer, sequences: Sequences, *, i
 
     Args:
         q: [T, H, C], the rotated queries of the new tokens, one sequence after the other.
-        cache: keys and values of every token, the new ones among them; plain ones have the dtype of `q`. G divides H.
+        cache: keys and values of all tokens, the new ones included; a plain cache has the dtype of `q`. G divides H.
         sequences: which rows of `q` and of the cache belong together.
         implementation: one of `IMPLEMENTATIONS`.
 
     Raises:
-        DbrxError: "triton" where its kernels do not run, or "sdpa" over a quantized cache on a GPU.
+        DbrxError: "triton" on a device where its kernels do not run, or "sdpa" over a quantized cache on a GPU.
     """
     if implementation == "triton":
         return _own(q, cache, sequences)
@@ -73,10 +73,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementati
     """y [S, H, C] for the last S of L tokens of one sequence.
 
     Args:
-        q: [S, H, C]. The first query is token L - S of the sequence; each sees itself and what came before.
+        q: [S, H, C]. The first query is token L - S of the sequence; each attends to itself and to the tokens before it.
         k, v: [G, L, C], G divides H.
-        implementation: "sdpa", torch's fused attention, which serves prefill over an unquantized cache as well as a kernel of our
-            own, and which "triton" takes here too; or "eager", every step written out in float32.
+        implementation: "sdpa" or "triton", which both call torch's fused attention here: it prefills over an unquantized cache as fast as
+            a kernel of our own; or "eager", every step written out in float32.
     """
     if implementation == "eager":
         return attention_reference(q, k, v).to(q.dtype)
@@ -117,7 +117,7 @@ def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:
     if all(count == 1 for count in counts):
         return decode(q, cache, sequences.lengths, sequences.rows)
     if cache.format == "plain" and len(counts) == 1 and counts == ends and sequences.rows is None:
-        # torch's attention is as fast where it can serve: one chunk, nothing before it, nothing to decode
+        # torch's attention is as fast where it applies: one sequence, no earlier tokens, nothing to dequantize
         k, v = cache.row(0, ends[0], q.dtype)
         return attention(q, k, v, implementation="sdpa")
     return prefill(q, cache, sequences.starts, sequences.lengths, sequences.rows, max(counts))

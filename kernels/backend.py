@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: decided once from the device, never by trying."""
+"""The choice of an op's implementation: made once, from the device, never by trying one after another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Backend(Enum):
     """The implementations of every op."""
 
     REFERENCE = "reference"
-    """float32 torch code, short and slow: what the others are held against. Runs on any device."""
+    """float32 torch code, short and slow, against which the others are tested. Runs on any device."""
     CPU = "cpu"
     """Compiled for this machine's vector units."""
     TRITON = "triton"
-    """For NVIDIA and AMD GPUs; with TRITON_INTERPRET=1 in the environment, in Triton's interpreter on the CPU."""
+    """For NVIDIA and AMD GPUs. With TRITON_INTERPRET=1 in the environment it runs in Triton's interpreter on the CPU."""
 
 
 def pick(device: torch.device) -> Backend:

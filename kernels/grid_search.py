@@ -1,4 +1,4 @@
-"""Grids for the groups of a weight, searched for: in compiled code on the CPU, with whole tensors on other devices.
+"""Searches for the grid of each group of a weight: in compiled code on the CPU, with whole tensors on other devices.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -17,16 +17,16 @@ from dbrx_q.kernels.formats.groups import grouped, steps_of
 __all__ = ["half_quadratic", "half_quadratic_reference", "least_squares", "least_squares_reference"]
 
 _Grid = tuple[torch.Tensor, torch.Tensor]
-_PIECE_ELEMENTS = 1 << 24  # searched together where whole tensors are: ten times their 4 bytes is taken
+_PIECE_ELEMENTS = 1 << 24  # per search with whole tensors, which takes ten times 4 bytes each
 
 
 def least_squares(
     weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> _Grid:
-    """(scales float16 [N, n], zeros float32 [N, n]): each group's range or a share of it, with three zero-points, of the least error.
+    """(scales float16 [N, n], zeros float32 [N, n]): for each group, the grid of least error.
 
-    The error is the sum of importance * (value - weight)^2 after rounding to nearest. Of equal ones the first is taken; an infinite first
-    scale stays.
+    Tried are the whole range of the group and shares of it, each share with three zero-points. The error is the sum of importance * (value
+    - weight)^2 after rounding to nearest. Among grids of equal error the first is taken. A group whose first scale is infinite keeps it.
 
     Args:
         weight: [N, K], finite.
@@ -41,12 +41,14 @@ def least_squares(
 
 
 def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> _Grid:
-    """(scales float16 [N, n], zeros float32 [N, n]): each group's range at first, then fitted once for every beta but the last; of all,
-    those of the least sum of |value - weight|^0.7. An infinite first scale stays.
+    """(scales float16 [N, n], zeros float32 [N, n]): for each group, the grid with the least sum of |value - weight|^0.7.
+
+    The first grid is that of the group's range. It is fitted once for every beta but the last, and the best of all these grids is returned.
+    A group whose first scale is infinite keeps it.
 
     Args:
         weight, group_size, levels: as for `least_squares`.
-        betas: float32 [S] on the CPU, by which an element counts as an outlier (see `quantize/methods/hqq.py`).
+        betas: float32 [S] on the CPU; they determine which elements count as outliers (see `quantize/methods/hqq.py`).
     """
     if _has_compiled_code(weight, group_size):
         return cpu_search.half_quadratic(weight, group_size, levels, betas)

@@ -18,11 +18,11 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + delta, its LayerNorm without bias), both [T, D] in the dtype of `x` (Ba et al. 2016, Layer Normalization, eq. 4).
 
-    The sum is rounded to its dtype before it is normed, as two ops would do; statistics are float32.
+    The sum is rounded to its dtype before the LayerNorm, as two separate ops would round it; statistics are float32.
 
     Args:
         x: [T, D], float32, bfloat16 or float16.
-        delta: [T, D] of the same dtype; None adds nothing, and the sum that is returned is `x` itself.
+        delta: [T, D] of the same dtype; None adds nothing; the returned sum is then `x` itself.
         weight: [D] of the same dtype.
         eps: added to the variance.
         backend: None picks by the device of `x`.

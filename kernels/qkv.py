@@ -1,4 +1,4 @@
-"""`store_qkv`: from Wqkv's output to rotated queries and a filled KV cache.
+"""`store_qkv`: splits and rotates the output of Wqkv, and stores keys and values in the KV cache.
 
 Dimension letters: `T` tokens, `B` sequences, `H` query heads, `G` key/value heads, `L` capacity in tokens, `C` channels of a head.
 """
@@ -26,17 +26,17 @@ def store_qkv(
     clip: float | None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """q [T, H, C]: clamped and rotated. Keys and values go to the cache, clamped, the keys rotated, in the cache's format.
+    """q [T, H, C], clamped and rotated. Stores the keys, clamped and rotated, and the clamped values in the cache, in its format.
 
     Args:
-        qkv: [T, (H + 2G) C], float32, bfloat16 or float16: queries, keys, values, each head after head.
-        cache: what is written to; a plain one has the dtype of `qkv`.
+        qkv: [T, (H + 2G) C], float32, bfloat16 or float16: queries, keys and values, each one head after the other.
+        cache: written to; a plain cache has the dtype of `qkv`.
         rows: int32 [T], the sequence of the cache that each token belongs to; -1 stores nothing.
         positions: int32 [T], of each token in its sequence, below L.
-        cos, sin: float32 [T, C / 2], of each token's angles.
+        cos, sin: float32 [T, C / 2], the cosines and sines of each token's angles.
         heads: H.
         clip: clamps queries, keys and values to +-clip first; None for no clamp.
-        backend: None picks by the device of `qkv`. Triton stores the bits of the reference on NVIDIA.
+        backend: None picks by the device of `qkv`. On NVIDIA, Triton stores the same bits as the reference.
     """
     if (backend or pick(qkv.device)) is Backend.TRITON:
         from dbrx_q.kernels.triton import qkv as triton_qkv
@@ -56,7 +56,7 @@ def store_qkv_reference(
     heads: int,
     clip: float | None,
 ) -> torch.Tensor:
-    """The same in torch, in float32; arguments as for `store_qkv`."""
+    """`store_qkv` in torch, computed in float32; arguments as there."""
     if clip is not None:
         qkv = qkv.clamp(-clip, clip)
     q, k, v = split_and_rotate(qkv, cos, sin, heads=heads, channels=cos.shape[1] * 2)
@@ -75,7 +75,8 @@ def split_and_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [T, H, C], k and v [T, G, C] in the dtype of `qkv` [T, (H + 2G) C]; q and k are rotated (Su et al. 2021, RoFormer, eq. 34).
 
-    The first and the last C / 2 channels of a head form pairs, turned in float32 by the angles of `cos`, `sin`, float32 [T, C / 2].
+    Channels i and C / 2 + i of a head form a pair, rotated in float32 by the angle with the cosine and sine in `cos` and `sin`, float32 [T,
+    C / 2].
     """
     parts = qkv.unflatten(-1, (-1, channels))  # [T, H + 2G, C]
     kv_heads = (parts.shape[1] - heads) // 2

@@ -1,4 +1,4 @@
-"""`quantize` and `quantize_to_grid`: a weight in any format, in compiled code where the CPU has it for the format.
+"""`quantize` and `quantize_to_grid`: quantize a weight to any format, in compiled code if the CPU has code for the format.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -21,11 +21,11 @@ __all__ = ["concatenate_rows", "has_compiled_code", "quantize", "quantize_measur
 
 
 def quantize(weight: torch.Tensor, fmt: TensorFormat) -> QuantizedWeight:
-    """The nearest weight of a format.
+    """`weight` in a format, with every element rounded to nearest.
 
     Args:
         weight: [N, K] on the CPU, finite.
-        fmt: the format, as it is before its `StoredForm`, if it has one.
+        fmt: the format; the result of one with a `StoredForm` is in the form before `StoredForm.store`.
 
     Raises:
         FormatError: the format cannot represent the weight: its group size does not divide K, or a group's range is too wide.
@@ -38,7 +38,7 @@ def quantize(weight: torch.Tensor, fmt: TensorFormat) -> QuantizedWeight:
 
 
 def quantize_measured(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float, float]:
-    """As `quantize`, with the sum of squared errors and the sum of squares of the weight."""
+    """The result of `quantize`, the sum of squared errors and the sum of squares of the weight."""
     kernels = cpu_quantize.KERNELS.get(fmt.format)
     if kernels is None:
         packed = quantize(weight, fmt)
@@ -50,7 +50,7 @@ def quantize_measured(weight: torch.Tensor, fmt: TensorFormat) -> tuple[Quantize
 def quantize_to_grid(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: TensorFormat
 ) -> tuple[QuantizedWeight, float, float]:
-    """The nearest values of a grid, the sum of squared errors and the sum of squares of the weight.
+    """`weight` rounded to the nearest values of a grid, the sum of squared errors and the sum of squares of the weight.
 
     Args:
         weight: [N, K], finite.
@@ -59,7 +59,7 @@ def quantize_to_grid(
         fmt: a format with a uniform grid.
 
     Raises:
-        FormatError: a format without one.
+        FormatError: the format has no uniform grid.
     """
     kernels = cpu_quantize.KERNELS.get(fmt.format)
     if weight.device.type == "cpu" and kernels is not None:
@@ -82,7 +82,7 @@ def has_compiled_code(fmt: TensorFormat) -> bool:
 
 
 def concatenate_rows(pieces: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight [N, K] of pieces [n, K] of one format."""
+    """The pieces [n, K], all of one format, concatenated to a weight [N, K]."""
     parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].part_names}
     return type(pieces[0]).of(parts, pieces[0].group_size)
 

@@ -1,4 +1,4 @@
-"""The sequential parts of rounding with a Hessian: in compiled code on the CPU, column by column with all rows at once elsewhere.
+"""The column loops of GPTQ and of coordinate descent: in compiled code on the CPU, with one column of all rows at a time on other devices.
 
 Dimension letters: `B` columns of a block, `N` rows. Blocks are transposed, [B, N].
 """
@@ -13,9 +13,9 @@ __all__ = ["descend_block", "descend_block_reference", "gptq_block", "gptq_block
 
 
 def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Whole numbers u, float32 [B, N], for the columns of a block in their order; each error is spread over the columns that follow.
+    """Whole numbers u, float32 [B, N], chosen column by column; the later columns of the block compensate the error of each.
 
-    `columns` becomes the errors by which the columns after the block change: what is left is columns - factor's columns @ errors.
+    On return `columns` holds the errors. The caller subtracts from the columns after the block the factor's columns @ errors.
 
     Args:
         columns: float32 [B, N], contiguous; overwritten.
@@ -29,7 +29,7 @@ def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor,
 def descend_block(
     u: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> torch.Tensor:
-    """float32 [B, N]: by how much the values of a block's columns moved, each in turn to its best place, all others being as they are.
+    """float32 [B, N]: the changes of the values of a block. Column by column, each value moves to its best place with all others fixed.
 
     Args:
         u: float32 [B, N], contiguous; overwritten.

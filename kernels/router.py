@@ -1,4 +1,4 @@
-"""`route`: the experts that each token is sent to, and their weights.
+"""`route`: selects the experts of each token and their weights.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model.
 """
@@ -21,7 +21,7 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
         x: [T, D].
         router: [E, D].
         top_k: A, at most E.
-        norm_order: p > 0 of the norm that a token's chosen weights are divided by; None for no division.
+        norm_order: the order p > 0 of the norm by which the weights of a token's experts are divided; None for no division.
         backend: None picks by the device of `x`.
     """
     if (backend or pick(x.device)) is Backend.TRITON:
@@ -29,7 +29,7 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
     logits = x.float() @ router.float().T  # [T, E]
-    # By logits, not by what exp makes of them, the choice is the same on every backend.
+    # Selected by logits, not by their softmax, the experts are the same on every backend.
     experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # [T, A]
     weights = logits.softmax(-1).gather(-1, experts)  # [T, A]
     if norm_order is not None:

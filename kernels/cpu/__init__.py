@@ -8,7 +8,7 @@ AMX tiles, or rows of the weight dequantized for torch's matmul. `format_kernels
 - `activations.py`: activations as 16-bit integers, for the dot products.
 - `amx.py`: bfloat16 products in the tiles of Intel's matrix unit.
 - `quantize.py`: weights quantized to int4 and int8 in one pass.
-- `search.py`: the grid searches, each group of a weight in the nearest cache.
+- `search.py`: the grid searches, with each group of a weight in the first-level cache.
 - `rounding.py`: the column loops of GPTQ and coordinate descent.
 - `vector.py`: building blocks in LLVM IR, and what this chip can do.
 - `lanes.py`: sixteen float32 values as one value of a numba function.

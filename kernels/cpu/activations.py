@@ -23,7 +23,7 @@ class QuantizedActivations:
     """`T` rows of `K` activations."""
 
     codes: torch.Tensor
-    """int16 [T, K]; for int4 weights lane `l` of vector `s` of a block of 128 is element 4l+s, else in their own order."""
+    """int16 [T, K]. For int4 weights, lane `l` of vector `s` of a block of 128 is element 4l+s; for others, elements are in order."""
     scales: torch.Tensor
     """float32 [T, K/128]."""
     sums: torch.Tensor
@@ -50,7 +50,7 @@ def _quantize(x, codes, scales, sums, group_size):
             largest = np.float32(0)
             for i in range(first, first + _BLOCK):
                 magnitude = abs(x[t, i])
-                if magnitude > largest or magnitude != magnitude:  # NaN stays, so that the scale carries it into the result
+                if magnitude > largest or magnitude != magnitude:  # keep NaN: the scale propagates it to the result
                     largest = magnitude
             scale = largest / np.float32(32767)
             inverse = np.float32(32767) / largest if largest > 0 else np.float32(0)

@@ -1,8 +1,9 @@
-"""Many tokens on the CPU's matrix unit: packed weights times bfloat16 activations, through AMX tiles (Intel, Sapphire Rapids and later).
+"""Products of packed weights with bfloat16 activations of many tokens, on the CPU's matrix unit: AMX (Intel, Sapphire Rapids and later).
 
-The product is computed transposed, so that neither operand needs a shuffle in the loop over the weight: a tile of 16 rows of dequantized
-weights, in their order, times a tile of activations that hold pairs of neighbours along `K` for 16 tokens. Activations are brought into
-that form once; weights are dequantized a chunk of `K` at a time, into a buffer that the multiplication finds in the first-level cache.
+The product is computed transposed, so that the loop over the weight shuffles neither operand: it multiplies a tile of 16 rows of
+dequantized weights, in their order, by a tile of activations that holds pairs of neighbours along `K` for 16 tokens. Activations are
+converted to that form once. Weights are dequantized one chunk of `K` at a time, into a buffer that is still in the first-level cache when
+it is multiplied.
 
 Dimension letters: `T` tokens, `N` output features, `K` input features, `G` group size.
 """
@@ -40,7 +41,7 @@ _PANEL_TOKENS = 512
 
 @cache
 def available() -> bool:
-    """Whether this chip has AMX for bfloat16 and the operating system lets this process use it; asks for the permission."""
+    """Whether this chip has AMX for bfloat16 and the operating system lets this process use it. Requests the permission."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     if not v.chip_features() >= {"amx-tile", "amx-bf16", "avx512bw", "avx512bf16"}:
@@ -51,9 +52,10 @@ def available() -> bool:
 
 
 def matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """bfloat16 y [T, N] = x [T, K] @ weight [N, K].T for bfloat16 `x`; the weight rounded to bfloat16, sums in float32.
+    """bfloat16 y [T, N] = x [T, K] @ weight [N, K].T for bfloat16 `x`; the weight is rounded to bfloat16, sums are float32.
 
-    Only where `available`, for int4 and int8, and for K a multiple of 128. It runs on as many threads as numba is set to.
+    It needs a chip on which AMX is `available`, a weight in int4 or int8, and K a multiple of 128. It runs on numba's current number of
+    threads.
     """
     (T, K), N = x.shape, weight.shape[0]
     assert available()
@@ -61,9 +63,9 @@ def matmul(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     assert K % _BLOCK == 0
     x, parts = x.contiguous(), weight.contiguous().parts
     codes, scales, four_bits = parts["qweight"], parts["scales"], weight.format == "int4"
-    zeros = parts.get("zeros", scales)  # the int8 code reads none
+    zeros = parts.get("zeros", scales)  # the int8 code does not read zero-points
     threads = numba.get_num_threads()
-    rows = min(_ROWS, _up(N // (4 * threads), 32))  # a few tasks a thread, so that they balance
+    rows = min(_ROWS, _up(N // (4 * threads), 32))  # several tasks per thread, which balance the load
     panel = min(_PANEL_TOKENS, _up(T, 16))
     out = torch.empty(_up(T, 16), _up(N, 32), dtype=torch.bfloat16)
     packed = torch.empty(panel * K, dtype=torch.bfloat16)
@@ -94,7 +96,7 @@ def _pointer(b: Any, address: Any) -> Any:
 
 
 def _transposed(b: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 lanes, with rows and lanes exchanged: at each distance, blocks off the diagonal change places."""
+    """16 vectors of 16 lanes, transposed: at each distance, the blocks off the diagonal are swapped."""
     for distance in (8, 4, 2, 1):
         keep = [lane if not lane & distance else 16 + lane - distance for lane in range(16)]
         swap = [lane + distance if not lane & distance else 16 + lane for lane in range(16)]
@@ -109,7 +111,7 @@ def _transposed(b: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic
 def _configure(typing_context):
-    """Eight tiles of 16 rows of 64 bytes, for this thread."""
+    """Configure eight tiles of 16 rows of 64 bytes for this thread."""
 
     def codegen(context, b, signature, args):
         layout = bytearray(64)
@@ -125,7 +127,7 @@ def _configure(typing_context):
 
 @intrinsic
 def _release(typing_context):
-    """Give the tiles back, so that the thread's context switches stay cheap."""
+    """Release the tiles, so that context switches of the thread stay cheap."""
 
     def codegen(context, b, signature, args):
         _call(b, "tilerelease", [])
@@ -138,8 +140,8 @@ def _release(typing_context):
 def _multiply_tiles(typing_context, weights, x, sums, steps, fresh):
     """sums [2 tiles] (+)= weights [2 tiles, steps tiles] times x [steps tiles], all contiguous; `fresh` starts from zero.
 
-    Few tiles hold values at a time, and one is zeroed as soon as it was used: where another hyperthread of the core is busy, there are
-    no spare registers to rename tiles to.
+    Few tiles hold values at a time, and each is zeroed right after its use: while another hyperthread of the core is busy, there are no
+    spare registers for renaming tiles.
     """
 
     def codegen(context, b, signature, args):
@@ -174,7 +176,7 @@ def _multiply_tiles(typing_context, weights, x, sums, steps, fresh):
 
 @intrinsic
 def _store_tile(typing_context, tile, out, out_stride):
-    """A tile of sums [16 rows of a weight, 16 tokens] as 16 rows of bfloat16, one for each token."""
+    """Store a tile of sums [16 rows of a weight, 16 tokens] as 16 rows of bfloat16, one for each token."""
 
     def codegen(context, b, signature, args):
         tile, out, out_stride = args
@@ -188,7 +190,7 @@ def _store_tile(typing_context, tile, out, out_stride):
 
 @intrinsic(prefer_literal=True)
 def _pack_block(typing_context, x, last_token, x_stride, out, four_bits):
-    """A block of 128 along K of 16 tokens as four tiles of pairs; tokens past the last repeat it. `four_bits` is a literal."""
+    """Pack a block of 128 along K of 16 tokens into four tiles of pairs; tokens past the last repeat it. `four_bits` is a literal."""
     if not isinstance(four_bits, types.IntegerLiteral):
         return None
     signature = types.void(*[types.intp] * 4, four_bits)
@@ -220,9 +222,9 @@ def _pack_block(typing_context, x, last_token, x_stride, out, four_bits):
 
 @intrinsic(prefer_literal=True)
 def _decode_int4(typing_context, weights, scales, zeros, first_block, n_blocks, out, group_size):
-    """Some blocks of a row into one row of as many times four tiles; lane `l` of tile `s` of a block is element 4l+s.
+    """Dequantize `n_blocks` blocks of a row into one row of 4 * n_blocks tiles; lane `l` of tile `s` of a block is element 4l+s.
 
-    Sixteen codes have sixteen values within a group: they are looked up in a table of bfloat16, never computed one by one.
+    Within a group the sixteen codes have sixteen values. These are looked up in a table of bfloat16, not computed one by one.
     """
     if not isinstance(group_size, types.IntegerLiteral):
         return None
@@ -231,7 +233,7 @@ def _decode_int4(typing_context, weights, scales, zeros, first_block, n_blocks, 
     words = v.vector(v.I16, 32)
 
     def values(b, scales, zeros, group):
-        """The 16 float32 values of a group's codes: exact, so that one rounding to bfloat16 follows."""
+        """The 16 float32 values of a group's codes. They are exact: only the conversion to bfloat16 rounds."""
         scale = b.fpext(b.load(b.inttoptr(b.add(scales, b.mul(group, v.I64(2))), v.F16.as_pointer()), align=2), v.F32)
         pair = b.zext(b.load(_pointer(b, b.add(zeros, b.lshr(group, v.I64(1))))), v.I32)
         zero = b.and_(b.lshr(pair, b.mul(b.trunc(b.and_(group, v.I64(1)), v.I32), v.I32(4))), v.I32(15))
@@ -270,7 +272,7 @@ def _decode_int4(typing_context, weights, scales, zeros, first_block, n_blocks, 
 
 @intrinsic(prefer_literal=True)
 def _decode_int8(typing_context, weights, scales, first_block, n_blocks, out, group_size):
-    """Some blocks of a row into one row of as many times four tiles, in their own order."""
+    """Dequantize `n_blocks` blocks of a row into one row of 4 * n_blocks tiles, in the order of the elements."""
     if not isinstance(group_size, types.IntegerLiteral):
         return None
     G = group_size.literal_value
@@ -315,7 +317,7 @@ def _decode(codes, scales, zeros, first_block, n_blocks, out, group_size, four_b
 
 @numba.njit(nogil=True, parallel=True, cache=True)
 def _pack(x, tokens, K, chunk_blocks, out, four_bits):
-    """out = x [tokens, K] as tiles: for each chunk of K, for each 16 tokens, the tiles along K in the order of dequantized weights."""
+    """Write x [tokens, K] to `out` as tiles: by chunk of K, then by 16 tokens, then along K in the order of dequantized weights."""
     blocks, columns = K // _BLOCK, (tokens + 15) // 16
     for task in prange(blocks * columns):
         column, block = task // blocks, task % blocks
@@ -332,9 +334,9 @@ def _pack(x, tokens, K, chunk_blocks, out, four_bits):
 def _multiply(
     codes, scales, zeros, N, K, group_size, four_bits, rows, chunk_blocks, x, columns, scratch, thread_bytes, decoded_bytes, out, out_stride
 ):
-    """out [16 * columns, N] = the product; `x` is packed, rows of `out` may run on to the next multiple of 32.
+    """out [16 * columns, N] = the product; `x` is packed; rows of `out` may extend to the next multiple of 32.
 
-    A task takes `rows` rows of the weight, a multiple of 32: all of them for a chunk of K, then the next.
+    A task computes `rows` rows of the weight, a multiple of 32: all of them for one chunk of K, then for the next.
     """
     blocks, groups = K // _BLOCK, K // group_size
     code_bytes, zero_bytes = K // 2 if four_bits else K, (groups + 1) // 2

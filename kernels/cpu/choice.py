@@ -1,4 +1,4 @@
-"""Which regime of the `cpu` backend serves a product, and with how many rows: pure functions of shapes, types and the chip.
+"""The choice of the regime of a product on the CPU, and of its tile rows: pure functions of shapes, dtypes and the chip.
 
 Dimension letters: `T` tokens, `N` output features, `K` input features.
 """
@@ -21,11 +21,11 @@ class Regime(Enum):
     """How a product with a packed weight is computed."""
 
     MATVEC = "matvec"
-    """dot products on packed codes"""
+    """Dot products on packed codes."""
     AMX = "amx"
-    """dequantized and multiplied tile by tile, in one kernel"""
+    """Dequantized and multiplied tile by tile, in one kernel."""
     TILES = "tiles"
-    """some rows dequantized at a time, for torch's matmul"""
+    """Some rows at a time dequantized, then multiplied by torch's matmul."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CpuChoice:
     tile_rows: int
     """Rows of the weight that TILES dequantizes at a time."""
     tile_dtype: torch.dtype
-    """The dtype that it dequantizes them to."""
+    """The dtype that TILES dequantizes them to."""
 
 
 def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, dots: bool = True) -> CpuChoice:
@@ -58,23 +58,24 @@ def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, am
     return CpuChoice(Regime.MATVEC if tokens <= limit else many, _TILE_ROWS, tile_dtype)
 
 
-# Tokens at which dot products lose, ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5: 8.2 against 8.3, 6: 9.9 against 8.4.
+# Most tokens for which dot products win. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5 tokens 8.2 against 8.3, 6 tokens
+# 9.9 against 8.4.
 _MATVEC_TOKENS_AMX = 5
-# 12: 18.3 against 22.3, 14: 23.0 against 22.7 with bfloat16 tiles.
+# 12 tokens 18.3 against 22.3, 14 tokens 23.0 against 22.7 with bfloat16 tiles.
 _MATVEC_TOKENS_BFLOAT16 = 12
-# 20: 29.7 against 50.5, 32: 59.1 against 59.3 with float32 tiles.
+# 20 tokens 29.7 against 50.5, 32 tokens 59.1 against 59.3 with float32 tiles.
 _MATVEC_TOKENS_FLOAT32 = 24
 # 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
 _TILE_ROWS = 1024
 
 
 def tile_bytes(N: int, K: int) -> int:
-    """Memory that a product with a packed weight [N, K] takes for dequantized rows, at most."""
+    """The most bytes that a product with a packed weight [N, K] takes for dequantized rows."""
     return min(N, _TILE_ROWS) * K * torch.float32.itemsize
 
 
 def padded_rows(T: int) -> int:
-    """The number of rows that stands for those near T: less than 16 more, or than an eighth."""
+    """T rounded up to one of a few numbers of rows: by less than 16 rows, or by less than an eighth."""
     if T <= 1:
         return T
     power = 1 << (T - 1).bit_length()  # the next power of two
@@ -83,10 +84,10 @@ def padded_rows(T: int) -> int:
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:
-    """`x` [T, K] with rows of zeros behind it, as torch's matmul should get it.
+    """`x` [T, K] with rows of zeros appended, for torch's matmul.
 
-    For 16-bit types torch calls oneDNN, which compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each: a few
-    numbers of rows stand for all, so that memory does not grow with the prompts.
+    For 16-bit types torch calls oneDNN, which compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each. Padding
+    to a few numbers of rows keeps memory from growing with the prompts.
     """
     missing = 0 if x.dtype == torch.float32 else padded_rows(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, missing)) if missing else x

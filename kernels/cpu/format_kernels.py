@@ -1,4 +1,4 @@
-"""Which formats have compiled code on the CPU; a weight of any other is dequantized by its record and multiplied by torch.
+"""The formats with compiled code on the CPU; a weight in any other format is dequantized by its record and multiplied by torch.
 
 Dimension letters: `P` pairs of a token and one of its experts, `E` experts, `N` output features, `K` input features.
 """
@@ -29,9 +29,9 @@ class DotKernels:
     """Compiled code for the weights of one format, for K a multiple of 128."""
 
     matvec: Callable[[QuantizedActivations, Any, np.ndarray, np.ndarray, torch.Tensor], None]
-    """(activations, contiguous weight [E, N, K] or [N, K], experts, offsets, out [P, N]): as `linear.matvec`, into `out`."""
+    """Takes (activations, contiguous weight [E, N, K] or [N, K], experts, offsets, out [P, N]): `linear.matvec` into `out`."""
     dequantize_rows: Callable[[Any, torch.Tensor], None]
-    """(contiguous weight [N, K], tile [N, K], bfloat16 or float32): dequantizes into `tile`."""
+    """Takes (contiguous weight [N, K], tile [N, K] of bfloat16 or float32) and dequantizes the weight into the tile."""
     zero_points: bool
     """Whether dot products need the sum of the activations of every group."""
     interleaved: bool

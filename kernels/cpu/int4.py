@@ -1,8 +1,8 @@
 """int4 grouped weights on the CPU: dot products against 16-bit activations, and rows dequantized into tiles.
 
-A row of weights is read 64 bytes at a time, as 32 words of four 4-bit codes: word `l` of a block holds elements 4l..4l+3, and shift 4s
-brings out element 4l+s. Activations are therefore laid out so that lane `l` of vector `s` of a block is element 4l+s
-(`activations.py`), and no weight is ever moved. Integer products are exact; float32 enters once per block.
+A row of weights is read 64 bytes at a time, as 32 words of four 4-bit codes: word `l` of a block holds elements 4l..4l+3, and a shift by 4s
+gives element 4l+s. Activations are stored so that lane `l` of vector `s` of a block is element 4l+s (`activations.py`); weights need no
+shuffle. Integer products are exact, and their sums are converted to float32 once per block.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _BLOCK = 128  # elements that one 64-byte load holds
 _CHUNK = 16  # groups whose scales are converted together
 # Distance that hides memory latency on a 2-core Xeon (Sapphire Rapids): 10.6 GB/s at 0, 12.9 at 2048, 14.4 at 4096, 14.2 at 16384.
 _PREFETCH_BYTES = 4096
-# Rows that a thread takes at a time: long enough to amortise the hand-over, short enough to balance.
+# Rows of a task: enough to amortise its scheduling, few enough to balance the threads.
 _ROWS_PER_TASK = 32
 
 
 def _copied(b: Any, source: Any, size: Any, limit: int) -> Any:
-    """The address of a zeroed buffer of `limit` bytes that begins with `size` bytes of `source`: a row's end is never read past."""
+    """The address of a zeroed buffer of `limit` bytes that begins with `size` bytes of `source`: no read passes the end of a row."""
     buffer = cgutils.alloca_once(b, ir.ArrayType(v.I8, limit))
     b.store(ir.Constant(ir.ArrayType(v.I8, limit), None), buffer)
     address = b.ptrtoint(buffer, v.I64)
@@ -62,13 +62,13 @@ def _scales_and_offsets(b: Any, scales: Any, zeros: Any, first_group: Any, n_gro
 
 
 def _group_lanes(group_size: int) -> list[int]:
-    """Which of a block's groups each of the 16 lanes belongs to."""
+    """The group within a block that each of the 16 lanes belongs to."""
     return [lane * 8 // group_size for lane in range(16)]
 
 
 @intrinsic(prefer_literal=True)
 def _dot_rows(typing_context, weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_stride, out, out_stride, group_size, tokens):
-    """Dot products of one row with `tokens` activation rows; every argument is an address or a count, the last two literals."""
+    """Dot products of one row with `tokens` activation rows; all arguments are addresses or counts; the last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(tokens, types.IntegerLiteral):
         return None
     G, M = group_size.literal_value, tokens.literal_value
@@ -119,7 +119,7 @@ def _dot_rows(typing_context, weights, scales, zeros, x, x_scales, x_sums, n_gro
 
 @intrinsic(prefer_literal=True)
 def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group_size, bfloat16):
-    """One row as bfloat16 or float32; position 16k+l of a block of 128 holds element 8l+k. The last two are literals."""
+    """Dequantize one row to bfloat16 or float32; position 16k+l of a block of 128 holds element 8l+k. The last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(bfloat16, types.IntegerLiteral):
         return None
     G, narrow = group_size.literal_value, bool(bfloat16.literal_value)

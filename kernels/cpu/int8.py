@@ -13,7 +13,7 @@ from . import vector as v
 __all__ = ["dequantize_rows", "matvec"]
 
 _BLOCK = 128
-# As for int4 (`int4.py`), whose measurement it rests on: the distance is a matter of memory, not of the format.
+# As measured for int4 (`int4.py`): the distance depends on the memory, not on the format.
 _PREFETCH_BYTES = 4096
 _ROWS_PER_TASK = 16
 
@@ -25,7 +25,7 @@ def _half(b, address):
 
 @intrinsic(prefer_literal=True)
 def _dot_rows(typing_context, weights, scales, x, x_scales, n_groups, out, out_stride, group_size, tokens):
-    """Dot products of one row with `tokens` activation rows; every argument is an address or a count, the last two literals."""
+    """Dot products of one row with `tokens` activation rows; all arguments are addresses or counts; the last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(tokens, types.IntegerLiteral):
         return None
     G, M = group_size.literal_value, tokens.literal_value
@@ -63,7 +63,7 @@ def _dot_rows(typing_context, weights, scales, x, x_scales, n_groups, out, out_s
 
 @intrinsic(prefer_literal=True)
 def _dequantize_row(typing_context, weights, scales, n_groups, out, group_size, bfloat16):
-    """One row as bfloat16 or float32, in its own order. The last two are literals."""
+    """Dequantize one row to bfloat16 or float32, in the order of its elements. The last two arguments are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(bfloat16, types.IntegerLiteral):
         return None
     G, narrow = group_size.literal_value, bool(bfloat16.literal_value)

@@ -1,8 +1,8 @@
-"""Sixteen float32 side by side as one value of a numba function: `+`, `-`, `*` and `/` on it, and the functions below.
+"""Sixteen float32 as one value of a numba function, with `+`, `-`, `*`, `/` and the functions below.
 
-A loop over such values does not depend on a vectorizer. It runs as it is written, in registers, with the same bits on every chip: LLVM
-lowers the vectors to AVX-512, AVX2 or NEON; no sum is reordered, and `fused` rounds once everywhere. Lanes are independent: each holds one
-of sixteen rows of a weight, and nothing is summed across lanes. Memory is named by addresses, int64.
+A loop over such values does not depend on a vectoriser: it runs in registers as it is written, with the same bits on every chip (LLVM
+lowers the vectors to AVX-512, AVX2 or NEON; no sum is reordered, and `fused` rounds once everywhere). Lanes are independent: they hold
+sixteen rows of a weight, and nothing is summed across lanes. Functions take memory as addresses, int64.
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ VECTOR_BYTES = 4 * LANES
 _HALVES = v.vector(v.F16, LANES)
 _SHORTS = v.vector(v.I16, LANES)
 
-# m^-0.3 for m from 1 to 2 and 2^f for f from -1/2 to 1/2, lowest power first: least largest relative error, 3.2e-5 and 2.6e-6.
+# Polynomials for m^-0.3, m from 1 to 2, and for 2^f, f from -1/2 to 1/2, lowest power first. They minimize the largest relative error,
+# which is 3.2e-5 and 2.6e-6.
 _MANTISSA = (1.59494577, -1.0344345, 0.60697696, -0.19232724, 0.02480698)
 _EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
 
 
 def in_memory_order(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """A weight [N, K] whose memory must stay while it is used, and what `fill_tile` must know of it: address, item and both pitches.
+    """A weight [N, K] and the arguments by which `fill_tile` reads it: address, item and both pitches.
 
-    bfloat16 and float32 are read in place if rows or columns are contiguous; all else is copied.
+    The caller keeps the returned weight while the address is in use. bfloat16 and float32 are read in place if rows or columns are
+    contiguous; anything else is copied.
     """
     if weight.dtype != torch.bfloat16:
         weight = weight.float()
@@ -118,7 +120,7 @@ def splat(typing_context, value):
 
 @intrinsic
 def load(typing_context, address):
-    """The sixteen float32 at an address."""
+    """The lanes stored at an address."""
 
     def codegen(context, b, sig, args):
         return v.load(b, args[0], v.V16F)
@@ -128,7 +130,7 @@ def load(typing_context, address):
 
 @intrinsic
 def load_half(typing_context, address):
-    """Sixteen float16 at an address."""
+    """The lanes stored at an address as float16."""
 
     def codegen(context, b, sig, args):
         return v.half_to_float(b, v.load(b, args[0], _SHORTS))
@@ -138,7 +140,7 @@ def load_half(typing_context, address):
 
 @intrinsic
 def store(typing_context, value, address):
-    """Put the lanes at an address."""
+    """Store the lanes at an address."""
 
     def codegen(context, b, sig, args):
         v.store(b, *args)
@@ -149,7 +151,7 @@ def store(typing_context, value, address):
 
 @intrinsic
 def store_half(typing_context, value, address):
-    """Put the lanes at an address as float16."""
+    """Store the lanes at an address as float16."""
 
     def codegen(context, b, sig, args):
         v.store(b, b.fptrunc(args[0], _HALVES), args[1])
@@ -242,7 +244,7 @@ def where_equal(typing_context, x, y, yes, no):
 
 @intrinsic
 def with_code(typing_context, word, code, shift, bits):
-    """32-bit words, carried as the bits of float32, with the low `bits` of whole numbers set in at a place (`shift`)."""
+    """32-bit words, carried as the bits of float32, with the low `bits` bits of the whole numbers `code` inserted at bit `shift`."""
 
     def codegen(context, b, sig, args):
         word, code, shift, bits = args
@@ -278,7 +280,7 @@ def inverse_power(typing_context, value):
 
 
 def _widened(b: Any, address: Any, item: Any, lanes: int) -> Any:
-    """float32 of `lanes` neighbours: of 4 bytes as they are, of 2 the bits of bfloat16."""
+    """`lanes` neighbours as float32: an `item` of 4 bytes is float32, one of 2 bytes bfloat16."""
     slot = cgutils.alloca_once(b, v.vector(v.F32, lanes))
     with b.if_else(b.icmp_signed("==", item, v.I64(4))) as (wide, narrow):
         with wide:
@@ -301,7 +303,7 @@ def _load_widened(typing_context, address, item):
 
 @intrinsic
 def _copy_one(typing_context, address, item, target):
-    """One element to a float32 at `target`."""
+    """Copy one element to `target` as float32."""
 
     def codegen(context, b, sig, args):
         v.store(b, _widened(b, args[0], args[1], 1), args[2])
@@ -312,8 +314,10 @@ def _copy_one(typing_context, address, item, target):
 
 @intrinsic
 def _turn(typing_context, address, item, pitch, last, target):
-    """Put 16 x 16 elements at `target`, float32, so that lane l of vector i is element i of row l. Rows are `pitch` bytes apart; the
-    last row is repeated for those after `last`."""
+    """Transpose 16 x 16 elements into float32 at `target`: lane l of vector i is element i of row l.
+
+    Rows are `pitch` bytes apart. Rows after the `last` repeat it.
+    """
 
     def codegen(context, b, sig, args):
         address, item, pitch, last, target = args
@@ -337,10 +341,11 @@ def _turn(typing_context, address, item, pitch, last, target):
 
 @numba.njit(nogil=True, cache=True)
 def fill_tile(tile, address, item, row_pitch, column_pitch, rows, columns):
-    """Lane l of vector i of the tile at an address becomes element i of row l of a piece of a weight; lanes without a row repeat the last.
+    """Fill the tile at an address: lane l of vector i becomes element i of row l of a piece of a weight; lanes without a row repeat the
+    last.
 
-    address, item: of the piece's first element, and its bytes: 4 for float32, 2 for bfloat16. row_pitch, column_pitch: bytes from one
-    row and from one column to the next, of which one is `item`. rows: 1 to 16. columns: a multiple of 16.
+    address: of the piece's first element. item: its bytes, 4 for float32, 2 for bfloat16. row_pitch, column_pitch: bytes from one row, and
+    from one column, to the next; one of the two equals `item`. rows: 1 to 16. columns: a multiple of 16.
     """
     if column_pitch == item:
         for i in range(0, columns, LANES):

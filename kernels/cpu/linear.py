@@ -1,9 +1,11 @@
-"""The `cpu` backend: products in one of three regimes (`choice.py`).
+"""`linear` on the CPU: the product with a quantized weight, in one of three regimes, which `choice.py` picks.
 
-Few tokens: dot products on the packed codes, at the speed of memory (`int4.py`, `int8.py`). Many tokens of bfloat16 on a chip with AMX:
-dequantization and multiplication in one kernel (`amx.py`). Many tokens elsewhere, and any number of them in a format without dot products:
-tiles of the weight are dequantized into a small buffer that stays in cache and multiplied by torch's matmul. A quantized weight is never
-dequantized whole.
+- MATVEC, for few tokens: dot products on the packed codes, at the speed of memory (`int4.py`, `int8.py`).
+- AMX, for many tokens of bfloat16 on a chip with AMX: dequantization and multiplication in one kernel (`amx.py`).
+- TILES, for many tokens on other chips, and for any number of tokens in a format without dot products: some rows of the weight at a time
+  are dequantized into a small buffer that stays in cache, and multiplied by torch's matmul.
+
+A quantized weight is never dequantized whole.
 
 Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
 `N` output features, `K` input features.
@@ -29,13 +31,13 @@ from .vector import has_bfloat16
 
 __all__ = ["activation_group", "choice_for", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
 
-# Waking a second thread costs 5 to 10 us in which one core reads 100 KB; where other programs hold the cores it costs a scheduler's
-# time slice, so small models stay on one.
+# Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
+# scheduler, so small models stay on one thread.
 _THREAD_BYTES = 1 << 19
 
 
 def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """y [T, N] = x [T, K] @ weight [N, K].T; float32 from MATVEC, bfloat16 from AMX, the tile's dtype from TILES."""
+    """y [T, N] = x [T, K] @ weight [N, K].T; float32 by MATVEC, bfloat16 by AMX, in the dtype of the tile by TILES."""
     weight = weight.contiguous()
     choice = choice_for(x.shape[0], x, weight)
     if weight.format not in DOT_KERNELS:
@@ -50,7 +52,7 @@ def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 
 def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    """Compile or load from a cache or import what products with weights like this [N, K] need: the first token should not wait for it."""
+    """Compile, load from a cache or import the code for products with weights like `weight` [N, K], before the first token needs it."""
     few = weight.rows(0, 1)
     for tokens in (1, 64):
         linear(torch.zeros(tokens, weight.shape[-1], dtype=dtype), few)
@@ -69,12 +71,12 @@ def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoi
 
 
 def activation_group(weight: QuantizedWeight) -> int:
-    """The group size by which dot products with `weight` need sums of activations; 0 where they need none."""
+    """The group size of the sums of activations that dot products with `weight` need; 0 if they need none."""
     return weight.group_size if DOT_KERNELS[weight.format].zero_points else 0
 
 
 def quantized(x: torch.Tensor, weight: QuantizedWeight) -> QuantizedActivations:
-    """`x` [T, K] in the form that dot products with `weight` take."""
+    """`x` [T, K], quantized for dot products with `weight`."""
     _use_threads(x.numel() * 4)
     return quantize_activations(x, sums_of=activation_group(weight))
 
@@ -89,7 +91,7 @@ def matvec(x: QuantizedActivations, weight: QuantizedWeight, experts: np.ndarray
 
 
 def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch.Tensor:
-    """[T, N] in the dtype of `x` [T, K], which is in the tile's order."""
+    """[T, N] in the dtype of `x` [T, K], whose columns are in the order of the tile."""
     N, K = weight.shape
     T, x = len(x), padded(x)
     out = torch.empty(len(x), N, dtype=x.dtype)
@@ -116,7 +118,7 @@ def _tile_order(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 @cache
 def _most_threads() -> int:
-    """How many threads numba has; torch's stay as many as they were, though numba's first start sets those that the two share."""
+    """The number of threads that numba has. Its first start also sets torch's number, since the two share threads; that is restored."""
     threads = torch.get_num_threads()
     numba.set_num_threads(1)
     torch.set_num_threads(threads)
@@ -125,7 +127,7 @@ def _most_threads() -> int:
 
 @contextmanager
 def _threads_of_torch(nbytes: int) -> Iterator[None]:
-    """Within it torch, and bitsandbytes, which shares its threads, take no more of them than pay; see `_THREAD_BYTES`."""
+    """Limit the threads of torch, and of bitsandbytes, which shares them, to as many as pay off for `nbytes`; see `_THREAD_BYTES`."""
     threads = torch.get_num_threads()
     few = min(threads, 1 + nbytes // _THREAD_BYTES)
     if few == threads:
@@ -139,6 +141,6 @@ def _threads_of_torch(nbytes: int) -> Iterator[None]:
 
 
 def _use_threads(nbytes: int) -> None:
-    """One thread for each share of the bytes to be read that pays for waking it, at most torch.get_num_threads()."""
+    """Set numba to one thread for each `_THREAD_BYTES` of the bytes to be read, and to at most torch.get_num_threads()."""
     most = _most_threads()
     numba.set_num_threads(min(1 + nbytes // _THREAD_BYTES, torch.get_num_threads(), most))

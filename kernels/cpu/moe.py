@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer on the `cpu` backend, expert by expert in any order.
+"""`moe_experts` on the CPU: the experts of a layer one by one, in any order.
 
 Dimension letters: `T` tokens, `A` active experts of a token, `P` pairs of a token and one of its experts (T * A), `E` experts, `D` d_model,
 `F` ffn hidden.
@@ -24,10 +24,10 @@ __all__ = ["ExpertOutputs", "moe_experts"]
 
 
 class ExpertOutputs:
-    """The outputs of experts for their tokens, a row for each pair of a token and one of its experts, until all are added and summed.
+    """Collects the outputs of experts, a row for each pair of a token and one of its experts, and sums them.
 
-    Each row is computed independently, and a token's rows are summed by the rank of its experts. So the sum has the same bits in whatever
-    order, and with whatever others, the experts are added.
+    Each row is computed independently of the others, and the rows of a token are summed by the rank of its experts. The sum therefore has
+    the same bits in whatever order and in whatever groups the experts are added.
 
     Args:
         x: [T, D].
@@ -46,15 +46,15 @@ class ExpertOutputs:
 
     @property
     def counts(self) -> dict[int, int]:
-        """How many tokens chose each expert, in ascending order of experts; only those that are chosen."""
+        """How many tokens chose an expert, for each that any token chose, in ascending order."""
         return {e: end - first for e, (first, end) in self._places.items()}
 
     def add(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Compute the rows of some experts that tokens chose.
+        """Compute the rows of some of the experts in `counts`.
 
         Args:
             layer: holds their weights.
-            slots: the slot of each of them in the stacks of `layer`.
+            slots: the slot of the matrices of each expert.
         """
         few: dict[int, int] = {}
         for e, slot in slots.items():
@@ -78,7 +78,7 @@ class ExpertOutputs:
         return y
 
     def _add_few(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """The rows of experts with few tokens, all of them in each product."""
+        """Compute the rows of experts with few tokens, all these experts in each product."""
         assert isinstance(layer.w1, QuantizedWeight)
         assert isinstance(layer.v1, QuantizedWeight)
         assert isinstance(layer.w2, QuantizedWeight)
@@ -93,7 +93,7 @@ class ExpertOutputs:
         self._rows[self._by_expert[pairs]] = matvec(quantized(h, layer.w2), layer.w2, chosen, offsets)
 
     def _activations(self, weight: QuantizedWeight) -> QuantizedActivations:
-        """The tokens as dot products with such a weight take them."""
+        """The tokens, quantized for dot products with such a weight."""
         group = activation_group(weight)
         if group not in self._quantized:
             self._quantized[group] = quantized(self._x, weight)

@@ -1,4 +1,4 @@
-"""Rounding to nearest in one pass over memory; the same bits as `int4.quantize` and `int8.quantize`, many times faster.
+"""Quantization to int4 and int8 in one pass over memory: the bits of `int4.quantize` and `int8.quantize`, many times faster.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -24,7 +24,7 @@ from .search import group_ranges, range_scale_and_zero, step_of
 
 __all__ = ["KERNELS", "QuantizationKernels", "quantize_int4", "quantize_int8", "round_int4", "round_int8"]
 
-# Rows that a thread takes at a time: 32 neighbours of a transposed weight fill a cache line of bfloat16.
+# Rows of a task: in a transposed weight, 32 neighbours in bfloat16 fill a cache line.
 _ROWS = 32
 
 
@@ -32,8 +32,8 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[Int4Weight, fl
     """The packed weight, the sum of squared errors and the sum of squares; on several threads, with the same bits on any number of them.
 
     Args:
-        weight: [N, K] on the CPU; bfloat16 and float32 are read in place, transposed or not; other dtypes are copied. NaN gives an
-            unspecified result and an infinite range infinite scales: the caller checks both.
+        weight: [N, K] on the CPU; bfloat16 and float32 are read in place, also if they are transposed; other dtypes are copied. NaN gives
+            an unspecified result, and an infinite range gives infinite scales: the caller checks for both.
         group_size: 32, 64 or 128; divides K.
     """
     return _int4(weight, group_size, None, None)
@@ -45,12 +45,12 @@ def quantize_int8(weight: torch.Tensor, group_size: int) -> tuple[Int8Weight, fl
 
 
 def round_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> tuple[Int4Weight, float, float]:
-    """As `quantize_int4`, to the grid of scales, float16 [N, n], and zero-points, whole numbers [N, n] of any dtype; on one thread."""
+    """`quantize_int4` on a given grid: scales, float16 [N, n], and zero-points, whole numbers [N, n] of any dtype; on one thread."""
     return _int4(weight, group_size, scales, zeros)
 
 
 def round_int8(weight: torch.Tensor, scales: torch.Tensor, group_size: int) -> tuple[Int8Weight, float, float]:
-    """As `quantize_int8`, to the grid of scales, float16 [N, n]; on one thread."""
+    """`quantize_int8` on a given grid: scales, float16 [N, n]; on one thread."""
     return _int8(weight, group_size, scales)
 
 
@@ -62,9 +62,9 @@ class QuantizationKernels:
     """Compiled code that quantizes to one format; results as for `quantize_int4`."""
 
     to_nearest: Callable[[torch.Tensor, int], _Result]
-    """(weight [N, K], G): each group's range is its grid."""
+    """Takes (weight [N, K], G); the grid of each group is that of its range."""
     to_grid: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], _Result]
-    """(weight [N, K], scales [N, n], zero-points [N, n] or None, G)."""
+    """Takes (weight [N, K], scales [N, n], zero-points [N, n] or None, G)."""
 
 
 def _int4_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> _Result:
@@ -80,7 +80,7 @@ KERNELS = {
     "int4": QuantizationKernels(quantize_int4, _int4_to_grid),
     "int8": QuantizationKernels(quantize_int8, _int8_to_grid),
 }
-"""By format."""
+"""The compiled code, by format."""
 
 
 def _int4(
@@ -102,11 +102,11 @@ def _int8(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None) ->
 def _rounded(
     weight: torch.Tensor, group_size: int, levels: int, qweight: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, float, float]:
-    """Fill qweight, and without scales the zeros; the scales and both sums."""
+    """Fill `qweight` and, without given scales, `zeros`. Returns the scales, the sum of squared errors and the sum of squares."""
     N, K = weight.shape
     weight, layout = in_memory_order(weight)
     grid_scales = torch.empty(N, K // group_size, dtype=torch.float16) if scales is None else scales.contiguous()
-    sums = np.zeros((N, 2))  # one row each, added in order: the same on any number of threads
+    sums = np.zeros((N, 2))  # one row for each row of the weight, added in order: the same sums on any number of threads
     words = qweight.view(torch.int32).numpy()
     run = _round if scales is None else _round_here
     run(*layout, group_size, levels, scales is not None, words, grid_scales.view(torch.int16).numpy(), zeros.numpy(), sums)
@@ -128,7 +128,10 @@ def _round_here(address, item, row_pitch, column_pitch, G, levels, given, words,
 
 @numba.njit(nogil=True, cache=True)
 def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
-    """Rows first .. first+31. words: int32 [N, K/8 or K/4], the packed codes. given: whether scales and zeros are, or become, the grid."""
+    """Quantize rows first .. first+31.
+
+    words: int32 [N, K/8 or K/4], the packed codes. given: whether scales and zeros hold the grid; otherwise the grid is written to them.
+    """
     N, n_groups = scales.shape
     bits = 4 if levels == 15 else 8
     per_word = 32 // bits

@@ -1,5 +1,6 @@
-"""The sequential parts of rounding with a Hessian, sixteen rows of a weight side by side: each row is independent, so that threads share
-nothing.
+"""The column loops of GPTQ and of coordinate descent, compiled, for sixteen rows of a weight at a time.
+
+Rows are independent of each other, so threads share nothing.
 
 Dimension letters: `B` columns of a block, `N` rows. Blocks are transposed, [B, N].
 """
@@ -18,7 +19,7 @@ __all__ = ["descend_block", "gptq_block"]
 
 
 def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """As `rounding.gptq_block`, on the CPU: float32, `columns` contiguous."""
+    """`dbrx_q.kernels.rounding.gptq_block` on the CPU: float32, `columns` contiguous."""
     left, *others = (_padded(part) for part in (columns, steps, low, high))
     u = torch.empty_like(left)
     addresses = [part.data_ptr() for part in (left, *others, u)]
@@ -29,7 +30,7 @@ def gptq_block(columns: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor,
 def descend_block(
     u: torch.Tensor, slope: torch.Tensor, hessian: torch.Tensor, steps: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> torch.Tensor:
-    """As `rounding.descend_block`, on the CPU: float32, `u` and `slope` contiguous."""
+    """`dbrx_q.kernels.rounding.descend_block` on the CPU: float32, `u` and `slope` contiguous."""
     codes, slopes, *others = (_padded(part) for part in (u, slope, steps, low, high))
     moved = torch.empty_like(codes)
     addresses = [part.data_ptr() for part in (codes, slopes, *others, moved)]
@@ -38,13 +39,13 @@ def descend_block(
 
 
 def _padded(part: torch.Tensor) -> torch.Tensor:
-    """With rows of zeros up to a multiple of `LANES`; as it is where it has that many."""
+    """`part` padded with rows of zeros to a multiple of `LANES`; itself if it has that many."""
     missing = -part.shape[1] % LANES
     return F.pad(part, (0, missing)) if missing else part.contiguous()
 
 
 def _kept(result: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Without what was padded; parts that change in place are copied back."""
+    """`result` without its padding; padded copies of parts that change in place are copied back."""
     for part, padded in changed:
         if padded is not part:
             part.copy_(padded[:, : part.shape[1]])

@@ -1,7 +1,7 @@
-"""Grids for the groups of a weight, searched for in one pass over memory: each group stays in the nearest cache until its grid is found.
+"""Grid searches in one pass over memory: each group of a weight stays in the first-level cache until its grid is found.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
-One thread; the pieces of a weight that its callers cut decide nothing, since groups are independent of each other.
+A search runs on one thread. Groups are independent of each other, so callers may split a weight into pieces without a change of the result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["group_ranges", "half_quadratic", "least_squares", "range_scale_and_z
 def least_squares(
     weight: torch.Tensor, group_size: int, levels: GridLevels, shares: torch.Tensor, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `grid_search.least_squares`, on the CPU."""
+    """`grid_search.least_squares` on the CPU."""
     weight, layout = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
     importances = torch.ones(weight.shape[1]) if importance is None else importance.float().contiguous()
@@ -48,7 +48,7 @@ def least_squares(
 
 
 def half_quadratic(weight: torch.Tensor, group_size: int, levels: GridLevels, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `grid_search.half_quadratic`, on the CPU."""
+    """`grid_search.half_quadratic` on the CPU."""
     weight, layout = in_memory_order(weight)
     scales, zeros = _empty_grid(weight, group_size)
     grid = group_size, levels.levels, levels.symmetric
@@ -154,9 +154,9 @@ def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, symmetric
 
 @numba.njit(nogil=True, cache=True)
 def _fitted(tile, G, scale, step, zero, levels, symmetric, beta):
-    """Of each lane: the sum of |error|^0.7; of u * moved, u * u, u and moved, where moved is the part of the error that is no outlier.
+    """For each lane, the sums of |error|^0.7, u * moved, u * u, u and moved, where `moved` is the part of the error that is not an outlier.
 
-    An error's soft threshold is error - moved, moved being the error between plus and minus the threshold.
+    `moved` is the error clamped to plus and minus the threshold, so that the soft threshold of the error is error - moved.
     """
     none = splat(np.float32(0))
     low, high = _limits(zero, levels, symmetric)
@@ -200,7 +200,7 @@ def range_scale_and_zero(low, high, levels, symmetric):
 
 @numba.njit(nogil=True, cache=True)
 def step_of(scale):
-    """What to divide by: the scale, 1 where it is 0."""
+    """The divisor: the scale, or 1 where it is 0."""
     return where_equal(scale, splat(np.float32(0)), splat(np.float32(1)), scale)
 
 

@@ -1,7 +1,7 @@
 """Short-vector building blocks for the CPU kernels, written as portable LLVM IR.
 
-Nothing here names an instruction set: LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or
-NEON. The one shape that matters is the 16-bit dot product of `dot_i16`, which becomes `vpdpwssd` with VNNI and `vpmaddwd` without.
+No function names an instruction set: LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or NEON.
+The only shape that matters is that of the 16-bit dot product `dot_i16`: LLVM makes it `vpdpwssd` with VNNI and `vpmaddwd` without.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ I64 = ir.IntType(64)
 V16F = ir.VectorType(F32, 16)
 V16I = ir.VectorType(I32, 16)
 
-# Reassociation within a row is what lets sums run 16 wide; NaN and infinity keep their meaning.
+# Reassociation within a row lets sums run 16 wide; NaN and infinity keep their meaning.
 _FAST = ("contract", "reassoc")
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc] # llvmlite ships no types
-    """LLVM's bfloat, which llvmlite does not name."""
+    """LLVM's bfloat, which llvmlite has no type for."""
 
     intrinsic_name = "bf16"
 
@@ -73,7 +73,7 @@ class _BFloat(ir.types.Type):  # type: ignore[misc] # llvmlite ships no types
 
 @cache
 def chip_features() -> frozenset[str]:
-    """What the chip offers that numba compiles for: this machine's, or the one that NUMBA_CPU_FEATURES describes."""
+    """The features of the chip that numba compiles for: this machine's, or the one that NUMBA_CPU_FEATURES describes."""
     described: str | None = config.CPU_FEATURES  # type: ignore[attr-defined] # numba sets it when it is imported
     if described is not None:
         return frozenset(name[1:] for name in described.split(",") if name.startswith("+"))
@@ -132,7 +132,7 @@ def reduce_add(b: Builder, value: Value) -> Value:
 
 
 def prefetch(b: Builder, address: Value) -> None:
-    """Ask for the cache line at `address`; never faults."""
+    """Prefetch the cache line at `address`; never faults."""
     pointer = I8.as_pointer()
     hint = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]), "llvm.prefetch.p0")
     read, keep, data = I32(0), I32(3), I32(1)
@@ -163,7 +163,7 @@ def lookup(b: Builder, table: Value, first: Value, count: int) -> Value:
 
 
 def round_to_bfloat16(b: Builder, value: Value) -> Value:
-    """float32 lanes as bfloat16 bits in a vector of i16; only for chips that `has_bfloat16`, fast on no other."""
+    """float32 lanes as bfloat16 bits in a vector of i16; for chips with `has_bfloat16`, slow on others."""
     lanes = value.type.count
     return b.bitcast(b.fptrunc(value, ir.VectorType(_BFloat(), lanes)), ir.VectorType(I16, lanes))
 

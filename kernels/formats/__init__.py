@@ -1,18 +1,18 @@
 """The formats of weights and of KV caches: bit layouts, quantization and dequantization in plain torch.
 
 Begin with `format.py`, the record that describes a weight format, and `registry.py`, which lists the records. Everything that depends on
-the format of a weight (checkpoint layout, quantization methods, command line, kernels) reads the record. A weight format has one file:
+the format of a weight (checkpoint layout, quantization methods, command line, kernels) reads the record. Each weight format has a file:
 
 - `int4.py`: 4-bit codes with a scale and a zero-point per group.
 - `int8.py`: 8-bit codes with a scale per group.
 - `nf4.py`: the NormalFloat4 of bitsandbytes, with and without double quantization.
 
-What they share:
+Shared by all:
 
 - `quantized_weight.py`: the base class of a quantized weight.
-- `weights.py`: a weight, plain or quantized, and `dequantize` for all.
+- `weights.py`: `Weight`, plain or quantized, and `dequantize` for both.
 - `expert_weights.py`: the experts of a layer, and the decision of a router.
-- `groups.py`: groups along the reduction axis, and the checks on weights and scales.
+- `groups.py`: groups along the reduction axis, and the checks of weights and scales.
 - `kv.py`: the formats of a KV cache.
-- `errors.py`: what is raised for a tensor that a format cannot represent.
+- `errors.py`: `FormatError`, raised for a tensor that a format cannot represent.
 """

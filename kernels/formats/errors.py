@@ -1,4 +1,4 @@
-"""The base of every error of the project, and the one that formats raise; the tree is drawn in `dbrx_q.errors`."""
+"""`DbrxError`, the base of every error of the project, and `FormatError`; `dbrx_q.errors` draws the tree."""
 
 __all__ = ["DbrxError", "FormatError"]
 
@@ -8,4 +8,4 @@ class DbrxError(Exception):
 
 
 class FormatError(DbrxError, ValueError):
-    """A tensor that a packed format cannot hold."""
+    """A tensor that a format cannot represent."""

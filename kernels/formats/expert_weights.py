@@ -1,4 +1,4 @@
-"""The experts of a layer, and a router's choice among them.
+"""`ExpertWeights`, the experts of a layer, and `Routing`, the decision of a router.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `S` slots, `D` d_model, `F` ffn hidden.
 """
@@ -38,8 +38,8 @@ class Routing:
     """The decision of a router."""
 
     logits: torch.Tensor
-    """float32 [T, E]."""
+    """float32 [T, E], of all experts."""
     experts: torch.Tensor
-    """int64 [T, A], best first."""
+    """int64 [T, A], the chosen experts, best first."""
     weights: torch.Tensor
-    """float32 [T, A]."""
+    """float32 [T, A], the factors of their outputs."""

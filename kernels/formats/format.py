@@ -1,4 +1,4 @@
-"""`Format`: all that the rest of the project has to know of one weight format.
+"""`Format`: all that the rest of the project has to know about one weight format.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -22,11 +22,11 @@ class Part:
     """One tensor of a quantized weight."""
 
     name: str
-    """Its name: the last one, as "scales", in a format; the full one in a checkpoint."""
+    """In a format the last name, such as "scales"; in a checkpoint the full name."""
     dtype: torch.dtype
-    """Of its elements."""
+    """The dtype of its elements."""
     shape: tuple[int, ...]
-    """Of one matrix."""
+    """The shape for one matrix."""
 
     @property
     def nbytes(self) -> int:
@@ -46,46 +46,47 @@ class GridLevels:
     symmetric: bool
     """Whether codes are signed, without a zero-point."""
     pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], QuantizedWeight]
-    """(u float32 [N, K], scales float16 [N, n], zero-points float32 [N, n] or None, G) to the weight."""
+    """Takes (u float32 [N, K], scales float16 [N, n], zero-points float32 [N, n] or None, G) and returns the weight."""
 
 
 @dataclass(frozen=True)
 class StoredForm:
-    """How a format is stored whose parts on disk are not those in memory. Its rows are not independent: a matrix is stored as a whole."""
+    """The form on disk of a format whose stored parts differ from those in memory. Rows depend on each other, so a matrix is stored as a
+    whole."""
 
     in_memory: str
     """The name of the format that a loaded weight has."""
     store: Callable[[Any], dict[str, torch.Tensor]]
-    """The weight of one matrix, as `Format.quantize` makes it, to the parts that are stored."""
+    """Takes the weight of one matrix, as `Format.quantize` makes it, and returns the parts to store."""
     load: Callable[[Mapping[str, torch.Tensor], int], QuantizedWeight]
-    """The inverse, up to its rounding: (stored parts with any leading axes, G) to the weight in memory."""
+    """The inverse up to rounding: takes (stored parts with any leading axes, G) and returns the weight in memory."""
 
 
 @dataclass(frozen=True)
 class Format:
     """The record of a weight format.
 
-    Kernels are not named here: `cpu/format_kernels.py` and `triton/codes.py` list the formats that they have code for. A weight of any
+    The record names no kernels: `cpu/format_kernels.py` and `triton/codes.py` list the formats that they have code for. A weight in any
     other format is dequantized by `dequantize` and multiplied as a plain one.
     """
 
     name: str
-    """As in config.json and on the command line."""
+    """The name in config.json and on the command line."""
     bits: int
-    """Of a code."""
+    """Bits of a code."""
     group_sizes: tuple[int, ...]
     """The group sizes on offer."""
     weight: type[QuantizedWeight]
     """The class of a weight in memory."""
     parts: Callable[[int, int, int], tuple[Part, ...]]
-    """(N, K, G) to the parts that are stored of one matrix, in their order in the file."""
+    """Takes (N, K, G) and returns the parts that are stored for one matrix, in their order in the file."""
     quantize: Callable[[torch.Tensor, int], QuantizedWeight]
-    """(weight [..., N, K], G) to the nearest weight of the format. Raises FormatError for a weight that the format cannot represent."""
+    """Takes (weight [..., N, K], G) and rounds to nearest. Raises FormatError for a weight that the format cannot represent."""
     dequantize: Callable[[Any, torch.dtype], torch.Tensor]
-    """(weight, dtype) to the plain weight [..., N, K], on the weight's device."""
+    """Takes (weight, dtype) and returns the plain weight [..., N, K] on the same device."""
     grid: GridLevels | None = None
     """The uniform grid that methods other than rtn choose scales for; None: only rtn makes the format."""
     embedding: bool = False
-    """Whether the embedding may have it."""
+    """Whether the embedding may have the format."""
     stored: StoredForm | None = None
-    """How it is stored; None: as it is in memory."""
+    """The form on disk; None: the same as in memory."""

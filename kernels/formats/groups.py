@@ -1,4 +1,4 @@
-"""Shared by the grouped formats: groups along the last axis, and the checks on weights and scales."""
+"""Shared by the grouped formats: groups along the last axis, and checks of weights, scales and group sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_group_size(n: int, group_size: int, offered: tuple[int, ...]) -> None:
 
 
 def check_weight(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` in float32; refused where a value is NaN or infinite."""
+    """`weight` in float32. Refuse a weight with a NaN or infinite value."""
     wide = weight.float()
     if not torch.isfinite(wide).all():
         bad = wide[~torch.isfinite(wide)][0].item()
@@ -32,12 +32,12 @@ def check_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_scales(scales: torch.Tensor) -> None:
-    """Refuse float16 `scales` of which one is infinite: its group's range is too wide."""
+    """Refuse float16 `scales` with an infinite value: the range of its group is too wide."""
     if scales.numel() and torch.isinf(scales.max()):
         raise FormatError("a group's scale must stay below 65504, float16's largest value; found a wider range. Is this a DBRX checkpoint?")
 
 
 def steps_of(scales: torch.Tensor) -> torch.Tensor:
-    """float32 divisors: the scales, and 1 where a scale is 0 because its group is zero or too small for float16."""
+    """float32 divisors: the scales, or 1 where a scale is 0 because the group's range is zero or too small for float16."""
     steps = scales.float()
     return torch.where(steps == 0, 1.0, steps)

@@ -36,13 +36,13 @@ class Int4Weight(QuantizedWeight):
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zeros")
 
     qweight: torch.Tensor
-    """Codes, two a byte."""
+    """Codes, two per byte."""
     scales: torch.Tensor
-    """One per group."""
+    """The scale of each group."""
     zeros: torch.Tensor
-    """Zero-points, two a byte."""
+    """Zero-points, two per byte."""
     group_size: int
-    """Elements that share a scale."""
+    """G, elements that share a scale."""
 
     @property
     def shape(self) -> torch.Size:
@@ -51,14 +51,14 @@ class Int4Weight(QuantizedWeight):
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Int4Weight:
-    """Round to nearest with the range of each group, zero included, as the grid.
+    """`weight` rounded to nearest on the grid of each group's range, zero included.
 
     Args:
         weight: [..., N, K], bfloat16, float16 or float32.
         group_size: 32, 64 or 128; divides K.
 
     Raises:
-        FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a range wider than float16 scales reach.
+        FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a range too wide for float16 scales.
     """
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     groups = grouped(check_weight(weight), group_size)  # [..., N, K/G, G]
@@ -85,7 +85,7 @@ def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the even element in the low nibble: uint8 [..., n] with values 0..15 to uint8 [..., ceil(n/2)]."""
+    """Pack two codes per byte, the even element in the low nibble: uint8 [..., n] with values 0..15 to uint8 [..., ceil(n/2)]."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

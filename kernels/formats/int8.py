@@ -37,11 +37,11 @@ class Int8Weight(QuantizedWeight):
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "scales")
 
     qweight: torch.Tensor
-    """Codes, one a byte."""
+    """Codes, one per byte."""
     scales: torch.Tensor
-    """One per group."""
+    """The scale of each group."""
     group_size: int
-    """Elements that share a scale."""
+    """G, elements that share a scale."""
 
     @property
     def shape(self) -> torch.Size:
@@ -50,14 +50,14 @@ class Int8Weight(QuantizedWeight):
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Int8Weight:
-    """Round to nearest on the grid of each group's largest magnitude.
+    """`weight` rounded to nearest on the grid of each group's largest magnitude.
 
     Args:
         weight: [..., N, K], bfloat16, float16 or float32.
         group_size: 32, 64 or 128; divides K.
 
     Raises:
-        FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a range wider than float16 scales reach.
+        FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a range too wide for float16 scales.
     """
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     groups = grouped(check_weight(weight), group_size)  # [..., N, K/G, G]

@@ -15,7 +15,7 @@ __all__ = ["KV_FORMATS", "KVLayer", "allocate_kv", "dequantize_kv", "quantize_kv
 
 KV_FORMATS = ("plain", "int8", "int4")
 
-_LARGEST = 65504.0  # of float16
+_LARGEST = 65504.0  # in float16
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class KVLayer:
     format: str
     """One of `KV_FORMATS`."""
     keys: torch.Tensor
-    """After the rotary embedding."""
+    """Codes of the keys, or in a plain cache the keys themselves, after the rotary embedding."""
     values: torch.Tensor
-    """Of the same layout."""
+    """The values, in the same layout."""
     key_scales: torch.Tensor | None = None
-    """Of the keys; None in a plain cache."""
+    """Scales of the keys; None in a plain cache."""
     value_scales: torch.Tensor | None = None
-    """Of the values."""
+    """Scales of the values; None in a plain cache."""
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +52,7 @@ class KVLayer:
         return sum(part.nbytes for part in (self.keys, self.values, self.key_scales, self.value_scales) if part is not None)
 
     def row(self, index: int, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [G, tokens, C] of the first `tokens` tokens of one sequence; a view where the format is plain and of `dtype`."""
+        """Keys and values [G, tokens, C] of the first `tokens` tokens of one sequence; a view if the cache is plain and has `dtype`."""
         keys, values = self.keys[index, :, :tokens], self.values[index, :, :tokens]
         if self.key_scales is None or self.value_scales is None:
             return keys.to(dtype), values.to(dtype)
@@ -61,7 +61,7 @@ class KVLayer:
 
 
 def allocate_kv(format: str, B: int, G: int, L: int, C: int, dtype: torch.dtype, device: torch.device) -> KVLayer:
-    """A cache of zeros; `dtype` is that of plain keys and values.
+    """A cache of zeros; `dtype` is the dtype of plain keys and values.
 
     Raises:
         FormatError: an unknown format, or an odd C where two elements share a byte.
@@ -78,10 +78,10 @@ def allocate_kv(format: str, B: int, G: int, L: int, C: int, dtype: torch.dtype,
 
 
 def quantize_kv(x: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scales) of `x` [..., C], "int8" or "int4", to nearest, halves to even.
+    """(codes, scales) of `x` [..., C] in the format "int8" or "int4", rounded to nearest, ties to even.
 
-    The float16 step is rounded first and the codes are made with the rounded step, in float32 and in the order of the Triton kernel, which
-    stores the same bytes. A step of 0 gives codes 0. Past what float16 steps reach, values saturate.
+    The step is rounded to float16 first. The codes are computed with the rounded step, in float32 and in the order of the Triton kernel,
+    which stores the same bytes. A step of 0 gives codes of 0. Values beyond the range of float16 steps saturate.
 
     Raises:
         FormatError: a format without codes.
@@ -102,7 +102,7 @@ def quantize_kv(x: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantize_kv(codes: torch.Tensor, scales: torch.Tensor, format: str, dtype: torch.dtype) -> torch.Tensor:
-    """The decoded values [..., C], computed in float32 and rounded to `dtype`; `codes` and `scales` as `quantize_kv` gives them.
+    """The dequantized values [..., C], computed in float32 and rounded to `dtype`; `codes` and `scales` as `quantize_kv` returns them.
 
     Raises:
         FormatError: a format without codes.
@@ -121,7 +121,7 @@ def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
 
 
 def _codes(x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """x / steps, 0 where the step is."""
+    """x / steps, 0 where the step is 0."""
     steps = steps.float().unsqueeze(-1)
     return torch.where(steps > 0, x / torch.where(steps > 0, steps, 1.0), 0.0)
 

@@ -1,10 +1,10 @@
 """NF4 weights, as bitsandbytes stores them: 4-bit codes of a table of normal quantiles, one float32 scale per block of 64.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E. With its double quantization the scales
-of a matrix are stored in 8 bits; kernels do not know that form: its scales are dequantized to float32 when a checkpoint is loaded.
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 and appendix E. Its double quantization stores the scales
+of a matrix in 8 bits. Kernels do not take that form: loading a checkpoint dequantizes the scales to float32.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` block size, `S` blocks of 256 scales of a
-matrix, the last one perhaps smaller; `...` is any number of leading axes, such as the experts of a layer.
+matrix, the last of which may be smaller; `...` is any number of leading axes, such as the experts of a layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 GROUP_SIZES = (64,)
-# The 16 values of the data type, as float32 holds them.
+# The 16 values of the data type, in float32.
 VALUES = (
     -1.0,
     -0.6961928009986877,
@@ -83,11 +83,11 @@ class Nf4Weight(QuantizedWeight):
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "absmax")
 
     qweight: torch.Tensor
-    """Codes, two a byte."""
+    """Codes, two per byte."""
     absmax: torch.Tensor
     """The scales, one per block."""
     group_size: int
-    """Elements that share a scale: 64."""
+    """G, elements that share a scale."""
 
     @property
     def shape(self) -> torch.Size:
@@ -108,7 +108,7 @@ class Nf4DoubleWeight:
     """
 
     qweight: torch.Tensor
-    """Codes, two a byte."""
+    """Codes, two per byte."""
     absmax: torch.Tensor
     """Codes of the scales."""
     nested_absmax: torch.Tensor
@@ -116,7 +116,7 @@ class Nf4DoubleWeight:
     offset: torch.Tensor
     """The mean of the scales."""
     group_size: int
-    """Elements that share a scale: 64."""
+    """G, elements that share a scale."""
 
     @classmethod
     def compress(cls, weight: Nf4Weight) -> Nf4DoubleWeight:
@@ -139,7 +139,7 @@ class Nf4DoubleWeight:
 
 
 def quantize(weight: torch.Tensor, group_size: int = 64) -> Nf4Weight:
-    """The nearest code of every element by bitsandbytes.
+    """`weight` with every element rounded to its nearest code, by bitsandbytes.
 
     Args:
         weight: [..., N, K], bfloat16, float16 or float32.
@@ -163,9 +163,9 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype = torch.float32) -> torch.T
 
 
 def dequantize_on_cpu(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of `dequantize` in one pass over memory, by bitsandbytes; the parts of `weight` [N, K] are contiguous and on the CPU.
+    """`dequantize` by bitsandbytes: the same bits, in one pass over memory. The parts of `weight` [N, K] are contiguous and on the CPU.
 
-    Below 2^-126 bfloat16 results may be zero: chips that convert to it in hardware flush them.
+    bfloat16 results below 2^-126 may be zero: chips that convert to bfloat16 in hardware flush them.
     """
     functional = bitsandbytes_functional()
     state = functional.QuantState(absmax=weight.absmax, shape=weight.shape, dtype=dtype, blocksize=weight.group_size, quant_type="nf4")
@@ -175,7 +175,7 @@ def dequantize_on_cpu(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
 def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The parts `absmax`, `nested_absmax` and `offset` of an `Nf4DoubleWeight`, by bitsandbytes.
 
-    They have the bits that its `compress_statistics` gives on one thread, whatever the number of threads is here.
+    Their bits are those of bitsandbytes' `compress_statistics` on one thread, for any number of threads.
 
     Args:
         absmax: float32 [N, K/G] on the CPU, the scales of a whole matrix.
@@ -184,7 +184,7 @@ def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         FormatError: scales too large for float32 to hold their sum.
     """
     flat = absmax.reshape(-1)
-    offset = flat.expand(2, -1).mean(1)[:1]  # the sum of a single row is cut by the number of threads, which shows in its last bits
+    offset = flat.expand(2, -1).mean(1)[:1]  # torch splits the sum of a single row by threads, which changes its last bits
     if not torch.isfinite(offset).all():
         raise FormatError("the sum of a matrix' scales must stay below 3.4e38, float32's largest value; found a larger one. Choose nf4")
     codes, state = bitsandbytes_functional().quantize_blockwise(flat - offset, code=dynamic_map(), blocksize=NESTED_BLOCK)
@@ -192,7 +192,7 @@ def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def dequantize_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The float32 scales [..., N, K/G] that parts of an `Nf4DoubleWeight` stand for, to the bits of bitsandbytes; on the parts' device."""
+    """The float32 scales [..., N, K/G] from the parts of an `Nf4DoubleWeight`, on their device; bit for bit those of bitsandbytes."""
     table = dynamic_map().to(absmax.device)
     out = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
     scales = out.view(-1, absmax.shape[-2] * absmax.shape[-1])
@@ -208,9 +208,9 @@ def dequantize_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor, offset:
 def dynamic_map() -> torch.Tensor:
     """float32 [256], ascending: the signed 8-bit type of Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning".
 
-    0, 1, and for e = 0..6 and both signs 10^(e-6) times the middles of 2^e equal parts of [0.1, 1]: to the last bit the
-    `create_dynamic_map()` of bitsandbytes on x86-64, where the ends of a part are rounded to float32, then their mean, then its product.
-    Every step here is exact or rounds once, so that no chip gives other bits.
+    The values are 0, 1 and, for e = 0..6 and both signs, 10^(e-6) times the midpoints of 2^e equal parts of [0.1, 1]. They equal the
+    `create_dynamic_map()` of bitsandbytes on x86-64 to the last bit, which rounds the ends of a part to float32, then their mean, then its
+    product. Every step here is exact or rounds once, so the bits are the same on every chip.
     """
     low = torch.tensor(0.1)
     width = (1 - low).double()
@@ -226,7 +226,7 @@ def dynamic_map() -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the even element in the high nibble: uint8 [..., n] with values 0..15 and even n to uint8 [..., n/2]."""
+    """Pack two codes per byte, the even element in the high nibble: uint8 [..., n] with values 0..15 and even n to uint8 [..., n/2]."""
     return (codes[..., 0::2] << 4) | codes[..., 1::2]
 
 
@@ -263,7 +263,7 @@ DOUBLE_FORMAT = replace(FORMAT, name="nf4-double", parts=_double_parts, stored=S
 
 @cache
 def bitsandbytes_functional() -> ModuleType:
-    """`bitsandbytes.functional`; it takes a second to import, so only what touches NF4 on the CPU does."""
+    """`bitsandbytes.functional`; importing it takes a second, so only code for NF4 on the CPU does."""
     with _without_hub_kernels():
         import bitsandbytes.functional
     return bitsandbytes.functional
@@ -271,8 +271,11 @@ def bitsandbytes_functional() -> ModuleType:
 
 @contextmanager
 def _without_hub_kernels() -> Iterator[None]:
-    """On chips with bfloat16 instructions bitsandbytes fetches a product kernel from the hub while it is imported, through the package
-    `kernels`, and logs a warning where it cannot. Nothing here uses it: no download, and no warning that it was not found."""
+    """Keep bitsandbytes from downloading a kernel while it is imported.
+
+    On chips with bfloat16 instructions its import fetches a product kernel from the hub through the package `kernels`, and logs a warning
+    if it cannot. The project does not use that kernel, so the import here neither downloads it nor warns that it is missing.
+    """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     modules = cast(dict[str, ModuleType | None], sys.modules)  # None makes an import fail as if the package were not installed
     absent = "kernels" not in modules

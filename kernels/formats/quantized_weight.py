@@ -1,4 +1,4 @@
-"""`QuantizedWeight`: the base class of the weights of every format, with all that does not depend on the format.
+"""`QuantizedWeight`: the base class of quantized weights, with all that does not depend on the format.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis); `...` is any number of leading axes, such as the
 experts of a layer.
@@ -21,14 +21,14 @@ __all__ = ["QuantizedWeight"]
 class QuantizedWeight(ABC):
     """A quantized weight [..., N, K].
 
-    Subclasses are frozen dataclasses. Their fields are the parts, tensors in the order of `part_names`, and last `group_size`. The leading
-    axes of every part are those of the weight, N included, so that an index or a range of rows selects the same of each part.
+    Subclasses are frozen dataclasses. Their fields are the parts, tensors in the order of `part_names`, followed by `group_size`. Every
+    part has the leading axes of the weight, N included, so an index or a range of rows selects the same rows of each part.
     """
 
     format: ClassVar[str]
     """The name of its record in `registry.FORMATS`."""
     part_names: ClassVar[tuple[str, ...]]
-    """The names of its tensors; the codes come first."""
+    """The names of its tensors; the codes are first."""
     group_size: int
     """Elements along the reduction axis that share a scale."""
 
@@ -54,11 +54,11 @@ class QuantizedWeight(ABC):
 
     @classmethod
     def of(cls, parts: Mapping[str, torch.Tensor], group_size: int) -> Self:
-        """The weight of tensors by their names."""
+        """The weight with the given tensors, by part name."""
         return cast(Any, cls)(*(parts[name] for name in cls.part_names), group_size)
 
     def __getitem__(self, index: int | torch.Tensor) -> Self:
-        """The weight at `index` of the first axis, without a copy; with an int64 tensor of indices, a copy of those."""
+        """The weight at `index` of the first axis, without a copy; an int64 tensor of indices copies."""
         return self._map(lambda part: part[index])
 
     def rows(self, first: int, end: int) -> Self:
@@ -66,7 +66,7 @@ class QuantizedWeight(ABC):
         return self._map(lambda part: part[first:end])
 
     def contiguous(self) -> Self:
-        """The same weight with contiguous parts, as the compiled kernels require; a part that is contiguous is not copied."""
+        """The same weight with contiguous parts, as the compiled kernels require; parts that are contiguous already are not copied."""
         return self._map(torch.Tensor.contiguous)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:

@@ -19,7 +19,7 @@ FORMATS: dict[str, Format] = {record.name: record for record in (int4.FORMAT, in
 """The weight formats by their names. A new format is one more record here."""
 
 PLAIN = "plain"
-"""How a tensor is named that is not quantized, where a format is asked for."""
+"""The name that stands for an unquantized tensor where a format is expected."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TensorFormat:
 
     @classmethod
     def of(cls, name: str, group_size: int | None = None) -> TensorFormat:
-        """The format in groups of `group_size`; without one in groups of 64, or of its first size where it does not offer 64."""
+        """The format with groups of `group_size`; None picks 64, or the format's first group size if it does not offer 64."""
         sizes = FORMATS[name].group_sizes
         return cls(name, group_size if group_size is not None else 64 if 64 in sizes else sizes[0])
 
@@ -66,10 +66,10 @@ class TensorFormat:
         return self if stored is None else TensorFormat(stored.in_memory, self.group_size)
 
     def check(self, K: int) -> None:
-        """Refuse a reduction axis of length K, or a group size, that the format does not take.
+        """Refuse a group size that the format does not offer or that does not divide K, the length of the reduction axis.
 
         Raises:
-            FormatError: with the rule.
+            FormatError: names the rule.
         """
         check_group_size(K, self.group_size, self.record.group_sizes)
 
@@ -78,7 +78,7 @@ class TensorFormat:
         return self.record.parts(N, K, self.group_size)
 
     def load(self, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight in memory from its stored parts by name, each perhaps with leading axes."""
+        """The weight in memory, from its stored parts by name; the parts may have leading axes."""
         record = self.record
         return record.weight.of(parts, self.group_size) if record.stored is None else record.stored.load(parts, self.group_size)
 

@@ -1,4 +1,4 @@
-"""A weight, plain or quantized.
+"""`Weight`, plain or quantized, and its dequantization.
 
 Dimension letters: `T` tokens, `N` output features (rows), `K` input features (the reduction axis).
 """
@@ -17,10 +17,10 @@ Weight = torch.Tensor | QuantizedWeight
 
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Any weight [..., N, K] as a plain tensor."""
+    """A weight [..., N, K] of any format as a plain tensor."""
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else FORMATS[weight.format].dequantize(weight, dtype)
 
 
 def gather_rows(weight: QuantizedWeight, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantized rows of a weight [N, K], as an embedding looks them up: int64 `rows` [T] to [T, K]."""
+    """The dequantized rows [T, K] of a weight [N, K] at the indices `rows`, int64 [T]: the lookup of an embedding."""
     return dequantize(weight[rows], dtype)

@@ -7,9 +7,9 @@ Begin with `linear.py`: a launcher, which chooses tiles and passes pointers, and
 - `attention_decode.py`, `attention_prefill.py`: attention over a KV cache, for one new token per sequence and for many.
 - `qkv.py`, `router.py`, `norm.py`: the operations of the same names.
 
-What kernels share:
+Shared by the kernels:
 
-- `codes.py`: the numbers of the formats, and which formats have code.
+- `codes.py`: the numbers of the formats that have code.
 - `weights.py`: quantized weights, dequantized in registers, and the product with a tile of activations.
 - `group_dot.py`: the product of int4 weights with few tokens, scaled once per group.
 - `kv.py`: the codes of a quantized KV cache, converted in registers.

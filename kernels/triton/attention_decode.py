@@ -1,10 +1,11 @@
 """Attention of one new token per sequence in Triton: flash decoding, split over the cache (Dao et al. 2023, Flash-Decoding).
 
 Dimension letters: `B` sequences, `L` capacity in tokens, `H` query heads, `G` key/value heads, `C` channels of a head; of tiles: `BL`
-tokens, `HP` query heads of a key/value head, padded; `W` channels of one part: all where the format is plain, the even or the odd ones in
-int8, a half of those in int4.
+tokens, `HP` query heads of a key/value head, padded; `W` channels of one part: all in a plain cache, the even or the odd ones in int8, half
+of the even or of the odd ones in int4.
 
-Keys are the left operand of the scores and values that of the sum, so that few query heads fill few columns of a matrix instruction.
+Keys are the left operand of the scores, and values the left operand of the weighted sum, so that few query heads fill few columns of a
+matrix instruction.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def decode_kernel(
     a0 = tl.zeros((W, HP), tl.float32)
     a1, a2, a3 = a0, a0, a0
     tokens = split * each * BL + tl.arange(0, BL)
-    # Scales are read one block ahead by hand: two bytes are too few for an asynchronous copy.
+    # The kernel itself loads scales one block ahead: two bytes are too few for an asynchronous copy.
     key_step, key_least = scales_of(key_scales, tokens, end, FORMAT)
     value_step, value_least = scales_of(value_scales, tokens, end, FORMAT)
     for block in range(split * each, tl.minimum(split * each + each, blocks)):
@@ -165,7 +166,7 @@ def decode_kernel(
         mass = mass * fade + p
         unit = 1.0
         if FORMAT != PLAIN:
-            if tl.float16 == DTYPE:  # small steps would leave its range
+            if tl.float16 == DTYPE:  # small steps would leave the range of float16
                 unit = tl.maximum(tl.max(value_step, 0), 1e-30)
                 p *= (value_step / unit)[:, None]
             else:
@@ -199,7 +200,7 @@ def decode_kernel(
             over = 1.0 / tl.where(sums > 0, sums, 1.0)[None, :]
             _store(out, a0 * over, a1 * over, a2 * over, a3 * over, heads, HQ, C, FORMAT)
     else:
-        # Every split arrives, one without blocks too: how many there are is known to the host alone.
+        # Every split arrives, also one without blocks: `arrive` counts to SPLITS, which the host chose without the lengths.
         tops = partial + tl.num_programs(2).to(tl.int64) * G * SPLITS * HQ * C + program.to(tl.int64) * SPLITS * 2 * HQ
         accs = partial + program.to(tl.int64) * SPLITS * HQ * C
         if split < busy:
@@ -234,7 +235,7 @@ def _store(place, a0, a1, a2, a3, heads, HQ: tl.constexpr, C: tl.constexpr, FORM
 
 @triton.jit
 def _combine(accs, tops, out, busy, HQ: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr):
-    """The partial results of `busy` splits, in their order."""
+    """Combine the partial results of `busy` splits, in their order."""
     HP: tl.constexpr = triton.next_power_of_2(HQ)
     heads, channels, some = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, TOGETHER)
     peak = tl.full((HP,), -float("inf"), tl.float32)

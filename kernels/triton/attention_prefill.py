@@ -1,7 +1,7 @@
-"""Attention of new tokens that may follow others in Triton: causal flash attention over a cache (Dao 2023, FlashAttention-2).
+"""Attention of new tokens that may follow cached ones, in Triton: causal flash attention over a cache (Dao 2023, FlashAttention-2).
 
 Dimension letters: `T` new tokens of all sequences, `B` sequences, `L` capacity in tokens, `H` query heads, `G` key/value heads, `C`
-channels of a head; of tiles: `BM` queries, `BL` tokens of the cache, `W` channels of one part, as in `triton/attention_decode.py`.
+channels of a head; of tiles: `BM` queries, `BL` tokens of the cache, `W` channels of one part as in `triton/attention_decode.py`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def prefill_kernel(
     head, sequence = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(starts + sequence), tl.load(lengths + sequence)
     count = tl.load(starts + sequence + 1) - start
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # those with most to do begin first
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # tiles with the most work are first
     if first >= count:
         return
     row = sequence
@@ -122,8 +122,8 @@ def prefill_kernel(
     least = tl.zeros((BM,), tl.float32)
     a0 = tl.zeros((BM, W), tl.float32)
     a1, a2, a3 = a0, a0, a0
-    seen = tl.maximum(tl.minimum(end - count + first + BM, end), 0)  # tokens that some query of the tile sees
-    clear = tl.minimum(tl.maximum(end - count + first + 1, 0), seen) // BL  # blocks that all of them see whole
+    seen = tl.maximum(tl.minimum(end - count + first + BM, end), 0)  # tokens that any query of the tile attends to
+    clear = tl.minimum(tl.maximum(end - count + first + 1, 0), seen) // BL  # blocks that all queries attend to as a whole
     for MASKED in tl.static_range(2):
         for block in range(clear if MASKED else 0, tl.cdiv(seen, BL) if MASKED else clear):
             tokens = block * BL + tl.arange(0, BL)
@@ -147,7 +147,7 @@ def prefill_kernel(
             if MASKED:
                 scores = tl.where(tokens[None, :] <= positions[:, None], scores, -float("inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
-            if MASKED:  # a query of padding may see nothing
+            if MASKED:  # a query of padding may attend to nothing
                 higher = tl.maximum(higher, -1e30)
             fade = tl.exp2(peak - higher)
             peak = higher
@@ -157,7 +157,7 @@ def prefill_kernel(
             if FORMAT != PLAIN:
                 if PARTS == 4:
                     least = least * fade + tl.sum(p * value_least[None, :], 1)
-                if q.dtype.element_ty == tl.float16:  # small steps would leave its range
+                if q.dtype.element_ty == tl.float16:  # small steps would leave the range of float16
                     unit = tl.maximum(tl.max(value_step, 0), 1e-30)
                     p *= (value_step / unit)[None, :]
                 else:

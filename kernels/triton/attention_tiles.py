@@ -14,16 +14,16 @@ __all__ = ["DecodeTiles", "PrefillTiles", "decode_tiles", "prefill_tiles"]
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """How one program of decoding works."""
+    """The work of one program of decoding."""
 
     tokens: int
     """Tokens of a block of the cache."""
     heads: int
     """Query heads of a tile."""
     splits: int
-    """Programs that share a sequence."""
+    """Programs that share a sequence and a key/value head."""
     together: int
-    """Results of such programs that are combined at a time."""
+    """Splits whose results are combined at a time."""
     warps: int
     """Warps of the program."""
     stages: int
@@ -32,10 +32,10 @@ class DecodeTiles:
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """How one program of prefill works."""
+    """The work of one program of prefill."""
 
     queries: int
-    """Queries of the program."""
+    """Queries of a tile."""
     tokens: int
     """Tokens of a block of the cache."""
     warps: int
@@ -45,7 +45,7 @@ class PrefillTiles:
 
 
 def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip) -> DecodeTiles:
-    """Enough programs to keep every multiprocessor loading, whatever the lengths: they are known on the device alone."""
+    """Tiles with enough programs to keep every multiprocessor loading at any lengths, which only the device knows."""
     heads = max(chip.smallest_dot, _power_of_two(H // G))
     tokens = {"plain": 32, "int8": 64, "int4": 64}[format]
     warps = {"plain": 4, "int8": 4, "int4": 2}[format]
@@ -60,7 +60,7 @@ def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip
 
 
 def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:
-    """Tiles that the matrix units like and shared memory holds."""
+    """Tiles that suit the matrix units and fit into shared memory."""
     wide = chip.shared_memory > 128 * 1024
     if chip.vendor == "hip":
         if chip.name.startswith("gfx9"):

@@ -1,4 +1,4 @@
-"""The numbers by which Triton kernels tell formats apart, of weights and of KV caches alike."""
+"""The numbers that stand for formats in Triton kernels, the same for weights and KV caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INT8 = tl.constexpr(2)
 NF4 = tl.constexpr(3)
 
 CODES = {"plain": PLAIN.value, "int4": INT4.value, "int8": INT8.value, "nf4": NF4.value}
-"""By the name of a format; a weight of any other is dequantized before it is multiplied."""
+"""The numbers by name of the format. A weight in any other format is dequantized before it is multiplied."""
 
 
 def code_of(weight: Weight) -> int:

@@ -1,8 +1,8 @@
-"""The product of int4 weights with a few tokens, scaled once a group instead of once a weight.
+"""The product of int4 weights with few tokens, scaled once per group instead of once per weight.
 
-A column of the activations' tile holds one token's elements of one group and zeros elsewhere, so that a column of the product is what
-one group gives one token, to be multiplied by its scale in float32. The matrix instructions have columns to spare where tokens are few,
-and a weight takes two instructions less to dequantize.
+A column of the tile of activations holds one token's elements of one group and zeros elsewhere. A column of the product is then the
+contribution of one group to one token, which is multiplied by the group's scale in float32. With few tokens the matrix instructions have
+columns to spare, and a weight takes two instructions less to dequantize.
 
 Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the reduction axis, `BT` tokens, `NB` groups in BK, `BC` columns
 NB * BT.
@@ -22,12 +22,12 @@ from .weights import _codes, _scales, _spread, _zeros, group_of
 
 __all__ = ["group_columns", "group_dot_step", "grouped_tokens", "load_columns", "over_groups"]
 
-# More columns cost more matrix instructions than the scales of single weights.
+# With more columns the matrix instructions cost more than scaling every weight.
 _MOST_COLUMNS = 16
 
 
 def grouped_tokens(weights: tuple[Weight, ...], tokens: int, tiles: Tiles, chip: Chip) -> int:
-    """BT where `group_dot_step` serves all of `weights` with the same activations, 0 where it does not."""
+    """BT if `group_dot_step` can multiply all of `weights` by the same activations, else 0."""
     group = group_of(weights[0])
     if chip.vendor == "hip" or any(code_of(weight) != INT4.value or group_of(weight) != group for weight in weights):
         return 0
@@ -45,7 +45,7 @@ def group_columns(values, NB: tl.constexpr):
 
 @triton.jit
 def load_columns(vectors, inside, k, K: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr):
-    """The activations' tile [BC, BK] from element k on, of vectors by their addresses [BC]; zeros outside of a column's group."""
+    """The activations' tile [BC, BK] from element k on, of the vectors at the addresses [BC]; zeros outside a column's group."""
     groups = tl.arange(0, BK // GROUP * BT) // BT  # [BC]
     within = tl.arange(0, BK)
     mask = inside[:, None] & (groups[:, None] == (within // GROUP)[None, :]) & (k + within < K)[None, :]

@@ -1,7 +1,7 @@
-"""Codes of a quantized KV cache, converted exactly in registers; what both attention kernels share.
+"""Shared by the attention kernels: the codes of a quantized KV cache, converted exactly in registers.
 
-Two neighbouring bytes of a cache are looked at as one 16-bit number, so that tiles move as 16-bit operands of the matrix units do
-(transposed, too, which bytes cannot be): one conversion gives a tile of the even and one of the odd bytes.
+Two neighbouring bytes of a cache are loaded as one 16-bit number. Tiles then move like the other 16-bit operands of the matrix units and
+can be transposed, which tiles of bytes cannot. One conversion gives a tile of the even and one of the odd bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["as_loaded", "channels", "int4_parts", "int8_parts", "scales_of"]
 def int8_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """(even, odd) signed bytes of `pairs`, int16, as DTYPE."""
     if FAST and tl.bfloat16 == DTYPE:
-        # The low 7 bits in the mantissa of 128.0, minus 128.0 or, where the sign bit turns its exponent, 256.0.
+        # The low 7 bits in the mantissa of 128.0, minus 128.0, or minus 256.0 where the sign bit changes the exponent.
         return tl.inline_asm_elementwise(
             """
             {
@@ -40,7 +40,7 @@ def int8_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
             pack=2,
         )
     if FAST and tl.float16 == DTYPE:
-        # A code with its sign bit turned over sits in the low bits of 1024.0.
+        # A code with its sign bit flipped is in the low bits of 1024.0.
         return tl.inline_asm_elementwise(
             """
             {
@@ -134,7 +134,7 @@ def channels(part: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def scales_of(scales, tokens, end, FORMAT: tl.constexpr):
-    """(steps, minimums), float32, of a head's `tokens`, zeros from `end` on; ones and zeros where the format has none."""
+    """(steps, minimums), float32, of a head's `tokens`, zeros from `end` on; ones and zeros in a plain cache."""
     if FORMAT == INT8:
         return tl.load(scales + tokens, mask=tokens < end, other=0.0).to(tl.float32), tl.zeros(tokens.shape, tl.float32)
     if FORMAT == INT4:
@@ -147,7 +147,7 @@ def scales_of(scales, tokens, end, FORMAT: tl.constexpr):
 
 @triton.jit
 def as_loaded(pairs, FAST: tl.constexpr):
-    """The same numbers, decoded where they were loaded, once: each warp would decode the whole tile as its own operand."""
+    """The same numbers, converted once in the layout of their load; otherwise each warp would convert the whole tile."""
     if FAST:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pairs], dtype=tl.int16, is_pure=False, pack=2)
     return pairs

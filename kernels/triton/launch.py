@@ -1,7 +1,7 @@
-"""Launches Triton kernels, or records a launch instead: the chip, the kernel and its arguments.
+"""Launches Triton kernels, or records the launches: the chip, the kernel and its arguments.
 
-Every kernel is launched by `launch`, so `recording` sees the calls that a real run makes: with tensors on the `meta` device the launchers
-choose tiles and compute arguments, and nothing runs.
+All kernels are launched by `launch`, so that `recording` sees the same calls as a real run. With tensors on the `meta` device the launchers
+compute tile choices and arguments, and nothing runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Chip:
     """The properties of a device that tile choices depend on."""
 
     name: str
-    """As "sm_86" or "gfx1100"."""
+    """Such as "sm_86" or "gfx1100"."""
     vendor: str
     """ "cuda", "hip" or "interpreter"."""
     multiprocessors: int
-    """That share the programs of a grid."""
+    """The multiprocessors that share the programs of a grid."""
     shared_memory: int
-    """The most bytes that one program may use."""
+    """The most bytes of shared memory that one program may use."""
 
     @property
     def smallest_dot(self) -> int:
@@ -67,7 +67,7 @@ class Launch:
     grid: tuple[int, ...]
     """Programs along each axis."""
     arguments: tuple[Any, ...]
-    """By position."""
+    """The arguments by position."""
     constants: dict[str, Any]
     """The compile-time constants by name."""
     warps: int
@@ -80,7 +80,7 @@ _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", def
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
-    """Run `kernel` on `grid`, or note it where `recording` looks on. An empty grid runs nothing."""
+    """Run `kernel` on `grid`, or only record the launch within `recording`. An empty grid runs nothing."""
     if 0 in grid:
         return
     record = _RECORD.get()
@@ -94,7 +94,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
 
 @contextmanager
 def recording(chip: Chip) -> Iterator[list[Launch]]:
-    """Within it, launches on any device are noted as `chip` would get them, and not run."""
+    """Record launches on any device, as `chip` would get them, and do not run them."""
     launches: list[Launch] = []
     token = _RECORD.set((chip, launches))
     try:
@@ -104,7 +104,7 @@ def recording(chip: Chip) -> Iterator[list[Launch]]:
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip that launches on `device` go to.
+    """The chip of `device`; within `recording`, the chip that launches are recorded for.
 
     Raises:
         DbrxError: a device that Triton kernels cannot run on.
@@ -137,7 +137,7 @@ def _chip(index: int) -> Chip:
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
         if name.startswith("gfx9"):
-            # There, wavefronts do not wait for their stores before one of them tells other programs: partial sums could be lost.
+            # On these chips, wavefronts do not wait for their stores before one of them signals other programs: partial sums could be lost.
             raise DbrxError(f"the GPU must be of RDNA3 (gfx11) or newer; {properties.name} is {name}. Use device='cpu'")
         return Chip(name, "hip", properties.multi_processor_count, 64 * _KB)
     if properties.major < 8:
@@ -146,5 +146,5 @@ def _chip(index: int) -> Chip:
             "Use device='cpu'"
         )
     name = f"sm_{properties.major}{properties.minor}"
-    known = CHIPS.get(name, CHIPS["sm_86"])  # the least that any of them has
+    known = CHIPS.get(name, CHIPS["sm_86"])  # sm_86 has the least of NVIDIA's
     return Chip(name, "cuda", properties.multi_processor_count, known.shared_memory)

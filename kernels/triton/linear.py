@@ -1,6 +1,6 @@
-"""`linear` in Triton: one kernel for a few tokens, with the reduction split over programs, and for many.
+"""`linear` in Triton: one kernel for few and for many tokens; for few, the reduction is split over programs.
 
-Dimension letters: `T` tokens, `N` output features, `K` input features; of tiles as in `triton/weights.py`.
+Dimension letters: `T` tokens, `N` output features, `K` input features; letters of tiles as in `triton/weights.py`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def linear_kernel(
     WARPGROUP: tl.constexpr,
 ):
     program, split = tl.program_id(0), tl.program_id(1)
-    # Programs that share rows of the weight and those that share tokens run close in time, so that both stay in the L2 cache.
+    # Programs that share rows of the weight or tokens run close in time, so that both stay in the L2 cache.
     tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
     together = _TOKEN_TILES_TOGETHER * tiles_n
     first_t = program // together * _TOKEN_TILES_TOGETHER

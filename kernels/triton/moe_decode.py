@@ -1,8 +1,9 @@
-"""`moe_experts` in Triton for a few tokens: two kernels on fixed grids, whose programs find their expert on the device.
+"""`moe_experts` in Triton for a few tokens: two kernels with fixed grids, whose programs find their expert on the device.
 
-Every active expert's packed bytes are read once. Nothing is sorted, and the host waits for nothing, so that a CUDA graph can hold it.
+The packed bytes of every active expert are read once. Nothing is sorted, and the host never waits for the device, so a CUDA graph can
+capture the kernels.
 
-Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model, `F` ffn hidden, `S` slots; of tiles as in
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model, `F` ffn hidden, `S` slots; letters of tiles as in
 `triton/weights.py`.
 """
 
@@ -31,7 +32,7 @@ def decode(
 ) -> torch.Tensor:
     """y [T, D] in the dtype of `x`, T at most `tiles.MATVEC_TOKENS`; see `dbrx_q.kernels.moe.moe_experts`."""
     (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
-    active = min(E, T * A)  # at most so many experts got tokens
+    active = min(E, T * A)  # the most experts that can have tokens
     chip = chip_of(x.device)
     gate_up, down = (choose(problem, chip) for problem in problems(layer, T, A))
     slots = experts if layer.slots is None else layer.slots
@@ -101,7 +102,7 @@ def decode(
 
 
 def problems(layer: ExpertWeights, tokens: int, A: int) -> tuple[Problem, Problem]:
-    """What the tiles of the two products are chosen for; `tokens` as `Problem` has them."""
+    """The two products that tiles are chosen for; `tokens` as in `Problem`."""
     F, D = layer.w1.shape[-2:]
     bits = max(bits_of(layer.w1), bits_of(layer.v1))
     group = max(group_of(layer.w1), group_of(layer.v1))
@@ -113,7 +114,7 @@ def problems(layer: ExpertWeights, tokens: int, A: int) -> tuple[Problem, Proble
 
 
 def matrices(weights: dict[str, Weight], chip: Chip, warps: int) -> dict[str, Any]:
-    """`constants_of` every weight [S, N, K] with a suffix to each name, and STRIDE_S, of a plain one's slots."""
+    """`constants_of` every weight [S, N, K] with its suffix appended to each name, and STRIDE_S, the stride of a plain weight's slots."""
     return {
         name + suffix: value
         for suffix, weight in weights.items()
@@ -125,7 +126,7 @@ def matrices(weights: dict[str, Weight], chip: Chip, warps: int) -> dict[str, An
 
 
 def packed(weight: Weight) -> Weight:
-    """The same weight; every part of a packed one contiguous, as the kernels take it."""
+    """The weight as the kernels take it: all parts of a packed one contiguous."""
     return weight if isinstance(weight, torch.Tensor) else weight.contiguous()
 
 
@@ -184,7 +185,7 @@ def gate_up_decode_kernel(
 
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BT)
-    # Tokens of other experts are not read: where 8 tokens choose among 16 experts, three quarters of the activations.
+    # Tokens of other experts are not read: if 8 tokens choose among 16 experts, those are three quarters of the activations.
     if GROUPED:
         groups: tl.constexpr = BK // GROUP1
         gate = tl.zeros((BN, groups * BT), tl.float32)
@@ -243,7 +244,7 @@ def down_decode_kernel(
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
 ):
-    """y = the sum over a token's experts of weight * down @ h; the last of the programs of a row tile adds up in a fixed order."""
+    """y = the sum over a token's experts of weight * down @ h; the last program of a row tile adds up in a fixed order."""
     rank, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
     slot = slot_of(slots, expert, SLOTS)
@@ -293,7 +294,7 @@ def down_decode_kernel(
 
 @triton.jit
 def slot_of(slots, expert, SLOTS: tl.constexpr):
-    """The slot of an expert, -1 for one that is not here; int64, as a buffer of slots may exceed 2^31 bytes."""
+    """The slot of an expert, -1 if it has none; int64, because a buffer of slots may exceed 2^31 bytes."""
     if SLOTS:
         return tl.load(slots + expert).to(tl.int64)
     return expert.to(tl.int64)
@@ -312,7 +313,7 @@ def matrix_of(q, s, z, slot, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.conste
 
 @triton.jit
 def _expert_of(experts, rank, T, A: tl.constexpr, E: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, BT: tl.constexpr):
-    """The active expert of that rank by index, the number of active experts, which tokens [BT] chose it and their pairs t * A + a [BT]."""
+    """(active expert of the given rank by index, number of active experts, whether each token [BT] chose it, its pair t * A + a [BT])."""
     place = tl.arange(0, BT * A_PAD)
     t, a = place // A_PAD, place % A_PAD
     chosen = tl.load(experts + t * A + a, mask=(t < T) & (a < A), other=-1).to(tl.int32)

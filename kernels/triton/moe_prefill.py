@@ -1,13 +1,14 @@
-"""`moe_experts` in Triton for many tokens: pairs of a token and an expert sorted by expert on the device, then two grouped products.
+"""`moe_experts` in Triton for many tokens: pairs of a token and an expert are sorted by expert on the device, then multiplied in two
+grouped products.
 
-On Hopper, activations for 4-bit weights are stored as even elements, then odd ones, as the weights are dequantized: the matrix
-instructions read both straight from shared memory.
+On Hopper, activations for 4-bit weights are stored as even elements followed by odd ones, as the weights are dequantized: the matrix
+instructions read both directly from shared memory.
 
-The grid has room for the worst case, one partly filled tile an expert; a program finds its expert from the sorted pairs, and those that
-are left over return. The host waits for nothing.
+The grid is large enough for the worst case, one partly filled tile per expert. A program finds its expert from the sorted pairs; surplus
+programs return at once. The host never waits for the device.
 
-Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `P` pairs T * A, `D` d_model, `F` ffn hidden, `S` slots; of
-tiles as in `triton/weights.py`.
+Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `P` pairs T * A, `D` d_model, `F` ffn hidden, `S` slots; letters
+of tiles as in `triton/weights.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .weights import _halves, bits_of, dot_step, pointers_of
 
 __all__ = ["combine_kernel", "down_prefill_kernel", "gate_up_prefill_kernel", "prefill"]
 
-# Tokens of one pass. They bound the memory between the kernels, 0.55 GB for DBRX, and suffice for every expert to be bound by arithmetic.
+# Bounds the memory between the kernels: 0.55 GB for 4096 tokens of DBRX, enough tokens for every expert to be bound by arithmetic.
 _CHUNK = 4096
 _TOKEN_TILES_TOGETHER = tl.constexpr(16)
 _COLUMNS = 1024
@@ -115,8 +116,11 @@ def _prefill(
 
 
 def _halves_serve(chip: Chip) -> bool:
-    """Whether activations in halves are faster: 5.3 instead of 6.3 instructions per weight for Hopper's warpgroups, which read them from
-    shared memory; 8.3 instead of 7.5 elsewhere, through registers (counted in the compiled loop of int4, group 64)."""
+    """Whether activations stored in halves are faster.
+
+    Hopper's warpgroups read them from shared memory and take 5.3 instead of 6.3 instructions per weight. Elsewhere they pass through
+    registers and take 8.3 instead of 7.5 (counted in the compiled loop of int4, group 64).
+    """
     return chip.name == "sm_90"
 
 
@@ -195,12 +199,12 @@ def down_prefill_kernel(
     h,  # [P, F], or [P, 2, F / 2] for H_HALVES, in the order of `order`
     order,  # int64 [P], the pairs t * A + a by expert
     bounds,  # int32 [E + 1], where every expert's pairs begin in that order
-    weights,  # float32 [P], in the pairs' own order
+    weights,  # float32 [P], by pair
     slots,  # int32 [E]
     q,  # down [S, D, F]
     s,
     z,
-    pairs,  # [P, D], in the pairs' own order
+    pairs,  # [P, D], by pair
     D: tl.constexpr,
     F: tl.constexpr,
     A: tl.constexpr,
@@ -272,7 +276,7 @@ def combine_kernel(
 
 @triton.jit
 def _load_halves(vectors, inside, k, K: tl.constexpr, BK: tl.constexpr):
-    """Even and odd elements k .. k + BK - 1, [BT, BK / 2] each, of vectors [2, K / 2] by their addresses [BT]."""
+    """Even and odd elements k .. k + BK - 1, [BT, BK / 2] each, of the vectors [2, K / 2] at the addresses `vectors` [BT]."""
     columns = k // 2 + tl.arange(0, BK // 2)
     address = vectors[:, None] + columns[None, :]
     mask = inside[:, None] & (columns < K // 2)[None, :]
@@ -297,7 +301,7 @@ def _halves_step(
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
 ):
-    """What `dot_step` computes for a 4-bit weight, with the activations in halves."""
+    """`dot_step` for a 4-bit weight, with the activations in halves."""
     w_even, w_odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, even.dtype, FAST, WARPGROUP)
     acc = tl.dot(w_even, tl.trans(even), acc, input_precision="ieee")
     return tl.dot(w_odd, tl.trans(odd), acc, input_precision="ieee")
@@ -305,10 +309,9 @@ def _halves_step(
 
 @triton.jit
 def _tile_of(bounds, slots, row_tiles, E: tl.constexpr, E_PAD: tl.constexpr, BT: tl.constexpr, SLOTS: tl.constexpr):
-    """This program's expert, row tile, and its first place among the sorted pairs and the end of its expert's; E_PAD as the expert of a
-    program that is left over.
+    """This program's (expert, row tile, first place among the sorted pairs, end of the expert's pairs); E_PAD as expert of a surplus one.
 
-    Within an expert, programs that share rows of the weight and those that share tokens run close in time, so that both stay in L2.
+    Within an expert, programs that share rows of the weight or tokens run close in time, so that both stay in L2.
     """
     program = tl.program_id(0)
     e = tl.arange(0, E_PAD)
@@ -323,7 +326,7 @@ def _tile_of(bounds, slots, row_tiles, E: tl.constexpr, E_PAD: tl.constexpr, BT:
     tiles_t = tl.sum(tl.where(e == expert, token_tiles, 0), 0)
     together = _TOKEN_TILES_TOGETHER * row_tiles
     first_t = mine // together * _TOKEN_TILES_TOGETHER
-    some = tl.maximum(tl.minimum(tiles_t - first_t, _TOKEN_TILES_TOGETHER), 1)  # a program that is left over has none
+    some = tl.maximum(tl.minimum(tiles_t - first_t, _TOKEN_TILES_TOGETHER), 1)  # a surplus program has none
     row = mine % together // some
     tile_t = first_t + mine % together % some
     first = tl.sum(tl.where(e == expert, begin, 0), 0) + tile_t * BT

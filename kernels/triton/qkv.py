@@ -17,7 +17,7 @@ from .launch import chip_of, launch
 
 __all__ = ["qkv_kernel", "store_qkv"]
 
-_HEADS = 8  # of one program, on one warp: 16 bytes per thread and load
+_HEADS = 8  # heads of one program, on one warp: 16 bytes per thread and load
 
 
 def store_qkv(
@@ -174,7 +174,7 @@ def _store(codes, scales, left, right, heads, index, half, G: tl.constexpr, C: t
 
 @triton.jit
 def _code(x, step, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """x / step, clamped and rounded to nearest, halves to even; 0 where the step is 0."""
+    """x / step, clamped and rounded to nearest, ties to even; 0 where the step is 0."""
     step = step.to(tl.float32)[:, None]
     x, divisor = tl.broadcast(x, tl.where(step > 0, step, 1.0))
     code = tl.where(step > 0, tl.div_rn(x, divisor), 0.0)

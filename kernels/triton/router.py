@@ -1,4 +1,4 @@
-"""`route` in Triton: products, softmax, top k and normalisation in one launch.
+"""`route` in Triton: products, softmax, top k and normalisation in one kernel.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model; of tiles `BT` tokens, `BE` experts (a power of
 two), `BD` elements along D, `BS` splits (a power of two).
@@ -27,25 +27,25 @@ _POWER_NORM = tl.constexpr(3)
 
 @dataclass(frozen=True)
 class RouterTiles:
-    """How one program works."""
+    """The work of one program."""
 
     tokens: int
-    """Tokens of the program."""
+    """Tokens."""
     depth: int
-    """Elements along D of one step."""
+    """Elements along D per step."""
     splits: int
     """Programs that share the D of a token."""
     warps: int
     """Warps of the program."""
 
 
-_TILE = 4096  # products that a program of 4 warps keeps in 32 registers a thread
-_STEPS = 2  # of one program where D is split: DBRX's router is read by 12 programs a token
+_TILE = 4096  # products that a program of 4 warps keeps in 32 registers per thread
+_STEPS = 2  # steps of one program if D is split: 12 programs per token read DBRX's router
 _MOST_SPLITS = 16
 
 
 def router_tiles(T: int, D: int, E: int) -> RouterTiles:
-    """A step of decoding waits for the router: its D is split. In prefill tokens share what is read of the router."""
+    """A decode step waits for the router, so D is split over programs. In prefill, the tokens of a program share the router's loads."""
     experts = triton.next_power_of_2(E)
     widest = triton.next_power_of_2(D)
     if T <= MATVEC_TOKENS:
@@ -56,7 +56,7 @@ def router_tiles(T: int, D: int, E: int) -> RouterTiles:
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits, experts, weights) of `dbrx_q.kernels.moe.route`."""
+    """(logits, experts, weights) of `dbrx_q.kernels.router.route`."""
     chip_of(x.device)
     (T, D), E = x.shape, router.shape[0]
     logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
@@ -173,12 +173,12 @@ def route_kernel(
 def _ranks(logit, experts_here, E: tl.constexpr, A: tl.constexpr, BE: tl.constexpr):
     """int32 [BT, BE]: 0 for the best expert of each token to A - 1, -1 for those not chosen.
 
-    Whatever the logits are, A different experts are chosen: NaN counts as the largest, as in torch.sort, and -0 equals 0.
+    A different experts are chosen for any logits: NaN counts as the largest, as in torch.sort, and -0 equals 0.
     """
     least: tl.constexpr = -(2**63)
     bits = tl.where(logit == 0, 0.0, logit).to(tl.int32, bitcast=True)
-    key = tl.where(logit != logit, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # ordered as the floats are
-    # One number that orders the experts: the logit in the high bits, the lower index first in the low ones.
+    key = tl.where(logit != logit, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # in the order of the floats
+    # One number orders the experts: the logit's key in the high bits, then the lower index first in the low bits.
     key = (key.to(tl.int64) << 32) | (BE - 1 - experts_here)[None, :].to(tl.int64)
     key = tl.where((experts_here < E)[None, :], key, least)
     rank = tl.full(logit.shape, -1, tl.int32)

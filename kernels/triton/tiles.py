@@ -1,4 +1,4 @@
-"""Tile choices of the Triton kernels: pure functions of shape, format and chip, overridden by what a sweep measured on a device.
+"""Tile choices of the Triton kernels: pure functions of shape, format and chip, overridden by the tiles that a sweep measured on a device.
 
 Dimension letters: `T` tokens, `N` output features, `K` input features.
 """
@@ -30,7 +30,7 @@ class Problem:
     K: int
     """Its columns."""
     bits: int
-    """Of a stored code; 16 for a plain weight."""
+    """Bits of a stored code; 16 for a plain weight."""
     group: int
     """Elements that share a scale; 1 for a plain weight."""
     parallel: int = 1
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def decode(self) -> bool:
-        """Whether the matrix-vector regime serves."""
+        """Whether the matrix-vector regime is used."""
         return self.tokens <= MATVEC_TOKENS
 
 
@@ -72,13 +72,13 @@ def use_measured(choices: Mapping[tuple[str, Problem], Tiles]) -> None:
 
 
 def measured() -> Mapping[tuple[str, Problem], Tiles]:
-    """What `use_measured` has been given so far."""
+    """All choices that `use_measured` was given so far."""
     return dict(_MEASURED)
 
 
 @contextmanager
 def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
-    """Within it, `choose` gives `tiles` for the problem."""
+    """Make `choose` return `tiles` for the problem."""
     key = chip.name, _rounded(problem)
     before = _MEASURED.get(key)
     _MEASURED[key] = tiles
@@ -92,12 +92,12 @@ def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
 
 
 def choose(problem: Problem, chip: Chip) -> Tiles:
-    """The measured tiles of a problem where there are any, the default otherwise."""
+    """The measured tiles of a problem, or the default if none were measured."""
     return _MEASURED.get((chip.name, _rounded(problem))) or _default(problem, chip)
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
-    """Tiles worth measuring for a problem, the default first."""
+    """Tiles worth measuring for a problem; the default is first."""
     default = _default(problem, chip)
     tilings = [default]
     tokens = {default.tokens} if problem.decode else {64, 128, 256}
@@ -118,13 +118,13 @@ def _default(problem: Problem, chip: Chip) -> Tiles:
 
 
 def _matvec(problem: Problem, chip: Chip) -> Tiles:
-    """Enough programs to keep every load unit busy; a reduction is split where the rows alone do not give them."""
+    """Tiles with enough programs to keep every load unit busy; the reduction is split if the rows alone do not give enough."""
     tokens = max(chip.smallest_dot, _power_of_two(problem.tokens))
     # Four warps make Triton take Hopper's warpgroup instructions, whose operand layout reads packed bytes two at a time: 5.3 instead of
     # 4.6 instructions per weight (counted in the compiled loop of int4 [.., 6144], group 64).
-    # With two matrices in one program, fewer rows leave registers for more programs; 32 rows over four warps decode each weight twice.
+    # With two matrices in one program, fewer rows leave registers for more programs; 32 rows over four warps dequantize each weight twice.
     rows, warps = (32, 2) if chip.name == "sm_90" or problem.op == "gate_up" else (64, 4)
-    # On AMD a deeper tile spills in int8 (212 bytes a thread) and takes LLVM many seconds to compile. Of experts, tiles 128 deep take 128
+    # On AMD a deeper tile spills in int8 (212 bytes a thread) and takes LLVM many seconds to compile. For experts, tiles 128 deep take 128
     # registers instead of 168 (int4, one token); with more stages, groups of 32 spill.
     deep = problem.op == "linear" and problem.bits == 4
     depth = max(problem.group, 64 if chip.vendor == "hip" else 256 if deep else 128)
@@ -150,7 +150,7 @@ def _matmul(problem: Problem, chip: Chip) -> Tiles:
 
 
 def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
-    """By the tokens of an average expert: of few, their weights are read at the pace of memory; of many, products are the work."""
+    """Tiles by the tokens of an average expert: with few, reading weights bounds the speed; with many, arithmetic does."""
     if chip.vendor == "hip":  # larger tiles, or fewer warps, spill in int8
         return Tiles(32, 32, depth, 1, 4, 2) if problem.op == "gate_up" else Tiles(64, 64, depth, 1, 8, 2)
     tokens = _power_of_two(problem.tokens // problem.parallel * 5 // 4)
@@ -170,7 +170,7 @@ def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
 
 
 def _shared_memory(problem: Problem, tiles: Tiles) -> int:
-    """Bytes that the pipeline keeps: packed rows and 16-bit activations of every stage but one, and one more of activations."""
+    """Bytes of shared memory that the pipeline keeps: packed rows and 16-bit activations of every stage."""
     weights = tiles.rows * tiles.depth * problem.bits // 8 * (2 if problem.op == "gate_up" else 1)
     return (weights + tiles.tokens * tiles.depth * 2) * tiles.stages
 

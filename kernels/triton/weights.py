@@ -1,4 +1,4 @@
-"""What all Triton kernels share: quantized weights, dequantized in registers, and the product with a tile of activations.
+"""Shared by the Triton kernels over weights: dequantization in registers, and the product with a tile of activations.
 
 Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the reduction axis, `BT` tokens, `NB` groups in BK.
 """
@@ -22,7 +22,7 @@ __all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_o
 
 
 def pointers_of(weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors that a kernel takes for `weight`: codes, scales, zero-points; the codes again where the format has none."""
+    """The three tensors that a kernel takes for `weight`: codes, scales, zero-points; the codes again in place of tensors that it lacks."""
     if isinstance(weight, torch.Tensor):
         return weight, weight, weight
     codes, scales, *zeros = weight.parts.values()
@@ -32,8 +32,8 @@ def pointers_of(weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def constants_of(weight: Weight, chip: Chip, warps: int) -> dict[str, Any]:
     """The compile-time constants that every kernel over weights takes.
 
-    FORMAT and GROUP: of the weight. STRIDE_N, STRIDE_K: of a plain one. FAST: whether PTX may be written. WARPGROUP: whether the matrix
-    instructions are those of Hopper's warpgroups, of four warps each.
+    FORMAT, GROUP: of the weight. STRIDE_N, STRIDE_K: of a plain weight, else 0. FAST: whether the kernel may use inline PTX. WARPGROUP:
+    whether the matrix instructions are those of Hopper's warpgroups, of four warps each.
     """
     warpgroup = chip.name == "sm_90" and warps % 4 == 0
     if isinstance(weight, torch.Tensor):
@@ -57,14 +57,14 @@ _COUNTERS = 1 << 16
 
 
 def counters(device: torch.device, n: int) -> torch.Tensor:
-    """At least `n` int32 zeros, which a kernel leaves at zero. One set per device: kernels that use it run on one stream at a time."""
+    """At least `n` int32 zeros, which a kernel leaves at zero. A device has one set, so its kernels must run on one stream at a time."""
     assert n <= _COUNTERS
     return torch.empty(n, dtype=torch.int32, device="meta") if device.type == "meta" else _counters(device)
 
 
 @cache
 def _counters(device: torch.device) -> torch.Tensor:
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)  # kept for good: captured graphs hold its address
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)  # never freed: captured graphs hold its address
 
 
 @triton.jit
@@ -133,14 +133,14 @@ def _halves(
     tl.static_assert(FORMAT == INT4, "a format in CODES needs a branch of its own here")
     zeros = _zeros(z, rows, k, N, K, BK, GROUP)  # float32 [BN, NB]
     if FAST and tl.bfloat16 == DTYPE:
-        # The code sits in the low bits of 128.0. scale = high + low, both bfloat16: code * low is exact in bfloat16 (at most 4 by 3
+        # The code is in the low bits of 128.0. scale = high + low, both bfloat16: code * low is exact in bfloat16 (at most 4 by 3
         # bits), so the fused multiply-add rounds scale * code once, to the bits that float32 arithmetic would give.
         high = scales.to(tl.bfloat16)
         low = (scales - high.to(tl.float32)).to(tl.bfloat16)
         zero = (-128.0 - zeros).to(tl.bfloat16)
         return _int4_to_bfloat16(packed, _spread(zero, BK // 2), _spread(high, BK // 2), _spread(low, BK // 2))
     if FAST and tl.float16 == DTYPE:
-        # The code sits in the low bits of 1024.0; a float16 product of two exact values rounds once.
+        # The code is in the low bits of 1024.0; a float16 product of two exact values rounds once.
         zero = (-1024.0 - zeros).to(tl.float16)
         return _int4_to_float16(packed, _spread(zero, BK // 2), _spread(scales.to(tl.float16), BK // 2))
     spread, zero = _spread(scales, BK // 2), _spread(zeros, BK // 2)
@@ -258,7 +258,7 @@ def _int4_to_float16(packed, zero, scale):
 
 @triton.jit
 def _int8_to_bfloat16(codes, scale):
-    """code * scale in float32, rounded once. A code with its sign bit turned over sits in the low bits of 2^23."""
+    """code * scale in float32, rounded once. A code with its sign bit flipped is in the low bits of 2^23."""
     return tl.inline_asm_elementwise(
         """
         {
@@ -293,7 +293,7 @@ def _int8_to_bfloat16(codes, scale):
 
 @triton.jit
 def _int8_to_float16(codes, scale):
-    """code * scale in float16, rounded once. A code with its sign bit turned over sits in the low bits of 1024.0."""
+    """code * scale in float16, rounded once. A code with its sign bit flipped is in the low bits of 1024.0."""
     return tl.inline_asm_elementwise(
         """
         {
@@ -319,8 +319,11 @@ def _int8_to_float16(codes, scale):
 
 @triton.jit
 def _opaque(packed):
-    """The same bytes. As if it had a side effect, so that the compiler decodes where they were loaded, 16 bytes a thread: it would load
-    them in the layout of Hopper's warpgroup operands, 8 bytes from global and 2 from shared memory at a time."""
+    """The same bytes, through an instruction that claims to have a side effect.
+
+    The compiler then dequantizes the bytes in the layout in which they were loaded, 16 bytes a thread. Without it, the compiler would load
+    them in the layout of Hopper's warpgroup operands, 8 bytes from global and 2 from shared memory at a time.
+    """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [packed], dtype=packed.dtype, is_pure=False, pack=4)
 
 
@@ -343,7 +346,7 @@ def _nf4_value(code):
 
 @triton.jit
 def arrive(counter, OTHERS: tl.constexpr):
-    """True in the last of OTHERS + 1 programs that arrive at `counter`, which is then 0 again: what the others stored before is visible."""
+    """True in the last of OTHERS + 1 programs that arrive at `counter`, which it resets to 0. It sees all that the others stored before."""
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == OTHERS
     if last:
