@@ -17,7 +17,9 @@ from dbrx_q.kernels.formats.weights import Weight, dequantize
 
 from .backend import Backend, pick
 
-__all__ = ["linear", "linear_reference"]
+__all__ = ["dequantized_linear", "linear", "linear_reference"]
+
+_PIECE_ELEMENTS = 1 << 24  # of a weight that are dequantized at a time: float32 temporaries of 64 MB each
 
 
 def linear(
@@ -53,7 +55,7 @@ def linear(
         from dbrx_q.kernels.triton.codes import served
 
         if not served(weight):
-            return _finished(F.linear(x, dequantize(weight, x.dtype)), clip, residual)
+            return _finished(dequantized_linear(x, weight), clip, residual)
         rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
         return triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
@@ -63,6 +65,22 @@ def _finished(y: torch.Tensor, clip: float | None, residual: torch.Tensor | None
     if clip is not None:
         y = y.clamp(-clip, clip)
     return y if residual is None else y + residual
+
+
+def dequantized_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """y [..., N] = x [..., K] @ weight [N, K].T in the dtype of `x`, by torch, some rows of the weight dequantized at a time.
+
+    For formats without kernels. The memory that it takes does not grow with N, so that a head of 100,352 rows needs no plan of its own.
+    """
+    N, K = weight.shape
+    step = max(1, _PIECE_ELEMENTS // K)
+    if isinstance(weight, torch.Tensor) or step >= N:
+        return F.linear(x, dequantize(weight, x.dtype))
+    y = x.new_empty(*x.shape[:-1], N)
+    for first in range(0, N, step):
+        end = min(first + step, N)
+        y[..., first:end] = F.linear(x, dequantize(weight.rows(first, end), x.dtype))
+    return y
 
 
 def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:

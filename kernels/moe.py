@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
-from dbrx_q.kernels.formats.weights import dequantize
 
 from .backend import Backend, pick
+from .linear import dequantized_linear
 
 __all__ = [
     "moe_experts",
@@ -32,8 +32,8 @@ def moe_experts(
 ) -> torch.Tensor:
     """y [T, D]: for each token the sum over its active experts of weight * w2 @ (silu(w1 @ x) * (v1 @ x)).
 
-    On Triton, if the kernels have no code for a format of the layer, the active experts are dequantized one at a time and multiplied by
-    torch. The host waits for the device to learn which experts are active, so a CUDA graph cannot capture such a call.
+    On Triton, if the kernels have no code for a format of the layer, the active experts are dequantized one at a time, in pieces, and
+    multiplied by torch. The host waits for the device to learn which experts are active, so a CUDA graph cannot capture such a call.
 
     Args:
         x: [T, D], float32, bfloat16 or float16; the result has the same dtype.
@@ -56,7 +56,7 @@ def moe_experts_reference(
 def _expert_by_expert(
     x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, layer: ExpertWeights, missing: torch.Tensor | None
 ) -> torch.Tensor:
-    """float32 y [T, D]; products are computed in the dtype of `x`, with one matrix of one active expert dequantized at a time."""
+    """float32 y [T, D]; products are computed in the dtype of `x`, with some rows of one active expert dequantized at a time."""
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     slots = range(layer.n_experts) if layer.slots is None else layer.slots.tolist()
     for e in experts.unique().tolist():
@@ -66,9 +66,9 @@ def _expert_by_expert(
             if missing is not None:
                 missing[e] += len(tokens)
             continue
-        gate = x[tokens] @ dequantize(layer.w1[slot], x.dtype).T  # [tokens of e, F]
-        h = F.silu(gate) * (x[tokens] @ dequantize(layer.v1[slot], x.dtype).T)
-        out = h @ dequantize(layer.w2[slot], x.dtype).T  # [tokens of e, D]
+        gate = dequantized_linear(x[tokens], layer.w1[slot])  # [tokens of e, F]
+        h = F.silu(gate) * dequantized_linear(x[tokens], layer.v1[slot])
+        out = dequantized_linear(h, layer.w2[slot])  # [tokens of e, D]
         y.index_add_(0, tokens, out.float() * weights[tokens, rank, None])
     return y
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dbrx_q.kernels import moe
+from dbrx_q.kernels import linear as linear_module
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats import nf4
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
@@ -57,16 +57,30 @@ def test_experts_in_bfloat16(T: int) -> None:
     assert (y.float() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_only_matrices_of_active_experts_are_dequantized_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dequantized_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that are dequantized, in order."""
     shapes: list[tuple[int, ...]] = []
 
     def recorded(weight: nf4.Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
         shapes.append(tuple(weight.shape))
         return dequantize(weight, dtype)
 
-    monkeypatch.setattr(moe, "dequantize", recorded)
+    monkeypatch.setattr(linear_module, "dequantize", recorded)
+    return shapes
+
+
+def test_only_matrices_of_active_experts_are_dequantized_one_at_a_time(dequantized_shapes: list[tuple[int, ...]]) -> None:
     moe_experts(torch.randn(3, 64), torch.tensor([[1, 6]] * 3), torch.rand(3, 2), random_layer(8), backend=Backend.TRITON)
-    assert shapes == [(128, 64), (128, 64), (64, 128)] * 2
+    assert dequantized_shapes == [(128, 64), (128, 64), (64, 128)] * 2
+
+
+def test_a_large_weight_is_dequantized_in_pieces(monkeypatch: pytest.MonkeyPatch, dequantized_shapes: list[tuple[int, ...]]) -> None:
+    monkeypatch.setattr(linear_module, "_PIECE_ELEMENTS", 16 * 64 + 1)
+    weight, x = nf4.quantize(torch.randn(40, 64)), torch.randn(2, 3, 64)
+    out = linear(x, weight, backend=Backend.TRITON)
+    assert dequantized_shapes == [(16, 64), (16, 64), (8, 64)]
+    assert torch.allclose(out, x @ dequantize(weight).T, atol=1e-5)
 
 
 def test_no_tokens() -> None:
