@@ -156,7 +156,8 @@ def offload(
 
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.bench.offload import FILES, KEYS, bench_gpu, bench_offload, files, markdown
+    from dbrx_q.eval.bench.offload import bench_gpu, bench_offload
+    from dbrx_q.eval.bench.offload_report import FILES, KEYS, files, markdown
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder, write_files
 

@@ -12,7 +12,7 @@ from .options import FORMATS, TEXT, argument, option
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dbrx_q.eval.sensitivity.measure import Sensitivity
+    from dbrx_q.eval.sensitivity.result import Sensitivity
 
 __all__ = ["EXAMPLE", "command"]
 

@@ -4,7 +4,7 @@ Begin with `model.py`, which is `dbrx-q bench PATH`: speed and memory of a check
 ceiling from `ceilings.py`, which measures memory bandwidth and matmul rate in the same minute. `report.py` writes the report,
 `memory_growth.py` measures memory, and `synthetic.py` writes checkpoints of any size with random weights.
 
-- `offload.py` measures decode and prefill with experts on disk or in host memory.
+- `offload.py` measures decode and prefill with experts on disk or in host memory; `offload_report.py` writes the report.
 - `simulation_report.py` writes the report of a simulation of expert caches, which `dbrx_q/experts` runs.
 - `kernels.py` times the Triton kernels at DBRX's shapes, on the work that `kernel_work.py` defines; `device_timing.py` times calls on
   a GPU.

@@ -222,15 +222,7 @@ def bench_model(
         raise RequestError(f"repeats must be at least 1; found {repeats}. Choose more")
     prompts = sorted({test.tokens for test in tests if test.kind == "pp"})
     total = len(tests) + len(prompts)
-    _warm_libraries()
-    memory = MemoryGrowth(device)
-    started = _now(device)
-    model = source.load(dtype=dtype, device=device)
-    load_seconds = _now(device) - started
-    if model.expert_store.reloads_each_step:
-        raise RequestError(
-            f"{source.name}: weights must fit in memory for a benchmark; dequantized, these do not. Free memory, or use --dtype bfloat16"
-        )
+    memory, model, load_seconds = _timed_load(source, device, dtype)
     loaded, load_peak = memory.used(), memory.peak()
     work = ModelWork.of(model, kv_format)
     result = ModelBenchmark(
@@ -255,7 +247,6 @@ def bench_model(
         provenance=provenance(device, command),
     )
     meter = CeilingMeter(device, model.dtype)
-    meter_device = str(device) if device.type == "cuda" else "host"
     sha256 = ""
     try:
         for done, test in enumerate(tests):
@@ -271,11 +262,31 @@ def bench_model(
             raise
     finally:
         model.close()
-    peak = {name: value - (meter.nbytes if name == meter_device else 0) for name, value in memory.peak().items()}
-    peak = {name: max(value, load_peak.get(name, 0)) for name, value in peak.items()}
+    peak = _without_meter(memory.peak(), meter, device)
+    peak = {name: max(value, load_peak.get(name, 0)) for name, value in peak.items()}  # the meter was created after loading
     hashes = {"sha256": sha256} if sha256 else {}
     complete = len(result.rows) + len(result.first_token) == total
     return replace(result, peak_memory=peak, complete=complete, provenance=result.provenance | hashes)
+
+
+def _timed_load(source: Source, device: torch.device, dtype: torch.dtype | None) -> tuple[MemoryGrowth, DbrxForCausalLM, float]:
+    """(memory, counted from before loading; the model; seconds of loading)."""
+    _warm_libraries()
+    memory = MemoryGrowth(device)
+    started = _now(device)
+    model = source.load(dtype=dtype, device=device)
+    load_seconds = _now(device) - started
+    if model.expert_store.reloads_each_step:
+        raise RequestError(
+            f"{source.name}: weights must fit in memory for a benchmark; dequantized, these do not. Free memory, or use --dtype bfloat16"
+        )
+    return memory, model, load_seconds
+
+
+def _without_meter(peak: dict[str, int], meter: CeilingMeter, device: torch.device) -> dict[str, int]:
+    """A peak in bytes by device, less the buffers of the meter on the device that runs the model."""
+    meter_device = str(device) if device.type == "cuda" else "host"
+    return {name: value - (meter.nbytes if name == meter_device else 0) for name, value in peak.items()}
 
 
 def _row(model: DbrxForCausalLM, work: ModelWork, test: SpeedTest, kv_format: str, repeats: int, meter: CeilingMeter) -> SpeedRow:

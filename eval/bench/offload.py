@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -34,24 +33,9 @@ from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.offloading import staging_bytes
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.policy_names import MissPolicy
-from dbrx_q.planning.sizes import format_size
 
-__all__ = [
-    "FILES",
-    "KEYS",
-    "GpuRow",
-    "OffloadBenchmark",
-    "OffloadRow",
-    "bench_gpu",
-    "bench_offload",
-    "disk_bandwidth",
-    "files",
-    "markdown",
-]
+__all__ = ["GpuRow", "OffloadBenchmark", "OffloadRow", "bench_gpu", "bench_offload", "disk_bandwidth"]
 
-FILES = ("offload.json", "offload.md")
-KEYS = ("path", "rows", "provenance")
-"""Keys that the JSON object of every report has."""
 _SEED = 1
 _LINK_SECONDS = 1.5
 _UNCOUNTED_TOKENS = 2
@@ -193,9 +177,10 @@ def bench_offload(
         files = ExpertFiles(checkpoint, config.dtype)
         fallback_formats = carried_formats(folder, config, formats) if fallback else None
     direct = supports_direct(files.paths[0]) if direct is None else direct
-    whole = place(config, formats, Machine(), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS))
+    unlimited = place(config, formats, Machine(), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS))
     record = provenance(torch.device("cpu"), command)
-    rams = [whole.host.total - whole.host.experts + int(share * whole.host.experts) + staging_bytes(files.kinds) for share in shares]
+    host = unlimited.host
+    rams = [host.total - host.experts + int(share * host.experts) + staging_bytes(files.kinds) for share in shares]
     for share, ram in zip(shares, rams, strict=True):  # fails before minutes of measurements
         plan = place(config, formats, Machine(ram), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS, fallback=fallback_formats))
         if not plan.fits:
@@ -203,7 +188,7 @@ def bench_offload(
                 f"the memory of a share must hold the fallback copy; that of {share:.0%} is {plan.shortfall:,} bytes too small. Choose a "
                 "larger --share"
             )
-    result = OffloadBenchmark(str(folder), whole.experts, whole.expert_bytes // whole.experts, direct, policy, record)
+    result = OffloadBenchmark(str(folder), unlimited.experts, unlimited.expert_bytes // unlimited.experts, direct, policy, record)
     prefill_modes = [prefill for prefill in (False, True) if (prompt if prefill else tokens)]
     store_modes = [(prefetches, False) for prefetches in prefetch] + ([(False, True)] if fallback else [])
     total = len(shares) * len(store_modes) * len(prefill_modes)
@@ -240,10 +225,10 @@ def bench_gpu(
         config, formats = checkpoint.config, checkpoint.formats
     context = tokens + _UNCOUNTED_TOKENS
     request = MemoryRequest(context, step_tokens=_UNCOUNTED_TOKENS)
-    whole = place(config, formats, Machine(None, (Gpu(1 << 50),)), request).gpus[0]
+    plan = place(config, formats, Machine(None, (Gpu(1 << 50),)), request).gpus[0]  # all experts fit
     rows: list[GpuRow] = []
     for share in shares:
-        machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(whole.total - whole.experts + int(share * whole.experts)),))
+        machine = Machine(int(_HOST_SHARE * available_bytes()), (Gpu(plan.total - plan.experts + int(share * plan.experts)),))
         for miss_policy in MissPolicy:
             for prefetches in prefetch:
                 budget = Budget(machine, context, step_tokens=_UNCOUNTED_TOKENS, cache_policy=policy, prefetch=prefetches)
@@ -252,55 +237,6 @@ def bench_gpu(
                     on_row(len(rows), len(shares) * len(MissPolicy) * len(prefetch))
                 del model  # frees its memory before the next one is loaded
     return rows
-
-
-def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, tokens: int, prefetch: bool) -> GpuRow:
-    store, plan = model.expert_store, model.placement
-    assert isinstance(store, GpuExpertStore)
-    assert plan is not None
-    [gpu] = store.gpus
-    used = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
-    rates = measure_rates(gpu, store.tier, model.dtype, **used)
-    generator = torch.Generator().manual_seed(_SEED)
-    ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
-    with decoder_for(model, [len(ids)], "plain") as decoder:
-        decoder.prefill(0, ids[:1])
-        decoder.step({0: ids[1]})
-        before, started = store.stats(), _now(model.device)
-        for token in ids[2:]:
-            decoder.step({0: token})
-        seconds = _now(model.device) - started
-    stats = store.stats() - before
-    combined = rates.cpu * used["cpu"] + rates.link * used["link"]
-    needed = (stats.cache.misses + stats.cache.prefetch_hits) * (plan.expert_bytes / plan.experts) / tokens
-    bound = combined / needed if needed else float("inf")
-    return GpuRow(
-        share=share,
-        slots=plan.gpus[0].n_slots,
-        miss_policy=miss_policy.value,
-        prefetch=prefetch,
-        tokens=tokens,
-        tokens_per_second=tokens / seconds,
-        hit_rate=stats.cache.hit_rate,
-        needed_bytes=needed,
-        cpu=rates.cpu if used["cpu"] else 0.0,
-        link=rates.link if used["link"] else 0.0,
-        bound=bound,
-        of_bound=tokens / seconds / bound,
-        on_cpu=stats.computed_on_cpu / stats.cache.misses if stats.cache.misses else 0.0,
-    )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _check_shares(shares: Sequence[float]) -> None:
-    for share in shares:
-        if not 0 < share < 1:
-            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}. Choose another")
 
 
 def disk_bandwidth(files: ExpertFiles, *, direct: bool, seconds: float = _LINK_SECONDS) -> float:
@@ -322,53 +258,10 @@ def disk_bandwidth(files: ExpertFiles, *, direct: bool, seconds: float = _LINK_S
         return reader.bytes_read / (time.perf_counter() - started)
 
 
-def markdown(benchmark: OffloadBenchmark) -> str:
-    """The results as a Markdown document."""
-    access = "bypassing the page cache" if benchmark.direct else "through the page cache"
-    record = benchmark.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [
-        f"# Experts on disk: {Path(benchmark.path).name}",
-        "",
-        f"{record['device']}, {record['threads']} threads; {versions}. `{record['command']}`",
-        "",
-        f"{benchmark.experts} experts of {format_size(benchmark.expert_bytes)}, read {access}; policy {benchmark.policy}. The bound "
-        "follows from the disk's bandwidth, measured before and after each row, and from the experts that were needed and not in "
-        "memory, even if a fallback copy answered. If products of experts take nearly all of the time, the processor is the limit, not "
-        "the disk.",
-        "",
-        "| experts held | test | prefetch | hits | fallback copy | needed from disk, a token | read, a token | disk | tokens/s | bound "
-        "| of the bound | time in products |",
-        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in benchmark.rows:
-        test = f"pp{row.tokens}" if row.prefill else f"tg{row.tokens}"
-        lines.append(
-            f"| {row.slots} ({row.share:.0%}) | {test} | {'yes' if row.prefetch else 'no'} | {row.hit_rate:.1%} | "
-            f"{row.fallback_share:.1%} | {format_size(row.needed_bytes)} | {format_size(row.read_bytes)} | {format_size(row.link)}/s | "
-            f"{row.tokens_per_second:.2f} | {row.bound:.2f} | {row.of_bound:.1%} | {row.compute_seconds * row.tokens_per_second:.0%} |"
-        )
-    if benchmark.gpus:
-        lines += [
-            "",
-            "A GPU and host memory. The bound follows from the missed experts, and from the rates at which the CPU computes and the link "
-            "copies them, at the same time for hybrid.",
-            "",
-            "| experts held | misses | prefetch | hits | needed, a token | CPU | link | by the CPU | tokens/s | bound | of the bound |",
-            "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-    for gpu in benchmark.gpus:
-        lines.append(
-            f"| {gpu.slots} ({gpu.share:.0%}) | {gpu.miss_policy} | {'yes' if gpu.prefetch else 'no'} | {gpu.hit_rate:.1%} | "
-            f"{format_size(gpu.needed_bytes)} | {format_size(gpu.cpu)}/s | {format_size(gpu.link)}/s | {gpu.on_cpu:.0%} | "
-            f"{gpu.tokens_per_second:.2f} | {gpu.bound:.2f} | {gpu.of_bound:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def files(benchmark: OffloadBenchmark) -> dict[str, bytes]:
-    """The contents of the report's files, by their names."""
-    return {"offload.json": (json.dumps(benchmark.to_dict(), indent=2) + "\n").encode(), "offload.md": markdown(benchmark).encode()}
+def _check_shares(shares: Sequence[float]) -> None:
+    for share in shares:
+        if not 0 < share < 1:
+            raise RequestError(f"a share of the experts must be between 0 and 1; found {share}. Choose another")
 
 
 def _row(
@@ -413,3 +306,46 @@ def _row(
         wait_seconds=stats.wait_seconds / tokens,
         fallback_share=stats.fallback_share,
     )
+
+
+def _gpu_row(model: DbrxForCausalLM, share: float, miss_policy: MissPolicy, *, tokens: int, prefetch: bool) -> GpuRow:
+    store, plan = model.expert_store, model.placement
+    assert isinstance(store, GpuExpertStore)
+    assert plan is not None
+    [gpu] = store.gpus
+    used = {"cpu": miss_policy is not MissPolicy.copy, "link": miss_policy is not MissPolicy.cpu}
+    rates = measure_rates(gpu, store.tier, model.dtype, **used)
+    generator = torch.Generator().manual_seed(_SEED)
+    ids: list[int] = torch.randint(0, model.config.vocab_size, (tokens + _UNCOUNTED_TOKENS,), generator=generator).tolist()
+    with decoder_for(model, [len(ids)], "plain") as decoder:
+        decoder.prefill(0, ids[:1])
+        decoder.step({0: ids[1]})
+        before, started = store.stats(), _now(model.device)
+        for token in ids[2:]:
+            decoder.step({0: token})
+        seconds = _now(model.device) - started
+    stats = store.stats() - before
+    combined = rates.cpu * used["cpu"] + rates.link * used["link"]
+    needed = (stats.cache.misses + stats.cache.prefetch_hits) * (plan.expert_bytes / plan.experts) / tokens
+    bound = combined / needed if needed else float("inf")
+    return GpuRow(
+        share=share,
+        slots=plan.gpus[0].n_slots,
+        miss_policy=miss_policy.value,
+        prefetch=prefetch,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        hit_rate=stats.cache.hit_rate,
+        needed_bytes=needed,
+        cpu=rates.cpu if used["cpu"] else 0.0,
+        link=rates.link if used["link"] else 0.0,
+        bound=bound,
+        of_bound=tokens / seconds / bound,
+        on_cpu=stats.computed_on_cpu / stats.cache.misses if stats.cache.misses else 0.0,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

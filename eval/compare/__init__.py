@@ -2,7 +2,7 @@
 
 Begin with `run.py`: it checks that the checkpoints belong to the reference's model, loads as many as fit into memory, and resumes an
 interrupted run. `measure.py` holds the measurement itself: predictions, routers and hidden states of one checkpoint against those of the
-reference, batch by batch.
+reference, batch by batch. `summary.py` computes the figures from these scores.
 
 - `reference.py` defines what a reference provides, and implements it for a model that runs along with the checkpoints.
 - `reference_file.py` reads the predictions of a saved reference; its docstring describes the file format.

@@ -19,11 +19,13 @@ from dbrx_q.sources.folder import PackedFolder
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.streamed import DequantizedSource, available_memory, resident_bytes
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
+from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
-from .measure import Pair, check_same_shape, compare, summary
+from .measure import Pair, check_same_shape, compare
 from .reference import ModelReference, Reference
 from .reference_file import ReferenceFile, is_reference_file
 from .result import Comparison
+from .summary import summary
 
 __all__ = ["compare_checkpoints", "groups", "open_reference"]
 
@@ -73,14 +75,7 @@ def compare_checkpoints(
     device = torch.device("cpu") if device is None else device
     tokenizer = (sources[0] if isinstance(reference, ReferenceFile) else reference).tokenizer()
     ids = tokenizer.encode(text.text)
-    if isinstance(reference, ReferenceFile):
-        reference.check_text(text, ids, protocol)
-    tokenizer_of = sources[0].name if isinstance(reference, ReferenceFile) else reference.name
-    for source in sources:
-        check_same_shape(reference.name, reference.config, source)
-        protocol.check(len(ids), source.config, source=text.name)
-        if source is not sources[0] or not isinstance(reference, ReferenceFile):
-            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(tokenizer_of, source.name))
+    _check_comparable(reference, sources, text, protocol, tokenizer, ids)
 
     def load(source: Source) -> DbrxForCausalLM:
         return source.load(dtype=dtype, device=device)
@@ -112,15 +107,7 @@ def compare_checkpoints(
             kv_format=kv_format,
             on_window=on_window,
         )
-        record = provenance(device, command) | {
-            "text_sha256": text.sha256,
-            "reference_sha256": against.sha256,
-            "dtype": str(dtype).removeprefix("torch.") if dtype else "each checkpoint's own",
-            "kv": kv_format,
-            "limit": protocol.limit,
-        }
-        if isinstance(reference, ReferenceFile):
-            record["reference_saved_with"] = {name: reference.settings[name] for name in ("dtype", "provenance")}
+        record = provenance(device, command) | _settings(reference, against, text, protocol, dtype, kv_format)
         comparison = summary(against, pairs, ids, protocol, tokenizer, text=text.name, provenance=record)
     if comparison.complete and states is None:
         for pair in pairs:
@@ -147,11 +134,53 @@ def groups(pairs: Sequence[Pair], sizes: Sequence[int], memory: int) -> list[lis
     return grouped
 
 
+def _check_comparable(
+    reference: Source | ReferenceFile, sources: Sequence[Source], text: Text, protocol: Protocol, tokenizer: DbrxTokenizer, ids: list[int]
+) -> None:
+    """Refuse checkpoints and texts that do not belong to the reference.
+
+    Args:
+        reference: a checkpoint or a saved reference.
+        sources: the checkpoints to measure against it.
+        text: to measure on.
+        protocol: how the text is cut into windows.
+        tokenizer: the reference's; of a saved reference, the first checkpoint's.
+        ids: the text's token ids.
+
+    Raises:
+        RequestError: as for `compare_checkpoints`.
+    """
+    if isinstance(reference, ReferenceFile):
+        reference.check_text(text, ids, protocol)
+    tokenizer_of = sources[0].name if isinstance(reference, ReferenceFile) else reference.name
+    for source in sources:
+        check_same_shape(reference.name, reference.config, source)
+        protocol.check(len(ids), source.config, source=text.name)
+        if source is not sources[0] or not isinstance(reference, ReferenceFile):
+            check_same_tokenizer(tokenizer, source.tokenizer(), text.text, names=(tokenizer_of, source.name))
+
+
 def _identity(reference: Source | ReferenceFile) -> dict[str, Any]:
     """What determines a reference's predictions, for the key of a run."""
     if isinstance(reference, ReferenceFile):
         return reference.settings | {"file": True}
     return {"sha256": reference.sha256(), "config": reference.config.to_dict()}
+
+
+def _settings(
+    reference: Source | ReferenceFile, against: Reference, text: Text, protocol: Protocol, dtype: torch.dtype | None, kv_format: str
+) -> dict[str, Any]:
+    """The settings of a comparison that its provenance records."""
+    settings: dict[str, Any] = {
+        "text_sha256": text.sha256,
+        "reference_sha256": against.sha256,
+        "dtype": str(dtype).removeprefix("torch.") if dtype else "each checkpoint's own",
+        "kv": kv_format,
+        "limit": protocol.limit,
+    }
+    if isinstance(reference, ReferenceFile):
+        settings["reference_saved_with"] = {name: reference.settings[name] for name in ("dtype", "provenance")}
+    return settings
 
 
 def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:

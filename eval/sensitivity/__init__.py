@@ -7,5 +7,5 @@ soon as it is computed.
 - `rounding.py` quantizes one weight and dequantizes it again, and measures the error of its values.
 - `report.py` writes the table, the plot and the files of a report.
 
-The results are the input of programs that assign formats to tensors; `measure.Sensitivity` documents the JSON object.
+The results are the input of programs that assign formats to tensors; `result.py` documents the JSON object.
 """

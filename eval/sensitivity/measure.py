@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,14 +22,15 @@ from dbrx_q.eval.divergence import TokenScores, mean_and_stderr
 from dbrx_q.eval.observe import check_ids
 from dbrx_q.eval.resume import RunState
 from dbrx_q.eval.texts import Text
-from dbrx_q.eval.windows import Protocol
+from dbrx_q.eval.windows import Protocol, Window
 from dbrx_q.model.layers import PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 
+from .result import Sensitivity, UnitResult, Unmeasured
 from .rounding import Rounding
 from .walk import Walk, packable
 
-__all__ = ["BY", "Sensitivity", "Unit", "UnitResult", "Unmeasured", "check_formats", "measurable", "sensitivity", "units_of"]
+__all__ = ["BY", "Unit", "check_formats", "measurable", "sensitivity", "units_of"]
 
 BY = ("kind", "layer", "tensor")
 """Ways to divide a model into units, which are quantized one at a time."""
@@ -49,107 +50,6 @@ class Unit:
 
 
 _Part = tuple[Unit, TensorFormat]
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """The figures of one unit in one format."""
-
-    name: str
-    """Of the `Unit`."""
-    tensors: list[str]
-    """Of the `Unit`."""
-    format: str
-    """Of the `TensorFormat`."""
-    group_size: int
-    """Of the `TensorFormat`."""
-    bits_per_weight: float
-    """Of these tensors, scales and zero-points included."""
-    parameters: int
-    """Of these tensors."""
-    saved_bytes: int
-    """Compared with 16 bits per weight."""
-    weight_error: float
-    """Root of the sum of squared errors of the weights over their sum of squares."""
-    mean_kl: float
-    """KL(model || model with these tensors quantized), mean over tokens, in nats."""
-    mean_kl_stderr: float
-    """Standard error of `mean_kl`."""
-    delta_ln_ppl: float
-    """Mean change of the negative log-likelihood, in nats."""
-    delta_ln_ppl_stderr: float
-    """Standard error of that paired difference."""
-    kl_per_saved_byte: float
-    """mean_kl / saved_bytes."""
-
-
-@dataclass(frozen=True)
-class Unmeasured:
-    """A unit and a format without figures."""
-
-    name: str
-    """Of the `Unit`."""
-    format: str
-    """Of the `TensorFormat`."""
-    group_size: int
-    """Of the `TensorFormat`."""
-    reason: str
-    """Why it was not measured, as an error says it."""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The JSON object of `dbrx-q sensitivity`, for programs that assign formats to tensors. Later versions may add fields only."""
-
-    checkpoint: str
-    """Path or hub id, as given."""
-    sha256: str
-    """Of the weights."""
-    text: str
-    """Path or name, as given."""
-    text_sha256: str
-    """Of the text's UTF-8 bytes."""
-    by: str
-    """One of `BY`."""
-    dtype: str
-    """Of activations and dequantized weights."""
-    protocol: str
-    """One of `windows.PROTOCOLS`."""
-    context: int
-    """Tokens of a window."""
-    windows: int
-    """Windows of every measurement."""
-    tokens: int
-    """Predicted tokens of every measurement."""
-    perplexity: float
-    """Of the unquantized model."""
-    complete: bool
-    """False if the run was interrupted; the units listed are measured completely."""
-    units: list[UnitResult]
-    """In the model's order; for each unit in the order of the requested formats."""
-    provenance: dict[str, Any]
-    """Versions, device, command line."""
-    skipped: list[Unmeasured] = field(default_factory=list)
-    """Units that a checkpoint may not have in that format."""
-    failed: list[Unmeasured] = field(default_factory=list)
-    """Units with weights that the format cannot represent."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object; None for a figure that is not finite, such as the perplexity of a model that overflows."""
-        data = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
-        assert isinstance(data, dict)
-        return data
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
-        """The inverse of `to_dict`; NaN for a figure that is None."""
-        units = [UnitResult(**_figures(unit)) for unit in data["units"]]
-        unmeasured = {name: [Unmeasured(**part) for part in data.get(name, [])] for name in ("skipped", "failed")}
-        return cls(**(_figures(data) | {"units": units} | unmeasured))
-
-
-def _figures(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in data.items()}
 
 
 def units_of(config: DbrxConfig, by: str) -> list[Unit]:
@@ -258,39 +158,10 @@ def sensitivity(
     check_formats(model.config, units, formats)
     windows = protocol.windows(len(ids))
     parts, skipped = measurable(units, formats)
-    perplexity, results = _restored(state)
-    failed: dict[_Part, str] = {}
-
-    def report() -> None:
-        on_run(len(results) + len(failed), len(parts))
-
-    complete = False
-    try:
-        waiting = [part for part in parts if part not in results]
-        if waiting:
-            report()
-            walk = Walk(model, torch.tensor(ids), windows)
-            with np.errstate(over="ignore"):  # the model may overflow
-                perplexity = float(np.exp(walk.reference_nll()))
-            for place, together in _groups(walk, waiting):
-                walk.go_to(place)
-                outcomes = walk.measure([(unit.tensors, fmt) for unit, fmt in together])
-                for part, outcome in zip(together, outcomes, strict=True):
-                    if isinstance(outcome, FormatError):
-                        failed[part] = str(outcome)
-                    else:
-                        results[part] = _result(*part, outcome.scores, outcome.roundings)
-                    _save(state, perplexity, results)
-                    if len(results) + len(failed) < len(parts):
-                        report()
-        complete = True
-    except KeyboardInterrupt:
-        if not results:
-            raise
-        _save(state, perplexity, results)
-    report()
-    if not results:
-        raise FormatError(next(iter(failed.values())))
+    progress = _Progress.restored(state)
+    complete = _run(model, torch.tensor(ids), windows, parts, progress, on_run)
+    if not progress.results:
+        raise FormatError(next(iter(progress.failed.values())))
     return Sensitivity(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -302,13 +173,97 @@ def sensitivity(
         context=protocol.context,
         windows=len(windows),
         tokens=sum(window.tokens for window in windows),
-        perplexity=perplexity,
+        perplexity=progress.perplexity,
         complete=complete,
-        units=[results[part] for part in parts if part in results],
+        units=[progress.results[part] for part in parts if part in progress.results],
         provenance=provenance,
         skipped=skipped,
-        failed=[Unmeasured(unit.name, fmt.format, fmt.group_size, failed[unit, fmt]) for unit, fmt in parts if (unit, fmt) in failed],
+        failed=[
+            Unmeasured(unit.name, fmt.format, fmt.group_size, progress.failed[unit, fmt])
+            for unit, fmt in parts
+            if (unit, fmt) in progress.failed
+        ],
     )
+
+
+@dataclass
+class _Progress:
+    """The figures that a run has so far."""
+
+    state: RunState | None
+    """Where they are saved; None to save none."""
+    perplexity: float = math.nan
+    """Of the unquantized model."""
+    results: dict[_Part, UnitResult] = field(default_factory=dict)
+    """Figures of the parts that are measured."""
+    failed: dict[_Part, str] = field(default_factory=dict)
+    """The errors of parts that their format cannot represent; they are not saved."""
+
+    @classmethod
+    def restored(cls, state: RunState | None) -> _Progress:
+        """The saved progress of an interrupted run, or that of a new run."""
+        saved = None if state is None else state.load()
+        if saved is None:
+            return cls(state)
+        rows = [UnitResult(**row) for row in json.loads(str(saved["units"]))]
+        results = {(Unit(row.name, tuple(row.tensors)), TensorFormat(row.format, row.group_size)): row for row in rows}
+        return cls(state, float(saved["perplexity"]), results)
+
+    @property
+    def done(self) -> int:
+        """Parts that are measured or have failed."""
+        return len(self.results) + len(self.failed)
+
+    def save(self) -> None:
+        """Save perplexity and results, once there is a result."""
+        if self.state is not None and self.results:
+            rows = json.dumps([asdict(row) for row in self.results.values()])
+            self.state.save({"perplexity": np.array(self.perplexity), "units": np.array(rows)})
+
+
+def _run(
+    model: DbrxForCausalLM,
+    text: torch.Tensor,
+    windows: Sequence[Window],
+    parts: Sequence[_Part],
+    progress: _Progress,
+    on_run: Callable[[int, int], None],
+) -> bool:
+    """Measure the parts that `progress` lacks, and add each to it.
+
+    Returns:
+        Whether the run is complete. False after Ctrl-C, which is raised if there is no result yet.
+    """
+
+    def report() -> None:
+        on_run(progress.done, len(parts))
+
+    complete = False
+    try:
+        waiting = [part for part in parts if part not in progress.results]
+        if waiting:
+            report()
+            walk = Walk(model, text, windows)
+            with np.errstate(over="ignore"):  # the model may overflow
+                progress.perplexity = float(np.exp(walk.reference_nll()))
+            for place, together in _groups(walk, waiting):
+                walk.go_to(place)
+                outcomes = walk.measure([(unit.tensors, fmt) for unit, fmt in together])
+                for part, outcome in zip(together, outcomes, strict=True):
+                    if isinstance(outcome, FormatError):
+                        progress.failed[part] = str(outcome)
+                    else:
+                        progress.results[part] = _result(*part, outcome.scores, outcome.roundings)
+                    progress.save()
+                    if progress.done < len(parts):
+                        report()
+        complete = True
+    except KeyboardInterrupt:
+        if not progress.results:
+            raise
+        progress.save()
+    report()
+    return complete
 
 
 def _groups(walk: Walk, parts: Sequence[_Part]) -> Iterator[tuple[int, list[_Part]]]:
@@ -319,21 +274,6 @@ def _groups(walk: Walk, parts: Sequence[_Part]) -> Iterator[tuple[int, list[_Par
     for place, beginning in sorted(parts_at.items()):
         for first in range(0, len(beginning), walk.together):
             yield place, beginning[first : first + walk.together]
-
-
-def _restored(state: RunState | None) -> tuple[float, dict[_Part, UnitResult]]:
-    """(perplexity of the unquantized model, results so far) of an interrupted run."""
-    saved = None if state is None else state.load()
-    if saved is None:
-        return math.nan, {}
-    rows = [UnitResult(**row) for row in json.loads(str(saved["units"]))]
-    return float(saved["perplexity"]), {(Unit(row.name, tuple(row.tensors)), TensorFormat(row.format, row.group_size)): row for row in rows}
-
-
-def _save(state: RunState | None, perplexity: float, results: Mapping[_Part, UnitResult]) -> None:
-    if state is not None and results:
-        rows = json.dumps([asdict(row) for row in results.values()])
-        state.save({"perplexity": np.array(perplexity), "units": np.array(rows)})
 
 
 def _result(unit: Unit, fmt: TensorFormat, scored: TokenScores, roundings: Sequence[Rounding]) -> UnitResult:

@@ -13,7 +13,7 @@ from dbrx_q.eval.report_folder import write_files
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.plots import INK, MUTED, figure, log_axis, render, style
 
-from .measure import Sensitivity, UnitResult
+from .result import Sensitivity, UnitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import DbrxError, RequestError, UnsupportedError
@@ -20,6 +20,9 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .answers import Answers
+
+if TYPE_CHECKING:
+    from .harness import DeferredModel, HarnessModel
 
 __all__ = ["TaskResults", "Tasks", "find_tasks", "run_tasks"]
 
@@ -161,22 +164,44 @@ def run_tasks(
 
     deferred = DeferredModel(tokenizer, name, start)
     seeds = {"random": 0, "numpy": SEED, "torch": SEED, "fewshot": SEED}  # the harness's defaults
+    with _answers_saved(answers, tasks, deferred), _quiet():
+        results = simple_evaluate(
+            deferred,
+            tasks=list(tasks.names),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            log_samples=False,
+            random_seed=seeds["random"],
+            numpy_random_seed=seeds["numpy"],
+            torch_random_seed=seeds["torch"],
+            fewshot_random_seed=seeds["fewshot"],
+        )
+    return _task_results(results, harness[0], hashes, seeds | {"sampling": SEED})
+
+
+def _task_results(results: dict[str, Any], model: HarnessModel, hashes: dict[str, str], seeds: dict[str, int]) -> TaskResults:
+    """The harness's results together with the counts of the model that it ran."""
+    names = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+    return TaskResults(
+        values=json.loads(json.dumps({key: results[key] for key in names if key in results}, default=str)),
+        requested_tokens=model.counts.requested,
+        prefilled_tokens=model.counts.prefilled,
+        truncated_contexts=model.counts.truncated,
+        requests_sha256=hashes,
+        seeds=seeds,
+        versions={package: version(package) for package in ("lm_eval", "datasets")},
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+@contextmanager
+def _answers_saved(answers: Answers, tasks: Tasks, deferred: DeferredModel) -> Iterator[None]:
+    """Saves the answers however the block ends, and raises errors of the harness and of a task's code as `RequestError`."""
     try:
-        with _quiet():
-            results = simple_evaluate(
-                deferred,
-                tasks=list(tasks.names),
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-                log_samples=False,
-                random_seed=seeds["random"],
-                numpy_random_seed=seeds["numpy"],
-                torch_random_seed=seeds["torch"],
-                fewshot_random_seed=seeds["fewshot"],
-            )
+        yield
     except Exception as error:
         hint = " Answers are saved: the same command with --resume continues" if answers.save() and answers.done else ""
         if isinstance(error, (DbrxError, MemoryError)) or error is deferred.failure:
@@ -189,18 +214,6 @@ def run_tasks(
         answers.save()
         raise
     answers.save()
-    names = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
-    counts = harness[0].counts
-    return TaskResults(
-        values=json.loads(json.dumps({key: results[key] for key in names if key in results}, default=str)),
-        requested_tokens=counts.requested,
-        prefilled_tokens=counts.prefilled,
-        truncated_contexts=counts.truncated,
-        requests_sha256=hashes,
-        seeds=seeds | {"sampling": SEED},
-        versions={package: version(package) for package in ("lm_eval", "datasets")},
-        dtype=str(harness[0].dtype).removeprefix("torch."),
-    )
 
 
 class _Recording:

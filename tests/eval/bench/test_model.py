@@ -300,7 +300,7 @@ def test_experts_that_memory_does_not_hold(quantized_nano: Path, nano: Path, cli
             row.bytes_per_token
             == (prefill_need if row.kind == "pp" else decode_need)(footprint, batch=1, depth=0, tokens=row.tokens).nbytes
         )
-    assert "of the requests for experts found them" in markdown(result)
+    assert "of the requests for experts hit the cache" in markdown(result)
     whole = ModelBenchmark.from_dict(json.loads(cli("bench", quantized_nano, *sizes, "--json").out))
     assert [row.hit_rate for row in whole.rows] == [1, 1]
     assert "requests for experts" not in markdown(whole)

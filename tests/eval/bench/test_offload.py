@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dbrx_q.errors import RequestError
-from dbrx_q.eval.bench.offload import bench_gpu, bench_offload, markdown
+from dbrx_q.eval.bench.offload import bench_gpu, bench_offload
+from dbrx_q.eval.bench.offload_report import markdown
 
 
 def test_the_command_measures_and_writes(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

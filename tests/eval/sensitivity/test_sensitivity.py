@@ -22,8 +22,9 @@ from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.eval.divergence import Distribution, TokenScores, scores
 from dbrx_q.eval.observe import logit_chunks, observe
 from dbrx_q.eval.resume import RunState
-from dbrx_q.eval.sensitivity.measure import Sensitivity, Unit, UnitResult, check_formats, measurable, sensitivity, units_of
+from dbrx_q.eval.sensitivity.measure import Unit, check_formats, measurable, sensitivity, units_of
 from dbrx_q.eval.sensitivity.report import markdown, plot, short_name, table, write_report
+from dbrx_q.eval.sensitivity.result import Sensitivity, UnitResult
 from dbrx_q.eval.sensitivity.walk import Walk
 from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.windows import Protocol
