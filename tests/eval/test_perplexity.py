@@ -45,7 +45,7 @@ def window_losses(oracle: transformers.DbrxForCausalLM, window: list[int]) -> to
     return -log_p[:-1].gather(1, torch.tensor(window[1:])[:, None])[:, 0]
 
 
-def test_non_overlapping_windows_leave_out_the_rest(model: DbrxForCausalLM, ids: list[int], oracle: transformers.DbrxForCausalLM) -> None:
+def test_non_overlapping_windows_omit_the_remainder(model: DbrxForCausalLM, ids: list[int], oracle: transformers.DbrxForCausalLM) -> None:
     context = 300
     assert len(ids) % context
     losses = torch.cat([window_losses(oracle, ids[i : i + context]) for i in range(0, len(ids) - context + 1, context)])
@@ -77,7 +77,7 @@ def test_strided_windows_predict_every_token_once(
     assert result.protocol == "strided"
 
 
-def test_same_input_same_digits(model: DbrxForCausalLM, ids: list[int]) -> None:
+def test_figures_are_reproducible(model: DbrxForCausalLM, ids: list[int]) -> None:
     assert perplexity(model, ids, Protocol.of(200)) == perplexity(model, ids, Protocol.of(200))
 
 
@@ -97,20 +97,20 @@ def test_half_windows_predict_their_second_half(model: DbrxForCausalLM, ids: lis
     assert result.protocol == "half-window"
 
 
-def test_an_interrupted_run_goes_on_to_the_same_digits(
+def test_a_resumed_run_gives_the_same_figures(
     model: DbrxForCausalLM, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "STEP_TOKENS", 1024)  # two windows
     protocol = Protocol.of(512)
-    whole = perplexity(model, ids, protocol)
+    expected = perplexity(model, ids, protocol)
     state = RunState({"run": 1}, tmp_path)
 
     def interrupt_at(windows: int) -> Callable[[int, int], None]:
-        pressed: list[int] = []
+        interrupted: list[int] = []
 
         def on_window(done: int, total: int) -> None:
-            if done == windows and not pressed:
-                pressed.append(done)
+            if done == windows and not interrupted:
+                interrupted.append(done)
                 raise KeyboardInterrupt
 
         return on_window
@@ -119,27 +119,27 @@ def test_an_interrupted_run_goes_on_to_the_same_digits(
         perplexity(model, ids, protocol, state=state, on_window=interrupt_at(0))
     assert state.load() is None
     partial = perplexity(model, ids, protocol, state=state, on_window=interrupt_at(4))
-    assert (partial.complete, partial.tokens, partial.total_tokens) == (False, 4 * 511, whole.tokens)
+    assert (partial.complete, partial.tokens, partial.total_tokens) == (False, 4 * 511, expected.tokens)
     assert state.load() is not None
     runs: list[int] = []
-    assert perplexity(model, ids, protocol, state=state, on_window=lambda done, total: runs.append(done)) == whole
+    assert perplexity(model, ids, protocol, state=state, on_window=lambda done, total: runs.append(done)) == expected
     assert runs[0] == 4
     assert state.load() is None
 
 
-def test_a_state_that_is_damaged_is_begun_again(tmp_path: Path) -> None:
+def test_a_damaged_state_is_ignored(tmp_path: Path) -> None:
     state = RunState({"run": 1}, tmp_path)
     assert RunState({"run": 2}, tmp_path).path != state.path
     state.path.write_bytes(b"PK")
     assert state.load() is None
 
 
-def test_a_window_longer_than_a_step_goes_in_pieces(model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = perplexity(model, ids, Protocol.of(1500, stride=700))
+def test_a_window_longer_than_a_step_runs_in_pieces(model: DbrxForCausalLM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = perplexity(model, ids, Protocol.of(1500, stride=700))
     monkeypatch.setattr(observe, "STEP_TOKENS", 400)
     pieces = perplexity(model, ids, Protocol.of(1500, stride=700))
-    assert pieces.tokens == whole.tokens == len(ids) - 1
-    assert math.isclose(pieces.nll, whole.nll, rel_tol=1e-6)
+    assert pieces.tokens == expected.tokens == len(ids) - 1
+    assert math.isclose(pieces.nll, expected.nll, rel_tol=1e-6)
 
 
 def test_ids_of_another_tokenizer_are_refused(model: DbrxForCausalLM, ids: list[int]) -> None:

@@ -18,7 +18,7 @@ from dbrx_q.eval.texts import DATA_SETS, load_text
 WIKI = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English film actor . \n"]
 
 
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_file_is_read_unchanged(tmp_path: Path) -> None:
     content = "\ufeffone\r\ntwo\n\n  dré \u2028 end\r".encode()
     path = tmp_path / "a.txt"
     path.write_bytes(content)
@@ -89,7 +89,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such.txt", "x" * 5000, ""])
-def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unknown_name_lists_the_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError) as caught:
         load_text(name)
@@ -98,14 +98,14 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: st
 
 
 @pytest.mark.parametrize(("name", "near"), [("wikitext", "wikitext2"), ("WikiText-2", "wikitext2"), ("C4", "c4")])
-def test_near_names(name: str, near: str) -> None:
+def test_a_similar_name_is_suggested(name: str, near: str) -> None:
     with pytest.raises(RequestError, match=rf"Did you mean {near}\?"):
         load_text(name)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders that lie as the repositories do, in their place; read by `datasets` itself."""
+    """Folders with the layout of the repositories, in place of these; `datasets` itself reads them."""
     import datasets
 
     wiki = tmp_path / "hub" / "wikitext"
@@ -145,20 +145,20 @@ def test_c4_is_the_first_documents_of_the_first_shard(hub: Path) -> None:
     assert load_text("c4").text == " ".join(f"Page {number}\nof shard 0." for number in range(1100))
 
 
-def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_takes_precedence_over_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c4").write_text("plastic", encoding="utf-8")
     assert load_text("c4").text == "plastic"
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_data_sets_without_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'dbrx_q\[datasets\]'"):
         load_text(name)
 
 
-def test_the_hub_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 
@@ -170,7 +170,7 @@ def test_the_hub_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(caught.value)
 
 
-def test_a_repository_that_is_damaged(hub: Path) -> None:
+def test_a_damaged_repository(hub: Path) -> None:
     (hub / "c4" / "en" / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"te'))
     with pytest.raises(RequestError, match="c4: the hub must provide the data set") as caught:
         load_text("c4")

@@ -1,4 +1,4 @@
-"""How texts are cut, against the loops that the protocols are published as."""
+"""Windows of every protocol are compared with the loops of the programs that published it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def predicted(protocol: Protocol, tokens: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("tokens", [512, 513, 1023, 1024, 5000])
-def test_non_overlapping_is_gptqs(tokens: int) -> None:
+def test_non_overlapping_windows_equal_those_of_gptq(tokens: int) -> None:
     context = 512
     expected = [(i * context, i * context + j) for i in range(tokens // context) for j in range(1, context)]
     assert predicted(Protocol.of(context), tokens) == expected
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(1024, 512), (5000, 512), (999, 101)])
-def test_half_window_is_llama_cpps(tokens: int, context: int) -> None:
+def test_half_windows_equal_those_of_llama_cpp(tokens: int, context: int) -> None:
     expected = []
     for chunk in range(tokens // context):
         for position in range(context // 2, context - 1):  # the logits of `position` predict the token after it
@@ -46,13 +46,13 @@ def test_half_window_is_llama_cpps(tokens: int, context: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "context", "stride"), [(1000, 100, 50), (1000, 100, 99), (1000, 100, 1), (70, 64, 10), (64, 64, 10)])
-def test_strided_predicts_every_token_once(tokens: int, context: int, stride: int) -> None:
+def test_strided_windows_predict_every_token_once(tokens: int, context: int, stride: int) -> None:
     protocol = Protocol.of(context, stride=stride)
     assert protocol.name == "strided"
-    found = predicted(protocol, tokens)
-    assert [token for _, token in found] == list(range(1, tokens))
-    # But for the first window, each token sees at least context - stride tokens before it.
-    assert all(token - first >= context - stride or first == 0 for first, token in found)
+    predictions = predicted(protocol, tokens)
+    assert [token for _, token in predictions] == list(range(1, tokens))
+    # Except in the first window, each token sees at least context - stride tokens before it.
+    assert all(token - first >= context - stride or first == 0 for first, token in predictions)
     assert all(window.end - window.first <= context for window in protocol.windows(tokens))
 
 
@@ -60,7 +60,7 @@ def test_a_limit_takes_the_first_windows() -> None:
     assert Protocol.of(100, limit=3).windows(1000) == Protocol.of(100).windows(1000)[:3]
 
 
-def test_a_stride_as_long_as_the_context_is_no_overlap() -> None:
+def test_a_stride_equal_to_the_context_does_not_overlap() -> None:
     assert Protocol.of(100, stride=100).name == "non-overlapping"
 
 
@@ -82,28 +82,29 @@ def test_values_out_of_range_are_refused() -> None:
         Protocol.of(200).check(150, config, source="book.txt")
 
 
-@pytest.mark.parametrize("done", [[], [3], [1, 7, 8], [0, 40]])
-def test_batches_begin_where_a_run_goes_on(done: list[int]) -> None:
+@pytest.mark.parametrize("measured", [[], [3], [1, 7, 8], [0, 40]])
+def test_batches_begin_where_runs_resume(measured: list[int]) -> None:
     windows = Protocol.of(100).windows(2000)
-    found = batches(windows, 400, done)
-    assert [window for _, batch in found for window in batch] == windows
-    assert [index for index, _ in found] == [sum(len(batch) for _, batch in found[:place]) for place in range(len(found))]
-    assert all(1 <= len(batch) <= 4 for _, batch in found)
-    assert {index for index in done if index < 20} <= {index for index, _ in found}
+    indexed = batches(windows, 400, measured)
+    assert [window for _, batch in indexed for window in batch] == windows
+    assert [index for index, _ in indexed] == [sum(len(batch) for _, batch in indexed[:place]) for place in range(len(indexed))]
+    assert all(1 <= len(batch) <= 4 for _, batch in indexed)
+    assert {index for index in measured if index < 20} <= {index for index, _ in indexed}
     assert batches(windows, 400) == [(index, windows[index : index + 4]) for index in range(0, 20, 4)]
 
 
-def test_more_tokens_go_together_where_experts_are_decoded_for_each_step() -> None:
+def test_steps_are_longer_if_experts_are_dequantized_in_each_step() -> None:
     source = open_source(NANO)
     assert isinstance(source, DequantizedSource)
-    whole, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
-    assert step_tokens([whole]) == step_tokens([]) == 4096
-    assert step_tokens([whole, streamed]) == 32_768
-    whole.placement = place(whole.config, {}, Machine(), MemoryRequest(64))  # loaded within a budget, which has room for steps of 4,096
-    assert step_tokens([whole, streamed]) == 4096
+    resident, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
+    assert step_tokens([resident]) == step_tokens([]) == 4096
+    assert step_tokens([resident, streamed]) == 32_768
+    # A model loaded within a budget has memory for steps of 4,096 tokens.
+    resident.placement = place(resident.config, {}, Machine(), MemoryRequest(64))
+    assert step_tokens([resident, streamed]) == 4096
 
 
-def test_a_stride_of_the_context_that_was_not_named_is_refused() -> None:
+def test_a_stride_equal_to_the_default_context_is_refused() -> None:
     config = DbrxConfig.from_pretrained(NANO)
     with pytest.raises(RequestError, match="strided windows must overlap; found a stride of 2048"):
         protocol_of("strided", None, 2048, None, config)

@@ -1,4 +1,4 @@
-"""The kernel benchmark, the sweep and the table of resources, as far as they go without a GPU."""
+"""The kernel benchmark, the sweep of tiles and the table of resources: the parts that run without a GPU."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CHIP = CHIPS["sm_90"]
 PROBLEM = Problem("linear", 1, 8192, 6144, 4, 64)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the refusal on a machine without a GPU")
 @pytest.mark.parametrize("command", ["kernels", "tune"])
-def test_without_a_gpu_the_command_says_so(command: str, cli: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
-    done = cli("bench", command)
-    assert done.code == 2  # type: ignore[attr-defined] # the Outcome of tests/conftest.py
-    assert "must run on a GPU" in done.err  # type: ignore[attr-defined] # the same
-    assert "Use a machine" in done.err  # type: ignore[attr-defined] # the same
+def test_the_commands_refuse_to_run_without_a_gpu(command: str, cli: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = cli("bench", command)
+    assert outcome.code == 2  # type: ignore[attr-defined] # the Outcome of tests/conftest.py
+    assert "must run on a GPU" in outcome.err  # type: ignore[attr-defined] # the same
+    assert "Use a machine" in outcome.err  # type: ignore[attr-defined] # the same
 
 
 def row(**changes: object) -> KernelTiming:
-    made = KernelTiming(
+    timing = KernelTiming(
         kernel="linear",
         case="Wqkv, int4:64, 1 token",
         seconds=9.7e-6,
@@ -48,13 +48,13 @@ def row(**changes: object) -> KernelTiming:
         eager=("torch._weight_int4pack_mm",),
         failed={},
     )
-    return replace(made, **changes)  # type: ignore[arg-type] # fields of KernelTiming
+    return replace(timing, **changes)  # type: ignore[arg-type] # fields of KernelTiming
 
 
 def test_results_as_markdown_and_json() -> None:
-    where = Environment("2026-11-22T10:00:00+00:00", "NVIDIA H200", "sm_90", 132, 1, {"torch": "2.13.0"})
+    environment = Environment("2026-11-22T10:00:00+00:00", "NVIDIA H200", "sm_90", 132, 1, {"torch": "2.13.0"})
     failed = row(seconds=None, share=None, met=False, peers={}, eager=(), failed={"dbrx_q": "RuntimeError: no"})
-    result = KernelBenchmark(where, "dbrx-q bench kernels", 4.2e12, 7e14, (row(), failed))
+    result = KernelBenchmark(environment, "dbrx-q bench kernels", 4.2e12, 7e14, (row(), failed))
     text = markdown(result)
     assert "| 9.7 us | 76.0% | copy bandwidth | 75% | yes | torch._weight_int4pack_mm 12.0 us (no graph) |" in text
     assert "copying 4200 GB/s" in text
@@ -63,7 +63,7 @@ def test_results_as_markdown_and_json() -> None:
     assert json.loads(json.dumps(result.as_json()))["rows"][0]["met"] is True
 
 
-def test_a_sweep_keeps_the_fastest_and_reports_what_failed() -> None:
+def test_a_sweep_keeps_the_fastest_tiles_and_reports_failures() -> None:
     offered = candidates(PROBLEM, CHIP)
     fastest, broken = offered[17], offered[18]
 
@@ -79,8 +79,8 @@ def test_a_sweep_keeps_the_fastest_and_reports_what_failed() -> None:
     assert failures == [Failure(PROBLEM, broken, "RuntimeError: out of resource")]
 
 
-def test_a_quick_sweep_goes_from_better_to_better() -> None:
-    """Each respect has its own best value: a path from one candidate to the next finds them all without trying every combination."""
+def test_a_quick_sweep_finds_the_fastest_without_trying_every_combination() -> None:
+    """Each field of the tiles has a best value of its own, so that changing one field at a time finds the best combination."""
 
     def timer(_: Problem, tiles: Tiles) -> float:
         return 4.0 - (tiles.rows == 16) - (tiles.stages == 5) - (tiles.splits == 2)
@@ -90,7 +90,7 @@ def test_a_quick_sweep_goes_from_better_to_better() -> None:
     assert choice.candidates < len(candidates(PROBLEM, CHIP)) / 2
 
 
-def test_a_problem_whose_default_fails_is_left_alone() -> None:
+def test_a_problem_whose_default_tiles_fail_is_skipped() -> None:
     def timer(problem: Problem, tiles: Tiles) -> float:
         if tiles == candidates(PROBLEM, CHIP)[0]:
             raise RuntimeError("no")
@@ -102,22 +102,22 @@ def test_a_problem_whose_default_fails_is_left_alone() -> None:
 
 
 def test_every_product_of_dbrx_is_swept() -> None:
-    found = dbrx_problems()
-    assert len(set(found)) == len(found)
-    assert {(problem.op, problem.N, problem.K) for problem in found} == {
+    swept = dbrx_problems()
+    assert len(set(swept)) == len(swept)
+    assert {(problem.op, problem.N, problem.K) for problem in swept} == {
         ("linear", 8192, 6144),
         ("linear", 6144, 6144),
         ("linear", 100352, 6144),
         ("gate_up", 10752, 6144),
         ("down", 6144, 10752),
     }
-    assert Problem("down", 8, 6144, 10752, 4, 64, 16) in found
-    assert Problem("down", 4096 * 4, 6144, 10752, 4, 64, 16) in found
+    assert Problem("down", 8, 6144, 10752, 4, 64, 16) in swept
+    assert Problem("down", 4096 * 4, 6144, 10752, 4, 64, 16) in swept
     assert DBRX.qkv == 8192
 
 
 @pytest.mark.parametrize("fmt", [TensorFormat("int4", 128), TensorFormat("int8", 32), TensorFormat("nf4", 64)], ids=str)
-def test_an_empty_weight_has_the_shape_that_it_stands_for(fmt: TensorFormat) -> None:
+def test_an_empty_weight_has_the_requested_shape(fmt: TensorFormat) -> None:
     assert empty_weight(fmt, 3, 24, 384).shape == (3, 24, 384)
 
 
@@ -148,12 +148,12 @@ def test_loads_are_traced_to_the_parameter_that_they_read() -> None:
 
 
 def compiled(**changes: object) -> Resources:
-    made = Resources("linear_kernel", "sm_86", "", 4, 3, 1024, 100, 0, (16,), "")
-    return replace(made, **changes)  # type: ignore[arg-type] # fields of Resources
+    resources = Resources("linear_kernel", "sm_86", "", 4, 3, 1024, 100, 0, (16,), "")
+    return replace(resources, **changes)  # type: ignore[arg-type] # fields of Resources
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"packed_loads": None}, None),
@@ -164,12 +164,12 @@ def compiled(**changes: object) -> Resources:
     ],
     ids=str,
 )
-def test_what_a_kernel_may_take(changes: dict[str, object], says: str | None) -> None:
-    found = problems(ResourceRow("case", compiled(**changes)), CHIPS["sm_86"])
-    assert found == [] if says is None else says in found[0]
+def test_resource_limits_of_a_kernel(changes: dict[str, object], message: str | None) -> None:
+    messages = problems(ResourceRow("case", compiled(**changes)), CHIPS["sm_86"])
+    assert messages == [] if message is None else message in messages[0]
 
 
-def test_the_table_replaces_only_what_a_script_wrote(tmp_path: Path) -> None:
+def test_the_table_replaces_only_the_lines_between_its_markers(tmp_path: Path) -> None:
     rows = [ResourceRow("Wqkv", compiled()), ResourceRow("Wqkv", compiled(chip="gfx1100", registers=200))]
     path = tmp_path / "kernels.md"
     path.write_text(f"by hand\n{BEGIN}\nold\n{END}\nby hand too\n", encoding="utf-8")

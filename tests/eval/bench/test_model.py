@@ -1,4 +1,4 @@
-"""`dbrx-q bench PATH`: which rows it has, what they are made of, and what is written; never how fast they are."""
+"""`dbrx-q bench PATH`: its rows, their figures, and the files of a report. No test depends on a measured speed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = ["pp4", "tg3", "pp4 b2", "tg3 b2", "pp4 @ d5", "tg3 @ d5", "pp4 b2 @ d5"
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure is looked at; fixtures of the whole module still measure as users do."""
+    """Measure ceilings with small buffers; no test depends on the rates. Module-scoped fixtures use the buffers that users have."""
     monkeypatch.setattr(ceilings, "_BYTES", 1 << 20)
     monkeypatch.setattr(ceilings, "_MATMUL_ON_CPU", 64)
 
@@ -44,10 +44,10 @@ def stored_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for shard in folder.glob("*.safetensors") for tensor in safetensors.torch.load_file(shard).values())
 
 
-# What a token needs, by hand
+# Bytes and operations of a token, computed by hand
 
 
-FOOTPRINT = ModelWork(
+WORK = ModelWork(
     DbrxConfig(
         d_model=8,
         n_heads=2,
@@ -62,17 +62,17 @@ FOOTPRINT = ModelWork(
 )
 
 
-def test_what_a_decoded_token_needs() -> None:
+def test_bytes_and_operations_of_a_decoded_token() -> None:
     # 166 bytes of other weights, 4 of 16 experts, 2 tokens of keys and values in the mean of 1, 2 and 3.
     # Two operations for each of 50 + 5 + 200 + 25 parameters; 4 for each of 2 layers, 2 heads and 4 channels and token seen.
-    assert decode_need(FOOTPRINT, batch=1, depth=0, tokens=3) == Need(166 + 400 + 40, 560 + 64 * 2)
+    assert decode_need(WORK, batch=1, depth=0, tokens=3) == Need(166 + 400 + 40, 560 + 64 * 2)
     # Two sequences touch 16 (1 - (3/4)^2) = 7 experts, and have 12 tokens each.
-    assert decode_need(FOOTPRINT, batch=2, depth=10, tokens=3) == Need((166 + 700 + 2 * 240) / 2, 560 + 64 * 12)
+    assert decode_need(WORK, batch=2, depth=10, tokens=3) == Need((166 + 700 + 2 * 240) / 2, 560 + 64 * 12)
 
 
-def test_what_a_token_of_a_prompt_needs() -> None:
+def test_bytes_and_operations_of_a_prompt_token() -> None:
     # The weights once for both tokens, 12 tokens of keys and values; the head for one of two; 11 and 12 tokens seen.
-    assert prefill_need(FOOTPRINT, batch=1, depth=10, tokens=2) == Need((166 + 700 + 240) / 2, 2 * (255 + 12.5) + 64 * 11.5)
+    assert prefill_need(WORK, batch=1, depth=10, tokens=2) == Need((166 + 700 + 240) / 2, 2 * (255 + 12.5) + 64 * 11.5)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_a_token_of_a_prompt_needs() -> None:
     [(Need(600, 700), (10.0, "bandwidth")), (Need(600, 7e6), (2.0, "matmul"))],
     ids=["reads longer", "computes longer"],
 )
-def test_the_slower_of_reading_and_computing_bounds(need: Need, expected: tuple[float, str]) -> None:
+def test_the_slower_of_reading_and_computing_is_the_ceiling(need: Need, expected: tuple[float, str]) -> None:
     assert ceiling(need, Rates(bandwidth=6000, matmul=14e6)) == expected
 
 
@@ -92,15 +92,15 @@ def test_touched_experts_over_all_choices(experts: int, active: int, tokens: int
 
 
 @pytest.mark.parametrize(("kv_format", "kv_bytes"), [("plain", 4 * 2 * 2 * 32 * 2), ("int8", 4 * 2 * 2 * (32 + 2))])
-def test_a_footprint_is_what_lies_in_memory(kv_format: str, kv_bytes: int, quantized_nano: Path) -> None:
-    found = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), kv_format)
-    assert sum(found.nbytes.values()) == stored_bytes(quantized_nano)
-    assert found.nbytes["embedding"] == 4096 * 128 * (1 + 2 / 64)  # int8 with a float16 scale for 64
-    assert found.parameters["experts"] == 4 * 16 * 3 * 128 * 256
-    assert found.kv_bytes == kv_bytes
+def test_model_work_counts_the_bytes_in_memory(kv_format: str, kv_bytes: int, quantized_nano: Path) -> None:
+    work = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), kv_format)
+    assert sum(work.nbytes.values()) == stored_bytes(quantized_nano)
+    assert work.nbytes["embedding"] == 4096 * 128 * (1 + 2 / 64)  # int8 with a float16 scale for 64
+    assert work.parameters["experts"] == 4 * 16 * 3 * 128 * 256
+    assert work.kv_bytes == kv_bytes
 
 
-# What runs
+# Tokens that run
 
 
 def test_names_are_those_of_llama_bench() -> None:
@@ -112,30 +112,30 @@ def test_names_are_those_of_llama_bench() -> None:
     [(SpeedTest("pp", 4, 2, 5), [5, 5, 4, 4]), (SpeedTest("tg", 3, 2, 5), [5, 5] + [1] * 6), (SpeedTest("tg", 3), [1] * 3)],
     ids=lambda value: value.name if isinstance(value, SpeedTest) else "",
 )
-def test_a_row_runs_the_tokens_that_its_name_says(test: SpeedTest, steps: list[int], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[int] = []
+def test_a_row_runs_the_tokens_of_its_name(test: SpeedTest, steps: list[int], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_sizes: list[int] = []
     run = DbrxModel.run
 
-    def counted(self: DbrxModel, ids: torch.Tensor, *rest: Any) -> Any:
-        ran.append(len(ids))
-        return run(self, ids, *rest)
+    def counted(self: DbrxModel, ids: torch.Tensor, *arguments: Any) -> Any:
+        step_sizes.append(len(ids))
+        return run(self, ids, *arguments)
 
     monkeypatch.setattr(DbrxModel, "run", counted)
     bench_model(open_source(small), [test], device=CPU, repeats=2)
     first_token = [4] * 3 if test.kind == "pp" else []
-    assert ran == steps * 3 + first_token  # one that does not count, and two that do
+    assert step_sizes == steps * 3 + first_token  # one uncounted run and two counted ones
 
 
-def test_a_prompt_after_others_goes_on_from_them(small: Path) -> None:
+def test_a_prompt_continues_from_cached_tokens(small: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(small, dtype=torch.float32)
     prompt = list(range(20))
     with decoder_for(model, [20, 20], "plain") as decoder:
-        whole = decoder.prefill(0, prompt)
+        expected = decoder.prefill(0, prompt)
         decoder.prefill(1, prompt[:13])
-        torch.testing.assert_close(decoder.prefill(1, prompt[13:]), whole)
+        torch.testing.assert_close(decoder.prefill(1, prompt[13:]), expected)
 
 
-# What comes out
+# Results and reports
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +148,13 @@ def written(quantized_small: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return ModelBenchmark.from_dict(json.loads((folder / "bench.json").read_text(encoding="utf-8"))), folder
 
 
-def test_json_holds_every_row_and_how_it_came_about(written: tuple[ModelBenchmark, Path], quantized_small: Path) -> None:
+def test_json_has_every_row_and_the_provenance(written: tuple[ModelBenchmark, Path], quantized_small: Path) -> None:
     result, folder = written
     assert json.loads((folder / "bench.json").read_text(encoding="utf-8")) == result.to_dict()
     assert [row.name for row in result.rows] == NAMES
-    footprint = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_small), "plain")
+    work = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_small), "plain")
     for row in result.rows:
-        need = (prefill_need if row.kind == "pp" else decode_need)(footprint, batch=row.batch, depth=row.depth, tokens=row.tokens)
+        need = (prefill_need if row.kind == "pp" else decode_need)(work, batch=row.batch, depth=row.depth, tokens=row.tokens)
         assert (row.bytes_per_token, row.flops_per_token) == (need.nbytes, need.flops)
         assert len(row.samples) == 2
         assert min(row.samples) > 0
@@ -172,11 +172,11 @@ def test_json_holds_every_row_and_how_it_came_about(written: tuple[ModelBenchmar
     assert result.provenance["sha256"] == sha256_of(quantized_small / MANIFEST_NAME)
     assert {"command", "versions", "device", "threads"} <= result.provenance.keys()
     assert result.load_seconds > 0
-    # What measures the ceilings takes a GiB, which is no memory of the model's.
+    # The buffers that measure the ceilings take a GiB, which is not counted as memory of the model.
     assert result.loaded_memory["host"] <= result.load_peak_memory["host"] <= result.peak_memory["host"] < 1 << 30
 
 
-def test_markdown_has_a_line_for_each(written: tuple[ModelBenchmark, Path]) -> None:
+def test_markdown_has_a_line_for_each_row(written: tuple[ModelBenchmark, Path]) -> None:
     result, folder = written
     text = (folder / "bench.md").read_text(encoding="utf-8")
     assert text == markdown(result)
@@ -195,10 +195,10 @@ def test_the_plot_is_written_as_png_and_svg(written: tuple[ModelBenchmark, Path]
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.png", "bench.svg"]
 
 
-def test_other_peoples_files_are_measured_as_they_lie_in_memory(nano_gguf: Path, cli: Callable[..., Any]) -> None:
-    done = cli("bench", "model", nano_gguf, "-p", 0, "-n", 2, "-r", 1, "--json")
-    assert done.code == 0, done.err
-    result = ModelBenchmark.from_dict(json.loads(done.out))
+def test_a_gguf_file_is_measured_as_it_is_held_in_memory(nano_gguf: Path, cli: Callable[..., Any]) -> None:
+    outcome = cli("bench", "model", nano_gguf, "-p", 0, "-n", 2, "-r", 1, "--json")
+    assert outcome.code == 0, outcome.err
+    result = ModelBenchmark.from_dict(json.loads(outcome.out))
     assert ([row.name for row in result.rows], result.first_token, result.rows[0].stdev) == (["tg2"], [], 0.0)
     assert result.format.startswith("GGUF")
     assert result.weight_bytes == 4 * result.parameters > result.bytes
@@ -209,10 +209,10 @@ def nano_gguf() -> Path:
     return min((Path(__file__).parents[2] / "data").rglob("*.gguf"), key=lambda path: path.stat().st_size)
 
 
-# What ends early
+# Interruptions and refused requests
 
 
-def test_an_interruption_leaves_the_rows_that_are_finished(
+def test_an_interruption_keeps_the_finished_rows(
     small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured, row = [], benchmark._row
@@ -224,16 +224,16 @@ def test_an_interruption_leaves_the_rows_that_are_finished(
         return measured[-1]
 
     monkeypatch.setattr(benchmark, "_row", interrupted)
-    done = cli("bench", small, "-p", "4,5", "-n", 3, "-r", 1, "--json", "--out", tmp_path)
-    assert done.code == 2
-    assert "interrupted after 2 of 5 rows" in done.err
-    result = ModelBenchmark.from_dict(json.loads(done.out))
+    outcome = cli("bench", small, "-p", "4,5", "-n", 3, "-r", 1, "--json", "--out", tmp_path)
+    assert outcome.code == 2
+    assert "interrupted after 2 of 5 rows" in outcome.err
+    result = ModelBenchmark.from_dict(json.loads(outcome.out))
     assert (result.complete, result.rows, result.first_token) == (False, measured, [])
     assert "**Interrupted: 2 of 5 rows were finished.**" in (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")) == result.to_dict()
 
 
-def test_an_interruption_before_the_first_row_leaves_nothing(small: Path) -> None:
+def test_an_interruption_before_the_first_row_is_raised(small: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -262,9 +262,9 @@ def test_bad_requests_are_refused_before_loading(
     monkeypatch.setattr(TransformersFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
     file = tmp_path / "file"
     file.touch()
-    done = cli("bench", small, *(argument.format(file=file) for argument in arguments))
-    assert (done.code, done.out) == (2, "")
-    assert message in done.err
+    outcome = cli("bench", small, *(argument.format(file=file) for argument in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -273,13 +273,13 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(TransformersFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = cli("bench", small, "--out", tmp_path / "results")
-    assert done.code == 2
-    assert "pip install 'dbrx_q[eval]'" in done.err
+    outcome = cli("bench", small, "--out", tmp_path / "results")
+    assert outcome.code == 2
+    assert "pip install 'dbrx_q[eval]'" in outcome.err
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_that_are_decoded_layer_by_layer_are_refused(nano_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_dequantized_in_each_step_are_refused(nano_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(nano_gguf)
     load = source.load
     monkeypatch.setattr(source, "load", lambda *, dtype, device: load(dtype=dtype, device=device, stream=True))
@@ -287,29 +287,26 @@ def test_weights_that_are_decoded_layer_by_layer_are_refused(nano_gguf: Path, mo
         bench_model(source, [SpeedTest("pp", 4)], device=CPU, repeats=1)
 
 
-def test_experts_that_memory_does_not_hold(quantized_nano: Path, nano: Path, cli: Callable[..., Any]) -> None:
+def test_offloaded_experts(quantized_nano: Path, nano: Path, cli: Callable[..., Any]) -> None:
     sizes = ("-p", 8, "-n", 4, "-r", 1)
-    done = cli("bench", quantized_nano, *sizes, "--ram", "3MiB", "--json")
-    assert done.code == 0
-    result = ModelBenchmark.from_dict(json.loads(done.out))
-    footprint = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), "plain")
-    assert result.weight_bytes < 3 << 20 < sum(footprint.nbytes.values())
+    outcome = cli("bench", quantized_nano, *sizes, "--ram", "3MiB", "--json")
+    assert outcome.code == 0
+    result = ModelBenchmark.from_dict(json.loads(outcome.out))
+    work = ModelWork.of(DbrxForCausalLM.from_pretrained(quantized_nano), "plain")
+    assert result.weight_bytes < 3 << 20 < sum(work.nbytes.values())
     for row in result.rows:
         assert 0 <= row.hit_rate < 1
-        assert (
-            row.bytes_per_token
-            == (prefill_need if row.kind == "pp" else decode_need)(footprint, batch=1, depth=0, tokens=row.tokens).nbytes
-        )
+        assert row.bytes_per_token == (prefill_need if row.kind == "pp" else decode_need)(work, batch=1, depth=0, tokens=row.tokens).nbytes
     assert "of the requests for experts hit the cache" in markdown(result)
-    whole = ModelBenchmark.from_dict(json.loads(cli("bench", quantized_nano, *sizes, "--json").out))
-    assert [row.hit_rate for row in whole.rows] == [1, 1]
-    assert "requests for experts" not in markdown(whole)
+    resident = ModelBenchmark.from_dict(json.loads(cli("bench", quantized_nano, *sizes, "--json").out))
+    assert [row.hit_rate for row in resident.rows] == [1, 1]
+    assert "requests for experts" not in markdown(resident)
     refused = cli("bench", nano, *sizes, "--ram", "30MiB")
     assert (refused.code, refused.out) == (2, "")
     assert "--ram and --gpu measure what dbrx_q quantized; this is bfloat16" in refused.err
 
 
-def test_help_tells_how_a_model_is_measured(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_explains_how_to_measure_a_model(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert "dbrx-q bench PATH" in cli("bench", "--help").out
     assert "pp512" in cli("bench", "model", "--help").out

@@ -1,4 +1,4 @@
-"""A comparison against transformers and float64 numpy, and what a saved reference gives in the reference's place."""
+"""Comparisons are checked against transformers and float64 numpy, and a saved reference against the model that it was saved from."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def text(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Text:
     file = tmp_path_factory.mktemp("text") / "book.txt"
-    whole = (nano.parent / "war-of-the-worlds.txt").read_text(encoding="utf-8")
-    file.write_text(whole[20000:26000], encoding="utf-8")
+    book = (nano.parent / "war-of-the-worlds.txt").read_text(encoding="utf-8")
+    file.write_text(book[20000:26000], encoding="utf-8")
     return load_text(str(file))
 
 
 @pytest.fixture(scope="module")
-def found(nano: Path, quantized_nano: Path, text: Text) -> Comparison:
+def comparison(nano: Path, quantized_nano: Path, text: Text) -> Comparison:
     return compare_checkpoints(open_source(nano), [open_source(quantized_nano), open_source(nano)], text, PROTOCOL)
 
 
@@ -73,8 +73,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return raised - np.log(np.exp(raised).sum(-1, keepdims=True))
 
 
-def test_every_figure_is_numpys(nano: Path, quantized_nano: Path, text: Text, found: Comparison) -> None:
-    """The reference by transformers, the checkpoint by this package, everything after the logits by numpy in float64."""
+def test_every_figure_equals_numpys(nano: Path, quantized_nano: Path, text: Text, comparison: Comparison) -> None:
+    """Transformers computes the reference's logits, this package the checkpoint's, and numpy all figures from them in float64."""
     config = transformers.DbrxConfig.from_pretrained(nano)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     oracle = transformers.DbrxForCausalLM.from_pretrained(nano, config=config, dtype=torch.float32).eval()
@@ -91,8 +91,8 @@ def test_every_figure_is_numpys(nano: Path, quantized_nano: Path, text: Text, fo
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
         five += [len(set(np.argsort(-a)[:5]) & set(np.argsort(-b)[:5])) / 5 for a, b in zip(log_p, log_q, strict=True)]
     kls, p, q = np.concatenate(kl), np.concatenate(nll_p), np.concatenate(nll_q)
-    row = found.results[0]
-    assert row.tokens == found.tokens == found.total_tokens == len(kls) == len(ids) // CONTEXT * (CONTEXT - 1)
+    row = comparison.results[0]
+    assert row.tokens == comparison.tokens == comparison.total_tokens == len(kls) == len(ids) // CONTEXT * (CONTEXT - 1)
     close = {
         "mean_kl": kls.mean(),
         "mean_kl_stderr": kls.std(ddof=1) / len(kls) ** 0.5,
@@ -108,14 +108,16 @@ def test_every_figure_is_numpys(nano: Path, quantized_nano: Path, text: Text, fo
     }
     for name, value in close.items():
         assert np.isclose(getattr(row, name), value, rtol=1e-3, atol=0), f"{name}: {getattr(row, name)} and {value}"
-    assert np.isclose(found.reference_perplexity, np.exp(p.mean()), rtol=1e-5)
+    assert np.isclose(comparison.reference_perplexity, np.exp(p.mean()), rtol=1e-5)
     # A token whose two likeliest are within the two programs' rounding of each other may fall either way.
     assert abs(row.top1_agreement - np.concatenate(same).mean()) <= 2 / len(kls)
     assert abs(row.top5_agreement - np.mean(five)) <= 2 / len(kls)
     assert 0.5 < row.top1_agreement < 1
 
 
-def test_experts_and_hidden_states_are_the_forward_passes(nano: Path, quantized_nano: Path, text: Text, found: Comparison) -> None:
+def test_experts_and_hidden_states_equal_those_of_forward_passes(
+    nano: Path, quantized_nano: Path, text: Text, comparison: Comparison
+) -> None:
     models = [DbrxForCausalLM.from_pretrained(path, dtype="float32") for path in (nano, quantized_nano)]
     ids = DbrxTokenizer.from_pretrained(nano).encode(text.text)
     layers = models[0].config.n_layers
@@ -142,41 +144,41 @@ def test_experts_and_hidden_states_are_the_forward_passes(nano: Path, quantized_
             error[layer] += float((a - b).square().sum())
             norm[layer] += float(a.square().sum())
         tokens += CONTEXT - 1
-    row = found.results[0]
+    row = comparison.results[0]
     np.testing.assert_allclose(row.router_agreement, same / tokens, atol=2 / tokens)
     np.testing.assert_allclose(row.router_jaccard, jaccard / tokens, atol=2 / tokens)
     np.testing.assert_allclose(row.hidden_error, np.sqrt(error / norm), rtol=0.1)  # of a sample of the tokens
     assert all(0 < share < 1 for share in row.router_agreement)
 
 
-def test_a_checkpoint_beside_itself_is_the_same(found: Comparison) -> None:
-    row = found.results[1]
+def test_a_checkpoint_does_not_diverge_from_itself(comparison: Comparison) -> None:
+    row = comparison.results[1]
     assert (row.mean_kl, row.max_kl, row.delta_ln_ppl, row.rms_dp) == (0, 0, 0, 0)
     assert (row.top1_agreement, row.top5_agreement) == (1, 1)
     assert row.router_agreement == row.router_jaccard == [1.0] * 4
     assert row.hidden_error == [0.0] * 4
-    assert row.perplexity == found.reference_perplexity
+    assert row.perplexity == comparison.reference_perplexity
 
 
-def test_perplexity_is_that_of_the_perplexity_command(quantized_nano: Path, text: Text, found: Comparison) -> None:
+def test_perplexity_equals_that_of_the_perplexity_command(quantized_nano: Path, text: Text, comparison: Comparison) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano, dtype="float32")
     alone = perplexity(model, DbrxTokenizer.from_pretrained(quantized_nano).encode(text.text), PROTOCOL)
-    assert (alone.perplexity, alone.stderr) == (found.results[0].perplexity, found.results[0].perplexity_stderr)
+    assert (alone.perplexity, alone.stderr) == (comparison.results[0].perplexity, comparison.results[0].perplexity_stderr)
 
 
-def test_the_worst_tokens_are_shown_with_what_came_before(text: Text, found: Comparison) -> None:
-    worst = found.results[0].worst_tokens
+def test_the_worst_tokens_are_shown_with_the_text_before_them(text: Text, comparison: Comparison) -> None:
+    worst = comparison.results[0].worst_tokens
     assert len(worst) == 10
     assert [token.kl for token in worst] == sorted((token.kl for token in worst), reverse=True)
-    assert worst[0].kl == found.results[0].max_kl
+    assert worst[0].kl == comparison.results[0].max_kl
     for token in worst:
         assert token.before + token.token in text.text
         assert 0 < token.reference_probability < 1
 
 
-def test_json_goes_round(found: Comparison) -> None:
-    again = Comparison.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert again == found
+def test_json_round_trip(comparison: Comparison) -> None:
+    again = Comparison.from_dict(json.loads(json.dumps(comparison.to_dict())))
+    assert again == comparison
     wanted = {
         "path",
         "format",
@@ -191,26 +193,26 @@ def test_json_goes_round(found: Comparison) -> None:
         "delta_ln_ppl",
     }
     wanted |= {"delta_ln_ppl_stderr", "top1_agreement", "top5_agreement", "rms_dp", "router_agreement"}
-    assert wanted <= set(found.to_dict()["results"][0])
-    assert {"reference", "text", "context", "results"} <= set(found.to_dict())
+    assert wanted <= set(comparison.to_dict()["results"][0])
+    assert {"reference", "text", "context", "results"} <= set(comparison.to_dict())
 
 
-def test_same_input_same_digits(nano: Path, quantized_nano: Path, text: Text, found: Comparison) -> None:
+def test_figures_are_reproducible(nano: Path, quantized_nano: Path, text: Text, comparison: Comparison) -> None:
     again = compare_checkpoints(open_source(nano), [open_source(quantized_nano)], text, PROTOCOL)
-    assert again.results[0] == found.results[0]
+    assert again.results[0] == comparison.results[0]
 
 
-def test_an_interrupted_comparison_goes_on_to_the_same_digits(
-    nano: Path, quantized_nano: Path, text: Text, found: Comparison, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_comparison_gives_the_same_figures(
+    nano: Path, quantized_nano: Path, text: Text, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "STEP_TOKENS", 2 * CONTEXT)
     sources = [open_source(quantized_nano)]
-    whole = compare_checkpoints(open_source(nano), sources, text, PROTOCOL)
-    pressed: list[int] = []
+    expected = compare_checkpoints(open_source(nano), sources, text, PROTOCOL)
+    interrupted: list[int] = []
 
     def interrupt(done: int, total: int) -> None:
-        if done >= 4 and not pressed:
-            pressed.append(done)
+        if done >= 4 and not interrupted:
+            interrupted.append(done)
             raise KeyboardInterrupt
 
     def run(**options: object) -> Comparison:
@@ -218,50 +220,50 @@ def test_an_interrupted_comparison_goes_on_to_the_same_digits(
 
     partial = run(on_window=interrupt)
     assert not partial.complete
-    assert 0 < partial.tokens < partial.total_tokens == whole.tokens
+    assert 0 < partial.tokens < partial.total_tokens == expected.tokens
     assert partial.results[0].tokens == partial.tokens
-    done: list[int] = []
-    assert run(resume=True, on_window=lambda n, total: done.append(n)) == whole
-    assert done[0] == pressed[0]
-    assert run(resume=True, on_window=lambda n, total: done.append(n)) == whole  # begun again: nothing is kept of what is complete
+    reported: list[int] = []
+    assert run(resume=True, on_window=lambda done, total: reported.append(done)) == expected
+    assert reported[0] == interrupted[0]
+    assert run(resume=True, on_window=lambda done, total: reported.append(done)) == expected  # a complete run leaves no state
 
 
-@pytest.mark.parametrize("place", ["scores", "layers", "room"])
-def test_ctrl_c_at_any_moment_leaves_figures_that_hold(
+@pytest.mark.parametrize("place", ["scores", "layers", "reserve"])
+def test_ctrl_c_at_any_moment_leaves_consistent_figures(
     nano: Path, quantized_nano: Path, text: Text, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """In the middle of a batch, between its scores and its layers, and while a resumed run makes room."""
+    """In the middle of a batch, between its scores and its layers, and while a resumed run allocates its scores."""
     monkeypatch.setattr(observe, "STEP_TOKENS", 2 * CONTEXT)
 
     def run(**options: object) -> Comparison:
         return compare_checkpoints(open_source(nano), [open_source(quantized_nano)], text, PROTOCOL, **options)  # type: ignore[arg-type]
 
-    whole = run()
+    expected = run()
     holder, name = (divergence.TokenScores, "put") if place != "layers" else (compare._LayerSums, "plus")
     real, calls = getattr(holder, name), []
 
     def broken(self: object, *arguments: object) -> object:
         calls.append(name)
-        if len(calls) == at:
+        if len(calls) == interrupted_call:
             raise KeyboardInterrupt
         return real(self, *arguments)
 
     monkeypatch.setattr(holder, name, broken)
-    at = 3 if place == "layers" else 5
+    interrupted_call = 3 if place == "layers" else 5
     partial = run()
     assert not partial.complete
-    if place == "room":
+    if place == "reserve":
         calls.clear()
-        at = 1  # what a resumed run holds is put into its new room first
-        again = run(resume=True)
-        assert again.results[0].perplexity == partial.results[0].perplexity
-    done = partial.results[0].tokens
-    assert done % (2 * (CONTEXT - 1)) == 0
-    at = 0
-    assert run(resume=True) == whole
+        interrupted_call = 1  # a resumed run first copies its scores into a new allocation
+        resumed = run(resume=True)
+        assert resumed.results[0].perplexity == partial.results[0].perplexity
+    tokens = partial.results[0].tokens
+    assert tokens % (2 * (CONTEXT - 1)) == 0
+    interrupted_call = 0
+    assert run(resume=True) == expected
 
 
-def test_samples_of_hidden_states_fall_on_all_places_of_windows() -> None:
+def test_samples_of_hidden_states_cover_all_positions_of_a_window() -> None:
     for count in (30, 68, 136, 1022):
         windows = Protocol.of(2048).windows(2048 * count)
         interval = observe.sample_interval(windows, 40, 6144)
@@ -270,40 +272,40 @@ def test_samples_of_hidden_states_fall_on_all_places_of_windows() -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 32])
-def test_a_saved_reference_serves_in_the_references_place(
-    reference: ModelReference, quantized_nano: Path, text: Text, found: Comparison, tmp_path: Path, top_k: int | None
+def test_a_saved_reference_gives_the_figures_of_its_model(
+    reference: ModelReference, quantized_nano: Path, text: Text, comparison: Comparison, tmp_path: Path, top_k: int | None
 ) -> None:
     path = tmp_path / "reference.safetensors"
-    assert saved(reference, text, path, top_k=top_k) == (found.tokens, found.tokens)
-    again = compare_checkpoints(open_reference(str(path)), [open_source(quantized_nano)], text, PROTOCOL)
-    ours, theirs = again.results[0], found.results[0]
+    assert saved(reference, text, path, top_k=top_k) == (comparison.tokens, comparison.tokens)
+    with_file = compare_checkpoints(open_reference(str(path)), [open_source(quantized_nano)], text, PROTOCOL)
+    from_file, from_model = with_file.results[0], comparison.results[0]
     exact = ("perplexity", "delta_ln_ppl", "delta_ln_ppl_stderr", "rms_dp", "top1_agreement", "top5_agreement")
     for name in (*exact, "router_agreement", "router_jaccard", "hidden_error"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert again.reference_perplexity == found.reference_perplexity
+        assert getattr(from_file, name) == getattr(from_model, name), name
+    assert with_file.reference_perplexity == comparison.reference_perplexity
     if top_k is None:
-        assert np.isclose(ours.mean_kl, theirs.mean_kl, rtol=1e-3)
-        assert np.isclose(ours.max_kl, theirs.max_kl, rtol=5e-3)
-        assert "float16" in again.approximation
+        assert np.isclose(from_file.mean_kl, from_model.mean_kl, rtol=1e-3)
+        assert np.isclose(from_file.max_kl, from_model.max_kl, rtol=5e-3)
+        assert "float16" in with_file.approximation
     else:
-        assert 0.5 * theirs.mean_kl < ours.mean_kl < theirs.mean_kl
-        assert "32 likeliest tokens" in again.approximation
-        assert path.stat().st_size < 0.2 * 2 * 4096 * found.tokens
+        assert 0.5 * from_model.mean_kl < from_file.mean_kl < from_model.mean_kl
+        assert "32 likeliest tokens" in with_file.approximation
+        assert path.stat().st_size < 0.2 * 2 * 4096 * comparison.tokens
 
 
-def test_saving_goes_on_where_it_was_interrupted(
+def test_saving_resumes_where_it_was_interrupted(
     reference: ModelReference, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "STEP_TOKENS", 2 * CONTEXT)
-    whole, path = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    total = saved(reference, text, whole, top_k=16)[1]
+    complete, path = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    total = saved(reference, text, complete, top_k=16)[1]
 
-    def at_once(done: int, total: int) -> None:
+    def interrupt_at_once(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        saved(reference, text, path, top_k=16, on_window=at_once)
-    assert list(tmp_path.iterdir()) == [whole]
+        saved(reference, text, path, top_k=16, on_window=interrupt_at_once)
+    assert list(tmp_path.iterdir()) == [complete]
 
     def interrupt(done: int, total: int) -> None:
         if done == 4:
@@ -315,38 +317,38 @@ def test_saving_goes_on_where_it_was_interrupted(
         saved(reference, text, path, top_k=17, resume=True)
     partial = path.with_name(path.name + ".partial")
     data = bytearray(partial.read_bytes())
-    with SafetensorsFile(whole) as file:
+    with SafetensorsFile(complete) as file:
         data[file.tensors["nll"].offset + 8 * 3 * (CONTEXT - 1)] ^= 1  # of the fourth window
     partial.write_bytes(data)
     seen: list[int] = []
     saved(reference, text, path, top_k=16, resume=True, on_window=lambda done, total: seen.append(done))
     assert seen[0] == 3
-    assert path.read_bytes() == whole.read_bytes()
+    assert path.read_bytes() == complete.read_bytes()
     with pytest.raises(RequestError, match="must not exist; it does"):
         saved(reference, text, path)
 
 
-def test_a_reference_that_does_not_belong_is_refused(
+def test_a_reference_of_another_text_protocol_or_model_is_refused(
     reference: ModelReference, nano: Path, quantized_nano: Path, small: Path, text: Text, tmp_path: Path
 ) -> None:
     path = tmp_path / "reference.safetensors"
     saved(reference, text, path, top_k=16)
-    other = tmp_path / "other.txt"
-    other.write_text(text.text[::-1], encoding="utf-8")
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text.text[::-1], encoding="utf-8")
 
     def run(source: Source, words: Text = text, protocol: Protocol = PROTOCOL) -> None:
         compare_checkpoints(open_reference(str(path)), [source], words, protocol)
 
     with pytest.raises(RequestError, match=r"other\.txt: a saved reference must be used on its own text"):
-        run(open_source(quantized_nano), load_text(str(other)))
+        run(open_source(quantized_nano), load_text(str(other_text)))
     with pytest.raises(RequestError, match="the options ask for half-window, context 256"):
         run(open_source(quantized_nano), protocol=Protocol.of(CONTEXT, half_window=True))
     with pytest.raises(RequestError, match="n_layers is 1, the reference's 4"):
         run(open_source(small))
     data = bytearray(path.read_bytes())
     with ReferenceFile(path) as file:
-        at = file._file.tensors["top_log_probs"].offset
-    data[at + 5] ^= 1
+        offset = file._file.tensors["top_log_probs"].offset
+    data[offset + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="window 0 differs"):
         run(open_source(quantized_nano))
@@ -361,7 +363,7 @@ def test_a_reference_that_does_not_belong_is_refused(
         open_reference(str(path))
 
 
-def test_models_that_do_not_fit_together_go_one_after_another(nano: Path) -> None:
+def test_models_are_grouped_by_memory(nano: Path) -> None:
     pairs = [Pair(open_source(nano)) for _ in range(4)]
     assert [len(group) for group in groups(pairs, [10, 10, 10, 10], 25)] == [2, 2]
     assert [len(group) for group in groups(pairs, [30, 10, 10, 30], 25)] == [1, 2, 1]
@@ -369,30 +371,32 @@ def test_models_that_do_not_fit_together_go_one_after_another(nano: Path) -> Non
     assert [pair for group in groups(pairs, [1, 2, 3, 4], 100) for pair in group] == pairs
 
 
-def test_the_command(cli: Callable[..., object], nano: Path, quantized_nano: Path, text: Text, found: Comparison, tmp_path: Path) -> None:
+def test_the_command(
+    cli: Callable[..., object], nano: Path, quantized_nano: Path, text: Text, comparison: Comparison, tmp_path: Path
+) -> None:
     outcome = cli("compare", nano, quantized_nano, "--text", text.name, "--context", CONTEXT, "--json")
     assert outcome.code == 0
     shown = json.loads(outcome.out)
-    assert shown["results"][0]["mean_kl"] == found.results[0].mean_kl
+    assert shown["results"][0]["mean_kl"] == comparison.results[0].mean_kl
     assert (shown["reference"], shown["context"]) == (str(nano), CONTEXT)
     assert shown["provenance"]["versions"]["torch"] == torch.__version__
     path = tmp_path / "reference.safetensors"
     assert cli("reference", nano, path, "--text", text.name, "--context", CONTEXT, "--top-k", 64).code == 0
     outcome = cli("compare", path, quantized_nano, "--text", text.name)
     assert outcome.code == 0
-    assert f"perplexity              {found.results[0].perplexity:.4f}" in outcome.out
+    assert f"perplexity              {comparison.results[0].perplexity:.4f}" in outcome.out
     outcome = cli("compare", path, quantized_nano, "--text", text.name, "--context", 128)
     assert outcome.code == 2
     assert "Leave the options out" in outcome.err
     outcome = cli("compare", nano, quantized_nano, "--text", text.name, "--context", CONTEXT, "--protocol", "strided")
     assert outcome.code == 2
     assert "Give --stride" in outcome.err
-    for more, says in (
+    for options, message in (
         (["--protocol", "strided", "--stride", CONTEXT], "strided windows must overlap"),
         (["--section", "divergence"], "Give --document"),
         (["--document", tmp_path / "absent" / "x.md"], "folder that exists"),
         (["--document", path], "must be UTF-8"),
     ):
-        outcome = cli("compare", nano, quantized_nano, "--text", text.name, "--context", CONTEXT, *more)
+        outcome = cli("compare", nano, quantized_nano, "--text", text.name, "--context", CONTEXT, *options)
         assert (outcome.code, outcome.out) == (2, "")
-        assert says in outcome.err
+        assert message in outcome.err

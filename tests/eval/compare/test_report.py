@@ -20,7 +20,7 @@ from dbrx_q.eval.compare.report_markdown import front, table
 from dbrx_q.eval.compare.result import Comparison, QuantResult, WorstToken
 from dbrx_q.eval.report_folder import check_report_folder, write_files
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
 HOSTILE = "<script>document.title = 'broken'</script>\"'&\n\t\U0001f600 \u05e9\u05dc\u05d5\u05dd \u202e \udcff |$\\frac{$`*"
 CONTRASTS = """
@@ -29,16 +29,16 @@ const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 
 const behind = node => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
 const light = colour => colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const found = [];
+const contrasts = [];
 for (const node of document.querySelectorAll("body *")) {
   const text = [...node.childNodes].filter(child => child.nodeType === 3).map(child => child.data.trim()).join("");
   if (!text) continue;
   const style = getComputedStyle(node), back = behind(node);
   const front = over(parse(node instanceof SVGElement ? style.fill : style.color), back);
   const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
-  found.push([node.tagName + " " + text.slice(0, 40), (high + 0.05) / (low + 0.05)]);
+  contrasts.push([node.tagName + " " + text.slice(0, 40), (high + 0.05) / (low + 0.05)]);
 }
-return found;
+return contrasts;
 """
 PARTS = ("summary", "table", "divergence", "layers", "router", "tokens", "provenance")
 
@@ -77,7 +77,7 @@ def result(number: int, *, layers: int = 4, kl: float | None = None) -> QuantRes
 
 
 def comparison(results: list[QuantResult], **changes: Any) -> Comparison:
-    whole = Comparison(
+    base = Comparison(
         reference="models/original",
         reference_format="bfloat16",
         reference_bits_per_weight=16.0,
@@ -103,7 +103,7 @@ def comparison(results: list[QuantResult], **changes: Any) -> Comparison:
             "reference_sha256": "cd" * 32,
         },
     )
-    return replace(whole, **changes)
+    return replace(base, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-def opened(browser: Any, found: Comparison, folder: Path, width: int = 1280, scheme: str = "light") -> Any:
-    write_report(found, folder)
+def opened(browser: Any, shown: Comparison, folder: Path, width: int = 1280, scheme: str = "light") -> Any:
+    write_report(shown, folder)
     # Not the window's size, which Chromium keeps above 500.
     size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -169,7 +169,7 @@ def test_chromium_shows_every_part(browser: Any, tmp_path: Path) -> None:
         assert words in provenance
 
 
-def test_text_of_models_stays_text(browser: Any, tmp_path: Path) -> None:
+def test_text_from_models_is_escaped(browser: Any, tmp_path: Path) -> None:
     page = opened(browser, comparison([replace(result(0), path=HOSTILE)], reference=HOSTILE, text=HOSTILE), tmp_path)
     assert page.title.startswith("Divergence from <script>")
     assert not page.find_elements("css selector", "script")
@@ -184,7 +184,7 @@ def test_text_of_models_stays_text(browser: Any, tmp_path: Path) -> None:
     assert len([line for line in lines if line.count("|") == header.count("|")]) == 4
 
 
-def test_the_page_needs_nothing_but_itself(browser: Any, tmp_path: Path) -> None:
+def test_the_page_loads_no_other_resource(browser: Any, tmp_path: Path) -> None:
     page = opened(browser, comparison([result(0), result(1)]), tmp_path)
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert not [entry for entry in page.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
@@ -194,7 +194,7 @@ def test_the_page_needs_nothing_but_itself(browser: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("layers", [4, 40])
-def test_a_narrow_screen_scrolls_tables_alone(browser: Any, tmp_path: Path, layers: int) -> None:
+def test_only_tables_scroll_on_a_narrow_screen(browser: Any, tmp_path: Path, layers: int) -> None:
     from selenium.webdriver.common.by import By
 
     results = [
@@ -209,8 +209,8 @@ def test_a_narrow_screen_scrolls_tables_alone(browser: Any, tmp_path: Path, laye
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_both_colour_schemes(browser: Any, tmp_path: Path, scheme: str) -> None:
-    """WCAG 2's contrast of at least 4.5, on what lies behind the text."""
+def test_text_has_enough_contrast_in_both_colour_schemes(browser: Any, tmp_path: Path, scheme: str) -> None:
+    """WCAG 2 requires a contrast of at least 4.5 between a text and its background."""
     results = [replace(result(number), router_agreement=[1.0, 0.9, 0.8, 0.5]) for number in range(12)]
     page = opened(browser, comparison(results, complete=False), tmp_path, scheme=scheme)
     dark = page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
@@ -220,9 +220,9 @@ def test_text_can_be_read_in_both_colour_schemes(browser: Any, tmp_path: Path, s
     assert {text: ratio for text, ratio in ratios if ratio < 4.5} == {}
 
 
-def test_a_partial_run_says_so(browser: Any, tmp_path: Path) -> None:
-    found = comparison([result(0)], complete=False, tokens=1022, approximation="the reference kept its 64 likeliest tokens")
-    summary = opened(browser, found, tmp_path).find_element("id", "summary").text
+def test_a_partial_run_is_marked(browser: Any, tmp_path: Path) -> None:
+    partial = comparison([result(0)], complete=False, tokens=1022, approximation="the reference kept its 64 likeliest tokens")
+    summary = opened(browser, partial, tmp_path).find_element("id", "summary").text
     assert "interrupted after 1,022 of 5,110 tokens" in summary
     assert "64 likeliest" in summary
     document = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -248,14 +248,14 @@ def test_a_model_that_overflows_is_reported(tmp_path: Path, value: float) -> Non
     write_report(comparison([broken]), tmp_path)
 
 
-def test_the_files(tmp_path: Path) -> None:
-    found = comparison([result(0), result(1)])
+def test_files_of_a_report(tmp_path: Path) -> None:
+    written = comparison([result(0), result(1)])
     (tmp_path / "mine.txt").write_text("stays")
     write_report(comparison([result(2)]), tmp_path)
-    write_report(found, tmp_path)
+    write_report(written, tmp_path)
     names = {"report.md", "report.json", "report.html", "divergence.png", "divergence.svg", "mine.txt"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert Comparison.from_dict(json.loads((tmp_path / "report.json").read_text())) == found
+    assert Comparison.from_dict(json.loads((tmp_path / "report.json").read_text())) == written
     document = (tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [line for line in document.splitlines() if line.startswith("| model-0 | int4")]
     assert len(rows) == 1
@@ -264,7 +264,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert "| 0.02000 |" in rows[0]
 
 
-def test_what_nothing_else_beats() -> None:
+def test_the_front_of_bits_and_divergence() -> None:
     rows = [replace(result(0), bits_per_weight=bits, mean_kl=kl) for bits, kl in ((4, 0.02), (5, 0.01), (5, 0.03), (6, 0.01), (8, 0.001))]
     assert [front(row, rows) for row in rows] == [True, True, False, False, True]
 
@@ -280,19 +280,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
         check_report_folder(tmp_path / "new" / "report", FILES, KEYS)
 
 
-def test_only_a_former_report_is_replaced(tmp_path: Path) -> None:
-    report, other = tmp_path / "report", tmp_path / "other"
+def test_only_an_earlier_report_is_replaced(tmp_path: Path) -> None:
+    report, folder = tmp_path / "report", tmp_path / "other"
     write_report(comparison([result(0)]), report)
     check_report_folder(report, FILES, KEYS)
-    other.mkdir()
-    (other / "notes.txt").write_text("")
-    check_report_folder(other, FILES, KEYS)
-    (other / "report.md").write_text("my own")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("")
+    check_report_folder(folder, FILES, KEYS)
+    (folder / "report.md").write_text("my own")
     with pytest.raises(RequestError, match=r"report.md: only an earlier report is replaced"):
-        check_report_folder(other, FILES, KEYS)
+        check_report_folder(folder, FILES, KEYS)
 
 
-def test_a_report_that_cannot_be_finished_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "report", {"report.md": b"old", "report.json": b"old"})
     full = OSError(28, "No space left on device")
     write = Path.write_bytes
@@ -310,7 +310,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_former_one(tmp_path: Path, 
     assert not (tmp_path / "new").exists()
 
 
-def test_what_quantizing_took_has_a_column_where_it_is_known() -> None:
+def test_quantization_time_has_a_column_where_it_is_known() -> None:
     plain = table(comparison([result(0), result(1)])).splitlines()
     assert not any("quantized in" in line for line in plain)
     timed = table(comparison([replace(result(0), quantize_seconds=2.345), result(1)])).splitlines()

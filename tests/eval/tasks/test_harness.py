@@ -50,7 +50,7 @@ def oracle() -> Any:
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+    return [Instance(kind, {}, values, i) for i, values in enumerate(arguments)]
 
 
 def adapter(model: DbrxForCausalLM, tokenizer: DbrxTokenizer, **options: Any) -> HarnessModel:
@@ -79,40 +79,40 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def expected(oracle: Any) -> list[tuple[float, bool]]:
-    found: list[tuple[float, bool]] = oracle.loglikelihood(requests("loglikelihood", PAIRS))
-    return found
+    results: list[tuple[float, bool]] = oracle.loglikelihood(requests("loglikelihood", PAIRS))
+    return results
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_loglikelihoods_are_the_harness_s_own(
+def test_loglikelihoods_equal_those_of_the_harness(
     model: DbrxForCausalLM, tokenizer: DbrxTokenizer, expected: list[tuple[float, bool]], batch_size: int
 ) -> None:
     assert len(tokenizer.encode(BOOK[:12000])) > model.config.max_seq_len  # is truncated
-    found = adapter(model, tokenizer, batch_size=batch_size).loglikelihood(requests("loglikelihood", PAIRS))
+    results = adapter(model, tokenizer, batch_size=batch_size).loglikelihood(requests("loglikelihood", PAIRS))
     assert any(greedy for _, greedy in expected)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in results] == [greedy for _, greedy in expected]
+    assert [value for value, _ in results] == pytest.approx([value for value, _ in expected], rel=1e-4)
 
 
-def test_steps_and_logits_in_pieces_change_nothing(
+def test_smaller_steps_give_the_same_figures(
     model: DbrxForCausalLM, tokenizer: DbrxTokenizer, expected: list[tuple[float, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_prefix, "STEP_TOKENS", 37)
     monkeypatch.setattr(shared_prefix, "LOGIT_TOKENS", 2)
-    found = adapter(model, tokenizer, batch_size=5).loglikelihood(requests("loglikelihood", PAIRS[:-2]))
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected[:-2]], rel=1e-4)
+    results = adapter(model, tokenizer, batch_size=5).loglikelihood(requests("loglikelihood", PAIRS[:-2]))
+    assert [value for value, _ in results] == pytest.approx([value for value, _ in expected[:-2]], rel=1e-4)
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4"])
 def test_a_quantized_cache_is_close(
     model: DbrxForCausalLM, tokenizer: DbrxTokenizer, expected: list[tuple[float, bool]], kv_format: str
 ) -> None:
-    found = adapter(model, tokenizer, batch_size=8, kv_format=kv_format).loglikelihood(requests("loglikelihood", PAIRS[:18]))
-    differences = [abs(value - exact) for (value, _), (exact, _) in zip(found, expected, strict=False)]
+    results = adapter(model, tokenizer, batch_size=8, kv_format=kv_format).loglikelihood(requests("loglikelihood", PAIRS[:18]))
+    differences = [abs(value - exact) for (value, _), (exact, _) in zip(results, expected, strict=False)]
     assert 0 < max(differences) < (0.1 if kv_format == "int8" else 1)
 
 
-def test_what_requests_share_runs_once(model: DbrxForCausalLM) -> None:
+def test_a_shared_prefix_runs_once(model: DbrxForCausalLM) -> None:
     header, left, right = tuple(range(100, 150)), (200, 201, 202), (210, 211)
     choices = [(300,), (301,), (302, 303)]
     asked = [Continuation(header + question, choice) for choice in choices for question in (left, right)]
@@ -122,34 +122,34 @@ def test_what_requests_share_runs_once(model: DbrxForCausalLM) -> None:
     assert scorer.counts.prefilled == 50 + 3 + 2 + 2
     assert scorer.counts.requested == 3 * (53 + 52) + 2
     scorer.score([Continuation((*header, last), (300 + last,)) for last in (220, 221)])
-    assert scorer.counts.prefilled == 57 + 2  # the trunk of the call before still holds the header
-    one = PrefixScorer(model, batch_size=1)
-    one.score(asked)
+    assert scorer.counts.prefilled == 57 + 2  # the trunk of the previous call still holds the header
+    unbatched = PrefixScorer(model, batch_size=1)
+    unbatched.score(asked)
     # Without batches: the header once; each question once and its last token again for every other choice; the longer choice.
-    assert one.counts.prefilled == 50 + (3 + 1 + 1 + 1) + (2 + 1 + 1 + 1)
+    assert unbatched.counts.prefilled == 50 + (3 + 1 + 1 + 1) + (2 + 1 + 1 + 1)
 
 
-def test_rows_never_hold_more_than_one_context_together(model: DbrxForCausalLM) -> None:
+def test_rows_of_a_batch_share_the_memory_of_one_context(model: DbrxForCausalLM) -> None:
     scorer = PrefixScorer(model, batch_size=8)
     long = tuple(range(1000, 1900))
     asked = [Continuation((i, *long), (5, 6)) for i in range(3)]
-    done: list[tuple[int, int]] = []
-    found = scorer.score(asked, on_scored=lambda *counts: done.append(counts))
-    assert done == [(2, 3), (3, 3)]
-    assert found == [pytest.approx(PrefixScorer(model).score([one])[0]) for one in asked]
+    counts: list[tuple[int, int]] = []
+    results = scorer.score(asked, on_scored=lambda *scored: counts.append(scored))
+    assert counts == [(2, 3), (3, 3)]
+    assert results == [pytest.approx(PrefixScorer(model).score([continuation])[0]) for continuation in asked]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_rolling_loglikelihoods_are_the_harness_s_own(
+def test_rolling_loglikelihoods_equal_those_of_the_harness(
     model: DbrxForCausalLM, tokenizer: DbrxTokenizer, oracle: Any, batch_size: int
 ) -> None:
     texts = requests("loglikelihood_rolling", [(BOOK[:12000],), ("It was",), (BOOK[500:1500],), ("",)])
-    found = adapter(model, tokenizer, batch_size=batch_size).loglikelihood_rolling(texts)
-    assert found == pytest.approx(oracle.loglikelihood_rolling(texts), rel=1e-4)
-    assert found[3] == 0
+    results = adapter(model, tokenizer, batch_size=batch_size).loglikelihood_rolling(texts)
+    assert results == pytest.approx(oracle.loglikelihood_rolling(texts), rel=1e-4)
+    assert results[3] == 0
 
 
-def test_generation_is_the_harness_s_own(model: DbrxForCausalLM, tokenizer: DbrxTokenizer, oracle: Any) -> None:
+def test_generation_equals_that_of_the_harness(model: DbrxForCausalLM, tokenizer: DbrxTokenizer, oracle: Any) -> None:
     short, long = {"until": ["\n\n", " the"], "max_gen_toks": 12}, {"until": ["."], "max_gen_toks": 20, "do_sample": False}
     asked = requests(
         "generate_until",
@@ -172,7 +172,7 @@ def test_sampling_does_not_depend_on_the_batch(model: DbrxForCausalLM, tokenizer
     assert greedy == adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {"max_gen_toks": 8})]))
 
 
-def test_what_is_drawn_comes_from_the_fifty_likeliest_as_in_transformers(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_sampling_uses_the_fifty_likeliest_tokens_as_in_transformers(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     options = {"do_sample": True, "temperature": 8.0, "max_gen_toks": 8}
 
     def drawn(**more: object) -> list[str]:
@@ -182,17 +182,17 @@ def test_what_is_drawn_comes_from_the_fifty_likeliest_as_in_transformers(model: 
     assert drawn() != drawn(top_k=0)
 
 
-def test_prompts_that_begin_alike_run_together(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_prompts_with_a_common_prefix_run_together(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     asked = requests(
         "generate_until", [(start + end, {"max_gen_toks": 2}) for end in ("a", "b") for start in (BOOK[:2500], BOOK[2500:5000])]
     )
     harness = adapter(model, tokenizer, batch_size=2)
-    found = harness.generate_until(asked)
+    results = harness.generate_until(asked)
     assert harness.counts.prefilled <= harness.counts.requested - 2 * 512
-    assert found == [adapter(model, tokenizer).generate_until([one])[0] for one in asked]
+    assert results == [adapter(model, tokenizer).generate_until([request])[0] for request in asked]
 
 
-def test_contexts_that_lose_their_beginning_are_counted(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_truncated_contexts_are_counted(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     harness = adapter(model, tokenizer)
     harness.loglikelihood(requests("loglikelihood", [("It was", " a"), (BOOK[:12000], " and")]))
     harness.generate_until(requests("generate_until", [("It was", {"max_gen_toks": 1}), (BOOK[:12000], {"max_gen_toks": 1})]))
@@ -202,19 +202,19 @@ def test_contexts_that_lose_their_beginning_are_counted(model: DbrxForCausalLM, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("done", [1, 4, 7])
-def test_answers_after_known_ones_are_the_same_to_the_last_bit(model: DbrxForCausalLM, batch_size: int, done: int) -> None:
+@pytest.mark.parametrize("known_batches", [1, 4, 7])
+def test_answers_of_a_resumed_run_are_bit_identical(model: DbrxForCausalLM, batch_size: int, known_batches: int) -> None:
     header = tuple(range(100, 160))
     starts = [(*header[: 20 + 7 * i], 200 + i) for i in range(6)]
     asked = [Continuation(start, (300, 301)[: 1 + i % 2]) for i, start in enumerate(starts)]
     asked += [Continuation((*starts[3], 5, 6, 7), (300 + i,)) for i in range(4)]
     batches: list[dict[int, tuple[float, bool]]] = []
-    whole = PrefixScorer(model, batch_size=batch_size)
-    exact = whole.score(asked, on_answers=lambda answers: batches.append(dict(answers)))
-    known = {i: answer for batch in batches[: done if batch_size == 1 else done // 3 + 1] for i, answer in batch.items()}
-    rest = PrefixScorer(model, batch_size=batch_size)
-    assert rest.score(asked, known=known) == exact
-    assert rest.counts == whole.counts
+    first_run = PrefixScorer(model, batch_size=batch_size)
+    exact = first_run.score(asked, on_answers=lambda answers: batches.append(dict(answers)))
+    known = {i: answer for batch in batches[: known_batches if batch_size == 1 else known_batches // 3 + 1] for i, answer in batch.items()}
+    resumed = PrefixScorer(model, batch_size=batch_size)
+    assert resumed.score(asked, known=known) == exact
+    assert resumed.counts == first_run.counts
 
 
 def test_an_empty_prompt_begins_with_the_begin_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
@@ -223,7 +223,7 @@ def test_an_empty_prompt_begins_with_the_begin_token(model: DbrxForCausalLM, tok
     assert empty == named
 
 
-def test_chats_end_where_the_next_text_begins(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
+def test_chat_templates_end_where_the_answer_begins(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well "}]
     harness = adapter(model, tokenizer, name="org/dbrx")
     assert harness.apply_chat_template(turns[:1]) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
@@ -245,10 +245,10 @@ def test_chats_end_where_the_next_text_begins(model: DbrxForCausalLM, tokenizer:
         ({"do_sample": True, "top_k": "five"}, "must be numbers and strings.*five"),
     ],
 )
-def test_options_that_mean_nothing_here_are_refused(
+def test_unsupported_generation_options_are_refused(
     model: DbrxForCausalLM, tokenizer: DbrxTokenizer, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness_module, "generate", None)  # the last request is looked at before the first is served
+    monkeypatch.setattr(harness_module, "generate", None)  # the last request is checked before the first is answered
     with pytest.raises(RequestError, match=message):
         adapter(model, tokenizer).generate_until(requests("generate_until", [("It was", {"do_sample": False}), ("It was", options)]))
 
@@ -274,16 +274,16 @@ def test_requests_that_cannot_be_served_are_refused(model: DbrxForCausalLM, toke
 
 
 def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What requests begin with, contexts and continuations: whatever is held at once fits the keys and values that were planned."""
-    each = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta").nbytes
-    monkeypatch.setattr(model.transformer, "limits", Limits(kv_bytes=3 * 60 * each))
+    """The caches of prefixes, contexts and continuations together fit into the memory that was planned for keys and values."""
+    token_bytes = KVCache(model.config, 1, 1, dtype=model.dtype, device="meta").nbytes
+    monkeypatch.setattr(model.transformer, "limits", Limits(kv_bytes=3 * 60 * token_bytes))
     held: list[weakref.ref[KVCache]] = []
     most, real = 0, KVCache.forked
 
     def note(cache: KVCache) -> KVCache:
         nonlocal most
         held.append(weakref.ref(cache))
-        most = max(most, sum(one.nbytes for one in (ref() for ref in held) if one is not None))
+        most = max(most, sum(live.nbytes for live in (ref() for ref in held) if live is not None))
         return cache
 
     monkeypatch.setattr(KVCache, "forked", lambda self, *arguments: note(real(self, *arguments)))
@@ -291,16 +291,16 @@ def test_caches_together_stay_within_the_budget(model: DbrxForCausalLM, monkeypa
     note(scorer._trunk)
     shared = tuple(range(5, 25))
     asked = [Continuation((*shared, i), tuple(range(30, 30 + n))) for i, n in enumerate((2, 5, 9, 20, 1, 30))]
-    found = scorer.score(asked)
-    assert 0 < most <= 3 * 60 * each
+    results = scorer.score(asked)
+    assert 0 < most <= 3 * 60 * token_bytes
     with pytest.raises(RequestError, match="must fit the 60 tokens that the KV cache has memory for; found 61"):
         scorer.score([Continuation((1,) * 60, (1, 2))])
     monkeypatch.setattr(model.transformer, "limits", Limits())
-    for one, whole in zip(found, PrefixScorer(model, batch_size=8).score(asked), strict=True):
-        assert one[0] == pytest.approx(whole[0], abs=1e-3)
+    for (value, _), (exact, _) in zip(results, PrefixScorer(model, batch_size=8).score(asked), strict=True):
+        assert value == pytest.approx(exact, abs=1e-3)
 
 
-def test_a_failed_call_leaves_no_false_prefix(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_leaves_no_wrong_prefix(model: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = PrefixScorer(model, batch_size=2)
     asked = [Continuation((*range(100, 130), last), (5, 6)) for last in (1, 2)]
     with monkeypatch.context() as broken:
