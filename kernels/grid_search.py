@@ -1,4 +1,5 @@
-"""Searches for the grid of each group of a weight: in compiled code on the CPU, with whole tensors on other devices.
+"""Searches for the grid of each group of a weight: in compiled code on the CPU, with whole tensors on other devices and for groups that are
+no multiple of 16.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -17,7 +18,7 @@ from dbrx_q.kernels.formats.groups import grouped, steps_of
 __all__ = ["half_quadratic", "half_quadratic_reference", "least_squares", "least_squares_reference"]
 
 _Grid = tuple[torch.Tensor, torch.Tensor]
-_PIECE_ELEMENTS = 1 << 24  # per search with whole tensors, which takes ten times 4 bytes each
+_PIECE_ELEMENTS = 1 << 24  # elements per search with whole tensors, which takes ten times their 4 bytes
 
 
 def least_squares(
@@ -25,8 +26,9 @@ def least_squares(
 ) -> _Grid:
     """(scales float16 [N, n], zeros float32 [N, n]): for each group, the grid of least error.
 
-    Tried are the whole range of the group and shares of it, each share with three zero-points. The error is the sum of importance * (value
-    - weight)^2 after rounding to nearest. Among grids of equal error the first is taken. A group whose first scale is infinite keeps it.
+    The search tries the whole range of the group, then shares of it, each share with three zero-points. The error is the sum of
+    importance * (value - weight)^2 after rounding to nearest. Among grids of equal error the first is taken. A group whose first scale is
+    infinite keeps it.
 
     Args:
         weight: [N, K], finite.

@@ -1,15 +1,15 @@
-"""The quantization methods: how one matrix becomes a quantized one.
+"""The quantization methods, each of which quantizes one matrix.
 
 Begin with `choose.py`, the methods by name: each takes a matrix, a format and, if it is calibrated, the moments of the matrix' inputs.
 
-- `rtn.py`: to nearest, in the range of each group.
+- `rtn.py`: round to nearest, on the grid of each group's range.
 - `hqq.py`: grids by half-quadratic quantization.
 - `awq.py`: column scales by the size of the inputs.
 - `gptq.py`: GPTQ, block by block of columns; the loop over columns, whose errors the following ones compensate, is the op
   `dbrx_q.kernels.rounding`.
 - `refine.py`: better scales and codes for a quantized matrix.
 
-What they share:
+Shared by the methods:
 
 - `grid.py`: the values that a format offers to each group, and the search for the grid of least error.
 - `moments.py`: the statistics of a matrix' inputs, with the Hessian.

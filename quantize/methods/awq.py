@@ -1,9 +1,10 @@
 """AWQ's scales (Lin et al. 2023) for the columns of an expert's w2, folded into the rows of its v1 at no cost and without loss.
 
-An expert gives w2 @ (silu(w1 x) * (v1 x)), so that row f of v1 divided by s[f] and column f of w2 multiplied by it leave the output as it
-is. A group of v1 is within a row: only its scale changes, no code. In w2 a larger column takes a smaller share of the rounding error.
+An expert computes w2 @ (silu(w1 x) * (v1 x)), so dividing row f of v1 by s[f] and multiplying column f of w2 by s[f] leaves the output
+unchanged. Each group of v1 is within a row: only its scale changes, and no code. In w2 a larger column gets a smaller share of the rounding
+error.
 
-Dimension letters: `N` rows, `K` the reduction axis; of v1 [K, D] the rows.
+Dimension letters: `N` rows of w2, `K` its reduction axis, which is the rows of v1 [K, D].
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ __all__ = ["column_error", "column_scales", "fold_v1", "fold_w2"]
 _POWERS = [step / 10 for step in range(11)]
 # Keeps float16 scales of v1 and w2 out of its subnormal and infinite ends: DBRX's are between 2^-12 and 2^-5.
 _MOST = 16.0
-_SAMPLE_ROWS = 256  # by which powers are compared
+_SAMPLE_ROWS = 256  # rows on which powers are compared
 
 
 def column_scales(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """float32 [K], all positive: the columns' scales of the least error after rounding; ones where none helps.
+    """float32 [K], all positive: the column scales with the least error after quantization; ones if no scales reduce it.
 
     The candidates are importance^(a / 2) for a = 0, 0.1 .. 1 (Lin et al. 2023, "AWQ", equation 5, with the root mean square for the mean
-    magnitude), of which the largest is the inverse of the smallest and none is beyond 16. They are compared by `column_error` on up to
+    magnitude), normalised so that the largest is the inverse of the smallest and none is above 16. `column_error` compares them on up to
     256 rows.
 
     Args:
@@ -48,7 +49,7 @@ def column_scales(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFor
 
 
 def column_error(weight: torch.Tensor, importance: torch.Tensor, fmt: TensorFormat, scales: torch.Tensor) -> float:
-    """Sum of importance * (value / scales - weight)^2, where weight * scales is rounded in searched ranges to the values.
+    """Sum of importance * (value / scales - weight)^2, where the values are weight * scales, rounded in searched ranges.
 
     Args:
         weight: [N, K].

@@ -1,4 +1,4 @@
-"""The methods by name: each makes a packed weight of a matrix, those that are calibrated with the moments of its inputs."""
+"""The methods by name: each quantizes a matrix, the calibrated ones with the moments of its inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rtn import rtn
 __all__ = ["METHODS", "Method", "Rounded"]
 
 
-_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # outputs of each 16th row are looked at, of fewer where those were less than 32
+_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # output errors are measured on every 16th row, or on more rows if those are fewer than 32
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Rounded:
     square: float
     """Sum of squares of the weight."""
     output_error: float = 0.0
-    """The sum of squared errors of the outputs of a sample of rows on the calibration tokens, by the Hessian; 0 without a Hessian."""
+    """Sum of squared errors of the outputs of a sample of rows on the calibration tokens, from the Hessian; 0 without a Hessian."""
     output_square: float = 0.0
-    """The sum of squares of those outputs."""
+    """Sum of squares of the outputs of the same sample."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Method:
     """A quantization method."""
 
     run: Callable[[torch.Tensor, TensorFormat, Moments | None], Rounded]
-    """(weight [N, K], format, moments or None) to the quantized rows, which are independent of each other."""
+    """Takes (weight [N, K], format, moments or None) and returns the quantized rows, which are independent of each other."""
     calibrated: bool
-    """Whether it uses moments; a matrix that has none gets a searched grid instead."""
+    """Whether it uses moments; a matrix without moments gets a searched grid instead."""
     summary: str
-    """One line."""
+    """A description of one line."""
     needs_grid: bool = True
     """Whether it makes only formats with a uniform grid."""
     compares: bool = False
     """Whether it needs the activations of the original model beside those of the quantized one."""
     folds: bool = False
-    """Whether the columns of w2 are scaled before, and the rows of v1 inversely."""
+    """Whether the columns of w2 are scaled beforehand, and the rows of v1 inversely."""
     squares: bool = False
     """Whether the diagonal of the moments is enough."""
     in_pieces: bool = True
@@ -70,7 +70,7 @@ class Method:
         """Refuse a format that the method does not make.
 
         Raises:
-            FormatError: with the method's name.
+            FormatError: names the method.
         """
         if fmt.format not in self.formats:
             raise FormatError(f"{name} makes {' and '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
@@ -81,12 +81,12 @@ def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
 
 
 def _nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
-    """The nearest values of a grid."""
+    """The weight rounded to the nearest values of a grid."""
     return Rounded(*to_nearest(weight, grid))
 
 
 def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
-    """What was chosen for a target, which may not be the weight itself."""
+    """The result for whole numbers u that were chosen for a target, which may differ from the weight itself."""
     wide, values = weight.float(), grid.dequantize(u)
     error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
     return Rounded(packed(grid, u), error, square, *_energies(values, target, hessian))
@@ -110,7 +110,7 @@ def _hqq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
 
 
 def _awq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    """Ranges searched with each element's error counting by the mean square of its input (Lin et al. 2023, "AWQ")."""
+    """Ranges searched with each element's error weighted by the mean square of its input (Lin et al. 2023, "AWQ")."""
     return _nearest(weight, searched_grid(weight, fmt, None if moments is None else moments.importance))
 
 
@@ -123,7 +123,7 @@ def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
 
 
 def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
-    """GPTQ of the matrix that makes up for earlier errors, then scales that fit its codes and codes that fit those scales."""
+    """GPTQ of the matrix that compensates earlier errors, then scales fitted to its codes and codes fitted to those scales."""
     if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
     target = moments.corrected_target(weight.float())
@@ -141,4 +141,4 @@ METHODS = {
     "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router"),
     "best": Method(_best, True, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
 }
-"""By the names of the command line."""
+"""The methods, by their names on the command line."""

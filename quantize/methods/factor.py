@@ -17,16 +17,16 @@ _BLOCK = 512
 def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, workers: Workers) -> torch.Tensor | None:
     """float32 upper triangular R [K, K] with R^T R = H^-1, H being the Hessian with its rows and columns in `order`; computed in float64.
 
-    With its order reversed H = M M^T, M lower triangular; R is M^-1 reversed. That takes one factorisation and one triangular inverse
-    (Golub and Van Loan, "Matrix Computations", section 4.2) instead of two factorisations and a full inverse.
+    With its order reversed, H = M M^T with M lower triangular, and R is M^-1 reversed. This takes one factorisation and one triangular
+    inverse (Golub and Van Loan, "Matrix Computations", section 4.2) instead of two factorisations and a full inverse.
 
     Args:
         hessian: float32 [K, K], symmetric.
         order: int64 [K].
-        workers: that share the work.
+        workers: the threads that share the work.
 
     Returns:
-        None where the Hessian is not positive definite.
+        None if the Hessian is not positive definite.
     """
     backwards = order.flip(0)
     K = len(order)
@@ -45,18 +45,18 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, workers: Workers)
 
 
 def _at_once(a: torch.Tensor) -> torch.Tensor | None:
-    """As `inverse_factor`, of a matrix whose rows and columns are in order, the last first; by the libraries of a GPU."""
+    """`inverse_factor` of a matrix whose rows and columns are in reversed order, by the libraries of a GPU."""
     K, place = len(a), a.device
     lower, failed = torch.linalg.cholesky_ex(a)
     if failed:
         return None
-    del a  # three such matrices at a time
+    del a  # at most three such matrices at a time
     factor = torch.linalg.solve_triangular(lower, torch.eye(K, dtype=lower.dtype, device=place), upper=False).float().flip(0, 1)
     return factor if bool(torch.isfinite(factor.diagonal()).all()) else None
 
 
 def _cholesky(a: torch.Tensor, workers: Workers) -> bool:
-    """Make the lower triangle of `a` its Cholesky factor, block column by block column; whether there is one."""
+    """Replace the lower triangle of `a` by its Cholesky factor, block column by block column; False if there is none."""
     blocks = list(_blocks(len(a)))
     for n, p in enumerate(blocks):
         diagonal, failed = torch.linalg.cholesky_ex(a[p, p])
@@ -77,7 +77,7 @@ def _cholesky(a: torch.Tensor, workers: Workers) -> bool:
 
 
 def _invert(a: torch.Tensor, workers: Workers) -> None:
-    """Make the lower triangular `a` its inverse, from the last block column to the first."""
+    """Replace the lower triangular `a` by its inverse, from the last block column to the first."""
     blocks = list(_blocks(len(a)))
     for n, p in reversed(list(enumerate(blocks))):
         diagonal = torch.linalg.solve_triangular(a[p, p].tril(), torch.eye(p.stop - p.start, dtype=a.dtype), upper=False)

@@ -1,4 +1,4 @@
-"""GPTQ: column by column is rounded, and the columns that follow compensate its error.
+"""GPTQ: rounds a matrix column by column; later columns compensate the error of each.
 
 Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
 """
@@ -14,19 +14,19 @@ from .moments import Moments
 
 __all__ = ["gptq"]
 
-_BLOCK = 128  # columns between two products with all that follow
+_BLOCK = 128  # columns between two updates of all later columns
 
 
 def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
     """Whole numbers u, float32 [N, K], on `grid`, whose values have a small (value - weight) H (value - weight)^T.
 
     Frantar et al. 2022, "GPTQ", algorithm 1. Columns are rounded in the order of H's diagonal, the largest first ("act-order"). Groups
-    are neighbouring columns all the same, so that the order costs nothing at run time. Rows are independent of each other.
+    are still neighbouring columns, so the order costs nothing at run time. Rows are independent of each other.
 
     Args:
         weight: float32 [N, K], to be approximated.
-        moments: of its inputs.
-        grid: of all groups, chosen before.
+        moments: the moments of its inputs.
+        grid: the grid of all groups, chosen beforehand.
     """
     K = weight.shape[1]
     order, factor = moments.order, moments.factor

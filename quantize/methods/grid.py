@@ -19,13 +19,13 @@ from dbrx_q.kernels.quantize import quantize_to_grid
 
 __all__ = ["Grid", "levels_of", "packed", "searched_grid", "to_nearest"]
 
-# Of the range of a group; below 0.6 no group of the bundled model was served best.
+# Shares of a group's range; no share below 0.6 was the best for any group of the bundled model.
 _SHARES = [1 - 0.025 * step for step in range(17)]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Value = scale * u with a whole number u, whose least and largest are those of the format's `GridLevels`."""
+    """The values of every group: scale * u, with whole numbers u within the bounds of the format's `GridLevels`."""
 
     scales: torch.Tensor
     """float16 [N, n]."""
@@ -41,7 +41,7 @@ class Grid:
 
     @property
     def steps(self) -> torch.Tensor:
-        """float32 [N, n]: the scales, 1 where a scale is 0."""
+        """float32 [N, n]: the scales, or 1 where a scale is 0."""
         return steps_of(self.scales)
 
     @property
@@ -73,10 +73,10 @@ class Grid:
 
 
 def searched_grid(weight: torch.Tensor, fmt: TensorFormat, importance: torch.Tensor | None = None) -> Grid:
-    """The grid of least error among 17 shares of each group's range, from all of it to six tenths, and, with zero-points, three of them.
+    """For each group, the grid of least error among 17 shares of its range, from all of it to six tenths, and three zero-points for each.
 
-    The error is the sum of importance * (value - weight)^2 after rounding to nearest, so that far elements are clipped where that serves
-    the others.
+    The error is the sum of importance * (value - weight)^2 after rounding to nearest, so that distant elements are clipped where the error
+    of the others falls by more. A symmetric grid has no zero-points to choose from.
 
     Args:
         weight: [N, K].

@@ -1,4 +1,7 @@
-"""HQQ: half-quadratic quantization, which fits scales to most of a group's elements and lets outliers be outliers. No calibration data."""
+"""HQQ, half-quadratic quantization: fits scales to most elements of a group and accepts the errors of outliers.
+
+It needs no calibration data.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ _BETA, _GROWTH = 10.0, 1.01  # as published
 
 
 def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
-    """The grid of which the sum of |value - weight|^0.7 is small (Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine
-    Learning Models").
+    """The grid with a small sum of |value - weight|^0.7.
 
-    In turns, the part e of the error that counts as an outlier is set by the generalised soft threshold, and the grid is fitted to
-    weight - e by least squares. HQQ fits a zero-point of 16 bits there; the formats here have four bits for it or none, so the scale is
-    fitted too, and the best grid on the way is taken.
+    Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
+
+    Each iteration sets the part e of the error that counts as an outlier by the generalised soft threshold, then fits the grid to
+    weight - e by least squares. HQQ fits a zero-point of 16 bits; the formats here have a zero-point of four bits or none, so the scale
+    is fitted too, and the best grid of all iterations is returned.
 
     Args:
         weight: [N, K].

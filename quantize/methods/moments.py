@@ -1,4 +1,4 @@
-"""The moments of the inputs of a matrix, to which calibrated methods fit it.
+"""The moments of a matrix' inputs, from which calibrated methods compute the error of its outputs.
 
 Dimension letters: `T` tokens, `N` rows, `K` the reduction axis.
 """
@@ -16,7 +16,7 @@ from .products import Products
 __all__ = ["DAMPING", "Moments", "moments_of"]
 
 DAMPING = 0.01
-"""Of the mean of a Hessian's diagonal, added to all of it; more where that does not suffice."""
+"""The share of the mean of a Hessian's diagonal that is added to the diagonal; more is added if that does not suffice."""
 
 _MOST_DAMPING = 1e3
 
@@ -25,15 +25,15 @@ class Moments:
     """Weighted sums over the tokens that reach a matrix: x is its input in the model that calibrates, y its input in the original model.
 
     Args:
-        hessian: float32 [K, K], the sum of g^2 x x^T, damped in place; or [K], its diagonal alone, for methods that need no more.
+        hessian: float32 [K, K], the sum of g^2 x x^T, damped in place; or [K], only its diagonal, for methods that need no more.
         cross_term: float32 [K, K], the sum of g^2 (y - x) x^T; None without the original model.
         products: multiply.
         act_order: whether GPTQ rounds the columns with the largest inputs first.
 
     Attributes:
         hessian: the damped Hessian, which is positive definite: `DAMPING` times the mean of the diagonal is added to the diagonal, and ten
-            times more as long as no Cholesky factor exists. Inputs that are always zero count as if they had the mean. None where the
-            diagonal alone was given.
+            times more as long as no Cholesky factor exists. Inputs that are always zero count as if they had the mean. None if only the
+            diagonal was given.
         cross_term: as given.
         act_order: as given.
     """

@@ -1,4 +1,4 @@
-"""The large matrix products of calibration: on the CPU in pieces that do not depend on how many threads make them, or on a GPU.
+"""The large matrix products of calibration: on the CPU in pieces that do not depend on the number of threads, or on a GPU.
 
 Dimension letters: `T` tokens, `N` rows of a weight, `K` the reduction axis.
 """
@@ -16,16 +16,16 @@ from .workers import Workers
 
 __all__ = ["Products", "fastest_dtype"]
 
-_ROWS, _TOKENS = 2048, 2048  # of a product that one thread makes
-_COLUMNS = 1024  # of a sum of outer products that one thread makes
-_LARGE = 1024  # channels from which bfloat16 pays
+_ROWS, _TOKENS = 2048, 2048  # of a product, for one thread
+_COLUMNS = 1024  # of a sum of outer products, for one thread
+_LARGE = 1024  # channels from which bfloat16 pays off
 
 
 class Products:
     """Multiplies with float32 sums.
 
     Args:
-        workers: that share the work.
+        workers: the threads that share the work.
         bfloat16: whether factors are rounded to bfloat16, as DBRX itself has them (for sums of outer products on a GPU to TF32),
             for chips with a matrix unit for it.
         device: multiplies and holds the results; None for the CPU's threads.
@@ -47,23 +47,23 @@ class Products:
         return self.device or torch.device("cpu")
 
     def on_cpu(self) -> Products:
-        """The same by the CPU's threads."""
+        """The same products on the CPU's threads."""
         return Products.fastest(self.workers, _LARGE if self.bfloat16 else 0)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """The dtype of the factors."""
         return torch.bfloat16 if self.bfloat16 else torch.float32
 
     def prepared(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as its products take it, so that many of them convert it once; on the CPU where the GPU has no room for it."""
+        """A weight in the dtype of its products and, if there is room, on their device: it is converted once for many products."""
         try:
             return weight.to(self.place, self.dtype)
         except torch.OutOfMemoryError:
             return weight.to(self.dtype)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T, float32 [T, N], for x [T, K] and a weight [N, K] of any floating dtype, best that of `prepared`."""
+        """x @ weight.T, float32 [T, N], for x [T, K] and a weight [N, K] of any floating dtype, best the dtype of `prepared`."""
         dtype = self.dtype
         if self.device is not None and weight.device == self.device:
             try:
@@ -107,7 +107,7 @@ class Products:
 
 
 def fastest_dtype(channels: int) -> torch.dtype:
-    """Of the factors on this CPU."""
+    """The dtype of the factors on this CPU."""
     return torch.bfloat16 if channels >= _LARGE and has_matrix_unit() else torch.float32
 
 

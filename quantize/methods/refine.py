@@ -1,4 +1,4 @@
-"""Improving a rounded matrix: scales that fit the whole numbers best, whole numbers that fit the scales best.
+"""Refines a quantized matrix: the best scales for given whole numbers, and the best whole numbers for given scales.
 
 Dimension letters: `N` rows, `K` the reduction axis, `G` group size, `n` = K/G groups of a row.
 """
@@ -14,21 +14,21 @@ from .grid import Grid
 
 __all__ = ["descend", "fit_scales"]
 
-_BLOCK = 128  # columns between two products with all others
-_ROWS, _ROWS_ON_GPU = 256, 2048  # whose systems are solved together
+_BLOCK = 128  # columns between two updates of all other columns
+_ROWS, _ROWS_ON_GPU = 256, 2048  # rows whose linear systems are solved together
 _RIDGE = 1e-6
 
 
 def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor) -> Grid:
-    """The grid with the scales that make the error of `u` least: for each row, linear least squares in its n scales.
+    """The grid with the scales that minimize the error of `u`: for each row, linear least squares in its n scales.
 
-    With U [n, K] the row's u, each group's in a row of its own, the scales are (U H U^T)^-1 U H w. A scale that would move by half or
-    more stays, and scales are rounded to float16.
+    Let U [n, K] hold the u of a row, with each group in a row of its own. The scales are (U H U^T)^-1 U H w, rounded to float16. A scale
+    that would at least halve or double keeps its value.
 
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K].
-        grid, u: what is to be improved.
+        grid, u: the quantized matrix to be improved.
     """
     n, G = grid.scales.shape[1], grid.group_size
     fitted, piece = [], _ROWS if u.device.type == "cpu" else _ROWS_ON_GPU
@@ -48,15 +48,15 @@ def fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch
 
 
 def descend(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, u: torch.Tensor, *, sweeps: int = 1) -> torch.Tensor:
-    """Better u, float32 [N, K], by coordinate descent: each in turn takes the best place on the grid, all others being as they are.
+    """Better u, float32 [N, K], by coordinate descent: each in turn moves to its best place on the grid, with all others fixed.
 
-    The error (value - w) H (value - w)^T of no row grows.
+    The error (value - w) H (value - w)^T does not grow for any row.
 
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K].
-        grid, u: what is to be improved.
-        sweeps: over all columns.
+        grid, u: the quantized matrix to be improved.
+        sweeps: the number of passes over all columns.
     """
     K = weight.shape[1]
     grids, groups = grid.transposed(), torch.arange(K, device=u.device) // grid.group_size

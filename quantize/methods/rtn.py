@@ -1,4 +1,4 @@
-"""Round to nearest: each group's own range is its grid. No calibration data."""
+"""Round to nearest, on the grid of each group's range. It needs no calibration data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dbrx_q.kernels.quantize import concatenate_rows, has_compiled_code, quantiz
 
 __all__ = ["rtn", "rtn_whole"]
 
-_PIECE_ELEMENTS = 1 << 20  # that are quantized together without compiled code, which takes several copies of 4 bytes an element
+_PIECE_ELEMENTS = 1 << 20  # elements quantized at a time without compiled code, in several copies of 4 bytes each
 
 
 def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float, float]:
     """The quantized weight, its sum of squared errors and the sum of squares of the weight.
 
     Args:
-        weight: [N, K], finite; a transposed view costs no copy. Rows are independent of each other, except in a format with a form of
-            its own on disk: there they are taken for a whole matrix.
+        weight: [N, K], finite; a transposed view costs no copy. Rows are independent of each other, except in a format with a `StoredForm`:
+            there they are taken for a whole matrix.
         fmt: the format.
 
     Raises:
@@ -40,7 +40,7 @@ def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float
 
 
 def rtn_whole(blocks: Sequence[torch.Tensor], fmt: TensorFormat) -> tuple[dict[str, torch.Tensor], float, float]:
-    """The parts of a whole matrix as they are stored, in a format with a form of its own on disk; errors and sums as for `rtn`.
+    """The stored parts of a whole matrix in a format with a `StoredForm`; errors and sums as for `rtn`.
 
     Args:
         blocks: [n, K] each, together the rows of the matrix.
@@ -59,6 +59,6 @@ def rtn_whole(blocks: Sequence[torch.Tensor], fmt: TensorFormat) -> tuple[dict[s
 
 
 def _pieces(blocks: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The rows that are quantized together."""
+    """The rows, in pieces that are quantized one at a time."""
     for block in blocks:
         yield from block.split(max(1, _PIECE_ELEMENTS // block.shape[-1]))

@@ -1,4 +1,4 @@
-"""Work in pieces that does not depend on how many threads do it."""
+"""Threads that share work in pieces, with results that do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _Result = TypeVar("_Result")
 
 
 class Workers:
-    """As many threads as torch has, each with one thread of torch; a context manager.
+    """A context manager: as many worker threads as torch has threads, each with one thread of torch.
 
-    torch cuts a product by its number of threads, which changes the last bits. Here the pieces that the caller makes decide them.
+    torch splits a product by its number of threads, which changes the last bits. Here the bits depend only on the caller's pieces.
     """
 
     def __enter__(self) -> Workers:
         self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # threads that begin from now on take it over
+        torch.set_num_threads(1)  # threads that start from now on inherit it
         self._pool = ThreadPoolExecutor(self._threads)
         return self
 
