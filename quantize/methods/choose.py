@@ -136,9 +136,9 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
 METHODS = {
     "rtn": Method(_rtn, False, "round to nearest", needs_grid=False, in_pieces=False),
     "clip": Method(_clip, False, "round to nearest in ranges searched for the least squared error"),
-    "hqq": Method(_hqq, False, "half-quadratic: ranges that let outliers be outliers"),
+    "hqq": Method(_hqq, False, "half-quadratic: ranges fitted to most elements, not to outliers"),
     "awq": Method(_awq, True, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True),
     "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router"),
-    "best": Method(_best, True, "GPTQ of weights that make up for earlier errors, then refined scales and codes", compares=True),
+    "best": Method(_best, True, "GPTQ of weights that compensate earlier errors, then refined scales and codes", compares=True),
 }
 """The methods, by their names on the command line."""
