@@ -15,7 +15,8 @@ import torch
 
 from dbrx_q.errors import RequestError
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
+from dbrx_q.model.layers import batch_of
+from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .windows import Window
 

@@ -1,4 +1,4 @@
-"""Fixtures that tests of several floors use."""
+"""Fixtures that tests of several rooms use, and the order of test files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(KERNELS.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(KERNELS.parent / ".numba_cache" / _sources[:16]))
 
 
-# Files that take half a minute or more. The first two compile the CPU kernels for this chip and for another, so that the commands that
-# later tests start and interrupt find them in the cache.
+# Files that take half a minute or more. The first two compile the CPU kernels for this chip and for another, so that commands started by
+# later tests load them from the cache.
 FIRST = ["test_generate.py", "test_other_chips.py", "test_resume.py", "test_memory.py", "test_compare.py", "test_llama_cpp.py"]
 FIRST += ["test_hub.py", "test_calibrated.py", "test_interrupt.py", "test_report.py", "test_command.py"]
 
@@ -62,7 +62,7 @@ class Outcome:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs a command in this process."""
+    """Runs a `dbrx-q` command in this process."""
     from dbrx_q.cli import run
 
     def call(*arguments: object) -> Outcome:

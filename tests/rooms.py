@@ -36,15 +36,15 @@ class Import:
 
 def modules(root: Path) -> dict[str, Path]:
     """Dotted name to file of every module of the project in `root`; packages have the name of their folder."""
-    found = {}
+    files = {}
     for floor in FLOORS:
         base = "dbrx_q" if floor == "dbrx_q" else f"dbrx_q.{floor}"
         for path in sorted((root / floor).rglob("*.py")):
             if any(parent.is_symlink() for parent in path.parents if parent != root):
                 continue
             parts = [base, *path.relative_to(root / floor).with_suffix("").parts]
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 def imports(root: Path) -> Iterator[Import]:
@@ -72,8 +72,8 @@ def _imported(node: ast.AST, package: str, names: Mapping[str, Path]) -> Iterato
         parents = package.split(".")[: len(package.split(".")) - node.level + 1]
         base = (node.module or "") if node.level == 0 else ".".join([*parents, *([node.module] if node.module else [])])
         for alias in node.names:
-            whole = f"{base}.{alias.name}"
-            yield whole if whole in names else base
+            module = f"{base}.{alias.name}"
+            yield module if module in names else base
 
 
 def room_of(module: str, names: Mapping[str, Path]) -> str:
@@ -105,7 +105,7 @@ def circles(nodes: Iterable[str], arrows: Iterable[tuple[str, str]]) -> list[lis
 
 
 def _strong(nodes: list[str], arrows: set[tuple[str, str]]) -> list[set[str]]:
-    """Strongly connected components, by what each node reaches."""
+    """Strongly connected components: nodes that reach each other."""
     after: dict[str, set[str]] = {node: {b for a, b in arrows if a == node} for node in nodes}
     reach: dict[str, set[str]] = {}
     for node in nodes:
@@ -125,10 +125,10 @@ def _strong(nodes: list[str], arrows: set[tuple[str, str]]) -> list[set[str]]:
 def main(root: Path) -> None:
     """Print the counts and, for every room, its floor and the rooms that it imports."""
     names = modules(root)
-    ours = [one for one in imports(root) if one.imported in names and not one.in_from_pretrained]
-    files = {(one.importer, one.imported) for one in ours if one.importer != one.imported}
+    internal = [item for item in imports(root) if item.imported in names and not item.in_from_pretrained]
+    files = {(item.importer, item.imported) for item in internal if item.importer != item.imported}
     rooms = sorted({room_of(module, names) for module in names})
-    arrows = {(a, b) for one, two in files if (a := room_of(one, names)) != (b := room_of(two, names))}
+    arrows = {(a, b) for importer, imported in files if (a := room_of(importer, names)) != (b := room_of(imported, names))}
     level = floors(rooms, arrows)
     print(f"{len(rooms)} rooms on {max(level.values())} floors, {len(arrows)} arrows, {len(circles(rooms, arrows))} circles of rooms")
     print(f"{len(names)} files, {len(files)} arrows, {len(circles(names, files))} circles of files")

@@ -1,4 +1,4 @@
-"""The floors and the rooms on them: imports only go down; importing does nothing."""
+"""The floors and the rooms on them: imports only go down, and importing has no side effects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORBIDDEN = {
     "quantize": ("dbrx_q.eval",),
     "eval": ("dbrx_q.quantize",),
 }
-# The rooms, from the ground up. A room imports rooms of lower lines only: planning knows nothing of experts, a checkpoint nothing of a
+# The rooms, from the lowest floor up. A room imports rooms of earlier lines only: planning never imports experts, checkpoint never imports
 # model.
 LEVELS = (
     ("kernels/formats", "quantize"),
@@ -52,19 +52,19 @@ def rooms() -> ModuleType:
 def test_imports_only_go_down_a_floor(rooms: ModuleType, floor: str) -> None:
     names = rooms.modules(ROOT)
     checked = 0
-    for one in rooms.imports(ROOT):
-        room = rooms.room_of(one.importer, names)
+    for item in rooms.imports(ROOT):
+        room = rooms.room_of(item.importer, names)
         if room.split("/")[0] != floor:
             continue
         checked += 1
-        assert not one.imported.startswith(("kernels", "quantize.", "eval.")), f"{one.importer} imports {one.imported}, not dbrx_q"
-        if one.imported not in names:
-            assert not one.imported.startswith("dbrx_q"), f"{one.importer} imports {one.imported}, which does not exist"
+        assert not item.imported.startswith(("kernels", "quantize.", "eval.")), f"{item.importer} imports {item.imported}, not dbrx_q"
+        if item.imported not in names:
+            assert not item.imported.startswith("dbrx_q"), f"{item.importer} imports {item.imported}, which does not exist"
             continue
-        imported = rooms.room_of(one.imported, names).split("/")[0]
+        imported = rooms.room_of(item.imported, names).split("/")[0]
         name = "dbrx_q" if imported == "dbrx_q" else f"dbrx_q.{imported}"
-        lazy_command_line = room == "dbrx_q/cli" and not one.at_top
-        assert name not in FORBIDDEN[floor] or lazy_command_line, f"{one.importer}: {floor} must not import {one.imported}"
+        lazy_command_line = room == "dbrx_q/cli" and not item.at_top
+        assert name not in FORBIDDEN[floor] or lazy_command_line, f"{item.importer}: {floor} must not import {item.imported}"
     assert checked > 50
 
 
@@ -72,23 +72,23 @@ def test_every_room_imports_lower_rooms_only(rooms: ModuleType) -> None:
     names = rooms.modules(ROOT)
     level = {room: number for number, line in enumerate(LEVELS) for room in line}
     assert level.keys() == {rooms.room_of(module, names) for module in names}
-    for one in rooms.imports(ROOT):
-        if one.imported in names and not one.in_from_pretrained:
-            above, below = rooms.room_of(one.importer, names), rooms.room_of(one.imported, names)
-            assert above == below or level[below] < level[above], f"{one.importer}: {above} must not import {one.imported}"
+    for item in rooms.imports(ROOT):
+        if item.imported in names and not item.in_from_pretrained:
+            above, below = rooms.room_of(item.importer, names), rooms.room_of(item.imported, names)
+            assert above == below or level[below] < level[above], f"{item.importer}: {above} must not import {item.imported}"
 
 
 def test_no_files_import_each_other_in_a_circle(rooms: ModuleType) -> None:
     """`from_pretrained` aside, in which a model and a configuration load themselves, as transformers' do."""
     names = rooms.modules(ROOT)
-    ours = [one for one in rooms.imports(ROOT) if one.imported in names]
-    assert rooms.circles(names, {(one.importer, one.imported) for one in ours if not one.in_from_pretrained}) == []
-    everything = {(one.importer, one.imported) for one in ours}
+    internal = [item for item in rooms.imports(ROOT) if item.imported in names]
+    assert rooms.circles(names, {(item.importer, item.imported) for item in internal if not item.in_from_pretrained}) == []
+    everything = {(item.importer, item.imported) for item in internal}
     assert rooms.circles(names, everything) == [["dbrx_q.model.loading", "dbrx_q.model.modeling"]]
 
 
-def test_circles_and_floors_are_found(rooms: ModuleType) -> None:
-    """On a house of five rooms with one circle."""
+def test_circles_and_floors_are_computed(rooms: ModuleType) -> None:
+    """For five rooms with one circle."""
     arrows = {("a", "b"), ("b", "c"), ("c", "b"), ("d", "a"), ("d", "e")}
     assert rooms.circles("abcde", arrows) == [["b", "c"]]
     assert rooms.floors("abcde", arrows) == {"a": 2, "b": 1, "c": 1, "d": 3, "e": 1}
@@ -103,7 +103,7 @@ def test_every_room_begins_with_an_overview(rooms: ModuleType) -> None:
             assert [name for name in files if name not in doc] == [], f"{path}: an overview names every file of its folder"
 
 
-def test_importing_is_light_and_does_nothing() -> None:
+def test_importing_is_light_and_has_no_side_effects() -> None:
     check = (
         "import os, sys; before = dict(os.environ); import dbrx_q, dbrx_q.cli\n"
         "heavy = [m for m in ('torch', 'numba', 'triton', 'transformers', 'tiktoken', 'huggingface_hub', 'typer') if m in sys.modules]\n"
@@ -127,6 +127,6 @@ def test_public_functions_still_resolve_after_their_modules() -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_every_module_names_what_it_offers(rooms: ModuleType) -> None:
+def test_every_module_lists_its_public_names(rooms: ModuleType) -> None:
     for path in rooms.modules(ROOT).values():
         assert "__all__" in path.read_text(encoding="utf-8") or path.name == "__init__.py", path

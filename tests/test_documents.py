@@ -36,7 +36,7 @@ ELSEWHERE = {
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of what is neither a table nor a block of code."""
+    """(number, line) for each line that is neither in a table nor in a block of code."""
     fenced = False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -46,7 +46,7 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def too_long(text: str) -> list[int]:
-    """Numbers of the lines of prose that pass the limit for another reason than one long word, such as a link."""
+    """Numbers of the lines of prose beyond the limit, except lines that one long word, such as a link, makes too long."""
     return [number for number, line in prose(text) if len(line) > PROSE_COLUMNS and " " in line[:PROSE_COLUMNS].strip(" -*")]
 
 
@@ -61,18 +61,18 @@ def paths(text: str) -> set[str]:
 
 def commands(text: str) -> list[str]:
     """Every `dbrx-q` command line of a text: in blocks of code, in backticks, and in the first column of README's table."""
-    found: list[str] = []
+    lines: list[str] = []
     fenced = False
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced:
-            found += [span.strip() for span in re.findall(r"(?:^|\s)(dbrx-q [^#;|&]*)", line)]
+            lines += [span.strip() for span in re.findall(r"(?:^|\s)(dbrx-q [^#;|&]*)", line)]
         else:
-            found += [span for span in _CODE.findall(line) if span.startswith("dbrx-q ")]
+            lines += [span for span in _CODE.findall(line) if span.startswith("dbrx-q ")]
             if (row := re.match(r"\| `([^`]+)`", line)) and row.group(1).split()[0] in application().commands:
-                found.append("dbrx-q " + row.group(1).replace(r"\|", "|"))
-    return [part for command in found for part in re.split(r";\s*(?=dbrx-q )", command.rstrip("; ")) if part.strip() != "dbrx-q"]
+                lines.append("dbrx-q " + row.group(1).replace(r"\|", "|"))
+    return [part for command in lines for part in re.split(r";\s*(?=dbrx-q )", command.rstrip("; ")) if part.strip() != "dbrx-q"]
 
 
 @cache
@@ -84,7 +84,7 @@ def application() -> Any:
 
 
 def wrong(line: str) -> str | None:
-    """What the command line does not know of one `dbrx-q` line: its subcommand, an option, or the choice that follows one."""
+    """What is wrong with one `dbrx-q` line: an unknown subcommand or option, or an invalid choice; None if it parses."""
     command = application()
     words = shlex.split(line.replace("[", " ").replace("]", " "))[1:]
     if words[0] in ("-h", "--help"):
@@ -162,7 +162,7 @@ def test_every_make_target_of_a_document_exists() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_every_table_that_a_command_writes_has_its_place() -> None:
+def test_every_table_that_a_command_writes_has_its_markers() -> None:
     """The documents of the Makefile's comparisons, and the one that `dbrx-q bench resources` gives as its example."""
     from dbrx_q.cli import bench
     from dbrx_q.eval.bench.kernel_report import BEGIN, END
@@ -178,7 +178,7 @@ def test_every_table_that_a_command_writes_has_its_place() -> None:
     assert text.count(BEGIN) == text.count(END) == 1, document
 
 
-def test_the_picture_of_the_rooms_is_what_imports_say() -> None:
+def test_the_picture_of_the_rooms_agrees_with_the_imports() -> None:
     """Every room of `docs/architecture.md`, and every arrow that no path of other arrows implies, as `tests/rooms.py` finds them."""
     spec = importlib.util.spec_from_file_location("rooms_of_documents", Path(__file__).with_name("rooms.py"))
     assert spec is not None
@@ -187,8 +187,8 @@ def test_the_picture_of_the_rooms_is_what_imports_say() -> None:
     sys.modules[spec.name] = rooms  # dataclasses look their module up
     spec.loader.exec_module(rooms)
     names = rooms.modules(ROOT)
-    imports = [one for one in rooms.imports(ROOT) if one.imported in names and not one.in_from_pretrained]
-    arrows = {(rooms.room_of(one.importer, names), rooms.room_of(one.imported, names)) for one in imports}
+    imports = [item for item in rooms.imports(ROOT) if item.imported in names and not item.in_from_pretrained]
+    arrows = {(rooms.room_of(item.importer, names), rooms.room_of(item.imported, names)) for item in imports}
     below: dict[str, set[str]] = {}
     for above, room in arrows:
         if above != room:
@@ -223,8 +223,8 @@ def test_every_finding_is_listed_and_runs_without_this_project() -> None:
         assert "import dbrx_q" not in text, f"{path.name}: it shows other software alone"
 
 
-def test_the_checks_see_what_is_wrong() -> None:
-    """On texts with one mistake each."""
+def test_the_checks_detect_mistakes() -> None:
+    """In texts with one mistake each."""
     assert too_long("word " * 24 + "\n" + "word " * 25 + "\n| " + "cell " * 40 + "\n```\n" + "code " * 40 + "\n```\n") == [2]
     assert too_long("https://example.org/" + "a" * 120) == []
     assert paths("see `kernels/formats/int4.py`, `dbrx_q/checkpoint/`, `config.json` and `tests/x/`") == {

@@ -1,4 +1,4 @@
-"""A weight format that is nothing but a record: every command takes it, without a kernel and without a change to another file."""
+"""A weight format that is only a record: every command accepts it, without a kernel and without a change to another file."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class ToyWeight(QuantizedWeight):
     scales: torch.Tensor
     """float16 [..., N, K/32]."""
     group_size: int
+    """Always 32."""
 
     @property
     def shape(self) -> torch.Size:
@@ -86,7 +87,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "clip"])
-def test_every_command_takes_it(nano: Path, tmp_path: Path, method: str, cli: Callable[..., Any]) -> None:
+def test_every_command_accepts_the_format(nano: Path, tmp_path: Path, method: str, cli: Callable[..., Any]) -> None:
     folder = tmp_path / "toy"
     everywhere = [part for name in ("embedding", "attention", "head") for part in ("--tensor", f"{name}=toy3:32")]
     assert cli("quantize", nano, folder, "--format", "toy3", "--group-size", 32, "--method", method, *everywhere).code == 0
@@ -107,12 +108,12 @@ def test_every_command_takes_it(nano: Path, tmp_path: Path, method: str, cli: Ca
 
 @pytest.mark.parametrize("T", [1, 40])
 @pytest.mark.parametrize("backend", [Backend.CPU, Backend.TRITON], ids=["cpu", "triton"])
-def test_a_product_runs_through_the_decoder(backend: Backend, T: int) -> None:
+def test_a_product_dequantizes_the_weight(backend: Backend, T: int) -> None:
     weight, x = quantize(torch.randn(70, 96), 32), torch.randn(T, 96)
     assert torch.allclose(linear(x, weight, backend=backend), x @ unpack(weight).T, atol=1e-4)
 
 
-def test_experts_run_through_the_decoder() -> None:
+def test_experts_are_dequantized() -> None:
     w1, v1, w2 = (TensorFormat("toy3", 32).record.quantize(torch.randn(4, *shape), 32) for shape in ((64, 32), (64, 32), (32, 64)))
     x, chosen, weights = torch.randn(5, 32), torch.tensor([[0, 3]] * 5), torch.rand(5, 2)
     layer = ExpertWeights(w1, v1, w2)

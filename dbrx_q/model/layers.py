@@ -6,8 +6,9 @@ Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from dbrx_q.kernels.qkv import store_qkv
 from .block import Rotation, attend, normed, routed
 from .kv_cache import KVCache
 
-__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight"]
+__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "batch_of"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Batch:
         rows = None if self.sequences.rows is None else self.sequences.rows.to(device)
         sequences = replace(self.sequences, starts=self.sequences.starts.to(device), lengths=self.sequences.lengths.to(device), rows=rows)
         return Batch(sequences, self.positions.to(device), self.rows.to(device), self.cache)
+
+
+def batch_of(counts: Sequence[int], past: Sequence[int], cache: KVCache | None, device: torch.device) -> Batch:
+    """A batch of `counts[b]` new tokens for each sequence b, which follow `past[b]` tokens in the cache."""
+    ends = [length + count for length, count in zip(past, counts, strict=True)]
+    tokens = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
+    rows, positions = torch.tensor(tokens, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+    lengths = torch.tensor(ends, dtype=torch.int32).to(device)
+    return Batch(Sequences(starts, lengths, tuple(counts), tuple(ends)), positions, rows, cache)
 
 
 class PackedWeight(nn.Module):

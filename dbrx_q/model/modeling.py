@@ -10,9 +10,8 @@ knows where a sequence begins.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,25 +20,18 @@ from torch import nn
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
-from dbrx_q.kernels.attention import Sequences
 from dbrx_q.kernels.backend import Backend, pick
 
 from .block import rotation_of
 from .kv_cache import KVCache
-from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear
+from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, batch_of
 from .limits import Limits
 
 if TYPE_CHECKING:
     from dbrx_q.planning.budget import Budget
     from dbrx_q.planning.machine import Placement
 
-__all__ = [
-    "CausalLMOutput",
-    "DbrxForCausalLM",
-    "DbrxModel",
-    "ModelOutput",
-    "batch_of",
-]
+__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput"]
 
 
 @dataclass
@@ -218,16 +210,6 @@ class DbrxModel(nn.Module):
                     f"found {tokens}. Load the model with a longer context or a larger batch, or shorten it"
                 )
         return KVCache(self.config, batch_size, max(tokens, 1), dtype=self.dtype, device=self.devices, grows=True, limit=room)
-
-
-def batch_of(counts: Sequence[int], past: Sequence[int], cache: KVCache | None, device: torch.device) -> Batch:
-    """A batch of `counts[b]` new tokens for each sequence b, which follow `past[b]` tokens in the cache."""
-    ends = [length + count for length, count in zip(past, counts, strict=True)]
-    tokens = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
-    rows, positions = torch.tensor(tokens, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
-    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-    lengths = torch.tensor(ends, dtype=torch.int32).to(device)
-    return Batch(Sequences(starts, lengths, tuple(counts), tuple(ends)), positions, rows, cache)
 
 
 class DbrxForCausalLM(nn.Module):

@@ -24,8 +24,8 @@ from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.linear import linear
 from dbrx_q.model.block import Rotation, rotation_of
-from dbrx_q.model.layers import Batch
-from dbrx_q.model.modeling import DbrxForCausalLM, batch_of
+from dbrx_q.model.layers import Batch, batch_of
+from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .rounding import Rounding, rounded
 

@@ -26,7 +26,7 @@ def boxes_of(axes: Any) -> dict[str, Any]:
 
 def overlapping(boxes: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of names of which one hides a part of the other."""
-    return [(one, other) for one, other in combinations(boxes, 2) if boxes[one].overlaps(boxes[other])]
+    return [(name, other) for name, other in combinations(boxes, 2) if boxes[name].overlaps(boxes[other])]
 
 
 def test_a_dozen_series_differ_in_colour_and_in_marker() -> None:

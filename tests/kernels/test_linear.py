@@ -67,7 +67,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # passes on what came
+        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # forwards its arguments
         return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(77)
 
     monkeypatch.setattr(torch, "empty", empty)

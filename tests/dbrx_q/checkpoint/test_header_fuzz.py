@@ -1,4 +1,4 @@
-"""10,000 mutated safetensors headers: our reader accepts those that the safetensors package accepts, and finds the same bytes in them."""
+"""10,000 mutated safetensors headers: our reader accepts the headers that the safetensors package accepts, and reads the same bytes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LENGTHS = [0, 1, 7, 99_999_992, 100_000_000, 100_000_001, 2**31, 2**32, 2**63 - 
 
 @dataclass
 class Header:
-    """A file that mutations change piece by piece; all pieces are JSON text, so that they can be wrong."""
+    """A header whose parts are JSON text, so that mutations can make each of them invalid."""
 
     entries: list[tuple[str, list[tuple[str, str]]]]
     """(name, fields of the tensor), in the order in which they are written."""
     metadata: list[str]
-    """Values of `__metadata__`, which stands once for each of them."""
+    """Values of `__metadata__`; the key is written once for each value."""
     body: int
     """Bytes after the header."""
 
@@ -49,7 +49,7 @@ class Header:
         return "{" + ",".join(members) + "}"
 
 
-def whole_header(rng: random.Random) -> Header:
+def valid_header(rng: random.Random) -> Header:
     """A header that the package accepts."""
     entries, end = [], 0
     for number in range(rng.randrange(5)):
@@ -132,7 +132,7 @@ STRUCTURAL = [
 
 
 def as_sequence(text: bytes, rng: random.Random) -> bytes:
-    """One tensor's object becomes the list of its values, a form that the package's JSON library takes as well."""
+    """Replaces a tensor's object by the list of its values, a form that the package's JSON library accepts too."""
     parts = text.split(b'"dtype":')
     if len(parts) < 2:
         return text
@@ -153,8 +153,8 @@ def noise(text: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_file(rng: random.Random) -> bytes:
-    """The bytes of a file with up to three mutations of its header, its length field or its end."""
-    header = whole_header(rng)
+    """A file with up to three mutations of its header, its length field or its end."""
+    header = valid_header(rng)
     for _ in range(rng.randrange(3)):
         rng.choice(STRUCTURAL)(header, rng)
     text = header.text().encode("utf-8")
@@ -189,7 +189,7 @@ def opened_tensors(path: Path) -> dict[str, TensorInfo]:
         return file.tensors
 
 
-def test_we_accept_what_the_package_accepts(tmp_path: Path) -> None:
+def test_we_accept_the_headers_that_the_package_accepts(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     rng = random.Random(0)
     accepted = 0

@@ -124,7 +124,7 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 # http.server calls it so
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing on the tests' stderr."""
+        """Print nothing to the tests' stderr."""
 
     def _json(self, data: object) -> None:
         self._reply(200, json.dumps(data).encode(), **{"Content-Type": "application/json"})
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_a_download(hub: type[Hub], tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(small: Path, hub: type[Hub], tmp_path: Path) -> list[str]:
-    """The names of the shards that the hub serves: one with the embedding and the head, then one for each of five layers."""
+    """The names of the shards that the hub serves: one with the embedding and the head, then a shard for each of five layers."""
     config = DbrxConfig(
         d_model=64,
         n_heads=2,
@@ -324,7 +324,7 @@ def test_low_disk_resumes_with_the_missing_shards(hub: type[Hub], many: list[str
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
 
 
-def test_low_disk_leaves_a_folder_of_another_program_alone(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
+def test_low_disk_keeps_a_folder_of_another_program(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
     mine = tmp_path / "out.source" / many[0]
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -335,16 +335,16 @@ def test_low_disk_leaves_a_folder_of_another_program_alone(hub: type[Hub], many:
     assert mine.read_text() == "mine"
 
 
-def test_low_disk_leaves_folders_alone(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    done = cli("quantize", nano, tmp_path / "out", "--low-disk")
-    assert (done.code, done.out) == (2, "")
-    assert "--low-disk deletes what was fetched from the hub; found the folder" in done.err
-    done = cli("quantize", nano, tmp_path / "out", "--public")
-    assert "found no --push" in done.err
+def test_low_disk_refuses_folders(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    outcome = cli("quantize", nano, tmp_path / "out", "--low-disk")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--low-disk deletes what was fetched from the hub; found the folder" in outcome.err
+    outcome = cli("quantize", nano, tmp_path / "out", "--public")
+    assert "found no --push" in outcome.err
     assert not list(tmp_path.iterdir())
 
 
-def test_push_uploads_all(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
+def test_push_uploads_every_file(hub: type[Hub], nano: Path, tmp_path: Path) -> None:
     code, _, err = finish(start(hub.address, tmp_path, "quantize", nano, tmp_path / "out", "--push", PUSHED, token=TOKEN))
     assert code == 0, err
     assert f"{PUSHED}/commit/{COMMIT}" in err
@@ -377,7 +377,7 @@ def test_a_failed_push_leaves_the_result_and_can_be_repeated(hub: type[Hub], nan
         ("dbrx", TOKEN, "--push must name a repository as owner/name; found 'dbrx'"),
     ],
 )
-def test_a_push_without_the_right_is_refused_at_once(
+def test_a_push_without_permission_is_refused_at_once(
     hub: type[Hub], nano: Path, tmp_path: Path, repository: str, token: str, says: str
 ) -> None:
     code, out, err = finish(start(hub.address, tmp_path, "quantize", nano, tmp_path / "out", "--push", repository, token=token))

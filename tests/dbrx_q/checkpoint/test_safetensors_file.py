@@ -123,12 +123,12 @@ def test_a_header_without_its_file_takes_a_sparse_one(tmp_path: Path, monkeypatc
 
 
 def test_a_header_of_absurd_length_is_not_fetched() -> None:
-    asked = []
+    requested_ranges = []
 
     def read(first: int, count: int) -> bytes:
-        asked.append((first, count))
+        requested_ranges.append((first, count))
         return (200_000_000).to_bytes(8, "little")[:count]
 
     with pytest.raises(CheckpointError, match="a header of 200000000 bytes in a file of 1000000000"):
         parse_header(Path("x"), 1_000_000_000, read)
-    assert asked == [(0, 8)]
+    assert requested_ranges == [(0, 8)]

@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete: files of other programs are left alone, and two runs never share a folder."""
+"""Folders that appear when they are complete: files of other programs are kept, and two runs never share a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dbrx_q.cli import run
 from dbrx_q.errors import RequestError
 
 
-def test_the_folder_appears_at_the_end_without_traces(tmp_path: Path) -> None:
+def test_the_folder_appears_at_the_end_and_nothing_else(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "new" / "out", 10) as partial:
         (partial / "a").write_text("x")
         assert not (tmp_path / "new" / "out").exists()
@@ -31,7 +31,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_that_name_of_another_program_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_another_program_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes.txt").write_text("mine")
     with (
@@ -89,7 +89,7 @@ def test_a_source_with_a_manifest_of_its_own_gives_a_result_that_verifies(nano: 
     assert run(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_verify_wants_a_manifest_that_covers_a_quantized_checkpoint(
+def test_verify_requires_a_manifest_of_a_quantized_checkpoint(
     quantized_nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(quantized_nano, tmp_path / "model")

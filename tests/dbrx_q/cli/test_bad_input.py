@@ -25,11 +25,14 @@ BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
 
 @dataclass(frozen=True)
 class Case:
-    """damage: changes a copy of the small checkpoint. says: what the message must hold."""
+    """A damaged checkpoint."""
 
     id: str
+    """Shown in the test's id."""
     damage: Callable[[Path], object]
-    says: tuple[str, ...]
+    """Changes a copy of the small checkpoint."""
+    message: tuple[str, ...]
+    """What the error must hold."""
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -63,12 +66,12 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], object], more: byte
 
 
 def edit_entry(name: str, **values: object) -> Callable[[Path], None]:
-    """Changes what the header says of a tensor of the block's shard."""
+    """Changes the entry of a tensor in the header of the block's shard."""
     return lambda folder: edit_header(folder / BLOCK, lambda header: header[name].update(values))
 
 
 def drop_tensor(folder: Path, name: str) -> None:
-    """A shard without one of its tensors, whole in itself."""
+    """Removes a tensor from a shard, which stays a valid file."""
     header, body = split_shard(folder / BLOCK)
     begin, end = header.pop(name)["data_offsets"]
     for key, entry in header.items():
@@ -77,7 +80,7 @@ def drop_tensor(folder: Path, name: str) -> None:
     put_header(folder / BLOCK, json.dumps(header).encode(), body[:begin] + body[end:])
 
 
-def drop_everywhere(folder: Path) -> None:
+def drop_from_shard_and_index(folder: Path) -> None:
     drop_tensor(folder, ROUTER)
     edit_json(folder / INDEX, lambda index: index["weight_map"].pop(ROUTER))
 
@@ -88,7 +91,7 @@ def add_tensor(folder: Path, name: str = "lm_head.bias") -> None:
     edit_header(folder / BLOCK, lambda header: header.update({name: entry}), b"\0" * 4)
 
 
-def swap_for(make: Callable[[Path], object]) -> Callable[[Path], None]:
+def replace_shard(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / BLOCK).unlink()
         make(folder / BLOCK)
@@ -101,7 +104,7 @@ def cut(size: int) -> Callable[[Path], None]:
 
 
 def move_out(folder: Path, name: str) -> None:
-    """The shard lies where the index says, so that only the rule can refuse it."""
+    """Moves the shard out of the folder and names its place in the index, so that only the rule can refuse it."""
     (folder / BLOCK).rename(folder.parent / "x.safetensors")
     edit_json(folder / INDEX, lambda index: index["weight_map"].update({k: name for k, v in index["weight_map"].items() if v == BLOCK}))
 
@@ -120,11 +123,11 @@ def shift(by: int) -> Callable[[Path], None]:
     return lambda folder: edit_header(folder / BLOCK, edit, b"\0" * by)
 
 
-def both(*damages: Callable[[Path], object]) -> Callable[[Path], object]:
+def all_of(*damages: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [damage(folder) for damage in damages]
 
 
-def one_file(folder: Path) -> None:
+def drop_index(folder: Path) -> None:
     (folder / INDEX).unlink()
 
 
@@ -134,12 +137,12 @@ DAMAGES = [
     Case("missing shard", lambda f: (f / BLOCK).unlink(), (BLOCK, "shard not found")),
     Case(
         "no weights",
-        both(one_file, lambda f: (f / OUTER).unlink(), lambda f: (f / BLOCK).unlink()),
+        all_of(drop_index, lambda f: (f / OUTER).unlink(), lambda f: (f / BLOCK).unlink()),
         ("no weights found", "model.safetensors"),
     ),
-    Case("no index", one_file, ("no weights found", INDEX)),
-    Case("shard is a folder", swap_for(Path.mkdir), (BLOCK, "regular file")),
-    Case("shard is a pipe", swap_for(os.mkfifo), (BLOCK, "regular file")),
+    Case("no index", drop_index, ("no weights found", INDEX)),
+    Case("shard is a folder", replace_shard(Path.mkdir), (BLOCK, "regular file")),
+    Case("shard is a pipe", replace_shard(os.mkfifo), (BLOCK, "regular file")),
     Case("last byte cut", cut(-1), (BLOCK, "truncated")),
     Case("cut in half", cut(100_000), (BLOCK, "truncated")),
     Case("cut in the header", cut(100), (BLOCK, WHOLE, "in a file of 100")),
@@ -156,8 +159,8 @@ DAMAGES = [
     Case("index misplaces", lambda f: edit_index(f, **{NORM: BLOCK}), (BLOCK, NORM, "missing")),
     Case("index leaves out", lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].pop(NORM)), (OUTER, NORM, "not placed here")),
     Case("tensor not in its shard", lambda f: drop_tensor(f, ROUTER), (BLOCK, ROUTER, "is missing")),
-    Case("tensor missing", drop_everywhere, (ROUTER, "is missing", "config.json calls for it")),
-    Case("tensor extra", both(add_tensor, lambda f: edit_index(f, **{"lm_head.bias": BLOCK})), (BLOCK, "lm_head.bias", "in no DBRX")),
+    Case("tensor missing", drop_from_shard_and_index, (ROUTER, "is missing", "config.json calls for it")),
+    Case("tensor extra", all_of(add_tensor, lambda f: edit_index(f, **{"lm_head.bias": BLOCK})), (BLOCK, "lm_head.bias", "in no DBRX")),
     Case("tensor extra in shard", add_tensor, (BLOCK, "lm_head.bias", "not placed here")),
     Case("wrong shape", edit_entry(ROUTER, shape=[64, 4]), (BLOCK, ROUTER, "[4, 64]", "[64, 4]")),
     Case("8-bit dtype", edit_entry(ROUTER, dtype="F8_E4M3", shape=[4, 128]), (BLOCK, ROUTER, "[4, 64]", "[4, 128]")),
@@ -184,7 +187,7 @@ DAMAGES = [
     Case("config is a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "JSON object", "list")),
     Case(
         "config is a folder",
-        both(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
+        all_of(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
         ("config.json", "readable"),
     ),
     Case("another model", lambda f: edit_config(f, model_type="mixtral"), ("config.json", "model_type must be 'dbrx'", "'mixtral'")),
@@ -208,15 +211,15 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def refuse(cli: Callable[..., Any], tmp_path: Path, says: tuple[str, ...], *arguments: object) -> None:
+def refuse(cli: Callable[..., Any], tmp_path: Path, message: tuple[str, ...], *arguments: object) -> None:
     """The command must fail with one clear message and change nothing below `tmp_path`."""
     before = listing(tmp_path)
-    done = cli(*arguments)
-    assert (done.code, done.out) == (2, "")
-    assert done.err.count("dbrx-q: error: ") == 1
-    assert "Traceback" not in done.err
-    for words in says:
-        assert words in done.err
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in outcome.err
+    for words in message:
+        assert words in outcome.err
     assert listing(tmp_path) == before
 
 
@@ -231,18 +234,20 @@ def arguments_of(command: str, folder: Path, tmp_path: Path) -> list[object]:
 
 @pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate"])
 @pytest.mark.parametrize("case", DAMAGES, ids=lambda case: case.id)
-def test_damage_is_named(case: Case, command: str, broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_error_names_the_damage(
+    case: Case, command: str, broken: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     case.damage(broken)
-    refuse(cli, tmp_path, (str(broken), *case.says), *arguments_of(command, broken, tmp_path))
+    refuse(cli, tmp_path, (str(broken), *case.message), *arguments_of(command, broken, tmp_path))
 
 
 def poison(folder: Path, name: str, element: int, bits: int) -> Path:
-    """Writes a 16-bit value into a stored tensor; the shard."""
+    """Write a 16-bit value into a stored tensor; returns the shard."""
     shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
     header, body = split_shard(shard)
     begin, end = header[name]["data_offsets"]
-    at = begin + 2 * element if element >= 0 else end + 2 * element
-    put_header(shard, json.dumps(header).encode(), body[:at] + bits.to_bytes(2, "little") + body[at + 2 :])
+    position = begin + 2 * element if element >= 0 else end + 2 * element
+    put_header(shard, json.dumps(header).encode(), body[:position] + bits.to_bytes(2, "little") + body[position + 2 :])
     return shard
 
 
@@ -256,17 +261,17 @@ def test_weights_must_be_finite(
     name: str, element: int, bits: int, command: str, broken: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     shard = poison(broken, name, element, bits)
-    says = str(shard), name, "finite"
+    message = str(shard), name, "finite"
     if command == "generate" or name == "transformer.wte.weight":
-        refuse(cli, tmp_path, says, *arguments_of(command, broken, tmp_path))
+        refuse(cli, tmp_path, message, *arguments_of(command, broken, tmp_path))
         return
-    # What is finished before a damaged tensor is kept, and nothing else is.
-    done = cli(*arguments_of(command, broken, tmp_path))
-    assert (done.code, done.out) == (2, "")
-    assert done.err.count("dbrx-q: error: ") == 1
-    assert "Traceback" not in done.err
-    for words in (*says, f"kept in {tmp_path}/new/out.partial: --resume continues"):
-        assert words in done.err
+    # Tensors finished before the damaged one are kept, and nothing else.
+    outcome = cli(*arguments_of(command, broken, tmp_path))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in outcome.err
+    for words in (*message, f"kept in {tmp_path}/new/out.partial: --resume continues"):
+        assert words in outcome.err
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.partial"]
 
 
@@ -275,7 +280,7 @@ def test_perplexity_refuses_weights_that_are_not_finite(broken: Path, tmp_path: 
     refuse(cli, tmp_path, (str(shard), W1, "finite"), *arguments_of("perplexity", broken, tmp_path))
 
 
-def test_weights_too_wide_for_a_scale_are_named(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_weights_too_large_for_a_scale_are_refused(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     shard = poison(broken, W1, 7, 0x7F00)  # 1.7e38
     refuse(cli, tmp_path, (str(shard), W1, "65504"), *arguments_of("quantize", broken, tmp_path))
 
@@ -319,11 +324,13 @@ QUANTIZED_DAMAGES = [
 
 
 @pytest.mark.parametrize("case", QUANTIZED_DAMAGES, ids=lambda case: case.id)
-def test_quantization_config_must_fit(case: Case, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_quantization_config_must_fit_the_checkpoint(
+    case: Case, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
     folder = shutil.copytree(quantized_small, tmp_path / "broken")
     case.damage(folder)
     for command in ("inspect", "generate"):
-        refuse(cli, tmp_path, (str(folder), *case.says), *arguments_of(command, folder, tmp_path))
+        refuse(cli, tmp_path, (str(folder), *case.message), *arguments_of(command, folder, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -332,14 +339,14 @@ def test_quantization_config_must_fit(case: Case, quantized_small: Path, tmp_pat
     + [json.dumps({"shards": {name: {"bytes": 1, "sha256": "0"}}, "files": {}, "tensors": {}}) for name in ("../x", "/etc/passwd")]
     + [json.dumps({"shards": {"a": {"bytes": "1", "sha256": "0"}}, "files": {}, "tensors": {}})],
 )
-def test_manifest_must_be_whole(text: str, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_manifest_must_be_complete(text: str, quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = shutil.copytree(quantized_small, tmp_path / "broken")
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     refuse(cli, tmp_path, (str(folder / "manifest.json"),), "verify", folder, "--json")
 
 
-def test_only_what_is_needed_is_refused(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    """The helpers of this file write whole shards: an edit of nothing changes nothing."""
+def test_an_undamaged_copy_is_accepted(broken: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """The helpers of this file write valid shards: an edit that changes nothing is accepted."""
     edit_header(broken / BLOCK, lambda _: None)
     poison(broken, W1, 0, 0x3C00)
     assert cli(*arguments_of("generate", broken, tmp_path)).code == 0

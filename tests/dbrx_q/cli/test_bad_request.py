@@ -25,18 +25,18 @@ BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
 CONTEXT = 64  # of the small checkpoint
 
 
-def refuse(done: Any, *says: str) -> None:
-    assert (done.code, done.out) == (2, "")
-    assert done.err.count("dbrx-q: error: ") == 1
-    assert "Traceback" not in done.err
-    for words in says:
-        assert words in done.err
+def check_refused(outcome: Any, *message: str) -> None:
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.count("dbrx-q: error: ") == 1
+    assert "Traceback" not in outcome.err
+    for words in message:
+        assert words in outcome.err
 
 
-# Where to write
+# Destinations
 
 
-def test_group_size_must_divide(tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_group_size_must_divide_the_weights(tmp_path: Path, cli: Callable[..., Any]) -> None:
     config = DbrxConfig(
         d_model=64,
         n_heads=2,
@@ -47,25 +47,25 @@ def test_group_size_must_divide(tmp_path: Path, cli: Callable[..., Any]) -> None
         torch_dtype="bfloat16",
     )
     write_checkpoint(config, tmp_path / "source")
-    done = cli("quantize", tmp_path / "source", tmp_path / "out", "--group-size", 64)
-    refuse(done, str(tmp_path / "source"), "transformer.blocks.0.ffn.experts.mlp.w2", "must divide", "64", "96")
+    outcome = cli("quantize", tmp_path / "source", tmp_path / "out", "--group-size", 64)
+    check_refused(outcome, str(tmp_path / "source"), "transformer.blocks.0.ffn.experts.mlp.w2", "must divide", "64", "96")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert cli("quantize", tmp_path / "source", tmp_path / "out", "--group-size", 32).code == 0
 
 
 @pytest.mark.parametrize("group_size", [48, 0, -64, 256])
-def test_group_size_must_be_offered(group_size: int, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    refuse(cli("quantize", small, tmp_path / "out", "--group-size", group_size), "must be one of 32, 64, 128", f"found {group_size}")
+def test_the_group_size_must_be_supported(group_size: int, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    check_refused(cli("quantize", small, tmp_path / "out", "--group-size", group_size), "must be one of 32, 64, 128", f"found {group_size}")
     assert not list(tmp_path.iterdir())
 
 
-def test_source_must_be_plain(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    refuse(cli("quantize", quantized_small, tmp_path / "out"), str(quantized_small), "plain", "is quantized")
+def test_the_source_must_be_a_plain_checkpoint(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    check_refused(cli("quantize", quantized_small, tmp_path / "out"), str(quantized_small), "plain", "is quantized")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("place", "says"),
+    ("place", "message"),
     [
         ("file", "must be a folder"),
         ("file/out", "Not a directory"),
@@ -80,24 +80,26 @@ def test_source_must_be_plain(quantized_small: Path, tmp_path: Path, cli: Callab
         ("n" * 300, "name too long"),
     ],
 )
-def test_destination_must_be_possible(place: str, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_destination_must_be_usable(place: str, message: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     source = shutil.copytree(small, tmp_path / ("other.partial" if place == "other" else "source"))
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "file").write_text("mine")
     before = sorted((path, path.lstat().st_size) for path in tmp_path.rglob("*"))
-    refuse(cli("quantize", source, tmp_path / place), str(tmp_path / place), says)
+    check_refused(cli("quantize", source, tmp_path / place), str(tmp_path / place), message)
     assert sorted((path, path.lstat().st_size) for path in tmp_path.rglob("*")) == before
 
 
-def test_room_is_looked_at_first(small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_disk_space_is_checked_first(small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, (1 << 40) - 1000, 1000))
-    refuse(cli("quantize", small, tmp_path / "deep" / "out"), str(tmp_path), "1,000 free")
+    check_refused(cli("quantize", small, tmp_path / "deep" / "out"), str(tmp_path), "1,000 free")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("sync", range(4), ids=["shard", "index", "config", "manifest"])
-def test_disk_full_at_every_file(sync: int, small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_is_finished(
+    sync: int, small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, real = [], os.fsync
 
     def fsync(fd: int) -> None:
@@ -108,8 +110,8 @@ def test_disk_full_at_every_file(sync: int, small: Path, tmp_path: Path, cli: Ca
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        done = cli("quantize", small, tmp_path / "out")
-    refuse(done, str(tmp_path / "out"), "No space left on device", f"What is finished is kept in {tmp_path / 'out.partial'}")
+        outcome = cli("quantize", small, tmp_path / "out")
+    check_refused(outcome, str(tmp_path / "out"), "No space left on device", f"What is finished is kept in {tmp_path / 'out.partial'}")
     assert len(calls) == sync + 1
     assert not (tmp_path / "out").exists()
     assert cli("quantize", small, tmp_path / "out", "--resume").code == 0
@@ -119,35 +121,35 @@ def test_disk_full_at_every_file(sync: int, small: Path, tmp_path: Path, cli: Ca
 
 def test_a_write_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
     (tmp_path / "keep.txt").write_text("mine")
-    done = subprocess.run(
+    process = subprocess.run(
         [SCRIPT, "quantize", small, tmp_path / "new" / "out", "--json"],
         capture_output=True,
         text=True,
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
-    assert f"{tmp_path}/new/out: the destination must be writable; File too large" in done.stderr
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "Traceback" not in process.stderr
+    assert f"{tmp_path}/new/out: the destination must be writable; File too large" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
 
 
-# What to read
+# Sources
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate", "perplexity"])
-@pytest.mark.parametrize(("place", "says"), [("absent", "no such folder"), ("file", "is a folder; found a file")])
-def test_path_must_be_a_folder(place: str, says: str, command: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("place", "message"), [("absent", "no such folder"), ("file", "is a folder; found a file")])
+def test_the_checkpoint_must_be_a_folder(place: str, message: str, command: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
     (tmp_path / "file").write_text("mine")
     more: dict[str, list[object]] = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "The"], "perplexity": ["--text", BOOK]}
     if (command, place) == ("perplexity", "file"):
-        says = "or a GGUF file; found another kind of file"
-    refuse(cli(command, tmp_path / place, *more.get(command, [])), str(tmp_path / place), says)
+        message = "or a GGUF file; found another kind of file"
+    check_refused(cli(command, tmp_path / place, *more.get(command, [])), str(tmp_path / place), message)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--prompt", ""), "--prompt must hold text"),
         (("--prompt", "word " * CONTEXT), f"context of {CONTEXT} tokens"),
@@ -166,12 +168,14 @@ def test_path_must_be_a_folder(place: str, says: str, command: str, tmp_path: Pa
         (("--prompt", "The", "--system", "Be brief."), "--system needs --chat"),
     ],
 )
-def test_generate_refuses(options: tuple[object, ...], says: str, quantized_small: Path, cli: Callable[..., Any]) -> None:
-    refuse(cli("generate", quantized_small, *options), says)
+def test_generate_refuses_invalid_options(
+    options: tuple[object, ...], message: str, quantized_small: Path, cli: Callable[..., Any]
+) -> None:
+    check_refused(cli("generate", quantized_small, *options), message)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--context", 1), "context must be at least 2 tokens"),
         (("--context", 0), "found 0"),
@@ -181,12 +185,14 @@ def test_generate_refuses(options: tuple[object, ...], says: str, quantized_smal
         (("--stride", CONTEXT + 1), f"context of {CONTEXT} tokens; found {CONTEXT + 1}"),
     ],
 )
-def test_perplexity_refuses(options: tuple[object, ...], says: str, quantized_small: Path, cli: Callable[..., Any]) -> None:
-    refuse(cli("perplexity", quantized_small, "--text", BOOK, *options), says)
+def test_perplexity_refuses_invalid_options(
+    options: tuple[object, ...], message: str, quantized_small: Path, cli: Callable[..., Any]
+) -> None:
+    check_refused(cli("perplexity", quantized_small, "--text", BOOK, *options), message)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"A fine day\xff\xfe", "byte 10"),
         ("é".encode("latin-1"), "byte 0"),
@@ -198,18 +204,18 @@ def test_perplexity_refuses(options: tuple[object, ...], says: str, quantized_sm
     ],
     ids=["not UTF-8", "latin-1", "surrogate", "empty", "short", "binary", "missing"],
 )
-def test_text_must_be_usable(data: bytes | None, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_unusable_texts_are_refused(data: bytes | None, message: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     path = tmp_path / "text.txt"
     if data is not None:
         path.write_bytes(data)
-    refuse(cli("perplexity", small, "--text", path), str(path), says)
+    check_refused(cli("perplexity", small, "--text", path), str(path), message)
 
 
-def test_memory_that_is_not_there(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_a_context_larger_than_memory_is_refused(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = shutil.copytree(small, tmp_path / "long")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"max_seq_len": 64', f'"max_seq_len": {1 << 50}'))
-    refuse(cli("generate", folder, "--prompt", "The", "--max-new-tokens", 1 << 49), "not enough memory")
+    check_refused(cli("generate", folder, "--prompt", "The", "--max-new-tokens", 1 << 49), "not enough memory")
 
 
 @pytest.mark.parametrize("token", [-1, 4096, 1 << 40])
@@ -221,7 +227,7 @@ def test_token_ids_must_be_in_range(token: int, small: Path) -> None:
         generate(model, [[1], [2, token]], max_new_tokens=1)
 
 
-def test_library_refuses_prompts_without_room(small: Path) -> None:
+def test_the_library_refuses_prompts_that_leave_no_room(small: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(small)
     with pytest.raises(RequestError, match="at least one token"):
         generate(model, [[1], []], max_new_tokens=1)
@@ -231,19 +237,21 @@ def test_library_refuses_prompts_without_room(small: Path) -> None:
         model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(("device", "says"), [("cuda:77", "must be a GPU that torch sees"), ("tpu", "must be 'cpu', 'cuda' or 'cuda:N'")])
-def test_devices_that_are_not_there(device: str, says: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:77", "must be a GPU that torch sees"), ("tpu", "must be 'cpu', 'cuda' or 'cuda:N'")]
+)
+def test_missing_devices_are_refused(device: str, message: str, small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     text = tmp_path / "text"
     text.write_text("The old man looked at the sea")
-    refuse(cli("generate", small, "--prompt", "The", "--device", device), says, device)
-    refuse(cli("perplexity", small, "--text", text, "--device", device), says, device)
+    check_refused(cli("generate", small, "--prompt", "The", "--device", device), message, device)
+    check_refused(cli("perplexity", small, "--text", text, "--device", device), message, device)
 
 
 # Usage
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("inspect", "a", "--nope"), "--nope"),
         (("nope",), "nope"),
@@ -259,35 +267,37 @@ def test_devices_that_are_not_there(device: str, says: str, small: Path, tmp_pat
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage(arguments: tuple[str, ...], says: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_usage_is_explained(
+    arguments: tuple[str, ...], message: str, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    done = cli(*arguments)
-    assert (done.code, done.out) == (2, "")
-    assert says in done.err
-    assert "Usage: dbrx-q" in done.err
-    assert "Traceback" not in done.err
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+    assert "Usage: dbrx-q" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
-def test_script_explains_and_exits_with_2(small: Path, tmp_path: Path) -> None:
+def test_the_script_explains_errors_and_exits_with_2(small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for arguments, says in (
+    for arguments, message in (
         (["inspect", str(small), "--nope"], "--nope"),
         (["inspect", str(tmp_path / "file")], f"{tmp_path}/file: a checkpoint is a folder; found a file"),
     ):
-        done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert says in done.stderr
-        assert "Traceback" not in done.stderr
+        process = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+        assert (process.returncode, process.stdout) == (2, "")
+        assert message in process.stderr
+        assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("error", "says"), [(MemoryError(), "not enough memory for this"), (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU")]
+    ("error", "message"), [(MemoryError(), "not enough memory for this"), (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU")]
 )
-def test_memory_that_runs_out_is_explained(
-    error: Exception, says: str, small: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_running_out_of_memory_is_explained(
+    error: Exception, message: str, small: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr("dbrx_q.checkpoint.inventory.take_inventory", fails)
-    refuse(cli("inspect", small), says)
+    check_refused(cli("inspect", small), message)

@@ -1,4 +1,4 @@
-"""`--help`: that it fits the screen, shows what is written, imports little, and lists the values that the registries hold."""
+"""`--help` fits two screens, prints every word, imports little, and lists the values of the registries."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_help_fits_two_screens(names: tuple[str, ...], cli: Callable[..., Any], 
 
 @pytest.mark.parametrize("names", ALL, ids=" ".join)
 def test_every_word_of_a_help_is_printed(names: tuple[str, ...], columns: int, cli: Callable[..., Any]) -> None:
-    """Brackets too, which a markup language would take for its own, and no word is divided."""
+    """Brackets, which markup would consume, are printed too, and no word is divided."""
     shown = words(cli(*names, "--help").out)
     command = command_of(names)
     assert words(command.help or "") in shown
@@ -68,7 +68,7 @@ def test_every_word_of_a_help_is_printed(names: tuple[str, ...], columns: int, c
         assert all(words(command.summary(name)) in shown for name in command.list_commands(None))
 
 
-def test_brackets_survive(cli: Callable[..., Any], small: Path) -> None:
+def test_brackets_are_printed(cli: Callable[..., Any], small: Path) -> None:
     assert "pip install 'dbrx_q[tasks]'" in words(cli("tasks", "--help").out)
     assert "pip install 'dbrx_q[tasks]'" in words(cli("--help").out)
     for name in ("[bold]x[/bold]", "[/]", "[red]"):
@@ -78,7 +78,7 @@ def test_brackets_survive(cli: Callable[..., Any], small: Path) -> None:
 
 
 @pytest.mark.parametrize("names", ALL[1:], ids=" ".join)
-def test_options_stand_in_panels_and_say_their_defaults(names: tuple[str, ...], cli: Callable[..., Any]) -> None:
+def test_options_are_in_panels_and_show_their_defaults(names: tuple[str, ...], cli: Callable[..., Any]) -> None:
     command = command_of(names)
     if isinstance(command, CommandGroup):
         return
@@ -97,13 +97,13 @@ def test_options_stand_in_panels_and_say_their_defaults(names: tuple[str, ...], 
             assert re.search(rf"\[default: {re.escape(str(parameter.default))}[];]", words(shown)), parameter.name
 
 
-def test_summaries_are_the_commands_own() -> None:
+def test_summaries_equal_those_of_the_commands() -> None:
     for name, summary in entry._SUMMARIES.items():
         assert words((command_of((name,)).help or "").split("\n\n")[0]) == summary
 
 
-def test_an_option_reads_the_same_everywhere() -> None:
-    """Options that mean something else in some commands are named here, with the number of their texts."""
+def test_an_option_has_the_same_text_in_every_command() -> None:
+    """Except for the listed options, whose meaning depends on the command; the numbers of their texts are counted."""
     texts_of_others = {
         "--batch": 3,
         "--chat": 2,
@@ -145,22 +145,22 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_version(cli: Callable[..., Any]) -> None:
+def test_version_is_printed(cli: Callable[..., Any]) -> None:
     assert cli("--version").out == f"dbrx-q {dbrx_q.__version__}\n"
     assert cli("--version").code == 0
 
 
-def test_a_mistyped_command_is_named_with_the_one_meant(cli: Callable[..., Any]) -> None:
-    done = cli("quantise", "a", "b")
-    assert (done.code, done.out) == (2, "")
-    assert "No such command 'quantise'. Did you mean 'quantize'?" in done.err
+def test_a_mistyped_command_is_refused_with_a_suggestion(cli: Callable[..., Any]) -> None:
+    outcome = cli("quantise", "a", "b")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "No such command 'quantise'. Did you mean 'quantize'?" in outcome.err
 
 
 # Values
 
 
 @pytest.mark.parametrize("choice", choices.ALL, ids=lambda choice: choice.registry)
-def test_help_lists_what_is_registered(choice: choices.Choice) -> None:
+def test_listed_choices_equal_the_registered_ones(choice: choices.Choice) -> None:
     assert choice.names == choice.registered()
 
 
@@ -184,9 +184,9 @@ def test_a_panel_keeps_markup_and_the_order_of_its_options(capsys: pytest.Captur
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
     def command(
-        one: Annotated[str, option(TEXT, "Text in [bold]brackets[/bold] and {}.", one_of=choices.KV_FORMATS)] = "plain",
-        two: Annotated[int | None, option(OUTPUT, "Two.", metavar="N", default="three [words] here")] = None,
-        three: Annotated[bool, option(TEXT, "Three.", "--three")] = False,
+        first: Annotated[str, option(TEXT, "Text in [bold]brackets[/bold] and {}.", one_of=choices.KV_FORMATS)] = "plain",
+        second: Annotated[int | None, option(OUTPUT, "Two.", metavar="N", default="three [words] here")] = None,
+        third: Annotated[bool, option(TEXT, "Three.", "--third")] = False,
     ) -> None:
         """A command."""
 
@@ -196,4 +196,4 @@ def test_a_panel_keeps_markup_and_the_order_of_its_options(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "Text in [bold]brackets[/bold] and plain, int8 or int4." in words(shown)
     assert "[default: three [words] here]" in words(shown)
-    assert shown.index("--one") < shown.index("--three") < shown.index("--two") < shown.index("run me [now]")
+    assert shown.index("--first") < shown.index("--third") < shown.index("--second") < shown.index("run me [now]")

@@ -1,6 +1,6 @@
-"""Ctrl-C in a command at work: exit code 2, one message, no traceback, nothing half-written.
+"""Ctrl-C interrupts a running command: exit code 2, one message, no traceback, nothing half-written.
 
-Every test waits until it sees the command at the work that it means to interrupt, never for a time.
+Every test waits until the command does the work that is to be interrupted, never for a fixed time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIMIT_SECONDS = 60  # only a command that hangs takes so long
 
 @pytest.fixture(scope="module")
 def large(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """170 MB, for which every command that computes takes seconds."""
+    """A checkpoint of 170 MB, for which every command that computes takes seconds."""
     folder = tmp_path_factory.mktemp("large") / "dbrx-large"
     config = DbrxConfig(
         d_model=512,
@@ -52,7 +52,7 @@ def large(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 
 class Running:
-    """A command in a process of its own, its stderr a terminal, as a person has it."""
+    """A command in a separate process, with a terminal as stderr."""
 
     def __init__(self, *arguments: object) -> None:
         self.terminal, inner = pty.openpty()
@@ -66,7 +66,7 @@ class Running:
         until = time.monotonic() + LIMIT_SECONDS
         while not at_work():
             assert self.process.poll() is None, f"ended before it was interrupted: {self._rest()}"
-            assert time.monotonic() < until, "never came to work"
+            assert time.monotonic() < until, "never began its work"
             time.sleep(0.001)
 
     def wait_for_stderr(self, words: bytes) -> None:
@@ -80,7 +80,7 @@ class Running:
         self.process.send_signal(signal.SIGINT)
 
     def end(self) -> str:
-        """What it says when it ends cleanly."""
+        """What it prints to stderr, after checking that it was interrupted cleanly."""
         text = self._rest()
         assert self.process.wait(LIMIT_SECONDS) == 2, text
         assert text.count("dbrx-q: error: interrupted") == 1, text
@@ -90,7 +90,7 @@ class Running:
         return text.replace("\r\n", "\n")
 
     def finish(self) -> str:
-        """What it says when it does its work to the end; a terminal that nobody reads would block it."""
+        """What it prints to stderr when it runs to its end; an unread terminal would block it."""
         text = self._rest()
         assert self.process.wait(LIMIT_SECONDS) == 0, text
         return text
@@ -106,7 +106,7 @@ class Running:
         os.close(self.terminal)
 
     def _rest(self) -> str:
-        with suppress(OSError):  # how Linux tells that the other side of a terminal was closed
+        with suppress(OSError):  # raised by Linux when the other side of a terminal is closed
             while piece := os.read(self.terminal, 1 << 16):
                 self.stderr += piece
         return self.stderr.decode(errors="replace")
@@ -147,7 +147,7 @@ def test_quantize_keeps_what_is_finished(phase: str, presses: int, large: Path, 
         assert not list(tmp_path.iterdir())
 
 
-def test_generate_ends_after_the_text_so_far(large: Path, start: Callable[..., Running]) -> None:
+def test_generate_can_be_interrupted(large: Path, start: Callable[..., Running]) -> None:
     running = start("generate", large, "--prompt", "The", "--max-new-tokens", 4000)
     assert running.process.stdout is not None
     assert running.process.stdout.read(1)
@@ -155,7 +155,7 @@ def test_generate_ends_after_the_text_so_far(large: Path, start: Callable[..., R
     running.check_clean_end()
 
 
-def test_generate_prints_no_json(large: Path, start: Callable[..., Running]) -> None:
+def test_an_interrupted_generate_prints_no_json(large: Path, start: Callable[..., Running]) -> None:
     running = start("generate", large, "--prompt", "The " * 2000, "--max-new-tokens", 2000, "--json")
     # Compiled kernels run: the first of them has been loaded.
     running.wait_until(lambda: running.has_mapped("libllvmlite"))
@@ -165,7 +165,7 @@ def test_generate_prints_no_json(large: Path, start: Callable[..., Running]) -> 
     assert running.process.stdout.read() == b""
 
 
-def test_perplexity_ends(large: Path, start: Callable[..., Running]) -> None:
+def test_perplexity_can_be_interrupted(large: Path, start: Callable[..., Running]) -> None:
     running = start("perplexity", large, "--text", BOOK, "--context", 512, "--stride", 8, "--json")
     running.wait_for_stderr(b"windows")
     running.interrupt()
@@ -175,22 +175,22 @@ def test_perplexity_ends(large: Path, start: Callable[..., Running]) -> None:
 
 
 @pytest.mark.parametrize("command", ["perplexity", "compare"])
-def test_figures_so_far_are_shown_and_the_rest_follows(
+def test_partial_figures_are_printed_and_the_run_is_resumed(
     command: str, large: Path, tmp_path: Path, start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     models = [large] if command == "perplexity" else [large, large]
     arguments = (command, *models, "--text", BOOK, "--context", 512, "--limit", 16, "--json")
 
-    def shown(running: Running) -> dict[str, Any]:
-        running._rest()  # a terminal that nobody reads stops what writes to it
+    def figures_of(running: Running) -> dict[str, Any]:
+        running._rest()  # an unread terminal would block the command
         assert running.process.stdout is not None
         return json.loads(running.process.stdout.read())
 
     running = start(*arguments)
     running.wait_for_stderr(b"8/16" if command == "perplexity" else b" 8/")  # a batch of windows is done
     running.interrupt()
-    partial = shown(running)
+    partial = figures_of(running)
     text = running.stderr.decode()
     assert running.process.wait(LIMIT_SECONDS) == 2
     assert f"interrupted after {partial['tokens']:,} of {16 * 511:,} tokens" in text
@@ -199,18 +199,18 @@ def test_figures_so_far_are_shown_and_the_rest_follows(
     assert not partial["complete"]
     assert partial["tokens"] == 8 * 511
     resumed = start(*arguments, "--resume")
-    whole = shown(resumed)
+    complete = figures_of(resumed)
     assert resumed.process.wait(LIMIT_SECONDS) == 0
     assert b" 0/16" not in resumed.stderr
     assert not list(tmp_path.rglob("*.npz"))
-    assert (whole["complete"], whole["tokens"]) == (True, 16 * 511)
+    assert (complete["complete"], complete["tokens"]) == (True, 16 * 511)
     if command == "perplexity":
-        assert shown(start(*arguments)) == whole
+        assert figures_of(start(*arguments)) == complete
 
 
-def test_verify_ends(tmp_path: Path, start: Callable[..., Running]) -> None:
+def test_verify_can_be_interrupted(tmp_path: Path, start: Callable[..., Running]) -> None:
     with open(tmp_path / "huge.safetensors", "wb") as file:
-        file.truncate(1 << 38)  # takes no room, and many minutes to hash
+        file.truncate(1 << 38)  # takes no disk space, and many minutes to hash
     entry = {"huge.safetensors": {"bytes": 1 << 38, "sha256": "0" * 64}}
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": entry, "files": {}, "tensors": {}}))
     running = start("verify", tmp_path)
@@ -219,16 +219,16 @@ def test_verify_ends(tmp_path: Path, start: Callable[..., Running]) -> None:
     running.check_clean_end()
 
 
-def test_inspect_ends_while_it_waits_for_a_file(tmp_path: Path, start: Callable[..., Running]) -> None:
+def test_inspect_can_be_interrupted_while_it_waits_for_a_file(tmp_path: Path, start: Callable[..., Running]) -> None:
     os.mkfifo(tmp_path / "config.json")
     running = start("inspect", tmp_path)
-    with open(tmp_path / "config.json", "wb"):  # goes on when the command has opened the other end
+    with open(tmp_path / "config.json", "wb"):  # returns when the command has opened the other end
         running.interrupt()
         running.check_clean_end()
 
 
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu"])
-def test_imports_end_without_a_traceback(library: str, nano: Path, start: Callable[..., Running]) -> None:
+def test_imports_can_be_interrupted_without_a_traceback(library: str, nano: Path, start: Callable[..., Running]) -> None:
     running = start("generate", nano, "--prompt", "The")
     running.wait_until(lambda: running.has_mapped(library))
     running.interrupt()

@@ -139,7 +139,7 @@ def evicted_by(policy: CachePolicy, uses: Sequence[tuple[int, Sequence[int]]], l
     return step.evicted
 
 
-def test_what_each_policy_evicts() -> None:
+def test_each_policy_evicts_by_its_rule() -> None:
     one_pass = [(0, [0]), (1, [1]), (2, [2])]
     assert evicted_by(Lru(L, E), one_pass, 0, 5) == (0, 0)
     # Layer 0 has just been entered again, and its own expert was not used.

@@ -224,10 +224,10 @@ def test_generation_does_not_wait_for_the_disk(loaded: Callable[..., DbrxForCaus
         real(self, piece, buffer)
 
     monkeypatch.setattr(ExpertReader, "_read", read)
-    done = threading.Thread(target=lambda: generate(model, [PROMPT[:7]], max_new_tokens=12), daemon=True)
-    done.start()
-    done.join(TIMEOUT / 2)
-    hangs = done.is_alive()
+    generation = threading.Thread(target=lambda: generate(model, [PROMPT[:7]], max_new_tokens=12), daemon=True)
+    generation.start()
+    generation.join(TIMEOUT / 2)
+    hangs = generation.is_alive()
     gate.set()
     assert not hangs
 
@@ -236,7 +236,7 @@ def test_a_disk_that_fails_during_an_upgrade(carrying: Path, tmp_path: Path, loa
     copy = Path(shutil.copytree(carrying, tmp_path / "copy"))
     model = loaded(on_host(20), copy)
     [shard] = copy.glob("*.safetensors")
-    whole = shard.read_bytes()
+    contents = shard.read_bytes()
     os.truncate(shard, 100)
 
     def use() -> None:
@@ -245,12 +245,12 @@ def test_a_disk_that_fails_during_an_upgrade(carrying: Path, tmp_path: Path, loa
 
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         use()
-    shard.write_bytes(whole)
+    shard.write_bytes(contents)
     generate(model, [PROMPT[:7]], max_new_tokens=12)
 
 
 @pytest.mark.parametrize("budget", [on_host(10), on_gpus(1.9, 1.6, ram=6.0)], ids=["host", "gpus"])
-def test_a_loaded_model_takes_what_the_plan_says(carrying: Path, budget: Budget, loaded: Callable[..., DbrxForCausalLM]) -> None:
+def test_a_loaded_model_takes_the_planned_memory(carrying: Path, budget: Budget, loaded: Callable[..., DbrxForCausalLM]) -> None:
     model = loaded(budget)
     plan, store = model.placement, model.expert_store
     assert plan is not None

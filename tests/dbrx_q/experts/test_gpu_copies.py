@@ -42,7 +42,7 @@ class Gate:
         link._send = self._send  # type: ignore[method-assign] # to see and hold what is sent
 
     def open(self) -> None:
-        """Everything may pass."""
+        """Let all copies pass."""
         self._open.set()
 
     def _send(self, job: Any) -> Any:
@@ -325,8 +325,8 @@ def test_a_split_is_as_fast_as_any(missed: dict[int, int], cpu: float, link: flo
     assert seconds(on_cpu) == pytest.approx(min(seconds(by_tokens[:k]) for k in range(len(missed) + 1)))
     assert split_misses(missed, nbytes, rates, MissPolicy.cpu) == (sorted(missed), [])
     assert split_misses(missed, nbytes, rates, MissPolicy.copy) == ([], sorted(missed))
-    one = max(sum(rates.cpu_seconds(nbytes, tokens) for tokens in missed.values()), 0)
-    assert seconds(on_cpu) <= min(one, len(missed) * nbytes / link) * 1.0000001
+    cpu_seconds = max(sum(rates.cpu_seconds(nbytes, tokens) for tokens in missed.values()), 0)
+    assert seconds(on_cpu) <= min(cpu_seconds, len(missed) * nbytes / link) * 1.0000001
 
 
 def test_started_copies_are_used_unless_the_cpu_is_faster() -> None:

@@ -146,12 +146,12 @@ def test_a_reader_that_fails_under_gpus(
     copy = Path(shutil.copytree(quantized_nano, tmp_path / "copy"))
     model = loaded(gpus(1.4, 1.1, ram=1.4), copy)
     [shard] = copy.glob("*.safetensors")
-    whole = shard.read_bytes()
+    contents = shard.read_bytes()
     os.truncate(shard, 100)
     error = ends(lambda: logits_of(model))
     assert isinstance(error, CheckpointError)
     assert "became shorter" in str(error)
-    shard.write_bytes(whole)
+    shard.write_bytes(contents)
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model), expected, strict=True))
 
 
@@ -216,8 +216,8 @@ def test_parts_from_a_gpu_and_from_the_cpu_add_up(quantized_nano: Path, T: int) 
     total.add_gpu(layer, {e: e for e in chosen[::2]})
     total.add_host(layer, {e: e for e in chosen[1::2][:2]})
     total.add_gpu(layer, {e: e for e in chosen[1::2][2:]})
-    whole = moe_experts(x, routing.experts, routing.weights, layer)
-    torch.testing.assert_close(total.result(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+    expected = moe_experts(x, routing.experts, routing.weights, layer)
+    torch.testing.assert_close(total.result(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
     assert total.counts == {e: int((routing.experts == e).sum()) for e in range(16) if (routing.experts == e).any()}
 
 

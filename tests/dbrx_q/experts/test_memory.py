@@ -1,4 +1,4 @@
-"""Memory: a model larger than its budget generates the same, stays below the budget, and takes what the plan says."""
+"""Memory: a model larger than its budget generates the same text, stays below the budget, and takes the planned memory."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_twice_the_budget_stays_below_it(large: Path, warm: Path, way: str) -> None:
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
     assert size > 1.8 * RAM
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, str(warm), str(large), str(RAM), way], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    measured = json.loads(process.stdout)
     assert measured["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
     assert measured["misses"] > 0
     assert measured["read"] > size
@@ -123,14 +123,14 @@ def test_a_fallback_copy_stays_within_the_budget(large: Path, warm: Path) -> Non
     copy = sum(info.nbytes for name, info in Checkpoint(folder / FALLBACK_FOLDER).infos.items() if ".experts." in name)
     budget = RAM + copy
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 1.2 * budget
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, str(warm.with_name("int8")), str(folder), str(budget), "fallback"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    measured = json.loads(process.stdout)
     assert measured["fallback_hits"] > 0
     assert copy < measured["grown"] <= budget
 
@@ -140,16 +140,16 @@ def test_gpus_and_the_memory_under_them_stay_below_their_budgets(large: Path, wa
     memory = 24 << 20, 20 << 20
     ram = (34 << 20) + 2 * PINNED_BYTES
     command = [sys.executable, "-c", MEASURE, str(warm), str(large), str(ram), "direct", *map(str, memory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    measured = json.loads(process.stdout)
     assert measured["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
     assert measured["read"] > sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    whole = sum(memory) + ram - 2 * PINNED_BYTES  # links within host memory have no pinned buffers
-    assert whole / 2 < measured["grown"] <= whole
+    budget = sum(memory) + ram - 2 * PINNED_BYTES  # links within host memory have no pinned buffers
+    assert budget / 2 < measured["grown"] <= budget
 
 
-def test_a_loaded_model_takes_what_the_plan_says(large: Path) -> None:
+def test_a_loaded_model_takes_the_planned_memory(large: Path) -> None:
     model = load_model(large, budget=Budget(Machine(RAM), context=160, batch=2, step_tokens=128))
     plan, store = model.placement, model.expert_store
     assert plan is not None

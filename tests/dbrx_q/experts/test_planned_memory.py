@@ -71,11 +71,11 @@ def test_a_forward_pass_beyond_the_reserved_memory_is_refused(quantized_nano: Pa
     ids = torch.arange(21)[None]
     with pytest.raises(RequestError, match=r"at most 20 tokens, which the model's budget has memory for; found 21\. Pass fewer"):
         model(ids)
-    whole = load_model(quantized_nano)
+    resident = load_model(quantized_nano)
     first = model(ids[:, :20], use_cache=True)
     second = model(ids[:, 20:], None, first.past_key_values, True)
-    expected = whole(ids[:, :20], use_cache=True)
-    assert torch.equal(second.logits, whole(ids[:, 20:], None, expected.past_key_values, True).logits)
+    expected = resident(ids[:, :20], use_cache=True)
+    assert torch.equal(second.logits, resident(ids[:, 20:], None, expected.past_key_values, True).logits)
     cache = second.past_key_values
     model(torch.zeros(1, 19, dtype=torch.int64), None, cache, True)
     with pytest.raises(RequestError, match="a sequence must fit 40 tokens, the room of its cache; found 41"):
@@ -86,7 +86,7 @@ def test_a_forward_pass_beyond_the_reserved_memory_is_refused(quantized_nano: Pa
     with pytest.raises(RequestError, match=r"20 tokens of 2 sequences; found 30\. Load the model with a longer context or a larger batch"):
         wide(torch.zeros(2, 30, dtype=torch.int64), mask)
     prompt = list(range(5, 35))  # longer than a pass
-    assert generate(model, [prompt], max_new_tokens=4)[0].token_ids == generate(whole, [prompt], max_new_tokens=4)[0].token_ids
+    assert generate(model, [prompt], max_new_tokens=4)[0].token_ids == generate(resident, [prompt], max_new_tokens=4)[0].token_ids
 
 
 @pytest.mark.parametrize("version", [1, 2])

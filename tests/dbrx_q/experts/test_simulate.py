@@ -81,7 +81,7 @@ def simulated(model: DbrxForCausalLM, trace: Trace, budget: Budget, policy: str,
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("miss_policy", [MissPolicy.cpu, MissPolicy.copy])
 @pytest.mark.parametrize("ram", [5.0, 2.6, 1.4], ids=["in memory", "once", "on disk"])
-def test_a_simulation_of_gpus_counts_what_their_store_counts(
+def test_a_simulation_of_gpus_counts_like_their_store(
     model: DbrxForCausalLM, quantized_nano: Path, miss_policy: MissPolicy, ram: float, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
@@ -169,7 +169,7 @@ def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tu
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "least-stale", "static"])
-def test_a_simulation_counts_what_the_store_counts(
+def test_a_simulation_counts_like_the_store(
     model: DbrxForCausalLM, quantized_nano: Path, tmp_path: Path, policy: str, prefetch: bool, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
@@ -196,7 +196,7 @@ def test_a_simulation_counts_what_the_store_counts(
         small.close()
 
 
-def test_a_trace_has_what_the_routers_chose(model: DbrxForCausalLM, saved: Path) -> None:
+def test_a_trace_records_the_routing(model: DbrxForCausalLM, saved: Path) -> None:
     trace = Trace.read(saved)
     assert trace.experts.shape == trace.predicted.shape == (36, 4, 4)
     assert trace.steps.tolist() == [1] * 36
@@ -234,11 +234,11 @@ def test_predictions_are_ordered_by_likelihood_and_used_while_they_are_right() -
     assert (predictor.predicted, predictor.needed) == (4, 6)
 
 
-def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_the_trace_and_simulate_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     text, trace, out = tmp_path / "text.txt", tmp_path / "trace.npz", tmp_path / "out"
     text.write_text("The old man looked at the sea, and the sea looked back at him. " * 10)
-    done = cli("trace", quantized_nano, "--text", text, "--out", trace, "--tokens", 80, "--json")
-    assert (done.code, json.loads(done.out)["tokens"]) == (0, 80)
+    outcome = cli("trace", quantized_nano, "--text", text, "--out", trace, "--tokens", 80, "--json")
+    assert (outcome.code, json.loads(outcome.out)["tokens"]) == (0, 80)
     result = json.loads(cli("simulate", trace, "--ram", "3MiB", "--context", 64, "--tokens", 60, "--json").out)
     rates = {(row["policy"], row["prefetch"]): row["hit_rate"] for row in result["rows"]}
     assert len(rates) == 10
@@ -286,7 +286,7 @@ def test_the_commands(quantized_nano: Path, tmp_path: Path, cli: Callable[..., A
         (("perplexity", "MODEL", "--text", "TEXT", "--ram", "1MB", "--context", "64"), "must hold"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
+def test_impossible_simulations_are_refused(
     arguments: tuple[str, ...],
     message: str,
     quantized_nano: Path,
@@ -299,9 +299,9 @@ def test_what_cannot_be_done_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.txt").write_text("some words to measure on, " * 60)
     places = {"MODEL": quantized_nano, "TEXT": tmp_path / "text.txt", "TRACE": saved}
-    done = cli(*(places.get(argument, argument) for argument in arguments))
-    assert (done.code, done.out) == (2, "")
-    assert message in done.err
+    outcome = cli(*(places.get(argument, argument) for argument in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
     assert not (tmp_path / "x.npz").exists()
 
 

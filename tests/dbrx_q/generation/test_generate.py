@@ -65,8 +65,8 @@ def test_a_quantized_cache_decodes_the_tokens_that_its_prefill_predicts(
     results = generate(model, prompts, max_new_tokens=10, kv_format=kv_format)
     for prompt, result in zip(prompts, results, strict=True):
         cache = KVCache(model.config, 1, len(prompt) + 10, dtype=model.dtype, format=kv_format)
-        whole = model(torch.tensor([prompt + result.token_ids]), past_key_values=cache).logits[0]
-        assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == result.token_ids
+        logits = model(torch.tensor([prompt + result.token_ids]), past_key_values=cache).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == result.token_ids
     plain = generate(model, prompts, max_new_tokens=10)
     assert sum(a == b for r, s in zip(results, plain, strict=True) for a, b in zip(r.token_ids, s.token_ids, strict=False)) >= 10
 

@@ -31,12 +31,12 @@ def budget(megabytes: float, *, ram: int = 1 << 30, **options: object) -> Budget
 def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_policy: MissPolicy, prefetch: bool) -> None:
     ids = torch.tensor([PROMPTS[0]])
     exact = DbrxForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)(ids).logits
-    whole = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")(ids).logits.cpu()
+    resident = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")(ids).logits.cpu()
     for megabytes in (2.4, 3.4, 4.4):
         model = load_pretrained(quantized_nano, budget=budget(megabytes, miss_policy=miss_policy, prefetch=prefetch))
         assert isinstance(model.expert_store, GpuExpertStore)
         logits = model(ids).logits.cpu()
-        assert (logits - exact).abs().mean() <= 2 * (whole - exact).abs().mean() + 1e-3
+        assert (logits - exact).abs().mean() <= 2 * (resident - exact).abs().mean() + 1e-3
         steps = [model(torch.tensor([[token]])).logits.cpu() for token in (7, 300, 7, 9)]  # decode steps, which have few tokens
         assert all(torch.isfinite(step).all() for step in steps)
         stats = model.expert_store.stats()
@@ -46,9 +46,9 @@ def test_logits_are_those_of_a_gpu_that_holds_all(quantized_nano: Path, miss_pol
 
 
 def test_generation_agrees(quantized_nano: Path) -> None:
-    whole = generate(DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda"), PROMPTS, max_new_tokens=12)
+    resident = generate(DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda"), PROMPTS, max_new_tokens=12)
     model = load_pretrained(quantized_nano, budget=budget(3.0))
-    for a, b in zip(generate(model, PROMPTS, max_new_tokens=12), whole, strict=True):
+    for a, b in zip(generate(model, PROMPTS, max_new_tokens=12), resident, strict=True):
         assert sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) >= 8  # a tie in bfloat16 may fall either way
     model.close()
 

@@ -93,13 +93,13 @@ def test_generation_in_a_batch_agrees_with_one_by_one(quantized_nano: Path) -> N
         assert same >= 8  # a tie in bfloat16 may fall either way
 
 
-def test_a_decoded_token_agrees_with_prefill(quantized_nano: Path) -> None:
+def test_a_decode_step_agrees_with_prefill(quantized_nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
-    whole = prefill(model, PROMPTS[0], KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device))
+    prefilled = prefill(model, PROMPTS[0], KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device))
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device)
     for token in PROMPTS[0]:
         last = decode_one_token(model, token, cache)
-    assert (last - whole).abs().mean() < 0.05 * whole.abs().mean()
+    assert (last - prefilled).abs().mean() < 0.05 * prefilled.abs().mean()
 
 
 def test_loading_and_decoding_take_little_more_than_the_packed_bytes(quantized_nano: Path) -> None:

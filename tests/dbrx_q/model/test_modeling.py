@@ -58,11 +58,11 @@ def test_a_padded_batch_equals_that_of_transformers(model: DbrxForCausalLM, orac
 
 def test_token_by_token_equals_the_whole_sequence(model: DbrxForCausalLM) -> None:
     ids = tokens(2, 50)
-    whole = model(ids, use_cache=False)
-    assert whole.past_key_values is None
+    output = model(ids, use_cache=False)
+    assert output.past_key_values is None
     cache = KVCache(model.config, 2, 50, dtype=torch.float32)
     steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(50)]
-    assert (torch.cat(steps, dim=1) - whole.logits).abs().max() <= TOLERANCE
+    assert (torch.cat(steps, dim=1) - output.logits).abs().max() <= TOLERANCE
 
 
 def test_chunks_after_a_cache_equal_the_whole_sequence(model: DbrxForCausalLM) -> None:

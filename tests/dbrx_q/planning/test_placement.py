@@ -1,4 +1,4 @@
-"""Plans from a configuration alone: their bytes are the real ones, on machines of every size."""
+"""Plans made from a configuration alone: their bytes equal those of real models, on machines of every size."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def gpu(gib: int, *, desktop: bool = False) -> Gpu:
 
 @dataclass(frozen=True)
 class Case:
-    """A machine: GPUs by GiB, negative for one that shows a desktop, and GiB of RAM."""
+    """A machine."""
 
     gpus: tuple[int, ...]
+    """GiB of each GPU, negative for a GPU that shows a desktop."""
     ram: int
+    """GiB of host memory."""
 
     @property
     def machine(self) -> Machine:
@@ -65,7 +67,7 @@ CASES = [Case(gpus, ram) for gpus in MACHINES for ram in (32, 64, 128)] + [Case(
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
-def test_planned_weights_and_cache_are_the_real_ones(nano: Path, quantized_nano: Path, quantized: bool, kv_format: str) -> None:
+def test_planned_weights_and_cache_equal_those_of_a_model(nano: Path, quantized_nano: Path, quantized: bool, kv_format: str) -> None:
     with Checkpoint(quantized_nano if quantized else nano) as checkpoint:
         plan = place(checkpoint.config, checkpoint.formats, Machine(), MemoryRequest(300, 2, kv_format))
         assert plan.host.dense + plan.host.experts == sum(info.nbytes for info in checkpoint.infos.values())
@@ -130,7 +132,7 @@ def test_the_split_is_the_best_of_all(case: Case) -> None:
     assert placement._cost(model, case.machine, place(DBRX, INT4, case.machine, request)) == least
 
 
-def test_more_of_anything_is_never_slower() -> None:
+def test_a_larger_machine_is_never_slower() -> None:
     def expected(machine: Machine, request: MemoryRequest) -> float:
         return speed_bounds(place(DBRX, INT4, machine, request), machine, n_experts=16, top_k=4).expected
 
@@ -248,7 +250,7 @@ def test_a_plan_that_does_not_fit_names_the_shortfall_and_what_fits() -> None:
         (Case((24, 24, 24, 24), 64).machine, "Neither"),
     ],
 )
-def test_advice_names_what_helps_most(machine: Machine, most: str) -> None:
+def test_advice_names_the_most_effective_change(machine: Machine, most: str) -> None:
     sentence = advice(DBRX, INT4, machine, MemoryRequest(8192))
     assert most in sentence
     if "instead of" in sentence:
@@ -279,10 +281,10 @@ def test_the_command_shows_the_plan(nano: Path, quantized_nano: Path, cli: Calla
     assert f"The least that works is {1_000_000 + missing:,} bytes for cpu" in short.out
 
 
-def test_gpus_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_accepts_gpus(nano: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = cli("plan", nano, "--gpu", "24GiB", "--gpu", "12GiB,desktop,link=16GB,bandwidth=500GB", "--json")
-    devices = json.loads(done.out)["devices"]
+    outcome = cli("plan", nano, "--gpu", "24GiB", "--gpu", "12GiB,desktop,link=16GB,bandwidth=500GB", "--json")
+    devices = json.loads(outcome.out)["devices"]
     assert [device["device"] for device in devices] == ["cuda:0", "cuda:1", "cpu"]
     assert devices[1]["reserve"] > devices[0]["reserve"]
     for bad, message in (
@@ -300,8 +302,8 @@ def test_gpus_of_the_command(nano: Path, cli: Callable[..., Any], monkeypatch: p
         assert message in refused.err
 
 
-def test_a_plan_is_quick() -> None:
-    """Four GPUs have 9,139 splits, of which few are evaluated."""
+def test_planning_is_fast() -> None:
+    """Four GPUs have 9,139 splits; few of them are evaluated."""
     from dbrx_q.planning import placement
 
     seen: list[tuple[int, ...]] = []
@@ -341,7 +343,7 @@ def test_a_gpu_too_small_for_a_layer_is_named(memory: tuple[float, ...]) -> None
 
 
 @pytest.mark.parametrize(("memory", "ram"), [((2, 2), 1.0), ((6,), 0.3), ((24, 24), 0.2), ((1, 1, 1), 0.1), ((24, 1, 24), 64)])
-def test_what_is_named_as_the_least_works(memory: tuple[float, ...], ram: float) -> None:
+def test_the_smallest_budget_in_an_error_works(memory: tuple[float, ...], ram: float) -> None:
     machine = Machine(int(ram * GIB), tuple(Gpu(int(size * GIB)) for size in memory))
     plan, request = place(DBRX, INT4, machine, MemoryRequest(4096)), MemoryRequest(4096)
     sentence = advice(DBRX, INT4, machine, request)
@@ -362,5 +364,5 @@ def test_gpus_without_layers_hold_nothing() -> None:
 def test_a_host_that_computes_for_gpus_has_room_for_their_steps() -> None:
     """For the 2,048 tokens of a GPU's step, one row for every pair takes 201 MB."""
     plan = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192))
-    one = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192, step_tokens=1))
-    assert plan.host.workspace - one.host.workspace > 2 * 2048 * 4 * 6144 * 4
+    one_token = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192, step_tokens=1))
+    assert plan.host.workspace - one_token.host.workspace > 2 * 2048 * 4 * 6144 * 4

@@ -1,4 +1,4 @@
-"""Writes what transformers makes of a DBRX with bitsandbytes' `load_in_4bit`: `make_bitsandbytes.py SRC DST [--double]`."""
+"""Writes a DBRX checkpoint as transformers quantizes it with bitsandbytes' `load_in_4bit`: `make_bitsandbytes.py SRC DST [--double]`."""
 
 from __future__ import annotations
 

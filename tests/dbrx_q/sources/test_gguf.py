@@ -1,4 +1,4 @@
-"""GGUF files against weights that this test dequantizes, in transformers' model; damaged and foreign files."""
+"""GGUF files compared with weights that this test dequantizes, in transformers' model; damaged and unsupported files."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def dequantize(data: np.ndarray, kind: str) -> np.ndarray:
-    """llama.cpp's blocks of 32 as its ggml-common.h draws them: a float16 scale, then 4 bits (low halves first, minus 8) or int8."""
+    """Dequantize llama.cpp's blocks of 32, as in its ggml-common.h: a float16 scale, then 4 bits (low halves first, minus 8) or int8."""
     if kind == "F32":
         return data
     blocks = data.reshape(-1, {"Q4_0": 18, "Q8_0": 34}[kind])
@@ -120,10 +120,10 @@ def bundled() -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[np.ndarray, A
     return fields, {tensor.name: (np.asarray(tensor.data), tensor.tensor_type) for tensor in reader.tensors}
 
 
-def rewrite(path: Path, change: Change, *, whole: bool = False, split: int = 0) -> Path:
-    """The bundled file written again by the gguf package after `change`; with a vocabulary of 8, which opens faster, unless `whole`."""
+def rewrite(path: Path, change: Change, *, full_vocabulary: bool = False, split: int = 0) -> Path:
+    """Write the bundled file after `change` with the gguf package; with a vocabulary of 8, which opens faster, unless `full_vocabulary`."""
     fields, tensors = copy.deepcopy(bundled()[0]), dict(bundled()[1])
-    if not whole:
+    if not full_vocabulary:
         for name in ("tokens", "token_type", "merges"):
             key = f"tokenizer.ggml.{name}"
             fields[key] = fields[key][0][:8], fields[key][1]
@@ -157,7 +157,7 @@ def with_tensor(name: str, data: np.ndarray, kind: gguf.GGMLQuantizationType | N
     return lambda fields, tensors: tensors.update({name: (data, kind)})
 
 
-def test_every_weight_is_the_dequantized_one(model: DbrxForCausalLM, dequantized: dict[str, torch.Tensor]) -> None:
+def test_every_weight_equals_the_dequantized_one(model: DbrxForCausalLM, dequantized: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     assert parameters.keys() == dequantized.keys()
     for name, values in dequantized.items():
@@ -187,7 +187,7 @@ def test_experts_dequantized_layer_by_layer_give_the_same_bits(model: DbrxForCau
     assert torch.equal(streamed(ids).logits, model(ids).logits)
 
 
-def test_what_is_known_before_loading() -> None:
+def test_properties_are_known_before_loading() -> None:
     source = open_source(Q4_0)
     plain = open_source(NANO)
     for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "rope_theta", "attn_config", "ffn_config"):
@@ -205,14 +205,14 @@ def test_what_is_known_before_loading() -> None:
     assert source.load(dtype=torch.bfloat16, device=CPU, stream=True).eos_token_ids == (4092, 4094)
 
 
-def test_without_a_file_type_the_format_is_the_commonest(tmp_path: Path) -> None:
+def test_without_a_file_type_the_format_is_the_most_common_one(tmp_path: Path) -> None:
     assert open_source(rewrite(tmp_path / "a.gguf", without("general.file_type"))).format == "GGUF Q4_0"
     assert open_source(rewrite(tmp_path / "b.gguf", setting("general.file_type", 15))).format == "GGUF Q4_K_M"
     assert open_source(rewrite(tmp_path / "c.gguf", setting("general.file_type", 1024 + 30))).format == "GGUF IQ4_XS"
     assert open_source(rewrite(tmp_path / "d.gguf", setting("general.file_type", 999))).format == "GGUF Q4_0"
 
 
-def test_tokenizer_is_the_checkpoints() -> None:
+def test_the_tokenizer_equals_that_of_the_checkpoint() -> None:
     ours, theirs = open_source(Q4_0).tokenizer(), DbrxTokenizer.from_pretrained(NANO)
     check_same_tokenizer(theirs, ours, BOOK)
     for text in HARD:
@@ -229,12 +229,12 @@ def test_padding_rows_are_no_tokens(tmp_path: Path) -> None:
         tokens[4093], types[4093] = "[PAD4093]", 4
         tokens[4094], types[4094] = "[PAD4094]", 5
 
-    tokenizer = open_source(rewrite(tmp_path / "padded.gguf", change, whole=True)).tokenizer()
+    tokenizer = open_source(rewrite(tmp_path / "padded.gguf", change, full_vocabulary=True)).tokenizer()
     assert [tokenizer.has_token(token_id) for token_id in (4092, 4093, 4094, 4095)] == [True, False, False, True]
 
 
-def test_parts_of_a_split_file(tmp_path: Path, model: DbrxForCausalLM) -> None:
-    rewrite(tmp_path / "nano.gguf", lambda fields, tensors: None, whole=True, split=12)
+def test_a_split_file(tmp_path: Path, model: DbrxForCausalLM) -> None:
+    rewrite(tmp_path / "nano.gguf", lambda fields, tensors: None, full_vocabulary=True, split=12)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert [part.name for part in parts] == [f"nano-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
     ids = torch.arange(64)[None]
@@ -307,23 +307,23 @@ def test_truncated_files_are_refused(size: int, tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    whole = Q4_0.read_bytes()
-    offset = whole.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # the tensor's type, after its one dimension
+    data = Q4_0.read_bytes()
+    offset = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # the tensor's type, after its one dimension
     path = tmp_path / "type.gguf"
-    path.write_bytes(whole[:offset] + (250).to_bytes(4, "little") + whole[offset + 4 :])
+    path.write_bytes(data[:offset] + (250).to_bytes(4, "little") + data[offset + 4 :])
     with pytest.raises(CheckpointError, match=r"250\)? is not a valid GGMLQuantizationType"):
         open_source(path)
     path = tmp_path / "version.gguf"
-    path.write_bytes(whole[:4] + (9).to_bytes(4, "little") + whole[8:])
+    path.write_bytes(data[:4] + (9).to_bytes(4, "little") + data[8:])
     with pytest.raises(CheckpointError, match="version 9"):
         open_source(path)
     path = tmp_path / "count.gguf"
-    path.write_bytes(whole[:8] + b"\xff" * 16 + whole[24:])
+    path.write_bytes(data[:8] + b"\xff" * 16 + data[24:])
     with pytest.raises(CheckpointError, match="must be a whole GGUF file"):
         open_source(path)
-    offset = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4  # the list's length, after two types
+    offset = data.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4  # the list's length, after two types
     path = tmp_path / "length.gguf"
-    path.write_bytes(whole[:offset] + (1 << 60).to_bytes(8, "little") + whole[offset + 8 : offset + 1000])
+    path.write_bytes(data[:offset] + (1 << 60).to_bytes(8, "little") + data[offset + 8 : offset + 1000])
     with pytest.raises(CheckpointError, match=f"ValueError: the file ends at byte {offset + 1000}, and 1 values"):
         open_source(path)
     path = rewrite(tmp_path / "nan.gguf", with_tensor("output_norm.weight", np.full(128, np.nan, np.float32)))
@@ -331,7 +331,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         open_source(path).load(dtype=None, device=CPU)
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gguf_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'dbrx_q\[eval\]'"):
         open_source(Q4_0)

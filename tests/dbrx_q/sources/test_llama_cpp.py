@@ -21,7 +21,7 @@ FLOAT32_PERPLEXITY, PRINTED_ERROR = 35.1947, 0.4605
 Q4_0_RATIO, Q4_0_MEAN_KL, Q4_0_P999_KL, Q4_0_TOP = 1.01789, 0.02263, 0.4248, 0.9039
 
 
-def test_the_figures_are_llama_cpps(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figures_equal_those_of_llama_cpp(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = open_source(nano.parent / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf")
     text = load_text(str(nano.parent / "wikitext2-test.txt"))

@@ -1,8 +1,7 @@
-"""Folders of dbrx_q, transformers and bitsandbytes: our reader's weights equal those that the programs themselves read."""
+"""Folders written by dbrx_q, transformers and bitsandbytes: our reader's weights equal those of the programs themselves."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -10,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import bitsandbytes
 import pytest
@@ -19,14 +17,9 @@ import transformers
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from safetensors.torch import load_file, save_file
 
-from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors
-from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, ConfigError, DbrxError, RequestError
-from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.model.modeling import DbrxForCausalLM
-from dbrx_q.sources import streamed
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import StreamedExpertStore, resident_bytes, streams
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
 from dbrx_q.sources.weights_hash import weights_sha256
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -38,7 +31,7 @@ IDS = torch.tensor([list(range(100, 164)), list(range(3000, 3064))])
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -51,13 +44,13 @@ def bundled_logits() -> torch.Tensor:
     return logits_of(DbrxForCausalLM.from_pretrained(NANO))
 
 
-def right_config() -> transformers.DbrxConfig:
+def config_with_theta() -> transformers.DbrxConfig:
     config = transformers.DbrxConfig.from_pretrained(NANO)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     return config
 
 
-def test_plain_folder(bundled_logits: torch.Tensor) -> None:
+def test_a_plain_folder_gives_the_logits_of_the_model(bundled_logits: torch.Tensor) -> None:
     source = open_source(NANO)
     assert (source.name, source.path, source.format, source.bits_per_weight) == (str(NANO), NANO, "bfloat16", 16)
     model = source.load(dtype=None, device=CPU)
@@ -65,7 +58,7 @@ def test_plain_folder(bundled_logits: torch.Tensor) -> None:
     assert torch.equal(logits_of(model), bundled_logits)
 
 
-def test_quantized_folder_stays_packed(quantized_nano: Path) -> None:
+def test_a_quantized_folder_stays_packed(quantized_nano: Path) -> None:
     source = open_source(quantized_nano)
     assert source.format == "int4:64 + int8:64"
     assert source.sha256() == hashlib.sha256((quantized_nano / "manifest.json").read_bytes()).hexdigest()
@@ -79,7 +72,7 @@ def test_quantized_folder_stays_packed(quantized_nano: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_transformers_saved_is_the_same_model(stream: bool, bundled_logits: torch.Tensor, tmp_path: Path) -> None:
+def test_a_model_saved_by_transformers_gives_the_same_logits(stream: bool, bundled_logits: torch.Tensor, tmp_path: Path) -> None:
     model = transformers.DbrxForCausalLM.from_pretrained(NANO, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved", max_shard_size="4MB")
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -92,7 +85,7 @@ def test_what_transformers_saved_is_the_same_model(stream: bool, bundled_logits:
     assert loaded.eos_token_ids == (4092, 4094)
 
 
-def test_only_the_known_mistake_of_theta_is_forgiven(tmp_path: Path) -> None:
+def test_only_the_known_mistake_of_theta_is_accepted(tmp_path: Path) -> None:
     shutil.copytree(NANO, tmp_path / "folder")
     config = json.loads((NANO / "config.json").read_text())
     path = tmp_path / "folder" / "config.json"
@@ -105,8 +98,8 @@ def test_only_the_known_mistake_of_theta_is_forgiven(tmp_path: Path) -> None:
 
 
 def quantized_by_bitsandbytes(kind: str, *, double: bool, experts: bool) -> transformers.DbrxForCausalLM:
-    """transformers' model as its integration quantizes it: Linear4bit for every linear layer but the head; with `experts`, those too."""
-    model = transformers.DbrxForCausalLM.from_pretrained(NANO, config=right_config(), dtype=torch.bfloat16).eval()
+    """transformers' model as its integration quantizes it: Linear4bit for every linear layer but the head; experts only with `experts`."""
+    model = transformers.DbrxForCausalLM.from_pretrained(NANO, config=config_with_theta(), dtype=torch.bfloat16).eval()
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and name != "lm_head":
             packed = bitsandbytes.nn.Linear4bit(
@@ -134,7 +127,7 @@ def save(model: transformers.DbrxForCausalLM, folder: Path, *, double: bool) -> 
 
 
 def dequantized_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transformers.DbrxForCausalLM:
-    """A float32 model of the weights as bitsandbytes' own modules dequantize them."""
+    """A float32 model of the weights that bitsandbytes' modules dequantize."""
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -143,7 +136,7 @@ def dequantized_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transfor
             weights |= {f"{name}.{matrix}": getattr(module, matrix).data for matrix in ("w1", "v1", "w2")}
         elif ".parametrizations" not in name:
             weights |= {f"{name}.{parameter_name}": parameter.data for parameter_name, parameter in module.named_parameters(recurse=False)}
-    plain = transformers.DbrxForCausalLM(right_config()).float().eval()
+    plain = transformers.DbrxForCausalLM(config_with_theta()).float().eval()
     plain.load_state_dict({name: values.float().reshape(plain.state_dict()[name].shape) for name, values in weights.items()})
     return plain
 
@@ -157,7 +150,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bitsandbytes_folder(case: str, tmp_path: Path) -> None:
+def test_a_bitsandbytes_folder_gives_the_weights_of_bitsandbytes(case: str, tmp_path: Path) -> None:
     kind, double, experts, label = CASES[case]
     model = quantized_by_bitsandbytes(kind, double=double, experts=experts)
     folder = save(model, tmp_path / "folder", double=double)
@@ -250,7 +243,7 @@ def test_other_quantizations_are_refused(quantization: object, message: str, tmp
         open_source(tmp_path / "folder")
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_paths_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         open_source(tmp_path / "nothing")
     (tmp_path / "text.txt").write_text("text")
@@ -263,99 +256,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_experts_are_streamed_where_the_model_would_not_fit() -> None:
-    config = DbrxConfig.from_pretrained(NANO)
-    tensors = load_file(NANO / "model.safetensors")
-    whole = sum(tensor.numel() for tensor in tensors.values()) * 4
-    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name) * 4
-    least = whole - experts * 3 // 4  # all four layers' experts but one's
-    largest = 4 * max(tensor.numel() for tensor in tensors.values())
-    assert resident_bytes(config, torch.float32, stream=False) == whole
-    assert resident_bytes(config, torch.float32, stream=True) == least
-    assert not streams(config, torch.float32, whole * 5 // 4 + 8, source="x")
-    assert streams(config, torch.float32, whole * 5 // 4 - 8, source="x")
-    assert streams(config, torch.float32, (least + largest) * 5 // 4 + 8, source="x")
-    assert not streams(config, torch.bfloat16, whole * 5 // 8 + 8, source="x")
-    with pytest.raises(RequestError, match=r"x: the dequantized weights.*must fit in 80%.*0\.0 GB are free"):
-        streams(config, torch.float32, (least + largest) * 5 // 4 - 8, source="x")
-
-
-def test_a_streamed_model_that_did_not_run_yet_keeps_room_for_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(NANO)
-    assert isinstance(source, streamed.DequantizedSource)
-    available_bytes: list[int] = []
-
-    def record(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
-        available_bytes.append(available)
-        return True
-
-    monkeypatch.setattr(streamed, "_stores", WeakSet())
-    monkeypatch.setattr(streamed, "available_memory", lambda device: 1 << 40)
-    monkeypatch.setattr(streamed, "streams", record)
-    first = source.load(dtype=torch.float32, device=CPU)
-    layer = 16 * 3 * 256 * 128 * 4
-    second = source.load(dtype=torch.float32, device=CPU)
-    assert available_bytes == [1 << 40, (1 << 40) - layer]
-    first(torch.tensor([[1, 2]]))
-    third = source.load(dtype=torch.float32, device=CPU)
-    assert available_bytes[2] == (1 << 40) - layer  # the second model's layer
-    del second, third
-    gc.collect()
-    source.load(dtype=torch.float32, device=CPU)
-    assert available_bytes[3] == 1 << 40
-
-
-def test_loading_asks_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(NANO)
-    assert isinstance(source.load(dtype=None, device=CPU).transformer.expert_store, ResidentExpertStore)
-    monkeypatch.setattr(streamed, "available_memory", lambda device: resident_bytes(source.config, torch.bfloat16, stream=False))
-    model = source.load(dtype=None, device=CPU)
-    assert isinstance(model.transformer.expert_store, StreamedExpertStore)
-    assert all(parameter.is_meta == (".experts." in name) for name, parameter in model.named_parameters())
-
-
-def test_one_layer_is_held_until_another_is_asked_for() -> None:
-    source = open_source(NANO)
-    assert isinstance(source, streamed.DequantizedSource)
-    read_names: list[str] = []
-
-    class Watched:
-        def __enter__(self) -> streamed.Reader:
-            self.inner = source.reader()
-            read = self.inner.__enter__()
-
-            def watch(tensor: DenseTensor) -> torch.Tensor:
-                read_names.append(tensor.name)
-                return read(tensor)
-
-            return watch
-
-        def __exit__(self, *error: Any) -> None:
-            self.inner.__exit__(*error)
-
-    store = StreamedExpertStore(source.config, Watched, torch.float32, CPU)  # type: ignore[arg-type] # a context manager by its methods
-    resident = source.load(dtype=torch.float32, device=CPU, stream=False).transformer.expert_store
-    assert resident is not None
-    names = [[tensor.name for tensor in dense_tensors(source.config) if tensor.experts and tensor.layer == layer] for layer in range(4)]
-    chosen = torch.zeros(1, 4, dtype=torch.int64)
-    for layer in (0, 0, 1, 3, 0):
-        ours, theirs = store.layer(layer, chosen), resident.layer(layer, chosen)
-        for matrix in ("w1", "v1", "w2"):
-            a, b = getattr(ours, matrix), getattr(theirs, matrix)
-            assert torch.equal(a, b)
-            assert a.stride() == b.stride()
-    assert read_names == names[0] + names[1] + names[3] + names[0]
-
-
-def test_hash_of_weights_is_that_of_the_file_or_of_the_parts_digests(tmp_path: Path) -> None:
+def test_the_hash_of_weights_is_that_of_one_file_or_of_the_hashes_of_its_parts(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"two")
     (tmp_path / "a").write_bytes(b"one")
-    one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
-    assert weights_sha256([tmp_path / "b"]) == two
-    assert weights_sha256([tmp_path / "b", tmp_path / "a"]) == hashlib.sha256(f"{one}\n{two}".encode()).hexdigest()
+    first, second = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
+    assert weights_sha256([tmp_path / "b"]) == second
+    assert weights_sha256([tmp_path / "b", tmp_path / "a"]) == hashlib.sha256(f"{first}\n{second}".encode()).hexdigest()
 
 
-def test_a_shard_that_the_manifest_does_not_know_is_refused(quantized_nano: Path, tmp_path: Path) -> None:
+def test_a_shard_that_differs_from_the_manifest_is_refused(quantized_nano: Path, tmp_path: Path) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(quantized_nano, folder)
     assert open_source(folder).sha256() == open_source(quantized_nano).sha256()

@@ -28,7 +28,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # passes on what came
+        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # forwards its arguments
         out.view(torch.uint8).fill_(255)
         return out
 

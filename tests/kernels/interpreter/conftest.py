@@ -17,7 +17,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # passes on what came
+        out: torch.Tensor = real(*args, **kwargs)  # type: ignore[call-overload] # forwards its arguments
         if out.is_meta:
             return out
         return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(77)
