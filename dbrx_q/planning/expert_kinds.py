@@ -5,35 +5,23 @@ Dimension letters: `D` d_model, `F` ffn hidden.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from dbrx_q.checkpoint.layout import EXPERT_MATRICES, DenseTensor, TensorFormat, dense_tensors
+from dbrx_q.checkpoint.layout import EXPERT_MATRICES, DenseTensor, Part, TensorFormat, dense_tensors
 from dbrx_q.config import DbrxConfig
 
 __all__ = ["ExpertKind", "ExpertPart", "expert_kinds"]
 
 
 @dataclass(frozen=True)
-class ExpertPart:
-    """One tensor of one expert."""
+class ExpertPart(Part):
+    """One tensor of one expert: a part by the name in its format, or the plain matrix [F, D] by the name ""."""
 
     matrix: str
     """One of `EXPERT_MATRICES`."""
-    name: str
-    """The last name of a part of its format; "" where it is the plain matrix [F, D]."""
-    dtype: torch.dtype
-    """Of its elements."""
-    shape: tuple[int, ...]
-    """For one expert."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -92,9 +80,9 @@ def _kind(
         fmt = formats.get(tensor.name)
         if fmt is None:
             shape = tensor.shape[0] // tensor.experts, tensor.shape[1]
-            stored.append(ExpertPart(matrix, "", stored_dtypes.get(tensor.name, dtype), shape))
-            parts.append(ExpertPart(matrix, "", dtype, shape))
+            stored.append(ExpertPart("", stored_dtypes.get(tensor.name, dtype), shape, matrix))
+            parts.append(ExpertPart("", dtype, shape, matrix))
         else:
-            stored += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.parts(*tensor.matrix)]
-            parts += [ExpertPart(matrix, part.name, part.dtype, part.shape) for part in fmt.in_memory.parts(*tensor.matrix)]
+            stored += [ExpertPart(part.name, part.dtype, part.shape, matrix) for part in fmt.parts(*tensor.matrix)]
+            parts += [ExpertPart(part.name, part.dtype, part.shape, matrix) for part in fmt.in_memory.parts(*tensor.matrix)]
     return ExpertKind(tuple(formats.get(tensors[matrix].name) for matrix in EXPERT_MATRICES), tuple(stored), tuple(parts))

@@ -112,14 +112,14 @@ def dbrx_launches(
         dtypes: of activations.
         shapes: of the model.
     """
-    found: dict[tuple[object, ...], tuple[str, Launch]] = {}
+    distinct: dict[tuple[object, ...], tuple[str, Launch]] = {}
     for dtype in dtypes:
         for call in _calls(formats, dtype, shapes):
             with recording(chip) as launches:
                 call.run()
             for launch in launches:
-                found.setdefault(launch_key(launch), (f"{call.name} {str(dtype).removeprefix('torch.')}", launch))
-    return list(found.values())
+                distinct.setdefault(launch_key(launch), (f"{call.name} {str(dtype).removeprefix('torch.')}", launch))
+    return list(distinct.values())
 
 
 _AROUND_THE_LOOP = frozenset({"CLIP", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
@@ -130,7 +130,7 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
     kept: dict[tuple[object, ...], tuple[str, Launch]] = {}
     for case, launch in launches:
         loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
-        types = {str(each.dtype) for each in launch.arguments if isinstance(each, torch.Tensor) and each.is_floating_point()}
+        types = {str(part.dtype) for part in launch.arguments if isinstance(part, torch.Tensor) and part.is_floating_point()}
         key = launch.kernel.__name__, str(loop), str(sorted(types)), launch.warps, launch.stages
         if key not in kept or _extent(launch) > _extent(kept[key][1]):
             kept[key] = case, launch
@@ -138,15 +138,19 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
 
 
 _USUAL = (TensorFormat("int4", 64), TensorFormat("int8", 64))
-_WIDELY = "sm_86"
+_EVERY_FORMAT_ON = "sm_86"
 
 
 def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
-    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format; on sm_86 NF4 and plain experts too."""
-    if chip.name == _WIDELY:
-        return essential(dbrx_launches(chip, formats=(*_USUAL, TensorFormat("nf4", 64))))
-    found = essential(dbrx_launches(chip, formats=_USUAL))
-    return [(case, launch) for case, launch in found if not case.startswith("experts plain")]
+    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format.
+
+    On sm_86 also plain experts, and every other weight format that the kernels have code for, in its usual groups.
+    """
+    if chip.name == _EVERY_FORMAT_ON:
+        usual_groups = tuple(dict.fromkeys(TensorFormat.of(fmt.format) for fmt in FORMATS))
+        return essential(dbrx_launches(chip, formats=usual_groups))
+    launches = essential(dbrx_launches(chip, formats=_USUAL))
+    return [(case, launch) for case, launch in launches if not case.startswith("experts plain")]
 
 
 def _extent(launch: Launch) -> int:

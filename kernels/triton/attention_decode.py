@@ -104,8 +104,8 @@ def decode_kernel(
         end = tl.where(row < 0, 0, end)
         row = tl.maximum(row, 0)
     blocks = tl.cdiv(end, BL)
-    each = tl.cdiv(blocks, SPLITS)
-    busy = tl.cdiv(blocks, tl.maximum(each, 1))  # splits that have blocks
+    blocks_per_split = tl.cdiv(blocks, SPLITS)
+    busy = tl.cdiv(blocks, tl.maximum(blocks_per_split, 1))  # splits that have blocks
 
     heads = tl.arange(0, HP)
     mine = q + (sequence * G + group) * HQ * C + heads[None, :] * C
@@ -134,11 +134,11 @@ def decode_kernel(
     least = tl.zeros((BL, HP), tl.float32)
     a0 = tl.zeros((W, HP), tl.float32)
     a1, a2, a3 = a0, a0, a0
-    tokens = split * each * BL + tl.arange(0, BL)
+    tokens = split * blocks_per_split * BL + tl.arange(0, BL)
     # The kernel itself loads scales one block ahead: two bytes are too few for an asynchronous copy.
     key_step, key_least = scales_of(key_scales, tokens, end, FORMAT)
     value_step, value_least = scales_of(value_scales, tokens, end, FORMAT)
-    for block in range(split * each, tl.minimum(split * each + each, blocks)):
+    for block in range(split * blocks_per_split, tl.minimum(split * blocks_per_split + blocks_per_split, blocks)):
         tokens = block * BL + tl.arange(0, BL)
         place = tokens[:, None] * W + tl.arange(0, W)[None, :]
         k = tl.load(keys + place, mask=(tokens < end)[:, None], other=0)
@@ -237,24 +237,24 @@ def _store(place, a0, a1, a2, a3, heads, HQ: tl.constexpr, C: tl.constexpr, FORM
 def _combine(accs, tops, out, busy, HQ: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr):
     """Combine the partial results of `busy` splits, in their order."""
     HP: tl.constexpr = triton.next_power_of_2(HQ)
-    heads, channels, some = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, TOGETHER)
+    heads, channels, offsets = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, TOGETHER)
     peak = tl.full((HP,), -float("inf"), tl.float32)
     for first in range(0, busy, TOGETHER):
-        splits = first + some
-        there = (splits < busy)[:, None] & (heads < HQ)[None, :]
-        at = tops + splits[:, None] * (2 * HQ) + heads[None, :]
-        peak = tl.maximum(peak, tl.max(tl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg"), 0))
+        splits = first + offsets
+        valid = (splits < busy)[:, None] & (heads < HQ)[None, :]
+        address = tops + splits[:, None] * (2 * HQ) + heads[None, :]
+        peak = tl.maximum(peak, tl.max(tl.load(address, mask=valid, other=-float("inf"), cache_modifier=".cg"), 0))
     peak = tl.where(heads < HQ, peak, 0.0)
     mass = tl.zeros((HP,), tl.float32)
     acc = tl.zeros((HP, C), tl.float32)
     for first in range(0, busy, TOGETHER):
-        splits = first + some
-        there = (splits < busy)[:, None] & (heads < HQ)[None, :]
-        at = tops + splits[:, None] * (2 * HQ) + heads[None, :]
-        share = tl.exp2(tl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
-        mass += tl.sum(share * tl.load(at + HQ, mask=there, other=0.0, cache_modifier=".cg"), 0)
+        splits = first + offsets
+        valid = (splits < busy)[:, None] & (heads < HQ)[None, :]
+        address = tops + splits[:, None] * (2 * HQ) + heads[None, :]
+        share = tl.exp2(tl.load(address, mask=valid, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
+        mass += tl.sum(share * tl.load(address + HQ, mask=valid, other=0.0, cache_modifier=".cg"), 0)
         place = accs + splits[:, None, None] * (HQ * C) + heads[None, :, None] * C + channels[None, None, :]
-        acc += tl.sum(tl.load(place, mask=there[:, :, None], other=0.0, cache_modifier=".cg") * share[:, :, None], 0)
+        acc += tl.sum(tl.load(place, mask=valid[:, :, None], other=0.0, cache_modifier=".cg") * share[:, :, None], 0)
     acc *= 1.0 / tl.where(mass > 0, mass, 1.0)[:, None]
     place = out + heads[:, None] * C + channels[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(heads < HQ)[:, None])

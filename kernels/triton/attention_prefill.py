@@ -93,18 +93,18 @@ def prefill_kernel(
         end = tl.where(row < 0, 0, end)
         row = tl.maximum(row, 0)
     queries = first + tl.arange(0, BM)
-    there = (queries < count)[:, None]
+    valid = (queries < count)[:, None]
     positions = end - count + queries  # in the sequence
     place = (start + queries).to(tl.int64)[:, None] * (H * C) + head * C
 
-    q0 = tl.load(q + place + channels(0, C, FORMAT)[None, :], mask=there, other=0.0)  # [BM, W]
+    q0 = tl.load(q + place + channels(0, C, FORMAT)[None, :], mask=valid, other=0.0)  # [BM, W]
     q1, q2, q3 = q0, q0, q0
     total = tl.sum(q0.to(tl.float32), 1)  # [BM]
     if PARTS > 1:
-        q1 = tl.load(q + place + channels(1, C, FORMAT)[None, :], mask=there, other=0.0)
+        q1 = tl.load(q + place + channels(1, C, FORMAT)[None, :], mask=valid, other=0.0)
     if PARTS > 2:
-        q2 = tl.load(q + place + channels(2, C, FORMAT)[None, :], mask=there, other=0.0)
-        q3 = tl.load(q + place + channels(3, C, FORMAT)[None, :], mask=there, other=0.0)
+        q2 = tl.load(q + place + channels(2, C, FORMAT)[None, :], mask=valid, other=0.0)
+        q3 = tl.load(q + place + channels(3, C, FORMAT)[None, :], mask=valid, other=0.0)
         total += tl.sum(q1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
 
     base = (row * G + head // (H // G)).to(tl.int64) * L
@@ -167,12 +167,12 @@ def prefill_kernel(
     over = 1.0 / tl.where(mass > 0, mass, 1.0)[:, None]
     TYPE: tl.constexpr = y.dtype.element_ty
     y += place
-    tl.store(y + channels(0, C, FORMAT)[None, :], ((a0 + least[:, None]) * over).to(TYPE), mask=there)
+    tl.store(y + channels(0, C, FORMAT)[None, :], ((a0 + least[:, None]) * over).to(TYPE), mask=valid)
     if PARTS > 1:
-        tl.store(y + channels(1, C, FORMAT)[None, :], ((a1 + least[:, None]) * over).to(TYPE), mask=there)
+        tl.store(y + channels(1, C, FORMAT)[None, :], ((a1 + least[:, None]) * over).to(TYPE), mask=valid)
     if PARTS > 2:
-        tl.store(y + channels(2, C, FORMAT)[None, :], ((a2 + least[:, None]) * over).to(TYPE), mask=there)
-        tl.store(y + channels(3, C, FORMAT)[None, :], ((a3 + least[:, None]) * over).to(TYPE), mask=there)
+        tl.store(y + channels(2, C, FORMAT)[None, :], ((a2 + least[:, None]) * over).to(TYPE), mask=valid)
+        tl.store(y + channels(3, C, FORMAT)[None, :], ((a3 + least[:, None]) * over).to(TYPE), mask=valid)
 
 
 @triton.jit

@@ -89,14 +89,14 @@ def linear_kernel(
     tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
     together = _TOKEN_TILES_TOGETHER * tiles_n
     first_t = program // together * _TOKEN_TILES_TOGETHER
-    some = min(tiles_t - first_t, _TOKEN_TILES_TOGETHER)
-    rows = program % together // some * BN + tl.arange(0, BN)
-    tokens = (first_t + program % together % some) * BT + tl.arange(0, BT)
+    tiles_together = min(tiles_t - first_t, _TOKEN_TILES_TOGETHER)
+    rows = program % together // tiles_together * BN + tl.arange(0, BN)
+    tokens = (first_t + program % together % tiles_together) * BT + tl.arange(0, BT)
 
     steps: tl.constexpr = (K + BK - 1) // BK
-    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros((BN, BT), tl.float32)
-    for step in range(split * each, min(split * each + each, steps)):
+    for step in range(split * steps_per_split, min(split * steps_per_split + steps_per_split, steps)):
         k = step * BK
         columns = k + tl.arange(0, BK)
         inside = (tokens < T)[:, None] & (columns < K)[None, :]

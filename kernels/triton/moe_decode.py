@@ -255,9 +255,9 @@ def down_decode_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BT)
     steps: tl.constexpr = (F + BK - 1) // BK
-    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
-    first = split * each
-    end = tl.where(works, min(first + each, steps), first)
+    steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    first = split * steps_per_split
+    end = tl.where(works, min(first + steps_per_split, steps), first)
     if GROUPED:
         groups: tl.constexpr = BK // GROUP
         acc = tl.zeros((BN, groups * BT), tl.float32)
@@ -282,12 +282,12 @@ def down_decode_kernel(
     total = tl.zeros((BN, BT), tl.float32)
     for other in range(SPLITS):
         for a in tl.static_range(A):
-            here = tokens < T
+            present = tokens < T
             if SLOTS:
-                chosen = tl.load(experts + tokens * A + a, mask=here, other=0)
-                here = here & (tl.load(slots + chosen, mask=here, other=-1) >= 0)
+                chosen = tl.load(experts + tokens * A + a, mask=present, other=0)
+                present = present & (tl.load(slots + chosen, mask=present, other=-1) >= 0)
             place = ((other * T + tokens) * A + a)[None, :] * D + rows[:, None]
-            total += tl.load(partial + place, mask=(rows < D)[:, None] & here[None, :], other=0.0, cache_modifier=".cg")
+            total += tl.load(partial + place, mask=(rows < D)[:, None] & present[None, :], other=0.0, cache_modifier=".cg")
     inside = (rows < D)[:, None] & (tokens < T)[None, :]
     tl.store(y + tokens[None, :] * D + rows[:, None], total.to(y.dtype.element_ty), mask=inside)
 

@@ -267,10 +267,10 @@ def combine_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for a in tl.static_range(A):
-        here = columns < D
+        present = columns < D
         if SLOTS:
-            here = tl.where(tl.load(slots + tl.load(experts + token * A + a)) >= 0, here, False)
-        total += tl.load(pairs + (token * A + a) * D + columns, mask=here, other=0.0).to(tl.float32)
+            present = tl.where(tl.load(slots + tl.load(experts + token * A + a)) >= 0, present, False)
+        total += tl.load(pairs + (token * A + a) * D + columns, mask=present, other=0.0).to(tl.float32)
     tl.store(y + token * D + columns, total.to(y.dtype.element_ty), mask=columns < D)
 
 
@@ -326,8 +326,8 @@ def _tile_of(bounds, slots, row_tiles, E: tl.constexpr, E_PAD: tl.constexpr, BT:
     tiles_t = tl.sum(tl.where(e == expert, token_tiles, 0), 0)
     together = _TOKEN_TILES_TOGETHER * row_tiles
     first_t = mine // together * _TOKEN_TILES_TOGETHER
-    some = tl.maximum(tl.minimum(tiles_t - first_t, _TOKEN_TILES_TOGETHER), 1)  # a surplus program has none
-    row = mine % together // some
-    tile_t = first_t + mine % together % some
+    tiles_together = tl.maximum(tl.minimum(tiles_t - first_t, _TOKEN_TILES_TOGETHER), 1)  # a surplus program has none
+    row = mine % together // tiles_together
+    tile_t = first_t + mine % together % tiles_together
     first = tl.sum(tl.where(e == expert, begin, 0), 0) + tile_t * BT
     return expert, row, first, tl.sum(tl.where(e == expert, end, 0), 0)

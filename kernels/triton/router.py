@@ -123,12 +123,12 @@ def route_kernel(
 ):
     program, split = tl.program_id(0), tl.program_id(1)
     tokens, experts_here = program * BT + tl.arange(0, BT), tl.arange(0, BE)
-    here = (tokens < T)[:, None] & (experts_here < E)[None, :]  # [BT, BE]
+    inside = (tokens < T)[:, None] & (experts_here < E)[None, :]  # [BT, BE]
 
     steps: tl.constexpr = (D + BD - 1) // BD
-    each: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros((BT, BE, BD), tl.float32)
-    for step in range(split * each, min(split * each + each, steps)):
+    for step in range(split * steps_per_split, min(split * steps_per_split + steps_per_split, steps)):
         columns = (step * BD + tl.arange(0, BD))[None, None, :]
         w_place = experts_here[None, :, None].to(tl.int64) * D + columns
         w = tl.load(router + w_place, mask=(experts_here < E)[None, :, None] & (columns < D), other=0.0)  # [1, BE, BD]
@@ -146,7 +146,7 @@ def route_kernel(
         others = tl.arange(0, BS)[None, :, None]
         shares = tl.load(mine + others * BT * BE + place[:, None, :], mask=others < SPLITS, other=0.0, cache_modifier=".cg")
         logit = tl.sum(shares, axis=1)
-    tl.store(logits + tokens[:, None].to(tl.int64) * E + experts_here[None, :], logit, mask=here)
+    tl.store(logits + tokens[:, None].to(tl.int64) * E + experts_here[None, :], logit, mask=inside)
 
     exists = (experts_here < E)[None, :]
     largest = tl.max(tl.where(exists, logit, -float("inf")), axis=1)
@@ -163,7 +163,7 @@ def route_kernel(
         picked = picked / tl.max(picked, axis=1)[:, None]
         powers = tl.where(picked > 0, tl.exp2(tl.log2(tl.where(picked > 0, picked, 1.0)) * order), picked)
         picked = picked / tl.exp2(tl.log2(tl.sum(powers, axis=1)) / order)[:, None]
-    chosen = here & (rank >= 0)
+    chosen = inside & (rank >= 0)
     place = tokens[:, None].to(tl.int64) * A + rank
     tl.store(experts + place, tl.broadcast_to(experts_here[None, :], (BT, BE)).to(tl.int64), mask=chosen)
     tl.store(weights + place, picked, mask=chosen)

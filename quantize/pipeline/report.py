@@ -178,11 +178,10 @@ def _draw_bits(run: RunRecord) -> bytes:
     """One line per kind over the layers, and one for all tensors of a layer."""
     drawing, axes = figure()
     layers = sorted({record.layer for record in run.records if record.layer >= 0})
-    groups = {"w1": "w1", "v1": "v1", "w2": "w2", "attention": "attention"}
-    for number, (label, name) in enumerate(groups.items()):
+    for number, name in enumerate((*EXPERT_MATRICES, "attention")):
         bits = [_bits(r for r in run.records if r.layer == layer and name in (r.kind, _matrix(r))) for layer in layers]
         look = style(number)
-        axes.plot(layers, bits, label=label, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=4, linewidth=1.2)
+        axes.plot(layers, bits, label=name, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=4, linewidth=1.2)
     axes.plot(layers, [_bits(r for r in run.records if r.layer == layer) for layer in layers], label="whole layer", color=INK, linewidth=2)
     axes.set_xlabel("layer")
     axes.set_ylabel("bits per weight")
