@@ -86,11 +86,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "toy3", TOY)
 
 
-@pytest.mark.parametrize("method", ["rtn", "clip"])
-def test_every_command_accepts_the_format(nano: Path, tmp_path: Path, method: str, cli: Callable[..., Any]) -> None:
+CALIBRATION = ("--calibration", BOOK, "--sequences", 8, "--length", 64)
+
+
+@pytest.mark.parametrize("method", [("rtn",), ("best", *CALIBRATION)], ids=["rtn", "best"])
+def test_every_command_accepts_the_format(nano: Path, tmp_path: Path, method: tuple[Any, ...], cli: Callable[..., Any]) -> None:
     folder = tmp_path / "toy"
     everywhere = [part for name in ("embedding", "attention", "head") for part in ("--tensor", f"{name}=toy3:32")]
-    assert cli("quantize", nano, folder, "--format", "toy3", "--group-size", 32, "--method", method, *everywhere).code == 0
+    assert cli("quantize", nano, folder, "--format", "toy3", "--group-size", 32, "--method", *method, *everywhere).code == 0
     assert cli("verify", folder).code == 0
 
     kinds = json.loads(cli("inspect", folder, "--json").out)["kinds"]
@@ -98,8 +101,11 @@ def test_every_command_accepts_the_format(nano: Path, tmp_path: Path, method: st
     assert kinds["experts"]["bits_per_weight"] == 3.5
 
     text = ("--text", BOOK, "--context", 64, "--limit", 4)
-    for memory in ((), ("--ram", "40MiB")):  # resident, and with experts in slots
-        assert len(cli("generate", folder, "--prompt", "The chances", "--max-new-tokens", 4, "--temperature", 0, *memory).out) > 4
+    request = ("generate", folder, "--prompt", "The chances", "--max-new-tokens", 4, "--stats", "--json")
+    resident, in_slots = (json.loads(cli(*request, *memory).out) for memory in ((), ("--ram", "2MiB")))
+    assert resident["experts"]["misses"] == 0
+    assert in_slots["experts"]["misses"] > 0
+    assert resident["text"] == in_slots["text"]
     plain, toy = (json.loads(cli("perplexity", path, *text, "--json").out)["perplexity"] for path in (nano, folder))
     assert plain < toy < 3 * plain
     assert cli("compare", nano, folder, *text, "--out", tmp_path / "report").code == 0
