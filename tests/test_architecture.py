@@ -38,7 +38,7 @@ _OVERVIEW_LINES = range(10, 31)
 
 @pytest.fixture(scope="module")
 def rooms() -> ModuleType:
-    """`tests/rooms.py`, which counts rooms, floors and circles from imports."""
+    """The module `tests/rooms.py`, which derives rooms, floors and circles from imports."""
     spec = importlib.util.spec_from_file_location("rooms", Path(__file__).with_name("rooms.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -79,7 +79,7 @@ def test_every_room_imports_lower_rooms_only(rooms: ModuleType) -> None:
 
 
 def test_no_files_import_each_other_in_a_circle(rooms: ModuleType) -> None:
-    """`from_pretrained` aside, in which a model and a configuration load themselves, as transformers' do."""
+    """Except in `from_pretrained`, where a model and a configuration load themselves, as in transformers."""
     names = rooms.modules(ROOT)
     internal = [item for item in rooms.imports(ROOT) if item.imported in names]
     assert rooms.circles(names, {(item.importer, item.imported) for item in internal if not item.in_from_pretrained}) == []

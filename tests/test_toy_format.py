@@ -26,7 +26,7 @@ BOOK = Path(__file__).parent / "data" / "war-of-the-worlds.txt"
 
 @dataclass(frozen=True)
 class ToyWeight(QuantizedWeight):
-    """A weight in 3 bits, symmetric, with a float16 scale per group of 32: the three bits of a code are in three planes of 4 bytes."""
+    """A symmetric 3-bit weight with a float16 scale per group of 32; the three bits of each code are stored in three planes of 4 bytes."""
 
     format: ClassVar[str] = "toy3"
     part_names: ClassVar[tuple[str, ...]] = ("planes", "scales")

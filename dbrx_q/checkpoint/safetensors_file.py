@@ -171,17 +171,17 @@ class SafetensorsFile:
 
     def _read_at(self, offset: int, out: torch.Tensor) -> None:
         view = _bytes_of(out)
-        done = 0
-        while done < len(view):
+        n_read = 0
+        while n_read < len(view):
             try:
-                n = os.preadv(self._fd, [view[done : done + _MAX_READ_BYTES]], offset + done)
+                n = os.preadv(self._fd, [view[n_read : n_read + _MAX_READ_BYTES]], offset + n_read)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: read failed at byte {offset + done}; {error.strerror}") from None
+                raise CheckpointError(f"{self.path}: read failed at byte {offset + n_read}; {error.strerror}") from None
             if n == 0:
                 raise CheckpointError(
-                    f"{self.path}: the file became shorter while it was read; byte {offset + done} is gone. Fetch it again"
+                    f"{self.path}: the file became shorter while it was read; byte {offset + n_read} is gone. Fetch it again"
                 )
-            done += n
+            n_read += n
 
 
 def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -352,9 +352,9 @@ class SafetensorsWriter:
             self._file.seek(self.nbytes)
             self._file.truncate()
         view = memoryview(data)
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done : done + _MAX_READ_BYTES])
+        n_written = 0
+        while n_written < len(view):
+            n_written += self._file.write(view[n_written : n_written + _MAX_READ_BYTES])
         self._hash.update(data)
         self.nbytes += len(view)
 
@@ -369,14 +369,14 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     view = _bytes_of(out)
     with open(path, "rb", buffering=0) as file:
         file.seek(info.offset)
-        done = 0
-        while done < len(view):
-            n = file.readinto(view[done : done + _MAX_READ_BYTES])
+        n_read = 0
+        while n_read < len(view):
+            n = file.readinto(view[n_read : n_read + _MAX_READ_BYTES])
             if not n:
                 raise CheckpointError(
-                    f"{path}: a tensor must be whole; the file ends at byte {info.offset + done}, in the middle of one. Quantize again"
+                    f"{path}: a tensor must be whole; the file ends at byte {info.offset + n_read}, in the middle of one. Quantize again"
                 )
-            done += n
+            n_read += n
     return out
 
 

@@ -101,10 +101,10 @@ def _dispatch(arguments: list[str]) -> int:
 
     try:
         _app()(arguments, prog_name="dbrx-q")
-    except SystemExit as done:  # typer prints its messages on wrong usage and always exits
-        if done.code == _TYPER_INTERRUPTED:
+    except SystemExit as termination:  # typer prints its messages on wrong usage and always exits
+        if termination.code == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt from None
-        return done.code if isinstance(done.code, int) else 0
+        return termination.code if isinstance(termination.code, int) else 0
     except DbrxError as error:
         return _fail(str(error))
     except OSError as error:

@@ -81,13 +81,13 @@ def _hashed(folder: Path, recorded: dict[str, str | None]) -> list[dict[str, Any
     present = [name for name in recorded if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
     files: list[dict[str, Any]] = []
-    done = 0
+    bytes_done = 0
     with terminal.progress("verifying", unit_bytes=True) as on_bytes:
 
         def count(n: int) -> None:
-            nonlocal done
-            done += n
-            on_bytes(done, total)
+            nonlocal bytes_done
+            bytes_done += n
+            on_bytes(bytes_done, total)
 
         for name, expected in recorded.items():
             actual = sha256_of(folder / name, count) if name in present else None

@@ -339,20 +339,20 @@ def supports_direct(path: Path) -> bool:
 
 def _read_fully(fd: int, views: Sequence[np.ndarray], offset: int, wanted: int, path: Path) -> None:
     """Read at least `wanted` bytes, from `offset` on, into the views, one view after the other."""
-    done, capacity = 0, sum(view.nbytes for view in views)
-    while done < wanted:
+    n_read, capacity = 0, sum(view.nbytes for view in views)
+    while n_read < wanted:
         try:
-            n = os.preadv(fd, [view.data for view in _byte_range(views, done, capacity - done)], offset + done)
+            n = os.preadv(fd, [view.data for view in _byte_range(views, n_read, capacity - n_read)], offset + n_read)
         except OSError as error:
             # With O_DIRECT, a read cannot continue from the end of the file if that is not aligned.
-            n, problem = (0, "") if error.errno == errno.EINVAL and done else (-1, error.strerror)
+            n, problem = (0, "") if error.errno == errno.EINVAL and n_read else (-1, error.strerror)
             if n < 0:
-                raise CheckpointError(f"{path}: read failed at byte {offset + done}; {problem}") from None
+                raise CheckpointError(f"{path}: read failed at byte {offset + n_read}; {problem}") from None
         if n == 0:
             raise CheckpointError(
-                f"{path}: the file became shorter while it was read; byte {offset + done} is gone. Fetch or quantize it again"
+                f"{path}: the file became shorter while it was read; byte {offset + n_read} is gone. Fetch or quantize it again"
             )
-        done += n
+        n_read += n
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -87,10 +87,10 @@ class ActivationStore:
         """Write all rows to a file, which gets this name when it is complete."""
         incomplete = path.with_suffix(".begun")
         with open(incomplete, "wb", buffering=0) as file:
-            done = 0
+            n_written = 0
             for _, rows in self.pieces(self._step):
-                _write(file.fileno(), rows, done)
-                done += rows.nbytes
+                _write(file.fileno(), rows, n_written)
+                n_written += rows.nbytes
             os.fsync(file.fileno())
         os.replace(incomplete, path)
 
@@ -137,16 +137,16 @@ def _runs(tokens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 def _read(fd: int, out: torch.Tensor, offset: int) -> None:
     view = out.numpy().data.cast("B") if out.numel() else memoryview(b"")
-    done = 0
-    while done < len(view):
-        n = os.preadv(fd, [view[done:]], offset + done)
+    n_read = 0
+    while n_read < len(view):
+        n = os.preadv(fd, [view[n_read:]], offset + n_read)
         if not n:
-            raise CheckpointError(f"the file of activations ended at byte {offset + done}. Remove the folder and start again")
-        done += n
+            raise CheckpointError(f"the file of activations ended at byte {offset + n_read}. Remove the folder and start again")
+        n_read += n
 
 
 def _write(fd: int, values: torch.Tensor, offset: int) -> None:
     view = values.numpy().data.cast("B") if values.numel() else memoryview(b"")
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+    n_written = 0
+    while n_written < len(view):
+        n_written += os.pwrite(fd, view[n_written:], offset + n_written)

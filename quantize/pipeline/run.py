@@ -130,7 +130,7 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
         replayed = _jobs_to_replay(run, quantizer, jobs, finished)
         run.checkpoint.expect([job.tensor.name for job in (*replayed, *jobs[finished:])])
         _replay(run, quantizer, partial, replayed)
-        done = sum(run.bytes_in(job) for job in jobs[:finished])
+        bytes_done = sum(run.bytes_in(job) for job in jobs[:finished])
         # One thread reads the next matrix and another writes the last one. A calibrated run reads no matrix ahead: it needs the memory.
         reader = stack.enter_context(ThreadPoolExecutor(1))
         writer = stack.enter_context(ThreadPoolExecutor(1))
@@ -143,8 +143,8 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
             if written is not None:
                 written.result()
             written = writer.submit(_write_parts, run, shards, job, Entry(record, "", notes), parts)
-            done += run.bytes_in(job)
-            on_bytes(done, run.plan.bytes_in)
+            bytes_done += run.bytes_in(job)
+            on_bytes(bytes_done, run.plan.bytes_in)
         if written is not None:
             written.result()
         shards.close()

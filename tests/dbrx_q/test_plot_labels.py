@@ -1,4 +1,4 @@
-"""Looks of series, and names written at points and at the ends of lines."""
+"""Colours and marks of series, and names written at points and at the ends of lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOZEN = [f"checkpoint-{number}" for number in range(12)]
 
 
 def boxes_of(axes: Any) -> dict[str, Any]:
-    """Where every name is written, in pixels, without the line that leads to it."""
+    """The box of each name in pixels, without the line that leads to it."""
     from matplotlib.text import Text
 
     boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
@@ -25,7 +25,7 @@ def boxes_of(axes: Any) -> dict[str, Any]:
 
 
 def overlapping(boxes: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of names of which one hides a part of the other."""
+    """Pairs of names that hide a part of each other."""
     return [(name, other) for name, other in combinations(boxes, 2) if boxes[name].overlaps(boxes[other])]
 
 

@@ -37,7 +37,7 @@ WEIGHTS = 1 << 20  # bytes that only the weights exceed
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one folder as one repository, and accepts uploads to another with the right token."""
+    """Serves a folder as a repository, and accepts uploads to another repository with the right token."""
 
     folder: Path
     """The files of the repository."""
@@ -166,7 +166,7 @@ def hub(nano: Path) -> Iterator[type[Hub]]:
 
 
 def start(address: str, folder: Path, *arguments: object, token: str = "") -> subprocess.Popen[str]:
-    """The script with the hub at `address` and an empty cache, in a folder without checkpoints."""
+    """Start the script with the hub at `address` and an empty cache, in a folder without checkpoints."""
     environment = os.environ | {
         "HF_ENDPOINT": address,
         "HF_HOME": str(folder / "cache"),
@@ -325,14 +325,14 @@ def test_low_disk_resumes_with_the_missing_shards(hub: type[Hub], many: list[str
 
 
 def test_low_disk_keeps_a_folder_of_another_program(hub: type[Hub], many: list[str], tmp_path: Path) -> None:
-    mine = tmp_path / "out.source" / many[0]
-    mine.parent.mkdir()
-    mine.write_text("mine")
+    foreign = tmp_path / "out.source" / many[0]
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
     code, out, err = finish(start(hub.address, tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--low-disk"))
     assert (code, out) == (2, "")
     assert "made by something else. Move it away" in err
-    assert [path.name for path in mine.parent.iterdir()] == [many[0]]
-    assert mine.read_text() == "mine"
+    assert [path.name for path in foreign.parent.iterdir()] == [many[0]]
+    assert foreign.read_text() == "mine"
 
 
 def test_low_disk_refuses_folders(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -369,7 +369,7 @@ def test_a_failed_push_leaves_the_result_and_can_be_repeated(hub: type[Hub], nan
 
 
 @pytest.mark.parametrize(
-    ("repository", "token", "says"),
+    ("repository", "token", "message"),
     [
         (PUSHED, "hf_bad", "pushing must be allowed before the work begins"),
         (PUSHED, "", "pushing must be allowed before the work begins"),
@@ -378,10 +378,10 @@ def test_a_failed_push_leaves_the_result_and_can_be_repeated(hub: type[Hub], nan
     ],
 )
 def test_a_push_without_permission_is_refused_at_once(
-    hub: type[Hub], nano: Path, tmp_path: Path, repository: str, token: str, says: str
+    hub: type[Hub], nano: Path, tmp_path: Path, repository: str, token: str, message: str
 ) -> None:
     code, out, err = finish(start(hub.address, tmp_path, "quantize", nano, tmp_path / "out", "--push", repository, token=token))
     assert (code, out) == (2, "")
-    assert says in err
+    assert message in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("out*"))

@@ -103,7 +103,7 @@ def test_summaries_equal_those_of_the_commands() -> None:
 
 
 def test_an_option_has_the_same_text_in_every_command() -> None:
-    """Except for the listed options, whose meaning depends on the command; the numbers of their texts are counted."""
+    """Except for the listed options, whose meaning depends on the command, each with the number of its texts."""
     texts_of_others = {
         "--batch": 3,
         "--chat": 2,

@@ -146,8 +146,8 @@ def test_a_larger_machine_is_never_slower() -> None:
     assert expected(Case((-24,), 32).machine, request) < now
 
 
-def test_a_shorter_context_is_found_however_short_it_must_be() -> None:
-    """With several sequences, and together with smaller keys and values."""
+def test_a_shorter_context_that_fits_is_found() -> None:
+    """For several sequences, and together with a smaller KV format."""
     machine, request = Machine(12 * GIB, (gpu(10),)), MemoryRequest(32768, batch=8)
     sentence = advice(DBRX, INT4, machine, request)
     options = re.findall(r"--context (\d+)(?: --kv (int\d))?", sentence)
@@ -189,7 +189,7 @@ def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
 
 
 def test_the_arithmetic_of_a_token() -> None:
-    """Misses over a link of 25 GB/s, and from host memory at 60 GB/s."""
+    """For misses over a link of 25 GB/s, and from host memory at 60 GB/s."""
     machine = Machine(128 * GIB, (gpu(24),))
     bounds = speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4)
     dense = next(term for term in bounds.terms if "every token" in term.data)
@@ -361,8 +361,8 @@ def test_gpus_without_layers_hold_nothing() -> None:
     assert sum(device_plan.dense for device_plan in plan.gpus) == without_limit.host.dense
 
 
-def test_a_host_that_computes_for_gpus_has_room_for_their_steps() -> None:
-    """For the 2,048 tokens of a GPU's step, one row for every pair takes 201 MB."""
+def test_a_host_that_computes_for_gpus_reserves_memory_for_their_steps() -> None:
+    """The pairs of the 2,048 tokens of a GPU's step take 201 MB, one row for each."""
     plan = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192))
     one_token = place(DBRX, INT4, Machine(64 * GIB, (gpu(24),)), MemoryRequest(8192, step_tokens=1))
     assert plan.host.workspace - one_token.host.workspace > 2 * 2048 * 4 * 6144 * 4

@@ -11,7 +11,7 @@ import transformers
 
 
 def make(source: Path, destination: Path, *, double: bool = False) -> None:
-    """NF4 in blocks of 64 with float32 absmax, or with absmax quantized again where `double`."""
+    """Write NF4 in blocks of 64 with float32 absmax; `double` quantizes absmax as well."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32
     )

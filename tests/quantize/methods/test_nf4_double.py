@@ -134,7 +134,7 @@ class StoppedError(Exception):
 def test_a_resumed_run_writes_the_same_bytes(source: Path, in_pieces: Path, at_once: Path, tmp_path: Path, tensors: int) -> None:
     calls = 0
 
-    def stop(done: int, total: int) -> None:
+    def stop(finished: int, total: int) -> None:
         nonlocal calls
         calls += 1
         if calls == tensors:
