@@ -166,7 +166,7 @@ def decode_kernel(
         mass = mass * fade + p
         unit = 1.0
         if FORMAT != PLAIN:
-            if tl.float16 == DTYPE:  # small steps would leave the range of float16
+            if DTYPE == tl.float16:  # small steps would leave the range of float16
                 unit = tl.maximum(tl.max(value_step, 0), 1e-30)
                 p *= (value_step / unit)[:, None]
             else:
@@ -216,7 +216,8 @@ def _add(v, p, acc, unit):
     """acc + (v @ p) * unit."""
     if p.dtype == tl.float16:
         return acc + tl.dot(v, p, input_precision="ieee") * unit
-    return tl.dot(v, p, acc, input_precision="ieee")
+    else:
+        return tl.dot(v, p, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -180,12 +180,13 @@ def _scores(k, q0, q1, q2, q3, FORMAT: tl.constexpr, FAST: tl.constexpr):
     """q @ codes of k, [BM, BL]."""
     if FORMAT == PLAIN:
         return tl.dot(q0, k, input_precision="ieee")
-    if FORMAT == INT8:
+    elif FORMAT == INT8:
         k0, k1 = int8_parts(as_loaded(k, FAST), q0.dtype, FAST)
         return tl.dot(q1, k1, tl.dot(q0, k0, input_precision="ieee"), input_precision="ieee")
-    k0, k1, k2, k3 = int4_parts(as_loaded(k, FAST), q0.dtype, FAST)
-    scores = tl.dot(q1, k1, tl.dot(q0, k0, input_precision="ieee"), input_precision="ieee")
-    return tl.dot(q3, k3, tl.dot(q2, k2, scores, input_precision="ieee"), input_precision="ieee")
+    else:
+        k0, k1, k2, k3 = int4_parts(as_loaded(k, FAST), q0.dtype, FAST)
+        scores = tl.dot(q1, k1, tl.dot(q0, k0, input_precision="ieee"), input_precision="ieee")
+        return tl.dot(q3, k3, tl.dot(q2, k2, scores, input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
@@ -208,4 +209,5 @@ def _add(p, v, acc, unit):
     """acc + (p @ v) * unit."""
     if p.dtype == tl.float16:
         return acc + tl.dot(p, v, input_precision="ieee") * unit
-    return tl.dot(p, v, acc, input_precision="ieee")
+    else:
+        return tl.dot(p, v, acc, input_precision="ieee")

@@ -17,7 +17,7 @@ __all__ = ["as_loaded", "channels", "int4_parts", "int8_parts", "scales_of"]
 @triton.jit
 def int8_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """(even, odd) signed bytes of `pairs`, int16, as DTYPE."""
-    if FAST and tl.bfloat16 == DTYPE:
+    if FAST and DTYPE == tl.bfloat16:
         # The low 7 bits in the mantissa of 128.0, minus 128.0, or minus 256.0 where the sign bit changes the exponent.
         return tl.inline_asm_elementwise(
             """
@@ -39,7 +39,7 @@ def int8_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    if FAST and tl.float16 == DTYPE:
+    elif FAST and DTYPE == tl.float16:
         # A code with its sign bit flipped is in the low bits of 1024.0.
         return tl.inline_asm_elementwise(
             """
@@ -60,13 +60,14 @@ def int8_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    return ((pairs << 8) >> 8).to(DTYPE), (pairs >> 8).to(DTYPE)
+    else:
+        return ((pairs << 8) >> 8).to(DTYPE), (pairs >> 8).to(DTYPE)
 
 
 @triton.jit
 def int4_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """(low nibbles of even bytes, low of odd, high of even, high of odd) of `pairs`, int16, as DTYPE."""
-    if FAST and tl.bfloat16 == DTYPE:
+    if FAST and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
             """
             {
@@ -92,7 +93,7 @@ def int4_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    if FAST and tl.float16 == DTYPE:
+    elif FAST and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
             """
             {
@@ -117,9 +118,10 @@ def int4_parts(pairs, DTYPE: tl.constexpr, FAST: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    even = (pairs & 15).to(DTYPE)
-    odd = ((pairs >> 8) & 15).to(DTYPE)
-    return even, odd, ((pairs >> 4) & 15).to(DTYPE), ((pairs >> 12) & 15).to(DTYPE)
+    else:
+        even = (pairs & 15).to(DTYPE)
+        odd = ((pairs >> 8) & 15).to(DTYPE)
+        return even, odd, ((pairs >> 4) & 15).to(DTYPE), ((pairs >> 12) & 15).to(DTYPE)
 
 
 @triton.jit
@@ -127,9 +129,10 @@ def channels(part: tl.constexpr, C: tl.constexpr, FORMAT: tl.constexpr):
     """The channels [W] of a part."""
     if FORMAT == PLAIN:
         return tl.arange(0, C)
-    if FORMAT == INT8:
+    elif FORMAT == INT8:
         return tl.arange(0, C // 2) * 2 + part
-    return tl.arange(0, C // 4) * 2 + part % 2 + part // 2 * (C // 2)
+    else:
+        return tl.arange(0, C // 4) * 2 + part % 2 + part // 2 * (C // 2)
 
 
 @triton.jit
@@ -137,12 +140,13 @@ def scales_of(scales, tokens, end, FORMAT: tl.constexpr):
     """(steps, minimums), float32, of a head's `tokens`, zeros from `end` on; ones and zeros in a plain cache."""
     if FORMAT == INT8:
         return tl.load(scales + tokens, mask=tokens < end, other=0.0).to(tl.float32), tl.zeros(tokens.shape, tl.float32)
-    if FORMAT == INT4:
+    elif FORMAT == INT4:
         both = tl.load(scales.to(tl.pointer_type(tl.int32)) + tokens, mask=tokens < end, other=0)
         steps = (both & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
         minimums = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         return steps.to(tl.float32), minimums.to(tl.float32)
-    return tl.full(tokens.shape, 1.0, tl.float32), tl.zeros(tokens.shape, tl.float32)
+    else:
+        return tl.full(tokens.shape, 1.0, tl.float32), tl.zeros(tokens.shape, tl.float32)
 
 
 @triton.jit

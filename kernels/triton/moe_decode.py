@@ -297,7 +297,8 @@ def slot_of(slots, expert, SLOTS: tl.constexpr):
     """The slot of an expert, -1 if it has none; int64, because a buffer of slots may exceed 2^31 bytes."""
     if SLOTS:
         return tl.load(slots + expert).to(tl.int64)
-    return expert.to(tl.int64)
+    else:
+        return expert.to(tl.int64)
 
 
 @triton.jit

@@ -87,12 +87,14 @@ def dot_step(
     WARPGROUP: tl.constexpr,
 ):
     """acc + weight[rows, k : k + BK] @ x.T; elements past N or K count as 0."""
+    known: tl.constexpr = (FORMAT == PLAIN) | (FORMAT == INT8) | (FORMAT == INT4) | (FORMAT == NF4)
+    tl.static_assert(known, "a format in CODES needs a branch in dot_step or _halves")
     if FORMAT == PLAIN:
         columns = k + tl.arange(0, BK)
         inside = (rows < N)[:, None] & (columns < K)[None, :]
         w = tl.load(q + rows[:, None] * STRIDE_N + columns[None, :] * STRIDE_K, mask=inside, other=0.0)
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    if FORMAT == INT8:
+    elif FORMAT == INT8:
         codes = _codes(q, rows, k, N, K, BK, WARPGROUP)
         scales = _spread(_scales(s, rows, k, N, K, BK, GROUP), BK)
         if FAST and x.dtype == tl.bfloat16:
@@ -102,10 +104,11 @@ def dot_step(
         else:
             w = (codes.to(tl.float32) * scales).to(x.dtype)
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    even, odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, x.dtype, FAST, WARPGROUP)
-    x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], BK // 2, 2)))
-    acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
-    return tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+    else:
+        even, odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, x.dtype, FAST, WARPGROUP)
+        x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], BK // 2, 2)))
+        acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
+        return tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -130,23 +133,23 @@ def _halves(
     if FORMAT == NF4:
         spread = _spread(scales, BK // 2)
         return (_nf4_value(packed >> 4) * spread).to(DTYPE), (_nf4_value(packed & 15) * spread).to(DTYPE)
-    tl.static_assert(FORMAT == INT4, "a format in CODES needs a branch of its own here")
     zeros = _zeros(z, rows, k, N, K, BK, GROUP)  # float32 [BN, NB]
-    if FAST and tl.bfloat16 == DTYPE:
+    if FAST and DTYPE == tl.bfloat16:
         # The code is in the low bits of 128.0. scale = high + low, both bfloat16: code * low is exact in bfloat16 (at most 4 by 3
         # bits), so the fused multiply-add rounds scale * code once, to the bits that float32 arithmetic would give.
         high = scales.to(tl.bfloat16)
         low = (scales - high.to(tl.float32)).to(tl.bfloat16)
         zero = (-128.0 - zeros).to(tl.bfloat16)
         return _int4_to_bfloat16(packed, _spread(zero, BK // 2), _spread(high, BK // 2), _spread(low, BK // 2))
-    if FAST and tl.float16 == DTYPE:
+    elif FAST and DTYPE == tl.float16:
         # The code is in the low bits of 1024.0; a float16 product of two exact values rounds once.
         zero = (-1024.0 - zeros).to(tl.float16)
         return _int4_to_float16(packed, _spread(zero, BK // 2), _spread(scales.to(tl.float16), BK // 2))
-    spread, zero = _spread(scales, BK // 2), _spread(zeros, BK // 2)
-    even = ((packed & 15).to(tl.float32) - zero) * spread
-    odd = ((packed >> 4).to(tl.float32) - zero) * spread
-    return even.to(DTYPE), odd.to(DTYPE)
+    else:
+        spread, zero = _spread(scales, BK // 2), _spread(zeros, BK // 2)
+        even = ((packed & 15).to(tl.float32) - zero) * spread
+        odd = ((packed >> 4).to(tl.float32) - zero) * spread
+        return even.to(DTYPE), odd.to(DTYPE)
 
 
 @triton.jit
