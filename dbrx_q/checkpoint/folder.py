@@ -262,7 +262,7 @@ def _by_tensor(folder: Path, open_all: Callable[[Sequence[str]], Sequence[_AnySh
         for name in file.tensors:
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not belong together"
+                    f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not match. Fetch both again"
                 )
     return {name: files[shard] for name, shard in weight_map.items()}
 

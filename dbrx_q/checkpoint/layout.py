@@ -198,7 +198,9 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
     for name, entry in (entries if isinstance(entries, Mapping) else {}).items():
         formats[name] = _format(name, entry, source)
         if name not in known:
-            raise CheckpointError(f"{source}: quantization_config names {name!r}, which is no matrix of this model that can be packed")
+            raise CheckpointError(
+                f"{source}: quantization_config must name packable matrices of this model; found {name!r}. Fetch config.json again"
+            )
         if not may_have(name, formats[name]):
             raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {formats[name].format}")
     if not formats:

@@ -176,7 +176,9 @@ class SafetensorsFile:
             try:
                 n = os.preadv(self._fd, [view[n_read : n_read + _MAX_READ_BYTES]], offset + n_read)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: read failed at byte {offset + n_read}; {error.strerror}") from None
+                raise CheckpointError(
+                    f"{self.path}: read failed at byte {offset + n_read}; {error.strerror}. Check the disk, or fetch it again"
+                ) from None
             if n == 0:
                 raise CheckpointError(
                     f"{self.path}: the file became shorter while it was read; byte {offset + n_read} is gone. Fetch it again"

@@ -41,7 +41,7 @@ class CpuExpertStore(TieredExpertStore):
         needed, slots = experts.unique().tolist(), self.tier.slots(index)
         if len(needed) > slots.count:
             raise RequestError(
-                f"this needs the experts of a layer in memory together; it uses {len(needed)} and the budget holds {slots.count}. "
+                f"this request needs a layer's experts in memory together; it uses {len(needed)} and the budget holds {slots.count}. "
                 "Give more memory"
             )
         self.tier.load_all(index, needed)

@@ -71,7 +71,7 @@ class GpuExpertStore(TieredExpertStore):
         self._choose_eviction_rule()
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        raise RequestError("this needs the experts of a layer in one memory; they are on GPUs and in host memory. Leave --gpu out")
+        raise RequestError("this request needs a layer's experts in one memory; they are on GPUs and in host memory. Leave --gpu out")
 
     def stats(self) -> ExpertStats:
         reader = self.tier.reader

@@ -347,7 +347,9 @@ def _read_fully(fd: int, views: Sequence[np.ndarray], offset: int, wanted: int, 
             # With O_DIRECT, a read cannot continue from the end of the file if that is not aligned.
             n, problem = (0, "") if error.errno == errno.EINVAL and n_read else (-1, error.strerror)
             if n < 0:
-                raise CheckpointError(f"{path}: read failed at byte {offset + n_read}; {problem}") from None
+                raise CheckpointError(
+                    f"{path}: read failed at byte {offset + n_read}; {problem}. Check the disk, or fetch the file again"
+                ) from None
         if n == 0:
             raise CheckpointError(
                 f"{path}: the file became shorter while it was read; byte {offset + n_read} is gone. Fetch or quantize it again"

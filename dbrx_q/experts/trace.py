@@ -80,7 +80,7 @@ class Trace:
         shape = trace.experts.shape
         sound = len(shape) == 3 and trace.predicted.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
         if not sound or max(int(trace.experts.max(initial=0)), int(trace.predicted.max(initial=0))) >= trace.n_experts:
-            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not fit together")
+            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not fit together. Record it again")
         return trace.check(DbrxConfig.from_dict(trace.config, source=str(path)))
 
     def check(self, config: DbrxConfig) -> Trace:

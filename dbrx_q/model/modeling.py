@@ -177,7 +177,9 @@ class DbrxModel(nn.Module):
             )
         past = cache.lengths if cache is not None else [0] * B
         if len(past) != B:
-            raise RequestError(f"past_key_values holds {len(past)} sequences; input_ids has {B}")
+            raise RequestError(
+                f"past_key_values must hold the {B} sequences of input_ids; found {len(past)}. Pass the cache of these sequences"
+            )
         rows, counts = None, [S] * B
         if mask is not None:
             if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < S:

@@ -186,7 +186,7 @@ def compress_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     flat = absmax.reshape(-1)
     offset = flat.expand(2, -1).mean(1)[:1]  # torch splits the sum of a single row by threads, which changes its last bits
     if not torch.isfinite(offset).all():
-        raise FormatError("the sum of a matrix' scales must stay below 3.4e38, float32's largest value; found a larger one. Choose nf4")
+        raise FormatError("the sum of a matrix's scales must stay below 3.4e38, float32's largest value; found a larger one. Choose nf4")
     codes, state = bitsandbytes_functional().quantize_blockwise(flat - offset, code=dynamic_map(), blocksize=NESTED_BLOCK)
     return codes.view(absmax.shape), state.absmax, offset
 

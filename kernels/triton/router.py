@@ -97,7 +97,8 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
 
 
 def _norm_of(order: float | None) -> int:
-    return 0 if order is None else 1 if order == 1 else 2 if math.isinf(order) else 3
+    norm = _PLAIN_NORM if order is None else _SUM_NORM if order == 1 else _MOST_NORM if math.isinf(order) else _POWER_NORM
+    return int(norm.value)
 
 
 @triton.jit(do_not_specialize=["order", "T"])

@@ -1,6 +1,6 @@
 """The quantization methods, each of which quantizes one matrix.
 
-Begin with `choose.py`, the methods by name: each takes a matrix, a format and, if it is calibrated, the moments of the matrix' inputs.
+Begin with `choose.py`, the methods by name: each takes a matrix, a format and, if it is calibrated, the moments of the matrix's inputs.
 
 - `rtn.py`: round to nearest, on the grid of each group's range.
 - `hqq.py`: grids by half-quadratic quantization.
@@ -12,7 +12,7 @@ Begin with `choose.py`, the methods by name: each takes a matrix, a format and, 
 Shared by the methods:
 
 - `grid.py`: the values that a format offers to each group, and the search for the grid of least error.
-- `moments.py`: the statistics of a matrix' inputs, with the Hessian.
+- `moments.py`: the statistics of a matrix's inputs, with the Hessian.
 - `factor.py`: the factor of the inverse Hessian, for GPTQ.
 - `products.py`: large matrix products on the CPU or a GPU.
 - `workers.py`: threads whose number does not change a result.

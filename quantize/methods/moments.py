@@ -1,4 +1,4 @@
-"""The moments of a matrix' inputs, from which calibrated methods compute the error of its outputs.
+"""The moments of a matrix's inputs, from which calibrated methods compute the error of its outputs.
 
 Dimension letters: `T` tokens, `N` rows, `K` the reduction axis.
 """

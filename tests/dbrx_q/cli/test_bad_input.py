@@ -304,21 +304,31 @@ QUANTIZED_DAMAGES = [
         "later version", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(format_version=2)), ("found", "2")
     ),
     Case("no tensors", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].pop("tensors")), ("'tensors'",)),
-    Case("unknown format", lambda f: edit_formats(f, W1, {"format": "int3", "group_size": 64}), (W1, "int4 or int8", "int3")),
-    Case("group size 48", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 48}), (W1, "32, 64 or 128", "48")),
-    Case("nf4 in groups of 32", lambda f: edit_formats(f, W1, {"format": "nf4", "group_size": 32}), (W1, "nf4-double with 64", "32")),
+    Case(
+        "unknown format",
+        lambda f: edit_formats(f, W1, {"format": "int3", "group_size": 64}),
+        (W1, "must be one of int4:32, int4:64", "'int3'"),
+    ),
+    Case(
+        "group size 48", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 48}), (W1, "must be one of int4:32, int4:64", "48")
+    ),
+    Case(
+        "nf4 in groups of 32",
+        lambda f: edit_formats(f, W1, {"format": "nf4", "group_size": 32}),
+        (W1, "nf4:64, nf4-double:64; found", "32"),
+    ),
     Case(
         "nf4-double in groups of 32",
         lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 32}),
-        (W1, "nf4-double with 64", "32"),
+        (W1, "nf4:64, nf4-double:64; found", "32"),
     ),
     Case(
         "scales of another format", lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 64}), (f"{W1}.0.absmax", "missing")
     ),
     Case("another group size", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 32}), (f"{W1}.0.scales", "shape")),
-    Case("format is a word", lambda f: edit_formats(f, W1, "int4"), (W1, "int4 or int8")),
-    Case("unknown tensor", lambda f: edit_formats(f, "lm_head.bias", INT4), ("lm_head.bias", "no matrix")),
-    Case("router packed", lambda f: edit_formats(f, ROUTER, INT4), (ROUTER, "no matrix")),
+    Case("format is a word", lambda f: edit_formats(f, W1, "int4"), (W1, "must be one of int4:32", "found 'int4'")),
+    Case("unknown tensor", lambda f: edit_formats(f, "lm_head.bias", INT4), ("lm_head.bias", "packable matrices")),
+    Case("router packed", lambda f: edit_formats(f, ROUTER, INT4), (ROUTER, "packable matrices")),
     Case("embedding in int4", lambda f: edit_formats(f, "transformer.wte.weight", INT4), ("transformer.wte.weight", "must be int8")),
 ]
 

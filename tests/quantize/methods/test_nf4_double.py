@@ -160,7 +160,7 @@ def test_an_infinite_sum_of_scales_is_refused_and_names_the_tensor(source: Path,
     data = bytearray(path.read_bytes())
     data[info.offset : info.offset + info.nbytes] = torch.full((info.nbytes // 2,), 3e38).bfloat16().view(torch.uint8).numpy().tobytes()
     path.write_bytes(data)
-    with pytest.raises(FormatError, match=r"tensor lm_head\.weight: the sum of a matrix' scales must stay below 3\.4e38"):
+    with pytest.raises(FormatError, match=r"tensor lm_head\.weight: the sum of a matrix's scales must stay below 3\.4e38"):
         quantize_checkpoint(folder, tmp_path / "out", REQUEST)
 
 
