@@ -1,4 +1,4 @@
-"""The steps of a block, as calibration composes them, against the model; attention of several sequences against each alone."""
+"""The steps of a block, composed as in calibration, equal the model; sequences in one call attend only to themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.model.block import attend, expert_hidden, normed, rotation_of, routed
 
 
-def test_the_steps_make_the_model(nano: Path) -> None:
+def test_the_steps_of_all_blocks_equal_the_model(nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(nano, dtype=torch.float32)
     config, transformer = model.config, model.transformer
     ids = torch.arange(40).view(1, 40) * 7 % config.vocab_size
@@ -35,7 +35,7 @@ def test_the_steps_make_the_model(nano: Path) -> None:
     assert (logits - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_sequences_attend_to_themselves_alone() -> None:
+def test_sequences_attend_only_to_themselves() -> None:
     counts, heads, channels = [5, 1, 9], 4, 8
     qkv = 3 * torch.randn(sum(counts), (heads + 2 * 2) * channels, generator=torch.Generator().manual_seed(0))
     angles = torch.cat([torch.arange(count)[:, None] * torch.linspace(1, 0.1, channels // 2) for count in counts])

@@ -171,7 +171,7 @@ def test_a_kind_that_only_gpus_hold_has_a_slot_in_host_memory() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_lower_bound_counts_every_byte_of_every_miss(case: Case) -> None:
-    """As many requests of a token are read from disk as there may be experts only on disk; misses travel over the link alone."""
+    """The disk reads at most as many experts per token as are only on disk; the link carries the misses of the GPUs only."""
     plan = place(DBRX, INT4, case.machine, MemoryRequest(8192))
     bounds = speed_bounds(plan, case.machine, n_experts=16, top_k=4)
     moved = {path: sum(term.nbytes for term in bounds.lower_terms if path in term.path) for path in ("disk", "link")}
@@ -194,10 +194,10 @@ def test_the_arithmetic_of_a_token() -> None:
     bounds = speed_bounds(place(DBRX, INT4, machine, MemoryRequest(8192)), machine, n_experts=16, top_k=4)
     dense = next(term for term in bounds.terms if "every token" in term.data)
     assert bounds.lower == pytest.approx(1 / (dense.seconds + 160 * EXPERT / 25e9))
-    held = place(DBRX, INT4, machine, MemoryRequest(8192)).gpus[0].n_slots
-    assert bounds.hit_rate == pytest.approx(held / 640)
-    missed = 160 * (1 - held / 640) * EXPERT
-    assert bounds.expected == pytest.approx(1 / (dense.seconds + 160 * held / 640 * EXPERT / 900e9 + missed / 60e9))
+    n_slots = place(DBRX, INT4, machine, MemoryRequest(8192)).gpus[0].n_slots
+    assert bounds.hit_rate == pytest.approx(n_slots / 640)
+    missed = 160 * (1 - n_slots / 640) * EXPERT
+    assert bounds.expected == pytest.approx(1 / (dense.seconds + 160 * n_slots / 640 * EXPERT / 900e9 + missed / 60e9))
     cpu = Machine(32 * GIB)
     plan = place(DBRX, INT4, cpu, MemoryRequest(8192))
     share = plan.host.n_slots / 640

@@ -45,7 +45,7 @@ class Place:
         return self.device.type == "cuda"
 
     def tokens(self, T: int) -> int:
-        """T, limited in the interpreter, where each token takes long."""
+        """T tokens on a GPU, at most 24 in the slow interpreter."""
         return T if self.real else min(T, 24)
 
     def randn(self, *shape: int) -> torch.Tensor:
