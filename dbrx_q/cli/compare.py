@@ -46,12 +46,11 @@ def command(
 
     --kv and --fallback apply to every QUANT and not to REF.
     """
-    from dbrx_q.errors import RequestError
     from dbrx_q.eval.compare.reference_file import ReferenceFile
-    from dbrx_q.eval.compare.report import FILES, KEYS, write_report
+    from dbrx_q.eval.compare.report import FILES, KEYS
     from dbrx_q.eval.compare.report_markdown import layers, table
     from dbrx_q.eval.compare.run import compare_checkpoints, open_reference
-    from dbrx_q.eval.document import check_section, replace_section
+    from dbrx_q.eval.document import replace_section
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.resume import RunState
@@ -61,10 +60,7 @@ def command(
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
-    if section is not None and document is None:
-        raise RequestError(f"a section is one of a document; found --section {section} alone. Give --document, or leave it out")
-    if document is not None:
-        check_section(document, *_markers(section or "divergence"))
+    _check_document(document, section)
     torch_device = check_device(device)
     loaded_text = load_text(text)
     measured_against = open_reference(reference)
@@ -92,13 +88,7 @@ def command(
             states=states,
             on_window=on_window,
         )
-    if json:
-        terminal.print_json(comparison.to_dict())
-    else:
-        _print(comparison)
-    if out is not None:
-        write_report(comparison, out)
-        terminal.say(str(out / "report.html"))
+    _report(comparison, out, json=json)
     if not comparison.complete:
         raise measurement.interrupted(comparison.tokens, comparison.total_tokens, kept=any(state.path.exists() for state in states))
     if document is not None:
@@ -107,8 +97,32 @@ def command(
         state.clear()
 
 
+def _check_document(document: Path | None, section: str | None) -> None:
+    """Refuse a section without a document, and a document in which it could not be replaced."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.eval.document import check_section
+
+    if section is not None and document is None:
+        raise RequestError(f"a section is one of a document; found --section {section} alone. Give --document, or leave it out")
+    if document is not None:
+        check_section(document, *_markers(section or "divergence"))
+
+
 def _markers(section: str) -> tuple[str, str]:
     return f"<!-- begin: {section} -->", f"<!-- end: {section} -->"
+
+
+def _report(comparison: Comparison, out: Path | None, *, json: bool) -> None:
+    """Print the figures and write them to the folder."""
+    from dbrx_q.eval.compare.report import write_report
+
+    if json:
+        terminal.print_json(comparison.to_dict())
+    else:
+        _print(comparison)
+    if out is not None:
+        write_report(comparison, out)
+        terminal.say(str(out / "report.html"))
 
 
 def _print(comparison: Comparison) -> None:

@@ -14,6 +14,7 @@ from .measurement import named_dtype
 from .options import MEMORY, SAMPLING, TEXT, option
 
 if TYPE_CHECKING:
+    from dbrx_q.config import DbrxConfig
     from dbrx_q.generation.generate import Generation
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -57,7 +58,6 @@ def command(
     """Continue a prompt and stream the text to stdout."""
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.config import DbrxConfig
-    from dbrx_q.errors import RequestError
     from dbrx_q.generation.generate import check_request, generate
     from dbrx_q.generation.sampling import SamplingParams
     from dbrx_q.model.devices import check_device
@@ -65,10 +65,7 @@ def command(
     from dbrx_q.planning.footprint import PREFILL_TOKENS
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
-    if not prompt:
-        raise RequestError("--prompt must hold text; found an empty string")
-    if system is not None and not chat:
-        raise RequestError("--system needs --chat; add it, or put the text into --prompt")
+    _check_text(prompt, system, chat=chat)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     torch_device = check_device(device)
     folder = resolve_folder(path, fallback=fallback)
@@ -76,13 +73,8 @@ def command(
     ids = _prompt_ids(tokenizer, prompt, system, chat=chat)
     config = DbrxConfig.from_pretrained(folder)
     check_request(config, [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
-    if context is not None and ram is None and not gpu:
-        raise RequestError(f"--context needs a budget that keys and values are part of; found {context}. Add --ram or --gpu")
-    if context is not None and not len(ids) < context <= config.max_seq_len:
-        raise RequestError(
-            f"--context must hold the prompt's {len(ids):,} tokens and one more, and be at most the model's {config.max_seq_len:,}; found "
-            f"{context:,}"
-        )
+    if context is not None:
+        _check_context(context, len(ids), config, has_budget=ram is not None or bool(gpu))
     budget = memory_budget.budget_of(
         ram,
         gpu,
@@ -115,6 +107,29 @@ def command(
     _print_speed(result)
     for line in cache_stats.lines() if stats else ():
         terminal.say(line)
+
+
+def _check_text(prompt: str, system: str | None, *, chat: bool) -> None:
+    """Refuse an empty prompt, and a system message without a chat."""
+    from dbrx_q.errors import RequestError
+
+    if not prompt:
+        raise RequestError("--prompt must hold text; found an empty string")
+    if system is not None and not chat:
+        raise RequestError("--system needs --chat; add it, or put the text into --prompt")
+
+
+def _check_context(context: int, prompt_tokens: int, config: DbrxConfig, *, has_budget: bool) -> None:
+    """Refuse a --context without a budget, and one that the prompt or the model does not allow."""
+    from dbrx_q.errors import RequestError
+
+    if not has_budget:
+        raise RequestError(f"--context needs a budget that keys and values are part of; found {context}. Add --ram or --gpu")
+    if not prompt_tokens < context <= config.max_seq_len:
+        raise RequestError(
+            f"--context must hold the prompt's {prompt_tokens:,} tokens and one more, and be at most the model's {config.max_seq_len:,}; "
+            f"found {context:,}"
+        )
 
 
 def _prompt_ids(tokenizer: DbrxTokenizer, prompt: str, system: str | None, *, chat: bool) -> list[int]:

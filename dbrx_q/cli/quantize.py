@@ -27,6 +27,7 @@ __all__ = ["EXAMPLE", "command"]
 _FREE_SHARE = 4  # fifths of the free memory
 EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
+_Format = Annotated[str, option(FORMATS, "Format of the experts: {}; other matrices become int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)]
 _Rules = Annotated[
     list[str] | None,
     option(
@@ -35,53 +36,53 @@ _Rules = Annotated[
         metavar="RULE",
     ),
 ]
+_TargetBpw = Annotated[
+    float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
+]
+_FallbackFormat = Annotated[
+    str | None,
+    option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
+]
+_Method = Annotated[
+    str,
+    option(
+        METHOD,
+        "Quantization method: {}; awq, gptq and best need --calibration.",
+        "--method",
+        "--recipe",
+        metavar="METHOD",
+        one_of=METHODS,
+    ),
+]
+_Activations = Annotated[
+    str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
+]
+_AllExperts = Annotated[bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")]
+_LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 _Device = Annotated[str, option(MEMORY, "cpu, or cuda or cuda:N to quantize on a GPU what fits into it.", metavar="DEVICE")]
 
 
 def command(
     source: Annotated[str, argument("SRC", "Checkpoint to quantize: a folder or a hub id.")],
     destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
-    format: Annotated[
-        str, option(FORMATS, "Format of the experts: {}; other matrices become int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
-    ] = "int4",
+    format: _Format = "int4",
     group_size: options.GroupSize = None,
     tensor: _Rules = None,
-    target_bpw: Annotated[
-        float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
-    ] = None,
-    fallback_format: Annotated[
-        str | None,
-        option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
-    ] = None,
-    method: Annotated[
-        str,
-        option(
-            METHOD,
-            "Quantization method: {}; awq, gptq and best need --calibration.",
-            "--method",
-            "--recipe",
-            metavar="METHOD",
-            one_of=METHODS,
-        ),
-    ] = "rtn",
+    target_bpw: _TargetBpw = None,
+    fallback_format: _FallbackFormat = None,
+    method: _Method = "rtn",
     act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
     calibration: Annotated[str | None, option(CALIBRATION, options.TEXT_HELP, metavar="FILE")] = None,
     sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from the text.", metavar="N")] = 256,
     length: Annotated[int, option(CALIBRATION, "Tokens of a sequence.", metavar="N")] = 512,
     seed: Annotated[int, option(CALIBRATION, "Seed of the draw.", metavar="N")] = 0,
-    activations: Annotated[
-        str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
-    ] = "quantized",
-    all_experts: Annotated[
-        bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")
-    ] = False,
+    activations: _Activations = "quantized",
+    all_experts: _AllExperts = False,
     memory: Annotated[str | None, option(MEMORY, "Host memory to use, as 24GiB.", metavar="SIZE", default="4/5 of what is free")] = None,
     device: _Device = "cpu",
     device_memory: Annotated[str | None, option(MEMORY, "GPU memory to use, as 20GiB.", metavar="SIZE", default="9/10 of it")] = None,
     revision: Annotated[str | None, option(HUB, "Branch, tag or commit of SRC.", metavar="NAME")] = None,
-    low_disk: Annotated[
-        bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")
-    ] = False,
+    low_disk: _LowDisk = False,
     push: Annotated[str | None, option(HUB, "Upload the result to this repository.", metavar="OWNER/NAME")] = None,
     public: Annotated[bool, option(HUB, "Make that repository public if it is new.", "--public")] = False,
     resume: options.Resume = False,

@@ -12,7 +12,9 @@ from .options import FORMATS, TEXT, argument, option
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.sensitivity.result import Sensitivity
+    from dbrx_q.sources.base import Source
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -43,7 +45,6 @@ def command(
     from dataclasses import asdict
 
     from dbrx_q.checkpoint.layout import TensorFormat
-    from dbrx_q.errors import RequestError
     from dbrx_q.eval.provenance import command_line, provenance, run_key
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.eval.resume import RunState
@@ -52,18 +53,12 @@ def command(
     from dbrx_q.eval.texts import load_text
     from dbrx_q.eval.windows import Protocol
     from dbrx_q.model.devices import check_device
-    from dbrx_q.sources.open import open_source
 
     if out is not None:
         check_report_folder(out, FILES, KEYS)
     torch_device = check_device(device)
     loaded_text = load_text(text)
-    source = open_source(path)
-    if source.bits_per_weight < _PLAIN_BITS:
-        raise RequestError(
-            f"{path}: sensitivity must start from plain weights; found {source.format}, {source.bits_per_weight:.2f} bits per weight. "
-            "Give the checkpoint that it was made from"
-        )
+    source = _plain_source(path)
     windowing = Protocol.of(min(512, source.config.max_seq_len) if context is None else context, limit=windows)
     ids = source.tokenizer().encode(loaded_text.text)
     windowing.check(len(ids), source.config, source=text)
@@ -100,12 +95,31 @@ def command(
         raise
     _report(result, out, json=json)
     total = len(measurable(units, tensor_formats)[0])
-    if not result.complete:
-        resumable = "the same command with --resume continues" if state.path.exists() else "they could not be kept for --resume"
-        raise terminal.failed(f"interrupted after {len(result.units)} of {total} parts; the figures are of these alone, and {resumable}")
+    _check_complete(result, total, state)
     state.clear()
     if result.failed:
         raise terminal.failed(f"{len(result.failed)} of {total} parts could not be measured; the figures are of all others")
+
+
+def _plain_source(path: str) -> Source:
+    """Open a checkpoint, and refuse one that is quantized."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.sources.open import open_source
+
+    source = open_source(path)
+    if source.bits_per_weight < _PLAIN_BITS:
+        raise RequestError(
+            f"{path}: sensitivity must start from plain weights; found {source.format}, {source.bits_per_weight:.2f} bits per weight. "
+            "Give the checkpoint that it was made from"
+        )
+    return source
+
+
+def _check_complete(result: Sensitivity, total: int, state: RunState) -> None:
+    """End the command with an error if the run was interrupted. `total` counts the parts of a complete run."""
+    if not result.complete:
+        resumable = "the same command with --resume continues" if state.path.exists() else "they could not be kept for --resume"
+        raise terminal.failed(f"interrupted after {len(result.units)} of {total} parts; the figures are of these alone, and {resumable}")
 
 
 def _report(result: Sensitivity, out: Path | None, *, json: bool) -> None:

@@ -12,6 +12,7 @@ from .options import OUTPUT, TASKS, option
 if TYPE_CHECKING:
     import typer
 
+    from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.tasks.run import TaskResults
     from dbrx_q.sources.base import Source
 
@@ -45,9 +46,8 @@ def command(
 ) -> None:
     """Measure a checkpoint on downstream tasks of lm-evaluation-harness (pip install 'dbrx_q[tasks]')."""
     from dbrx_q.errors import RequestError
-    from dbrx_q.eval.provenance import command_line, fallback_of, provenance
+    from dbrx_q.eval.provenance import command_line, provenance
     from dbrx_q.eval.report_folder import write_files
-    from dbrx_q.eval.resume import RunState
     from dbrx_q.eval.tasks.answers import Answers
     from dbrx_q.eval.tasks.run import find_tasks, run_tasks
     from dbrx_q.eval.tasks.shared_prefix import CACHES
@@ -69,9 +69,7 @@ def command(
     memory_budget.give_budget(source, ram, gpu, context=context, caches=CACHES, kv_format=kv, fallback=fallback)
     request = {"tasks": list(selection.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv}
     origin = provenance(torch_device, command_line())
-    key: dict[str, Any] = {"fallback": fallback_of(source)} if fallback else {}
-    key |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": str(torch_dtype)}
-    state = RunState(request | key | {name: origin[name] for name in ("versions", "device", "threads")})
+    state = _run_state(source, checkpoint, request, origin, dtype=str(torch_dtype), fallback=fallback)
     if not resume:
         state.clear()
     answers = Answers(state)
@@ -101,14 +99,20 @@ def command(
         terminal.print_json(report)
     else:
         _print(result, source, path, checkpoint, str(origin["device"]))
-    if result.truncated_contexts:
-        window = source.config.max_seq_len
-        terminal.say(
-            f"{result.truncated_contexts:,} contexts were truncated at their beginning: they are longer than the model's {window:,} tokens"
-        )
+    _say_truncated(result, source)
     if out is not None:
         write_files(out.parent, {out.name: _encoded(report)})
     state.clear()
+
+
+def _run_state(source: Source, checkpoint: str, request: dict[str, Any], origin: dict[str, Any], *, dtype: str, fallback: bool) -> RunState:
+    """Where answers are saved: a file for everything that determines them."""
+    from dbrx_q.eval.provenance import fallback_of
+    from dbrx_q.eval.resume import RunState
+
+    key: dict[str, Any] = {"fallback": fallback_of(source)} if fallback else {}
+    key |= {"kind": "tasks", "config": source.config.to_dict(), "checkpoint": checkpoint, "dtype": dtype}
+    return RunState(request | key | {name: origin[name] for name in ("versions", "device", "threads")})
 
 
 def _as_dict(
@@ -139,6 +143,14 @@ def _print(result: TaskResults, source: Source, path: str, checkpoint: str, devi
         f"{device}, {result.dtype}, lm_eval {result.versions['lm_eval']}",
         flush=True,
     )
+
+
+def _say_truncated(result: TaskResults, source: Source) -> None:
+    if result.truncated_contexts:
+        window = source.config.max_seq_len
+        terminal.say(
+            f"{result.truncated_contexts:,} contexts were truncated at their beginning: they are longer than the model's {window:,} tokens"
+        )
 
 
 def _check_out(path: Path) -> None:
