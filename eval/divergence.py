@@ -104,7 +104,7 @@ def scores(reference: Distribution, model: Distribution) -> TokenScores:
     p = log_p.exp()
     kl = (p * (log_p - log_q)).sum(-1)  # [P]
     if reference.ids is not None:
-        kl = kl + _rest(p.sum(-1), log_q.exp().sum(-1))
+        kl = kl + _omitted_tokens_term(p.sum(-1), log_q.exp().sum(-1))
     ours, theirs = model.likeliest(AGREEING), reference.likeliest(AGREEING)
     top5 = (ours[:, :, None] == theirs[:, None, :]).any(1).float().mean(-1)
     likeliest = [top[:, 0].to(torch.int32) for top in (theirs, ours)]
@@ -112,7 +112,7 @@ def scores(reference: Distribution, model: Distribution) -> TokenScores:
     return TokenScores(*(x.cpu().numpy() for x in (reference.nll, model.nll, kl.clamp(min=0.0), top5, *likeliest)))
 
 
-def _rest(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _omitted_tokens_term(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """The term of all tokens that the reference did not keep; p, q: both models' probability of the tokens that it kept."""
     p, q = (1 - p).clamp(min=0.0), (1 - q).clamp(min=torch.finfo(torch.float64).eps)
     return torch.where(p > 0, p * (p.clamp(min=torch.finfo(torch.float64).tiny) / q).log(), torch.zeros_like(p))

@@ -137,10 +137,12 @@ class PrefixScorer:
         if not request.context or not request.tokens:
             raise RequestError("a request must have a context and a continuation of at least one token each; found an empty one")
         if _size(request) > self._limit:
-            whole = self._limit == self._model.config.max_seq_len
-            room = f"the model's context of {self._limit}" if whole else f"the {self._limit} tokens that the KV cache has memory for"
+            model_limits = self._limit == self._model.config.max_seq_len
+            limit = (
+                f"the model's context of {self._limit}" if model_limits else f"the {self._limit} tokens that the KV cache has memory for"
+            )
             raise RequestError(
-                f"a context and all but the last token of its continuation must fit {room}; found {_size(request)}. Truncate the context"
+                f"a context and all but the last token of its continuation must fit {limit}; found {_size(request)}. Truncate the context"
             )
         check_ids((*request.context, *request.tokens), self._model.config.vocab_size)
 
@@ -161,7 +163,7 @@ class PrefixScorer:
         self.counts.requested += sum(_size(requests[i]) for i in batch)
         contexts = list(dict.fromkeys(requests[i].context for i in batch))  # still sorted
         if len(batch) == 1:
-            self._extend(self._whole(batch[0], self._keep(contexts[0][:-1])))
+            self._extend(self._request_row(batch[0], self._keep(contexts[0][:-1])))
             return
         if len(contexts) == 1:
             shared = self._keep(contexts[0][:-1])
@@ -173,7 +175,7 @@ class PrefixScorer:
             self._extend(_Row(trunk[self._keep(trunk) :]))
             if len(contexts) == len(batch):
                 cache = self._fork(self._trunk, [0] * len(batch), max(_size(requests[i]) for i in batch))
-                self._run(cache, [self._whole(i, shared) for i in batch])
+                self._run(cache, [self._request_row(i, shared) for i in batch])
                 return
         row_of = {context: _Row(context[shared:]) for context in contexts}
         for i in batch:
@@ -188,7 +190,7 @@ class PrefixScorer:
         longer = [i for i in batch if len(requests[i].tokens) > 1]
         if longer:
             sequences = [contexts.index(requests[i].context) for i in longer]
-            self._run(self._fork(cache, sequences, max(_size(requests[i]) for i in longer)), [self._rest(i) for i in longer])
+            self._run(self._fork(cache, sequences, max(_size(requests[i]) for i in longer)), [self._continuation_row(i) for i in longer])
 
     def _fork(self, cache: KVCache, rows: list[int], capacity: int) -> KVCache:
         return cache if self._known else cache.forked(rows, capacity)
@@ -219,13 +221,13 @@ class PrefixScorer:
         self._trunk.lengths = [kept]
         return kept
 
-    def _whole(self, i: int, known: int) -> _Row:
+    def _request_row(self, i: int, known: int) -> _Row:
         """A request's row without its first `known` tokens, which are fewer than those of its context."""
         context, tokens = self._requests[i].context, self._requests[i].tokens
         first = len(context) - 1 - known
         return _Row((*context, *tokens)[known:-1], [(first + position, i, token) for position, token in enumerate(tokens)])
 
-    def _rest(self, i: int) -> _Row:
+    def _continuation_row(self, i: int) -> _Row:
         """The row of a continuation whose first token has been scored already."""
         tokens = self._requests[i].tokens
         return _Row(tokens[:-1], [(position, i, token) for position, token in enumerate(tokens[1:])])
