@@ -16,7 +16,7 @@ from dbrx_q.kernels.formats.kv import KV_FORMATS
 
 from .footprint import MemoryRequest
 from .host_memory import available_bytes
-from .machine import Machine, Placement
+from .machine import Machine, Placement, check_visible
 from .placement import place
 from .policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
 from .sizes import format_size
@@ -124,13 +124,20 @@ def plan_within(
         fallback: the format of every tensor of the fallback copy; None without one.
 
     Raises:
-        RequestError: the model does not fit the budget, the budget is more than is free now, or the model cannot have such a context or
-            batch.
+        RequestError: the model does not fit the budget, the budget is more than is free now, torch does not see one of its GPUs, or the
+            model cannot have such a context, batch or step.
     """
+    if budget.devices is None:
+        check_visible(range(len(budget.machine.gpus)))
     request = budget.request(config, dtype, fallback)
-    for name, value, most in (("context", request.context, config.max_seq_len), ("batch", budget.batch, None)):
+    for name, value, most in (
+        ("context", request.context, config.max_seq_len),
+        ("batch", budget.batch, None),
+        ("step_tokens", 1 if budget.step_tokens is None else budget.step_tokens, None),
+        ("logit_rows", 1 if budget.logit_rows is None else budget.logit_rows, None),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-            limit = "at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
+            limit = "of at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
             raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
     placement = place(config, formats, budget.machine, request)
     check_fits(placement, source)

@@ -13,7 +13,7 @@ from .expert_kinds import ExpertKind
 from .host_memory import available_bytes
 from .sizes import parse_size
 
-__all__ = ["DevicePlan", "Gpu", "Machine", "Placement"]
+__all__ = ["DevicePlan", "Gpu", "Machine", "Placement", "check_visible"]
 
 _GPU_RESERVE = 600 << 20  # the driver's context, compiled kernels, and fragmentation of the allocator
 _DESKTOP_RESERVE = 1200 << 20  # the windows of a desktop, on top
@@ -24,7 +24,11 @@ _HOST_MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; its default bandwidths are those of a 24 GB consumer GPU on PCIe 4.0 x16."""
+    """A GPU; its default bandwidths are those of a 24 GB consumer GPU on PCIe 4.0 x16.
+
+    Raises:
+        RequestError: `memory` is no whole number of at least 0.
+    """
 
     memory: int
     """Bytes that may be used, the reserve included."""
@@ -35,6 +39,10 @@ class Gpu:
     link: float = 25e9
     """From host memory to the GPU, in bytes/s."""
 
+    def __post_init__(self) -> None:
+        if not _is_size(self.memory):
+            raise RequestError(f"memory of a GPU must be a whole number of bytes; found {self.memory!r}")
+
     @property
     def reserve(self) -> int:
         """Bytes that are left to the driver, and to the desktop."""
@@ -43,7 +51,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, as far as a plan needs it."""
+    """A machine, as far as a plan needs it.
+
+    Raises:
+        RequestError: `ram` is neither None nor a whole number of at least 0.
+    """
 
     ram: int | None = None
     """Bytes of host memory that the model may take, None for as many as it needs. Python and its libraries take more on top."""
@@ -53,6 +65,10 @@ class Machine:
     """Of host memory, in bytes/s."""
     disk_bandwidth: float = 5e9
     """In bytes/s."""
+
+    def __post_init__(self) -> None:
+        if self.ram is not None and not _is_size(self.ram):
+            raise RequestError(f"ram of a machine must be a whole number of bytes or None; found {self.ram!r}")
 
     @classmethod
     def detect(cls, max_memory: Mapping[int | str, int | str] | None = None) -> Machine:
@@ -65,14 +81,13 @@ class Machine:
         Raises:
             RequestError: another key, a GPU that torch does not see, or an invalid size.
         """
-        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if max_memory is None:
-            return cls(_free_host_memory(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(visible)))
+            return cls(_free_host_memory(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(_visible_gpus())))
         sizes: dict[int, int] = {}
         ram = None
         for key, value in max_memory.items():
             size = parse_size(value) if isinstance(value, str) else value
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            if not _is_size(size):
                 raise RequestError(f"max_memory[{key!r}] must be a number of bytes or a size such as '22GiB'; found {value!r}")
             if key == "cpu":
                 ram = size
@@ -80,7 +95,7 @@ class Machine:
                 sizes[key] = size
             else:
                 raise RequestError(f"a key of max_memory must be the index of a GPU or 'cpu'; found {key!r}. The disk has no limit")
-        _check_gpu_indices(sorted(sizes), visible)
+        check_visible(sorted(sizes))
         return cls(_free_host_memory() if ram is None else ram, tuple(Gpu(sizes[index]) for index in sorted(sizes)))
 
 
@@ -89,8 +104,22 @@ def _free_host_memory() -> int:
     return int(available_bytes() * (1 - _HOST_MARGIN))
 
 
-def _check_gpu_indices(indices: Sequence[int], visible: int) -> None:
-    """Refuse indices that torch does not see, or that leave one out."""
+def _is_size(value: object) -> bool:
+    """Whether a value is a number of bytes."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _visible_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_visible(indices: Sequence[int]) -> None:
+    """Refuse the indices of GPUs that torch does not see, and indices that leave one out.
+
+    Raises:
+        RequestError: names the index.
+    """
+    visible = _visible_gpus()
     for index in indices:
         if index >= visible:
             raise RequestError(

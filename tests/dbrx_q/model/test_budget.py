@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dbrx_q.model.limits import Limits
 from dbrx_q.model.loading import load_model, load_pretrained
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.footprint import MemoryRequest
-from dbrx_q.planning.machine import Machine
+from dbrx_q.planning.machine import Gpu, Machine
 from dbrx_q.planning.placement import place
 
 PROMPT = list(range(5, 95))
@@ -83,11 +84,38 @@ def test_generation_stops_when_the_kv_cache_is_full(quantized_nano: Path) -> Non
     model.close()
 
 
-@pytest.mark.parametrize(("name", "value"), [("context", -1), ("context", 0), ("context", 10.5), ("context", 10**9), ("batch", 0)])
-def test_contexts_and_batches_out_of_range_are_refused(quantized_nano: Path, name: str, value: Any) -> None:
-    rule = "from 1 to the model's 2,048 tokens" if name == "context" else "at least 1"
-    with pytest.raises(RequestError, match=f"must be a whole number {rule}; found {value}"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context", -1),
+        ("context", 0),
+        ("context", 10.5),
+        ("context", 10**9),
+        ("batch", 0),
+        ("step_tokens", 0),
+        ("step_tokens", -5),
+        ("logit_rows", -1),
+        ("logit_rows", "4"),
+    ],
+)
+def test_counts_of_a_budget_out_of_range_are_refused(quantized_nano: Path, name: str, value: Any) -> None:
+    rule = "from 1 to the model's 2,048 tokens" if name == "context" else "of at least 1"
+    with pytest.raises(RequestError, match=f"{name} must be a whole number {rule}; found {value!r}"):
         DbrxForCausalLM.from_pretrained(quantized_nano, budget=Budget(Machine(3_000_000), **{name: value}))
+
+
+def test_a_machine_has_whole_numbers_of_bytes() -> None:
+    for memory in (-1, 1.5e9, float("nan"), "24GiB", True):
+        with pytest.raises(RequestError, match=re.escape(f"ram of a machine must be a whole number of bytes or None; found {memory!r}")):
+            Machine(memory)  # type: ignore[arg-type] # types are what is tested
+        with pytest.raises(RequestError, match=re.escape(f"memory of a GPU must be a whole number of bytes; found {memory!r}")):
+            Gpu(memory)  # type: ignore[arg-type] # types are what is tested
+
+
+def test_a_budget_with_a_gpu_that_torch_does_not_see_is_refused(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RequestError, match="GPU 0 must be one that torch sees; it sees 0"):
+        load_pretrained(quantized_nano, budget=Budget(Machine(3 << 30, (Gpu(24 << 30),))))
 
 
 def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
