@@ -170,7 +170,7 @@ def test_every_expert_is_computed_once_from_one_of_the_copies(
     assert stats.fallback_hits <= stats.cache.misses
     assert stats.cache.requests == sum(len(layer_sum.counts) for layer_sum in recorded)
     assert stats.fallback_share == stats.as_dict()["fallback_share"] == stats.fallback_hits / stats.cache.requests
-    assert any("fallback copy: answered" in line for line in stats.lines())
+    assert any("fallback copy: served" in line for line in stats.lines())
     oracle = load_model(carrying)
     oracle.transformer.expert_store = Replayed(oracle, load_model(carrying / FALLBACK_FOLDER), recorded)
     assert all(torch.equal(a, b) for a, b in zip(logits, logits_of(oracle) + logits_of(oracle), strict=True))
