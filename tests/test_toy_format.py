@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.formats.errors import FormatError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.format import Format, GridLevels, Part
 from dbrx_q.kernels.formats.groups import check_group_size, check_scales, check_weight, grouped, steps_of
@@ -110,6 +112,14 @@ def test_every_command_accepts_the_format(nano: Path, tmp_path: Path, method: tu
     assert plain < toy < 3 * plain
     assert cli("compare", nano, folder, *text, "--out", tmp_path / "report").code == 0
     assert "toy3:32" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["toy:3", "toy 3", "toy=3", "", "plain"])
+def test_a_name_that_a_rule_cannot_spell_is_refused(name: str) -> None:
+    with pytest.raises(
+        FormatError, match=re.escape(f"a format's name must be letters, digits, '_' and '-', and not 'plain'; found {name!r}")
+    ):
+        replace(TOY, name=name)
 
 
 @pytest.mark.parametrize("T", [1, 40])

@@ -124,11 +124,15 @@ def plan_within(
         fallback: the format of every tensor of the fallback copy; None without one.
 
     Raises:
-        RequestError: the model does not fit the budget, the budget is more than is free now, torch does not see one of its GPUs, or the
-            model cannot have such a context, batch or step.
+        RequestError: the model does not fit the budget, the budget is more than is free now, torch does not see one of its GPUs, its
+            devices are not as many as its GPUs, or the model cannot have such a context, batch or step.
     """
     if budget.devices is None:
         check_visible(range(len(budget.machine.gpus)))
+    elif len(budget.devices) != len(budget.machine.gpus):
+        raise RequestError(
+            f"devices of a budget must name one for each of its machine's {len(budget.machine.gpus)} GPUs; found {len(budget.devices)}"
+        )
     request = budget.request(config, dtype, fallback)
     for name, value, most in (
         ("context", request.context, config.max_seq_len),

@@ -6,15 +6,20 @@ Dimension letters: `N` output features (rows), `K` input features (the reduction
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .errors import FormatError
 from .quantized_weight import QuantizedWeight
 
-__all__ = ["Format", "GridLevels", "Part", "StoredForm"]
+__all__ = ["PLAIN", "Format", "GridLevels", "Part", "StoredForm"]
+
+PLAIN = "plain"
+"""The name that stands for an unquantized tensor where a format is expected."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Format:
 
     The record names no kernels: `cpu/format_kernels.py` and `triton/codes.py` list the formats that they have code for. A weight in any
     other format is dequantized by `dequantize` and multiplied as a plain one.
+
+    Raises:
+        FormatError: a name that `--tensor NAME=FORMAT:GROUP` cannot spell, or that stands for an unquantized tensor there.
     """
 
     name: str
@@ -90,3 +98,7 @@ class Format:
     """Whether the embedding may have the format."""
     stored: StoredForm | None = None
     """The form on disk; None: the same as in memory."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name) or self.name == PLAIN:
+            raise FormatError(f"a format's name must be letters, digits, '_' and '-', and not {PLAIN!r}; found {self.name!r}")

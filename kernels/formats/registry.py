@@ -9,7 +9,7 @@ import torch
 
 from . import int4, int8, nf4
 from .errors import FormatError
-from .format import Format, Part
+from .format import PLAIN, Format, Part
 from .groups import check_group_size
 from .quantized_weight import QuantizedWeight
 
@@ -17,9 +17,6 @@ __all__ = ["FORMATS", "PLAIN", "TensorFormat", "offered_formats"]
 
 FORMATS: dict[str, Format] = {record.name: record for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT)}
 """The weight formats by their names. A new format is one more record here."""
-
-PLAIN = "plain"
-"""The name that stands for an unquantized tensor where a format is expected."""
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ def test_a_budget_with_a_gpu_that_torch_does_not_see_is_refused(quantized_nano: 
         load_pretrained(quantized_nano, budget=Budget(Machine(3 << 30, (Gpu(24 << 30),))))
 
 
+def test_a_budget_names_a_device_for_each_gpu(quantized_nano: Path) -> None:
+    with pytest.raises(RequestError, match="devices of a budget must name one for each of its machine's 0 GPUs; found 1"):
+        load_model(quantized_nano, budget=Budget(Machine(3 << 30), devices=(torch.device("cpu"),)))
+
+
 def test_a_load_that_fails_leaves_no_thread(quantized_nano: Path) -> None:
     before = threading.active_count()
     for _ in range(3):
