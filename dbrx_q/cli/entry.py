@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import os
@@ -23,6 +24,9 @@ _TYPER_INTERRUPTED = 130
 _NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
 _NO_DEVICE_MEMORY = "not enough memory on the GPU for this; give a shorter context, a smaller batch or --device cpu"
 _AGAIN_SECONDS = 0.005
+# Importing torch makes many objects, of which none is garbage. One token of the bundled model takes 2.1 s with Python's own threshold of
+# 700 objects, 1.85 s with this one, 1.7 s without any collection (medians of 4, two cores).
+_COLLECT_EVERY = 10_000
 _ONE_PRESS_SECONDS = 1.0  # further presses of Ctrl-C within it are ignored, while the command answers the first
 
 _SUMMARIES = {
@@ -45,6 +49,7 @@ _SUMMARIES = {
 
 def main() -> None:
     """Run the command line and exit."""
+    gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
     interrupted = False
     raised = -math.inf
 
