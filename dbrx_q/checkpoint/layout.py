@@ -36,6 +36,7 @@ __all__ = [
     "expert_name",
     "expert_of",
     "expert_weights",
+    "inner_name",
     "kind_of",
     "layer_of",
     "may_have",
@@ -59,6 +60,7 @@ EXPERT_MATRICES = ("w1", "v1", "w2")
 """The roles of the stacks of expert matrices: gate, up and down."""
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 """The kinds of tensors, by which formats are assigned and reported."""
+_TRANSFORMER = "transformer."  # all tensors but the head
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
@@ -129,6 +131,12 @@ def expert_name(layer: int, matrix: str, expert: int | None = None, part: str = 
     """The name of a stack of expert matrices, or in a quantized checkpoint of one expert's part."""
     name = f"transformer.blocks.{layer}.ffn.experts.mlp.{matrix}"
     return f"{name}.{expert}.{part}" if part else name
+
+
+def inner_name(name: str) -> str | None:
+    """The name of a tensor, or of a part of one, within the transformer without its head; None for the head."""
+    inner = name.removeprefix(_TRANSFORMER)
+    return None if inner == name else inner
 
 
 def layer_of(name: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import resolve_folder
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, kind_of, part_name, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, inner_name, kind_of, part_name, parts_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
@@ -47,10 +48,12 @@ from .devices import check_device
 from .layers import PackedWeight
 from .limits import limits_of
 from .modeling import DbrxForCausalLM
+from .pretrained import DbrxPreTrainedModel
 from .tuned_tiles import load_tuning
 
-__all__ = ["eos_ids", "load_model", "load_plain_model", "load_pretrained"]
+__all__ = ["eos_ids", "load_as", "load_model", "load_plain_model", "load_pretrained"]
 
+Model = TypeVar("Model", bound=DbrxPreTrainedModel)
 _CPU = torch.device("cpu")
 
 
@@ -60,11 +63,23 @@ def load_pretrained(
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+) -> DbrxForCausalLM:
+    """`load_as` of the model with its head."""
+    return load_as(DbrxForCausalLM, path_or_hub_id, budget=budget, device=device, dtype=dtype)
+
+
+def load_as(
+    model_class: type[Model],
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    budget: Budget | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-) -> DbrxForCausalLM:
-    """`DbrxForCausalLM.from_pretrained` once its arguments are checked: fetches what a hub id names, loads it, chooses its attention."""
+) -> Model:
+    """`model_class.from_pretrained` once its arguments are checked: fetches what a hub id names, loads it, chooses its attention."""
     if budget is not None and check_device(device).type != "cpu":
         raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
     target = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
@@ -75,22 +90,26 @@ def load_pretrained(
     if implementation == "triton" and not triton:
         raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(target)!r}. Choose 'sdpa' or 'eager'")
     folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=budget is not None and budget.fallback)
-    model = load_model(folder, dtype=dtype, device=target, budget=budget)
-    for block in model.transformer.layers():
+    model = _load(model_class, folder, dtype, target, budget)
+    for block in model.base_model.layers():
         block.norm_attn_norm.attn.implementation = implementation
     return model
 
 
-@torch.inference_mode(False)  # Tensors created in inference mode cannot be written by the reader threads, which run outside it.
 def load_model(
     folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
 ) -> DbrxForCausalLM:
     """The model in `folder`: all of it on `device`, or placed within a budget. Errors as for `DbrxForCausalLM.from_pretrained`."""
+    return _load(DbrxForCausalLM, folder, dtype, device, budget)
+
+
+@torch.inference_mode(False)  # Tensors created in inference mode cannot be written by the reader threads, which run outside it.
+def _load(model_class: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device, budget: Budget | None) -> Model:
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(folder))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
         plan = _plan_loading(checkpoint, fallback, dtype, device, budget)
-        model = _read_resident_weights(checkpoint, plan)
+        model = _read_resident_weights(model_class, checkpoint, plan)
         experts = ExpertFiles(checkpoint, plan.dtype) if plan.offloads else None
         fallback_experts = ExpertFiles(fallback, plan.dtype) if fallback is not None and plan.needs_fallback else None
     for weight in _cpu_samples(checkpoint, fallback if plan.needs_fallback else None, plan):
@@ -99,7 +118,7 @@ def load_model(
     model = _completed(model, plan.device_of_head, eos_ids(folder), store)
     if plan.placement is not None and budget is not None:
         model.placement = plan.placement
-        model.transformer.limits = limits_of(plan.placement, model.config, budget.request(model.config))
+        model.base_model.limits = limits_of(plan.placement, model.config, budget.request(model.config))
     return model
 
 
@@ -122,11 +141,11 @@ def load_plain_model(
         eos_token_ids: token ids that end a generation; if empty, those of the configuration.
         expert_store: serves the experts, whose tensors are then not read; None to keep all experts in memory.
     """
-    model = _empty(config, dtype, device)
+    model = _empty(DbrxForCausalLM, config, dtype, device)
     for tensor in dense_tensors(config):
         if expert_store is None or not tensor.experts:
             _put(model, tensor.name, nn.Parameter(read(tensor).to(dtype).to(device), requires_grad=False))
-    for block in model.transformer.layers():
+    for block in model.base_model.layers():
         block.norm_attn_norm.attn.implementation = "triton" if pick(device) is Backend.TRITON else "sdpa"
     return _completed(model, device, eos_token_ids, expert_store)
 
@@ -206,11 +225,11 @@ def _plan_loading(
     return _LoadingPlan(config, dtype, device, budget, placement, profile)
 
 
-def _read_resident_weights(checkpoint: Checkpoint, plan: _LoadingPlan) -> DbrxForCausalLM:
+def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: _LoadingPlan) -> Model:
     """The model with all its weights, or with all but experts where the plan offloads them."""
-    model = _empty(plan.config, plan.dtype, plan.device_of_head)
+    model = _empty(model_class, plan.config, plan.dtype, plan.device_of_head)
     for tensor in checkpoint.tensors.values():
-        if tensor.experts and plan.offloads:
+        if (tensor.experts and plan.offloads) or not _has(model, tensor.name):
             continue
         device, fmt = plan.device_of_tensor(tensor), checkpoint.formats.get(tensor.name)
         if fmt is None:
@@ -220,7 +239,7 @@ def _read_resident_weights(checkpoint: Checkpoint, plan: _LoadingPlan) -> DbrxFo
     return model
 
 
-def _build_expert_store(model: DbrxForCausalLM, plan: _LoadingPlan, experts: ExpertFiles, fallback: ExpertFiles | None) -> ExpertStore:
+def _build_expert_store(model: DbrxPreTrainedModel, plan: _LoadingPlan, experts: ExpertFiles, fallback: ExpertFiles | None) -> ExpertStore:
     """A store with the slots of the plan, filled with experts."""
     budget, placement = plan.budget, plan.placement
     assert budget is not None
@@ -232,7 +251,7 @@ def _build_expert_store(model: DbrxForCausalLM, plan: _LoadingPlan, experts: Exp
     def policy(layers: Sequence[int], under: bool) -> CachePolicy:
         return make_policy(budget.cache_policy, L, E, plan.profile)
 
-    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.transformer.layers()]
+    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.base_model.layers()]
     miss_policy = MissPolicy(budget.miss_policy)
     with ExitStack() as on_error:
         reader = on_error.enter_context(closing(ExpertReader(experts, direct=direct)))
@@ -262,21 +281,21 @@ def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _Loa
     return list(samples.values())
 
 
-def _empty(config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> DbrxForCausalLM:
+def _empty(model_class: type[Model], config: DbrxConfig, dtype: torch.dtype, device: torch.device) -> Model:
     """The model without memory for its weights."""
     if device.type == "cuda" and dtype == torch.float32:
         raise RequestError("dtype must be bfloat16 or float16 on a GPU; found float32. Name one of them, or leave the device out")
     with torch.device("meta"):
-        return DbrxForCausalLM(config)
+        return model_class(config)
 
 
-def _completed(model: DbrxForCausalLM, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> DbrxForCausalLM:
+def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> Model:
     """`model`, whose weights are read, with its expert store, its end tokens and the tiles that were measured for its GPUs."""
-    for used in {device, *model.transformer.devices}:
+    for used in {device, *model.base_model.devices}:
         if used.type == "cuda":
             load_tuning(chip_of(used))
-    layers = model.transformer.layers()
-    model.transformer.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
+    layers = model.base_model.layers()
+    model.base_model.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     return model
 
@@ -308,9 +327,15 @@ def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat,
     return fmt.load(stacks)
 
 
-def _put(model: nn.Module, name: str, holder: nn.Parameter | PackedWeight) -> None:
-    """Replace the parameter `name` of the model."""
-    path, leaf = name.rsplit(".", 1)
-    module = model.get_submodule(path)
+def _has(model: DbrxPreTrainedModel, name: str) -> bool:
+    """Whether the model has the tensor: `DbrxModel` has no head."""
+    return model.base_model is not model or inner_name(name) is not None
+
+
+def _put(model: DbrxPreTrainedModel, name: str, holder: nn.Parameter | PackedWeight) -> None:
+    """Replace the parameter that the checkpoint calls `name`."""
+    inner = inner_name(name)
+    path, leaf = (inner or name).rsplit(".", 1)
+    module = (model if inner is None else model.base_model).get_submodule(path)
     delattr(module, leaf)
     setattr(module, leaf, holder)
