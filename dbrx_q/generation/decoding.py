@@ -70,7 +70,7 @@ def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> to
     chunk = _chunk(model)
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
-        hidden = model.transformer(ids, None, cache, True, False).last_hidden_state  # [1, chunk, D]
+        hidden = model.transformer(ids, past_key_values=cache, output_router_logits=False).last_hidden_state  # [1, chunk, D]
     return model.lm_head(hidden[0, -1:]).float()[0]
 
 
@@ -82,7 +82,7 @@ def _chunk(model: DbrxForCausalLM) -> int:
 
 def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:
     """Append one token to a cache of one sequence; float32 logits [V] of the token that follows."""
-    return model(torch.tensor([[token]]), None, cache, True, False).logits[0, -1]
+    return model(torch.tensor([[token]]), past_key_values=cache, output_router_logits=False).logits[0, -1].float()
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def record(
             cache = KVCache(config, 1, len(window), dtype=model.dtype, device=model.transformer.devices)
             for start in range(0, len(window), step):
                 tokens = window[start : start + step]
-                model.transformer(torch.tensor([tokens]), None, cache, True, False)
+                model.transformer(torch.tensor([tokens]), past_key_values=cache, output_router_logits=False)
                 pass_tokens.append(len(tokens))
                 on_tokens(first + start + len(tokens), len(ids))
     finally:

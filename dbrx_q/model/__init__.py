@@ -7,6 +7,7 @@ A forward pass, from the outside in:
 - `modeling.py`: token ids to logits. Checks a batch, removes its padding, and runs the blocks, on several GPUs if need be.
 - `layers.py`: the modules of a block, with plain or packed weights. Experts are asked of an expert store (`dbrx_q.experts`).
 - `block.py`: the arithmetic of a block as functions, which calibration uses as well.
+- `outputs.py`: what a forward pass returns: dataclasses that are dictionaries too, as in transformers.
 - `kv_cache.py`: keys and values of the tokens so far, plain or quantized; grows, forks and shares prefixes.
 
 Loading:

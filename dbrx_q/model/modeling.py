@@ -9,13 +9,11 @@ knows where a sequence begins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.backend import Backend, pick
 
@@ -23,33 +21,10 @@ from .block import rotation_of
 from .kv_cache import KVCache
 from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, batch_of
 from .limits import Limits
+from .outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from .pretrained import DbrxPreTrainedModel
 
-__all__ = ["CausalLMOutput", "DbrxForCausalLM", "DbrxModel", "ModelOutput"]
-
-
-@dataclass
-class ModelOutput:
-    """What `DbrxModel` returns."""
-
-    last_hidden_state: torch.Tensor
-    """[B, S, D] after the last norm, in the dtype of activations; zeros where the mask is 0."""
-    past_key_values: KVCache | None = None
-    """The cache, which now holds these tokens as well; None without one."""
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    """float32 [T, E] of the real tokens for each layer; None unless asked for."""
-
-
-@dataclass
-class CausalLMOutput:
-    """What `DbrxForCausalLM` returns."""
-
-    logits: torch.Tensor
-    """float32 [B, S, V], or [B, logits_to_keep, V]; zeros where the mask is 0."""
-    past_key_values: KVCache | None = None
-    """The cache, which now holds these tokens as well; None without one."""
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    """float32 [T, E] of the real tokens for each layer; None unless asked for."""
+__all__ = ["DbrxForCausalLM", "DbrxModel"]
 
 
 class DbrxModel(DbrxPreTrainedModel):
@@ -101,17 +76,23 @@ class DbrxModel(DbrxPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: KVCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-    ) -> ModelOutput:
+        *,
+        cache: KVCache | None = None,
+    ) -> MoeModelOutputWithPast:
         """Run new tokens through all layers.
 
         Args:
             input_ids: int64 [B, S].
             attention_mask: [B, S], 0 for padding on either side; or [B, past + S], of which the last S columns are used. None for no
                 padding.
+            position_ids, inputs_embeds: must be None.
             past_key_values: the cache with the tokens before these; the new tokens are added to it.
+            cache: another name for `past_key_values`.
             use_cache: whether to return a cache for later calls; None for the configuration's `use_cache`.
             output_router_logits: whether to return the logits of every router; None for the configuration's `output_router_logits`.
 
@@ -119,6 +100,9 @@ class DbrxModel(DbrxPreTrainedModel):
             RequestError: token ids out of range, a mask of another shape, or more tokens than the context, the cache or the model's budget
                 has room for.
         """
+        if position_ids is not None or inputs_embeds is not None:
+            raise UnsupportedError("position_ids and inputs_embeds must be None; found a tensor")
+        past_key_values = past_key_values if cache is None else cache
         batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
         ids = input_ids.flatten() if rows is None else input_ids.flatten()[rows]
         x, router_logits = self.run(ids, batch)
@@ -126,7 +110,7 @@ class DbrxModel(DbrxPreTrainedModel):
             batch.cache.advance(list(batch.sequences.counts))
         with_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         hidden = _padded(x, None if rows is None else rows.to(x.device), input_ids.shape)
-        return ModelOutput(hidden, batch.cache, tuple(router_logits) if with_logits else None)
+        return MoeModelOutputWithPast(hidden, batch.cache, router_logits=tuple(router_logits) if with_logits else None)
 
     def run(self, ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(the last hidden state [T, D], float32 router logits [T, E] of every layer) of the tokens `ids` [T].
@@ -240,11 +224,16 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: KVCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int = 0,
-    ) -> CausalLMOutput:
+        *,
+        cache: KVCache | None = None,
+    ) -> MoeCausalLMOutputWithPast:
         """Logits of new tokens; other arguments and errors as for `DbrxModel.forward`.
 
         Args:
@@ -263,9 +252,19 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
                     f"logits must fit {logit_bytes:,} bytes, the workspace of the model's budget; those of {B} x {columns} tokens take "
                     f"{needed:,}. Name logits_to_keep, or pass fewer tokens at a time"
                 )
-        out = self.transformer(input_ids, attention_mask, past_key_values, use_cache, output_router_logits)
-        hidden = out.last_hidden_state[:, -logits_to_keep:]
-        return CausalLMOutput(self.lm_head(hidden).float(), out.past_key_values, out.router_logits)
+        if labels is not None:
+            raise UnsupportedError("labels must be None; found a tensor")
+        out = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+        )
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        return MoeCausalLMOutputWithPast(logits=logits, cache=out.cache, router_logits=out.router_logits)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

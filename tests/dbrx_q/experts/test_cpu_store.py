@@ -86,9 +86,9 @@ def store_over(
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
     """The logits of a prompt and of single tokens after it."""
     cache = KVCache(model.config, 1, 128, dtype=model.dtype)
-    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), past_key_values=cache).logits]
     for token in (7, 300, 7, 41):
-        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+        logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
     return logits
 
 

@@ -87,9 +87,9 @@ def loaded(carrying: Path) -> Iterator[Callable[..., DbrxForCausalLM]]:
 
 def logits_of(model: DbrxForCausalLM, tokens: tuple[int, ...] = (7, 300, 7, 41, 9, 300)) -> list[torch.Tensor]:
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
-    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), past_key_values=cache).logits]
     for token in tokens:
-        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+        logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
     return logits
 
 
@@ -201,7 +201,7 @@ def test_experts_are_upgraded_while_the_disk_is_idle(carrying: Path, loaded: Cal
     full = load_model(carrying)
 
     def step(stepped: DbrxForCausalLM) -> torch.Tensor:
-        return stepped(torch.tensor([[7]]), None, KVCache(stepped.config, 1, 8, dtype=stepped.dtype), True).logits
+        return stepped(torch.tensor([[7]]), past_key_values=KVCache(stepped.config, 1, 8, dtype=stepped.dtype)).logits
 
     expected = step(full)
     assert not torch.equal(step(model), expected)

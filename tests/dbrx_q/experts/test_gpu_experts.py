@@ -37,9 +37,9 @@ Gpus = Callable[..., Budget]
 
 def logits_of(model: DbrxForCausalLM) -> list[torch.Tensor]:
     cache = KVCache(model.config, 1, 64, dtype=model.dtype, device=model.transformer.devices)
-    logits = [model(torch.tensor([PROMPT]), None, cache, True).logits]
+    logits = [model(torch.tensor([PROMPT]), past_key_values=cache).logits]
     for token in (7, 300, 7, 41, 9, 300):
-        logits.append(model(torch.tensor([[token]]), None, cache, True).logits)
+        logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
     return logits
 
 

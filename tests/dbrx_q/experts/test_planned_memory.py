@@ -73,13 +73,13 @@ def test_a_forward_pass_beyond_the_reserved_memory_is_refused(quantized_nano: Pa
         model(ids)
     resident = load_model(quantized_nano)
     first = model(ids[:, :20], use_cache=True)
-    second = model(ids[:, 20:], None, first.past_key_values, True)
+    second = model(ids[:, 20:], past_key_values=first.past_key_values)
     expected = resident(ids[:, :20], use_cache=True)
-    assert torch.equal(second.logits, resident(ids[:, 20:], None, expected.past_key_values, True).logits)
+    assert torch.equal(second.logits, resident(ids[:, 20:], past_key_values=expected.past_key_values).logits)
     cache = second.past_key_values
-    model(torch.zeros(1, 19, dtype=torch.int64), None, cache, True)
+    model(torch.zeros(1, 19, dtype=torch.int64), past_key_values=cache)
     with pytest.raises(RequestError, match="a sequence must fit 40 tokens, the room of its cache; found 41"):
-        model(torch.tensor([[1]]), None, cache, True)
+        model(torch.tensor([[1]]), past_key_values=cache)
     wide = load_model(quantized_nano, budget=Budget(Machine(3 << 20), context=40))
     mask = torch.ones(2, 30, dtype=torch.int64)
     mask[1, :25] = 0  # 35 tokens, and room for 60

@@ -53,7 +53,7 @@ def run(model: DbrxForCausalLM, context: int, step: int) -> None:
         window = IDS[first : first + context]
         cache = KVCache(model.config, 1, context, dtype=model.dtype)
         for start in range(0, len(window), step):
-            model(torch.tensor([window[start : start + step]]), None, cache, True)
+            model(torch.tensor([window[start : start + step]]), past_key_values=cache)
 
 
 def counters(stats: ExpertStats) -> ExpertStats:
@@ -211,7 +211,7 @@ def test_a_trace_records_the_routing(model: DbrxForCausalLM, saved: Path) -> Non
     in_windows = record(model, IDS, context=24, step=512)
     assert in_windows.steps.tolist() == [24, 12]
     cache = KVCache(model.config, 1, 24, dtype=model.dtype)
-    logits = model(torch.tensor([IDS[:24]]), None, cache, True, output_router_logits=True).router_logits
+    logits = model(torch.tensor([IDS[:24]]), past_key_values=cache, output_router_logits=True).router_logits
     assert logits is not None
     for layer, scores in enumerate(logits):
         chosen = scores.sort(descending=True, stable=True).indices[:, :4].sort().values.numpy()
