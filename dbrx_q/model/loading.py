@@ -1,7 +1,7 @@
 """From a checkpoint to a model in memory: packed weights are read straight into their final place.
 
-`load_model` has three steps: plan what is read and where to (`_plan_loading`), read the weights that stay in memory
-(`_read_resident_weights`), and build the expert store that serves all others (`_build_expert_store`).
+`load_model` has three steps: plan what is read and where to (`plan_loading`), read the weights that stay in memory
+(`_read_resident_weights`), and build the expert store that serves all others (`build_expert_store`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,18 @@ from .modeling import DbrxForCausalLM
 from .pretrained import DbrxPreTrainedModel
 from .tuned_tiles import load_tuning
 
-__all__ = ["eos_ids", "load_as", "load_model", "load_plain_model", "load_pretrained"]
+__all__ = [
+    "LoadingPlan",
+    "build_expert_store",
+    "cpu_samples",
+    "eos_ids",
+    "load_as",
+    "load_model",
+    "load_plain_model",
+    "load_pretrained",
+    "plan_loading",
+    "read_packed",
+]
 
 Model = TypeVar("Model", bound=DbrxPreTrainedModel)
 _CPU = torch.device("cpu")
@@ -108,13 +119,14 @@ def _load(model_class: type[Model], folder: Path, dtype: torch.dtype | None, dev
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(folder))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
-        plan = _plan_loading(checkpoint, fallback, dtype, device, budget)
+        plan = plan_loading(checkpoint, fallback, dtype, device, budget)
         model = _read_resident_weights(model_class, checkpoint, plan)
         experts = ExpertFiles(checkpoint, plan.dtype) if plan.offloads else None
         fallback_experts = ExpertFiles(fallback, plan.dtype) if fallback is not None and plan.needs_fallback else None
-    for weight in _cpu_samples(checkpoint, fallback if plan.needs_fallback else None, plan):
+    for weight in cpu_samples(checkpoint, fallback if plan.needs_fallback else None, plan):
         warm_up(weight, plan.dtype)
-    store = None if experts is None else _build_expert_store(model, plan, experts, fallback_experts)
+    routers = [block.ffn.router.layer.weight for block in model.base_model.layers()]
+    store = None if experts is None else build_expert_store(plan, experts, fallback_experts, routers)
     model = _completed(model, plan.device_of_head, eos_ids(folder), store)
     if plan.placement is not None and budget is not None:
         model.placement = plan.placement
@@ -167,7 +179,7 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _LoadingPlan:
+class LoadingPlan:
     """Which weights of a checkpoint are read into memory, and onto which device."""
 
     config: DbrxConfig
@@ -212,20 +224,20 @@ class _LoadingPlan:
         return self.device_of(tensor.layer if tensor.layer >= 0 else outside)
 
 
-def _plan_loading(
+def plan_loading(
     checkpoint: Checkpoint, fallback: Checkpoint | None, dtype: torch.dtype | None, device: torch.device, budget: Budget | None
-) -> _LoadingPlan:
+) -> LoadingPlan:
     """Decide what is read into memory; refuses a budget that the model exceeds before any weight is read."""
     config, dtype = checkpoint.config, dtype or checkpoint.config.dtype
     if budget is None:
-        return _LoadingPlan(config, dtype, device, None, None, None)
+        return LoadingPlan(config, dtype, device, None, None, None)
     fallback_formats = None if fallback is None else fallback.formats
     placement = plan_within(budget, config, checkpoint.formats, str(checkpoint.folder), dtype=dtype, fallback=fallback_formats)
     profile = None if budget.profile is None else Trace.read(budget.profile).check(config).counts()
-    return _LoadingPlan(config, dtype, device, budget, placement, profile)
+    return LoadingPlan(config, dtype, device, budget, placement, profile)
 
 
-def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: _LoadingPlan) -> Model:
+def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: LoadingPlan) -> Model:
     """The model with all its weights, or with all but experts where the plan offloads them."""
     model = _empty(model_class, plan.config, plan.dtype, plan.device_of_head)
     for tensor in checkpoint.tensors.values():
@@ -235,12 +247,21 @@ def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, pla
         if fmt is None:
             _put(model, tensor.name, _read_plain(checkpoint, tensor, plan.dtype, device))
         else:
-            _put(model, tensor.name, PackedWeight(_read_packed(checkpoint, tensor, fmt, device)))
+            _put(model, tensor.name, PackedWeight(read_packed(checkpoint, tensor, fmt, device)))
     return model
 
 
-def _build_expert_store(model: DbrxPreTrainedModel, plan: _LoadingPlan, experts: ExpertFiles, fallback: ExpertFiles | None) -> ExpertStore:
-    """A store with the slots of the plan, filled with experts."""
+def build_expert_store(
+    plan: LoadingPlan, experts: ExpertFiles, fallback: ExpertFiles | None, routers: Sequence[torch.Tensor]
+) -> ExpertStore:
+    """A store with the slots of the plan, filled with experts.
+
+    Args:
+        plan: has a placement.
+        experts: where the experts are stored.
+        fallback: where those of the fallback copy are stored; None without one.
+        routers: [E, D] of every layer, on the devices of the layers.
+    """
     budget, placement = plan.budget, plan.placement
     assert budget is not None
     assert placement is not None
@@ -251,22 +272,22 @@ def _build_expert_store(model: DbrxPreTrainedModel, plan: _LoadingPlan, experts:
     def policy(layers: Sequence[int], under: bool) -> CachePolicy:
         return make_policy(budget.cache_policy, L, E, plan.profile)
 
-    routers = [NextRouter(block.ffn.router.layer.weight, A) for block in model.base_model.layers()]
+    next_routers = [NextRouter(router, A) for router in routers]
     miss_policy = MissPolicy(budget.miss_policy)
     with ExitStack() as on_error:
         reader = on_error.enter_context(closing(ExpertReader(experts, direct=direct)))
         copy = None if fallback is None else (fallback, on_error.enter_context(closing(ExpertReader(fallback, direct=direct))))
         parts = StoreParts(experts, reader, budget.gpus, make_link, policy, fallback=copy, upgrade=budget.upgrade)
-        store = build_store(parts, placement, budget.machine, prefetch=budget.prefetch, miss_policy=miss_policy, routers=routers)
+        store = build_store(parts, placement, budget.machine, prefetch=budget.prefetch, miss_policy=miss_policy, routers=next_routers)
         on_error.enter_context(closing(store))
         store.fill(plan.profile)
         for gpu in store.gpus if isinstance(store, GpuExpertStore) else ():
-            gpu.use_rates(measure_rates(gpu, store.tier, model.dtype))
+            gpu.use_rates(measure_rates(gpu, store.tier, plan.dtype))
         on_error.pop_all()
     return store
 
 
-def _cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: _LoadingPlan) -> list[QuantizedWeight]:
+def cpu_samples(checkpoint: Checkpoint, fallback: Checkpoint | None, plan: LoadingPlan) -> list[QuantizedWeight]:
     """A weight [1, K] of every packed format that the CPU multiplies."""
     samples: dict[TensorFormat, QuantizedWeight] = {}
     for source in [checkpoint] if fallback is None else [checkpoint, fallback]:
@@ -306,7 +327,7 @@ def _read_plain(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype,
     return nn.Parameter(values.to(dtype).to(device), requires_grad=False)
 
 
-def _read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> QuantizedWeight:
+def read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> QuantizedWeight:
     """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
 
     For a GPU each part passes through host memory by itself, which therefore never holds more than one matrix.
