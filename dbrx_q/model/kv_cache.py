@@ -38,6 +38,7 @@ class KVCache:
 
     Attributes:
         lengths: tokens that each sequence holds, [B]. `forward` advances them after the last layer.
+        padding: for each sequence the columns that were padding, in order. Their keys and values are not stored.
         capacity: L, tokens that each sequence has room for now.
         layers: for each layer the keys and values [B, G, L, C], and for "int8" and "int4" their scales; see `KVLayer`.
 
@@ -67,6 +68,7 @@ class KVCache:
         devices = [torch.device(device)] * config.n_layers if isinstance(device, (torch.device, str)) else device
         self.layers: list[KVLayer] = [allocate_kv(format, *shape, dtype, layer_device) for layer_device in devices]
         self.lengths = [0] * batch_size
+        self.padding: list[tuple[int, ...]] = [()] * batch_size
         self.capacity = capacity
         self._limit = (config.max_seq_len if limit is None else min(limit, config.max_seq_len)) if grows else capacity
 
@@ -74,6 +76,11 @@ class KVCache:
     def format(self) -> str:
         """ "plain", "int8" or "int4"."""
         return self.layers[0].format
+
+    @property
+    def columns(self) -> list[int]:
+        """For each sequence the columns of the batch so far, padding included: the default position of its next token."""
+        return [length + len(padding) for length, padding in zip(self.lengths, self.padding, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +105,7 @@ class KVCache:
         """A view of one sequence as a cache: keys and values share this cache's memory, `lengths` do not."""
         view = object.__new__(KVCache)
         view.layers = [_mapped(layer, lambda x: x[index : index + 1]) for layer in self.layers]
-        view.lengths = [self.lengths[index]]
+        view.lengths, view.padding = [self.lengths[index]], [self.padding[index]]
         view.capacity = view._limit = self.capacity
         return view
 
@@ -126,6 +133,7 @@ class KVCache:
         fork = object.__new__(KVCache)
         fork.layers = [_mapped(layer, copy) for layer in self.layers]
         fork.lengths = [self.lengths[row] for row in rows]
+        fork.padding = [self.padding[row] for row in rows]
         fork.capacity, fork._limit = capacity, self._limit
         return fork
 
@@ -144,10 +152,19 @@ class KVCache:
                 if part is not None:
                     part[:, :, :tokens] = getattr(source, name)[:, :, :tokens]
         self.lengths = [tokens]
+        # Before the i-th padding column, counted from 0, stand i others and its column less i tokens.
+        self.padding = [tuple(column for i, column in enumerate(other.padding[0]) if column - i < tokens)]
 
-    def advance(self, counts: list[int]) -> None:
-        """Add to `lengths` the tokens that every layer has written for each sequence."""
+    def advance(self, counts: Sequence[int], padding: Sequence[tuple[int, ...]] | None = None) -> None:
+        """Add to `lengths` the tokens that every layer has written for each sequence.
+
+        Args:
+            counts: for each sequence, the new tokens.
+            padding: for each sequence, the columns that were padding in this call, counted from its first call; None for no padding.
+        """
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        if padding is not None:
+            self.padding = [(*earlier, *later) for earlier, later in zip(self.padding, padding, strict=True)]
 
 
 def _enlarged(layer: KVLayer, more: int) -> KVLayer:
