@@ -24,8 +24,6 @@ __all__ = ["main"]
 HERE = Path(__file__).resolve().parent
 VARIANTS = {
     "transformers": "transformers' classes as they are",
-    "plugin": "transformers' classes with dbrx_q's linears, embedding and experts, plain weights",
-    "packed": "the same, quantized to int8",
     "native": "dbrx_q's classes behind PreTrainedModel and GenerationMixin",
 }
 
@@ -34,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for and print counts and failures; 0 unless a variant misses what it must reach."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help="versions of transformers; without one, the installed version")
-    parser.add_argument("--sources", type=Path, help="an sdist, or a checkout of transformers' repository; without it, pip downloads the sdist")
+    parser.add_argument(
+        "--sources", type=Path, help="an sdist, or a checkout of transformers' repository; without it, pip downloads the sdist"
+    )
     parser.add_argument("--packages", type=Path, help="a folder with transformers of that version; without it, pip installs one")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="run this variant beside `transformers`; may be repeated")
     parser.add_argument("--tests", default="", help="only tests whose names match, as pytest's -k")
@@ -96,7 +96,9 @@ def _run(variant: str, sources: Path, packages: Path, work: Path, selected: str)
     (work / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p variants -p no:cacheprovider -q\n", encoding="utf-8")
     upstream = sources / "tests" / "models" / "dbrx" / "test_modeling_dbrx.py"
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(path) for path in (packages, sources, HERE) if path) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (packages, sources, HERE) if path)
+        + os.pathsep
+        + os.environ.get("PYTHONPATH", ""),
         "DBRX_PEERS_VARIANT": variant,
         "DBRX_PEERS_OUT": str(out),
         "HF_HUB_OFFLINE": "1",
