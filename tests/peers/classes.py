@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch import nn
 from transformers.models.dbrx import modeling_dbrx
@@ -31,12 +30,12 @@ class _Pretrained(transformers.PreTrainedModel):
     config_class = transformers.DbrxConfig
     config: transformers.DbrxConfig
     base_model_prefix = "transformer"
-    _no_split_modules = ["DbrxBlock"]
+    _no_split_modules: ClassVar = ["DbrxBlock"]
     _input_embed_layer = "wte"
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
             else:
@@ -73,7 +72,7 @@ def _native_classes() -> tuple[type, type]:
             self.post_init()
 
     class DbrxForCausalLM(_Pretrained, transformers.GenerationMixin, _NativeCausal):
-        _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+        _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
         def __init__(self, config: transformers.DbrxConfig) -> None:
             _Pretrained.__init__(self, config)
