@@ -10,7 +10,7 @@ stored, with their shapes and dtypes, and reads them one by one.
 - `manifest.py`: manifest.json, with a SHA-256 for every file of a quantized checkpoint and statistics of every tensor.
 - `inventory.py`: counts, formats and bytes by kind of tensor, for `inspect`.
 - `staging.py`: a destination folder that appears only when it is complete, and can be resumed.
-- `hub.py`: hub ids become local folders; uploads.
+- `hub.py`: hub ids become local folders; uploads. `hub_errors.py` turns failures of the hub into errors that state the next step.
 - `remote_shards.py`: a repository on the hub as a `ShardSource`, whose shards are fetched while `quantize` works on it.
 - `user_cache.py`: the user's cache folder of this package.
 """

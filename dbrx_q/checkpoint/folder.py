@@ -64,6 +64,9 @@ class ShardSource(Protocol):
     storage: Path
     """The folder that shards are fetched to; it need not exist."""
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a file of this name."""
+
     def open_all(self, names: Sequence[str]) -> Sequence[Shard]:
         """Open the shards of these file names: fetch their headers, not their tensors."""
 
@@ -220,7 +223,9 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:
     """
     if not (folder / INDEX_NAME).exists() and not (folder / SINGLE_NAME).exists():
         raise CheckpointError(f"{folder}: no weights found; a checkpoint holds {SINGLE_NAME}, or {INDEX_NAME} and the shards that it names")
-    return _by_tensor(folder, lambda names: [stack.enter_context(SafetensorsFile(folder / name)) for name in names])
+    return _by_tensor(
+        folder, lambda names: [stack.enter_context(SafetensorsFile(folder / name)) for name in names], lambda name: (folder / name).exists()
+    )
 
 
 def _fetched_shards(source: ShardSource, stack: ExitStack) -> dict[str, Shard]:
@@ -233,27 +238,22 @@ def _fetched_shards(source: ShardSource, stack: ExitStack) -> dict[str, Shard]:
         return shards
 
     stack.callback(source.stop)
-    return _by_tensor(source.folder, open_all)
+    return _by_tensor(source.folder, open_all, source.has)
 
 
-def _by_tensor(folder: Path, open_all: Callable[[Sequence[str]], Sequence[_AnyShard]]) -> dict[str, _AnyShard]:
+def _by_tensor(folder: Path, open_all: Callable[[Sequence[str]], Sequence[_AnyShard]], has: Callable[[str], bool]) -> dict[str, _AnyShard]:
     """The shard of every tensor, by the tensor's name, after a check that the index and the shards name the same tensors.
 
     Args:
         folder: holds the index, unless the checkpoint is a single shard.
         open_all: opens shards by their file names.
+        has: whether there is a file of a name.
     """
-    index = folder / INDEX_NAME
-    if not index.exists():
+    weight_map = _weight_map(folder / INDEX_NAME, has)
+    if weight_map is None:
         (file,) = open_all([SINGLE_NAME])
         return dict.fromkeys(file.tensors, file)
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
     shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
     files = dict(zip(shards, open_all(shards), strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
@@ -265,6 +265,35 @@ def _by_tensor(folder: Path, open_all: Callable[[Sequence[str]], Sequence[_AnySh
                     f"{file.path}: tensor {name} is not placed here by {INDEX_NAME}; shard and index do not match. Fetch both again"
                 )
     return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def _weight_map(index: Path, has: Callable[[str], bool]) -> dict[str, str] | None:
+    """Tensor name to shard name by the index; None where `SINGLE_NAME` holds all tensors.
+
+    A single file that the index does not name, beside shards that it names, is refused: either may be left over from an earlier save, and
+    their dates tell nothing after a copy or a download. If shards of the index are absent, it is the index that is left over.
+
+    Raises:
+        CheckpointError: the index is damaged, or it and the single file hold two models.
+    """
+    if not index.exists():
+        return None
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: must hold an object 'weight_map' of tensor names to file names; found {weight_map!r:.80}")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index}: a shard must be a file name in the index's own folder; found {shard!r}")
+    if SINGLE_NAME in shards or not has(SINGLE_NAME):
+        return dict(weight_map)
+    if shards and all(has(shard) for shard in shards):
+        raise CheckpointError(
+            f"{index.parent}: a checkpoint must hold its weights once; found {SINGLE_NAME} and, by {INDEX_NAME}, {shards[0]}"
+            f"{f' and {len(shards) - 1} more' if len(shards) > 1 else ''}. One of them is left over from an earlier save: remove "
+            f"{SINGLE_NAME}, or the index with its shards"
+        )
+    return None
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:

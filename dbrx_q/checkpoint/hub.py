@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from dbrx_q.errors import CheckpointError, DbrxError, RequestError
+from dbrx_q.errors import CheckpointError, RequestError
 
-__all__ = ["SMALL_FILES", "call_in_thread", "check_push", "hub_errors", "is_on_hub", "push", "resolve_file", "resolve_folder"]
+from .hub_errors import first_line, hub_errors, is_hub_failure
+
+__all__ = ["SMALL_FILES", "call_in_thread", "check_push", "find_commit", "is_on_hub", "push", "resolve_file", "resolve_folder"]
 
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -43,12 +44,18 @@ def resolve_folder(
         return local
     from huggingface_hub import snapshot_download
 
-    ignored = None if fallback else [_FALLBACK]
-    with hub_errors(path_or_hub_id):
+    repository, ignored = str(path_or_hub_id), None if fallback else [_FALLBACK]
+    commit, online = find_commit(repository, revision=revision, token=token)
+    with hub_errors(repository):
         return Path(
             call_in_thread(
                 lambda: snapshot_download(
-                    str(path_or_hub_id), revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=ignored
+                    repository,
+                    revision=revision if online else commit,  # the cache notes which commit a branch stands for
+                    token=token,
+                    allow_patterns=_WANTED,
+                    ignore_patterns=ignored,
+                    local_files_only=not online,
                 )
             )
         )
@@ -65,8 +72,51 @@ def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision:
         return resolve_folder(local) / name
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(path_or_hub_id):
-        return Path(call_in_thread(lambda: hf_hub_download(str(path_or_hub_id), name, revision=revision, token=token)))
+    repository = str(path_or_hub_id)
+    commit, online = find_commit(repository, revision=revision, token=token, file=name)
+    with hub_errors(repository):
+        return Path(
+            call_in_thread(
+                lambda: hf_hub_download(repository, name, revision=revision if online else commit, token=token, local_files_only=not online)
+            )
+        )
+
+
+def find_commit(repository: str, *, revision: str | None = None, token: str | None = None, file: str = "config.json") -> tuple[str, bool]:
+    """(the commit that a revision of a hub repository stands for, whether the hub gave it).
+
+    The hub is asked once, without the client's repetitions, which take half a minute where there is no network. If it does not give the
+    repository, the commit is the one under which its cache holds `file`.
+
+    Args:
+        repository: owner/name.
+        revision: branch, tag or commit; None for the main branch.
+        token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
+        file: a file that a cached commit must hold.
+
+    Raises:
+        CheckpointError: the hub does not give the repository, and its cache holds no copy.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def ask() -> str:
+        info = HfApi(token=token).model_info(repository, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return str(info.sha)
+
+    with hub_errors(repository, revision=revision):
+        try:
+            return call_in_thread(ask), True
+        except RevisionNotFoundError:
+            raise
+        except Exception as error:
+            if not is_hub_failure(error):
+                raise
+            for name in dict.fromkeys(("config.json", file)):
+                cached = try_to_load_from_cache(repository, name, revision=revision)
+                if isinstance(cached, str):
+                    return Path(cached).parents[len(Path(name).parents) - 1].name, False
+            raise
 
 
 def is_on_hub(path_or_hub_id: str | os.PathLike[str]) -> bool:
@@ -95,11 +145,11 @@ def check_push(repository: str, *, private: bool = True) -> None:
         if repository.split("/")[0] not in owners:
             raise RequestError(f"{repository}: the token must belong to its owner; found one of {', '.join(owners)}. Push to one of these")
         api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
-    except RequestError:
-        raise
     except Exception as error:
+        if not is_hub_failure(error):
+            raise
         raise RequestError(
-            f"{repository}: pushing must be allowed before the work begins; the hub says: {_first_line(error)}. "
+            f"{repository}: pushing must be allowed before the work begins; the hub says: {first_line(error)}. "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         ) from None
 
@@ -118,8 +168,10 @@ def push(folder: Path, repository: str) -> str:
             lambda: str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=_COMMIT_MESSAGE).commit_url)
         )
     except Exception as error:
+        if not is_hub_failure(error):
+            raise
         raise RequestError(
-            f"{folder}: complete, but pushing it to {repository} failed: {_first_line(error)}. Push it again with "
+            f"{folder}: complete, but pushing it to {repository} failed: {first_line(error)}. Push it again with "
             f"`hf upload {repository} {folder}`, or give the same command with --resume"
         ) from None
 
@@ -151,52 +203,3 @@ def call_in_thread(call: Callable[[], str]) -> str:
     if errors:
         raise errors[0]
     return results[0]
-
-
-class hub_errors:  # noqa: N801 # used as a with statement, like a function
-    """A with block in which errors of the hub's client become CheckpointErrors that state the next step.
-
-    Args:
-        repository: the hub id.
-        file: the file that the block fetches, where the repository is known to exist; else the errors are about the repository.
-    """
-
-    def __init__(self, repository: str | os.PathLike[str], file: str = "") -> None:
-        self.repository, self.file = os.fspath(repository), file
-
-    def __enter__(self) -> None:
-        import logging
-
-        from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-
-        # The client logs every failed attempt before it repeats it; the last error is reported anyway.
-        self.verbosity = get_verbosity()
-        set_verbosity(logging.ERROR)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from huggingface_hub.utils.logging import set_verbosity
-
-        set_verbosity(self.verbosity)
-        # The client raises its own HfHubHTTPError, but also OSError, ValueError and its HTTP library's errors.
-        if isinstance(error, DbrxError):
-            return
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(
-                f"{self.repository}: the disk of the hub's cache must have room for the repository; it is full. "
-                "Free some, or set HF_HOME to a folder on another disk"
-            ) from None
-        if isinstance(error, Exception) and self.file:
-            raise CheckpointError(
-                f"{self.repository}: the hub must give {self.file}; it did not ({_first_line(error)}). Check the network and try again"
-            ) from None
-        if isinstance(error, Exception):
-            first_line = _first_line(error)
-            raise CheckpointError(
-                f"{self.repository}: no such folder here, and the hub did not give a repository of that name ({first_line}). "
-                "Check the name, the network and, for a gated repository, the token"
-            ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

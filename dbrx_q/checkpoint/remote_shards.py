@@ -2,14 +2,14 @@
 
 All headers are fetched first, by range requests; a shard is downloaded when one of its tensors is read, and the shard that is expected
 next is downloaded meanwhile. All files are of one commit, which is looked up once. Shards stay in the hub's cache, or, to save disk, go
-to a folder of their own, in which each is deleted after its last read.
+to a folder of their own, in which each is deleted after its last read. Where the hub cannot be reached, the cache must hold all files.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import torch
 
 from dbrx_q.errors import CheckpointError, RequestError
 
-from .hub import SMALL_FILES, call_in_thread, hub_errors
+from .hub import SMALL_FILES, call_in_thread, find_commit
+from .hub_errors import hub_errors
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
 
 __all__ = ["RemoteShard", "RemoteShards"]
@@ -48,17 +49,22 @@ class RemoteShards:
     """The folder that shards are fetched to."""
 
     def __init__(self, repository: str, *, revision: str | None = None, storage: Path | None = None) -> None:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import snapshot_download
 
         if storage is not None and storage.exists() and not (storage / _MARKER_NAME).is_file():
             raise RequestError(
                 f"{storage}: shards are fetched to this folder and deleted there, but it was made by something else. Move it away"
             )
         self.repository, self._deletable = repository, storage
+        commit, self._online = find_commit(repository, revision=revision)
+        at = revision if self._online else commit  # the cache notes which commit a branch stands for
         with hub_errors(repository):
-            self.commit = str(HfApi().model_info(repository, revision=revision or "main").sha)
-            snapshot = call_in_thread(lambda: snapshot_download(repository, revision=self.commit, allow_patterns=SMALL_FILES))
-        self.folder = Path(snapshot)
+            self.folder = Path(
+                call_in_thread(
+                    lambda: snapshot_download(repository, revision=at, allow_patterns=SMALL_FILES, local_files_only=not self._online)
+                )
+            )
+        self.commit = self.folder.name
         self.storage = storage or self.folder
         self._shards: dict[str, RemoteShard] = {}
         self._expected: list[str] = []
@@ -74,6 +80,27 @@ class RemoteShards:
         with hub_errors(self.repository), ThreadPoolExecutor(_CONNECTIONS) as pool:
             self._shards = dict(zip(names, pool.map(lambda name: RemoteShard(self, name), names), strict=True))
         return list(self._shards.values())
+
+    def has(self, name: str) -> bool:
+        """Whether the commit holds a file; of a hub that cannot be reached, whether the cache does."""
+        from huggingface_hub import HfApi
+
+        if self.local_path(name) is not None or not self._online:
+            return self.local_path(name) is not None
+        with hub_errors(self.repository, name):
+            return HfApi().file_exists(self.repository, name, revision=self.commit)
+
+    def check_online(self, name: str) -> None:
+        """Refuse to fetch a file from a hub that cannot be reached.
+
+        Raises:
+            CheckpointError: it could not be reached when the repository was opened.
+        """
+        if not self._online:
+            raise CheckpointError(
+                f"{self.repository}: all files must be in the hub's cache where the hub cannot be reached; {name} of commit {self.commit} "
+                "is not. Connect to the network and unset HF_HUB_OFFLINE, or give a checkpoint's folder"
+            )
 
     def expect(self, names: Sequence[str]) -> None:
         """Announce the shard that each of the next pieces of work reads, in order."""
@@ -166,7 +193,11 @@ class RemoteShards:
         if self._deletable is not None:
             self._deletable.mkdir(parents=True, exist_ok=True)
             (self._deletable / _MARKER_NAME).touch()
-        return self.local_path(name) or Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self._deletable))
+        local = self.local_path(name)
+        if local is not None:
+            return local
+        self.check_online(name)
+        return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self._deletable))
 
 
 class RemoteShard:
@@ -188,6 +219,7 @@ class RemoteShard:
             with SafetensorsFile(local) as file:
                 self.size, self.tensors = file.size, file.tensors
         else:
+            source.check_online(name)
             self.size, read = _remote_file(source.repository, name, source.commit)
             self.tensors = parse_header(self.path, self.size, read)[0]
 
@@ -250,7 +282,7 @@ class _Download:
 
 def _remote_file(repository: str, name: str, commit: str) -> tuple[int, Callable[[int, int], bytes]]:
     """(bytes of a file on the hub, a function that returns its bytes at (first byte, count))."""
-    from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # documented, but not marked as exported
 
     url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
@@ -261,9 +293,7 @@ def _remote_file(repository: str, name: str, commit: str) -> tuple[int, Callable
         )
 
     def request(first: int, count: int) -> bytes:
-        response = get_session().get(url, headers=headers | {"range": f"bytes={first}-{first + count - 1}"}, follow_redirects=True)
-        response.raise_for_status()
-        return bytes(response.content[:count])
+        return _range_of(url, headers, f"{repository}: {name}", first, count) if count else b""
 
     head = request(0, min(size, _FIRST_REQUEST_BYTES))
 
@@ -271,3 +301,30 @@ def _remote_file(repository: str, name: str, commit: str) -> tuple[int, Callable
         return head[first : first + count] if first + count <= len(head) else request(first, count)
 
     return size, read
+
+
+def _range_of(url: str, headers: Mapping[str, str], label: str, first: int, count: int) -> bytes:
+    """Bytes first .. first+count-1 of a file on the hub; a server that sends more is cut short after them.
+
+    Raises:
+        CheckpointError: the server does not answer the range request with this range, uncompressed.
+    """
+    from huggingface_hub import constants, get_session
+
+    wanted = {"range": f"bytes={first}-{first + count - 1}", "accept-encoding": "identity"}
+    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers={**headers, **wanted}, follow_redirects=True, timeout=seconds) as response:
+        response.raise_for_status()
+        content_range, encoding = response.headers.get("content-range", ""), response.headers.get("content-encoding", "identity")
+        if response.status_code != 206 or not content_range.startswith(f"bytes {first}-") or encoding != "identity":
+            answer = f"status {response.status_code}, content-range {content_range!r:.60}, content-encoding {encoding!r:.60}"
+            raise CheckpointError(
+                f"{label}: the hub, or the mirror or proxy in its place, must answer a request for bytes {first} to {first + count - 1} "
+                f"with status 206 and these bytes; found {answer}. Download the repository with `hf download` and give its folder"
+            )
+        data = bytearray()
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) >= count:
+                break
+    return bytes(data[:count])
