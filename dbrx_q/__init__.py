@@ -13,6 +13,7 @@ The code, from the command line down to the kernels; a folder imports only folde
     quantize/    quantization methods, calibration, and the pipeline that writes a quantized checkpoint
     generation/  from prompts to tokens: prefill, decode steps, sampling
     sources/     other people's checkpoints: GGUF, bitsandbytes, transformers
+    transformers/  packed checkpoints in transformers: `import dbrx_q.transformers`
     model/       the modules, the KV cache, and loading
     experts/     caches of experts that do not all fit into memory
     planning/    what each GPU and host memory hold

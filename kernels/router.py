@@ -1,4 +1,4 @@
-"""`route`: selects the experts of each token and their weights.
+"""`route`: selects the experts of each token and their weights; `choose_experts`: the same from router logits.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model.
 """
@@ -11,7 +11,7 @@ from dbrx_q.kernels.formats.expert_weights import Routing
 
 from .backend import Backend, pick
 
-__all__ = ["route"]
+__all__ = ["choose_experts", "route"]
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
@@ -28,7 +28,15 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
         from dbrx_q.kernels.triton import router as triton_router
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
-    logits = x.float() @ router.float().T  # [T, E]
+    return choose_experts(x.float() @ router.float().T, top_k, norm_order)
+
+
+def choose_experts(logits: torch.Tensor, top_k: int, norm_order: float | None) -> Routing:
+    """The top k experts by router logits, in torch; arguments as for `route`.
+
+    Args:
+        logits: float32 [T, E].
+    """
     # Selected by logits, not by their softmax, the experts are the same on every backend.
     experts = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]  # [T, A]
     weights = logits.softmax(-1).gather(-1, experts)  # [T, A]

@@ -28,7 +28,7 @@ LEVELS = (
     ("dbrx_q/planning", "quantize/methods"),
     ("dbrx_q/experts",),
     ("dbrx_q/model",),
-    ("dbrx_q/generation", "dbrx_q/sources", "quantize/calibration"),
+    ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),
     ("eval", "quantize/pipeline"),
     ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks"),
     ("dbrx_q/cli",),
