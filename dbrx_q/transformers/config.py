@@ -56,7 +56,7 @@ class DbrxQConfig(QuantizationConfigMixin):
         self,
         *,
         ram: int | str | None = None,
-        gpus: Mapping[int, int | str] | None = None,
+        gpus: Mapping[int | str, int | str] | None = None,
         context: int | None = None,
         budget: Budget | None = None,
         **stored: Any,
@@ -72,8 +72,7 @@ class DbrxQConfig(QuantizationConfigMixin):
         self.stored = stored
         self.budget = budget
         if ram is not None or gpus is not None:
-            limits: dict[int | str, int | str] = {} if ram is None else {"cpu": ram}
-            limits.update(gpus or {})
+            limits = {**({} if ram is None else {"cpu": ram}), **(gpus or {})}
             self.budget = Budget(Machine.detect(limits), context=context)
 
     def to_dict(self) -> dict[str, Any]:

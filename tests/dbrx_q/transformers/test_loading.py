@@ -37,7 +37,7 @@ def native(quantized_nano: Path) -> DbrxForCausalLM:
 
 
 def test_import_transformers_inside_the_room_is_the_library() -> None:
-    assert dbrx_q.transformers.modeling.transformers is transformers
+    assert dbrx_q.transformers.modeling.transformers.DbrxConfig is transformers.DbrxConfig
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
