@@ -72,7 +72,9 @@ class DbrxQConfig(QuantizationConfigMixin):
         self.stored = stored
         self.budget = budget
         if ram is not None or gpus is not None:
-            limits = {**({} if ram is None else {"cpu": ram}), **(gpus or {})}
+            limits: dict[int | str, int | str] = dict(gpus or {})
+            if ram is not None:
+                limits["cpu"] = ram
             self.budget = Budget(Machine.detect(limits), context=context)
 
     def to_dict(self) -> dict[str, Any]:
