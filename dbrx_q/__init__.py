@@ -20,8 +20,9 @@ The code, from the command line down to the kernels; a folder imports only folde
     tokenizer/   text to token ids and back, chat templates
     checkpoint/  safetensors shards, tensor names, manifest, the hub
     kernels/     packed weight formats, and the operations on them for CPU and GPU
-    config.py    `DbrxConfig`; config_sections.py has its attention and ffn parts. Used everywhere: errors.py, json_file.py;
-                 for plots: plots.py, plot_labels.py
+    config.py    `DbrxConfig`; config_sections.py has its attention and ffn parts, config_methods.py the methods that transformers'
+                 configurations have, config_keys.py what is read, ignored and refused, config_rope.py the rotary embedding,
+                 config_values.py bounds. Used everywhere: errors.py, json_file.py; for plots: plots.py, plot_labels.py
 
 Importing this package is light: a name is imported from its folder when it is first used.
 """

@@ -1,18 +1,32 @@
-"""The configuration of a DBRX model: every key of config.json that inference needs, checked when it is read."""
+"""The configuration of a DBRX model: every key of config.json that inference needs, checked when it is read or set."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from copy import copy
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .config_sections import DbrxAttentionConfig, DbrxFFNConfig, Section, positive_float, positive_int, probability
+from .config_keys import ALIASES, check_arguments, check_refused
+from .config_methods import ConfigMethods
+from .config_rope import merged_rope, one_theta, rope_settings
+from .config_sections import DbrxAttentionConfig, DbrxFFNConfig, Section
+from .config_values import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    any_number,
+    positive_int,
+    probability,
+    shortened,
+    token_ids,
+)
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
 __all__ = ["DTYPES", "NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
@@ -23,15 +37,32 @@ NORM_EPS = 1e-5
 DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of a checkpoint's plain weights and of activations."""
 
+_OUTPUT_DEFAULTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
-class DbrxConfig(Section):
-    """The configuration of a model. Names and defaults are those of transformers.
+
+class _Alias:
+    """Another name for an attribute, to read and to set."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.__doc__ = f"Another name for `{name}`."
+
+    def __get__(self, config: DbrxConfig | None, owner: type) -> Any:
+        return self if config is None else getattr(config, self._name)
+
+    def __set__(self, config: DbrxConfig, value: Any) -> None:
+        setattr(config, self._name, value)
+
+
+class DbrxConfig(ConfigMethods):
+    """The configuration of a model. Names, defaults and methods are those of transformers.
 
         config = DbrxConfig.from_pretrained("dbrx-int4")
         config.n_layers, config.ffn_config.moe_num_experts  # 40, 16
 
     `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `max_position_embeddings` are other names for `d_model`,
-    `n_heads`, `n_layers` and `max_seq_len`. Different values under both names are an error.
+    `n_heads`, `n_layers` and `max_seq_len`, `num_key_value_heads` for `attn_config.kv_n_heads`. Different values under both names are an
+    error. Values are checked when they are set, and against each other by `validate`, which every model calls.
 
     Args:
         d_model: width of the residual stream; a multiple of `n_heads`.
@@ -47,11 +78,19 @@ class DbrxConfig(Section):
         initializer_range: standard deviation of randomly initialised weights.
         output_router_logits: whether `forward` returns the logits of every router by default.
         router_aux_loss_coef: weight of the load-balancing loss in training.
-        rope_parameters: `{"rope_type": "default", "rope_theta": float}`; must agree with `attn_config.rope_theta` if both are given.
+        rope_parameters: `rope_type` ("default", "linear", "dynamic" or "yarn"), `rope_theta` and the settings of this type.
+        rope_scaling: the older name of `rope_parameters`, with `type` for `rope_type`; must agree with it.
+        rope_theta: base of the rotary embedding; must agree with `attn_config.rope_theta` and `rope_parameters` where they give it, too.
         pad_token_id, bos_token_id, eos_token_id: ids of special tokens; `eos_token_id` may be a list.
         tie_word_embeddings: must be False; the head of DBRX has its own weights.
-        torch_dtype: name of the dtype that the weights are published in.
+        torch_dtype: the dtype that the weights are published in, or its name.
+        dtype: another name for `torch_dtype`.
         quantization_config: the format of every packed tensor, as the quantizer wrote it; None for a plain checkpoint.
+        architectures: classes that load the checkpoint.
+        output_attentions, output_hidden_states, return_dict: defaults of the arguments of `forward` by these names.
+        name_or_path: where the configuration was loaded from.
+        attn_implementation: the implementation of attention of models that are made from this configuration.
+        foreign: arguments of every configuration of transformers, kept and not read; `config_keys.FOREIGN_KEYS` lists them.
 
     Raises:
         ConfigError: a value that no DBRX model can have.
@@ -59,6 +98,10 @@ class DbrxConfig(Section):
     """
 
     model_type = "dbrx"
+    attribute_map = ALIASES
+    sub_configs: ClassVar[dict[str, type[Section]]] = {"attn_config": DbrxAttentionConfig, "ffn_config": DbrxFFNConfig}
+    keys_to_ignore_at_inference = ("past_key_values",)
+    is_composition = False
     _fields = (
         "d_model",
         "n_heads",
@@ -81,6 +124,37 @@ class DbrxConfig(Section):
         "torch_dtype",
         "quantization_config",
     )
+    _unwritten = ("name_or_path", "rope_theta", "rope_type", "architectures", *_OUTPUT_DEFAULTS)
+    _checks = {  # noqa: RUF012 # annotated in the base
+        "d_model": lambda name, value: positive_int(name, value, MOST_WIDTH),
+        "n_heads": lambda name, value: positive_int(name, value, MOST_HEADS),
+        "n_layers": lambda name, value: positive_int(name, value, MOST_LAYERS),
+        "max_seq_len": lambda name, value: positive_int(name, value, MOST_POSITIONS),
+        "vocab_size": lambda name, value: positive_int(name, value, MOST_TOKENS),
+        "resid_pdrop": probability,
+        "emb_pdrop": probability,
+        "attn_config": lambda name, value: _section(name, value, DbrxAttentionConfig),
+        "ffn_config": lambda name, value: _section(name, value, DbrxFFNConfig),
+        "use_cache": lambda name, value: bool(value),
+        "initializer_range": any_number,
+        "output_router_logits": lambda name, value: bool(value),
+        "router_aux_loss_coef": any_number,
+        "pad_token_id": lambda name, value: token_ids(value),
+        "bos_token_id": lambda name, value: token_ids(value),
+        "eos_token_id": lambda name, value: token_ids(value),
+        "quantization_config": lambda name, value: _object_or_none(name, value),
+        **dict.fromkeys(_OUTPUT_DEFAULTS, lambda name, value: bool(value)),
+    }
+
+    attn_config: DbrxAttentionConfig
+    ffn_config: DbrxFFNConfig
+    rope_theta: float
+    rope_type: str
+    rope_parameters: dict[str, Any]
+    hidden_size = _Alias("d_model")
+    num_attention_heads = _Alias("n_heads")
+    num_hidden_layers = _Alias("n_layers")
+    max_position_embeddings = _Alias("max_seq_len")
 
     def __init__(
         self,
@@ -99,46 +173,72 @@ class DbrxConfig(Section):
         output_router_logits: bool = False,
         router_aux_loss_coef: float = 0.05,
         rope_parameters: Mapping[str, Any] | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
+        rope_theta: float | None = None,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         tie_word_embeddings: bool = False,
-        torch_dtype: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         quantization_config: Mapping[str, Any] | None = None,
+        architectures: list[str] | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        name_or_path: str = "",
+        attn_implementation: str | None = None,
         hidden_size: int | None = None,
         num_attention_heads: int | None = None,
         num_hidden_layers: int | None = None,
         max_position_embeddings: int | None = None,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        **foreign: Any,
     ) -> None:
+        check_arguments("DbrxConfig()", foreign, [*self._fields, *ALIASES, "rope_theta", "rope_scaling", "dtype", "head_dim"])
+        check_refused("", foreign)
         self.d_model = _aliased("d_model", d_model, "hidden_size", hidden_size, 2048)
         self.n_heads = _aliased("n_heads", n_heads, "num_attention_heads", num_attention_heads, 16)
         self.n_layers = _aliased("n_layers", n_layers, "num_hidden_layers", num_hidden_layers, 24)
         self.max_seq_len = _aliased("max_seq_len", max_seq_len, "max_position_embeddings", max_position_embeddings, 2048)
-        self.vocab_size = positive_int("vocab_size", vocab_size)
-        self.resid_pdrop = probability("resid_pdrop", resid_pdrop)
-        self.emb_pdrop = probability("emb_pdrop", emb_pdrop)
-        self.attn_config = _section("attn_config", attn_config, DbrxAttentionConfig)
-        self.ffn_config = _section("ffn_config", ffn_config, DbrxFFNConfig)
-        self.use_cache = bool(use_cache)
-        self.initializer_range = initializer_range
-        self.output_router_logits = bool(output_router_logits)
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        ids = [pad_token_id, bos_token_id, *(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id])]
-        if not all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in ids):
-            raise ConfigError(f"pad_token_id, bos_token_id and eos_token_id must be token ids; found {ids}")
+        self.vocab_size = vocab_size
+        self.resid_pdrop, self.emb_pdrop = resid_pdrop, emb_pdrop
+        self.attn_config = attn_config  # type: ignore[assignment] # __setattr__ makes a section of it
+        self.ffn_config = ffn_config  # type: ignore[assignment] # the same
+        self.use_cache, self.output_router_logits = use_cache, output_router_logits
+        self.initializer_range, self.router_aux_loss_coef = initializer_range, router_aux_loss_coef
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        self.torch_dtype = torch_dtype
-        if quantization_config is not None and not isinstance(quantization_config, Mapping):
-            raise ConfigError(f"quantization_config must be an object; found {quantization_config!r}")
-        self.quantization_config = None if quantization_config is None else dict(quantization_config)
-        self.rope_theta = _resolve_rope_theta(self.attn_config, rope_parameters)
-        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
-        self._validate()
+        self.torch_dtype = _aliased_dtype(torch_dtype, dtype)
+        self.quantization_config = quantization_config
+        self.architectures = architectures
+        self.output_attentions, self.output_hidden_states, self.return_dict = output_attentions, output_hidden_states, return_dict
+        self.name_or_path = str(name_or_path)
+        self._attn_implementation = attn_implementation
+        self._resolve_rope(rope_parameters, rope_scaling, rope_theta)
+        self.update(foreign)
+        self.validate()
+        _same("attn_config.kv_n_heads", self.num_key_value_heads, "num_key_value_heads", num_key_value_heads)
+        _same("d_model / n_heads", self.head_dim, "head_dim", head_dim)
 
-    def _validate(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("rope_parameters", "rope_scaling"):
+            given = rope_settings(name, value or {}, self.max_seq_len)
+            self._set_rope(merged_rope({name: given}), given.get("rope_theta", self.rope_theta))
+        elif name == "rope_theta":
+            self._set_rope(self.rope_parameters, one_theta({name: value})[0])
+        else:
+            super().__setattr__(name, value)
+            if name == "attn_config" and "rope_theta" in vars(self):  # replaced in a configuration that is made already
+                self.rope_theta = self.attn_config.rope_theta if self.attn_config._rope_theta_given else self.rope_theta
+
+    def validate(self) -> None:
+        """Check the values against each other; a model calls it when it is made.
+
+        Raises:
+            ConfigError: values that no DBRX model has together.
+        """
         if self.d_model % self.n_heads:
             raise ConfigError(f"n_heads must divide d_model; found d_model {self.d_model} and n_heads {self.n_heads}")
         if self.head_dim % 2:
@@ -151,16 +251,59 @@ class DbrxConfig(Section):
             )
         if self.tie_word_embeddings:
             raise ConfigError("tie_word_embeddings must be false: DBRX's lm_head has weights of its own; found true")
-        if self.torch_dtype is not None and self.torch_dtype not in DTYPES:
-            raise ConfigError(f"torch_dtype must be one of {', '.join(DTYPES)}; found {self.torch_dtype!r}")
+        self.ffn_config.validate()
+        if self.attn_config.rope_theta != self.rope_theta:
+            one_theta({"attn_config.rope_theta": self.attn_config.rope_theta, "rope_parameters.rope_theta": self.rope_theta})
+        self.rope_parameters = self.rope_parameters  # the dictionary may have been changed in place
+
+    def _resolve_rope(self, rope_parameters: Any, rope_scaling: Any, rope_theta: Any) -> None:
+        """Gather the rotary embedding from all keys that may give it."""
+        keys = {"rope_parameters": rope_parameters, "rope_scaling": rope_scaling}
+        places = {name: rope_settings(name, value, self.max_seq_len) for name, value in keys.items() if value is not None}
+        thetas = {"attn_config.rope_theta": self.attn_config.rope_theta if self.attn_config._rope_theta_given else None}
+        thetas |= {"rope_theta": rope_theta} | {f"{name}.rope_theta": settings.get("rope_theta") for name, settings in places.items()}
+        theta, given = one_theta(thetas)
+        self._set_rope(merged_rope(places), theta)
+        self.attn_config._rope_theta_given = given
+
+    def _set_rope(self, settings: Mapping[str, Any], theta: float) -> None:
+        values = {"rope_type": settings["rope_type"], "rope_theta": theta}
+        vars(self).update(values, rope_parameters={**settings, **values})
+        self.attn_config.rope_theta = theta
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """Another name for `rope_parameters`, to read and to set."""
+        return self.rope_parameters
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the weights are published in; None where config.json names none. May be set to a dtype or its name."""
+        if self._dtype_name is None:
+            return None
+        import torch
+
+        named: torch.dtype = getattr(torch, self._dtype_name)
+        return named
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: torch.dtype | str | None) -> None:
+        name = value if value is None or isinstance(value, str) else str(value)
+        name = None if name is None else name.removeprefix("torch.")
+        if name is not None and name not in DTYPES:
+            raise ConfigError(f"torch_dtype must be one of {', '.join(DTYPES)}; found {shortened(value)}")
+        self._dtype_name = name
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are published in; bfloat16 where config.json names none."""
+        """The dtype that the weights are published in; bfloat16 where config.json names none. May be set to a dtype or its name."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.torch_dtype or "bfloat16")
-        return dtype
+        return self.torch_dtype or torch.bfloat16
+
+    @dtype.setter
+    def dtype(self, value: torch.dtype | str | None) -> None:
+        self.torch_dtype = value
 
     @property
     def head_dim(self) -> int:
@@ -168,131 +311,142 @@ class DbrxConfig(Section):
         return self.d_model // self.n_heads
 
     @property
-    def hidden_size(self) -> int:
-        """Another name for `d_model`."""
-        return self.d_model
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Another name for `n_heads`."""
-        return self.n_heads
-
-    @property
     def num_key_value_heads(self) -> int:
-        """Another name for `attn_config.kv_n_heads`."""
+        """Another name for `attn_config.kv_n_heads`, to read and to set."""
         return self.attn_config.kv_n_heads
 
-    @property
-    def num_hidden_layers(self) -> int:
-        """Another name for `n_layers`."""
-        return self.n_layers
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int) -> None:
+        self.attn_config.kv_n_heads = value
 
     @property
-    def max_position_embeddings(self) -> int:
-        """Another name for `max_seq_len`."""
-        return self.max_seq_len
+    def use_return_dict(self) -> bool:
+        """Another name for `return_dict`."""
+        return self.return_dict
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence in tokens: `max_seq_len`, which a dynamic scaling of the rotary embedding multiplies by its factor."""
+        factor = self.rope_parameters["factor"] if self.rope_type == "dynamic" else 1.0
+        return min(int(self.max_seq_len * max(1.0, factor)), MOST_POSITIONS)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, source: str = "config.json") -> DbrxConfig:
-        """The configuration in the JSON object of a config.json. Keys that inference does not need are ignored, also in its parts.
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], *, source: str = "config.json", return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self:
+        """The configuration in the JSON object of a config.json. Keys that inference does not read are kept, also in its parts.
 
         Args:
-            data: the parsed JSON object.
+            config_dict: the parsed JSON object.
             source: its name in errors.
+            return_unused_kwargs: return (configuration, arguments that name no attribute of it).
+            kwargs: values that take the place of those in `config_dict`.
 
         Raises:
             ConfigError: another model type, or a value that no DBRX model can have.
         """
-        model_type = data.get("model_type")
+        model_type = config_dict.get("model_type")
         if model_type != cls.model_type:
-            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {model_type!r}. Point to a DBRX checkpoint")
-        known = {k: v for k, v in data.items() if k in cls._fields or k in _ALIASES}
-        if known.get("torch_dtype") is None:
-            known["torch_dtype"] = data.get("dtype")
-        for key, section in (("attn_config", DbrxAttentionConfig), ("ffn_config", DbrxFFNConfig)):
-            value = known.get(key)
-            if isinstance(value, Mapping):
-                known[key] = {k: v for k, v in value.items() if k in section._fields}
+            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {shortened(model_type)}. Point to a DBRX checkpoint")
         try:
-            return cls(**known)
+            config = cls._of_file(config_dict)
+            unused = {}
+            for name, value in kwargs.items():
+                if name == "attn_implementation":
+                    config._attn_implementation = value
+                elif not hasattr(config, name):
+                    unused[name] = value
+                elif name in ("dtype", "torch_dtype") and value == "auto":
+                    continue
+                else:
+                    own = isinstance(value, Mapping) and name in cls.sub_configs
+                    setattr(config, name, getattr(config, name).to_dict() | dict(value) if own else value)
+            config.validate()
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+        result: Any = (config, unused) if return_unused_kwargs else config
+        return result
 
     @classmethod
-    def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-    ) -> DbrxConfig:
-        """Read config.json of a folder, or of a repository on the Hugging Face hub.
+    def _of_file(cls, data: Mapping[str, Any]) -> Self:
+        """The configuration in a JSON object, with all keys that it does not read as attributes."""
+        check_refused("", data, read=("rope_parameters", "rope_scaling"))
+        arguments = cls._arguments()
+        known = {name: value for name, value in data.items() if name in arguments}
+        unread: dict[str, Mapping[str, Any]] = {}
+        for key, section in cls.sub_configs.items():
+            value = data.get(key)
+            if isinstance(value, Mapping):
+                check_refused(f"{key}.", value)
+                known[key] = {name: item for name, item in value.items() if name in section._fields}
+                unread[key] = {name: item for name, item in value.items() if name not in section._fields and name != "model_type"}
+            for name in section._fields:
+                if name in data and name != "rope_theta" and data[name] != (value or {}).get(name):
+                    raise ConfigError(f"{name} must be in {key}; found {shortened(data[name])} at the top level. Move it")
+        trained = data.get("original_max_position_embeddings")
+        for key in ("rope_parameters", "rope_scaling"):
+            value = known.get(key)
+            if trained is not None and isinstance(value, Mapping) and "yarn" in (value.get("rope_type"), value.get("type")):
+                _same(
+                    "original_max_position_embeddings",
+                    trained,
+                    f"{key}.original_max_position_embeddings",
+                    value.get("original_max_position_embeddings"),
+                )
+                known[key] = {**value, "original_max_position_embeddings": trained}
+        config = cls(**known)
+        for key, values in unread.items():
+            getattr(config, key).update(values)
+        hidden = ("model_type", "name_or_path", "_name_or_path")
+        config.update({name: value for name, value in data.items() if name not in arguments and name not in hidden})
+        return config
 
-        Args:
-            path_or_hub_id: a folder, or an `owner/name` of the hub.
-            revision: branch, tag or commit on the hub.
-            token: access token for a gated repository.
-
-        Raises:
-            CheckpointError: no such folder or repository, or a file that is not JSON.
-            ConfigError: a value that no DBRX model can have.
-        """
-        # Imported here, since `checkpoint` imports this module: a configuration loads itself, as in transformers.
-        from dbrx_q.checkpoint.hub import resolve_file
-
-        from .json_file import read_json_object
-
-        path = resolve_file(path_or_hub_id, "config.json", revision=revision, token=token)
-        return cls.from_dict(read_json_object(path), source=str(path))
+    def _read_keys(self) -> dict[str, Any]:
+        return super()._read_keys() | {"torch_dtype": self._dtype_name}
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as the JSON object of config.json."""
-        data: dict[str, Any] = {"architectures": ["DbrxForCausalLM"], "model_type": self.model_type}
+        """The configuration as the JSON object of config.json, with the attributes that it does not read."""
+        data: dict[str, Any] = {"architectures": self.architectures or ["DbrxForCausalLM"], "model_type": self.model_type}
         data |= super().to_dict()
-        data["attn_config"] = self.attn_config.to_dict() | {"rope_theta": self.rope_theta}
-        data["ffn_config"] = self.ffn_config.to_dict()
+        data |= {key: getattr(self, key).to_dict() for key in self.sub_configs}
+        data |= {name: value for name, default in _OUTPUT_DEFAULTS.items() if (value := getattr(self, name)) != default}
         if self.quantization_config is None:
             del data["quantization_config"]
         return data
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json into `folder`, which is created if it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-
-_ALIASES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+def _same(name: str, value: int, alias: str, other: Any) -> None:
+    if other is not None and other != value:
+        raise ConfigError(f"{alias} is another name for {name} and must equal it; found {shortened(other)} and {value}")
 
 
 def _aliased(name: str, value: int | None, alias: str, other: int | None, default: int) -> int:
-    if value is not None and other is not None and value != other:
-        raise ConfigError(f"{alias} is another name for {name} and must equal it; found {other} and {value}")
+    if value is not None and other is not None:
+        _same(name, value, alias, other)
     chosen = value if value is not None else other
-    return default if chosen is None else positive_int(name, chosen)
+    return default if chosen is None else chosen
+
+
+def _aliased_dtype(torch_dtype: torch.dtype | str | None, dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    names = [str(value).removeprefix("torch.") for value in (torch_dtype, dtype) if value is not None]
+    if len(set(names)) > 1:
+        raise ConfigError(f"dtype is another name for torch_dtype and must equal it; found {names[1]} and {names[0]}")
+    return dtype if torch_dtype is None else torch_dtype
 
 
 def _section(name: str, value: Any, cls: Any) -> Any:
     if value is None:
         return cls()
     if isinstance(value, cls):
-        return copy(value)  # `_resolve_rope_theta` may write into it
+        return copy(value)  # the base of the rotary embedding may be written into it
     if isinstance(value, Mapping):
         return cls(**value)
-    raise ConfigError(f"{name} must be an object; found {value!r}")
+    if callable(getattr(value, "to_dict", None)):  # a section of a transformers configuration
+        return cls(**{key: item for key, item in value.to_dict().items() if key != "transformers_version"})
+    raise ConfigError(f"{name} must be an object; found {shortened(value)}")
 
 
-def _resolve_rope_theta(attn: DbrxAttentionConfig, rope_parameters: Mapping[str, Any] | None) -> float:
-    if rope_parameters is None:
-        return attn.rope_theta
-    if not isinstance(rope_parameters, Mapping):
-        raise ConfigError(f"rope_parameters must be an object; found {rope_parameters!r}")
-    kind = rope_parameters.get("rope_type", "default")
-    if kind != "default":
-        raise ConfigError(f"rope_parameters.rope_type must be 'default', the only rotary embedding of DBRX; found {kind!r}")
-    if rope_parameters.get("rope_theta") is None:
-        return attn.rope_theta
-    theta = positive_float("rope_parameters.rope_theta", rope_parameters["rope_theta"])
-    if attn.rope_theta_given and attn.rope_theta != theta:
-        raise ConfigError(
-            f"attn_config.rope_theta and rope_parameters.rope_theta must agree; found {attn.rope_theta} and {theta}. "
-            "DBRX was trained with 500000; transformers 5 writes 10000 into rope_parameters by mistake: remove the wrong one"
-        )
-    attn.rope_theta = theta
-    attn.rope_theta_given = True
-    return theta
+def _object_or_none(name: str, value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be an object; found {shortened(value)}")
+    return None if value is None else dict(value)

@@ -6,13 +6,15 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbrx_q.errors import CheckpointError, RequestError
 
 from .hub_errors import first_line, hub_errors, is_hub_failure
 
-__all__ = ["SMALL_FILES", "call_in_thread", "check_push", "find_commit", "is_on_hub", "push", "resolve_file", "resolve_folder"]
+__all__ = ["SMALL_FILES", "Download", "call_in_thread", "check_push", "find_commit", "is_on_hub", "push", "resolve_file", "resolve_folder"]
 
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -23,8 +25,32 @@ _WANTED = ["*.safetensors", *SMALL_FILES]
 _FALLBACK = "fallback/*"  # see `fallback.py`
 
 
+@dataclass(frozen=True)
+class Download:
+    """How files are fetched from the hub; arguments of transformers' `from_pretrained` by these names."""
+
+    cache_dir: str | os.PathLike[str] | None = None
+    """The folder that keeps them; None for the hub's own cache."""
+    local_files_only: bool = False
+    """Whether the cache alone is used, without a network."""
+    force_download: bool = False
+    """Whether files are fetched even if the cache has them."""
+
+    def arguments(self, *, online: bool) -> dict[str, Any]:
+        """As the hub's client takes them; `online` is whether the hub answers."""
+        return {"cache_dir": self.cache_dir, "local_files_only": not online, "force_download": self.force_download and online}
+
+
+_BY_DEFAULT = Download()
+
+
 def resolve_folder(
-    path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, fallback: bool = False
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    fallback: bool = False,
+    download: Download = _BY_DEFAULT,
 ) -> Path:
     """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first.
 
@@ -33,6 +59,7 @@ def resolve_folder(
         revision: branch, tag or commit; None for the main branch.
         token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
         fallback: whether the fallback copy that the repository carries is downloaded too.
+        download: how files are fetched.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
@@ -45,7 +72,7 @@ def resolve_folder(
     from huggingface_hub import snapshot_download
 
     repository, ignored = str(path_or_hub_id), None if fallback else [_FALLBACK]
-    commit, online = find_commit(repository, revision=revision, token=token)
+    commit, online = find_commit(repository, revision=revision, token=token, download=download)
     with hub_errors(repository):
         return Path(
             call_in_thread(
@@ -55,13 +82,20 @@ def resolve_folder(
                     token=token,
                     allow_patterns=_WANTED,
                     ignore_patterns=ignored,
-                    local_files_only=not online,
+                    **download.arguments(online=online),
                 )
             )
         )
 
 
-def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision: str | None = None, token: str | None = None) -> Path:
+def resolve_file(
+    path_or_hub_id: str | os.PathLike[str],
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    download: Download = _BY_DEFAULT,
+) -> Path:
     """The path of one file of a checkpoint; of a checkpoint on the hub, only this file is downloaded.
 
     Raises:
@@ -73,16 +107,22 @@ def resolve_file(path_or_hub_id: str | os.PathLike[str], name: str, *, revision:
     from huggingface_hub import hf_hub_download
 
     repository = str(path_or_hub_id)
-    commit, online = find_commit(repository, revision=revision, token=token, file=name)
+    commit, online = find_commit(repository, revision=revision, token=token, file=name, download=download)
+    arguments = download.arguments(online=online)
     with hub_errors(repository):
         return Path(
-            call_in_thread(
-                lambda: hf_hub_download(repository, name, revision=revision if online else commit, token=token, local_files_only=not online)
-            )
+            call_in_thread(lambda: hf_hub_download(repository, name, revision=revision if online else commit, token=token, **arguments))
         )
 
 
-def find_commit(repository: str, *, revision: str | None = None, token: str | None = None, file: str = "config.json") -> tuple[str, bool]:
+def find_commit(
+    repository: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    file: str = "config.json",
+    download: Download = _BY_DEFAULT,
+) -> tuple[str, bool]:
     """(the commit that a revision of a hub repository stands for, whether the hub gave it).
 
     The hub is asked once, without the client's repetitions, which take half a minute where there is no network. If it does not give the
@@ -93,14 +133,17 @@ def find_commit(repository: str, *, revision: str | None = None, token: str | No
         revision: branch, tag or commit; None for the main branch.
         token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
         file: a file that a cached commit must hold.
+        download: how files are fetched.
 
     Raises:
         CheckpointError: the hub does not give the repository, and its cache holds no copy.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
     def ask() -> str:
+        if download.local_files_only:
+            raise LocalEntryNotFoundError("local_files_only is set, and the cache does not hold it")
         info = HfApi(token=token).model_info(repository, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return str(info.sha)
 
@@ -112,8 +155,9 @@ def find_commit(repository: str, *, revision: str | None = None, token: str | No
         except Exception as error:
             if not is_hub_failure(error):
                 raise
+            folder = None if download.cache_dir is None else os.fspath(download.cache_dir)
             for name in dict.fromkeys(("config.json", file)):
-                cached = try_to_load_from_cache(repository, name, revision=revision)
+                cached = try_to_load_from_cache(repository, name, cache_dir=folder, revision=revision)
                 if isinstance(cached, str):
                     return Path(cached).parents[len(Path(name).parents) - 1].name, False
             raise

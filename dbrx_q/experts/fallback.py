@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 
@@ -91,5 +92,8 @@ def open_fallback(checkpoint: Checkpoint) -> Checkpoint:
     return fallback
 
 
-def _shape(config: DbrxConfig) -> dict[str, object]:
-    return {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+def _shape(config: DbrxConfig) -> DbrxConfig:
+    """All that two checkpoints of the same model have in common."""
+    shape = copy(config)
+    shape.quantization_config = None
+    return shape

@@ -8,6 +8,7 @@ A forward pass, from the outside in:
 - `layers.py`: the modules of a block, with plain or packed weights. Experts are asked of an expert store (`dbrx_q.experts`).
 - `block.py`: the arithmetic of a block as functions, which calibration uses as well.
 - `outputs.py`: what a forward pass returns: dataclasses that are dictionaries too, as in transformers.
+- `rope.py`: the rotary embedding of longer contexts: linear, dynamic and YaRN scaling.
 - `kv_cache.py`: keys and values of the tokens so far, plain or quantized; grows, forks and shares prefixes.
 
 Loading:

@@ -28,6 +28,8 @@ from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import split_and_rotate
 from dbrx_q.kernels.router import route
 
+from .rope import scaled_frequencies
+
 __all__ = ["Linear", "Rotation", "activate", "attend", "expert_hidden", "normed", "rotation_of", "routed"]
 
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -42,8 +44,12 @@ def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
 
     Args:
         positions: int32 [T], of each token in its sequence.
-        config: gives C and the base of the angles.
+        config: gives C, the base of the angles and their scaling.
     """
+    if config.rope_type != "default":
+        frequencies, factor = scaled_frequencies(positions, config)
+        scaled = positions.float()[:, None] * frequencies  # [T, C/2]
+        return scaled.cos() * factor, scaled.sin() * factor
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
     return angles.cos(), angles.sin()

@@ -29,7 +29,7 @@ class KVCache:
     Args:
         config: of the model.
         batch_size: B, sequences.
-        capacity: L, tokens of each sequence, at most the model's `max_seq_len`.
+        capacity: L, tokens of each sequence, at most the model's `context_length`.
         dtype: of the model's activations, and of keys and values in the format "plain".
         device: of all keys and values, or one device for each layer.
         grows: whether `reserve` may enlarge the cache.
@@ -58,9 +58,9 @@ class KVCache:
         limit: int | None = None,
         format: str = "plain",
     ) -> None:
-        if capacity > config.max_seq_len:
+        if capacity > config.context_length:
             raise RequestError(
-                f"a sequence must fit the model's context of {config.max_seq_len} tokens; {capacity} are asked for. Shorten it"
+                f"a sequence must fit the model's context of {config.context_length} tokens; {capacity} are asked for. Shorten it"
             )
         if format not in KV_FORMATS:
             raise RequestError(f"the format of a KV cache must be one of {', '.join(KV_FORMATS)}; found {format!r}")
@@ -70,7 +70,7 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.padding: list[tuple[int, ...]] = [()] * batch_size
         self.capacity = capacity
-        self._limit = (config.max_seq_len if limit is None else min(limit, config.max_seq_len)) if grows else capacity
+        self._limit = (config.context_length if limit is None else min(limit, config.context_length)) if grows else capacity
 
     @property
     def format(self) -> str:

@@ -41,8 +41,8 @@ class DbrxModel(DbrxPreTrainedModel):
     """
 
     def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        config = self.config
         self.wte = DbrxEmbedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(DbrxBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = DbrxLayerNorm(config.d_model)
@@ -156,8 +156,8 @@ class DbrxModel(DbrxPreTrainedModel):
             if not real.all():
                 rows, counts = real.flatten().nonzero()[:, 0], real.sum(1).tolist()
         longest = max((length + count for length, count in zip(past, counts, strict=True)), default=0)
-        if longest > self.config.max_seq_len:
-            raise RequestError(f"a sequence must fit {self.config.max_seq_len} tokens, the context; found {longest}. Shorten it")
+        if longest > self.config.context_length:
+            raise RequestError(f"a sequence must fit {self.config.context_length} tokens, the context; found {longest}. Shorten it")
         if self.limits.step_tokens is not None and sum(counts) > self.limits.step_tokens:
             raise RequestError(
                 f"a forward pass must have at most {self.limits.step_tokens} tokens, which the model's budget has memory for; found "
@@ -196,8 +196,8 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
     """
 
     def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        config = self.config
         self.transformer = DbrxModel(config)
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,13 @@ class DbrxPreTrainedModel(nn.Module):
     base_model_prefix = "transformer"
     eos_token_ids: tuple[int, ...] = ()
     placement: Placement | None = None
+
+    def __init__(self, config: DbrxConfig | Any) -> None:
+        """Keeps the configuration, which may be one of transformers, once its values are checked against each other."""
+        super().__init__()
+        self.config = DbrxConfig.of(config)
+        self.config.validate()
+        self.name_or_path = self.config.name_or_path
 
     @property
     def base_model(self) -> DbrxModel:

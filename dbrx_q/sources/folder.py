@@ -16,6 +16,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.config import DbrxConfig
+from dbrx_q.config_rope import without_default_theta
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.model.loading import eos_ids, load_pretrained
@@ -34,8 +35,6 @@ __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
 
 _REPORT_NAME = "quantization_report.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# What transformers 5 writes into rope_parameters of every DBRX, whatever its attn_config says.
-_WRONG_THETA = 10000.0
 
 
 def open_folder(name: str, folder: Path) -> Source:
@@ -163,16 +162,7 @@ class TransformersFolder(DequantizedSource):
 
 def _plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without bitsandbytes' section, and without the theta that transformers 5 writes beside DBRX's own."""
-    config = {key: value for key, value in raw.items() if key != "quantization_config"}
-    attention, rope = raw.get("attn_config"), raw.get("rope_parameters")
-    if (
-        isinstance(attention, Mapping)
-        and isinstance(rope, Mapping)
-        and attention.get("rope_theta")
-        and rope.get("rope_theta") == _WRONG_THETA
-    ):
-        config["rope_parameters"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return config
+    return without_default_theta({key: value for key, value in raw.items() if key != "quantization_config"})
 
 
 def _check_tensors(folder: Path, tensors: list[DenseTensor], file_of: Mapping[str, SafetensorsFile]) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ import transformers
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dbrx_q.config_sections import positive_float
+from dbrx_q.config_values import positive_float
 from dbrx_q.errors import ConfigError, RequestError
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Machine

@@ -44,8 +44,8 @@ def test_rope_theta_is_read_from_either_place() -> None:
     assert agreed.rope_theta == 500000.0
     with pytest.raises(ConfigError, match=r"must agree; found 500000\.0 and 10000\.0"):
         DbrxConfig(attn_config={"rope_theta": 500000}, rope_parameters={"rope_theta": 10000.0})
-    with pytest.raises(ConfigError, match=r"rope_type must be 'default'.*'yarn'"):
-        DbrxConfig(rope_parameters={"rope_type": "yarn", "rope_theta": 500000.0})
+    with pytest.raises(ConfigError, match=r"rope_type must be one of default, linear, dynamic, yarn.*'llama3'"):
+        DbrxConfig(rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0})
 
 
 @pytest.mark.parametrize(
