@@ -17,11 +17,26 @@ __all__ = ["install"]
 
 def install(variant: str) -> None:
     """Put the classes of a variant into transformers, where its tests and its auto classes look them up."""
-    base, causal = _native_classes()
+    base, causal = {"native": _native_classes, "plugin": _plugin_classes}[variant]()
     for name, replacement in (("DbrxModel", base), ("DbrxForCausalLM", causal)):
         replacement.__name__ = replacement.__qualname__ = name
         setattr(modeling_dbrx, name, replacement)
         setattr(transformers, name, replacement)
+
+
+def _plugin_classes() -> tuple[type, type]:
+    """transformers' classes whose layers compute with our kernels, on plain weights."""
+    from dbrx_q.transformers.layers import adopt
+
+    class DbrxModel(modeling_dbrx.DbrxModel):
+        def __init__(self, config: transformers.DbrxConfig) -> None:
+            super().__init__(config)
+            adopt(self)
+
+    class DbrxForCausalLM(modeling_dbrx.DbrxForCausalLM):
+        """Its constructor makes a `DbrxModel`, by then the one above."""
+
+    return DbrxModel, DbrxForCausalLM
 
 
 class _Pretrained(transformers.PreTrainedModel):

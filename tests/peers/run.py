@@ -24,6 +24,7 @@ __all__ = ["main"]
 HERE = Path(__file__).resolve().parent
 VARIANTS = {
     "transformers": "transformers' classes as they are",
+    "plugin": "transformers' classes, computing with our layers, experts and router",
     "native": "dbrx_q's classes behind PreTrainedModel and GenerationMixin",
 }
 
