@@ -6,7 +6,10 @@
 # test file of every model. A package that wants to hold its own classes to these tests must provide the missing names, or
 # take the repository.
 #
-# Seen on SEEN
+# Seen on 2026-11-28 (Python 3.11.7, Linux, 2 cores of an AMD EPYC):
+#   transformers 5.24.0
+#   22 files in the sdist's tests, 0 of them in subfolders
+#   import tests.test_modeling_common: No module named 'tests.exporters'
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, ClassVar
 
 import transformers
 from torch import nn
 from transformers.models.dbrx import modeling_dbrx
 
-import dbrx_q.model.modeling as native
-from dbrx_q.model import pretrained
-from dbrx_q.planning.machine import Placement
+import dbrx_q
 
 __all__ = ["install"]
 
 
 def install(variant: str) -> None:
     """Put the classes of a variant into transformers, where its tests and its auto classes look them up."""
-    base, causal = {"native": _native_classes, "plugin": _plugin_classes}[variant]()
-    for name, replacement in (("DbrxModel", base), ("DbrxForCausalLM", causal)):
-        replacement.__name__ = replacement.__qualname__ = name
-        setattr(modeling_dbrx, name, replacement)
-        setattr(transformers, name, replacement)
+    replacements = {"native": _native_classes, "plugin": _plugin_classes}[variant]()
+    for replacement in replacements:
+        replacement.__qualname__ = replacement.__name__
+        setattr(modeling_dbrx, replacement.__name__, replacement)
+        setattr(transformers, replacement.__name__, replacement)
 
 
 def _plugin_classes() -> tuple[type, type]:
     """transformers' classes whose layers compute with our kernels, on plain weights."""
-    from dbrx_q.transformers.layers import adopt
+    from dbrx_q.transformers.layers import DbrxExperts, adopt
 
     class DbrxModel(modeling_dbrx.DbrxModel):
         def __init__(self, config: transformers.DbrxConfig) -> None:
             super().__init__(config)
             adopt(self)
+            assert all(isinstance(block.ffn.experts, DbrxExperts) for block in self.blocks)
 
     class DbrxForCausalLM(modeling_dbrx.DbrxForCausalLM):
         """Its constructor makes a `DbrxModel`, by then the one above."""
@@ -40,7 +40,11 @@ def _plugin_classes() -> tuple[type, type]:
 
 
 class _Pretrained(transformers.PreTrainedModel):
-    """What transformers asks of a model class beside its modules."""
+    """A transformers model around one of ours, which has the same modules: transformers sees its own methods, `forward` is ours.
+
+    `native` is no submodule. Before it computes it gets the modules that the model has by then, since transformers replaces some, and
+    the configuration, since tests change it.
+    """
 
     config_class = transformers.DbrxConfig
     config: transformers.DbrxConfig
@@ -48,6 +52,22 @@ class _Pretrained(transformers.PreTrainedModel):
     _no_split_modules: ClassVar = ["DbrxBlock"]
     _input_embed_layer = "wte"
     _supports_sdpa = True
+
+    def adopt(self, native: nn.Module) -> None:
+        """Take the modules of `native`."""
+        self.__dict__["native"] = native
+        for name, module in native.named_children():
+            setattr(self, name, module)
+
+    def synchronized(self) -> nn.Module:
+        """`native` with the modules, the configuration and the attention that this model has now."""
+        native = self.__dict__["native"]
+        native.config = _native_config(self.config)
+        for name, module in self.named_children():
+            setattr(native, name, module.synchronized() if isinstance(module, _Pretrained) else module)
+        for block in native.base_model.blocks:
+            block.norm_attn_norm.attn.implementation = self.config._attn_implementation
+        return native
 
     def _init_weights(self, module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
@@ -57,43 +77,37 @@ class _Pretrained(transformers.PreTrainedModel):
                 nn.init.ones_(parameter)
 
 
-class _NativeModel(native.DbrxModel):
-    """Its constructor may run before it gets its configuration: `PreTrainedModel` calls it as if it were `nn.Module`'s."""
-
-    def __init__(self, config: Any = None) -> None:
-        if config is None:
-            nn.Module.__init__(self)
-        else:
-            super().__init__(config)
-
-
-class _NativeCausal(native.DbrxForCausalLM):
-    """As `_NativeModel`."""
-
-    def __init__(self, config: Any = None) -> None:
-        if config is None:
-            nn.Module.__init__(self)
-        else:
-            super().__init__(config)
+def _native_config(config: transformers.DbrxConfig) -> dbrx_q.DbrxConfig:
+    """transformers' configuration as ours. Weights are tied by transformers itself, so that the two matrices are one parameter."""
+    values = config.to_dict() | {"tie_word_embeddings": False}
+    return dbrx_q.DbrxConfig.from_dict(values)
 
 
 def _native_classes() -> tuple[type, type]:
-    pretrained.Placement = Placement  # type: ignore[attr-defined]  # transformers evaluates the annotations of a model's bases
+    """Our models as transformers models."""
 
-    class DbrxModel(_Pretrained, _NativeModel):
+    class DbrxModel(_Pretrained):
         def __init__(self, config: transformers.DbrxConfig) -> None:
-            _Pretrained.__init__(self, config)
-            _NativeModel.__init__(self, config)
+            super().__init__(config)
+            self.adopt(dbrx_q.DbrxModel(_native_config(config)))
             self.post_init()
 
-    class DbrxForCausalLM(_Pretrained, transformers.GenerationMixin, _NativeCausal):
+        @wraps(dbrx_q.DbrxModel.forward)
+        def forward(self, *inputs: Any, **arguments: Any) -> Any:
+            return self.synchronized().forward(*inputs, **arguments)
+
+    class DbrxForCausalLM(_Pretrained, transformers.GenerationMixin):
         _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
         def __init__(self, config: transformers.DbrxConfig) -> None:
-            _Pretrained.__init__(self, config)
-            _NativeCausal.__init__(self, config)
+            super().__init__(config)
+            self.adopt(dbrx_q.DbrxForCausalLM(_native_config(config)))
             self.transformer = DbrxModel(config)
             self.vocab_size = config.vocab_size
             self.post_init()
+
+        @wraps(dbrx_q.DbrxForCausalLM.forward)
+        def forward(self, *inputs: Any, **arguments: Any) -> Any:
+            return self.synchronized().forward(*inputs, **arguments)
 
     return DbrxModel, DbrxForCausalLM
