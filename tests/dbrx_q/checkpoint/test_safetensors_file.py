@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def test_a_non_contiguous_tensor_is_written_in_its_order(tmp_path: Path) -> None
     writer.write("t", tensor)
     writer.close()
     assert torch.equal(safetensors.torch.load_file(path)["t"], tensor)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"__metadata__": None}, {"__metadata__": {"format": "mlx"}}], ids=["none", "null", "mlx"])
+@pytest.mark.parametrize("padding", range(4))
+@pytest.mark.parametrize("remote", [False, True])
+def test_headers_as_mlx_writes_them(metadata: dict[str, object], padding: int, remote: bool, tmp_path: Path) -> None:
+    # Entries in the order of a hash table, no padding to 8 bytes, and a byte before the floats: every tensor is misaligned.
+    values = {"bytes": torch.tensor([7], dtype=torch.uint8), "w": torch.arange(6.0).bfloat16().view(3, 2), "b": torch.tensor([1.5])}
+    entries = {
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [13, 17]},
+        "w": {"dtype": "BF16", "shape": [3, 2], "data_offsets": [1, 13]},
+        "bytes": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+    }
+    header = json.dumps(metadata | entries, separators=(",", ":")).encode() + b" " * padding
+    body = b"".join(bytes(tensor.view(-1).view(torch.uint8).tolist()) for tensor in values.values())
+    path = tmp_path / "model.safetensors"
+    data = len(header).to_bytes(8, "little") + header + body
+    path.write_bytes(data)
+    with SafetensorsFile(path) as file:
+        if remote:
+            assert parse_header(path, len(data), lambda first, count: data[first : first + count])[0] == file.tensors
+        for name, tensor in values.items():
+            assert torch.equal(file.read(name), tensor)
+        assert torch.equal(file.read_rows("w", 1, 2), values["w"][1:])
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
