@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import TextIO
 
     import typer
 
@@ -74,6 +76,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
     sys.unraisablehook = on_unraisable
+    warnings.showwarning = _show_warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal shows a replacement for a character that it cannot show
     for number in (signal.SIGINT, signal.SIGALRM):
@@ -91,6 +94,15 @@ def main() -> None:
             sys.stdout.flush()
         os._exit(code or _fail(_INTERRUPTED))  # does not wait for the threads of a download
     sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """As `warnings.showwarning`; a warning of this project is one line, without the place in the code."""
+    own = category.__module__.split(".")[0] == "dbrx_q"
+    text = f"dbrx-q: note: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def run(arguments: list[str]) -> int:

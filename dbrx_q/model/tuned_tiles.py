@@ -7,13 +7,12 @@ the name and the number of multiprocessors must match.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dbrx_q.checkpoint.user_cache import user_cache
+from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.triton.launch import Chip
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
@@ -82,11 +81,13 @@ def load_tuning(chip: Chip) -> Path | None:
 
 
 def write_tuning(tuning: Tuning, path: Path) -> None:
-    """Write `tuning` as JSON; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(tuning), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write `tuning` as JSON; the file appears whole or not at all.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    if not write_to_cache(path, (json.dumps(asdict(tuning), indent=1) + "\n").encode()):
+        raise RequestError(f"{path}: measured tiles must be written to a folder that you may write to. Name another file with --out")
 
 
 def read_tuning(path: Path) -> Tuning:

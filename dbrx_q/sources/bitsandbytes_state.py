@@ -88,8 +88,8 @@ def check_packed(tensor: DenseTensor, parts: Collection[str], file_of: Mapping[s
     if not nested and infos["absmax"].shape == (blocks // rows, rows) and infos["absmax"].has_dtype(torch.bfloat16):
         raise CheckpointError(
             f"{file.path}: tensor {tensor.name}: absmax must be float32 [{blocks}]; found bfloat16 {list(infos['absmax'].shape)}. "
-            "bitsandbytes saved the model after it had run on a CPU with AVX512-BF16, for which it transposes and rounds the scales, and does "
-            "not undo that. Load the original again and save it before the first forward pass"
+            "bitsandbytes saved the model after it had run on a CPU with AVX512-BF16, for which it transposes and rounds the scales, and "
+            "does not undo that. Load the original again and save it before the first forward pass"
         )
     absmax = (torch.uint8 if nested else torch.float32, (blocks,))
     expected = {"absmax": absmax, "quant_map": (torch.float32, (16,))}

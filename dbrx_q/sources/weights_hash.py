@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbrx_q.checkpoint.manifest import sha256_of
-from dbrx_q.checkpoint.user_cache import user_cache
+from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
 
 __all__ = ["file_sha256", "weights_sha256"]
 
@@ -38,9 +38,5 @@ def file_sha256(path: Path) -> str:
         if isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("sha256"), str):
             return str(entry["sha256"])
     digest = sha256_of(path)
-    partial = cache_file.with_suffix(f".{os.getpid()}.partial")
-    with suppress(OSError):
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"key": key, "sha256": digest}), encoding="utf-8")
-        os.replace(partial, cache_file)
+    write_to_cache(cache_file, json.dumps({"key": key, "sha256": digest}).encode())
     return digest

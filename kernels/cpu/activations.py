@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numba import prange
+
+from .compiled import compiled
 
 __all__ = ["QuantizedActivations", "quantize_activations"]
 
@@ -41,7 +42,7 @@ def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> QuantizedActiv
     return QuantizedActivations(codes, scales, sums)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _quantize(x, codes, scales, sums, group_size):
     T, K = x.shape
     for t in prange(T):

@@ -27,6 +27,7 @@ from numba.np.ufunc.parallel import get_thread_id
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from . import vector as v
+from .compiled import compiled
 
 __all__ = ["available", "matmul"]
 
@@ -298,7 +299,7 @@ def _decode_int8(typing_context, weights, scales, first_block, n_blocks, out, gr
     return signature, codegen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _decode(codes, scales, zeros, first_block, n_blocks, out, group_size, four_bits):
     if four_bits:
         if group_size == 64:
@@ -315,7 +316,7 @@ def _decode(codes, scales, zeros, first_block, n_blocks, out, group_size, four_b
         _decode_int8(codes, scales, first_block, n_blocks, out, 128)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _pack(x, tokens, K, chunk_blocks, out, four_bits):
     """Write x [tokens, K] to `out` as tiles: by chunk of K, then by 16 tokens, then along K in the order of dequantized weights."""
     blocks, columns = K // _BLOCK, (tokens + 15) // 16
@@ -330,7 +331,7 @@ def _pack(x, tokens, K, chunk_blocks, out, four_bits):
             _pack_block(address, tokens - 1 - column * 16, K * 2, to, 0)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _multiply(
     codes, scales, zeros, N, K, group_size, four_bits, rows, chunk_blocks, x, columns, scratch, thread_bytes, decoded_bytes, out, out_stride
 ):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import vector as v
+from .compiled import compiled
 
 __all__ = ["dequantize_rows", "matvec"]
 
@@ -158,7 +158,7 @@ def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group
     return signature, codegen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def dot_tokens(weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_stride, out, out_stride, group_size, tokens):
     """`_dot_rows` for any number of tokens: four at a time, then one by one."""
     x_stride = n_groups * group_size * 2
@@ -186,7 +186,7 @@ def dot_tokens(weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_strid
         m += step
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def matvec(weights, scales, zeros, experts, offsets, x, x_scales, x_sums, n_rows, n_groups, sums_stride, out, group_size):
     """Rows offsets[i] to offsets[i+1] of out [P, n_rows] float32 = the same rows of x @ weights[experts[i]].T.
 
@@ -217,7 +217,7 @@ def matvec(weights, scales, zeros, experts, offsets, x, x_scales, x_sums, n_rows
             )
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def dequantize_rows(weights, scales, zeros, n_rows, n_groups, out, group_size, bfloat16):
     """out [n_rows, n_groups * group_size] = the dequantized weight, in the order of `_dequantize_row`."""
     row_bytes = n_groups * group_size // 2

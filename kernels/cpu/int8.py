@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numba
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import vector as v
+from .compiled import compiled
 
 __all__ = ["dequantize_rows", "matvec"]
 
@@ -85,7 +85,7 @@ def _dequantize_row(typing_context, weights, scales, n_groups, out, group_size, 
     return signature, codegen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def dot_tokens(weights, scales, x, x_scales, n_groups, out, out_stride, group_size, tokens):
     """`_dot_rows` for any number of tokens: four at a time, then one by one."""
     x_stride = n_groups * group_size * 2
@@ -111,7 +111,7 @@ def dot_tokens(weights, scales, x, x_scales, n_groups, out, out_stride, group_si
             m += 1
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def matvec(weights, scales, experts, offsets, x, x_scales, n_rows, n_groups, out, group_size):
     """Rows offsets[i] to offsets[i+1] of out [P, n_rows] float32 = the same rows of x @ weights[experts[i]].T.
 
@@ -138,7 +138,7 @@ def matvec(weights, scales, experts, offsets, x, x_scales, n_rows, n_groups, out
             )
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def dequantize_rows(weights, scales, n_rows, n_groups, out, group_size, bfloat16):
     """out [n_rows, n_groups * group_size] = the dequantized weight."""
     row = n_groups * group_size

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import numba
 import torch
 from llvmlite import ir
 from numba import types
@@ -19,6 +18,7 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from . import vector as v
+from .compiled import compiled
 
 __all__ = [
     "LANES",
@@ -339,7 +339,7 @@ def _turn(typing_context, address, item, pitch, last, target):
     return types.void(*[types.int64] * 5), codegen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def fill_tile(tile, address, item, row_pitch, column_pitch, rows, columns):
     """Fill the tile at an address: lane l of vector i becomes element i of row l of a piece of a weight; lanes without a row repeat the
     last.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numba import prange
@@ -18,6 +17,7 @@ from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
+from .compiled import compiled
 from .lanes import LANES, fill_tile, fused, in_memory_order, larger, load, load_half, nearest, smaller, splat, store, store_half, with_code
 from .lanes import VECTOR_BYTES as _VECTOR
 from .search import group_ranges, range_scale_and_zero, step_of
@@ -114,19 +114,19 @@ def _rounded(
     return grid_scales, error, square
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _round(address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
     for task in prange((len(sums) + _ROWS - 1) // _ROWS):
         _round_rows(task * _ROWS, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _round_here(address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
     for first in range(0, len(sums), _ROWS):
         _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
     """Quantize rows first .. first+31.
 

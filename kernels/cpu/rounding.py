@@ -7,11 +7,11 @@ Dimension letters: `B` columns of a block, `N` rows. Blocks are transposed, [B, 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .compiled import compiled
 from .lanes import LANES, fused, larger, load, nearest, smaller, splat, store, where_equal, where_less
 from .lanes import VECTOR_BYTES as _VECTOR
 
@@ -52,7 +52,7 @@ def _kept(result: torch.Tensor, *changed: tuple[torch.Tensor, torch.Tensor]) -> 
     return result[:, : changed[0][0].shape[1]]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _gptq(columns, steps, low, high, u, factor, N):
     B, pitch = len(factor), 4 * N
     tile = np.empty((B, LANES), np.float32)
@@ -75,7 +75,7 @@ def _gptq(columns, steps, low, high, u, factor, N):
                 store(fused(minus, splat(factor[i, j]), load(residual_at)), residual_at)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _descend(u, slope, steps, low, high, moved, hessian, N):
     B, pitch = len(hessian), 4 * N
     tile = np.empty((B, LANES), np.float32)

@@ -6,12 +6,12 @@ A search runs on one thread. Groups are independent of each other, so callers ma
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
 from dbrx_q.kernels.formats.format import GridLevels
 
+from .compiled import compiled
 from .lanes import (
     LANES,
     absolute,
@@ -61,7 +61,7 @@ def _empty_grid(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     return torch.empty(shape, dtype=torch.float16), torch.empty(shape)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _least_squares(address, item, row_pitch, column_pitch, G, levels, symmetric, shares, importance, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
@@ -90,7 +90,7 @@ def _least_squares(address, item, row_pitch, column_pitch, G, levels, symmetric,
             _put(best_scale, best_zero, scales, zeros, n, rows, g, half, single)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _error(tile, scale, zero, levels, symmetric, weights):
     """The weighted squared error of each lane."""
     none = splat(np.float32(0))
@@ -104,7 +104,7 @@ def _error(tile, scale, zero, levels, symmetric, weights):
     return error
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _errors(tile, scale, zero, less, more, levels, weights):
     """The weighted squared errors of each lane with three zero-points."""
     none = splat(np.float32(0))
@@ -123,7 +123,7 @@ def _errors(tile, scale, zero, less, more, levels, weights):
     return error, error1, error2
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, symmetric, betas, scales, zeros):
     N, n_groups = scales.shape
     tile, half, single = np.empty((G, LANES), np.float32), np.empty(LANES, np.int16), np.empty(LANES, np.float32)
@@ -152,7 +152,7 @@ def _half_quadratic(address, item, row_pitch, column_pitch, G, levels, symmetric
             _put(best_scale, best_zero, scales, zeros, n, rows, g, half, single)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _fitted(tile, G, scale, step, zero, levels, symmetric, beta):
     """For each lane, the sums of |error|^0.7, u * moved, u * u, u and moved, where `moved` is the part of the error that is not an outlier.
 
@@ -177,7 +177,7 @@ def _fitted(tile, G, scale, step, zero, levels, symmetric, beta):
     return cost * inverse_power(step), products, squares, u_sum, moves
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def group_ranges(tile, G):
     """The least and the largest element of each lane, zero included."""
     low = high = splat(np.float32(0))
@@ -187,7 +187,7 @@ def group_ranges(tile, G):
     return low, high
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def range_scale_and_zero(low, high, levels, symmetric):
     """The grid of each lane's range: scale and zero-point, 0 in a symmetric grid."""
     none, top = splat(np.float32(0)), splat(np.float32(levels))
@@ -198,18 +198,18 @@ def range_scale_and_zero(low, high, levels, symmetric):
     return scale, smaller(larger(zero, none), top)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def step_of(scale):
     """The divisor: the scale, or 1 where it is 0."""
     return where_equal(scale, splat(np.float32(0)), splat(np.float32(1)), scale)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _inverse(scale):
     return splat(np.float32(1)) / step_of(scale)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _limits(zero, levels, symmetric):
     """The least and the largest whole number of each lane's grid."""
     if symmetric:
@@ -217,7 +217,7 @@ def _limits(zero, levels, symmetric):
     return splat(np.float32(0)) - zero, splat(np.float32(levels)) - zero
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _put(scale, zero, scales, zeros, n, rows, g, half, single):
     store_half(scale, half.ctypes.data)
     store(zero, single.ctypes.data)

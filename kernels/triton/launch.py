@@ -12,10 +12,12 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dbrx_q.kernels.cache_folders import can_write, home, temporary_cache, warn_once
 from dbrx_q.kernels.formats.errors import DbrxError
 
 __all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording"]
@@ -87,9 +89,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     if record is not None:
         record[1].append(Launch(kernel, grid, arguments, constants, warps, stages))
         return
+    _find_cache()
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+@cache
+def _find_cache() -> None:
+    """Give Triton a folder for compiled kernels where its own, in the user's home, cannot be written."""
+    base = os.environ.get("TRITON_HOME") or home()
+    if os.environ.get("TRITON_CACHE_DIR") or (base and can_write(Path(base) / ".triton" / "cache")):
+        return
+    temporary = temporary_cache()
+    if temporary is not None:
+        os.environ["TRITON_CACHE_DIR"] = os.fspath(temporary / "triton")
+    place = temporary or "no folder"
+    warn_once(
+        f"Triton can write no cache in the home folder; compiled kernels are kept in {place}. Where that is cleared, compiling them takes "
+        "every command a minute or more: set TRITON_CACHE_DIR to a folder that you may write to"
+    )
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+"""The decorator of all numba functions: compiled once, and kept on the disk wherever a folder for it can be written.
+
+numba looks for a folder in NUMBA_CACHE_DIR, beside the source file and in the user's cache, and raises an error if it can write none of
+them. Here the compiled code then goes to a private temporary folder or, without one, is compiled in every process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+
+from dbrx_q.kernels.cache_folders import home, temporary_cache, warn_once
+
+__all__ = ["compiled"]
+
+_COST = "compiling them takes every command 10 seconds or more"
+_CURE = "set NUMBA_CACHE_DIR to a folder that you may write to"
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` without the global interpreter lock, with a cache where there is a folder for it; `options` are numba's."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(nogil=True, **options)(function)
+        stored = _cache_of(function)
+        if stored is not None:
+            dispatcher._cache = stored
+        return dispatcher
+
+    return decorate
+
+
+class _Cache(FunctionCache):
+    """numba's cache of one function, to which a full disk or a damaged file is no error: the function is compiled."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling a damaged file raises
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            warn_once(f"{self.cache_path}: compiled kernels cannot be stored here ({error.strerror}); {_COST}. Free some, or {_CURE}")
+
+
+def _cache_of(function: Callable[..., Any]) -> _Cache | None:
+    """The cache of a function; None where no folder for it can be written."""
+    config: Any = numba.config
+    # Without a home, numba would make a folder named "~" in the current folder.
+    if config.CACHE_DIR or home() is not None:
+        with suppress(RuntimeError):  # numba's error where it can write no folder
+            return _Cache(function)
+    temporary = temporary_cache()
+    if temporary is None:
+        warn_once(f"numba can write no cache folder for compiled kernels; {_COST}. To avoid it, {_CURE}")
+        return None
+    warn_once(f"numba can write no cache folder; compiled kernels are kept in {temporary}. Where that is cleared, {_COST}: {_CURE}")
+    before, config.CACHE_DIR = config.CACHE_DIR, os.fspath(Path(temporary) / "numba")
+    try:
+        with suppress(RuntimeError):
+            return _Cache(function)
+    finally:
+        config.CACHE_DIR = before
+    return None
