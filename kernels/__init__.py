@@ -17,6 +17,4 @@ For the quantizer:
 - `quantize.py`: quantizes a weight to any format, to nearest or on a given grid.
 - `grid_search.py`: the scales and zero-points of least error.
 - `rounding.py`: the column loops of GPTQ and of coordinate descent.
-
-For all of them, `cache_folders.py` finds a folder for compiled code where the usual one cannot be written.
 """

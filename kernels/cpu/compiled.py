@@ -15,7 +15,7 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
-from dbrx_q.kernels.cache_folders import home, temporary_cache, warn_once
+from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
 __all__ = ["compiled"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dbrx_q.kernels.cache_folders import can_write, home, temporary_cache, warn_once
+from dbrx_q.kernels.formats.cache_folders import can_write, home, temporary_cache, warn_once
 from dbrx_q.kernels.formats.errors import DbrxError
 
 __all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording"]
