@@ -15,5 +15,5 @@ Shared by all:
 - `groups.py`: groups along the reduction axis, and the checks of weights and scales.
 - `kv.py`: the formats of a KV cache.
 - `errors.py`: `FormatError`, raised for a tensor that a format cannot represent.
-- `cache_folders.py`: where compiled kernels are kept if the usual folder cannot be written; here, since `cpu/` and `triton/` both import it.
+- `cache_folders.py`: where compiled kernels are kept if the usual folder cannot be written; `cpu/` and `triton/` import it.
 """
