@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -96,6 +97,7 @@ class Checkpoint:
 
     Args:
         location: a folder that holds all files, or a source that fetches the shards.
+        config: in place of the one in config.json, which says nevertheless how tensors are packed; None for that one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape or dtype.
@@ -117,14 +119,17 @@ class Checkpoint:
     infos: dict[str, TensorInfo]
     """Every stored tensor, which may be a part of a packed one, by stored name."""
 
-    def __init__(self, location: Path | ShardSource) -> None:
+    def __init__(self, location: Path | ShardSource, config: DbrxConfig | None = None) -> None:
         self.source = None if isinstance(location, Path) else location
         self.folder = folder = location if isinstance(location, Path) else location.folder
         self.raw_config = read_json_object(folder / "config.json")
         quantization = self.raw_config.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
             raise CheckpointError(f"{folder / 'config.json'}: quantization_config must be an object; found {quantization!r:.80}")
-        self.config = DbrxConfig.from_dict(self.raw_config, source=str(folder / "config.json"))
+        self.config = DbrxConfig.from_dict(self.raw_config, source=str(folder / "config.json")) if config is None else copy(config)
+        self.config.quantization_config = quantization
+        if self.config.torch_dtype is None:
+            self.config.torch_dtype = self.raw_config.get("torch_dtype") or self.raw_config.get("dtype")
         self.formats = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:

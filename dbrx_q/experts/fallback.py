@@ -81,7 +81,7 @@ def open_fallback(checkpoint: Checkpoint) -> Checkpoint:
         RequestError: the checkpoint has no fallback copy.
         CheckpointError: see `carried_formats`; or a file of the copy is damaged, or it was made from other weights.
     """
-    carried_formats(checkpoint.folder, checkpoint.config, checkpoint.formats)
+    carried_formats(checkpoint.folder, DbrxConfig.from_dict(checkpoint.raw_config), checkpoint.formats)
     fallback = Checkpoint(checkpoint.folder / FALLBACK_FOLDER)
     if not torch.equal(fallback.read(router_name(0)), checkpoint.read(router_name(0))):  # routers are never quantized
         fallback.close()

@@ -7,18 +7,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.hub import resolve_folder
+from dbrx_q.checkpoint.hub import Download, resolve_folder
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, inner_name, kind_of, part_name, parts_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
@@ -66,6 +67,7 @@ __all__ = [
 
 Model = TypeVar("Model", bound=DbrxPreTrainedModel)
 _CPU = torch.device("cpu")
+_DOWNLOAD = Download()
 
 
 def load_pretrained(
@@ -83,25 +85,35 @@ def load_as(
     model_class: type[Model],
     path_or_hub_id: str | os.PathLike[str],
     *,
+    config: Any = None,
+    overrides: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
+    download: Download = _DOWNLOAD,
 ) -> Model:
     """`model_class.from_pretrained` once its arguments are checked: fetches what a hub id names, loads it, chooses its attention."""
     if budget is not None and check_device(device).type != "cpu":
         raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
     target = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
+    given = None if config is None else _with_overrides(DbrxConfig.of(config), overrides)
     triton = pick(target) is Backend.TRITON
-    implementation = attn_implementation or ("triton" if triton else "sdpa")
+    wanted = attn_implementation or (None if given is None else given._attn_implementation)
+    implementation = wanted or ("triton" if triton else "sdpa")
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
     if implementation == "triton" and not triton:
         raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(target)!r}. Choose 'sdpa' or 'eager'")
-    folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=budget is not None and budget.fallback)
-    model = _load(model_class, folder, dtype, target, budget)
+    fallback = budget is not None and budget.fallback
+    folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=fallback, download=download)
+    if given is None and overrides:
+        given = _with_overrides(DbrxConfig.from_pretrained(folder), overrides)
+    model = _load(model_class, folder, dtype, target, budget, given)
+    model.config.name_or_path = os.fspath(path_or_hub_id)
+    model.config._attn_implementation = implementation
     for block in model.base_model.layers():
         block.norm_attn_norm.attn.implementation = implementation
     return model
@@ -111,13 +123,28 @@ def load_model(
     folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
 ) -> DbrxForCausalLM:
     """The model in `folder`: all of it on `device`, or placed within a budget. Errors as for `DbrxForCausalLM.from_pretrained`."""
-    return _load(DbrxForCausalLM, folder, dtype, device, budget)
+    return _load(DbrxForCausalLM, folder, dtype, device, budget, None)
+
+
+def _with_overrides(config: DbrxConfig, overrides: Mapping[str, Any] | None) -> DbrxConfig:
+    """A copy of a configuration with some other values."""
+    config = deepcopy(config)
+    config.update(overrides or {})
+    config.validate()
+    return config
 
 
 @torch.inference_mode(False)  # Tensors created in inference mode cannot be written by the reader threads, which run outside it.
-def _load(model_class: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device, budget: Budget | None) -> Model:
+def _load(
+    model_class: type[Model],
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    budget: Budget | None,
+    config: DbrxConfig | None,
+) -> Model:
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(Checkpoint(folder))
+        checkpoint = opened.enter_context(Checkpoint(folder, config))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
         plan = plan_loading(checkpoint, fallback, dtype, device, budget)
         model = _read_resident_weights(model_class, checkpoint, plan)

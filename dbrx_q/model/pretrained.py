@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from dbrx_q.checkpoint.hub import Download
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.errors import RequestError
+
+from .pretrained_arguments import device_of_map, foreign_arguments, one_dtype
 
 if TYPE_CHECKING:
     from typing import Self
@@ -42,7 +45,11 @@ class DbrxPreTrainedModel(nn.Module):
         super().__init__()
         self.config = DbrxConfig.of(config)
         self.config.validate()
-        self.name_or_path = self.config.name_or_path
+
+    @property
+    def name_or_path(self) -> str:
+        """The folder or hub id that the model was loaded from; empty for one that was not loaded."""
+        return self.config.name_or_path
 
     @property
     def base_model(self) -> DbrxModel:
@@ -62,22 +69,29 @@ class DbrxPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        device: str | torch.device | None = None,
+        config: DbrxConfig | Mapping[str, Any] | str | os.PathLike[str] | Any = None,
+        device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         budget: Budget | None = None,
         attn_implementation: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         revision: str | None = None,
-        token: str | None = None,
+        output_loading_info: bool = False,
+        **others: Any,
     ) -> Self:
         """Load a plain or a quantized checkpoint. Packed weights stay packed.
 
         Three ways to say where the model is held:
 
-        - `device`: all of it on one device. This is the default, with the CPU.
+        - `device`: all of it on one device. This is the default, with the CPU. `device_map` with one device means the same.
         - `device_map="auto"`, with or without `max_memory`: spread over GPUs and host memory, as in transformers. Experts that do not fit
           are read from disk when they are needed.
         - `budget`: the same with a say in the context, the KV cache, and how experts are cached and fetched.
@@ -90,22 +104,36 @@ class DbrxPreTrainedModel(nn.Module):
             model = DbrxForCausalLM.from_pretrained("dbrx-int4", budget=budget)
 
         Args:
-            path_or_hub_id: a folder, or an `owner/name` of the Hugging Face hub.
-            device: "cpu", which None stands for, or "cuda" (also for a ROCm build) or "cuda:N".
-            dtype: of activations and of weights that are not quantized; None for the checkpoint's `torch_dtype`. A GPU needs bfloat16 or
-                float16.
-            device_map: None or "auto", which means `budget=Budget(Machine.detect(max_memory))`.
+            pretrained_model_name_or_path: a folder, or an `owner/name` of the Hugging Face hub.
+            config: in place of config.json: a `DbrxConfig`, of this package or of transformers, a dictionary, or a path. What it says of
+                quantization is ignored: the files say how they are packed.
+            device: "cpu", which None stands for, or "cuda" (also for a ROCm build), "cuda:N" or N.
+            dtype: of activations and of weights that are not quantized, or its name; None or "auto" for the checkpoint's. A GPU needs
+                bfloat16 or float16.
+            torch_dtype: the older name of `dtype`.
+            device_map: a device or `{"": device}`, which mean the same as `device`; or "auto", which means
+                `budget=Budget(Machine.detect(max_memory))`, as do "balanced", "balanced_low_0" and "sequential": a budget has one way to
+                spread a model.
             max_memory: with "auto", how much may be taken of each device: bytes, or a size such as "22GiB", by index of a GPU and by
                 "cpu". None for all that is free.
             budget: memory limits and how experts are served within them; see `Budget`.
             attn_implementation: "triton", the default on a GPU and only available there; "sdpa", the default on a CPU; or "eager".
-            revision: branch, tag or commit on the hub.
+            cache_dir: where the hub's files are kept; None for the hub's own cache.
+            force_download: fetch files from the hub even if the cache has them.
+            local_files_only: use the cache alone, without a network.
             token: access token for a gated repository.
+            revision: branch, tag or commit on the hub.
+            output_loading_info: return (model, a dictionary with the lists that transformers returns), which are empty: a checkpoint with
+                missing or unknown tensors is an error.
+            others: values in place of those in config.json, such as `use_cache=False`; and arguments of transformers, of which
+                `pretrained_arguments.py` says what becomes of them.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another model.
+            ConfigError: a value that no DBRX model can have.
             RequestError: arguments that contradict each other, or a model that exceeds its memory; the message names the smallest budget
                 that works.
+            TypeError: an unknown argument.
             UnsupportedError: a value that this version does not support.
         """
         # Imported here, since `loading` imports the classes that derive from this one: a model loads itself, as in transformers.
@@ -114,30 +142,27 @@ class DbrxPreTrainedModel(nn.Module):
 
         from .loading import load_as
 
-        if device_map not in (None, "auto"):
-            raise UnsupportedError(f"device_map must be 'auto' or None; found {device_map!r}")
-        if device_map is None and max_memory is not None:
+        path, overrides = foreign_arguments(cls, pretrained_model_name_or_path, others)
+        device, spread = device_of_map(device, device_map)
+        if not spread and max_memory is not None:
             raise RequestError(f"max_memory needs device_map='auto'; found {max_memory!r} alone")
-        if device_map is not None and budget is not None:
+        if spread and budget is not None:
             raise RequestError(
-                "a budget takes the place of device_map and max_memory; found device_map='auto' beside it. Leave one of them out"
+                f"a budget takes the place of device_map and max_memory; found device_map={device_map!r} beside it. Leave one of them out"
             )
-        if device_map is not None and device is not None:
-            raise RequestError(f"device_map='auto' chooses the devices; found device {str(device)!r} beside it. Leave one of them out")
-        return load_as(
+        model = load_as(
             cls,
-            path_or_hub_id,
-            budget=budget if device_map is None else Budget(Machine.detect(max_memory)),
+            path,
+            config=config,
+            overrides=overrides,
+            budget=Budget(Machine.detect(max_memory)) if spread else budget,
             device=device,
-            dtype=_as_dtype(dtype),
+            dtype=one_dtype(dtype, torch_dtype),
             attn_implementation=attn_implementation,
             revision=revision,
             token=token,
+            download=Download(cache_dir, local_files_only, force_download),
         )
-
-
-def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if value is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RequestError(f"dtype must be float32, float16 or bfloat16; found {value!r}")
-    return dtype
+        nothing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        result: Any = (model, nothing) if output_loading_info else model
+        return result

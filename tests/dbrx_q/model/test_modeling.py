@@ -171,11 +171,10 @@ def test_bfloat16_stays_close_to_float32(model: DbrxForCausalLM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device_map": "balanced"}, "device_map must be 'auto' or None; found 'balanced'"),
         ({"attn_implementation": "triton"}, "attn_implementation 'triton' needs a GPU; the device is 'cpu'"),
         ({"attn_implementation": "flash"}, "attn_implementation must be one of sdpa, eager, triton; found 'flash'"),
     ],
-    ids=["device_map", "triton", "flash"],
+    ids=["triton", "flash"],
 )
 def test_unsupported_values_are_refused_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
