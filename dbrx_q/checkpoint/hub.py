@@ -13,12 +13,13 @@ from typing import Any
 from dbrx_q.errors import CheckpointError, RequestError
 
 from .hub_errors import first_line, hub_errors, is_hub_failure
+from .transformers_files import CODE_NAME
 
 __all__ = ["SMALL_FILES", "Download", "call_in_thread", "check_push", "find_commit", "is_on_hub", "push", "resolve_file", "resolve_folder"]
 
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md", CODE_NAME]
 """Patterns of the files of a repository that a checkpoint needs besides its weights."""
 # Other files are never fetched, such as pictures, and weights in other containers (.bin is a pickle).
 _WANTED = ["*.safetensors", *SMALL_FILES]

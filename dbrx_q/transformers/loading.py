@@ -28,11 +28,11 @@ from dbrx_q.planning.budget import Budget
 from .layers import DbrxExperts, SharedStore
 from .packed import PackedEmbedding, PackedLinear, PackedWeight, packed_weights
 
-__all__ = ["put_packed_modules", "read_packed_weights"]
+__all__ = ["plan_for", "put_packed_modules", "read_packed_weights"]
 
 
 def put_packed_modules(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, *, without_experts: bool = False) -> None:
-    """Replace what is packed in the checkpoint by empty modules, on a model without memory for its weights.
+    """Replace what is packed in the checkpoint by empty modules, on a model without memory for its weights; can be repeated.
 
     Args:
         model: transformers' `DbrxModel` or `DbrxForCausalLM`.
@@ -47,11 +47,11 @@ def put_packed_modules(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, *
         if parent is None:
             continue
         if tensor.experts:
-            if fmt is not None or without_experts:
+            if (fmt is not None or without_experts) and hasattr(parent, leaf):
                 delattr(parent, leaf)
             if fmt is not None and not without_experts:
                 setattr(parent, leaf, PackedWeight(tensor, fmt))
-        elif fmt is not None:
+        elif fmt is not None and not isinstance(getattr(parent, leaf), (PackedLinear, PackedEmbedding)):
             replaced, weight = getattr(parent, leaf), PackedWeight(tensor, fmt)
             padding = getattr(replaced, "padding_idx", None)
             embedding = isinstance(replaced, nn.Embedding)

@@ -1,25 +1,75 @@
-"""The models of transformers' DBRX with packed weights."""
+"""The models of transformers' DBRX with packed weights: `as_packed` turns transformers' models into them."""
 
 from __future__ import annotations
 
+import os
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.generation.utils import GenerationMixin
+from transformers.models.dbrx import modeling_dbrx as reference
+from transformers.utils import output_capturing
 
 from .availability import check_transformers
+from .saving import save_packed
 
 __all__ = ["DbrxForCausalLM", "DbrxModel", "as_packed"]
 
 check_transformers()
 
 
-class DbrxForCausalLM(transformers.DbrxForCausalLM):
-    pass
+class _Packed:
+    """What the two models share."""
+
+    source: Path | None = None
+    """The folder that the model was loaded from."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers'. With trust_remote_code=True a config comes from before this module was imported, and keeps out others."""
+        if hasattr(config, "transformers_weights"):
+            config = deepcopy(config)
+            del config.transformers_weights
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint that transformers and `dbrx_q.DbrxForCausalLM` load; packed weights keep their bits.
+
+        Args:
+            save_directory: a folder; created if it does not exist.
+            *args, **kwargs: transformers' arguments, of which `max_shard_size` and `is_main_process` have an effect.
+
+        Raises:
+            UnsupportedError: an argument that this model cannot honour, or a model without its head.
+        """
+        save_packed(self, Path(save_directory), *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: `save_pretrained` writes the file that transformers imports with trust_remote_code=True."""
 
 
-class DbrxModel(transformers.DbrxModel):
-    pass
+class DbrxForCausalLM(_Packed, reference.DbrxForCausalLM, GenerationMixin):
+    """transformers' `DbrxForCausalLM` with packed weights."""
 
 
-def as_packed(model: Any) -> None:
-    pass
+class DbrxModel(_Packed, reference.DbrxModel):
+    """transformers' `DbrxModel` with packed weights."""
+
+
+def as_packed(model: Any, source: Path) -> None:
+    """Make a model of transformers' classes, whose layers hold packed weights, one of the classes here.
+
+    Args:
+        model: a subclass that a user defined stays what it is.
+        source: the folder that the model is loaded from.
+    """
+    for theirs, ours in ((transformers.DbrxForCausalLM, DbrxForCausalLM), (transformers.DbrxModel, DbrxModel)):
+        if type(model) is theirs:
+            model.__class__ = ours
+            # transformers finds what a model can record, such as hidden states, by its class.
+            recorded: Any = output_capturing._CAN_RECORD_REGISTRY
+            dict.__setitem__(recorded, str(ours), dict.get(recorded, str(theirs)))
+    model.source = source

@@ -11,6 +11,7 @@ from typing import Any
 
 from dbrx_q.checkpoint.folder import INDEX_NAME
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
+from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
 
 from .journal import Journal
@@ -61,7 +62,8 @@ def finish(run: Run, record: RunRecord, manifest: Manifest, folder: Path) -> Non
     """Write all files but the shards; this can be repeated. The manifest does not list the report, which names this machine and time."""
     weight_map = {part.name: shard_name(run.shards, n) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
     _write_json(folder / INDEX_NAME, {"metadata": {"total_size": run.plan.bytes_out}, "weight_map": weight_map})
-    _write_json(folder / "config.json", run.checkpoint.raw_config | {"quantization_config": run.quantization_config})
+    _write_json(folder / "config.json", guarded(run.checkpoint.raw_config | {"quantization_config": run.quantization_config}))
+    write_code(folder)
     _copy_other_files(run.checkpoint.folder, folder, manifest)
     files = [path.name for path in folder.iterdir()]
     card = model_card(run.request.name or _default_name(run), record.source, run.checkpoint.config, record, files)

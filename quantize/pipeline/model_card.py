@@ -60,6 +60,9 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
         "",
     ]
     lines += ["```python", "from dbrx_q import DbrxForCausalLM", f'model = DbrxForCausalLM.from_pretrained("{name}")', "```"]
+    lines += ["", "In transformers (`pip install 'dbrx_q[transformers]'`):", ""]
+    lines += ["```python", "import dbrx_q.transformers", "from transformers import AutoModelForCausalLM", ""]
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}")', "```"]
     lines += ["", "## Formats", "", "| tensors | formats | bits per weight |", "|---|---|---|"]
     for kind, bits_per_weight in bits_by_kind(run).items():
         formats = sorted({record.format for record in run.records if record.kind == kind})
