@@ -8,6 +8,7 @@ stored, with their shapes and dtypes, and reads them one by one.
 - `safetensors_file.py`: one shard. The safetensors package judges the header; tensors are read in place, and a shard is written tensor by
   tensor.
 - `manifest.py`: manifest.json, with a SHA-256 for every file of a quantized checkpoint and statistics of every tensor.
+- `shards.py`: how tensors are divided into shards, the index, and the list of files, for every writer of a checkpoint.
 - `inventory.py`: counts, formats and bytes by kind of tensor, for `inspect`.
 - `staging.py`: a destination folder that appears only when it is complete, and can be resumed.
 - `hub.py`: hub ids become local folders; uploads. `hub_errors.py` turns failures of the hub into errors that state the next step.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
 from dbrx_q.json_file import read_json_object
 
-from .layout import DenseTensor, TensorFormat, dense_tensors, parts_of, tensor_formats
+from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "open_shards"]
@@ -98,6 +98,7 @@ class Checkpoint:
     Args:
         location: a folder that holds all files, or a source that fetches the shards.
         config: in place of the one in config.json, which says nevertheless how tensors are packed; None for that one.
+        headless: whether the head may be absent, as in a checkpoint of `DbrxModel`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, unknown or of the wrong shape or dtype.
@@ -119,7 +120,7 @@ class Checkpoint:
     infos: dict[str, TensorInfo]
     """Every stored tensor, which may be a part of a packed one, by stored name."""
 
-    def __init__(self, location: Path | ShardSource, config: DbrxConfig | None = None) -> None:
+    def __init__(self, location: Path | ShardSource, config: DbrxConfig | None = None, *, headless: bool = False) -> None:
         self.source = None if isinstance(location, Path) else location
         self.folder = folder = location if isinstance(location, Path) else location.folder
         self.raw_config = read_json_object(folder / "config.json")
@@ -135,7 +136,7 @@ class Checkpoint:
         with ExitStack() as stack:
             self._file_of: Mapping[str, Shard] = open_shards(folder, stack) if self.source is None else _fetched_shards(self.source, stack)
             self.infos = {name: file.tensors[name] for name, file in self._file_of.items()}
-            self._check_tensors()
+            self._check_tensors(headless)
             self._open_files = stack.pop_all()
 
     def __enter__(self) -> Checkpoint:
@@ -192,19 +193,29 @@ class Checkpoint:
         """The file that holds the stored tensor `name`."""
         return self._file_of[name].path
 
-    def _check_tensors(self) -> None:
+    def _stored_as(self, tensor: DenseTensor) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
+        """(name, dtypes that it may have, shape) of every stored part of a tensor."""
+        fmt = self.formats.get(tensor.name)
+        if fmt is None:
+            yield tensor.name, _FLOATS, tensor.shape
+        else:
+            yield from ((part.name, (part.dtype,), part.shape) for part in parts_of(tensor, fmt))
+
+    def _check_tensors(self, headless: bool) -> None:
+        # The stored tensors bound what is listed, not the numbers of config.json, by which there may be millions of parts.
         expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+        first_missing, missing = "", 0
         for tensor in self.tensors.values():
-            fmt = self.formats.get(tensor.name)
-            if fmt is None:
-                expected[tensor.name] = (_FLOATS, tensor.shape)
-            else:
-                expected |= {part.name: ((part.dtype,), part.shape) for part in parts_of(tensor, fmt)}
-        missing = [name for name in expected if name not in self._file_of]
+            for name, dtypes, shape in self._stored_as(tensor):
+                if name in self._file_of:
+                    expected[name] = dtypes, shape
+                elif not (headless and inner_name(tensor.name) is None):
+                    first_missing, missing = first_missing or name, missing + 1
+                    break
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            more = f" and {missing - 1} more" if missing > 1 else ""
             raise CheckpointError(
-                f"{self.folder}: tensor {missing[0]}{more} is missing; config.json calls for it. Fetch the checkpoint again"
+                f"{self.folder}: tensor {first_missing}{more} is missing; config.json calls for it. Fetch the checkpoint again"
             )
         for name, file in self._file_of.items():
             if name not in expected:

@@ -15,9 +15,21 @@ from dbrx_q.errors import CheckpointError, RequestError
 from .hub_errors import first_line, hub_errors, is_hub_failure
 from .transformers_files import CODE_NAME
 
-__all__ = ["SMALL_FILES", "Download", "call_in_thread", "check_push", "find_commit", "is_on_hub", "push", "resolve_file", "resolve_folder"]
+__all__ = [
+    "SMALL_FILES",
+    "Download",
+    "call_in_thread",
+    "check_push",
+    "find_commit",
+    "is_on_hub",
+    "push",
+    "resolve_file",
+    "resolve_folder",
+    "upload",
+]
 
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
+_UPLOAD_MESSAGE = "Saved by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md", CODE_NAME]
 """Patterns of the files of a repository that a checkpoint needs besides its weights."""
@@ -218,6 +230,37 @@ def push(folder: Path, repository: str) -> str:
         raise RequestError(
             f"{folder}: complete, but pushing it to {repository} failed: {first_line(error)}. Push it again with "
             f"`hf upload {repository} {folder}`, or give the same command with --resume"
+        ) from None
+
+
+def upload(
+    folder: Path, repository: str, *, token: str | bool | None = None, private: bool | None = None, message: str | None = None
+) -> str:
+    """Create a repository unless it exists, and upload a folder; returns the address of the commit.
+
+    Args:
+        folder: its files are uploaded.
+        repository: owner/name; a name alone is one of the user's.
+        token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
+        private: whether a new repository is private; None for the owner's default.
+        message: of the commit.
+
+    Raises:
+        RequestError: the hub refuses it; the folder is unchanged.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        name = str(api.create_repo(repository, repo_type="model", private=private, exist_ok=True).repo_id)
+        text = message or _UPLOAD_MESSAGE
+        return call_in_thread(lambda: str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=text).commit_url))
+    except Exception as error:
+        if not is_hub_failure(error):
+            raise
+        raise RequestError(
+            f"{repository}: the hub must take {folder}; it says: {first_line(error)}. Log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may write there"
         ) from None
 
 

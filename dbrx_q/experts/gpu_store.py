@@ -44,6 +44,10 @@ class GpuExpertStore(TieredExpertStore):
         super().__init__(tier, prefetch=prefetch, routers=routers, fallback=fallback)
         self.gpus, self._links = tuple(gpus), tuple(links)
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(gpu.nbytes for gpu in self.gpus)
+
     def fill(self, priority: np.ndarray | None = None) -> None:
         """Read the likeliest experts onto the GPUs, then the others into host memory.
 

@@ -36,6 +36,11 @@ class ExpertStore(ABC):
         """Counters since the model was loaded; zeros for a store that holds all experts."""
         return ExpertStats()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that the store has for experts; 0 where the modules of the model hold them."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 # most stores have nothing to close
         """Close files and end threads; the store cannot be used afterwards."""
 

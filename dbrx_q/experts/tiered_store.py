@@ -59,6 +59,10 @@ class TieredExpertStore(ExpertStore):
         self._predictor = ExpertPredictor(tier.n_layers, tier.n_experts) if prefetch else None
         self._routers = routers
 
+    @property
+    def nbytes(self) -> int:
+        return self.tier.nbytes + (0 if self.fallback is None else self.fallback.tier.nbytes)
+
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         expert_sum = sum_for(x, routing)
         predicted = None

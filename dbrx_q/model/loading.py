@@ -48,8 +48,9 @@ from dbrx_q.planning.policy_names import MissPolicy
 from .devices import check_device
 from .layers import PackedWeight
 from .limits import limits_of
-from .modeling import DbrxForCausalLM
+from .modeling import DbrxForCausalLM, DbrxModel
 from .pretrained import DbrxPreTrainedModel
+from .saving import Origin, model_tensors
 from .tuned_tiles import load_tuning
 
 __all__ = [
@@ -144,10 +145,11 @@ def _load(
     config: DbrxConfig | None,
 ) -> Model:
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(Checkpoint(folder, config))
+        checkpoint = opened.enter_context(Checkpoint(folder, config, headless=not _has_head(model_class)))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
         plan = plan_loading(checkpoint, fallback, dtype, device, budget)
         model = _read_resident_weights(model_class, checkpoint, plan)
+        model.origin = Origin.of(checkpoint)
         experts = ExpertFiles(checkpoint, plan.dtype) if plan.offloads else None
         fallback_experts = ExpertFiles(fallback, plan.dtype) if fallback is not None and plan.needs_fallback else None
     for weight in cpu_samples(checkpoint, fallback if plan.needs_fallback else None, plan):
@@ -267,8 +269,9 @@ def plan_loading(
 def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: LoadingPlan) -> Model:
     """The model with all its weights, or with all but experts where the plan offloads them."""
     model = _empty(model_class, plan.config, plan.dtype, plan.device_of_head)
+    names = {tensor.name for tensor in model_tensors(model)}
     for tensor in checkpoint.tensors.values():
-        if (tensor.experts and plan.offloads) or not _has(model, tensor.name):
+        if (tensor.experts and plan.offloads) or tensor.name not in names:
             continue
         device, fmt = plan.device_of_tensor(tensor), checkpoint.formats.get(tensor.name)
         if fmt is None:
@@ -375,9 +378,9 @@ def read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, 
     return fmt.load(stacks)
 
 
-def _has(model: DbrxPreTrainedModel, name: str) -> bool:
-    """Whether the model has the tensor: `DbrxModel` has no head."""
-    return model.base_model is not model or inner_name(name) is not None
+def _has_head(model_class: type[DbrxPreTrainedModel]) -> bool:
+    """Whether models of the class have a head: `DbrxModel` has none."""
+    return not issubclass(model_class, DbrxModel)
 
 
 def _put(model: DbrxPreTrainedModel, name: str, holder: nn.Parameter | PackedWeight) -> None:

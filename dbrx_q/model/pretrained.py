@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from dbrx_q.checkpoint.hub import Download
+from dbrx_q.checkpoint.hub import Download, upload
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.experts import ResidentExpertStore
+from dbrx_q.planning.sizes import parse_size
 
+from .layers import DbrxLayerNorm, PackedWeight
 from .pretrained_arguments import device_of_map, foreign_arguments, one_dtype
+from .saving import Origin, model_tensors, save_model
 
 if TYPE_CHECKING:
     from typing import Self
@@ -33,12 +40,14 @@ class DbrxPreTrainedModel(nn.Module):
         config: the model's configuration.
         eos_token_ids: tokens that end a generation: those of generation_config.json, or of the configuration without that file.
         placement: what each device holds; None for a model that was loaded without a budget.
+        origin: the files that the model was loaded from; None for one that was not loaded from a folder.
     """
 
     config: DbrxConfig
     base_model_prefix = "transformer"
     eos_token_ids: tuple[int, ...] = ()
     placement: Placement | None = None
+    origin: Origin | None = None
 
     def __init__(self, config: DbrxConfig | Any) -> None:
         """Keeps the configuration, which may be one of transformers, once its values are checked against each other."""
@@ -166,3 +175,224 @@ class DbrxPreTrainedModel(nn.Module):
         nothing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         result: Any = (model, nothing) if output_loading_info else model
         return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        state_dict: None = None,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        """Write the model as a checkpoint: config.json, generation_config.json and safetensors shards.
+
+        A packed model stays packed: one that was loaded from a folder that `quantize` wrote gives the same shards, byte for byte, and a
+        manifest that `dbrx-q verify` accepts. A plain one is a checkpoint that transformers loads, too. Experts that are on disk are copied
+        one by one. The tokenizer saves itself. Nothing half-written is left behind.
+
+        Args:
+            save_directory: need not exist. Weights that are there already are replaced; other files stay.
+            max_shard_size: bytes or a size such as "5GB" after which a shard is closed; None for the shards that were loaded.
+            push_to_hub: whether to upload the folder afterwards.
+            is_main_process: of several processes, only the one with True writes.
+            safe_serialization: must be True; pickles are never written.
+            variant, state_dict: must be None; what is written is what the model holds.
+            repo_id, token, private, commit_message: of `push_to_hub`; the repository's name is that of the folder by default.
+
+        Raises:
+            RequestError: the folder cannot be written, its disk has too little room, or the hub refuses the upload.
+            CheckpointError: experts are on disk, and their files have changed since they were loaded.
+        """
+        if not safe_serialization:
+            raise RequestError("safe_serialization must be True: weights are written as safetensors, never as a pickle")
+        for name, value in (("variant", variant), ("state_dict", state_dict)):
+            if value is not None:
+                raise RequestError(f"{name} must be None; found {type(value).__name__}. load_state_dict changes what the model holds")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise RequestError(f"{folder}: the destination must be a folder; found a file. Give another name")
+        limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        if limit is not None and (isinstance(limit, bool) or limit < 1):
+            raise RequestError(f"max_shard_size must be a number of bytes above 0; found {max_shard_size!r}")
+        save_model(self, folder, shard_bytes=limit)
+        if push_to_hub:
+            upload(folder, repo_id or folder.name, token=token, private=private, message=commit_message)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save the model into a temporary folder and upload it; returns the address of the commit.
+
+        Args:
+            repo_id: the repository, which is created if it does not exist; a name without an owner is the user's own.
+            max_shard_size: see `save_pretrained`.
+            token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
+            private: whether a new repository is private; None for the owner's default.
+            commit_message: of the upload.
+
+        Raises:
+            RequestError: the hub refuses it.
+        """
+        with TemporaryDirectory(prefix="dbrx_q-push-") as parent:
+            folder = Path(parent) / repo_id.split("/")[-1]
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(folder, repo_id, token=token, private=private, message=commit_message)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.base_model.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding's weights by those of another module, such as an `nn.Embedding` [V, D].
+
+        Raises:
+            RequestError: weights of another width.
+        """
+        self.base_model.wte.weight = self._matrix_of("set_input_embeddings", value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head; None for a model without one."""
+        return cast("nn.Module | None", getattr(self, "lm_head", None))
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head's weights by those of another module, such as an `nn.Linear` [D -> V] without bias.
+
+        Raises:
+            RequestError: weights of another width, a bias, or a model without a head.
+        """
+        head = self.get_output_embeddings()
+        if head is None:
+            raise RequestError(f"set_output_embeddings needs a model with a head; found {type(self).__name__}. Use DbrxForCausalLM")
+        head.weight = self._matrix_of("set_output_embeddings", new_embeddings)
+
+    def _matrix_of(self, name: str, module: nn.Module) -> nn.Parameter:
+        weight, D = getattr(module, "weight", None), self.config.d_model
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != D or getattr(module, "bias", None) is not None:
+            shape = list(weight.shape) if isinstance(weight, torch.Tensor) else type(module).__name__
+            raise RequestError(f"{name} needs a module with a weight [V, {D}] and no bias; found {shape}")
+        return nn.Parameter(weight.detach().to(self.device, self.dtype), requires_grad=False)
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Does nothing: the head of DBRX has weights of its own."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Change the number of tokens of a plain model; the configuration follows. Returns the embedding.
+
+        Args:
+            new_num_tokens: rows of the embedding and of the head; None for the present number.
+            pad_to_multiple_of: the number is raised to a multiple of this.
+            mean_resizing: whether new rows are the mean of the old ones; else they are random with the deviation `initializer_range`.
+
+        Raises:
+            UnsupportedError: packed weights.
+            ConfigError: an impossible number.
+        """
+        rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        if rows == self.config.vocab_size:
+            return self.base_model.wte
+        tables = [table for table in (self.base_model.wte, self.get_output_embeddings()) if table is not None]
+        if any(not isinstance(table.weight, nn.Parameter) for table in tables):
+            raise UnsupportedError(
+                "resize_token_embeddings needs plain embeddings; found packed ones. Load the original checkpoint, resize it, save it with "
+                "save_pretrained, and quantize the result with `dbrx-q quantize`"
+            )
+        self.config.vocab_size = rows
+        for table in tables:
+            old = cast(torch.Tensor, table.weight).detach()
+            new = old.new_empty(rows, old.shape[1]).normal_(std=self.config.initializer_range)
+            if mean_resizing:
+                new[:] = old.float().mean(0)
+            new[: len(old)] = old[:rows]
+            table.weight = nn.Parameter(new, requires_grad=False)
+        return self.base_model.wte
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Weights of the model; packed ones and those on disk count as those that they stand for.
+
+        Args:
+            only_trainable: count parameters that require gradients, of which a model has none unless the user changes that.
+            exclude_embeddings: leave out the embedding.
+        """
+        if only_trainable:
+            skipped = {id(self.base_model.wte.weight)} if exclude_embeddings else set()
+            return sum(weight.numel() for weight in self.parameters() if weight.requires_grad and id(weight) not in skipped)
+        tensors = [tensor for tensor in model_tensors(self) if not (exclude_embeddings and tensor.role == "embedding")]
+        return sum(math.prod(tensor.shape) for tensor in tensors)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights in memory: of parameters, packed weights and the slots of experts.
+
+        Args:
+            return_buffers: has no effect: the parts of packed weights are buffers, and a DBRX has no others.
+        """
+        weights = [weight for weight in (*self.parameters(), *self.buffers()) if not weight.is_meta]
+        return sum(weight.nbytes for weight in weights) + self.base_model.store.nbytes
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Refused: a model only infers.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("gradient checkpointing is for training; this package only infers. Train with transformers, then quantize")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the flag `training`, which changes no result: inference applies no dropout.
+
+        Raises:
+            UnsupportedError: packed weights, which cannot be trained.
+        """
+        if mode and self._is_packed:
+            raise UnsupportedError("packed weights cannot be trained; found a call of train(). Train the original, then quantize it")
+        return super().train(mode)
+
+    @property
+    def _is_packed(self) -> bool:
+        return any(isinstance(module, PackedWeight) for module in self.modules())
+
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether weights stay where they are: packed, or served by a store that moves experts."""
+        return self._is_packed or not isinstance(self.base_model.store, ResidentExpertStore)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move or convert all weights (`to`, `cuda`, `half` ...); a call that changes neither device nor dtype is served by every model.
+
+        Raises:
+            UnsupportedError: packed weights, or experts that a store moves.
+        """
+        norms = [module.weight for module in self.base_model.modules() if isinstance(module, DbrxLayerNorm)]
+        moved = [fn(norm) for norm in norms]
+        if all(new.device == norm.device and new.dtype == norm.dtype for new, norm in zip(moved, norms, strict=True)):
+            if self._is_in_place:
+                return self
+        elif self._is_in_place:
+            raise UnsupportedError(
+                f"a model with packed weights, or with experts that are moved between memories, keeps its device {str(self.device)!r} and "
+                f"dtype {str(self.dtype).removeprefix('torch.')}; found a call that changes them to {str(moved[-1].device)!r} and "
+                f"{str(moved[-1].dtype).removeprefix('torch.')}. Give `device` and `dtype` to from_pretrained"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch does not annotate it
+        base = self.base_model
+        if base.expert_store is not None:  # it holds the weights as they were
+            base.expert_store = ResidentExpertStore([block.ffn.experts.mlp.weights() for block in base.layers()])
+        return self

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dbrx_q.checkpoint.folder import INDEX_NAME
-from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
+from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
+from dbrx_q.checkpoint.shards import list_files, shard_name, write_index, write_json
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
 
@@ -20,7 +17,6 @@ from .records import RunRecord
 from .report import NAME as REPORT_NAME
 from .report import write_report
 from .request import Run
-from .shards import shard_name
 
 __all__ = ["finish", "record_of"]
 
@@ -60,18 +56,16 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
 
 def finish(run: Run, record: RunRecord, manifest: Manifest, folder: Path) -> None:
     """Write all files but the shards; this can be repeated. The manifest does not list the report, which names this machine and time."""
-    weight_map = {part.name: shard_name(run.shards, n) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
-    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": run.plan.bytes_out}, "weight_map": weight_map})
-    _write_json(folder / "config.json", guarded(run.checkpoint.raw_config | {"quantization_config": run.quantization_config}))
+    count = len(run.shards)
+    weight_map = {part.name: shard_name(n, count) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
+    write_index(folder, weight_map, run.plan.bytes_out)
+    write_json(folder / "config.json", guarded(run.checkpoint.raw_config | {"quantization_config": run.quantization_config}))
     write_code(folder)
     _copy_other_files(run.checkpoint.folder, folder, manifest)
     files = [path.name for path in folder.iterdir()]
     card = model_card(run.request.name or _default_name(run), record.source, run.checkpoint.config, record, files)
     (folder / _CARD_NAME).write_text(card, encoding="utf-8")
-    for path in sorted(folder.iterdir()):
-        if path.name not in manifest.shards and not path.name.startswith((".", REPORT_NAME)) and path.name != MANIFEST_NAME:
-            manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    list_files(folder, manifest, without=lambda name: name.startswith(REPORT_NAME))
     write_report(folder, record)
 
 
@@ -89,11 +83,3 @@ def _copy_other_files(source: Path, folder: Path, manifest: Manifest) -> None:
         wanted = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name not in written:
             shutil.copyfile(path, folder / path.name)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

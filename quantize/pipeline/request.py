@@ -14,6 +14,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint, ShardSource
 from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
+from dbrx_q.checkpoint.shards import SHARD_BYTES
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.quantize.calibration.calibrated import ORIGINAL, QUANTIZED, CalibrationOptions
@@ -25,8 +26,6 @@ from .journal import options_of
 from .plan import RunPlan, plan_run
 
 __all__ = ["QuantizationRequest", "Run", "open_run"]
-
-_SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class QuantizationRequest:
     """How the tokens calibrate a matrix."""
     accelerator: Accelerator | None = None
     """A GPU that multiplies and rounds; its results differ from the CPU's in the last bits. None for the CPU alone."""
-    shard_bytes: int = _SHARD_BYTES
+    shard_bytes: int = SHARD_BYTES
     """A shard is closed before it grows past so many bytes, unless one expert alone is larger."""
     measured: Mapping[str, Any] | None = None
     """What decides formats that take long to measure; a run that resumes one with the same value takes that run's formats."""

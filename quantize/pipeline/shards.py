@@ -9,11 +9,12 @@ import torch
 
 from dbrx_q.checkpoint.manifest import Manifest
 from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter, safetensors_header
+from dbrx_q.checkpoint.shards import shard_name
 
 from .jobs import Job
 from .journal import Entry, Journal
 
-__all__ = ["ShardFiles", "part_locations", "shard_name"]
+__all__ = ["ShardFiles", "part_locations"]
 
 
 class ShardFiles:
@@ -73,7 +74,7 @@ class ShardFiles:
         if not self._pending:
             self._close_shard()
             self._pending = list(self._shards[self._opened])
-            path = self._folder / shard_name(self._shards, self._opened)
+            path = self._folder / shard_name(self._opened, len(self._shards))
             self._writer = SafetensorsWriter(path, _tensors_of(self._pending), reopened=True)
             self._opened += 1
         return self._pending[0]
@@ -84,15 +85,10 @@ class ShardFiles:
             self._writer = None
 
 
-def shard_name(shards: list[list[Job]], number: int) -> str:
-    """The file name of a shard, as "model-00001-of-00002.safetensors" for number 0."""
-    return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-
-
 def part_locations(shards: list[list[Job]], folder: Path) -> dict[str, Any]:
     """(file, tensor info in its header) of every stored tensor, by name."""
     return {
-        name: (folder / shard_name(shards, number), info)
+        name: (folder / shard_name(number, len(shards)), info)
         for number, jobs in enumerate(shards)
         for name, info in safetensors_header(_tensors_of(jobs))[1].items()
     }

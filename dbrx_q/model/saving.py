@@ -1,0 +1,248 @@
+"""Writes a model as a checkpoint, tensor by tensor: what its modules hold, and from its files the experts that no memory holds.
+
+A packed model that was loaded from a folder that `quantize` wrote gives the same shards, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dbrx_q.checkpoint.folder import SINGLE_NAME, Checkpoint
+from dbrx_q.checkpoint.layout import (
+    DenseTensor,
+    Part,
+    TensorFormat,
+    dense_tensors,
+    expert_of,
+    inner_name,
+    part_name,
+    parts_of,
+    tensor_formats,
+)
+from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
+from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
+from dbrx_q.checkpoint.shards import SHARD_BYTES, in_shards, list_files, shard_name, stored_matrices, write_index, write_json
+from dbrx_q.checkpoint.staging import staged_folder
+from dbrx_q.checkpoint.transformers_files import guarded, write_code
+from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import CheckpointError, RequestError
+
+from .layers import PackedWeight
+
+if TYPE_CHECKING:
+    from .pretrained import DbrxPreTrainedModel
+
+__all__ = ["Origin", "held", "model_tensors", "save_model"]
+
+_GENERATION = "generation_config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The files that a model was loaded from."""
+
+    folder: Path
+    """Holds config.json and the shards."""
+    stamps: Mapping[str, tuple[int, int]]
+    """(bytes, time of the last change in ns) of every shard, by its name."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Origin:
+        """The files of an open checkpoint folder."""
+        return cls(checkpoint.folder, _stamps(checkpoint.folder, [path.name for path in checkpoint.shards]))
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the shards are those that were loaded."""
+        try:
+            return _stamps(self.folder, list(self.stamps)) == self.stamps
+        except OSError:
+            return False
+
+
+def _stamps(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    return {name: ((folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in names}
+
+
+def model_tensors(model: DbrxPreTrainedModel) -> list[DenseTensor]:
+    """The tensors of a model, by their names in a checkpoint: all of DBRX's but the head of one that has none."""
+    whole = model.base_model is not model
+    return [tensor for tensor in dense_tensors(model.config) if whole or inner_name(tensor.name) is not None]
+
+
+def held(model: DbrxPreTrainedModel, name: str) -> nn.Parameter | PackedWeight:
+    """What the modules hold for a tensor, by its name in a checkpoint; a parameter on "meta" where an expert store reads it from files."""
+    inner = inner_name(name)
+    path, leaf = (inner or name).rsplit(".", 1)
+    holder: nn.Parameter | PackedWeight = getattr((model if inner is None else model.base_model).get_submodule(path), leaf)
+    return holder
+
+
+def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | None = None) -> None:
+    """Write config.json, generation_config.json, the shards and, for packed weights, the manifest into a folder.
+
+    Everything is written into another folder first and moved when it is complete. Weights that are there already are replaced; other files,
+    such as a tokenizer's, stay.
+
+    Args:
+        model: plain or packed; any of its experts may be on disk.
+        folder: need not exist.
+        shard_bytes: bytes after which a shard is closed; None for the shards of the files that the model was loaded from, 4 GiB without.
+
+    Raises:
+        RequestError: the folder cannot be written, or its disk has too little room.
+        CheckpointError: the files hold experts that no memory holds, and have changed since they were loaded.
+    """
+    replaced = model.origin is not None and folder.exists() and folder.samefile(model.origin.folder)
+    with ExitStack() as stack:
+        writer = _ModelWriter(model, stack, shard_bytes)
+        if folder.is_dir() and any(folder.iterdir()):
+            _write_beside(writer, folder)
+        else:
+            with staged_folder(folder, writer.nbytes) as partial:
+                writer.write(partial)
+    if replaced:
+        with Checkpoint(folder) as checkpoint:
+            model.origin = Origin.of(checkpoint)
+
+
+def _write_beside(writer: _ModelWriter, folder: Path) -> None:
+    """Write the checkpoint beside a folder that holds files, then move it into it."""
+    beside = Path(os.path.realpath(folder)).with_name(f"{folder.name}.saving")
+    if beside.exists():
+        raise RequestError(
+            f"{beside}: an interrupted call left a whole checkpoint here. Move its files to {folder} or elsewhere, or remove it"
+        )
+    with staged_folder(beside, writer.nbytes) as partial:
+        writer.write(partial)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) or path.name == MANIFEST_NAME:
+            path.unlink()
+    for path in sorted(beside.iterdir(), key=lambda path: (not path.name.endswith(".safetensors"), path.name)):
+        os.replace(path, folder / path.name)
+    beside.rmdir()
+
+
+class _ModelWriter:
+    """Knows the shards of a model and where each of their tensors is.
+
+    Args:
+        model: the model.
+        stack: closes the files that it was loaded from.
+        shard_bytes: see `save_model`.
+    """
+
+    def __init__(self, model: DbrxPreTrainedModel, stack: ExitStack, shard_bytes: int | None) -> None:
+        self._model = model
+        self._formats = tensor_formats(model.config, "model.config")
+        self._tensors = {tensor.name: tensor for tensor in model_tensors(model)}
+        self._parts = {part.name: (tensor, part) for tensor in self._tensors.values() for part in self._parts_of(tensor)}
+        self._source: Checkpoint | None = None
+        if model.origin is not None and model.origin.unchanged:
+            self._source = stack.enter_context(Checkpoint(model.origin.folder, headless=True))
+        elif any(self._is_in_files(tensor) for tensor in self._tensors.values()):
+            where = "no files" if model.origin is None else str(model.origin.folder)
+            raise CheckpointError(
+                f"{where}: a model whose experts are partly on disk is saved from the files that it was loaded from; they have changed. "
+                "Load it again"
+            )
+        self.shards = self._shards(shard_bytes)
+        self.nbytes = sum(part.nbytes for parts in self.shards.values() for part in parts)
+
+    def write(self, folder: Path) -> None:
+        """Write all files of the checkpoint."""
+        manifest = Manifest()
+        for name, parts in self.shards.items():
+            with _closing(SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part in parts])) as file:
+                for part in parts:
+                    file.write(part.name, self._read(part))
+                manifest.shards[name] = {"bytes": file.nbytes, "sha256": file.close()}
+        if list(self.shards) != [SINGLE_NAME]:
+            write_index(folder, {part.name: name for name, parts in self.shards.items() for part in parts}, self.nbytes)
+        config = self._config().to_dict()
+        write_json(folder / "config.json", guarded(config) if self._formats else config)
+        self._write_generation_config(folder)
+        if self._formats:
+            write_code(folder)
+            origin = None if self._source is None else Manifest.read(self._source.folder)
+            manifest.tensors = {} if origin is None else origin.tensors
+            list_files(folder, manifest)
+
+    def _config(self) -> DbrxConfig:
+        config = deepcopy(self._model.config)
+        config.torch_dtype = self._model.dtype
+        config.architectures = ["DbrxModel" if self._model.base_model is self._model else "DbrxForCausalLM"]
+        return config
+
+    def _write_generation_config(self, folder: Path) -> None:
+        own = getattr(self._model, "generation_config", None)
+        if own is not None:
+            own.save_pretrained(folder)
+        elif self._model.origin is not None and (self._model.origin.folder / _GENERATION).is_file():
+            (folder / _GENERATION).write_bytes((self._model.origin.folder / _GENERATION).read_bytes())
+
+    def _shards(self, limit: int | None) -> dict[str, list[Part]]:
+        """The stored tensors of every shard, by its name."""
+        if limit is None and self._source is not None and self._source.infos.keys() == self._parts.keys():
+            order: dict[str, list[Part]] = {path.name: [] for path in self._source.shards}
+            for name in sorted(self._source.infos, key=lambda name: self._source.infos[name].offset if self._source else 0):
+                order[self._source.path_of(name).name].append(self._parts[name][1])
+            return order
+        groups = stored_matrices(self._tensors.values(), self._formats, self._dtype_of)
+        shards = [[part for matrix in shard for part in matrix.parts] for shard in in_shards(groups, limit or SHARD_BYTES)]
+        if len(shards) == 1 and not self._formats:
+            return {SINGLE_NAME: shards[0]}
+        return {shard_name(number, len(shards)): parts for number, parts in enumerate(shards)}
+
+    def _parts_of(self, tensor: DenseTensor) -> Iterator[Part]:
+        fmt = self._formats.get(tensor.name)
+        if fmt is None:
+            yield Part(tensor.name, self._dtype_of(tensor), tensor.shape)
+        else:
+            yield from parts_of(tensor, fmt)
+
+    def _dtype_of(self, tensor: DenseTensor) -> torch.dtype:
+        holder = held(self._model, tensor.name)
+        return self._model.dtype if isinstance(holder, PackedWeight) or holder.is_meta else holder.dtype
+
+    def _is_in_files(self, tensor: DenseTensor) -> bool:
+        """Whether a tensor must be read from the files: no memory holds it, or memory holds another form of it."""
+        fmt: TensorFormat | None = self._formats.get(tensor.name)
+        holder = held(self._model, tensor.name)
+        return (
+            isinstance(holder, nn.Parameter) and holder.is_meta
+            if fmt is None
+            else fmt.in_memory != fmt or not isinstance(holder, PackedWeight)
+        )
+
+    def _read(self, part: Part) -> torch.Tensor:
+        """A stored tensor on the CPU."""
+        tensor, _ = self._parts[part.name]
+        if self._is_in_files(tensor):
+            assert self._source is not None
+            return self._source.read(part.name).to(part.dtype)
+        holder = held(self._model, tensor.name)
+        if isinstance(holder, nn.Parameter):
+            return holder.detach().cpu()
+        stack = holder.value.parts[part_name(part)]
+        return (stack[expert_of(part)] if tensor.experts else stack).cpu()
+
+
+@contextmanager
+def _closing(writer: SafetensorsWriter) -> Iterator[SafetensorsWriter]:
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
