@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dbrx_q.errors import CheckpointError
-from dbrx_q.json_file import read_json_object
+from dbrx_q.json_file import check_regular, read_json_object
 
 __all__ = ["MANIFEST_NAME", "Manifest", "sha256_of"]
 
@@ -56,7 +56,12 @@ class Manifest:
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda n: None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `on_bytes` is called with the bytes of every piece read."""
+    """The SHA-256 of a file, in hexadecimal; `on_bytes` is called with the bytes of every piece read.
+
+    Raises:
+        CheckpointError: a pipe or a device.
+    """
+    check_regular(path, path.stat())
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(_STEP_BYTES):

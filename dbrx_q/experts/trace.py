@@ -6,7 +6,10 @@ Dimension letters: `N` tokens, `L` layers, `A` active experts of a token, `E` ex
 from __future__ import annotations
 
 import json
+import os
 import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,25 @@ from typing import Any
 import numpy as np
 
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.json_file import check_regular
 
 __all__ = ["Trace"]
 
 _VERSION = 2
+# What numpy, zipfile, zlib and json raise for a file that is no trace or is damaged.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Trace:
         Raises:
             RequestError: the file cannot be written.
         """
-        partial = path.with_name(f"{path.name}.partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             with open(partial, "wb") as file:
                 np.savez_compressed(
@@ -59,8 +76,10 @@ class Trace:
                 )
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise RequestError(f"{path}: a trace must be written there; {error.strerror}. Choose another --out") from None
+        finally:
+            with suppress(OSError):  # in a folder that cannot be written, not even this can be tried
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Trace:
@@ -70,18 +89,38 @@ class Trace:
             RequestError: the file is missing, or is not a trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
-                if int(data["version"]) != _VERSION:
-                    raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {int(data['version'])}. Record it again")
-                trace = cls(data["experts"], data["predicted"], data["steps"], json.loads(str(data["config"])))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            check_regular(path, path.stat())
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
+                if data["version"].shape != () or int(data["version"]) != _VERSION:
+                    raise RequestError(f"{path}: a trace must be of version {_VERSION}; found {data['version']!s:.40}. Record it again")
+                trace = cls(data["experts"], data["predicted"], data["steps"], _object(str(data["config"])))
+        except _DAMAGED as error:
             problem = error.strerror if isinstance(error, OSError) else "it has other contents"
             raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; {problem}. Record one with that command") from None
-        shape = trace.experts.shape
-        sound = len(shape) == 3 and trace.predicted.shape == shape and trace.steps.ndim == 1 and int(trace.steps.sum()) == shape[0]
-        if not sound or max(int(trace.experts.max(initial=0)), int(trace.predicted.max(initial=0))) >= trace.n_experts:
-            raise RequestError(f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not fit together. Record it again")
+        except CheckpointError as error:
+            raise RequestError(str(error)) from None
+        trace._check_arrays(path)
         return trace.check(DbrxConfig.from_dict(trace.config, source=str(path)))
+
+    def _check_arrays(self, path: Path) -> None:
+        """Refuse arrays that `record` does not make."""
+        dtypes = [array.dtype.name for array in (self.experts, self.predicted, self.steps)]
+        problem = ""
+        if dtypes[:2] != ["uint8", "uint8"] or self.steps.dtype.kind != "i":
+            problem = f"experts and predicted must be uint8, and steps integers; found {', '.join(dtypes)}"
+        elif self.experts.ndim != 3 or self.predicted.shape != self.experts.shape:
+            problem = f"experts and predicted must be [tokens, layers, active]; found {self.experts.shape} and {self.predicted.shape}"
+        elif self.steps.ndim != 1 or (self.steps < 1).any() or int(self.steps.sum()) != len(self.experts):
+            problem = f"steps must be counts of tokens that add up to {len(self.experts)}; found {self.steps!s:.60}"
+        else:
+            n_experts = DbrxConfig.from_dict(self.config, source=str(path)).ffn_config.moe_num_experts
+            for name, chosen in (("experts", self.experts), ("predicted", np.sort(self.predicted, axis=-1))):
+                if chosen.max(initial=0) >= n_experts or (chosen[..., 1:] <= chosen[..., :-1]).any():
+                    problem = f"{name} must be different experts of {n_experts} for every token and layer"
+        if problem:
+            raise RequestError(
+                f"{path}: must be a trace that `dbrx-q trace` wrote; its arrays do not fit together: {problem}. Record it again"
+            )
 
     def check(self, config: DbrxConfig) -> Trace:
         """This trace, if it was recorded with a model of this configuration.
@@ -110,3 +149,10 @@ class Trace:
             return [slice(i, i + 1) for i in range(len(self.experts))]
         ends = np.cumsum(self.steps).tolist()
         return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("config must be an object")
+    return value

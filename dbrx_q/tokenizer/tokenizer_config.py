@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import TokenizerError
+from dbrx_q.json_file import read_small_file
 
 from .bpe_file import AddedToken, parse_added_token, wrong
 
@@ -76,7 +77,7 @@ def read_chat_template(folder: Path, file: Path, config: Mapping[str, Any]) -> s
     template_file = folder / "chat_template.jinja"
     if template_file.is_file():
         try:
-            return template_file.read_text(encoding="utf-8")
+            return read_small_file(template_file).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{template_file}: must be a readable UTF-8 file; {error}. Fetch it again") from None
     value = config.get("chat_template")
