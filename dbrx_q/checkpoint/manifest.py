@@ -27,10 +27,13 @@ class Manifest:
     """{"bytes", "sha256"} of every other file, by file name."""
     tensors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Statistics of every tensor, by its plain name."""
+    source: dict[str, str] = field(default_factory=dict)
+    """What the checkpoint was made of: "sha256" over all matrices, of a hub repository also "commit"; empty where it was not noted."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file."""
-        return {"format_version": 1, "shards": self.shards, "files": self.files, "tensors": self.tensors}
+        source = {"source": self.source} if self.source else {}
+        return {"format_version": 1, **source, "shards": self.shards, "files": self.files, "tensors": self.tensors}
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -44,7 +47,7 @@ class Manifest:
             return None
         data = read_json_object(path)
         try:
-            manifest = cls(dict(data["shards"]), dict(data["files"]), dict(data["tensors"]))
+            manifest = cls(dict(data["shards"]), dict(data["files"]), dict(data["tensors"]), dict(data.get("source") or {}))
             for name, entry in (manifest.shards | manifest.files).items():
                 if Path(name).name != name or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                     raise ValueError(f"entry {name!r}")

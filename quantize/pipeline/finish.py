@@ -17,6 +17,7 @@ from .records import RunRecord
 from .report import NAME as REPORT_NAME
 from .report import write_report
 from .request import Run
+from .source_digest import digest_of_all, remember_digest
 
 __all__ = ["finish", "record_of"]
 
@@ -54,7 +55,7 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
     )
 
 
-def finish(run: Run, record: RunRecord, manifest: Manifest, folder: Path) -> None:
+def finish(run: Run, record: RunRecord, manifest: Manifest, journal: Journal, folder: Path) -> None:
     """Write all files but the shards; this can be repeated. The manifest does not list the report, which names this machine and time."""
     count = len(run.shards)
     weight_map = {part.name: shard_name(n, count) for n, jobs in enumerate(run.shards) for job in jobs for part in job.parts}
@@ -65,8 +66,17 @@ def finish(run: Run, record: RunRecord, manifest: Manifest, folder: Path) -> Non
     files = [path.name for path in folder.iterdir()]
     card = model_card(run.request.name or _default_name(run), record.source, run.checkpoint.config, record, files)
     (folder / _CARD_NAME).write_text(card, encoding="utf-8")
+    manifest.source = _source_of(run, journal)
     list_files(folder, manifest, without=lambda name: name.startswith(REPORT_NAME))
     write_report(folder, record)
+
+
+def _source_of(run: Run, journal: Journal) -> dict[str, str]:
+    """The manifest's entry on the source; without a digest where the journal was begun by a version that noted none."""
+    digest = digest_of_all([entry.record.label for entry in journal.entries], [entry.source for entry in journal.entries])
+    remember_digest(run.checkpoint, digest)
+    commit = {} if run.checkpoint.source is None else {"commit": run.checkpoint.source.commit}
+    return ({"sha256": digest} if digest else {}) | commit
 
 
 def _default_name(run: Run) -> str:

@@ -10,7 +10,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat, oriented
 from dbrx_q.checkpoint.shards import StoredMatrix, in_shards, stored_matrices
 
-__all__ = ["Job", "read_rows", "shards_of"]
+__all__ = ["Job", "read_blocks", "read_rows", "shards_of"]
 
 _STEP_BYTES = 64 << 20  # of a matrix outside the experts, read together
 
@@ -37,3 +37,8 @@ def read_rows(checkpoint: Checkpoint, job: Job) -> Iterator[torch.Tensor]:
     else:
         rows = job.tensor.shape[0] // job.tensor.experts
         yield oriented(checkpoint.read_rows(name, job.expert * rows, rows), job.tensor)[0]
+
+
+def read_blocks(checkpoint: Checkpoint, job: Job) -> list[torch.Tensor]:
+    """The matrix of a job in blocks of rows; a tensor that is copied, whole."""
+    return [checkpoint.read(job.tensor.name)] if job.fmt is None else list(read_rows(checkpoint, job))

@@ -15,6 +15,8 @@ from .records import TensorRecord
 
 __all__ = ["Entry", "Journal", "options_of"]
 
+_FILES = "source_files"  # in the first line, beside the options
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -26,6 +28,8 @@ class Entry:
     """SHA-256 of its shard up to the end of the tensor."""
     notes: Mapping[str, Any]
     """Figures of its layer that were known with this tensor: "stream_error" and "expert_tokens", each with the layer's number."""
+    source: str = ""
+    """SHA-256 of the matrix as it was read from the source; "" in journals of versions that did not note it."""
 
 
 class Journal:
@@ -36,25 +40,30 @@ class Journal:
     Args:
         path: the file, perhaps of an earlier run; an incomplete last line is cut off.
         options: everything that decides the bytes of the result.
+        files: of the source, as `source_digest.source_files` gives them; they may change between two runs.
 
     Attributes:
         entries: the tensors that earlier runs and this one have finished.
+        files: of the source, as they were when the run began.
 
     Raises:
         RequestError: the file was written under other options.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, options: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
         self._path = path
         lines = _whole_lines(path)
+        self.files: Mapping[str, Any] = files or {}
         if lines:
-            _check_same(path, json.loads(lines[0]), json.loads(json.dumps(options)))
+            before = json.loads(lines[0])
+            self.files = before.pop(_FILES, {})
+            _check_same(path, before, json.loads(json.dumps(options)))
         self.entries = [_entry(json.loads(line)) for line in lines[1:]]
         self._ends = list(accumulate(map(len, lines), initial=0))
         self._file = open(path, "r+b" if path.exists() else "xb", buffering=0)  # noqa: SIM115 # closed by close()
         self._cut_at(self._ends[-1])
         if not lines:
-            self._put(options)
+            self._put({**options, _FILES: self.files})
 
     def cut(self, count: int) -> None:
         """Remove all entries but the first `count`."""
@@ -63,7 +72,7 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         """Append the entry of a finished tensor."""
-        self._put({"record": asdict(entry.record), "digest": entry.digest, "notes": dict(entry.notes)})
+        self._put({"record": asdict(entry.record), "digest": entry.digest, "notes": dict(entry.notes), "source": entry.source})
         self.entries.append(entry)
 
     def close(self) -> None:
@@ -99,7 +108,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
-    return Entry(TensorRecord(**data["record"]), data["digest"], data["notes"])
+    return Entry(TensorRecord(**data["record"]), data["digest"], data["notes"], data.get("source", ""))
 
 
 def _check_same(path: Path, before: Any, now: Any, name: str = "options") -> None:

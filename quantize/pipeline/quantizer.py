@@ -23,7 +23,7 @@ from dbrx_q.quantize.methods.rtn import rtn_whole
 from dbrx_q.quantize.methods.workers import Workers
 
 from .accelerator import Accelerator
-from .jobs import Job, read_rows
+from .jobs import Job, read_blocks, read_rows
 from .records import TensorRecord
 
 __all__ = ["TASK_ROWS", "Quantizer"]
@@ -63,7 +63,7 @@ class Quantizer:
 
     def read(self, job: Job) -> list[torch.Tensor]:
         """The matrix of a job in blocks of rows; a tensor that is copied, whole."""
-        return [self._checkpoint.read(job.tensor.name)] if job.fmt is None else list(read_rows(self._checkpoint, job))
+        return read_blocks(self._checkpoint, job)
 
     def run(self, job: Job, blocks: list[torch.Tensor]) -> tuple[TensorRecord, Mapping[str, Any], list[torch.Tensor]]:
         """Quantize the matrix that `read` returned: (its record, notes for the journal, its parts).

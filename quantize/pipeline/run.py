@@ -27,13 +27,14 @@ from dbrx_q.quantize.methods.products import Products
 from dbrx_q.quantize.methods.workers import Workers
 
 from .finish import finish, record_of
-from .jobs import Job
+from .jobs import Job, read_blocks
 from .journal import Entry, Journal
 from .plan import RunPlan
 from .quantizer import Quantizer
 from .records import RunRecord
 from .request import QuantizationRequest, Run, open_run
 from .shards import ShardFiles, part_locations
+from .source_digest import check_source, digest_of_blocks, source_digest, source_files
 
 __all__ = ["QuantizationRequest", "already_there", "plan_checkpoint", "quantize_checkpoint"]
 
@@ -77,7 +78,7 @@ def quantize_checkpoint(
             return bool(journal and journal[0].entries) and not isinstance(error, FormatError)
 
         with staged_folder(destination, run.plan.disk, resume=resume, keep=keep) as partial:
-            journal.append(Journal(partial / MARKER_NAME, run.options))
+            journal.append(Journal(partial / MARKER_NAME, run.options, source_files(run.checkpoint)))
             stack.callback(journal[0].close)
             try:
                 manifest, finished = _write_shards(run, journal[0], partial, on_bytes)
@@ -86,7 +87,7 @@ def quantize_checkpoint(
                     raise
                 raise CheckpointError(f"{error}. The finished tensors are kept in {partial}: --resume continues from there") from None
             record = record_of(run, journal[0], finished, time.perf_counter() - started)
-            finish(run, record, manifest, partial)
+            finish(run, record, manifest, journal[0], partial)
     return record
 
 
@@ -97,16 +98,40 @@ def plan_checkpoint(source: Path | ShardSource, request: QuantizationRequest, *,
 
 
 def already_there(source: Path | ShardSource, destination: Path, request: QuantizationRequest) -> bool:
-    """Whether the destination is the complete result of this request, so that nothing is left to resume."""
+    """Whether the destination is the complete result of this request, so that nothing is left to resume.
+
+    Raises:
+        RequestError: it is the result of the same request for another checkpoint.
+    """
     manifest = destination / MANIFEST_NAME
     if not manifest.exists():
         return False
     with ExitStack() as stack:
         run = open_run(source, request, None, stack)
         same = read_json_object(destination / "config.json").get("quantization_config") == json.loads(json.dumps(run.quantization_config))
+        if same:
+            _check_made_of(run, destination)
     if same:
         (destination / MARKER_NAME).unlink(missing_ok=True)  # left by a run that was killed after its last step
     return same
+
+
+def _check_made_of(run: Run, destination: Path) -> None:
+    """Refuse a complete result of another source; manifests of versions that did not note the source are accepted.
+
+    Raises:
+        RequestError: with both digests.
+    """
+    manifest = Manifest.read(destination) or Manifest()
+    recorded, remote = manifest.source.get("sha256"), run.checkpoint.source
+    if recorded is None or (remote is not None and manifest.source.get("commit") == remote.commit):
+        return
+    found = source_digest(run.checkpoint, [job for shard in run.shards for job in shard], lambda job: read_blocks(run.checkpoint, job))
+    if found != recorded:
+        raise RequestError(
+            f"{destination}: --resume finds a complete result, which must be of the checkpoint that is given; it was made of one with the "
+            f"SHA-256 {recorded}, and {run.checkpoint.folder} has {found}. Give that checkpoint, or another destination"
+        )
 
 
 def _check_places(source: Path | ShardSource, destination: Path) -> None:
@@ -127,6 +152,7 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
         stack.callback(shards.abandon)
         finished = shards.keep_finished()
         jobs = [job for shard in run.shards for job in shard]
+        check_source(run.checkpoint, jobs[:finished], journal.entries, journal.files, partial, quantizer.read)
         replayed = _jobs_to_replay(run, quantizer, jobs, finished)
         run.checkpoint.expect([job.tensor.name for job in (*replayed, *jobs[finished:])])
         _replay(run, quantizer, partial, replayed)
@@ -138,11 +164,11 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
             stack.callback(run.checkpoint.source.stop)  # before the threads are joined: the reader may wait for a download
         ahead = 0 if run.method.calibrated else 1
         written: Future[None] | None = None
-        for job, blocks in _read_ahead(quantizer, jobs[finished:], reader, ahead):
+        for job, blocks, digest in _read_ahead(quantizer, jobs[finished:], reader, ahead):
             record, notes, parts = quantizer.run(job, blocks)
             if written is not None:
                 written.result()
-            written = writer.submit(_write_parts, run, shards, job, Entry(record, "", notes), parts)
+            written = writer.submit(_write_parts, run, shards, job, Entry(record, "", notes, digest), parts)
             bytes_done += run.bytes_in(job)
             on_bytes(bytes_done, run.plan.bytes_in)
         if written is not None:
@@ -189,18 +215,25 @@ def _replay(run: Run, quantizer: Quantizer, partial: Path, jobs: list[Job]) -> N
         run.checkpoint.done()
 
 
-def _read_ahead(quantizer: Quantizer, jobs: list[Job], reader: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Job, list[torch.Tensor]]]:
-    """Each job with its matrix in blocks of rows, read `ahead` jobs before it is needed."""
+def _read_ahead(
+    quantizer: Quantizer, jobs: list[Job], reader: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[Job, list[torch.Tensor], str]]:
+    """Each job with its matrix in blocks of rows, read `ahead` jobs before it is needed, and the SHA-256 of the matrix."""
+
+    def read(job: Job) -> tuple[list[torch.Tensor], str]:
+        blocks = quantizer.read(job)
+        return blocks, digest_of_blocks(blocks)
+
     if not ahead:
         for job in jobs:
-            yield job, quantizer.read(job)
+            yield job, *read(job)
         return
-    waiting = [reader.submit(quantizer.read, job) for job in jobs[:ahead]]
+    waiting = [reader.submit(read, job) for job in jobs[:ahead]]
     for n, job in enumerate(jobs):
-        blocks = waiting.pop(0).result()
+        blocks, digest = waiting.pop(0).result()
         if n + ahead < len(jobs):
-            waiting.append(reader.submit(quantizer.read, jobs[n + ahead]))
-        yield job, blocks
+            waiting.append(reader.submit(read, jobs[n + ahead]))
+        yield job, blocks, digest
         del blocks  # frees the matrix before the next one is awaited
 
 

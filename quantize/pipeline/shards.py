@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class ShardFiles:
         for part, tensor in zip(job.parts, parts, strict=True):
             self._writer.write(part.name, tensor)
         self._pending.pop(0)
-        self._journal.add(Entry(entry.record, self._writer.digest, entry.notes))
+        self._journal.add(replace(entry, digest=self._writer.digest))
         self._manifest.tensors[job.label] = entry.record.statistics
 
     def close(self) -> None:
