@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM, DbrxModel
-from dbrx_q.errors import CheckpointError, ConfigError, DbrxError, RequestError
+from dbrx_q.errors import CheckpointError, ConfigError, DbrxError, RequestError, UnsupportedError
 from dbrx_q.model.pretrained_arguments import _say_once
 
 NANO = Path(__file__).parent.parent.parent / "data" / "dbrx-nano"
@@ -144,3 +144,106 @@ def test_a_subfolder_of_a_local_folder(small: Path) -> None:
 def test_the_cache_alone_is_used_if_asked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nobody/nothing"):
         DbrxForCausalLM.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
+
+
+@pytest.fixture
+def plain() -> DbrxForCausalLM:
+    torch.manual_seed(0)
+    sections: dict[str, Any] = {
+        "attn_config": {"kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    }
+    return DbrxForCausalLM(DbrxConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=90, initializer_range=0.2, **sections))
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def test_calls_that_change_nothing_are_served_and_others_are_refused(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small)
+    expected = model(IDS).logits
+    assert (
+        model.to("cpu") is model.cpu() is model.to(model.device) is model.eval() is model.to(dtype=model.dtype) is model.bfloat16() is model
+    )
+    assert model.transformer.to("cpu", torch.bfloat16) is model.transformer
+    assert model(IDS).logits.equal(expected)
+    for call in (model.half, model.float, lambda: model.to(torch.float32), lambda: model.to("meta"), lambda: model.transformer.to("meta")):
+        with pytest.raises(UnsupportedError, match=r"keeps its device 'cpu' and dtype bfloat16; .* from_pretrained"):
+            call()
+    with pytest.raises(UnsupportedError, match="packed weights cannot be trained"):
+        model.train()
+    with pytest.raises(UnsupportedError, match="only infers"):
+        model.gradient_checkpointing_enable()
+    assert model(IDS).logits.equal(expected)
+
+
+def test_a_plain_model_is_converted_and_its_experts_follow(small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(small)
+    expected = DbrxForCausalLM.from_pretrained(small, dtype="float32")(IDS).logits
+    assert model.to(torch.float32)(IDS).logits.equal(expected)
+    assert model.float().dtype is torch.float32
+    assert model.bfloat16()(IDS).logits.equal(DbrxForCausalLM.from_pretrained(small)(IDS).logits)
+
+
+def test_experts_that_a_store_moves_stay(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, device_map="auto")
+    assert model.to("cpu") is model
+    with pytest.raises(UnsupportedError, match="keeps its device"):
+        model.float()
+    model.close()
+
+
+def test_embeddings_are_read_and_replaced(plain: DbrxForCausalLM) -> None:
+    assert plain.get_input_embeddings() is plain.transformer.wte is plain.transformer.get_input_embeddings()
+    assert plain.get_output_embeddings() is plain.lm_head
+    assert plain.transformer.get_output_embeddings() is None
+    twice = torch.nn.Embedding(90, 64)
+    twice.weight.data = plain.transformer.wte.weight.data * 2
+    before = plain(IDS).logits
+    plain.set_input_embeddings(twice)
+    assert plain.transformer.wte.weight.equal(twice.weight)
+    changed = plain(IDS).logits
+    assert not changed.equal(before)
+    head = torch.nn.Linear(64, 90, bias=False)
+    head.weight.data = plain.lm_head.weight.data * 2
+    plain.set_output_embeddings(head)
+    torch.testing.assert_close(plain(IDS).logits, 2 * changed)
+    plain.tie_weights()
+    torch.testing.assert_close(plain(IDS).logits, 2 * changed)
+    with pytest.raises(RequestError, match=r"needs a module with a weight \[V, 64\] and no bias; found \[90, 32\]"):
+        plain.set_input_embeddings(torch.nn.Embedding(90, 32))
+    with pytest.raises(RequestError, match="needs a model with a head"):
+        plain.transformer.set_output_embeddings(head)
+
+
+def test_a_plain_model_gets_more_or_fewer_tokens(plain: DbrxForCausalLM, quantized_small: Path, tmp_path: Path) -> None:
+    before = plain(IDS).logits
+    assert plain.resize_token_embeddings() is plain.transformer.wte
+    assert plain.resize_token_embeddings(97, pad_to_multiple_of=8) is plain.transformer.wte
+    assert (plain.config.vocab_size, plain.transformer.wte.weight.shape[0], plain.lm_head.weight.shape[0]) == (104, 104, 104)
+    torch.testing.assert_close(plain(IDS).logits[..., :90], before)
+    assert plain.lm_head.weight[103].equal(plain.lm_head.weight[:90].mean(0))
+    plain(torch.tensor([[103]]))
+    plain.save_pretrained(tmp_path)
+    assert DbrxForCausalLM.from_pretrained(tmp_path)(IDS).logits.equal(plain(IDS).logits)
+    plain.resize_token_embeddings(50)
+    torch.testing.assert_close(plain(IDS).logits, before[..., :50])
+    with pytest.raises(UnsupportedError, match=r"found packed ones\. Load the original checkpoint, resize it, save it .* quantize"):
+        DbrxForCausalLM.from_pretrained(quantized_small).resize_token_embeddings(5000)
+    with pytest.raises(ConfigError, match="vocab_size must be a whole number of at least 1; found 0"):
+        plain.resize_token_embeddings(0)
+
+
+def test_parameters_and_bytes_are_counted(plain: DbrxForCausalLM, quantized_small: Path, small: Path) -> None:
+    theirs = transformers.DbrxForCausalLM(transformers.DbrxConfig(**plain.config.to_dict()))
+    assert plain.num_parameters() == theirs.num_parameters() == sum(weight.numel() for weight in plain.parameters())
+    assert plain.num_parameters(exclude_embeddings=True) == theirs.num_parameters() - 90 * 64
+    assert plain.num_parameters(only_trainable=True) == 0
+    assert plain.transformer.num_parameters() == plain.num_parameters() - 90 * 64
+    assert plain.get_memory_footprint() == 4 * plain.num_parameters()
+    packed = DbrxForCausalLM.from_pretrained(quantized_small)
+    assert packed.num_parameters() == DbrxForCausalLM.from_pretrained(small).num_parameters()
+    assert packed.get_memory_footprint() == sum(part.nbytes for part in packed.state_dict().values())
+    spread = DbrxForCausalLM.from_pretrained(quantized_small, device_map="auto")
+    assert spread.num_parameters() == packed.num_parameters()
+    assert spread.get_memory_footprint() >= packed.get_memory_footprint()
