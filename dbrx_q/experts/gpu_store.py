@@ -45,8 +45,8 @@ class GpuExpertStore(TieredExpertStore):
         self.gpus, self._links = tuple(gpus), tuple(links)
 
     @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(gpu.nbytes for gpu in self.gpus)
+    def memory_bytes(self) -> int:
+        return super().memory_bytes + sum(gpu.nbytes for gpu in self.gpus)
 
     def fill(self, priority: np.ndarray | None = None) -> None:
         """Read the likeliest experts onto the GPUs, then the others into host memory.

@@ -37,7 +37,7 @@ class ExpertStore(ABC):
         return ExpertStats()
 
     @property
-    def nbytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Bytes of the memory that the store has for experts; 0 where the modules of the model hold them."""
         return 0
 

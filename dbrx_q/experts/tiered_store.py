@@ -60,7 +60,7 @@ class TieredExpertStore(ExpertStore):
         self._routers = routers
 
     @property
-    def nbytes(self) -> int:
+    def memory_bytes(self) -> int:
         return self.tier.nbytes + (0 if self.fallback is None else self.fallback.tier.nbytes)
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -345,7 +345,7 @@ class DbrxPreTrainedModel(nn.Module):
             return_buffers: has no effect: the parts of packed weights are buffers, and a DBRX has no others.
         """
         weights = [weight for weight in (*self.parameters(), *self.buffers()) if not weight.is_meta]
-        return sum(weight.nbytes for weight in weights) + self.base_model.store.nbytes
+        return sum(weight.nbytes for weight in weights) + self.base_model.store.memory_bytes
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Refused: a model only infers.

@@ -19,6 +19,7 @@ from dbrx_q.errors import CheckpointError, ConfigError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .gguf_file import GgufParts, can_dequantize, open_parts
+from .gguf_keys import check_keys, rope_scaling_of
 from .gguf_tokenizer import eos_ids_of, tokenizer_of
 from .streamed import DequantizedSource, Reader
 from .weights_hash import weights_sha256
@@ -109,11 +110,8 @@ def _config(parts: GgufParts) -> DbrxConfig:
         raise CheckpointError(
             f"{parts.path}: dbrx.attention.layer_norm_epsilon must be DBRX's {NORM_EPS}; found {epsilon}. Convert it again"
         )
-    scaling = parts.metadata.get("dbrx.rope.scaling.type", "none")
-    if scaling != "none":
-        raise CheckpointError(f"{parts.path}: dbrx.rope.scaling.type must be 'none' or absent; found {scaling!r}. Convert it again without")
     try:
-        return DbrxConfig(
+        config = DbrxConfig(
             d_model=parts.count("dbrx.embedding_length"),
             n_heads=parts.count("dbrx.attention.head_count"),
             n_layers=layers,
@@ -130,7 +128,10 @@ def _config(parts: GgufParts) -> DbrxConfig:
                 "moe_top_k": parts.count("dbrx.expert_used_count"),
             },
             torch_dtype="float32",
+            rope_scaling=rope_scaling_of(parts),
         )
+        check_keys(parts, config.head_dim)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{parts.path}: {error}") from None
 

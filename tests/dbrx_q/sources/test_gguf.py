@@ -21,6 +21,7 @@ from dbrx_q.errors import CheckpointError, DbrxError, UnsupportedError
 from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.sources.gguf import _config
 from dbrx_q.sources.gguf_file import GgufParts, open_parts
 from dbrx_q.sources.gguf_tokenizer import tokenizer_of
 from dbrx_q.sources.open import open_source
@@ -146,6 +147,12 @@ def setting(key: str, value: object) -> Change:
     return lambda fields, tensors: fields.update({key: (value, fields[key][1] if key in fields else [gguf.GGUFValueType.STRING])})
 
 
+def typed(key: str, value: float) -> Change:
+    """A key with GGUF's type of its value."""
+    kind = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}[type(value)]
+    return lambda fields, tensors: fields.update({key: (value, [kind])})
+
+
 def without(name: str) -> Change:
     def change(fields: dict[str, Any], tensors: dict[str, Any]) -> None:
         assert fields.pop(name, None) or tensors.pop(name, None)
@@ -256,7 +263,17 @@ BAD = {
     "impossible": (setting("dbrx.expert_used_count", 99), "moe_top_k must not exceed"),
     "layers": (setting("dbrx.block_count", 1 << 30), "dbrx.block_count says 1073741824 layers; found 35 tensors"),
     "epsilon": (setting("dbrx.attention.layer_norm_epsilon", 1e-6), "layer_norm_epsilon must be DBRX's 1e-05"),
-    "rope": (setting("dbrx.rope.scaling.type", "yarn"), "rope.scaling.type must be 'none' or absent; found 'yarn'"),
+    "rope": (setting("dbrx.rope.scaling.type", "longrope"), "rope.scaling.type must be 'none', 'linear' or 'yarn'; found 'longrope'"),
+    "rope factor": (typed("dbrx.rope.scaling.factor", -2.0), r"rope.scaling.factor must be a finite number above 0; found -2\.0"),
+    "rotated channels": (
+        typed("dbrx.rope.dimension_count", 16),
+        "rope.dimension_count must be 32, the channels of a head.*; found 16",
+    ),
+    "key length": (typed("dbrx.attention.key_length", 64), "attention.key_length must be 32"),
+    "not causal": (typed("dbrx.attention.causal", False), "attention.causal must be absent or True, as for DBRX; found False"),
+    "unknown rope": (typed("dbrx.rope.dimension_sections", 3), "rope.dimension_sections is no key of a DBRX; found 3"),
+    "yarn multiplier": (typed("dbrx.rope.scaling.yarn_log_multiplier", 0.1), "yarn_log_multiplier must be absent or 0"),
+    "huge context": (setting("dbrx.context_length", (1 << 32) - 1), "max_seq_len must be at most 16,777,216"),
     "tensor missing": (without("blk.2.ffn_up_exps.weight"), "blk.2.ffn_up_exps.weight is missing"),
     "tensor unknown": (with_tensor("rope_freqs.weight", np.ones(16, np.float32)), "rope_freqs.weight is in no DBRX"),
     "shape": (with_tensor("output_norm.weight", np.ones(64, np.float32)), r"output_norm.weight must have the shape \[128\] by.*\[64\]"),
@@ -272,6 +289,35 @@ def test_files_of_other_models_are_refused(case: str, tmp_path: Path) -> None:
     assert "bad.gguf" in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def parts() -> GgufParts:
+    return open_parts(Q4_0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"dbrx.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"dbrx.rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"dbrx.rope.scale_linear": 2.0, "dbrx.rope.scaling.factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        ({"dbrx.rope.scaling.type": "linear", "dbrx.rope.scaling.factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        ({"dbrx.rope.scaling.type": "none", "dbrx.rope.scaling.factor": 8.0}, {"rope_type": "default"}),
+        ({"dbrx.rope.scaling.factor": 0.0, "dbrx.rope.dimension_count": 32}, {"rope_type": "default"}),
+        (
+            {"dbrx.rope.scaling.type": "yarn", "dbrx.rope.scaling.factor": 4.0, "dbrx.rope.scaling.original_context_length": 512},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        ),
+        (
+            {"dbrx.rope.scaling.type": "yarn", "dbrx.rope.scaling.factor": 4.0, "dbrx.rope.scaling.yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 16.0},
+        ),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_scalings_of_the_rotary_embedding_are_applied(keys: dict[str, Any], rope: dict[str, Any], parts: GgufParts) -> None:
+    assert _config(replace(parts, metadata=parts.metadata | keys)).rope_parameters == rope | {"rope_theta": 500000.0}
+
+
 BAD_TOKENIZERS = {
     "model": (setting("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model must be 'gpt2'"),
     "pattern": (setting("tokenizer.ggml.pre", "llama-bpe"), "tokenizer.ggml.pre must be 'dbrx'; found 'llama-bpe'"),
@@ -281,11 +327,6 @@ BAD_TOKENIZERS = {
     "name": (setting("tokenizer.ggml.eos_token_id", 5000), "eos_token_id must be a token's id; found 5000"),
     "types": (setting("tokenizer.ggml.token_type", [1, 1]), "every token must have a type; found 2 for 4096"),
 }
-
-
-@pytest.fixture(scope="module")
-def parts() -> GgufParts:
-    return open_parts(Q4_0)
 
 
 @pytest.mark.parametrize("case", BAD_TOKENIZERS)
