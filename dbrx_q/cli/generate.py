@@ -58,7 +58,7 @@ def command(
     """Continue a prompt and stream the text to stdout."""
     from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.config import DbrxConfig
-    from dbrx_q.generation.generate import check_request, generate
+    from dbrx_q.generation.generate import check_request, end_token_ids, generate
     from dbrx_q.generation.sampling import SamplingParams
     from dbrx_q.model.devices import check_device
     from dbrx_q.model.loading import load_pretrained
@@ -94,6 +94,7 @@ def command(
         [ids],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
+        eos_token_ids=end_token_ids(model, tokenizer, chat=chat),
         stop=stop or (),
         tokenizer=tokenizer,
         kv_format=kv,

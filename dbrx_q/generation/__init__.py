@@ -9,7 +9,7 @@ One request, step by step:
    prompts share is computed once.
 3. `sampling.py` turns the logits of a sequence into its next token, as its `SamplingParams` say.
 4. `decoding.py` appends the new tokens in a decode step; on a GPU the step of a whole batch is one CUDA graph (`decode_graph.py`).
-5. `generate.py` turns tokens into text that can be shown: whole characters, and nothing that may still become a stop string.
+5. `growing_text.py` turns tokens into text that can be shown: whole characters, and nothing that may still become a stop string.
 
 `tracing.py` records which experts a text uses, for `dbrx-q trace`.
 """

@@ -18,9 +18,10 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .decoding import decoder_for
+from .growing_text import GrowingText
 from .sampling import SamplingParams, sample
 
-__all__ = ["Generation", "check_request", "generate", "generate_text", "stream_text"]
+__all__ = ["Generation", "check_request", "end_token_ids", "generate", "generate_text", "stream_text"]
 
 
 @dataclass
@@ -72,8 +73,9 @@ def generate(
         prompts: token ids of each prompt.
         max_new_tokens: most tokens to generate for each prompt.
         sampling: how tokens are chosen; None for greedy decoding.
-        eos_token_ids: tokens that end a sequence; None for those of the checkpoint's generation_config.json.
-        stop: strings that end a sequence; the text ends before them. Needs `tokenizer`.
+        eos_token_ids: tokens that end a sequence; None for those of `end_token_ids`.
+        stop: strings that end a sequence; the text ends before them. One that spells a special token also matches that token. Needs
+            `tokenizer`.
         tokenizer: turns tokens into text; without it the results have token ids only.
         kv_format: "plain" stores keys and values in the model's dtype, "int8" and "int4" with a scale per token and head.
         on_text: called with (index of the prompt, new text) whenever text is complete. Needs `tokenizer`.
@@ -152,9 +154,9 @@ def _steps(
     """
     check_request(model.config, prompts, max_new_tokens, stop, tokenizer)
     sampling = sampling or SamplingParams()
-    end_tokens = set(model.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    end_tokens = set(end_token_ids(model, tokenizer) if eos_token_ids is None else eos_token_ids)
     results += [Generation(len(prompt)) for prompt in prompts]
-    texts = [_GrowingText(tokenizer, stop) for _ in prompts]
+    texts = [GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
     excluded = _ids_without_token(model, tokenizer)
     capacities = _capacities(model, prompts, max_new_tokens, kv_format)
@@ -222,49 +224,26 @@ def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_ne
     return capacities
 
 
+def end_token_ids(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None, *, chat: bool = False) -> tuple[int, ...]:
+    """Ids that end a generation: those of generation_config.json and the tokenizer's end token.
+
+    Args:
+        model: its `eos_token_ids` are those of generation_config.json.
+        tokenizer: names the end token of a text.
+        chat: whether the prompt is a chat; the token that ends a turn in the tokenizer's chat template ends a generation then.
+    """
+    ends = list(model.eos_token_ids)
+    if tokenizer is not None:
+        ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends += tokenizer.turn_end_ids() if chat else ()
+    return tuple(dict.fromkeys(ends))
+
+
 def _ids_without_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) -> torch.Tensor | None:
     """bool [V], True for rows of the head that only pad the vocabulary; None without a tokenizer that could tell."""
     if tokenizer is None:
         return None
     return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)], device=model.device)
-
-
-class _GrowingText:
-    """The text of one sequence. Holds back incomplete characters, and text that may still become a stop string."""
-
-    def __init__(self, tokenizer: DbrxTokenizer | None, stop: Sequence[str]) -> None:
-        self._decoder = None if tokenizer is None else tokenizer.stream_decoder(skip_special_tokens=True)
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        return "" if self._decoder is None else self._release(self._decoder.push(token))
-
-    def flush(self) -> str:
-        """The text that was held back, when no token follows."""
-        if self._decoder is None or self.stopped:
-            return ""
-        released = self._release(self._decoder.flush())
-        rest, self._held = ("" if self.stopped else self._held), ""
-        return released + rest
-
-    def _release(self, text: str) -> str:
-        self._held += text
-        stops = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
-        if stops:
-            self.stopped = True
-            released, self._held = self._held[: min(stops)], ""
-            return released
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return released
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop` and not all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def check_request(

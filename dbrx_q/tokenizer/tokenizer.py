@@ -336,6 +336,27 @@ class DbrxTokenizer:
             ids.extend([self._added[segment.text]] if segment.is_special else self.encode(segment.text))
         return ids
 
+    def turn_end_ids(self, template: str | None = None) -> tuple[int, ...]:
+        """Ids of the special token that ends the assistant's turn in a chat template; () where no special token does.
+
+        Args:
+            template: Jinja source to use instead of the checkpoint's.
+        """
+        template = self.chat_template if template is None else template
+        if template is None:
+            return ()
+        probe = "Ninety-nine"
+        messages = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": probe}]
+        try:
+            segments = split_chat(
+                template, messages, add_generation_prompt=False, token_names=self._token_names, specials=self._special_ids
+            )
+        except TokenizerError:  # the template wants other messages; generation_config.json and the end token remain
+            return ()
+        last = max((index for index, segment in enumerate(segments) if probe in segment.text), default=len(segments))
+        ends = [self._special_ids[segment.text] for segment in segments[last + 1 :] if segment.is_special]
+        return tuple(ends[:1])
+
     @property
     def special_tokens(self) -> dict[str, int]:
         """Id of every special token, by its spelling."""
