@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from dbrx_q.errors import RequestError
+from dbrx_q.model.batch import batch_of
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.layers import batch_of
 from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .windows import Window
@@ -180,8 +179,14 @@ def observe(
         rows = torch.tensor(positions, dtype=torch.int64)
         sampled = rows[(torch.arange(len(rows)) + first) % interval == 0] if interval else rows[:0]
         batch = batch_of([part.end - part.first for part in parts], [part.past for part in parts], cache, model.device)
-        with _residual_streams(model, sampled) as streams:
-            hidden, logits = model.transformer.run(tokens.to(model.device), batch)
+        streams: list[torch.Tensor] = []  # float32 [sampled, D] of every block
+
+        def keep(x: torch.Tensor, delta: torch.Tensor | None, streams: list[torch.Tensor] = streams, rows: torch.Tensor = sampled) -> None:
+            local_rows = rows.to(x.device)  # blocks may be on different GPUs
+            stream = x[local_rows].float()
+            streams.append((stream if delta is None else stream + delta[local_rows].float()).cpu())
+
+        hidden, logits = model.transformer.run(tokens.to(model.device), batch, keep)
         if cache is not None:
             cache.advance([part.end - part.first for part in parts])
         top = model.config.ffn_config.moe_top_k
@@ -208,24 +213,6 @@ def _steps(windows: Sequence[Window]) -> Iterator[list[_WindowPart]]:
 def _chosen(logits: torch.Tensor, top: int) -> torch.Tensor:
     """uint8 [P, A], ascending, from router logits [P, E]; ties go to the lower index, as in the router."""
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :top].sort(-1).values.to(torch.uint8).cpu()
-
-
-@contextmanager
-def _residual_streams(model: DbrxForCausalLM, rows: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Fills a list with float32 [S, D] per block: the sum of the block's residual stream and its experts' output."""
-    streams: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        x, delta, _logits = output
-        local_rows = rows.to(x.device)  # blocks may be on different GPUs
-        streams.append((x[local_rows].float() + delta[local_rows].float()).cpu())
-
-    handles = [block.register_forward_hook(keep) for block in model.transformer.blocks]
-    try:
-        yield streams
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def chunks(tokens: int) -> Iterator[slice]:

@@ -7,7 +7,7 @@ Every operation has one file here, with its documentation, the choice of the bac
 
 - `linear.py`: the product with a weight of any format.
 - `moe.py`: the experts of a layer.
-- `attention.py`: causal attention, with or without a KV cache.
+- `attention.py`: causal attention, with or without a KV cache; `flash_attention.py` calls the flash-attn package for it.
 - `qkv.py`: rotated queries, keys and values from the output of Wqkv, stored in the cache.
 - `router.py`: which experts a token is sent to.
 - `norm.py`: residual add and LayerNorm.

@@ -17,10 +17,13 @@ from dbrx_q.kernels.triton.launch import interpreting
 
 from .backend import Backend, pick
 
-__all__ = ["IMPLEMENTATIONS", "Sequences", "attention", "attention_reference", "cached_attention"]
+__all__ = ["IMPLEMENTATIONS", "MASKED", "Sequences", "attention", "attention_reference", "attention_weights", "cached_attention"]
 
-IMPLEMENTATIONS = ("sdpa", "eager", "triton")
-"""In this order: torch's fused attention; every step written out in float32; the Triton kernels of this package."""
+IMPLEMENTATIONS = ("sdpa", "eager", "triton", "flash_attention_2")
+"""In this order: torch's fused attention; every step written out in float32; the Triton kernels of this package; the flash-attn package."""
+
+MASKED = ("sdpa", "eager")
+"""The implementations that take masks."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,23 @@ class Sequences:
     """`lengths` on the host. "triton" does not read them if every count is 1, so that a captured graph replays with other lengths."""
     rows: torch.Tensor | None = None
     """int32 [B] on the device: the row of the cache of each sequence; None for 0, 1, 2 ..."""
+    masks: tuple[torch.Tensor | None, ...] | None = None
+    """For each sequence what its new tokens attend to: [1 or H, S, L] on the device, a boolean, or a number that is added to the score;
+    None where each token attends to itself and to all tokens before it. Only for the implementations of `MASKED`."""
+
+    def mask(self, index: int) -> torch.Tensor | None:
+        """The mask of a sequence; None for plain causal attention."""
+        return None if self.masks is None else self.masks[index]
 
 
-def cached_attention(q: torch.Tensor, cache: KVLayer, sequences: Sequences, *, implementation: str) -> torch.Tensor:
+def cached_attention(
+    q: torch.Tensor,
+    cache: KVLayer,
+    sequences: Sequences,
+    *,
+    implementation: str,
+    weights: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """y [T, H, C] in the dtype of `q`.
 
     Args:
@@ -47,40 +64,75 @@ def cached_attention(q: torch.Tensor, cache: KVLayer, sequences: Sequences, *, i
         cache: keys and values of all tokens, the new ones included; a plain cache has the dtype of `q`. G divides H.
         sequences: which rows of `q` and of the cache belong together.
         implementation: one of `IMPLEMENTATIONS`.
+        weights: gets the attention weights [H, S, L] of every sequence appended; only for "eager".
 
     Raises:
-        DbrxError: "triton" on a device where its kernels do not run, or "sdpa" over a quantized cache on a GPU.
+        DbrxError: "triton" on a device where its kernels do not run; "sdpa" or "flash_attention_2" over a quantized cache on a GPU; a mask
+            or `weights` for an implementation that has none.
     """
+    _check_extras(implementation, sequences.masks is not None, weights is not None)
     if implementation == "triton":
         return _own(q, cache, sequences)
-    if implementation == "sdpa" and cache.format != "plain" and q.device.type != "cpu":
+    if implementation in ("sdpa", "flash_attention_2") and cache.format != "plain" and q.device.type != "cpu":
         raise DbrxError(
-            "no 16-bit copy of a quantized KV cache is made on a GPU, so implementation='sdpa' takes a plain one there; "
+            f"no 16-bit copy of a quantized KV cache is made on a GPU, so implementation={implementation!r} takes a plain one there; "
             f"found {cache.format!r}. Choose 'triton', or 'eager' to compare"
         )
+    if implementation == "flash_attention_2":
+        from .flash_attention import cached_flash_attention
+
+        return cached_flash_attention(q, cache, sequences)
     rows = range(len(sequences.counts)) if sequences.rows is None else sequences.rows.tolist()
     out = torch.zeros_like(q)
     first = 0
-    for row, count, end in zip(rows, sequences.counts, sequences.ends, strict=True):
+    for b, (row, count, end) in enumerate(zip(rows, sequences.counts, sequences.ends, strict=True)):
         if count and end:
             k, v = cache.row(max(row, 0), end, torch.float32 if implementation == "eager" else q.dtype)
-            out[first : first + count] = attention(q[first : first + count], k, v, implementation=implementation)
+            queries, mask = q[first : first + count], sequences.mask(b)
+            out[first : first + count] = attention(queries, k, v, implementation=implementation, mask=mask, weights=weights)
+        elif weights is not None:
+            weights.append(q.new_zeros(q.shape[1], count, end))
         first += count
     return out
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementation: str = "sdpa") -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    implementation: str = "sdpa",
+    mask: torch.Tensor | None = None,
+    weights: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """y [S, H, C] for the last S of L tokens of one sequence.
 
     Args:
         q: [S, H, C]. The first query is token L - S of the sequence; each attends to itself and to the tokens before it.
         k, v: [G, L, C], G divides H.
         implementation: "sdpa" or "triton", which both call torch's fused attention here: it prefills over an unquantized cache as fast as
-            a kernel of our own; or "eager", every step written out in float32.
+            a kernel of our own; "flash_attention_2"; or "eager", every step written out in float32.
+        mask: [1 or H, S, L], what each query attends to in place of the tokens up to itself: a boolean, or a number that is added to the
+            score. A query that may attend to nothing gets zeros.
+        weights: gets the attention weights [H, S, L] appended in the dtype of `q`; only for "eager".
+
+    Raises:
+        DbrxError: a mask or `weights` for an implementation that has none.
     """
     if implementation == "eager":
-        return attention_reference(q, k, v).to(q.dtype)
+        shares = attention_weights(q, k, mask)
+        if weights is not None:
+            weights.append(shares.to(q.dtype))
+        return _weighted(shares, v).to(q.dtype)
+    if mask is not None or weights is not None or implementation == "flash_attention_2":
+        _check_extras(implementation, mask is not None, weights is not None)
+        if implementation == "flash_attention_2":
+            from .flash_attention import flash_attention
+
+            return flash_attention(q, k.transpose(0, 1), v.transpose(0, 1), [len(q)])
     (S, H, C), (G, L, _) = q.shape, k.shape
+    if mask is not None:
+        return _masked(q, k, v, mask)
     if S == 1:  # the H/G query heads of a key/value head become the rows of one attention: keys and values are read once
         return F.scaled_dot_product_attention(q.view(1, G, H // G, C), k[None], v[None]).reshape(1, H, C)
     mask = torch.ones(S, L, dtype=torch.bool, device=q.device).tril(L - S) if S < L else None
@@ -90,15 +142,50 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, implementati
     return out[0].transpose(0, 1)
 
 
-def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`attention` by torch's fused attention with a mask."""
+    visible = _visible(mask)
+    if mask.dtype != torch.bool:
+        mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask[None], enable_gqa=True)[0]
+    return out.masked_fill(~visible, 0).transpose(0, 1)  # [S, H, C]
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Whether a query may attend to any token: [1 or H, S, 1]."""
+    return (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1, keepdim=True)
+
+
+def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """float32 y [S, H, C]; arguments as for `attention`."""
+    return _weighted(attention_weights(q, k, mask), v)
+
+
+def _weighted(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """float32 [S, H, C]: for each query the values v [G, L, C], added up by its weights [H, S, L]."""
+    G = len(v)
+    return torch.einsum("ghsl,glc->sghc", weights.unflatten(0, (G, -1)), v.float()).flatten(1, 2)
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [H, S, L], how much each query takes of each value; arguments as for `attention`."""
     S, H, C = q.shape
     G, L, _ = k.shape
     grouped = q.float().view(S, G, H // G, C)
     scores = torch.einsum("sghc,glc->ghsl", grouped, k.float()) * C**-0.5
-    future = torch.ones(S, L, dtype=torch.bool, device=q.device).triu(L - S + 1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return torch.einsum("ghsl,glc->sghc", weights, v.float()).reshape(S, H, C)
+    if mask is None:
+        future = torch.ones(S, L, dtype=torch.bool, device=q.device).triu(L - S + 1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1).view(H, S, L)
+    scores = scores.view(H, S, L)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1).masked_fill(~_visible(mask), 0)
+
+
+def _check_extras(implementation: str, masked: bool, weighed: bool) -> None:
+    if masked and implementation not in MASKED:
+        raise DbrxError(f"a mask needs implementation='sdpa' or 'eager'; found {implementation!r}. Choose one of them")
+    if weighed and implementation != "eager":
+        raise DbrxError(f"attention weights need implementation='eager'; found {implementation!r}. Choose it")
 
 
 def _own(q: torch.Tensor, cache: KVLayer, sequences: Sequences) -> torch.Tensor:

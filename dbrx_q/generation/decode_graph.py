@@ -16,8 +16,9 @@ import torch
 from dbrx_q.errors import RequestError
 from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.kernels.attention import Sequences
+from dbrx_q.model.batch import Batch
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.layers import Batch, PackedWeight
+from dbrx_q.model.layers import PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 
 __all__ = ["BatchDecoder", "DecodeStep", "capturable"]

@@ -4,7 +4,10 @@ Begin with `modeling.py`: `DbrxForCausalLM.from_pretrained` loads a model and `f
 
 A forward pass, from the outside in:
 
-- `modeling.py`: token ids to logits. Checks a batch, removes its padding, and runs the blocks, on several GPUs if need be.
+- `modeling.py`: token ids to logits. Removes padding and runs the blocks, on several GPUs if need be. `arguments.py` reads its flags.
+- `inputs.py`: checks ids, embeddings, positions and the cache of a call; `masks.py` its attention mask.
+- `batch.py`: the tokens of a pass without padding, and what all layers share. `loss.py`: losses, and the columns that get logits.
+- `implementations.py`: which implementation of attention runs.
 - `layers.py`: the modules of a block, with plain or packed weights. Experts are asked of an expert store (`dbrx_q.experts`).
 - `block.py`: the arithmetic of a block as functions, which calibration uses as well.
 - `outputs.py`: what a forward pass returns: dataclasses that are dictionaries too, as in transformers.

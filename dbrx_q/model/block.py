@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from dbrx_q.config import NORM_EPS, DbrxConfig, DbrxFFNConfig
 from dbrx_q.kernels.attention import IMPLEMENTATIONS, attention
+from dbrx_q.kernels.flash_attention import flash_attention
 from dbrx_q.kernels.formats.expert_weights import Routing
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import split_and_rotate
@@ -74,6 +75,8 @@ def attend(
     heads: int,
     clip: float | None = None,
     implementation: str = IMPLEMENTATIONS[0],
+    masks: Sequence[torch.Tensor | None] | None = None,
+    weights: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """[T, H, C]: causal grouped-query attention within each of some whole sequences, in the dtype of `qkv`.
 
@@ -84,11 +87,19 @@ def attend(
         heads: H.
         clip: clamps `qkv` to +-clip first; None where it is clamped already, or where the model does not clamp.
         implementation: one of `kernels.attention.IMPLEMENTATIONS`.
+        masks: for each sequence what its tokens attend to, as `Sequences.masks` has them; None for causal attention.
+        weights: gets the attention weights [H, S, S] of every sequence appended; only for "eager".
     """
     qkv = qkv if clip is None else qkv.clamp(-clip, clip)
     q, k, v = split_and_rotate(qkv, *rotation, heads=heads, channels=2 * rotation[0].shape[1])  # [T, H or G, C]
-    parts = zip(*(part.split([len(qkv)] if counts is None else list(counts)) for part in (q, k, v)), strict=True)
-    outputs = [attention(q, k.transpose(0, 1), v.transpose(0, 1), implementation=implementation) for q, k, v in parts]
+    counts = [len(qkv)] if counts is None else list(counts)
+    if implementation == "flash_attention_2" and masks is None and weights is None:
+        return flash_attention(q, k, v, counts)
+    parts = zip(*(part.split(counts) for part in (q, k, v)), masks or [None] * len(counts), strict=True)
+    outputs = [
+        attention(q, k.transpose(0, 1), v.transpose(0, 1), implementation=implementation, mask=mask, weights=weights)
+        for q, k, v, mask in parts
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

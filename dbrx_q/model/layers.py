@@ -1,14 +1,17 @@
 """The layers of DBRX for inference, named as in the checkpoint; `block.py` has the arithmetic.
 
+Each module's `forward` takes and returns what the module of the same name in transformers does, with the T real tokens of all sequences in
+place of [B, S], so that a hook sees what a user expects. `run` computes the same and leaves out what would cost time: it adds to the
+residual stream and normalizes in one pass over memory, and routes in one kernel. A module runs by `forward` only where a hook watches it
+(`hooked`).
+
 Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `N` output features, `K` input features, `H` query heads,
-`G` key/value heads, `L` tokens in the cache, `C` channels of a head, `E` experts, `F` ffn hidden, `B` sequences.
+`G` key/value heads, `C` channels of a head, `E` experts, `A` active experts of a token, `F` ffn hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +21,23 @@ from dbrx_q.checkpoint.layout import EXPERT_MATRICES, expert_weights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import UnsupportedError
 from dbrx_q.experts import ExpertStore
-from dbrx_q.kernels.attention import IMPLEMENTATIONS, Sequences, cached_attention
-from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.attention import IMPLEMENTATIONS, cached_attention
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight, gather_rows
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.qkv import store_qkv
+from dbrx_q.kernels.router import choose_experts
 
-from .block import Rotation, attend, normed, routed
-from .kv_cache import KVCache
+from .batch import ForwardPass
+from .block import attend, normed, routed
 
-__all__ = ["Batch", "DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "batch_of"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tokens of one call, one sequence after the other."""
-
-    sequences: Sequences
-    """Where each sequence begins and ends."""
-    positions: torch.Tensor
-    """int32 [T]: the position of each token in its sequence."""
-    rows: torch.Tensor
-    """int32 [T]: the row of the cache that stores each token's keys and values."""
-    cache: KVCache | None
-    """None where no keys and values are kept."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on another device; the cache's keys and values stay on the devices of their layers."""
-        if self.positions.device == device:
-            return self
-        rows = None if self.sequences.rows is None else self.sequences.rows.to(device)
-        sequences = replace(self.sequences, starts=self.sequences.starts.to(device), lengths=self.sequences.lengths.to(device), rows=rows)
-        return Batch(sequences, self.positions.to(device), self.rows.to(device), self.cache)
+__all__ = ["DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "hooked"]
 
 
-def batch_of(counts: Sequence[int], past: Sequence[int], cache: KVCache | None, device: torch.device) -> Batch:
-    """A batch of `counts[b]` new tokens for each sequence b, which follow `past[b]` tokens in the cache."""
-    ends = [length + count for length, count in zip(past, counts, strict=True)]
-    tokens = [(b, length + i) for b, (length, count) in enumerate(zip(past, counts, strict=True)) for i in range(count)]
-    rows, positions = torch.tensor(tokens, dtype=torch.int32).view(-1, 2).T.contiguous().to(device)
-    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-    lengths = torch.tensor(ends, dtype=torch.int32).to(device)
-    return Batch(Sequences(starts, lengths, tuple(counts), tuple(ends)), positions, rows, cache)
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook of the user, or a wrapped `forward`, watches the module, so that it must be called as one."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 class PackedWeight(nn.Module):
@@ -94,32 +71,55 @@ class DbrxLinear(nn.Module):
         super().__init__()
         self.weight: nn.Parameter | PackedWeight = _matrix(N, K)
 
-    def forward(self, x: torch.Tensor, *, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, _weight(self.weight))
+
+    def run(self, x: torch.Tensor, *, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The product, clamped to +-clip and added to `residual`."""
+        if hooked(self):
+            y = self(x) if clip is None else self(x).clamp(-clip, clip)
+            return y if residual is None else y + residual
         return linear(x, _weight(self.weight), clip=clip, residual=residual)
 
 
 class DbrxEmbedding(nn.Module):
-    """Looks up rows of weight [V, D], plain or packed."""
+    """Looks up rows of weight [V, D], plain or packed.
+
+    Attributes:
+        dtype: of the rows of a packed weight.
+    """
 
     def __init__(self, V: int, D: int) -> None:
         super().__init__()
         self.weight: nn.Parameter | PackedWeight = _matrix(V, D)
+        self.dtype = torch.get_default_dtype()
 
-    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[..., D] for ids [...]; `dtype` is that of a packed weight's rows, None for the module's."""
         weight = _weight(self.weight)
-        return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else gather_rows(weight, ids, dtype)
+        return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else gather_rows(weight, ids, dtype or self.dtype)
 
 
 class DbrxLayerNorm(nn.Module):
-    """Adds a layer's output to the residual stream and normalizes the sum: LayerNorm without bias."""
+    """LayerNorm without bias."""
 
     def __init__(self, D: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(D), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return normed(x, self.weight)[1]
+
+    def run(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + delta, its norm), both [T, D]; without `delta` the sum is `x` itself."""
+        if hooked(self):
+            total = _total(x, delta)
+            return total, self(total)
         return normed(x, self.weight, delta)
+
+
+def _total(x: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    return x if delta is None else x + delta
 
 
 class DbrxAttention(nn.Module):
@@ -134,18 +134,35 @@ class DbrxAttention(nn.Module):
         self.Wqkv = DbrxLinear(D, D + 2 * config.attn_config.kv_n_heads * config.head_dim)
         self.out_proj = DbrxLinear(D, D)
 
-    def forward(self, x: torch.Tensor, batch: Batch, rotation: Rotation, residual: torch.Tensor) -> torch.Tensor:
-        """residual + attention, [T, D]."""
-        return self.out_proj(self._attend(x, batch, rotation).flatten(1), residual=residual)
+    def forward(self, x: torch.Tensor, shared: ForwardPass) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """(attention [T, D], the attention weights [H, S, L] of each sequence or None where they are not wanted)."""
+        weights = shared.attention_weights()
+        return self.out_proj.run(self._heads(x, shared, weights).flatten(1)), weights
 
-    def _attend(self, x: torch.Tensor, batch: Batch, rotation: Rotation) -> torch.Tensor:
+    def run(self, x: torch.Tensor, shared: ForwardPass, residual: torch.Tensor) -> torch.Tensor:
+        """residual + attention, [T, D]."""
+        if hooked(self):
+            return residual + self(x, shared)[0]
+        return self.out_proj.run(self._heads(x, shared, shared.attention_weights()).flatten(1), residual=residual)
+
+    def _heads(self, x: torch.Tensor, shared: ForwardPass, weights: list[torch.Tensor] | None) -> torch.Tensor:
         """[T, H, C]."""
+        batch, rotation = shared.batch, shared.rotation
+        sequences = batch.sequences
         if batch.cache is None:
-            qkv = self.Wqkv(x, clip=self.clip)  # [T, (H + 2G) C]
-            return attend(qkv, rotation, batch.sequences.counts, heads=self.heads, implementation=self.implementation)
+            qkv = self.Wqkv.run(x, clip=self.clip)  # [T, (H + 2G) C]
+            return attend(
+                qkv,
+                rotation,
+                sequences.counts,
+                heads=self.heads,
+                implementation=self.implementation,
+                masks=sequences.masks,
+                weights=weights,
+            )
         layer = batch.cache.layers[self.layer]
-        q = store_qkv(self.Wqkv(x), layer, batch.rows, batch.positions, *rotation, heads=self.heads, clip=self.clip)
-        return cached_attention(q, layer, batch.sequences, implementation=self.implementation)
+        q = store_qkv(self.Wqkv.run(x), layer, batch.rows, batch.stored_at, *rotation, heads=self.heads, clip=self.clip)
+        return cached_attention(q, layer, sequences, implementation=self.implementation, weights=weights)
 
 
 class DbrxNormAttentionNorm(nn.Module):
@@ -157,19 +174,48 @@ class DbrxNormAttentionNorm(nn.Module):
         self.attn = DbrxAttention(config, layer)
         self.norm_2 = DbrxLayerNorm(config.d_model)
 
-    def forward(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream after attention, its norm_2), both [T, D]; `delta` is the previous block's output, not yet added to x."""
-        x, h = self.norm_1(x, delta)
-        return self.norm_2(self.attn(h, batch, rotation, x))
+    def forward(self, x: torch.Tensor, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream after attention, its norm_2), both [T, D]."""
+        return self._normed(x, None, shared)
+
+    def run(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the residual stream x + delta."""
+        if hooked(self):
+            after, h = self(_total(x, delta), shared)
+            return after, h
+        return self._normed(x, delta, shared)
+
+    def _normed(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = self.norm_1.run(x, delta)
+        return self.norm_2.run(self.attn.run(h, shared, x))
+
+
+class DbrxRouterLinear(nn.Linear):
+    """The router's matrix [E, D]; the product is float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ self.weight.float().T
 
 
 class DbrxRouter(nn.Module):
-    """Holds the router's matrix [E, D]."""
+    """Scores the experts for each token."""
 
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
-        self.layer = nn.Linear(config.d_model, config.ffn_config.moe_num_experts, bias=False)
+        self.config = config.ffn_config
+        self.layer = DbrxRouterLinear(config.d_model, config.ffn_config.moe_num_experts, bias=False)
         self.layer.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 logits [T, E]."""
+        logits: torch.Tensor = self.layer(x)
+        return logits
+
+    def run(self, x: torch.Tensor) -> Routing:
+        """The logits, the experts chosen by them, and the weights of these."""
+        if hooked(self) or hooked(self.layer):
+            return choose_experts(self(x).float(), self.config.moe_top_k, self.config.moe_normalize_expert_weights)
+        return routed(x, self.layer.weight, self.config)
 
 
 class DbrxExpertMLP(nn.Module):
@@ -192,11 +238,33 @@ class DbrxExpertMLP(nn.Module):
 
 
 class DbrxExperts(nn.Module):
-    """Holds the experts' matrices under the checkpoint's name."""
+    """The experts of a layer, which an expert store computes. The matrices have the checkpoint's names."""
 
-    def __init__(self, config: DbrxConfig) -> None:
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.mlp = DbrxExpertMLP(config)
+
+    def forward(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *, logits: torch.Tensor, store: ExpertStore
+    ) -> torch.Tensor:
+        """[T, D]: the weighted sum of each token's experts.
+
+        Args:
+            x: [T, D].
+            experts: int64 [T, A], the experts of each token, best first.
+            weights: float32 [T, A], the factors of their outputs.
+            logits: float32 [T, E], the router's.
+            store: computes the experts.
+        """
+        return store.forward(self.layer, x, Routing(logits, experts, weights))
+
+    def run(self, x: torch.Tensor, routing: Routing, store: ExpertStore) -> torch.Tensor:
+        """The same for a router's decision."""
+        if hooked(self):
+            y: torch.Tensor = self(x, routing.experts, routing.weights, logits=routing.logits, store=store)
+            return y
+        return store.forward(self.layer, x, routing)
 
 
 class DbrxFFN(nn.Module):
@@ -204,15 +272,20 @@ class DbrxFFN(nn.Module):
 
     def __init__(self, config: DbrxConfig, layer: int) -> None:
         super().__init__()
-        self.index = layer
-        self.config = config.ffn_config
         self.router = DbrxRouter(config)
-        self.experts = DbrxExperts(config)
+        self.experts = DbrxExperts(config, layer)
 
-    def forward(self, x: torch.Tensor, store: ExpertStore) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output of the experts [T, D], float32 router logits [T, E])."""
-        routing = routed(x, self.router.layer.weight, self.config)
-        return store.forward(self.index, x, routing), routing.logits
+    def forward(self, x: torch.Tensor, shared: ForwardPass) -> torch.Tensor:
+        """The output of the experts [T, D]."""
+        routing = self.router.run(x)
+        if shared.recorder is not None:
+            shared.recorder.router_logits.append(routing.logits)
+        return self.experts.run(x, routing, shared.store)
+
+    def run(self, x: torch.Tensor, shared: ForwardPass) -> torch.Tensor:
+        """The same."""
+        y: torch.Tensor = self(x, shared) if hooked(self) else self.forward(x, shared)
+        return y
 
 
 class DbrxBlock(nn.Module):
@@ -228,14 +301,20 @@ class DbrxBlock(nn.Module):
         """The device that computes the block."""
         return self.norm_attn_norm.norm_1.weight.device
 
-    def forward(
-        self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, rotation: Rotation, store: ExpertStore
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(residual stream after attention [T, D], output of the experts [T, D], float32 router logits [T, E]).
+    def forward(self, x: torch.Tensor, shared: ForwardPass) -> torch.Tensor:
+        """The residual stream after the block [T, D]."""
+        return _total(*self._parts(x, None, shared))
 
-        The next norm adds the experts' output to the stream, in the same pass over memory; `delta` is the output of the previous block's
-        experts, None for the first block.
+    def run(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(residual stream after attention, output of the experts), both [T, D], whose sum is the residual stream after the block.
+
+        The next norm adds them, in the same pass over memory. `delta` is the second result of the previous block, None for the first
+        block. A block that a hook watches returns the sum and None.
         """
-        x, h = self.norm_attn_norm(x, delta, batch, rotation)
-        out, logits = self.ffn(h, store)
-        return x, out, logits
+        if hooked(self):
+            return self(_total(x, delta), shared), None
+        return self._parts(x, delta, shared)
+
+    def _parts(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = self.norm_attn_norm.run(x, delta, shared)
+        return x, self.ffn.run(h, shared)

@@ -22,7 +22,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import Download, resolve_folder
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, inner_name, kind_of, part_name, parts_of
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
+from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.experts.build import StoreParts, build_store
 from dbrx_q.experts.fallback import open_fallback
@@ -35,7 +35,6 @@ from dbrx_q.experts.reader import ExpertReader, reads_faster_directly
 from dbrx_q.experts.tiered_store import NextRouter
 from dbrx_q.experts.trace import Trace
 from dbrx_q.json_file import read_json_object
-from dbrx_q.kernels.attention import IMPLEMENTATIONS
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -46,6 +45,7 @@ from dbrx_q.planning.machine import Placement
 from dbrx_q.planning.policy_names import MissPolicy
 
 from .devices import check_device
+from .implementations import choose_implementation, set_implementation
 from .layers import PackedWeight
 from .limits import limits_of
 from .modeling import DbrxForCausalLM, DbrxModel
@@ -101,22 +101,15 @@ def load_as(
         raise RequestError(f"a budget says which devices are used; found device {str(device)!r} beside it. Leave one of them out")
     target = check_device(device) if budget is None or not budget.machine.gpus else budget.gpus[0]
     given = None if config is None else _with_overrides(DbrxConfig.of(config), overrides)
-    triton = pick(target) is Backend.TRITON
-    wanted = attn_implementation or (None if given is None else given._attn_implementation)
-    implementation = wanted or ("triton" if triton else "sdpa")
-    if implementation not in IMPLEMENTATIONS:
-        raise UnsupportedError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
-    if implementation == "triton" and not triton:
-        raise UnsupportedError(f"attn_implementation 'triton' needs a GPU; the device is {str(target)!r}. Choose 'sdpa' or 'eager'")
+    asked = attn_implementation or (None if given is None else given._attn_implementation)
+    choose_implementation(asked, target)  # an error before anything is fetched
     fallback = budget is not None and budget.fallback
     folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=fallback, download=download)
     if given is None and overrides:
         given = _with_overrides(DbrxConfig.from_pretrained(folder), overrides)
     model = _load(model_class, folder, dtype, target, budget, given)
     model.config.name_or_path = os.fspath(path_or_hub_id)
-    model.config._attn_implementation = implementation
-    for block in model.base_model.layers():
-        block.norm_attn_norm.attn.implementation = implementation
+    set_implementation(model.base_model, choose_implementation(asked or model.config._attn_implementation, target))
     return model
 
 
@@ -186,8 +179,7 @@ def load_plain_model(
     for tensor in dense_tensors(config):
         if expert_store is None or not tensor.experts:
             _put(model, tensor.name, nn.Parameter(read(tensor).to(dtype).to(device), requires_grad=False))
-    for block in model.base_model.layers():
-        block.norm_attn_norm.attn.implementation = "triton" if pick(device) is Backend.TRITON else "sdpa"
+    set_implementation(model.base_model, choose_implementation(None, device))
     return _completed(model, device, eos_token_ids, expert_store)
 
 
@@ -347,6 +339,7 @@ def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int],
             load_tuning(chip_of(used))
     layers = model.base_model.layers()
     model.base_model.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
+    model.base_model.wte.dtype = model.dtype
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     return model
 

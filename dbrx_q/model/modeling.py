@@ -1,30 +1,43 @@
 """The DBRX model for inference: `DbrxModel` and, with its head, `DbrxForCausalLM`. Modules are named as in the checkpoint.
 
-Dimension letters: `B` sequences, `S` columns of a padded batch, `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `H` query
-heads, `G` key/value heads, `C` channels of a head, `E` experts, `F` ffn hidden.
+Dimension letters: `B` sequences, `S` columns of a padded batch, `T` real tokens of all sequences, `L` columns with those of the cache, `D`
+d_model, `V` vocabulary, `H` query heads, `E` experts.
 
 Padding never reaches a layer. A padded batch [B, S] is reduced to its T real tokens, one sequence after the other, and only attention
-knows where a sequence begins.
+knows where a sequence begins. Where the mask is 0, outputs are zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.errors import RequestError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.backend import Backend, pick
 
-from .block import rotation_of
+from .arguments import check_ignored, named_cache, wanted_states, wants_attentions, wants_mapping
+from .batch import Batch, ForwardPass, Recorder
+from .implementations import initial_implementation, set_implementation
+from .inputs import InputReader
 from .kv_cache import KVCache
-from .layers import Batch, DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, batch_of
+from .layers import DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, hooked
 from .limits import Limits
+from .loss import IGNORED, count_kept, kept_columns, kept_mask, load_balancing_loss, next_token_loss
 from .outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from .pretrained import DbrxPreTrainedModel
 
 __all__ = ["DbrxForCausalLM", "DbrxModel"]
+
+OnBlock = Callable[[torch.Tensor, "torch.Tensor | None"], None]
+"""Called after each block with its results, whose sum is the residual stream [T, D]; the second may be None."""
 
 
 class DbrxModel(DbrxPreTrainedModel):
@@ -48,13 +61,20 @@ class DbrxModel(DbrxPreTrainedModel):
         self.norm_f = DbrxLayerNorm(config.d_model)
         self.expert_store: ExpertStore | None = None
         self.limits = Limits()
+        self._hooks_counted, self._watched = -1, False
         _initialise(self, config.initializer_range)
+        set_implementation(self, initial_implementation(config, self.device))
         self.eval()
 
     @property
     def devices(self) -> list[torch.device]:
         """The device of each layer."""
         return [block.device for block in self.layers()]
+
+    @property
+    def attn_implementation(self) -> str:
+        """The implementation of attention, one of `dbrx_q.kernels.attention.IMPLEMENTATIONS`."""
+        return self.layers()[0].norm_attn_norm.attn.implementation
 
     @property
     def steps_together(self) -> bool:
@@ -67,14 +87,23 @@ class DbrxModel(DbrxPreTrainedModel):
         """The expert store; for a model that was not loaded, a store of the modules' own parameters."""
         return self.expert_store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in self.layers()])
 
+    @property
+    def watched(self) -> bool:
+        """Whether a hook of the user watches a module of the model."""
+        registered = RemovableHandle.next_id  # grows with each hook of any module: while it stays, a model without hooks has none
+        if registered != self._hooks_counted:
+            self._watched = any(hooked(module) for module in self.modules() if module is not self)
+            self._hooks_counted = -1 if self._watched else registered
+        return self._watched
+
     def layers(self) -> list[DbrxBlock]:
         """The blocks in order, typed."""
         return [block for block in self.blocks if isinstance(block, DbrxBlock)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: KVCache | None = None,
@@ -83,91 +112,120 @@ class DbrxModel(DbrxPreTrainedModel):
         output_router_logits: bool | None = None,
         *,
         cache: KVCache | None = None,
-    ) -> MoeModelOutputWithPast:
-        """Run new tokens through all layers.
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """Run new tokens through all layers. Arguments, their order and outputs are those of transformers.
+
+        No gradients are computed. Arguments that are None take the configuration's value where it has one. A keyword argument that
+        transformers ignores is ignored, with a warning unless a tokenizer gives it; one that resembles a name of these is a TypeError.
 
         Args:
-            input_ids: int64 [B, S].
-            attention_mask: [B, S], 0 for padding on either side; or [B, past + S], of which the last S columns are used. None for no
-                padding.
-            position_ids, inputs_embeds: must be None.
+            input_ids: whole numbers [B, S].
+            attention_mask: [B, S], 0 for padding on any side or between tokens; or [B, past + S] with the columns of the cache, where 0
+                hides a token in it; or [B or 1, 1 or H, S, past + S] in place of causal attention, a boolean or a number that is added to
+                the score. Hidden tokens and 4 dimensions need "sdpa" or "eager" attention. None for no padding.
+            position_ids: whole numbers [B, S] or [1, S], the position that rotates each token; None to count columns, padding included,
+                from the first call. Without an attention_mask and a cache, a new sequence begins where a position is not the successor of
+                the one before.
             past_key_values: the cache with the tokens before these; the new tokens are added to it.
+            inputs_embeds: [B, S, D] in the dtype of activations, in place of `input_ids`.
+            use_cache: whether to return a cache for later calls.
+            output_router_logits: whether to return the logits of every router.
             cache: another name for `past_key_values`.
-            use_cache: whether to return a cache for later calls; None for the configuration's `use_cache`.
-            output_router_logits: whether to return the logits of every router; None for the configuration's `output_router_logits`.
+            output_attentions: whether to return attention weights; only with "eager" attention.
+            output_hidden_states: whether to return the residual stream before each block and the output of the last norm; or the indices
+                of some of these, which makes the others None.
+            return_dict: False to return a tuple of the outputs that are not None.
+            cache_position: whole numbers [S]; must count on from the columns of the cache.
+            ignored: see above.
 
         Raises:
-            RequestError: token ids out of range, a mask of another shape, or more tokens than the context, the cache or the model's budget
-                has room for.
+            RequestError: inputs of a wrong shape, dtype or value, or more tokens than the context, the cache or the model's budget has room
+                for.
+            TypeError: an unknown argument that resembles a known one.
+            UnsupportedError: what the implementation of attention cannot compute.
         """
-        if position_ids is not None or inputs_embeds is not None:
-            raise UnsupportedError("position_ids and inputs_embeds must be None; found a tensor")
-        past_key_values = past_key_values if cache is None else cache
-        batch, rows = self._batch(input_ids, attention_mask, past_key_values, self.config.use_cache if use_cache is None else use_cache)
-        ids = input_ids.flatten() if rows is None else input_ids.flatten()[rows]
-        x, router_logits = self.run(ids, batch)
-        if batch.cache is not None:
-            batch.cache.advance(list(batch.sequences.counts))
-        with_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        hidden = _padded(x, None if rows is None else rows.to(x.device), input_ids.shape)
-        return MoeModelOutputWithPast(hidden, batch.cache, router_logits=tuple(router_logits) if with_logits else None)
-
-    def run(self, ids: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(the last hidden state [T, D], float32 router logits [T, E] of every layer) of the tokens `ids` [T].
-
-        It never waits for the device, so that a CUDA graph can capture it. The caller advances `batch.cache.lengths`.
-        """
-        x = self.wte(ids.to(self.devices[0]), self.dtype)  # [T, D]
-        batch = batch.to(x.device)
-        rotation = rotation_of(batch.positions, self.config)
-        store = self.store
-        delta, router_logits = None, []
-        for block in self.layers():
-            if block.device != x.device:  # the layers of the next GPU begin: the residual stream moves, 2 D bytes per token
-                batch = batch.to(block.device)
-                rotation = rotation_of(batch.positions, self.config)
-                x, delta = x.to(block.device), None if delta is None else delta.to(block.device)
-            x, delta, logits = block(x, delta, batch, rotation, store)
-            router_logits.append(logits)
-        return self.norm_f(x, delta)[1], router_logits
-
-    def _batch(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, use_cache: bool
-    ) -> tuple[Batch, torch.Tensor | None]:
-        """The tokens of a call once checked, and their indices in the flattened [B * S]; None for the indices without padding."""
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise RequestError(f"input_ids must be whole numbers [batch, tokens]; found {ids.dtype} {list(ids.shape)}")
-        B, S = ids.shape
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            invalid = ids.min() if ids.min() < 0 else ids.max()
-            raise RequestError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}; found {int(invalid)}. Is the tokenizer this model's?"
-            )
-        past = cache.lengths if cache is not None else [0] * B
-        if len(past) != B:
-            raise RequestError(
-                f"past_key_values must hold the {B} sequences of input_ids; found {len(past)}. Pass the cache of these sequences"
-            )
-        rows, counts = None, [S] * B
-        if mask is not None:
-            if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < S:
-                raise RequestError(f"attention_mask must be [{B}, {S}], or [{B}, past + {S}]; found {list(mask.shape)}")
-            real = mask[:, mask.shape[1] - S :].bool()
-            if not real.all():
-                rows, counts = real.flatten().nonzero()[:, 0], real.sum(1).tolist()
-        longest = max((length + count for length, count in zip(past, counts, strict=True)), default=0)
-        if longest > self.config.context_length:
-            raise RequestError(f"a sequence must fit {self.config.context_length} tokens, the context; found {longest}. Shorten it")
-        if self.limits.step_tokens is not None and sum(counts) > self.limits.step_tokens:
-            raise RequestError(
-                f"a forward pass must have at most {self.limits.step_tokens} tokens, which the model's budget has memory for; found "
-                f"{sum(counts)}. Pass fewer at a time, with past_key_values, or load the model with a longer context"
-            )
+        check_ignored(ignored)
+        config, cache = self.config, named_cache(past_key_values, cache)
+        use_cache = config.use_cache if use_cache is None else use_cache
+        with_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        wanted = wanted_states(config, output_hidden_states, config.n_layers + 1)
+        with_attentions = wants_attentions(config, output_attentions, self.attn_implementation)
+        reader = InputReader(config, self.limits, self.dtype, self.device, self.attn_implementation)
+        inputs, longest = reader.read(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, cache_position, stores=cache is not None or use_cache
+        )
+        self.limits.check_outputs(config, self.dtype, inputs.shape, inputs.past, len(wanted or ()), with_attentions, with_logits)
         if cache is None and use_cache:
-            cache = self._new_cache(B, longest)
+            cache = self._new_cache(inputs.shape[0], longest)
         if cache is not None:
             cache.reserve(longest)
-        return batch_of(counts, past, cache, self.device), rows
+        batch = inputs.batch if inputs.batch.cache is cache else replace(inputs.batch, cache=cache)
+
+        recorder = Recorder(attentions=[] if with_attentions else None)
+        states: list[torch.Tensor | None] = []
+
+        def keep(x: torch.Tensor, delta: torch.Tensor | None) -> None:
+            assert wanted is not None
+            if len(states) < config.n_layers:
+                states.append(inputs.padded(x if delta is None else x + delta) if len(states) in wanted else None)
+
+        # Inference mode makes a step of the bundled model 12 % faster, but users cannot save its tensors for backward.
+        kept = with_logits or with_attentions or wanted is not None or self.watched
+        with nullcontext() if kept else torch.inference_mode():
+            x = self._embedded(inputs.tokens)
+            if wanted is not None:
+                keep(x, None)
+            x, delta = self._run_blocks(x, batch, recorder, None if wanted is None else keep)
+        hidden = inputs.padded(self.norm_f.run(x, delta)[1])
+        if wanted is not None:
+            states.append(hidden if config.n_layers in wanted else None)
+        output = MoeModelOutputWithPast(
+            hidden,
+            cache,
+            None if wanted is None else tuple(states),  # type: ignore[arg-type] # None only where the user asked for some
+            inputs.padded_attentions(recorder.attentions, config.n_heads) if recorder.attentions is not None else None,
+            tuple(inputs.padded(logits).flatten(0, 1) for logits in recorder.router_logits) if with_logits else None,
+        )
+        if cache is not None:
+            cache.advance(batch.sequences.counts, inputs.padding)
+        return output if wants_mapping(config, return_dict) else output.to_tuple()
+
+    def run(self, ids: torch.Tensor, batch: Batch, on_block: OnBlock | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(the last hidden state [T, D], float32 router logits [T, E] of every layer) of the tokens `ids` [T].
+
+        `on_block` is called after each block. It never waits for the device, so that a CUDA graph can capture it. The caller advances
+        `batch.cache.lengths`.
+        """
+        recorder = Recorder()
+        x, delta = self._run_blocks(self._embedded(ids), batch, recorder, on_block)
+        return self.norm_f.run(x, delta)[1], recorder.router_logits
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[T, D] on the device of the first block, for ids [T] or embeddings [T, D]."""
+        tokens = tokens.to(self.layers()[0].device)
+        x: torch.Tensor = tokens if tokens.is_floating_point() else self.wte(tokens, self.dtype)
+        return x
+
+    def _run_blocks(
+        self, x: torch.Tensor, batch: Batch, recorder: Recorder, on_block: OnBlock | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The results of the last block for embeddings [T, D]."""
+        shared = ForwardPass.of(batch.to(x.device), self.config, self.store, recorder)
+        delta: torch.Tensor | None = None
+        for block in self.layers():
+            device = block.device
+            if device != x.device:  # the layers of the next GPU begin: the residual stream moves, 2 D bytes per token
+                shared = shared.to(device, self.config)
+                x, delta = x.to(device), None if delta is None else delta.to(device)
+            x, delta = block.run(x, delta, shared)
+            if on_block is not None:
+                on_block(x, delta)
+        return x, delta
 
     def _new_cache(self, batch_size: int, tokens: int) -> KVCache:
         """A cache with room for `tokens` tokens in each sequence, which grows as far as the model's budget allows."""
@@ -219,10 +277,10 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         """Close the files and threads of the expert store. A model whose experts are partly on disk cannot run afterwards."""
         self.transformer.store.close()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: KVCache | None = None,
@@ -230,54 +288,77 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         *,
         cache: KVCache | None = None,
-    ) -> MoeCausalLMOutputWithPast:
-        """Logits of new tokens; other arguments and errors as for `DbrxModel.forward`.
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        shift_labels: torch.Tensor | None = None,
+        ignore_index: int = IGNORED,
+        **ignored: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of new tokens, and their losses; other arguments and errors as for `DbrxModel.forward`.
 
         Args:
-            logits_to_keep: how many of the last columns to compute logits for; 0 for all.
+            labels: whole numbers, one for each column with logits: the tokens of these columns, each predicted by the column before it.
+                Their mean cross entropy is the output's `loss`. It leaves out `ignore_index`, and padding by `attention_mask`: labels of
+                padding and predictions from padding. With router logits, the load-balancing loss `aux_loss` is added with the weight
+                `ffn_config.moe_loss_weight`.
+            logits_to_keep: which columns to compute logits for: the number of last ones, 0 for all; or a tensor, whole numbers [P] or
+                [B, P] for columns by index, or booleans [B, S]. No memory is taken for the logits of others.
+            num_items_in_batch: what to divide the sum of the labels' cross entropies by; None for their number.
+            shift_labels: for each column with logits the token that it predicts, in place of `labels`.
+            ignore_index: the label that the loss leaves out.
 
         Raises:
-            RequestError: also for logits that exceed the model's budget.
+            RequestError: also for labels or columns that do not fit, and for outputs that exceed the model's budget.
         """
-        logit_bytes = self.limits.logit_bytes
-        if logit_bytes is not None and input_ids.ndim == 2:
-            B, S = input_ids.shape
-            columns = min(logits_to_keep or S, S)
-            needed = B * columns * self.config.vocab_size * (torch.float32.itemsize + self.dtype.itemsize)
-            if needed > logit_bytes:
-                raise RequestError(
-                    f"logits must fit {logit_bytes:,} bytes, the workspace of the model's budget; those of {B} x {columns} tokens take "
-                    f"{needed:,}. Name logits_to_keep, or pass fewer tokens at a time"
-                )
-        if labels is not None:
-            raise UnsupportedError("labels must be None; found a tensor")
+        check_ignored(ignored)
+        config = self.config
+        with_router = config.output_router_logits if output_router_logits is None else output_router_logits
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(given, torch.Tensor) and given.ndim >= 2:
+            B, S = int(given.shape[0]), int(given.shape[1])
+            self.limits.check_logits(config, self.dtype, count_kept(B, S, logits_to_keep))
         out = self.transformer(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=named_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
+            output_router_logits=with_router,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cache_position=cache_position,
         )
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        return MoeCausalLMOutputWithPast(logits=logits, cache=out.cache, router_logits=out.router_logits)
+        logits = self.lm_head(kept_columns(out.last_hidden_state, logits_to_keep))
+        loss = aux_loss = real = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -out.last_hidden_state.shape[1] :].bool()
+        if labels is not None or shift_labels is not None:
+            loss = next_token_loss(
+                logits,
+                labels,
+                shift_labels=shift_labels,
+                real=None if real is None else kept_mask(real, logits_to_keep),
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+            )
+        if with_router:
+            aux_loss = load_balancing_loss(out.router_logits, config.ffn_config.moe_top_k, None if real is None else real.flatten())
+            if loss is not None:
+                loss = loss + config.ffn_config.moe_loss_weight * aux_loss.to(loss.device)
+        output = MoeCausalLMOutputWithPast(loss, aux_loss, logits, out.cache, out.hidden_states, out.attentions, out.router_logits)
+        return output if wants_mapping(config, return_dict) else output.to_tuple()
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
-
-
-def _padded(x: torch.Tensor, rows: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """[T, D] as [B, S, D], with zeros in place of padding."""
-    if rows is not None:
-        padded = x.new_zeros(shape.numel(), x.shape[-1])
-        padded[rows] = x
-        x = padded
-    return x.view(*shape, -1)
 
 
 def _initialise(module: nn.Module, std: float) -> None:

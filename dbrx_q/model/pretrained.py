@@ -75,6 +75,24 @@ class DbrxPreTrainedModel(nn.Module):
         """The device of the last layer and the head, which is the only device of most models."""
         return self.base_model.norm_f.weight.device
 
+    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
+        """Compute attention by another implementation from now on.
+
+        Args:
+            attn_implementation: as for `from_pretrained`; or a mapping with it under the key "", as transformers takes for models with
+                parts of their own.
+
+        Raises:
+            UnsupportedError: an unknown name, or one that does not run on the model's devices.
+        """
+        from .implementations import choose_implementation, set_implementation
+
+        current = self.base_model.attn_implementation
+        name = attn_implementation if isinstance(attn_implementation, str) else attn_implementation.get("", current)
+        for device in set(self.base_model.devices):
+            choose_implementation(name, device)
+        set_implementation(self.base_model, name)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -126,7 +144,8 @@ class DbrxPreTrainedModel(nn.Module):
             max_memory: with "auto", how much may be taken of each device: bytes, or a size such as "22GiB", by index of a GPU and by
                 "cpu". None for all that is free.
             budget: memory limits and how experts are served within them; see `Budget`.
-            attn_implementation: "triton", the default on a GPU and only available there; "sdpa", the default on a CPU; or "eager".
+            attn_implementation: "triton", the default on a GPU and only available there; "sdpa", the default on a CPU; "eager", which also
+                gives attention weights; or "flash_attention_2", on a GPU with the package flash-attn.
             cache_dir: where the hub's files are kept; None for the hub's own cache.
             force_download: fetch files from the hub even if the cache has them.
             local_files_only: use the cache alone, without a network.

@@ -23,8 +23,8 @@ from dbrx_q.eval.windows import Window
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.linear import linear
+from dbrx_q.model.batch import Batch, ForwardPass, batch_of
 from dbrx_q.model.block import Rotation, rotation_of
-from dbrx_q.model.layers import Batch, batch_of
 from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .rounding import Rounding, rounded
@@ -194,12 +194,12 @@ class Walk:
             block = self._model.transformer.layers()[place - 1]
             store = _ReplacedExperts(self._store, experts)
             for index, step in enumerate(self._steps):
-                streams[index] = block(*streams[index], step.batch, step.rotation, store)[:2]
+                streams[index] = block.run(*streams[index], ForwardPass(step.batch, step.rotation, store))
 
     def _hidden(self, streams: list[_Stream]) -> list[torch.Tensor]:
         """The last hidden states that predict, [P, D] of every step; `streams` is empty afterwards."""
         norm = self._model.transformer.norm_f
-        return [norm(*streams.pop(0))[1][step.rows] for step in self._steps]
+        return [norm.run(*streams.pop(0))[1][step.rows] for step in self._steps]
 
     def _scores(self, hidden: list[torch.Tensor], head: torch.Tensor | None) -> TokenScores:
         scored, start = TokenScores.zeros(sum(len(step.targets) for step in self._steps)), 0

@@ -19,8 +19,8 @@ import torch
 
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS, check_ids
+from dbrx_q.model.batch import batch_of
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.layers import batch_of
 from dbrx_q.model.modeling import DbrxForCausalLM
 
 __all__ = ["CACHES", "Continuation", "PrefixScorer", "TokenCounts"]

@@ -128,10 +128,10 @@ def test_experts_and_hidden_states_equal_those_of_forward_passes(
         chosen: list[list[list[set[int]]]] = []
         for model, kept in zip(models, states, strict=True):
             handles = [
-                block.norm_attn_norm.norm_1.register_forward_hook(lambda m, a, out, kept=kept: kept.append(out[0]))
+                block.norm_attn_norm.norm_1.register_forward_hook(lambda m, inputs, out, kept=kept: kept.append(inputs[0]))
                 for block in model.transformer.blocks[1:]
             ]
-            handles.append(model.transformer.norm_f.register_forward_hook(lambda m, a, out, kept=kept: kept.append(out[0])))
+            handles.append(model.transformer.norm_f.register_forward_hook(lambda m, inputs, out, kept=kept: kept.append(inputs[0])))
             logits = model(window, output_router_logits=True).router_logits
             chosen.append([[set(row.topk(4).indices.tolist()) for row in layer[:-1]] for layer in logits])
             for handle in handles:

@@ -119,15 +119,20 @@ def streams(model: DbrxForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, 
     """Activations of the model, [T, ...]: embedded tokens, the residual stream after a layer's attention and after its experts, logits."""
     activations = {}
 
-    def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        activations["attention"], activations["experts"] = outputs[0], outputs[0] + outputs[1]
+    def keep(_: torch.nn.Module, inputs: object, stream: torch.Tensor) -> None:
+        activations["experts"] = stream
 
-    handle = model.transformer.layers()[layer].register_forward_hook(keep)
+    def keep_attention(_: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        activations["attention"] = outputs[0]
+
+    block = model.transformer.layers()[layer]
+    handles = [block.register_forward_hook(keep), block.norm_attn_norm.register_forward_hook(keep_attention)]
     with torch.inference_mode():
         activations["head"] = model(ids).logits.flatten(0, 1)
         activations["head"] = activations["head"] - activations["head"].mean(-1, keepdim=True)
         activations["embedding"] = model.transformer.wte(ids.flatten(), torch.float32)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return activations
 
 
