@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dbrx_q.errors import RequestError
 
-__all__ = ["IGNORED", "count_kept", "kept_columns", "load_balancing_loss", "next_token_loss"]
+__all__ = ["IGNORED", "check_labels", "count_kept", "kept_columns", "kept_mask", "load_balancing_loss", "next_token_loss"]
 
 IGNORED = -100
 """The label of a column that the loss leaves out."""
@@ -31,21 +31,19 @@ def next_token_loss(
     """The mean cross entropy of the labels in nats, each predicted by the column before it; a float32 scalar.
 
     Args:
-        logits: [B, P, V].
-        labels: int64 [B, P], the tokens of the same columns; None where `shift_labels` is given.
-        shift_labels: int64 [B, P], for each column the token that it predicts, in place of `labels`.
-        real: bool [B, P], False for padding, whose labels and predictions are left out; None for no padding.
+        logits: [B, P, V]; or [P, V] with `shift_labels`.
+        labels: whole numbers [B, P], the tokens of the same columns; None where `shift_labels` is given.
+        shift_labels: whole numbers [B, P] or [P], for each column the token that it predicts, in place of `labels`.
+        real: bool [B, P] or [P], False for padding, whose labels and predictions are left out; None for no padding.
         num_items_in_batch: what to divide the sum by in place of the number of labels.
         ignore_index: the label that is left out.
-
-    Raises:
-        RequestError: labels of another shape or dtype, or outside the vocabulary.
     """
-    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-    targets = _checked_labels(name, given, logits.shape, ignore_index)
-    if shift_labels is None:
-        targets = F.pad(targets[:, 1:], (0, 1), value=ignore_index)
-    targets = targets.to(logits.device)
+    if shift_labels is not None:
+        targets = shift_labels
+    else:
+        assert labels is not None
+        targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    targets = targets.long().to(logits.device)
     if real is not None:
         real = real.to(logits.device)
         predicts = real.clone()
@@ -53,25 +51,40 @@ def next_token_loss(
             predicts[:, :-1] &= real[:, 1:]
         targets = targets.masked_fill(~predicts, ignore_index)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+    loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, torch.Tensor) else num_items_in_batch)
 
 
-def _checked_labels(name: str, labels: torch.Tensor | None, shape: Sequence[int], ignore_index: int) -> torch.Tensor:
-    B, P, V = shape
+def check_labels(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, B: int, S: int, keep: int | torch.Tensor, V: int, ignore_index: int
+) -> None:
+    """Check the labels of a call [B, S] whose logits are those of `keep`, as for `kept_columns`.
+
+    Raises:
+        RequestError: labels of another shape or dtype, or outside the vocabulary.
+    """
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is None:
+        return
+    flat = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
+    if flat and shift_labels is None:
+        raise RequestError("labels need logits of columns in order; found booleans for logits_to_keep. Pass shift_labels")
+    kept = count_kept(B, S, keep)
+    _check_labels(name, given, [kept] if flat else [B, kept // B], V, ignore_index)
+
+
+def _check_labels(name: str, labels: torch.Tensor, shape: list[int], V: int, ignore_index: int) -> None:
     if not isinstance(labels, torch.Tensor):
         raise RequestError(f"{name} must be a tensor; found {type(labels).__name__}")
-    if labels.is_floating_point() or labels.dtype == torch.bool or tuple(labels.shape) != (B, P):
+    if labels.is_floating_point() or labels.dtype == torch.bool or list(labels.shape) != shape:
         raise RequestError(
-            f"{name} must be whole numbers [{B}, {P}], one for each column with logits; found {labels.dtype} {list(labels.shape)}"
+            f"{name} must be whole numbers {shape}, one for each column with logits; found {labels.dtype} {list(labels.shape)}"
         )
-    labels = labels.long()
     outside = labels[((labels < 0) | (labels >= V)) & (labels != ignore_index)]
     if outside.numel():
         raise RequestError(f"{name} must be token ids from 0 to {V - 1}, or {ignore_index} to be ignored; found {int(outside[0])}")
-    return labels
 
 
 def load_balancing_loss(router_logits: Sequence[torch.Tensor], top_k: int, real: torch.Tensor | None = None) -> torch.Tensor:

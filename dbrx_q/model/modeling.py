@@ -30,7 +30,7 @@ from .inputs import InputReader
 from .kv_cache import KVCache
 from .layers import DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, hooked
 from .limits import Limits
-from .loss import IGNORED, count_kept, kept_columns, kept_mask, load_balancing_loss, next_token_loss
+from .loss import IGNORED, check_labels, count_kept, kept_columns, kept_mask, load_balancing_loss, next_token_loss
 from .outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from .pretrained import DbrxPreTrainedModel
 
@@ -323,6 +323,8 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         if isinstance(given, torch.Tensor) and given.ndim >= 2:
             B, S = int(given.shape[0]), int(given.shape[1])
             self.limits.check_logits(config, self.dtype, count_kept(B, S, logits_to_keep))
+            if B and S:
+                check_labels(labels, shift_labels, B, S, logits_to_keep, config.vocab_size, ignore_index)
         out = self.transformer(
             input_ids,
             attention_mask=attention_mask,
