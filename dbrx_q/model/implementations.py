@@ -64,4 +64,4 @@ def set_implementation(model: DbrxModel, name: str) -> None:
     for block in model.layers():
         block.norm_attn_norm.attn.implementation = name
     if model.device.type != "meta":
-        model.config._attn_implementation = name  # type: ignore[attr-defined] # the name by which users of transformers read it
+        model.config._attn_implementation = name
