@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.model.batch import batch_of
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import all_finite, finite_logits, overflow_error
 
 from .windows import Window
 
@@ -162,6 +164,9 @@ def observe(
         first: tokens of the text that were predicted before.
         interval: distance in predicted tokens between two samples of the residual stream; 0 for no samples.
         kv_format: "plain" attends to unquantized keys and values; "int8" and "int4" to keys and values quantized to that format.
+
+    Raises:
+        RequestError: hidden states that are not finite.
     """
     longest = max(window.end - window.first for window in windows)
     cache = None
@@ -187,6 +192,8 @@ def observe(
             streams.append((stream if delta is None else stream + delta[local_rows].float()).cpu())
 
         hidden, logits = model.transformer.run(tokens.to(model.device), batch, keep)
+        if not all_finite(hidden):
+            raise overflow_error(model, partial(model.transformer.run, tokens.to(model.device), batch))
         if cache is not None:
             cache.advance([part.end - part.first for part in parts])
         top = model.config.ffn_config.moe_top_k
@@ -224,7 +231,7 @@ def chunks(tokens: int) -> Iterator[slice]:
 def logit_chunks(model: DbrxForCausalLM, step: Observation) -> Iterator[tuple[slice, torch.Tensor]]:
     """(slice of the step's predicted tokens, float64 logits [at most `LOGIT_TOKENS`, V]), which bounds the logits in memory."""
     for chunk in chunks(len(step.targets)):
-        yield chunk, model.lm_head(step.hidden[chunk]).double()
+        yield chunk, finite_logits(model, step.hidden[chunk]).double()
 
 
 Progress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ from dbrx_q.json_file import read_json_object
 from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "open_shards"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "converted", "open_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -318,12 +318,41 @@ def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     Raises:
         CheckpointError: names the tensor and its file.
     """
+    if not _is_finite(tensor):
+        raise CheckpointError(f"{path}: tensor {name} must be finite; found NaN or infinity. The file is damaged: fetch it again")
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path | str) -> torch.Tensor:
+    """A finite tensor in another dtype.
+
+    Args:
+        tensor: on the CPU.
+        dtype: a floating-point one.
+        name: of the tensor, in messages.
+        path: the file or checkpoint that holds it, in messages.
+
+    Raises:
+        CheckpointError: a value that `dtype` cannot hold.
+    """
+    out = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not _is_finite(out):
+        label = str(dtype).removeprefix("torch.")
+        wider = "bfloat16 or float32, which hold values up to 3.4e38" if dtype == torch.float16 else "float32"
+        raise CheckpointError(
+            f"{path}: tensor {name} must fit {label}, which holds values up to {torch.finfo(dtype).max:.6g}; found "
+            f"{float(tensor.abs().max()):.6g}. Choose {wider} (--dtype)"
+        )
+    return out
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.dtype not in _INFINITY:
-        return
+        return True
     kind, infinity = _INFINITY[tensor.dtype]
     for piece in tensor.view(-1).view(kind).split(_FINITE_STEP):
         # Read as integers, floats without their sign bit are ordered by size, then follow infinity and all NaNs.
         signed = piece.numpy()
         unsigned = signed.view(f"u{signed.dtype}")
         if signed.size and not (signed.max() < infinity and int(unsigned.max()) - (1 << 8 * signed.itemsize - 1) < infinity):
-            raise CheckpointError(f"{path}: tensor {name} must be finite; found NaN or infinity. The file is damaged: fetch it again")
+            return False
+    return True

@@ -12,15 +12,19 @@ Dimension letters: `V` vocabulary, `D` d_model.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
+from dbrx_q.errors import RequestError
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import all_finite, overflow_error, repeat_sequence
 from dbrx_q.planning.footprint import PREFILL_TOKENS
 
 from .decode_graph import BatchDecoder
@@ -38,6 +42,7 @@ class Decoder(ABC):
     def __init__(self, model: DbrxForCausalLM) -> None:
         self._model = model
         self._prompts: dict[int, Sequence[int]] = {}
+        self._steps: dict[int, list[int]] = {}  # the tokens that followed each prompt
         self.prefilled: dict[int, int] = {}
 
     @abstractmethod
@@ -48,21 +53,39 @@ class Decoder(ABC):
         """Append `prompt` to sequence `index`; float32 logits [V] of the token that follows."""
         cache = self._cache(index)
         if cache.lengths != [0]:
-            self._prompts[index] = [*self._prompts[index], *prompt]
+            self._prompts[index] = [*self._sequence(index), *prompt]
+            self._steps[index] = []
             self.prefilled[index] += len(prompt)
-            return prefill(self._model, prompt, cache)
+            return self._checked(index, prefill(self._model, prompt, cache))
         step = _chunk(self._model) if pick(self._model.device) is Backend.CPU else 1
         prefixes = ((i, _common_prefix_length(earlier, prompt)) for i, earlier in self._prompts.items())
         donor, shared = max(prefixes, key=lambda pair: pair[1], default=(-1, 0))
         shared = min(shared, len(prompt) - 1) // step * step
         if shared:
             cache.copy_prefix(self._cache(donor), shared)
-        self._prompts[index], self.prefilled[index] = prompt, len(prompt) - shared
-        return prefill(self._model, prompt[shared:], cache)
+        self._prompts[index], self.prefilled[index], self._steps[index] = prompt, len(prompt) - shared, []
+        return self._checked(index, prefill(self._model, prompt[shared:], cache))
 
     @abstractmethod
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
-        """Append one token to each of the given sequences; float32 logits [V] of the token that follows, by index of the sequence."""
+        """Append one token to each of the given sequences; float32 logits [V] of the token that follows, by index of the sequence.
+
+        Raises:
+            RequestError: logits that are not finite; on a GPU those of the step before.
+        """
+
+    def _sequence(self, index: int) -> list[int]:
+        """The tokens of a sequence so far."""
+        return [*self._prompts[index], *self._steps[index]]
+
+    def _checked(self, index: int, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [.., V] that follow sequence `index`, if they are finite."""
+        if not all_finite(logits):
+            raise self._overflow(index)
+        return logits
+
+    def _overflow(self, index: int) -> RequestError:
+        return overflow_error(self._model, partial(repeat_sequence, self._model, self._sequence(index)))
 
 
 def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
@@ -95,7 +118,9 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
         yield _Separate(model, capacities, kv_format)
         return
     with BatchDecoder.borrowed(model, len(capacities), max(capacities, default=1), kv_format) as batch:
-        yield _Together(model, batch)
+        decoder = _Together(model, batch)
+        yield decoder
+        decoder.close()
 
 
 def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -118,7 +143,11 @@ class _Separate(Decoder):
         return self._caches[index]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
-        return {i: decode_one_token(self._model, token, self._caches[i]) for i, token in tokens.items()}
+        logits = {}
+        for i, token in tokens.items():
+            self._steps[i].append(token)
+            logits[i] = self._checked(i, decode_one_token(self._model, token, self._caches[i]))
+        return logits
 
 
 class _Together(Decoder):
@@ -127,6 +156,10 @@ class _Together(Decoder):
     def __init__(self, model: DbrxForCausalLM, batch: BatchDecoder) -> None:
         super().__init__(model)
         self._batch = batch
+        # The sums of a step's logits follow them to the host. The next step reads them: by then the host has waited for the tokens.
+        self._sums = torch.zeros(len(batch.cache.lengths), pin_memory=model.device.type == "cuda")
+        self._copied = torch.cuda.Event() if model.device.type == "cuda" else None
+        self._unchecked: list[int] = []
 
     def _cache(self, index: int) -> KVCache:
         return self._batch.cache.sequence(index)
@@ -137,6 +170,21 @@ class _Together(Decoder):
         return logits
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        self.close()
         rows = list(tokens)
+        for i, token in tokens.items():
+            self._steps[i].append(token)
         logits = self._batch.step(list(tokens.values()), rows)  # [sequences, V]
+        self._sums[: len(rows)].copy_(logits.sum(-1), non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._model.device))
+        self._unchecked = rows
         return dict(zip(rows, logits, strict=True))
+
+    def close(self) -> None:
+        if self._copied is not None and self._unchecked:
+            self._copied.synchronize()
+        rows, self._unchecked = self._unchecked, []
+        for i, total in zip(rows, self._sums.tolist(), strict=False):
+            if not math.isfinite(total):
+                raise self._overflow(i)

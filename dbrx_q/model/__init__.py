@@ -12,6 +12,7 @@ A forward pass, from the outside in:
 - `block.py`: the arithmetic of a block as functions, which calibration uses as well.
 - `outputs.py`: what a forward pass returns: dataclasses that are dictionaries too, as in transformers.
 - `rope.py`: the rotary embedding of longer contexts: linear, dynamic and YaRN scaling.
+- `overflow.py`: finds logits that are not finite, and the layer where they began.
 - `kv_cache.py`: keys and values of the tokens so far, plain or quantized; grows, forks and shares prefixes.
 
 Loading:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.folder import Checkpoint, converted
 from dbrx_q.checkpoint.hub import Download, resolve_folder
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, inner_name, kind_of, part_name, parts_of
 from dbrx_q.config import DbrxConfig
@@ -164,6 +164,7 @@ def load_plain_model(
     device: torch.device = _CPU,
     eos_token_ids: Sequence[int] = (),
     expert_store: ExpertStore | None = None,
+    source: str = "the checkpoint",
 ) -> DbrxForCausalLM:
     """A model of plain weights from a checkpoint of any format.
 
@@ -174,11 +175,15 @@ def load_plain_model(
         device: where the model computes.
         eos_token_ids: token ids that end a generation; if empty, those of the configuration.
         expert_store: serves the experts, whose tensors are then not read; None to keep all experts in memory.
+        source: the checkpoint in messages.
+
+    Raises:
+        CheckpointError: a value that `dtype` cannot hold.
     """
     model = _empty(DbrxForCausalLM, config, dtype, device)
     for tensor in dense_tensors(config):
         if expert_store is None or not tensor.experts:
-            _put(model, tensor.name, nn.Parameter(read(tensor).to(dtype).to(device), requires_grad=False))
+            _put(model, tensor.name, nn.Parameter(converted(read(tensor), dtype, tensor.name, source).to(device), requires_grad=False))
     set_implementation(model.base_model, choose_implementation(None, device))
     return _completed(model, device, eos_token_ids, expert_store)
 
@@ -347,7 +352,7 @@ def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int],
 def _read_plain(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     stored = checkpoint.infos[tensor.name].dtype
     values = checkpoint.read(tensor.name, empty_host(tensor.shape, stored))
-    return nn.Parameter(values.to(dtype).to(device), requires_grad=False)
+    return nn.Parameter(converted(values, dtype, tensor.name, checkpoint.path_of(tensor.name)).to(device), requires_grad=False)
 
 
 def read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> QuantizedWeight:

@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 
+from dbrx_q.checkpoint.folder import converted
 from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, oriented
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
@@ -46,9 +47,17 @@ class DequantizedSource(Source):
         chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
         if stream is None:
             stream = streams(self.config, chosen, self._available(device), source=self.name)
-        store = StreamedExpertStore(self.config, self.reader, chosen, device) if stream else None
+        store = StreamedExpertStore(self.config, self.reader, chosen, device, name=self.name) if stream else None
         with self.reader() as read:
-            return load_plain_model(self.config, read, dtype=chosen, device=device, eos_token_ids=self.eos_token_ids, expert_store=store)
+            return load_plain_model(
+                self.config,
+                read,
+                dtype=chosen,
+                device=device,
+                eos_token_ids=self.eos_token_ids,
+                expert_store=store,
+                source=self.name,
+            )
 
     def _available(self, device: torch.device) -> int:
         """Bytes that the model may take of a device's memory."""
@@ -69,36 +78,46 @@ class StreamedExpertStore(ExpertStore):
         config: the model's configuration.
         reader: opens the files of the weights.
         dtype, device: of the dequantized weights.
+        name: the checkpoint in messages.
     """
-
-    nbytes: int
-    """Bytes of one layer's experts."""
 
     reloads_each_step = True
 
     def __init__(
-        self, config: DbrxConfig, reader: Callable[[], AbstractContextManager[Reader]], dtype: torch.dtype, device: torch.device
+        self,
+        config: DbrxConfig,
+        reader: Callable[[], AbstractContextManager[Reader]],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        name: str = "",
     ) -> None:
         self._tensors: list[list[DenseTensor]] = [[] for _ in range(config.n_layers)]
         for tensor in dense_tensors(config):
             if tensor.experts:
                 self._tensors[tensor.layer].append(tensor)
-        self._reader, self._dtype, self._device = reader, dtype, device
+        self._reader, self._dtype, self._device, self._name = reader, dtype, device, name
         self._held: tuple[int, ExpertWeights] | None = None
-        self.nbytes = _bytes([tensor for tensors in self._tensors[:1] for tensor in tensors], dtype)
+        self._layer_bytes = _bytes([tensor for tensors in self._tensors[:1] for tensor in tensors], dtype)
         _stores.add(self)
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         if self._held is None or self._held[0] != index:
             self._held = None  # before the next layer takes memory
             with self._reader() as read:
-                w1, v1, w2 = (oriented(read(t).to(self._dtype).to(self._device), t) for t in self._tensors[index])
+                tensors = self._tensors[index]
+                w1, v1, w2 = (oriented(converted(read(t), self._dtype, t.name, self._name).to(self._device), t) for t in tensors)
             self._held = index, ExpertWeights(w1, v1, w2)
         return self._held[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one layer's experts."""
+        return self._layer_bytes
+
     def promised_bytes(self, device: torch.device) -> int:
         """Bytes of a device's memory that the store will take with the first layer and has not taken yet."""
-        return self.nbytes if self._held is None and device == self._device else 0
+        return self._layer_bytes if self._held is None and device == self._device else 0
 
 
 _stores: WeakSet[StreamedExpertStore] = WeakSet()

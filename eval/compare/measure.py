@@ -22,6 +22,7 @@ from dbrx_q.eval.resume import RunState, restored_requests, saved_requests
 from dbrx_q.eval.windows import Protocol, Window
 from dbrx_q.experts.stats import ExpertStats
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import finite_logits
 from dbrx_q.sources.base import Source
 
 from .reference import Reference, ReferenceStep
@@ -263,7 +264,7 @@ def _run_batch(
         for chunk in chunks(len(steps[0].targets)):
             expected = reference_step.distribution(chunk)
             for (pair, model), step in zip(pairs, steps, strict=True):
-                logits = model.lm_head(step.hidden[chunk])
+                logits = finite_logits(model, step.hidden[chunk])
                 pair.put(end + chunk.start, scores(expected.on(logits.device), Distribution.of(logits, step.targets[chunk])))
         layers = [sums.plus(_LayerSums.of(reference_step, step)) for sums, step in zip(layers, steps, strict=True)]
         end += len(steps[0].targets)

@@ -17,6 +17,7 @@ from dbrx_q.eval.divergence import Distribution
 from dbrx_q.eval.observe import Observation, observe
 from dbrx_q.eval.windows import Window
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import finite_logits
 from dbrx_q.sources.base import Source
 
 __all__ = ["ModelReference", "Reference", "ReferenceStep"]
@@ -84,4 +85,4 @@ class ModelReference(Reference):
             yield ReferenceStep(step.experts, step.states, self._distribution_of(step))
 
     def _distribution_of(self, step: Observation) -> Callable[[slice], Distribution]:
-        return lambda chunk: Distribution.of(self.model.lm_head(step.hidden[chunk]), step.targets[chunk])
+        return lambda chunk: Distribution.of(finite_logits(self.model, step.hidden[chunk]), step.targets[chunk])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS, check_ids
 from dbrx_q.model.batch import batch_of
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import all_finite, finite_logits, overflow_error
 
 __all__ = ["CACHES", "Continuation", "PrefixScorer", "TokenCounts"]
 
@@ -248,7 +250,10 @@ class PrefixScorer:
             pieces = [row.tokens[first : first + width] for row in rows]
             counts = [len(piece) for piece in pieces]
             ids = torch.tensor([token for piece in pieces for token in piece])
-            hidden, _ = model.transformer.run(ids.to(model.device), batch_of(counts, cache.lengths, cache, model.device))  # [T, D]
+            batch = batch_of(counts, cache.lengths, cache, model.device)
+            hidden, _ = model.transformer.run(ids.to(model.device), batch)  # [T, D]
+            if not all_finite(hidden):
+                raise overflow_error(model, partial(model.transformer.run, ids.to(model.device), batch))
             cache.advance(counts)
             asked, start = [], -first
             for row, count in zip(rows, counts, strict=True):
@@ -262,7 +267,7 @@ class PrefixScorer:
         for first in range(0, len(positions), LOGIT_TOKENS):
             row_of = {position: row for row, position in enumerate(positions[first : first + LOGIT_TOKENS])}
             states = hidden[torch.tensor(list(row_of), device=hidden.device)]  # [P, D]
-            log_p = self._model.lm_head(states).double().log_softmax(-1)  # [P, V]
+            log_p = finite_logits(self._model, states).double().log_softmax(-1)  # [P, V]
             scored = [(row_of[position], i, token) for position, i, token in asked if position in row_of]
             rows, tokens = (torch.tensor([entry[k] for entry in scored], device=log_p.device) for k in (0, 2))
             values, best = log_p[rows, tokens].tolist(), (log_p.argmax(-1)[rows] == tokens).tolist()

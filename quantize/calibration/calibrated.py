@@ -9,6 +9,7 @@ Dimension letters: `B` sequences, `S` tokens of one, `T` = B S tokens, `D` d_mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from dbrx_q.checkpoint.layout import DenseTensor, kind_of
 from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.formats.expert_weights import Routing
 from dbrx_q.model.block import expert_hidden, normed, rotation_of, routed
 from dbrx_q.quantize.methods.moments import Moments, moments_of
@@ -151,9 +153,13 @@ class Calibration:
         """Before the first matrix of a layer (n_layers for the head), replace the last snapshot.
 
         Returns the relative error of the residual stream, |quantized - original| / |original|; None where only one of the models runs.
+
+        Raises:
+            CheckpointError: activations that are not finite.
         """
         if layer < 0:
             return None
+        self._check_finite(layer)
         if self._folder is not None and layer > 0:
             for name, state in self._states.items():
                 path = self._folder / _SNAPSHOT.format(layer, name)
@@ -169,6 +175,15 @@ class Calibration:
             error += float((quantized - original).square().sum(dtype=torch.float64))
             square += float(original.square().sum(dtype=torch.float64))
         return (error / square) ** 0.5 if square else 0.0
+
+    def _check_finite(self, layer: int) -> None:
+        """Refuse to fit a layer to activations that are not finite, of which only NaN could come."""
+        for name, state in self._states.items():
+            if not all(math.isfinite(float(piece.sum(dtype=torch.float64))) for _, piece in state.stream.pieces(PIECE_TOKENS)):
+                raise CheckpointError(
+                    f"the activations of the {name} model must be finite; found NaN or infinity before layer {layer}. Its weights are "
+                    "damaged or too large: check the checkpoint, or choose a method without calibration"
+                )
 
     def restore(self, before: int) -> int:
         """Load the latest snapshot of a layer up to `before`; returns that layer, 0 where no snapshot exists."""
