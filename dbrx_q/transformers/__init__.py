@@ -11,8 +11,10 @@ Inside this folder `import transformers` is the library. The names of its classe
 - `config.py`: `DbrxQConfig`, which can limit memory; repairs the base of the rotary embedding in transformers' `DbrxConfig`.
 - `quantizer.py`: what transformers calls before and after it reads the plain weights.
 - `loading.py`: reads the packed weights, and builds the store of experts that stay in the files.
+- `memory.py`: what `max_memory` and `device_map` mean for a packed model.
 - `packed.py`: modules that hold a packed weight. `layers.py`: attention, router and experts with our kernels.
-- `modeling.py`: `DbrxForCausalLM` and `DbrxModel`, which a packed checkpoint is loaded as.
+- `modeling.py`: `DbrxForCausalLM` and `DbrxModel`, which a packed checkpoint is loaded as. `saving.py`: their `save_pretrained`.
+- `__main__.py`: `python -m dbrx_q.transformers PROGRAM ...` runs a program that uses transformers, such as `lm_eval`.
 """
 
 from .availability import MINIMUM

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import DenseTensor
+from dbrx_q.checkpoint.layout import DenseTensor, inner_name
 from dbrx_q.errors import RequestError
 from dbrx_q.experts import ExpertStore
 from dbrx_q.experts.fallback import open_fallback
@@ -65,7 +65,7 @@ def read_packed_weights(model: Any, folder: Path, budget: Budget | None) -> None
     dtype, base = model.dtype, model.base_model
     device = base.norm_f.weight.device
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(Checkpoint(folder))
+        checkpoint = opened.enter_context(Checkpoint(folder, headless=model is base))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
         plan = plan_loading(checkpoint, fallback, dtype, device, budget)
         for tensor in checkpoint.tensors.values():
@@ -115,10 +115,8 @@ def _device_of(base: Any, tensor: DenseTensor) -> torch.device:
 
 def _parent_of(model: Any, tensor: DenseTensor) -> tuple[Any, str]:
     """The module and the attribute that hold a tensor; (None, "") where the model has none, such as a head."""
-    path = tensor.name if tensor.experts else tensor.name.removesuffix(".weight")
-    if model is model.base_model:
-        if not path.startswith("transformer."):
-            return None, ""
-        path = path.removeprefix("transformer.")
-    parent, _, leaf = path.rpartition(".")
+    name = inner_name(tensor.name) if model is model.base_model else tensor.name
+    if name is None:
+        return None, ""
+    parent, _, leaf = (name if tensor.experts else name.removesuffix(".weight")).rpartition(".")
     return model.get_submodule(parent), leaf

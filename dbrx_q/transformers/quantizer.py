@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.model.saving import Origin
 from dbrx_q.planning.budget import Budget
 
 from .config import METHOD
@@ -71,8 +72,8 @@ class DbrxQQuantizer(HfQuantizer):
             raise RequestError("a packed model must be read from the files of a checkpoint; found a state_dict. Give its folder or hub id")
         self.folder, self._dtype, self._model = Path(checkpoint_files[0]).parent, dtype or model.dtype, model
         adopt(model)
-        as_packed(model, self.folder)
-        with Checkpoint(self.folder) as checkpoint:
+        with self._opened() as checkpoint:
+            as_packed(model, Origin.of(checkpoint))
             if not checkpoint.formats:
                 raise CheckpointError(f"{self.folder}: config.json must have a quantization_config; found none. Fetch it again")
             # A config that was made before dbrx_q.transformers was imported has another base; transformers computes the angles later.
@@ -83,8 +84,7 @@ class DbrxQQuantizer(HfQuantizer):
             self._put_modules(checkpoint)
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        assert self.folder is not None
-        with Checkpoint(self.folder) as checkpoint:
+        with self._opened() as checkpoint:
             self.budget = budget_for_weights(checkpoint, self._dtype, max_memory)
             if self.budget is None:
                 return max_memory
@@ -99,6 +99,10 @@ class DbrxQQuantizer(HfQuantizer):
         assert self.folder is not None
         self._model = None
         read_packed_weights(model, self.folder, self.budget)
+
+    def _opened(self) -> Checkpoint:
+        assert self.folder is not None
+        return Checkpoint(self.folder, headless=self._model is self._model.base_model)
 
     def _put_modules(self, checkpoint: Checkpoint) -> None:
         """Replace what is packed, or remove the experts that a store will serve."""

@@ -1,13 +1,12 @@
 """Writes a packed model of transformers as `dbrx-q quantize` would: the parts of an expert next to each other, with a manifest.
 
-transformers would write the tensors in the order of their names and copy all experts first.
+transformers would write the tensors in the order of their names, and copy all experts first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ import torch
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint
 from dbrx_q.checkpoint.hub import push
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, expert_of, part_name, parts_of
-from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
+from dbrx_q.checkpoint.layout import DenseTensor, Part, expert_of, inner_name, part_name
+from dbrx_q.checkpoint.manifest import Manifest
 from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
+from dbrx_q.checkpoint.shards import in_shards, list_files, shard_name, stored_matrices, write_index, write_json
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
-from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
 from dbrx_q.planning.sizes import parse_size
 
-from .packed import PackedWeight, packed_weights
+from .packed import packed_weights
 
 __all__ = ["save_packed"]
 
-_Part = tuple[str, torch.Tensor]
 _DEFAULT_SHARD = "50GB"
 
 
@@ -37,6 +36,7 @@ def save_packed(
     state_dict: Any = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = _DEFAULT_SHARD,
+    variant: str | None = None,
     *,
     repo_id: str | None = None,
     **ignored: Any,
@@ -44,109 +44,87 @@ def save_packed(
     """`save_pretrained` of a packed model; arguments as transformers has them.
 
     Raises:
-        UnsupportedError: a `state_dict`, a `variant`, or a model without its head.
-        RequestError: the folder is the one that the model's experts are read from.
+        UnsupportedError: a `state_dict` or a `variant`.
+        RequestError: the folder is the one that the model was loaded from.
+        CheckpointError: that folder has changed since.
     """
-    for name, value in (("state_dict", state_dict), ("variant", ignored.get("variant"))):
+    for name, value in (("state_dict", state_dict), ("variant", variant)):
         if value is not None:
             raise UnsupportedError(f"a packed model is saved with its own weights and names; found {name}. Leave it out")
-    if model is model.base_model:
-        raise UnsupportedError("a packed checkpoint has a head; found a DbrxModel. Save the DbrxForCausalLM that contains it")
-    if model.source is not None and folder.exists() and folder.samefile(model.source):
+    origin = model.origin
+    if folder.exists() and folder.samefile(origin.folder):
         raise RequestError(f"a packed model must be saved to another folder than it was loaded from; found {folder}. Name another")
+    if not origin.unchanged:
+        raise CheckpointError(f"{origin.folder}: must hold the files that the model was loaded from; they have changed. Load it again")
     if not is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX_NAME)):
+        old.unlink()
     manifest = Manifest()
-    formats = _write_shards(model, folder, limit, manifest)
-    _write_config(model, folder, formats)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in (MANIFEST_NAME, *manifest.shards):
-            manifest.files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    _write_shards(model, folder, parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size, manifest)
+    _write_config(model, folder)
+    list_files(folder, manifest)
     if push_to_hub:
         push(folder, repo_id or folder.name)
 
 
-def _write_shards(model: Any, folder: Path, limit: int, manifest: Manifest) -> dict[str, TensorFormat]:
-    """Write shards and index; returns the formats of the packed tensors."""
-    for old in folder.glob("model*.safetensors"):
-        old.unlink()
-    with ExitStack() as opened:
-        source = opened.enter_context(Checkpoint(model.source))
-        tensors = _Tensors(model, source)
-        shards: list[list[_Part]] = [[]]
-        size = 0
-        for group in tensors.groups(values=False):
-            nbytes = sum(part.nbytes for _, part in group)
-            if shards[-1] and size + nbytes > limit:
-                shards.append([])
-                size = 0
-            shards[-1] += group
-            size += nbytes
-        parts = (part for group in tensors.groups(values=True) for part in group)
-        weight_map = {}
+def _write_shards(model: Any, folder: Path, limit: int, manifest: Manifest) -> None:
+    """Write the shards, one tensor after the other, and their index."""
+    with Checkpoint(model.origin.folder, headless=True) as source:
+        weights = _Weights(model, source)
+        shards = in_shards(stored_matrices(weights.tensors, source.formats, weights.dtype_of), limit)
+        weight_map, nbytes = {}, 0
         for number, shard in enumerate(shards):
-            path = folder / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            writer = SafetensorsWriter(path, [(name, part.dtype, tuple(part.shape)) for name, part in shard])
-            for _ in shard:
-                name, part = next(parts)
-                writer.write(name, part.cpu())
-                weight_map[name] = path.name
-            manifest.shards[path.name] = {"bytes": writer.nbytes, "sha256": writer.close()}
-        total = sum(part.nbytes for shard in shards for _, part in shard)
-        _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        return tensors.formats
+            name = shard_name(number, len(shards))
+            parts = [(part, matrix.tensor) for matrix in shard for part in matrix.parts]
+            writer = SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part, _ in parts])
+            for part, tensor in parts:
+                writer.write(part.name, weights.read(part, tensor))
+                weight_map[part.name], nbytes = name, nbytes + part.nbytes
+            manifest.shards[name] = {"bytes": writer.nbytes, "sha256": writer.close()}
+    write_index(folder, weight_map, nbytes)
 
 
-class _Tensors:
-    """The stored tensors of a model; those of experts that a store serves are read from the model's own checkpoint."""
+class _Weights:
+    """The stored tensors of a model: what its modules hold, and from the files what they do not hold, or not in that form.
+
+    Args:
+        model: the model.
+        source: the checkpoint that it was loaded from; must be open.
+    """
 
     def __init__(self, model: Any, source: Checkpoint) -> None:
-        self._source, self._packed, self._plain = source, packed_weights(model), model.state_dict()
-        held = {name: weight.format.in_memory for name, weight in self._packed.items()}
-        self.formats = {name: held.get(name, fmt) for name, fmt in source.formats.items()}
+        whole = model.base_model is not model
+        self._source, self._packed = source, packed_weights(model)
+        self._plain: Mapping[str, torch.Tensor] = model.state_dict()
+        self._name = (lambda name: name) if whole else (lambda name: inner_name(name) or "")
+        self.tensors = [tensor for tensor in source.tensors.values() if whole or inner_name(tensor.name) is not None]
 
-    def groups(self, *, values: bool) -> Iterator[list[_Part]]:
-        """Tensors that must be in one file, in the order of `dbrx-q quantize`; without `values` on the meta device."""
-        experts: list[tuple[DenseTensor, TensorFormat]] = []
-        for tensor in self._source.tensors.values():
-            fmt = self.formats.get(tensor.name)
-            if fmt is None:
-                yield [(tensor.name, self._plain_value(tensor, values))]
-            elif not tensor.experts:
-                yield list(self._parts(tensor, fmt, -1, values))
-            else:
-                experts.append((tensor, fmt))
-                if tensor.role == "w2":
-                    for e in range(tensor.experts):
-                        yield [part for stack, packing in experts for part in self._parts(stack, packing, e, values)]
-                    experts = []
+    def dtype_of(self, tensor: DenseTensor) -> torch.dtype:
+        """The dtype of a plain tensor."""
+        held = self._held(tensor)
+        return self._source.infos[tensor.name].dtype if held is None else held.dtype
 
-    def _plain_value(self, tensor: DenseTensor, values: bool) -> torch.Tensor:
-        held = self._plain.get(tensor.name)
-        if held is None:
-            held = torch.empty(tensor.shape, dtype=self._source.infos[tensor.name].dtype, device="meta")
-            return self._source.read(tensor.name) if values else held
-        return held.detach() if values else held.to("meta")
+    def read(self, part: Part, tensor: DenseTensor) -> torch.Tensor:
+        """A stored tensor on the CPU."""
+        fmt = self._source.formats.get(tensor.name)
+        if fmt is None:
+            held = self._held(tensor)
+            return self._source.read(part.name) if held is None else held.detach().cpu()
+        if tensor.name not in self._packed or fmt.in_memory != fmt:
+            return self._source.read(part.name)
+        stack = self._packed[tensor.name].value.parts[part_name(part)]
+        return (stack[expert_of(part)] if tensor.experts else stack).cpu()
 
-    def _parts(self, tensor: DenseTensor, fmt: TensorFormat, expert: int, values: bool) -> Iterator[_Part]:
-        weight: PackedWeight | None = self._packed.get(tensor.name)
-        for part in parts_of(tensor, fmt):
-            if expert >= 0 and expert_of(part) != expert:
-                continue
-            if not values:
-                yield part.name, torch.empty(part.shape, dtype=part.dtype, device="meta")
-            elif weight is None:
-                yield part.name, self._source.read(part.name)
-            else:
-                held = weight.value.parts[part_name(part)]
-                yield part.name, held[expert] if expert >= 0 else held
+    def _held(self, tensor: DenseTensor) -> torch.Tensor | None:
+        """A plain tensor that the model holds."""
+        value = self._plain.get(self._name(tensor.name))
+        return None if value is None or value.is_meta else value
 
 
-def _write_config(model: Any, folder: Path, formats: dict[str, TensorFormat]) -> None:
-    """Write config.json and what transformers needs beside it."""
+def _write_config(model: Any, folder: Path) -> None:
+    """Write config.json, generation_config.json and what transformers needs beside them."""
     config = model.config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -154,12 +132,5 @@ def _write_config(model: Any, folder: Path, formats: dict[str, TensorFormat]) ->
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     path = folder / "config.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
-    entries = {name: {"format": fmt.format, "group_size": fmt.group_size} for name, fmt in formats.items()}
-    data["quantization_config"] = {**data["quantization_config"], "tensors": entries}
-    _write_json(path, guarded(data))
+    write_json(path, guarded(json.loads(path.read_text(encoding="utf-8"))))
     write_code(folder)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
