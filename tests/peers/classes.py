@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers.models.dbrx import modeling_dbrx
 
 import dbrx_q
+from dbrx_q.checkpoint.layout import TensorFormat, dense_tensors, kind_of, oriented
+from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 __all__ = ["install"]
 
 
 def install(variant: str) -> None:
     """Put the classes of a variant into transformers, where its tests and its auto classes look them up."""
-    replacements = {"native": _native_classes, "plugin": _plugin_classes}[variant]()
+    replacements = {"plugin": _plugin_classes, "packed": _packed_classes, "native": _native_classes}[variant]()
     for replacement in replacements:
         replacement.__qualname__ = replacement.__name__
         setattr(modeling_dbrx, replacement.__name__, replacement)
@@ -37,6 +44,63 @@ def _plugin_classes() -> tuple[type, type]:
         """Its constructor makes a `DbrxModel`, by then the one above."""
 
     return DbrxModel, DbrxForCausalLM
+
+
+def _packed_classes() -> tuple[type, type]:
+    """The plug-in's classes, quantized once their weights are initialized. A checkpoint has a head, so that only models with one are saved.
+
+    A model that was made from a configuration is saved as a plain checkpoint, which `dbrx-q quantize` makes a packed one: of the same
+    weights. Transformers loads that through the plug-in.
+    """
+    import dbrx_q.transformers as plugin
+    from dbrx_q.transformers.layers import adopt
+
+    class DbrxModel(plugin.DbrxModel):
+        def __init__(self, config: transformers.DbrxConfig) -> None:
+            super().__init__(config)
+            adopt(self)
+
+    class DbrxForCausalLM(plugin.DbrxForCausalLM):
+        def __init__(self, config: transformers.DbrxConfig) -> None:
+            super().__init__(config)
+            if not self.lm_head.weight.is_meta:
+                self.plain = {name: value.clone() for name, value in self.state_dict().items()}
+                _quantize(self)
+
+        def save_pretrained(self, save_directory: str, *arguments: Any, **keywords: Any) -> None:
+            if self.source is not None:
+                super().save_pretrained(save_directory, *arguments, **keywords)
+                return
+            with tempfile.TemporaryDirectory() as folder:
+                plain, packed = Path(folder) / "plain", Path(folder) / "packed"
+                plain.mkdir()
+                save_file(self.plain, plain / "model.safetensors")
+                _native_config(self.config).save_pretrained(plain)
+                quantize_checkpoint(plain, packed, QuantizationRequest(lambda checkpoint: _formats(checkpoint.config)))
+                shutil.copytree(packed, save_directory, dirs_exist_ok=True)
+
+    return DbrxModel, DbrxForCausalLM
+
+
+FORMAT = TensorFormat("int8", 32)
+
+
+def _formats(config: dbrx_q.DbrxConfig) -> dict[str, TensorFormat]:
+    """All matrices but the routers."""
+    return {tensor.name: FORMAT for tensor in dense_tensors(config) if kind_of(tensor.name) not in ("router", "norms")}
+
+
+def _quantize(model: Any) -> None:
+    """Pack the weights of a model that was just made."""
+    from dbrx_q.transformers.loading import put_packed_modules
+    from dbrx_q.transformers.packed import packed_weights
+
+    config = _native_config(model.config)
+    tensors = {tensor.name: tensor for tensor in dense_tensors(config)}
+    put_packed_modules(model, SimpleNamespace(tensors=tensors, formats=_formats(config)), model.dtype)
+    for name, weight in packed_weights(model).items():
+        matrix = oriented(model.plain[name], tensors[name]).contiguous() if tensors[name].experts else model.plain[name]
+        weight.put(FORMAT.record.quantize(matrix, FORMAT.group_size))
 
 
 class _Pretrained(transformers.PreTrainedModel):
@@ -79,7 +143,7 @@ class _Pretrained(transformers.PreTrainedModel):
 
 def _native_config(config: transformers.DbrxConfig) -> dbrx_q.DbrxConfig:
     """transformers' configuration as ours. Weights are tied by transformers itself, so that the two matrices are one parameter."""
-    values = config.to_dict() | {"tie_word_embeddings": False}
+    values = config.to_dict() | {"tie_word_embeddings": False, "torch_dtype": str(config.dtype or "float32").removeprefix("torch.")}
     return dbrx_q.DbrxConfig.from_dict(values)
 
 

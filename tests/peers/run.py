@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 VARIANTS = {
     "transformers": "transformers' classes as they are",
     "plugin": "transformers' classes, computing with our layers, experts and router",
+    "packed": "the same with all but router and norms quantized to int8",
     "native": "dbrx_q's classes behind PreTrainedModel and GenerationMixin",
 }
 
@@ -102,6 +103,7 @@ def _run(variant: str, sources: Path, packages: Path, work: Path, selected: str)
         + os.environ.get("PYTHONPATH", ""),
         "DBRX_PEERS_VARIANT": variant,
         "DBRX_PEERS_OUT": str(out),
+        "DBRX_PEERS_CLASSES": "DbrxForCausalLM" if variant == "packed" else "DbrxModel DbrxForCausalLM",
         "HF_HUB_OFFLINE": "1",
     }
     tests = upstream if upstream.exists() else HERE / "dbrx_tests.py"
