@@ -62,12 +62,15 @@ class DbrxRotaryEmbedding(reference.DbrxRotaryEmbedding):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both float32 [B or 1, S, C / 2], of the default rotary embedding.
+        """Both float32 [B or 1, S, C / 2].
 
         Args:
             x: on the device of the result.
             position_ids: int64 [B or 1, S].
         """
+        if self.rope_type != "default":  # transformers scales the frequencies, some by the longest position; both halves are the same
+            whole = super().forward(torch.empty(0, device=x.device), position_ids)
+            return tuple(part[..., : part.shape[-1] // 2] for part in whole)
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
         return angles.cos(), angles.sin()
 
