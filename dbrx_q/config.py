@@ -7,7 +7,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .config_keys import ALIASES, check_arguments, check_refused
-from .config_methods import ConfigMethods
+from .config_methods import ConfigMethods, must_equal
 from .config_rope import merged_rope, one_theta, rope_settings
 from .config_sections import DbrxAttentionConfig, DbrxFFNConfig, Section
 from .config_values import (
@@ -25,8 +25,6 @@ from .config_values import (
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from typing import Self
-
     import torch
 
 __all__ = ["DTYPES", "NORM_EPS", "DbrxAttentionConfig", "DbrxConfig", "DbrxFFNConfig"]
@@ -219,8 +217,8 @@ class DbrxConfig(ConfigMethods):
         self._resolve_rope(rope_parameters, rope_scaling, rope_theta)
         self.update(foreign)
         self.validate()
-        _same("attn_config.kv_n_heads", self.num_key_value_heads, "num_key_value_heads", num_key_value_heads)
-        _same("d_model / n_heads", self.head_dim, "head_dim", head_dim)
+        must_equal("attn_config.kv_n_heads", self.num_key_value_heads, "num_key_value_heads", num_key_value_heads)
+        must_equal("d_model / n_heads", self.head_dim, "head_dim", head_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("rope_parameters", "rope_scaling"):
@@ -330,77 +328,6 @@ class DbrxConfig(ConfigMethods):
         factor = self.rope_parameters["factor"] if self.rope_type == "dynamic" else 1.0
         return min(int(self.max_seq_len * max(1.0, factor)), MOST_POSITIONS)
 
-    @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], *, source: str = "config.json", return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Self:
-        """The configuration in the JSON object of a config.json. Keys that inference does not read are kept, also in its parts.
-
-        Args:
-            config_dict: the parsed JSON object.
-            source: its name in errors.
-            return_unused_kwargs: return (configuration, arguments that name no attribute of it).
-            kwargs: values that take the place of those in `config_dict`.
-
-        Raises:
-            ConfigError: another model type, or a value that no DBRX model can have.
-        """
-        model_type = config_dict.get("model_type")
-        if model_type != cls.model_type:
-            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {shortened(model_type)}. Point to a DBRX checkpoint")
-        try:
-            config = cls._of_file(config_dict)
-            unused = {}
-            for name, value in kwargs.items():
-                if name == "attn_implementation":
-                    config._attn_implementation = value
-                elif not hasattr(config, name):
-                    unused[name] = value
-                elif name in ("dtype", "torch_dtype") and value == "auto":
-                    continue
-                else:
-                    own = isinstance(value, Mapping) and name in cls.sub_configs
-                    setattr(config, name, getattr(config, name).to_dict() | dict(value) if own else value)
-            config.validate()
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-        result: Any = (config, unused) if return_unused_kwargs else config
-        return result
-
-    @classmethod
-    def _of_file(cls, data: Mapping[str, Any]) -> Self:
-        """The configuration in a JSON object, with all keys that it does not read as attributes."""
-        check_refused("", data, read=("rope_parameters", "rope_scaling"))
-        arguments = cls._arguments()
-        known = {name: value for name, value in data.items() if name in arguments}
-        unread: dict[str, Mapping[str, Any]] = {}
-        for key, section in cls.sub_configs.items():
-            value = data.get(key)
-            if isinstance(value, Mapping):
-                check_refused(f"{key}.", value)
-                known[key] = {name: item for name, item in value.items() if name in section._fields}
-                unread[key] = {name: item for name, item in value.items() if name not in section._fields and name != "model_type"}
-            for name in section._fields:
-                if name in data and name != "rope_theta" and data[name] != (value or {}).get(name):
-                    raise ConfigError(f"{name} must be in {key}; found {shortened(data[name])} at the top level. Move it")
-        trained = data.get("original_max_position_embeddings")
-        for key in ("rope_parameters", "rope_scaling"):
-            value = known.get(key)
-            if trained is not None and isinstance(value, Mapping) and "yarn" in (value.get("rope_type"), value.get("type")):
-                _same(
-                    "original_max_position_embeddings",
-                    trained,
-                    f"{key}.original_max_position_embeddings",
-                    value.get("original_max_position_embeddings"),
-                )
-                known[key] = {**value, "original_max_position_embeddings": trained}
-        config = cls(**known)
-        for key, values in unread.items():
-            getattr(config, key).update(values)
-        hidden = ("model_type", "name_or_path", "_name_or_path")
-        config.update({name: value for name, value in data.items() if name not in arguments and name not in hidden})
-        return config
-
     def _read_keys(self) -> dict[str, Any]:
         return super()._read_keys() | {"torch_dtype": self._dtype_name}
 
@@ -415,14 +342,9 @@ class DbrxConfig(ConfigMethods):
         return data
 
 
-def _same(name: str, value: int, alias: str, other: Any) -> None:
-    if other is not None and other != value:
-        raise ConfigError(f"{alias} is another name for {name} and must equal it; found {shortened(other)} and {value}")
-
-
 def _aliased(name: str, value: int | None, alias: str, other: int | None, default: int) -> int:
     if value is not None and other is not None:
-        _same(name, value, alias, other)
+        must_equal(name, value, alias, other)
     chosen = value if value is not None else other
     return default if chosen is None else chosen
 

@@ -7,24 +7,32 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from .config_keys import check_refused
 from .config_rope import without_default_theta
 from .config_sections import Section
+from .config_values import shortened
 from .errors import ConfigError, RequestError
 from .json_file import read_json_object
 
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["ConfigMethods"]
+__all__ = ["ConfigMethods", "must_equal"]
 
 
 class ConfigMethods(Section):
     """The base of `DbrxConfig`."""
 
     model_type: str
+    sub_configs: ClassVar[dict[str, type[Section]]]
     name_or_path: str
+    _attn_implementation: str | None
+
+    def validate(self) -> None:
+        """See `DbrxConfig.validate`."""
+        raise NotImplementedError
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -106,9 +114,75 @@ class ConfigMethods(Section):
         return result
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], *, source: str = "config.json", **kwargs: Any) -> Self:
-        """See `DbrxConfig.from_dict`."""
-        raise NotImplementedError
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], *, source: str = "config.json", return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self:
+        """The configuration in the JSON object of a config.json. Keys that inference does not read are kept, also in its parts.
+
+        Args:
+            config_dict: the parsed JSON object.
+            source: its name in errors.
+            return_unused_kwargs: return (configuration, arguments that name no attribute of it).
+            kwargs: values that take the place of those in `config_dict`.
+
+        Raises:
+            ConfigError: another model type, or a value that no DBRX model can have.
+        """
+        model_type = config_dict.get("model_type")
+        if model_type != cls.model_type:
+            raise ConfigError(f"{source}: model_type must be 'dbrx'; found {shortened(model_type)}. Point to a DBRX checkpoint")
+        try:
+            config = cls._of_file(config_dict)
+            unused = {}
+            for name, value in kwargs.items():
+                if name == "attn_implementation":
+                    config._attn_implementation = value
+                elif not hasattr(config, name):
+                    unused[name] = value
+                elif name in ("dtype", "torch_dtype") and value == "auto":
+                    continue
+                else:
+                    own = isinstance(value, Mapping) and name in cls.sub_configs
+                    setattr(config, name, getattr(config, name).to_dict() | dict(value) if own else value)
+            config.validate()
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        result: Any = (config, unused) if return_unused_kwargs else config
+        return result
+
+    @classmethod
+    def _of_file(cls, data: Mapping[str, Any]) -> Self:
+        """The configuration in a JSON object, with all keys that it does not read as attributes."""
+        check_refused("", data, read=("rope_parameters", "rope_scaling"))
+        arguments = cls._arguments()
+        known = {name: value for name, value in data.items() if name in arguments}
+        unread: dict[str, Mapping[str, Any]] = {}
+        for key, section in cls.sub_configs.items():
+            value = data.get(key)
+            if isinstance(value, Mapping):
+                check_refused(f"{key}.", value)
+                known[key] = {name: item for name, item in value.items() if name in section._fields}
+                unread[key] = {name: item for name, item in value.items() if name not in section._fields and name != "model_type"}
+            for name in section._fields:
+                if name in data and name != "rope_theta" and data[name] != (value or {}).get(name):
+                    raise ConfigError(f"{name} must be in {key}; found {shortened(data[name])} at the top level. Move it")
+        trained = data.get("original_max_position_embeddings")
+        for key in ("rope_parameters", "rope_scaling"):
+            value = known.get(key)
+            if trained is not None and isinstance(value, Mapping) and "yarn" in (value.get("rope_type"), value.get("type")):
+                must_equal(
+                    "original_max_position_embeddings",
+                    trained,
+                    f"{key}.original_max_position_embeddings",
+                    value.get("original_max_position_embeddings"),
+                )
+                known[key] = {**value, "original_max_position_embeddings": trained}
+        config = cls(**known)
+        for key, values in unread.items():
+            getattr(config, key).update(values)
+        hidden = ("model_type", "name_or_path", "_name_or_path")
+        config.update({name: value for name, value in data.items() if name not in arguments and name not in hidden})
+        return config
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
@@ -212,3 +286,13 @@ class ConfigMethods(Section):
         """The names of the constructor's arguments."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def must_equal(name: str, value: int, alias: str, other: Any) -> None:
+    """Refuse another name for a value that differs from it.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if other is not None and other != value:
+        raise ConfigError(f"{alias} is another name for {name} and must equal it; found {shortened(other)} and {value}")

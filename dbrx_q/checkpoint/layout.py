@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dbrx_q.config import DbrxConfig
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.format import Part
@@ -197,7 +198,8 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
     method, version = config.quantization_config.get("quant_method"), config.quantization_config.get("format_version")
     if (method, version) != ("dbrx_q", 1):
         raise CheckpointError(
-            f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {method!r} and {version!r}. "
+            f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {shortened(method)} and "
+            f"{shortened(version)}. "
             "Quantize the original checkpoint with `dbrx-q quantize`"
         )
     known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS}
@@ -207,7 +209,7 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
         formats[name] = _format(name, entry, source)
         if name not in known:
             raise CheckpointError(
-                f"{source}: quantization_config must name packable matrices of this model; found {name!r}. Fetch config.json again"
+                f"{source}: quantization_config must name packable matrices of this model; found {shortened(name)}. Fetch config.json again"
             )
         if not may_have(name, formats[name]):
             raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {formats[name].format}")
@@ -221,7 +223,7 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
     fmt = next((fmt for fmt in offered_formats() if (fmt.format, fmt.group_size) == name_and_size), None)
     if fmt is None or not isinstance(name_and_size[1], int):
         rule = f"format and group_size must be one of {', '.join(map(str, offered_formats()))}"
-        raise CheckpointError(f"{source}: {name}: {rule}; found {entry!r}")
+        raise CheckpointError(f"{source}: {shortened(name)}: {rule}; found {shortened(entry)}")
     return fmt
 
 

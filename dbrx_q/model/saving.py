@@ -176,7 +176,8 @@ class _ModelWriter:
         if self._formats:
             write_code(folder)
             origin = None if self._source is None else Manifest.read(self._source.folder)
-            manifest.tensors = {} if origin is None else origin.tensors
+            if origin is not None:
+                manifest.tensors, manifest.source = origin.tensors, origin.source
             list_files(folder, manifest)
 
     def _config(self) -> DbrxConfig:

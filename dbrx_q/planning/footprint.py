@@ -13,6 +13,8 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat, dense_tensors, kind_of, parts_of
 from dbrx_q.config import DbrxConfig
+from dbrx_q.config_values import shortened
+from dbrx_q.errors import RequestError
 from dbrx_q.kernels.cpu.choice import tile_bytes
 from dbrx_q.kernels.formats.kv import allocate_kv
 
@@ -23,6 +25,7 @@ __all__ = ["PREFILL_TOKENS", "Footprint", "MemoryRequest", "step_tokens"]
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of one prefill step at most: enough to keep matrix units busy, few enough to bound memory."""
 
+_MOST = {"batch": 1 << 16, "step_tokens": 1 << 24, "logit_rows": 1 << 24, "context": 1 << 24}
 _FEW_ROWS = 4  # rows that every chip multiplies without dequantizing a weight, see `kernels/cpu/choice.py`
 
 
@@ -44,6 +47,12 @@ class MemoryRequest:
     """Of activations; None for the checkpoint's."""
     fallback: Mapping[str, TensorFormat] | None = None
     """Formats of a fallback copy of the experts, which is used for experts on disk; None without one."""
+
+    def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if isinstance(value, int) and value > most:
+                raise RequestError(f"{name} must be at most {most:,}; found {shortened(value)}")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import RequestError
 
 __all__ = ["format_size", "parse_size"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_LARGEST = 1 << 60  # far above any machine's memory, and bytes of that number are counted in 64 bits
 
 
 def format_size(n: float) -> str:
@@ -28,5 +30,8 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:
-        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise RequestError(f"a size must be a number with a unit, as 96GiB or 64GB; found {shortened(text)}")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > _LARGEST:
+        raise RequestError(f"a size must be at most {format_size(_LARGEST)}; found {shortened(text)}")
+    return int(size)

@@ -13,6 +13,8 @@ from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors
 from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.staging import staged_folder
 from dbrx_q.config import DbrxConfig
+from dbrx_q.config_values import shortened
+from dbrx_q.errors import RequestError
 
 __all__ = ["dbrx_layer_config", "write_checkpoint"]
 
@@ -41,6 +43,8 @@ def write_checkpoint(config: DbrxConfig, folder: Path, *, seed: int = 0) -> None
     Raises:
         RequestError: `folder` is not empty or not writable, or its disk has too little free space.
     """
+    if not 0 <= seed < 1 << 63:
+        raise RequestError(f"the seed of a synthetic checkpoint must be from 0 to 2^63 - 1; found {shortened(seed)}")
     with staged_folder(folder, sum(2 * math.prod(tensor.shape) for tensor in dense_tensors(config))) as partial:
         _write(config, partial, seed)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -191,3 +193,23 @@ def test_a_push_without_permission_is_refused_at_once(
     assert message in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("call", ["model.push_to_hub('REPO')", "model.save_pretrained('saved', push_to_hub=True, repo_id='REPO')"])
+def test_a_model_pushes_itself(call: str, hub: Any, small: Path, tmp_path: Path) -> None:
+    code = f"from dbrx_q import DbrxForCausalLM; model = DbrxForCausalLM.from_pretrained({str(small)!r}); {call.replace('REPO', PUSHED)}"
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+    def run(token: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | settings | {"HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    refused = run("hf_bad")
+    assert refused.returncode == 1
+    assert f"dbrx_q.errors.RequestError: {PUSHED}: the hub must take" in refused.stderr
+    done = run(TOKEN)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in small.iterdir() if path.suffix == ".safetensors"} | {"config.json", "generation_config.json"}
+    assert hub.uploaded.keys() == names | {"model.safetensors.index.json"}
+    shard = min(name for name in names if name.endswith(".safetensors"))
+    assert hub.uploaded[shard] == (small / shard).read_bytes()
