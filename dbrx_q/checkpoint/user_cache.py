@@ -15,10 +15,10 @@ _CURE = "Set XDG_CACHE_HOME to a folder that you may write to"
 _ABANDONED_SECONDS = 3600.0
 
 
-def user_cache() -> Path:
+def user_cache(*, note: bool = True) -> Path:
     """The user's cache folder of this package, in $XDG_CACHE_HOME or ~/.cache; it need not exist.
 
-    Where it cannot be written, it is a folder for temporary files of this user.
+    Where it cannot be written, it is a folder for temporary files of this user; `note` warns of that, once.
     """
     named, of_user = os.environ.get("XDG_CACHE_HOME"), home()
     base = Path(named) if named else of_user / ".cache" if of_user is not None else None
@@ -26,10 +26,12 @@ def user_cache() -> Path:
         return base / "dbrx_q"
     temporary = temporary_cache()
     wanted = base or "the .cache of a home folder"
-    if temporary is None:
+    if temporary is None and note:
         warn_once(f"{wanted} cannot be written: measurements and hashes of files are not kept. {_CURE}")
+    if temporary is None:
         return (base or Path(os.sep)) / "dbrx_q"
-    warn_once(f"{wanted} cannot be written: measurements and hashes of files are kept in {temporary}, as long as that lasts. {_CURE}")
+    if note:
+        warn_once(f"{wanted} cannot be written: measurements and hashes of files are kept in {temporary}, as long as that lasts. {_CURE}")
     return temporary
 
 

@@ -105,15 +105,20 @@ def give_budget(
         source.budget = replace(budget, logit_rows=3 * LOGIT_TOKENS, upgrade=False)
 
 
-def machine_of(ram: str | None, gpu: list[str] | None, host_bandwidth: str, disk_bandwidth: str) -> Machine:
+def machine_of(ram: str | None, gpu: list[str] | None, host_bandwidth: str | None, disk_bandwidth: str | None) -> Machine:
     """The machine that --ram, --gpu, --host-bandwidth and --disk-bandwidth describe, which need not be this one.
+
+    Bandwidths that are not named are those that were measured on this machine, if it can be this one, or assumed.
 
     Raises:
         RequestError: a malformed size, or a property that no GPU has.
     """
     from dbrx_q.planning.machine import Machine
 
-    return Machine(None if ram is None else parse_size(ram), _gpus(gpu), _rate(host_bandwidth), _rate(disk_bandwidth))
+    machine = Machine(None if ram is None else parse_size(ram), _gpus(gpu)).as_measured()
+    if host_bandwidth is not None:
+        machine = replace(machine, host_bandwidth=_rate(host_bandwidth))
+    return machine if disk_bandwidth is None else replace(machine, disk_bandwidth=_rate(disk_bandwidth))
 
 
 def _gpus(gpu: list[str] | None) -> tuple[Gpu, ...]:

@@ -183,8 +183,12 @@ PlannedContext = Annotated[
     int | None, option(MODEL, "Tokens of a sequence.", "--context", metavar="N", default="4096, at most the model's")
 ]
 PlannedRam = Annotated[str | None, option(MACHINE, "Host memory for the model, as 64GiB.", "--ram", metavar="SIZE", default="no limit")]
-HostBandwidth = Annotated[str, option(MACHINE, "Bytes a second that host memory reads.", metavar="SIZE")]
-DiskBandwidth = Annotated[str, option(MACHINE, "Bytes a second that the disk reads.", metavar="SIZE")]
+HostBandwidth = Annotated[
+    str | None, option(MACHINE, "Bytes a second that host memory reads.", metavar="SIZE", default="as `plan --measure` found, or 60GB")
+]
+DiskBandwidth = Annotated[
+    str | None, option(MACHINE, "Bytes a second that the disk reads.", metavar="SIZE", default="as `plan --measure` found, or 5GB")
+]
 
 # The text that is measured on, and how it is cut.
 TEXT_HELP = "Text: a UTF-8 file, JSON lines with a field 'text' (either may be gzipped), or wikitext2, wikitext2-tokenized or c4."

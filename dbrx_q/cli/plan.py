@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dbrx_q.planning.sizes import format_size
@@ -10,7 +11,7 @@ from dbrx_q.planning.sizes import format_size
 from . import memory_budget, options, terminal
 from .choices import WEIGHT_FORMATS
 from .help import example
-from .options import FORMATS, MODEL, option
+from .options import FORMATS, MACHINE, MODEL, option
 
 if TYPE_CHECKING:
     from dbrx_q.checkpoint.layout import TensorFormat
@@ -29,8 +30,8 @@ def command(
     path: options.Checkpoint,
     gpu: options.PlannedGpus = None,
     ram: options.PlannedRam = None,
-    host_bandwidth: options.HostBandwidth = "60GB",
-    disk_bandwidth: options.DiskBandwidth = "5GB",
+    host_bandwidth: options.HostBandwidth = None,
+    disk_bandwidth: options.DiskBandwidth = None,
     context: options.PlannedContext = None,
     batch: Annotated[int, option(MODEL, "Sequences that run together.", metavar="N")] = 1,
     kv: options.Kv = "plain",
@@ -48,6 +49,7 @@ def command(
             one_of=WEIGHT_FORMATS,
         ),
     ] = None,
+    measure: Annotated[bool, option(MACHINE, "Measure the bandwidths of this machine, for this and later runs.", "--measure")] = False,
     json: options.Json = False,
 ) -> None:
     """Print where a model's weights would be held on a machine and how fast it can run there, before any weight is downloaded.
@@ -58,6 +60,7 @@ def command(
     from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.planning.advice import advice
+    from dbrx_q.planning.bandwidths import measure_bandwidths
     from dbrx_q.planning.budget import DEFAULT_CONTEXT
     from dbrx_q.planning.footprint import MemoryRequest
     from dbrx_q.planning.placement import place
@@ -73,6 +76,9 @@ def command(
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
     if batch < 1:
         raise RequestError(f"--batch must be at least 1; found {batch}")
+    if measure:
+        folder = Path(path).expanduser()
+        measure_bandwidths(folder if folder.is_dir() else None)
     machine = memory_budget.machine_of(ram, gpu, host_bandwidth, disk_bandwidth)
     request = MemoryRequest(context, batch, kv, fallback=fallback_formats)
     placement = place(config, formats, machine, request)
@@ -80,9 +86,15 @@ def command(
     bounds = speed_bounds(placement, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
     sentence = advice(config, formats, machine, request)
     if json:
-        terminal.print_json(_as_dict(placement, bounds) | {"advice": sentence})
+        rates = {"host": machine.host_bandwidth, "disk": machine.disk_bandwidth, "measured": machine.measured or None}
+        terminal.print_json(_as_dict(placement, bounds) | {"bandwidths": rates, "advice": sentence})
         return
     _print(placement, bounds)
+    print(
+        f"bandwidths measured on this machine at {machine.measured}"
+        if machine.measured
+        else "bandwidths are assumed where no option names them; --measure measures those of this machine"
+    )
     print(sentence)
 
 

@@ -40,6 +40,7 @@ from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import Budget, plan_within
+from dbrx_q.planning.cpu_quota import bound_threads
 from dbrx_q.planning.host_memory import empty_host
 from dbrx_q.planning.machine import Placement
 from dbrx_q.planning.policy_names import MissPolicy
@@ -137,6 +138,7 @@ def _load(
     budget: Budget | None,
     config: DbrxConfig | None,
 ) -> Model:
+    bound_threads()
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(folder, config, headless=not _has_head(model_class)))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
@@ -180,6 +182,7 @@ def load_plain_model(
     Raises:
         CheckpointError: a value that `dtype` cannot hold.
     """
+    bound_threads()
     model = _empty(DbrxForCausalLM, config, dtype, device)
     for tensor in dense_tensors(config):
         if expert_store is None or not tensor.experts:

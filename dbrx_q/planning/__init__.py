@@ -17,6 +17,7 @@ The files:
 - `offloading.py`: sizes of the buffers between disk, host memory and GPUs, and the slots that a GPU keeps free.
 - `policy_names.py`: the names of cache policies and miss policies (the cache policies themselves: `experts/policies.py`).
 - `budget.py`: how much memory a model may take and how it uses it, and the errors if that is too little.
+- `bandwidths.py`: what `plan --measure` found of this machine. `cpu_quota.py`: threads within a container's quota.
 - `sizes.py`: sizes such as "64GiB" as text.
 - `host_memory.py`: how much host memory is free or in use, and tensors in it.
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from dbrx_q.errors import RequestError
 
+from .bandwidths import known_bandwidths
 from .expert_kinds import ExpertKind
 from .host_memory import available_bytes
 from .sizes import parse_size
@@ -65,6 +67,8 @@ class Machine:
     """Of host memory, in bytes/s."""
     disk_bandwidth: float = 5e9
     """In bytes/s."""
+    measured: str = field(default="", compare=False)
+    """When its bandwidths were measured, in ISO 8601; empty where they are assumed."""
 
     def __post_init__(self) -> None:
         if self.ram is not None and not _is_size(self.ram):
@@ -74,6 +78,8 @@ class Machine:
     def detect(cls, max_memory: Mapping[int | str, int | str] | None = None) -> Machine:
         """This machine, with the memory that is free now or as much of it as `max_memory` allows.
 
+        Its bandwidths are those that `plan --measure` has measured here, or assumed ones.
+
         Args:
             max_memory: bytes, or a size such as "22GiB", by index of a GPU and by "cpu". GPUs that are not named are not used; without
                 "cpu" the free host memory is taken, less a tenth. None for all GPUs that torch sees and all of their free memory.
@@ -82,7 +88,7 @@ class Machine:
             RequestError: another key, a GPU that torch does not see, or an invalid size.
         """
         if max_memory is None:
-            return cls(_free_host_memory(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(_visible_gpus())))
+            return cls(_free_host_memory(), tuple(Gpu(torch.cuda.mem_get_info(i)[0]) for i in range(_visible_gpus()))).as_measured()
         sizes: dict[int, int] = {}
         ram = None
         for key, value in max_memory.items():
@@ -96,7 +102,21 @@ class Machine:
             else:
                 raise RequestError(f"a key of max_memory must be the index of a GPU or 'cpu'; found {key!r}. The disk has no limit")
         check_visible(sorted(sizes))
-        return cls(_free_host_memory() if ram is None else ram, tuple(Gpu(sizes[index]) for index in sorted(sizes)))
+        return cls(_free_host_memory() if ram is None else ram, tuple(Gpu(sizes[index]) for index in sorted(sizes))).as_measured()
+
+    def as_measured(self) -> Machine:
+        """The machine with the bandwidths that were measured on this one, where it can be this one and they were.
+
+        A machine with more memory or GPUs than this one is another, and so is one whose GPUs have bandwidths of their own.
+        """
+        known = known_bandwidths()
+        if known is None or len(self.gpus) > len(known.gpus) or (self.ram or 0) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            return self
+        if any((gpu.bandwidth, gpu.link) != (Gpu.bandwidth, Gpu.link) for gpu in self.gpus):
+            return self
+        gpus = tuple(replace(gpu, bandwidth=rates[0], link=rates[1]) for gpu, rates in zip(self.gpus, known.gpus, strict=False))
+        disk = self.disk_bandwidth if known.disk is None else known.disk
+        return replace(self, gpus=gpus, host_bandwidth=known.host, disk_bandwidth=disk, measured=known.date)
 
 
 def _free_host_memory() -> int:

@@ -22,6 +22,7 @@ from dbrx_q.checkpoint.safetensors_file import read_tensor
 from dbrx_q.checkpoint.staging import MARKER_NAME, check_destination, partial_of, staged_folder
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.json_file import read_json_object
+from dbrx_q.planning.cpu_quota import bound_threads
 from dbrx_q.quantize.calibration.calibrated import Calibration
 from dbrx_q.quantize.methods.products import Products
 from dbrx_q.quantize.methods.workers import Workers
@@ -67,6 +68,7 @@ def quantize_checkpoint(
             not empty, cannot be written, or has too little room; an unfinished run without `resume`, or one of another request.
     """
     started = time.perf_counter()
+    bound_threads()
     check_destination(destination)
     _check_places(source, destination)
     with ExitStack() as stack:
