@@ -65,7 +65,13 @@ def _matrix(*shape: int) -> nn.Parameter:
 
 
 class DbrxLinear(nn.Module):
-    """y = x @ weight.T, weight [N, K] plain or packed."""
+    """y = x @ weight.T, weight [N, K] plain or packed.
+
+    Attributes:
+        bias: None, as in `nn.Linear` without a bias.
+    """
+
+    bias: None = None
 
     def __init__(self, K: int, N: int) -> None:
         super().__init__()

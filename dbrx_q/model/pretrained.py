@@ -321,10 +321,13 @@ class DbrxPreTrainedModel(nn.Module):
 
         Raises:
             UnsupportedError: packed weights.
-            ConfigError: an impossible number.
+            ConfigError: an impossible number of tokens.
+            RequestError: an impossible multiple.
         """
         rows = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise RequestError(f"pad_to_multiple_of must be a whole number of at least 1; found {pad_to_multiple_of!r}")
             rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
         if rows == self.config.vocab_size:
             return self.base_model.wte

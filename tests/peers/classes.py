@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from functools import wraps
@@ -133,6 +134,13 @@ class _Pretrained(transformers.PreTrainedModel):
             block.norm_attn_norm.attn.implementation = self.config._attn_implementation
         return native
 
+    def resize_token_embeddings(self, *arguments: Any, **keywords: Any) -> nn.Module:
+        """Ours. The configuration of transformers follows."""
+        native = self.synchronized()
+        embedding = native.resize_token_embeddings(*arguments, **keywords)
+        self.config.vocab_size = self.vocab_size = native.config.vocab_size
+        return embedding
+
     def _init_weights(self, module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 2:
@@ -142,9 +150,16 @@ class _Pretrained(transformers.PreTrainedModel):
 
 
 def _native_config(config: transformers.DbrxConfig) -> dbrx_q.DbrxConfig:
-    """transformers' configuration as ours. Weights are tied by transformers itself, so that the two matrices are one parameter."""
-    values = config.to_dict() | {"tie_word_embeddings": False, "torch_dtype": str(config.dtype or "float32").removeprefix("torch.")}
-    return dbrx_q.DbrxConfig.from_dict(values)
+    """transformers' configuration as ours.
+
+    Weights are tied by transformers itself, so that the two matrices are one parameter. Its tests of scaled rotary embeddings write
+    `rope_parameters` into the two parts of a configuration as well, which have none.
+    """
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    for part in (config.attn_config, config.ffn_config):
+        vars(part).pop("rope_parameters", None)
+    return dbrx_q.DbrxConfig.of(config)
 
 
 def _native_classes() -> tuple[type, type]:

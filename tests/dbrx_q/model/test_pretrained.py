@@ -228,6 +228,8 @@ def test_a_plain_model_gets_more_or_fewer_tokens(plain: DbrxForCausalLM, quantiz
     assert DbrxForCausalLM.from_pretrained(tmp_path)(IDS).logits.equal(plain(IDS).logits)
     plain.resize_token_embeddings(50)
     torch.testing.assert_close(plain(IDS).logits, before[..., :50])
+    with pytest.raises(RequestError, match=r"pad_to_multiple_of must be a whole number of at least 1; found 1\.3"):
+        plain.resize_token_embeddings(50, pad_to_multiple_of=1.3)
     with pytest.raises(UnsupportedError, match=r"found packed ones\. Load the original checkpoint, resize it, save it .* quantize"):
         DbrxForCausalLM.from_pretrained(quantized_small).resize_token_embeddings(5000)
     with pytest.raises(ConfigError, match="vocab_size must be a whole number of at least 1; found 0"):
