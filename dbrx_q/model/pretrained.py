@@ -409,8 +409,8 @@ class DbrxPreTrainedModel(nn.Module):
                 return self
         elif self._is_in_place:
             raise UnsupportedError(
-                f"a model with packed weights, or with experts that are moved between memories, keeps its device {str(self.device)!r} and "
-                f"dtype {str(self.dtype).removeprefix('torch.')}; found a call that changes them to {str(moved[-1].device)!r} and "
+                f"a model with packed weights, or with experts that are moved between memories, keeps its device and dtype, "
+                f"{str(self.device)!r} and {str(self.dtype).removeprefix('torch.')}; found a call that changes them to {str(moved[-1].device)!r} and "
                 f"{str(moved[-1].dtype).removeprefix('torch.')}. Give `device` and `dtype` to from_pretrained"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch does not annotate it

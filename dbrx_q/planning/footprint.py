@@ -25,7 +25,7 @@ __all__ = ["PREFILL_TOKENS", "Footprint", "MemoryRequest", "step_tokens"]
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of one prefill step at most: enough to keep matrix units busy, few enough to bound memory."""
 
-_MOST = {"batch": 1 << 16, "step_tokens": 1 << 24, "logit_rows": 1 << 24, "context": 1 << 24}
+_MOST = {"batch": 1 << 16, "step_tokens": 1 << 24, "logit_rows": 1 << 24}
 _FEW_ROWS = 4  # rows that every chip multiplies without dequantizing a weight, see `kernels/cpu/choice.py`
 
 
