@@ -18,7 +18,8 @@ A forward pass, from the outside in:
 Loading:
 
 - `pretrained.py`: `DbrxPreTrainedModel`, the base of both models: `from_pretrained` and what they share beside `forward`;
-  `pretrained_arguments.py`: the arguments of transformers' `from_pretrained`.
+  `pretrained_arguments.py`: the arguments of transformers' `from_pretrained`; `embeddings.py`: embedding and head,
+  read, replaced and resized.
 - `loading.py`: a checkpoint to a model in three steps: plan, read the weights that stay in memory, build the expert store.
 - `saving.py`: a model to a checkpoint, tensor by tensor; a packed model gives the bytes that `quantize` wrote.
 - `limits.py`: what a budget leaves to requests: bytes of KV cache, tokens of a pass, bytes of logits.

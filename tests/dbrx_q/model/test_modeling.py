@@ -200,7 +200,7 @@ def test_bad_calls_are_refused(model: DbrxForCausalLM) -> None:
         model(tokens(2, 5), attention_mask=torch.ones(2, 4))
     with pytest.raises(RequestError, match="must fit 3 tokens, the room of its cache; found 4"):
         model(tokens(1, 4), past_key_values=KVCache(model.config, 1, 3, dtype=torch.float32))
-    with pytest.raises(RequestError, match="must hold the 2 sequences of input_ids; found 1"):
+    with pytest.raises(RequestError, match="must hold the 2 sequences of the call; found 1"):
         model(tokens(2, 4), past_key_values=KVCache(model.config, 1, 9, dtype=torch.float32))
     with pytest.raises(RequestError, match="context of 2048 tokens; 4000"):
         KVCache(model.config, 1, 4000, dtype=torch.float32)
