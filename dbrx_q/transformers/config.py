@@ -99,9 +99,15 @@ def _repair_rope_theta() -> None:
 
     @wraps(original)
     def repaired(self: Any, **kwargs: Any) -> None:
-        kwargs.pop("transformers_weights", None) if _is_packed(kwargs.get("quantization_config")) else None
-        self.rope_parameters = _rope_parameters(self.attn_config, self.rope_parameters)
+        if _is_packed(kwargs.get("quantization_config")):
+            kwargs.pop("transformers_weights", None)  # what keeps out a transformers without this module
+        if kwargs.get("rope_scaling"):  # the older name, which transformers prefers
+            kwargs["rope_scaling"] = _rope_parameters(self.attn_config, kwargs["rope_scaling"])
+        else:
+            self.rope_parameters = _rope_parameters(self.attn_config, self.rope_parameters)
         original(self, **kwargs)  # type: ignore[no-untyped-call]
+        if getattr(self.attn_config, "rope_theta", None) is None:  # transformers' attention reads it, and fails without
+            self.attn_config.rope_theta = self.rope_parameters["rope_theta"]
 
     repaired._dbrx_q = True  # type: ignore[attr-defined]
     transformers.DbrxConfig.__post_init__ = repaired  # type: ignore[method-assign]
@@ -122,7 +128,7 @@ def _rope_parameters(attn_config: Any, given: Mapping[str, Any] | None) -> dict[
             f"attn_config.rope_theta and rope_parameters.rope_theta must agree; found {theta} and {other}. DBRX was trained with 500000; "
             "transformers writes 10000 into rope_parameters by mistake: remove the wrong one"
         )
-    return {"rope_type": "default", **(given or {}), "rope_theta": theta}
+    return {"rope_type": (given or {}).get("type", "default"), **(given or {}), "rope_theta": theta}
 
 
 def _keep_given_budget() -> None:

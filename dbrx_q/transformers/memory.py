@@ -8,7 +8,6 @@ in memory. `max_memory` limits weights alone, as in transformers; a `Budget` inc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine, Placement
 from dbrx_q.planning.placement import place
+from dbrx_q.planning.sizes import format_size
 
 __all__ = ["budget_for_layers", "budget_for_weights", "device_map_of", "layers_below", "main_device"]
 
@@ -34,7 +34,7 @@ def budget_for_weights(checkpoint: Checkpoint, dtype: torch.dtype, limits: Mappi
         limits: bytes by index of a GPU and by "cpu", as transformers makes them of `max_memory`.
 
     Raises:
-        RequestError: the weights exceed the memory of several GPUs.
+        RequestError: the weights exceed the memory of several GPUs, or there is less than the model can run with.
     """
     gpus = [int(limits[key]) for key in sorted(key for key in limits if isinstance(key, int))]
     ram = int(limits.get("cpu", 0))
@@ -48,11 +48,18 @@ def budget_for_weights(checkpoint: Checkpoint, dtype: torch.dtype, limits: Mappi
             f"{checkpoint.folder}: the weights must fit the {len(gpus)} GPUs of max_memory; they take {needed:,} bytes and the GPUs have "
             f"{sum(gpus):,}. Give quantization_config=DbrxQConfig(gpus=..., ram=...), which leaves experts in host memory and on disk"
         )
-    machine = Machine(ram, tuple(Gpu(size) for size in gpus))
-    plan = _placed(checkpoint, dtype, machine)
+    plan = _placed(checkpoint, dtype, Machine(ram, tuple(Gpu(size) for size in gpus)))
     beside = [device.kv_cache + device.workspace + device.reserve for device in plan.devices]
     sizes = [size + more for size, more in zip([*gpus, ram], beside, strict=True)]
-    return Budget(replace(machine, ram=sizes[-1], gpus=tuple(Gpu(size) for size in sizes[:-1])))
+    machine = Machine(sizes[-1], tuple(Gpu(size) for size in sizes[:-1]))
+    plan = _placed(checkpoint, dtype, machine)
+    for device, more in zip(plan.devices, beside, strict=True):
+        if device in plan.over_budget:
+            raise RequestError(
+                f"{checkpoint.folder}: max_memory must leave weights at least {format_size(device.total - more)} of {device.device}, for "
+                f"those that every token reads and for an expert; found {format_size((device.budget or 0) - more)}. Give more"
+            )
+    return Budget(machine)
 
 
 def layers_below(device_map: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -77,7 +77,7 @@ class DbrxQQuantizer(HfQuantizer):
             if not checkpoint.formats:
                 raise CheckpointError(f"{self.folder}: config.json must have a quantization_config; found none. Fetch it again")
             # A config that was made before dbrx_q.transformers was imported has another base; transformers computes the angles later.
-            model.config.rope_parameters = {"rope_type": "default", "rope_theta": checkpoint.config.rope_theta}
+            model.config.rope_parameters = dict(checkpoint.config.rope_parameters)
             if self._below:
                 on_gpu = str(main_device(kwargs.get("device_map") or {})) != "cpu"
                 self.budget = budget_for_layers(checkpoint, self._dtype, self._below, gpu=on_gpu)
@@ -98,6 +98,8 @@ class DbrxQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         assert self.folder is not None
         self._model = None
+        for parameter in model.parameters():  # transformers 5.15 leaves those whose name lost a prefix, as in a model without a head
+            parameter.data = parameter.data.to(self._dtype)
         read_packed_weights(model, self.folder, self.budget)
 
     def _opened(self) -> Checkpoint:
