@@ -196,6 +196,8 @@ class DbrxConfig(ConfigMethods):
     ) -> None:
         check_arguments("DbrxConfig()", foreign, [*self._fields, *ALIASES, "rope_theta", "rope_scaling", "dtype", "head_dim"])
         check_refused("", foreign)
+        if foreign.pop("model_type", self.model_type) != self.model_type:
+            raise ConfigError("model_type must be 'dbrx': this is the configuration of a DBRX. Leave it out")
         self.d_model = _aliased("d_model", d_model, "hidden_size", hidden_size, 2048)
         self.n_heads = _aliased("n_heads", n_heads, "num_attention_heads", num_attention_heads, 16)
         self.n_layers = _aliased("n_layers", n_layers, "num_hidden_layers", num_hidden_layers, 24)

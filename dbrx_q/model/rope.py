@@ -35,15 +35,15 @@ def scaled_frequencies(positions: torch.Tensor, config: DbrxConfig) -> tuple[tor
         return base**-exponents / settings["factor"], 1.0
     if config.rope_type == "dynamic":
         trained, factor = config.max_seq_len, settings["factor"]
-        length = (positions.max() + 1).clamp(min=trained).float() if positions.numel() else torch.tensor(float(trained))
+        length = (positions.max() + 1).clamp(min=trained).float() if positions.numel() else positions.new_full((), trained).float()
         growth = (factor * length / trained - (factor - 1)) ** (C / (C - 2)) if C > 2 else torch.ones_like(length)
         return (base * growth) ** -exponents, 1.0  # stays on the device, so that a CUDA graph can capture it
-    kept = 1 - _ramp(C, base, settings).to(positions.device)
+    kept = 1 - _ramp(C, base, settings, positions.device)
     frequencies = base**-exponents
     return frequencies / settings["factor"] * (1 - kept) + frequencies * kept, _attention_factor(settings)
 
 
-def _ramp(C: int, base: float, settings: Mapping[str, Any]) -> torch.Tensor:
+def _ramp(C: int, base: float, settings: Mapping[str, Any], device: torch.device) -> torch.Tensor:
     """float32 [C / 2]: 0 for channels that turn often within the trained context, 1 for those that turn seldom."""
     trained = settings["original_max_position_embeddings"]
 
@@ -56,7 +56,7 @@ def _ramp(C: int, base: float, settings: Mapping[str, Any]) -> torch.Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, C - 1)
     width = last - first if last != first else 0.001
-    return ((torch.arange(C // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
+    return ((torch.arange(C // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
 
 
 def _attention_factor(settings: Mapping[str, Any]) -> float:

@@ -127,6 +127,15 @@ def test_a_configuration_of_transformers_makes_a_model(theta: float | None) -> N
             DbrxModel(theirs)
 
 
+def test_the_keys_of_a_configuration_of_transformers_are_arguments() -> None:
+    theirs = transformers.DbrxConfig(**SMALL, rope_theta=500000.0, attn_config={"kv_n_heads": 2})
+    ours = DbrxConfig(**theirs.to_dict())
+    assert (ours.rope_theta, ours.attn_config.kv_n_heads, ours.model_type) == (500000.0, 2, "dbrx")
+    assert ours == DbrxConfig(**SMALL, rope_theta=500000.0, attn_config={"kv_n_heads": 2})
+    with pytest.raises(ConfigError, match="model_type must be 'dbrx'"):
+        DbrxConfig(model_type="mixtral")
+
+
 def test_a_dictionary_or_a_wrong_object_as_configuration() -> None:
     assert DbrxModel(DbrxConfig(**SMALL).to_dict()).config == DbrxConfig(**SMALL)
     with pytest.raises(ConfigError, match=r"config must be a DbrxConfig.*found MixtralConfig"):
