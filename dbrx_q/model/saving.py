@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Origin", "held", "model_tensors", "save_model"]
 
 _GENERATION = "generation_config.json"
+_COMPLETE = ".dbrx_q-saving"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -92,7 +93,7 @@ def held(model: DbrxPreTrainedModel, name: str) -> nn.Parameter | PackedWeight:
 def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | None = None) -> None:
     """Write config.json, generation_config.json, the shards and, for packed weights, the manifest into a folder.
 
-    Everything is written into another folder first and moved when it is complete. Weights that are there already are replaced; other files,
+    Everything is written into a folder of its own first and moved when it is complete. Weights that are there already are replaced; others,
     such as a tokenizer's, stay.
 
     Args:
@@ -108,7 +109,7 @@ def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | N
     with ExitStack() as stack:
         writer = _ModelWriter(model, stack, shard_bytes)
         if folder.is_dir() and any(folder.iterdir()):
-            _write_beside(writer, folder)
+            _write_over(writer, folder)
         else:
             with staged_folder(folder, writer.nbytes) as partial:
                 writer.write(partial)
@@ -117,21 +118,19 @@ def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | N
             model.origin = Origin.of(checkpoint)
 
 
-def _write_beside(writer: _ModelWriter, folder: Path) -> None:
-    """Write the checkpoint beside a folder that holds files, then move it into it."""
-    beside = Path(os.path.realpath(folder)).with_name(f"{folder.name}.saving")
-    if beside.exists():
-        raise RequestError(
-            f"{beside}: an interrupted call left a whole checkpoint here. Move its files to {folder} or elsewhere, or remove it"
-        )
-    with staged_folder(beside, writer.nbytes) as partial:
+def _write_over(writer: _ModelWriter, folder: Path) -> None:
+    """Write the checkpoint into a hidden folder inside one that holds files, which is on the same disk, then move it out."""
+    complete = folder / _COMPLETE
+    if complete.exists():
+        raise RequestError(f"{complete}: an interrupted call left a whole checkpoint here. Move its files to {folder}, or remove it")
+    with staged_folder(complete, writer.nbytes) as partial:
         writer.write(partial)
     for path in folder.iterdir():
         if _WEIGHTS.fullmatch(path.name) or path.name == MANIFEST_NAME:
             path.unlink()
-    for path in sorted(beside.iterdir(), key=lambda path: (not path.name.endswith(".safetensors"), path.name)):
+    for path in sorted(complete.iterdir(), key=lambda path: (not path.name.endswith(".safetensors"), path.name)):
         os.replace(path, folder / path.name)
-    beside.rmdir()
+    complete.rmdir()
 
 
 class _ModelWriter:

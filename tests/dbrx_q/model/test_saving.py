@@ -173,6 +173,15 @@ def test_a_failed_save_leaves_what_was_there(plain: DbrxForCausalLM, tmp_path: P
             plain.save_pretrained(tmp_path / folder)
     assert shards_of(tmp_path / "saved") == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_present_folder_is_a_destination(plain: DbrxForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    plain.save_pretrained(".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "mine.txt", "model.safetensors"]
+    assert DbrxForCausalLM.from_pretrained(".")(IDS).logits.equal(plain(IDS).logits)
 
 
 def test_wrong_arguments(plain: DbrxForCausalLM, tmp_path: Path) -> None:
