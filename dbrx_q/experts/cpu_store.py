@@ -44,25 +44,27 @@ class CpuExpertStore(TieredExpertStore):
                 f"this request needs a layer's experts in memory together; it uses {len(needed)} and the budget holds {slots.count}. "
                 "Give more memory"
             )
-        self.tier.load_all(index, needed)
         slot_by_expert = torch.full((self.tier.n_experts,), -1, dtype=torch.int32)
-        for e in needed:
-            slot_by_expert[e] = self.tier.slot_of(index, e)
+        with self._lock:
+            self.tier.load_all(index, needed)
+            for e in needed:
+                slot_by_expert[e] = self.tier.slot_of(index, e)
         return replace(slots.weights, slots=slot_by_expert)
 
     def stats(self) -> ExpertStats:
-        reader = self.tier.reader
-        predicted, predictable = self._prediction_counts()
-        return ExpertStats(
-            cache=self.tier.stats,
-            predicted=predicted,
-            predictable=predictable,
-            disk_bytes=reader.bytes_read,
-            compute_seconds=self._compute_seconds,
-            wait_seconds=self.tier.wait_seconds,
-            read_seconds=reader.busy_seconds,
-            fallback_hits=self._fallback_hits,
-        )
+        with self._lock:
+            reader = self.tier.reader
+            predicted, predictable = self._prediction_counts()
+            return ExpertStats(
+                cache=self.tier.stats,
+                predicted=predicted,
+                predictable=predictable,
+                disk_bytes=reader.bytes_read,
+                compute_seconds=self._compute_seconds,
+                wait_seconds=self.tier.wait_seconds,
+                read_seconds=reader.busy_seconds,
+                fallback_hits=self._fallback_hits,
+            )
 
     def _serve(self, index: int, expert_sum: ExpertSum, needed: list[int], ahead: list[int]) -> None:
         if self.fallback is None:

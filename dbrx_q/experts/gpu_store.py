@@ -78,26 +78,28 @@ class GpuExpertStore(TieredExpertStore):
         raise RequestError("this request needs a layer's experts in one memory; they are on GPUs and in host memory. Leave --gpu out")
 
     def stats(self) -> ExpertStats:
-        reader = self.tier.reader
-        predicted, predictable = self._prediction_counts()
-        return ExpertStats(
-            cache=sum((gpu.stats for gpu in self.gpus), CacheStats()),
-            predicted=predicted,
-            predictable=predictable,
-            disk_bytes=reader.bytes_read,
-            compute_seconds=sum(gpu.compute_seconds for gpu in self.gpus),
-            wait_seconds=sum(gpu.wait_seconds for gpu in self.gpus) + self.tier.wait_seconds,
-            read_seconds=reader.busy_seconds,
-            host=self.tier.stats,
-            computed_on_cpu=sum(gpu.computed_on_cpu for gpu in self.gpus),
-            links=tuple(LinkStats(gpu.name, gpu.link.bytes_copied, gpu.link.busy_seconds) for gpu in self.gpus),
-            fallback_hits=sum(gpu.fallback_hits for gpu in self.gpus),
-        )
+        with self._lock:
+            reader = self.tier.reader
+            predicted, predictable = self._prediction_counts()
+            return ExpertStats(
+                cache=sum((gpu.stats for gpu in self.gpus), CacheStats()),
+                predicted=predicted,
+                predictable=predictable,
+                disk_bytes=reader.bytes_read,
+                compute_seconds=sum(gpu.compute_seconds for gpu in self.gpus),
+                wait_seconds=sum(gpu.wait_seconds for gpu in self.gpus) + self.tier.wait_seconds,
+                read_seconds=reader.busy_seconds,
+                host=self.tier.stats,
+                computed_on_cpu=sum(gpu.computed_on_cpu for gpu in self.gpus),
+                links=tuple(LinkStats(gpu.name, gpu.link.bytes_copied, gpu.link.busy_seconds) for gpu in self.gpus),
+                fallback_hits=sum(gpu.fallback_hits for gpu in self.gpus),
+            )
 
     def close(self) -> None:
-        for link in self._links:
-            link.close()
-        super().close()
+        with self._lock:
+            for link in self._links:
+                link.close()
+            super().close()
 
     def _choose_eviction_rule(self) -> None:
         """Set what may be evicted, by how much host memory holds after filling."""

@@ -9,6 +9,8 @@ Dimension letters: `T` tokens, `A` active experts of a token, `E` experts, `L` l
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 __all__ = ["ExpertPredictor", "by_likelihood"]
@@ -30,6 +32,13 @@ def by_likelihood(predicted: np.ndarray, n_experts: int) -> list[int]:
     return [int(e) for e in order if points[e]]
 
 
+class _LastPrediction(threading.local):
+    """The last prediction of each thread: threads that run a model are in different layers."""
+
+    value: tuple[int, int, list[int]] | None = None
+    """(one token or several, layer, experts by rank)."""
+
+
 class ExpertPredictor:
     """Decides which predictions to use, by how often predictions of the same rank were right before.
 
@@ -48,7 +57,7 @@ class ExpertPredictor:
         # By (one token or several, layer, rank); each starts with one prediction that was right.
         self._counts = np.ones((2, layers, n_experts))
         self._right = np.ones((2, layers, n_experts))
-        self._last: tuple[int, int, list[int]] | None = None  # (one token or several, layer, experts by rank)
+        self._last = _LastPrediction()
         self.predicted = self.needed = 0
 
     def predict(self, layer: int, predicted: np.ndarray) -> list[int]:
@@ -60,16 +69,17 @@ class ExpertPredictor:
         """
         order = by_likelihood(predicted, self._n_experts)
         several = int(len(predicted) > 1)
-        self._last = several, layer, order
+        self._last.value = several, layer, order
         precision = self._right[several, layer] / self._counts[several, layer]
         return [e for rank, e in enumerate(order) if precision[rank] >= self._least_precision]
 
     def observe(self, layer: int, needed: list[int]) -> None:
         """Compare the last prediction with what `layer` really needed; ignored if the prediction was for another layer."""
-        if self._last is None or self._last[1] != layer:
+        last = self._last.value
+        if last is None or last[1] != layer:
             return
-        several, _, order = self._last
-        self._last = None
+        several, _, order = last
+        self._last.value = None
         chosen = set(needed)
         right = np.array([e in chosen for e in order], bool)
         self._counts[several, layer, : len(order)] += 1

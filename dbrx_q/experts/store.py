@@ -26,7 +26,8 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        """Weights of layer `index` that include every expert of `experts`, int64 [T, A]; valid until the next call."""
+        """Weights of layer `index` that include every expert of `experts`, int64 [T, A]; valid until the next call,
+        which another thread may make in a store that moves experts."""
 
     def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The weighted sum of the experts of layer `index` for the tokens `x` [T, D]: [T, D] in their dtype."""

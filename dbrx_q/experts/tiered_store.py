@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class FallbackCopy:
 class TieredExpertStore(ExpertStore):
     """A store that moves experts between memories.
 
+    Several threads may run a model of it. They take turns layer by layer: slots hold the experts of one call of `forward` at a time.
+
     Args:
         tier: host memory over disk; closed with the store.
         prefetch: whether experts are fetched before they are needed.
@@ -58,6 +61,8 @@ class TieredExpertStore(ExpertStore):
         self.tier, self.fallback = tier, fallback
         self._predictor = ExpertPredictor(tier.n_layers, tier.n_experts) if prefetch else None
         self._routers = routers
+        # Held while a layer is served, counters are read, and the store is closed.
+        self._lock = threading.RLock()
 
     @property
     def memory_bytes(self) -> int:
@@ -69,11 +74,12 @@ class TieredExpertStore(ExpertStore):
         if self._predictor is not None and self._routers is not None and self._prefetches_after(index) and len(x):
             router = self._routers[index + 1]
             predicted = route(x, router.weight, router.top_k, None).experts.cpu().numpy()
-        self.run(index, expert_sum, predicted)
-        return expert_sum.result()
+        with self._lock:
+            self.run(index, expert_sum, predicted)
+            return expert_sum.result()
 
     def run(self, index: int, expert_sum: ExpertSum, predicted: np.ndarray | None) -> None:
-        """Add the experts that layer `index` needs to `expert_sum`.
+        """Add the experts that layer `index` needs to `expert_sum`; one thread at a time may call it.
 
         Args:
             index: the layer.
@@ -100,9 +106,10 @@ class TieredExpertStore(ExpertStore):
         self._fill_fallback()
 
     def close(self) -> None:
-        self.tier.close()
-        if self.fallback is not None:
-            self.fallback.tier.close()
+        with self._lock:  # the layer that a thread is in ends first
+            self.tier.close()
+            if self.fallback is not None:
+                self.fallback.tier.close()
 
     def _fill_fallback(self) -> None:
         if self.fallback is not None:

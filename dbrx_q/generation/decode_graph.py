@@ -8,6 +8,7 @@ Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,9 @@ __all__ = ["BatchDecoder", "DecodeStep", "capturable"]
 
 # Tokens that a cache's capacity is rounded up to, so that requests of similar length share one cache and its graphs.
 _CAPACITY_STEP = 1024
+
+# Held while a request takes the decoder that a model keeps, or leaves one there.
+_borrowing = threading.Lock()
 
 
 class DecodeStep:
@@ -105,7 +109,7 @@ class DecodeStep:
                     self._compute()
             torch.cuda.current_stream().wait_stream(warm_up_stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
                 self._logits = self._compute()
         self._graph = graph
 
@@ -129,7 +133,8 @@ class BatchDecoder:
 
         Its sequences are empty. On exit it stays on the model for the next request.
         """
-        kept, model.decoder = model.decoder, None
+        with _borrowing:
+            kept, model.decoder = model.decoder, None
         if isinstance(kept, BatchDecoder) and kept._serves(sequences, capacity, kv_format):
             decoder = kept
         else:

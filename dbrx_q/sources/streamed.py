@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, oriented
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.experts import ExpertStore
-from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.model.loading import load_plain_model
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.planning.host_memory import available_bytes
@@ -74,6 +75,8 @@ class DequantizedSource(Source):
 class StreamedExpertStore(ExpertStore):
     """Dequantizes all experts of a layer when the model asks for them, and holds them until it asks for another layer.
 
+    Threads that run the model take turns, so that memory holds the experts of one layer only.
+
     Args:
         config: the model's configuration.
         reader: opens the files of the weights.
@@ -99,16 +102,22 @@ class StreamedExpertStore(ExpertStore):
         self._reader, self._dtype, self._device, self._name = reader, dtype, device, name
         self._held: tuple[int, ExpertWeights] | None = None
         self._layer_bytes = _bytes([tensor for tensors in self._tensors[:1] for tensor in tensors], dtype)
+        self._lock = threading.RLock()
         _stores.add(self)
 
+    def forward(self, index: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        with self._lock:
+            return super().forward(index, x, routing)
+
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
-        if self._held is None or self._held[0] != index:
-            self._held = None  # before the next layer takes memory
-            with self._reader() as read:
-                tensors = self._tensors[index]
-                w1, v1, w2 = (oriented(converted(read(t), self._dtype, t.name, self._name).to(self._device), t) for t in tensors)
-            self._held = index, ExpertWeights(w1, v1, w2)
-        return self._held[1]
+        with self._lock:
+            if self._held is None or self._held[0] != index:
+                self._held = None  # before the next layer takes memory
+                with self._reader() as read:
+                    tensors = self._tensors[index]
+                    w1, v1, w2 = (oriented(converted(read(t), self._dtype, t.name, self._name).to(self._device), t) for t in tensors)
+                self._held = index, ExpertWeights(w1, v1, w2)
+            return self._held[1]
 
     @property
     def nbytes(self) -> int:
