@@ -24,8 +24,8 @@ FORBIDDEN = {
 LEVELS = (
     ("kernels/formats", "quantize"),
     ("kernels/cpu", "kernels/triton", "dbrx_q"),
-    ("kernels", "dbrx_q/checkpoint", "dbrx_q/tokenizer"),
-    ("dbrx_q/planning", "quantize/methods"),
+    ("kernels", "dbrx_q/checkpoint"),
+    ("dbrx_q/planning", "dbrx_q/tokenizer", "quantize/methods"),
     ("dbrx_q/experts",),
     ("dbrx_q/model",),
     ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),

@@ -63,6 +63,7 @@ def resolve_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     fallback: bool = False,
+    weights: bool = True,
     download: Download = _BY_DEFAULT,
 ) -> Path:
     """The folder of a checkpoint; a hub repository is downloaded into the hub's cache first.
@@ -72,6 +73,7 @@ def resolve_folder(
         revision: branch, tag or commit; None for the main branch.
         token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
         fallback: whether the fallback copy that the repository carries is downloaded too.
+        weights: whether the shards are downloaded, not the small files alone.
         download: how files are fetched.
 
     Raises:
@@ -93,7 +95,7 @@ def resolve_folder(
                     repository,
                     revision=revision if online else commit,  # the cache notes which commit a branch stands for
                     token=token,
-                    allow_patterns=_WANTED,
+                    allow_patterns=_WANTED if weights else [*SMALL_FILES, "additional_chat_templates/*.jinja"],
                     ignore_patterns=ignored,
                     **download.arguments(online=online),
                 )

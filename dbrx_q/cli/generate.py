@@ -135,9 +135,10 @@ def _check_context(context: int, prompt_tokens: int, config: DbrxConfig, *, has_
 
 def _prompt_ids(tokenizer: DbrxTokenizer, prompt: str, system: str | None, *, chat: bool) -> list[int]:
     if not chat:
-        return tokenizer.encode(prompt)
+        return list(tokenizer.encode(prompt, split_special_tokens=True))
     messages = [{"role": "system", "content": system}] if system is not None else []
-    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+    conversation = [*messages, {"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
 
 
 def _stream(_: int, text: str) -> None:

@@ -44,7 +44,7 @@ def command(
     torch_device = check_device(device)
     loaded_text = load_text(text)
     source = open_source(path, fallback=fallback)
-    ids = source.tokenizer().encode(loaded_text.text)
+    ids = source.tokenizer().encode(loaded_text.text, split_special_tokens=True)
     windowing = measurement.protocol_of(protocol, context, stride, limit, source.config)
     windowing.check(len(ids), source.config, source=text)
     torch_dtype = measurement.dtype_of(dtype, torch_device)

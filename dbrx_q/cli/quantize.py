@@ -260,5 +260,7 @@ def _calibration(folder: Path, text: str | None, count: int, length: int, seed: 
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     loaded = load_text(text)
-    drawn = sequences_of(DbrxTokenizer.from_pretrained(folder).encode(loaded.text), count=count, length=length, seed=seed)
+    drawn = sequences_of(
+        DbrxTokenizer.from_pretrained(folder).encode(loaded.text, split_special_tokens=True), count=count, length=length, seed=seed
+    )
     return drawn, {"text_sha256": loaded.sha256, "sequences": len(drawn), "length": length, "seed": seed}

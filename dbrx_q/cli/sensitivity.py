@@ -60,7 +60,7 @@ def command(
     loaded_text = load_text(text)
     source = _plain_source(path)
     windowing = Protocol.of(min(512, source.config.max_seq_len) if context is None else context, limit=windows)
-    ids = source.tokenizer().encode(loaded_text.text)
+    ids = source.tokenizer().encode(loaded_text.text, split_special_tokens=True)
     windowing.check(len(ids), source.config, source=text)
     units = units_of(source.config, by)
     tensor_formats = [TensorFormat.of(name, group_size) for name in dict.fromkeys(formats or ["int4"])]

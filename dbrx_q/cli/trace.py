@@ -53,7 +53,7 @@ def command(
     context = min(2048, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
-    ids = DbrxTokenizer.from_pretrained(folder).encode(loaded_text.text)[:tokens]
+    ids = DbrxTokenizer.from_pretrained(folder).encode(loaded_text.text, split_special_tokens=True)[:tokens]
     budget = memory_budget.budget_of(ram, gpu, context=context, step_tokens=min(step, context))
     model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype))
     with terminal.progress("tokens") as on_tokens:

@@ -108,7 +108,7 @@ def generate_text(
 
     generate_text(model, tokenizer, ["One prompt", "and a longer one"], max_new_tokens=50, stop=["\n\n"])
     """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt, split_special_tokens=True) for prompt in prompts]
     results = generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, tokenizer=tokenizer, kv_format=kv_format)
     return [result.text for result in results]
 
@@ -131,7 +131,7 @@ def stream_text(
     A piece has whole characters and no part of a stop string. Generation ends when the iterator is closed, as by leaving the loop. Errors
     are raised when the first piece is asked for.
     """
-    ids = [tokenizer.encode(prompt)]
+    ids = [tokenizer.encode(prompt, split_special_tokens=True)]
     for _, text in _steps(model, ids, max_new_tokens, sampling, None, stop, tokenizer, kv_format, []):
         if text:
             yield text

@@ -37,7 +37,7 @@ def check_same_tokenizer(
 
 
 def _check_text(reference: DbrxTokenizer, other: DbrxTokenizer, text: str, names: tuple[str, str]) -> None:
-    ours, theirs = reference.encode(text), other.encode(text)
+    ours, theirs = (tokenizer.encode(text, split_special_tokens=True) for tokenizer in (reference, other))
     if ours == theirs:
         return
     # The bytes of both token lists are those of the text, so neither list is a prefix of the other.

@@ -10,6 +10,7 @@ ids, so the two differ on a file with a gap before the added tokens.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,32 @@ from typing import Any, NamedTuple
 from dbrx_q.errors import CheckpointError, TokenizerError
 from dbrx_q.json_file import read_json_object
 
-__all__ = ["AddedToken", "TokenizerFile", "parse_added_token", "parse_tokenizer", "read_json", "read_tokenizer_json", "wrong"]
+__all__ = [
+    "DBRX_PATTERN",
+    "AddedToken",
+    "TokenizerFile",
+    "TokenizerWarning",
+    "byte_of_character",
+    "check_spelling",
+    "parse_added_token",
+    "parse_tokenizer",
+    "parts_below",
+    "pattern_notice",
+    "read_json",
+    "read_tokenizer_json",
+    "wrong",
+]
 
+DBRX_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""The regular expression that splits a text for DBRX, that of tiktoken's cl100k_base."""
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # (behavior, invert) of the splits that keep every match of the pattern as a piece. They differ in the text between matches, which
 # tiktoken drops; `tokenizer.py` refuses patterns that leave text between matches.
 _SPLITS = [("Isolated", False), ("Removed", True)]
+
+
+class TokenizerWarning(UserWarning):
+    """A tokenizer file that is read, and whose ids may not be those that the user wants."""
 
 
 class AddedToken(NamedTuple):
@@ -36,6 +57,9 @@ class AddedToken(NamedTuple):
     special: bool
     """Whether decoding can skip the token."""
 
+    def __str__(self) -> str:
+        return self.content
+
 
 class TokenizerFile(NamedTuple):
     """The contents of a tokenizer.json."""
@@ -46,6 +70,10 @@ class TokenizerFile(NamedTuple):
     """The regular expression that splits a text into pieces; no merge crosses their borders."""
     added: list[AddedToken]
     """The tokens beside the vocabulary."""
+    ignores_merges: bool
+    """Whether a piece that is a token needs no merges."""
+    trims_offsets: bool
+    """Whether the offsets of a token leave out the blank that it begins with."""
 
 
 def wrong(path: Path, name: str, rule: str, value: object) -> TokenizerError:
@@ -76,12 +104,44 @@ def parse_added_token(path: Path, name: str, node: object, token_id: object) -> 
     content = node.get("content") if isinstance(node, dict) else None
     if not isinstance(node, dict) or not isinstance(content, str) or not content:
         raise wrong(path, name, "an object with a non-empty string 'content'", node)
+    check_spelling(f"{path}: {name}", content)
     if not _is_id(token_id):
         raise wrong(path, f"{name} ({content})", "a token with an integer id of 0 or more", token_id)
     for flag in ("lstrip", "rstrip", "single_word"):
         if node.get(flag, False) is not False:
             raise wrong(path, f"{name} ({content}): {flag}", "false", node[flag])
     return AddedToken(content, int(token_id), bool(node.get("special", True)))  # type: ignore[call-overload] # checked above
+
+
+def check_spelling(name: str, spelling: str) -> None:
+    """Refuse a token that no text can spell.
+
+    Raises:
+        TokenizerError: the spelling is empty or has half of a surrogate pair.
+    """
+    if not spelling:
+        raise TokenizerError(f"{name}: a token must have a spelling; found an empty string. Leave it out")
+    half = next((character for character in spelling if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise TokenizerError(
+            f"{name}: a token must be spelled in whole characters; found {spelling!r} with U+{ord(half):04X}, half a pair. "
+            "Use the tokenizer files published with the DBRX checkpoint"
+        )
+
+
+def pattern_notice(source: object, pattern: str) -> str | None:
+    """What to tell the user of a pattern that is not DBRX's; None where it is."""
+    if pattern == DBRX_PATTERN:
+        return None
+    whose = (
+        "with GPT-2's pattern, which transformers 5 writes where it read the tokenizer as GPT2Tokenizer"
+        if pattern == _GPT2_PATTERN
+        else (f"with the pattern {pattern[:60]!r}")
+    )
+    return (
+        f"{source}: splits a text {whose}; DBRX was trained with that of cl100k_base, so ids differ. Use the tokenizer.json of the "
+        "original checkpoint, or save it from PreTrainedTokenizerFast.from_pretrained"
+    )
 
 
 def read_tokenizer_json(path: Path) -> TokenizerFile:
@@ -103,11 +163,11 @@ def parse_tokenizer(path: Path, data: Mapping[str, Any]) -> TokenizerFile:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise wrong(path, f"model.{name}", "absent, null or false", model[name])
-    for name in ("post_processor", "decoder"):
-        kind = _kind(data.get(name))
-        if kind != "ByteLevel" and (name == "decoder" or kind is not None):
-            rule = "of type ByteLevel" + (" or null (no token is added to a text)" if name == "post_processor" else "")
-            raise wrong(path, name, rule, data.get(name))
+    if not _adds_nothing(data.get("post_processor")):
+        rule = "null, of type ByteLevel, or a TemplateProcessing of the texts alone (no token is added to a text)"
+        raise wrong(path, "post_processor", rule, data.get("post_processor"))
+    if _kind(data.get("decoder")) != "ByteLevel":
+        raise wrong(path, "decoder", "of type ByteLevel", data.get("decoder"))
     pattern = _read_pattern(path, data.get("pre_tokenizer"))
     nodes = data.get("added_tokens") or []
     if not isinstance(nodes, list):
@@ -115,8 +175,38 @@ def parse_tokenizer(path: Path, data: Mapping[str, Any]) -> TokenizerFile:
     added = [parse_added_token(path, "added_tokens", node, node.get("id") if isinstance(node, dict) else None) for node in nodes]
     vocab = _read_vocab(path, model.get("vocab"), {token.content: token.id for token in added})
     _check_merges(path, vocab, model.get("merges"), bool(model.get("ignore_merges")))
-    to_byte = _byte_of_character()
-    return TokenizerFile({bytes(map(to_byte.__getitem__, token)): rank for token, rank in vocab.items()}, pattern, added)
+    to_byte = byte_of_character()
+    ranks = {bytes(map(to_byte.__getitem__, token)): rank for token, rank in vocab.items()}
+    return TokenizerFile(ranks, pattern, added, bool(model.get("ignore_merges")), _trims_offsets(data.get("post_processor")))
+
+
+def _adds_nothing(node: object) -> bool:
+    """Whether a post-processor leaves the ids of a text and of a pair as they are."""
+    if node is None or _kind(node) == "ByteLevel":
+        return True
+    if not isinstance(node, dict):
+        return False
+    if node.get("type") == "Sequence":
+        steps = node.get("processors")
+        return isinstance(steps, list) and all(step is not None and _adds_nothing(step) for step in steps)
+    if node.get("type") != "TemplateProcessing":
+        return False
+    templates = node.get("single"), node.get("pair")
+    wanted = ["A"], ["A", "B"]
+    for template, names in zip(templates, wanted, strict=True):
+        pieces = template if isinstance(template, list) else []
+        sequences = [piece.get("Sequence") if isinstance(piece, dict) and len(piece) == 1 else None for piece in pieces]
+        if [sequence.get("id") if isinstance(sequence, dict) else None for sequence in sequences] != names:
+            return False
+    return True
+
+
+def _trims_offsets(node: object) -> bool:
+    if not isinstance(node, dict):
+        return False
+    if node.get("type") == "Sequence":
+        return any(_trims_offsets(step) for step in node.get("processors", []))
+    return node.get("type") == "ByteLevel" and node.get("trim_offsets", True) is not False
 
 
 def _is_id(value: object) -> bool:
@@ -127,7 +217,8 @@ def _kind(node: object) -> object:
     return node.get("type", "") if isinstance(node, dict) else node
 
 
-def _byte_of_character() -> dict[str, int]:
+@functools.cache
+def byte_of_character() -> dict[str, int]:
     """The alphabet of byte-level BPE: a printable Latin-1 character stands for its byte, U+0100 onwards for the other bytes in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -167,7 +258,7 @@ def _read_vocab(path: Path, node: object, added: Mapping[str, int]) -> dict[str,
     """Id of every ordinary token, that is, of all but the added ones, by its byte-level string."""
     if not isinstance(node, dict) or not node:
         raise wrong(path, "model.vocab", "a non-empty object", node)
-    alphabet = set(_byte_of_character())
+    alphabet = set(byte_of_character())
     owners: dict[int, str] = {}
     for token, token_id in node.items():
         if not _is_id(token_id):
@@ -180,7 +271,7 @@ def _read_vocab(path: Path, node: object, added: Mapping[str, int]) -> dict[str,
         elif not token or not alphabet.issuperset(token):
             raise wrong(path, "model.vocab", "non-empty byte-level strings", token)
     vocab = {token: token_id for token, token_id in node.items() if token not in added}
-    missing = sorted(byte for character, byte in _byte_of_character().items() if character not in vocab)
+    missing = sorted(byte for character, byte in byte_of_character().items() if character not in vocab)
     if missing:
         raise wrong(path, "bytes missing from model.vocab", "none of the 256", [f"{byte:#04x}" for byte in missing])
     return vocab
@@ -210,7 +301,7 @@ def _check_merges(path: Path, vocab: Mapping[str, int], node: object, ignore_mer
     for token, rank in vocab.items():
         if len(token) == 1:
             continue
-        parts = _parts_below(token, rank, vocab)
+        parts = parts_below(token, rank, vocab)
         if len(parts) == 2 and (parts[0], parts[1]) not in listed:
             raise wrong(path, "model.merges", f"a list with {parts}, from which tiktoken builds {token!r}", "no such merge")
         if len(parts) != 2 and not ignore_merges:
@@ -218,8 +309,8 @@ def _check_merges(path: Path, vocab: Mapping[str, int], node: object, ignore_mer
             raise wrong(path, "model.merges", rule, f"merges that stop at {parts}")
 
 
-def _parts_below(token: str, rank: int, vocab: Mapping[str, int]) -> list[str]:
-    """The parts of `token` after all merges of ranks below its own."""
+def parts_below(token: str, rank: int, vocab: Mapping[str, int]) -> list[str]:
+    """The parts of `token`, byte-level strings, after all merges of ranks below its own."""
     parts = list(token)
     while len(parts) > 2:
         best_rank, best = rank, -1

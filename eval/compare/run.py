@@ -74,7 +74,7 @@ def compare_checkpoints(
     """
     device = torch.device("cpu") if device is None else device
     tokenizer = (sources[0] if isinstance(reference, ReferenceFile) else reference).tokenizer()
-    ids = tokenizer.encode(text.text)
+    ids = tokenizer.encode(text.text, split_special_tokens=True)
     _check_comparable(reference, sources, text, protocol, tokenizer, ids)
 
     def load(source: Source) -> DbrxForCausalLM:

@@ -119,7 +119,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Encode a text. DBRX's tokenizer adds no special tokens, so `add_special_tokens` has no effect."""
-        return self.tokenizer.encode(string, allow_special=True)
+        return self.tokenizer.encode(string)
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation. Without a generation prompt it ends with the last message, so that the model continues that message.

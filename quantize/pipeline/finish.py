@@ -10,6 +10,7 @@ from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
 from dbrx_q.checkpoint.shards import list_files, shard_name, write_index, write_json
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
+from dbrx_q.tokenizer.copying import copy_tokenizer
 
 from .journal import Journal
 from .model_card import model_card
@@ -87,9 +88,10 @@ def _default_name(run: Run) -> str:
 
 
 def _copy_other_files(source: Path, folder: Path, manifest: Manifest) -> None:
-    """Copy the tokenizer, generation settings and licence."""
+    """Copy the tokenizer, so that transformers reads the right ids from it too, generation settings and licence."""
     written = {INDEX_NAME, "config.json", MANIFEST_NAME, *manifest.shards}
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name not in written:
             shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(source, folder)

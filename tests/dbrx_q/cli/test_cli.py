@@ -104,7 +104,9 @@ def test_inspect_shows_bits_per_weight_of_both_formats(nano: Path, quantized_nan
 def test_generate_prints_the_text_of_the_library(either: Path, chat: bool, cli: Callable[..., Any]) -> None:
     prompt = "The old man looked at"
     model, tokenizer = DbrxForCausalLM.from_pretrained(either), DbrxTokenizer.from_pretrained(either)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    chat_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = chat_ids if chat else tokenizer.encode(prompt)
     [expected] = generate(model, [ids], max_new_tokens=8, tokenizer=tokenizer)
     arguments = ("generate", either, "--prompt", prompt, "--max-new-tokens", 8, *(["--chat"] if chat else []))
     report = json.loads(cli(*arguments, "--json").out)

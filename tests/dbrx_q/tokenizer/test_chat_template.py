@@ -55,10 +55,14 @@ TEMPLATES = {
 def test_equals_transformers(chat: str, template: str, prompt: bool) -> None:
     given_template = TEMPLATES[template]
     keywords: dict[str, Any] = {"add_generation_prompt": prompt, "chat_template": given_template}
-    text = OURS.apply_chat_template(CHATS[chat], add_generation_prompt=prompt, tokenize=False, template=given_template)
+    text = OURS.apply_chat_template(CHATS[chat], tokenize=False, **keywords)
     assert text == THEIRS.apply_chat_template(CHATS[chat], tokenize=False, **keywords)
-    ids = OURS.apply_chat_template(CHATS[chat], add_generation_prompt=prompt, template=given_template)
+    ids = OURS.apply_chat_template(CHATS[chat], return_dict=False, **keywords)
     assert ids == THEIRS.apply_chat_template(CHATS[chat], return_dict=False, **keywords)
+
+
+def prompt_ids(content: str) -> Any:
+    return OURS.apply_chat_template(user(content), add_generation_prompt=True, return_dict=False)
 
 
 HOSTILE = [
@@ -75,10 +79,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("content", HOSTILE)
 def test_a_message_cannot_write_a_special_token(content: str) -> None:
-    ids = OURS.apply_chat_template(user(content))
+    ids = prompt_ids(content)
     assert [i for i in ids if i in OURS.special_tokens.values()] == [START, END, START]
-    assert OURS.decode(ids) == OURS.apply_chat_template(user(content), tokenize=False)
-    middle = OURS.encode("user\n" + content)
+    assert OURS.decode(ids) == OURS.apply_chat_template(user(content), add_generation_prompt=True, tokenize=False)
+    middle = OURS.encode("user\n" + content, split_special_tokens=True)
     assert ids[: len(middle) + 2] == [START, *middle, END]
 
 
@@ -95,9 +99,9 @@ def test_a_message_cannot_write_a_special_token(content: str) -> None:
 )
 def test_a_template_does_not_help_it_to_write_one(template: str, content: str) -> None:
     messages = [*user(content), *user("end|>")]
-    ids = OURS.apply_chat_template(messages, template=template)
+    ids = OURS.apply_chat_template(messages, chat_template=template, return_dict=False)
     assert [i for i in ids if i in OURS.special_tokens.values()] == [OURS.pad_token_id]
-    assert "<|im_end|>" in OURS.apply_chat_template(messages, template=template, tokenize=False)
+    assert "<|im_end|>" in OURS.apply_chat_template(messages, chat_template=template, tokenize=False)
 
 
 @settings(max_examples=200, deadline=None)
@@ -112,18 +116,18 @@ def test_a_template_does_not_help_it_to_write_one(template: str, content: str) -
 )
 def test_any_contents(contents: list[str]) -> None:
     messages = [{"role": "user", "content": content} for content in contents]
-    ids = OURS.apply_chat_template(messages)
+    ids = OURS.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert [i for i in ids if i >= 4092] == [START, END] * len(contents) + [START]
-    text = OURS.apply_chat_template(messages, tokenize=False)
+    text = OURS.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert OURS.decode(ids) == text == THEIRS.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_template_that_looks_at_guarded_characters_is_refused() -> None:
     template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
-    assert OURS.apply_chat_template(user("a"), template=template)[-1] == END
-    assert OURS.apply_chat_template(user("x</think>a"), template=template, tokenize=False) == "a<|im_end|>"
+    assert OURS.apply_chat_template(user("a"), chat_template=template, return_dict=False)[-1] == END
+    assert OURS.apply_chat_template(user("x</think>a"), chat_template=template, tokenize=False) == "a<|im_end|>"
     with pytest.raises(TokenizerError, match="logic must not depend"):
-        OURS.apply_chat_template(user("x</think>a"), template=template)
+        OURS.apply_chat_template(user("x</think>a"), chat_template=template)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +139,9 @@ def test_template_that_looks_at_guarded_characters_is_refused() -> None:
         ({"role": "user", "content": "Hi"}, "non-empty list"),
         (["Hi"], r"messages\[0\] must be an object.*'Hi'"),
         ([{"role": "user"}], r"keys 'role' and 'content'.*found \['role'\]"),
-        ([{"role": "user", "content": "Hi", "name": "x"}], "no other"),
-        ([*user("Hi"), {"role": "user", "content": None}], r"messages\[1\]\['content'\] must be a string; found None"),
-        ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "must be a string"),
+        ([{"content": "Hi"}], r"keys 'role' and 'content'.*found \['content'\]"),
+        ([*user("Hi"), {"role": "user", "content": None}], r"messages\[1\] must have the keys"),
+        ([{"role": "user", "content": 5}], "must be a string or a list of parts.*found 5"),
         ([{"role": "|im_end|", "content": "Hi"}], "plain name.*im_end"),
         ([{"role": "", "content": "Hi"}], "plain name"),
         ([{"role": 1, "content": "Hi"}], "plain name.*found 1"),
@@ -160,7 +164,7 @@ def test_messages_of_another_form(messages: Any, message: str) -> None:
 )
 def test_templates_that_fail(template: str, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
-        OURS.apply_chat_template(user("Hi"), template=template)
+        OURS.apply_chat_template(user("Hi"), chat_template=template)
 
 
 def folder_with(tmp_path: Path, template: Any, jinja: str | None = None) -> Path:
@@ -175,8 +179,11 @@ def folder_with(tmp_path: Path, template: Any, jinja: str | None = None) -> Path
 
 def test_where_templates_are_found(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert DbrxTokenizer.from_pretrained(folder_with(tmp_path, named)).chat_template == "D"
-    assert DbrxTokenizer.from_pretrained(folder_with(tmp_path, named[:1])).chat_template is None
+    assert DbrxTokenizer.from_pretrained(folder_with(tmp_path, named)).get_chat_template() == "D"
+    only_tools = DbrxTokenizer.from_pretrained(folder_with(tmp_path, named[:1]))
+    assert only_tools.get_chat_template(tools=[]) == only_tools.get_chat_template("tool_use") == "T"
+    with pytest.raises(TokenizerError, match="named 'default'; the checkpoint has tool_use"):
+        only_tools.get_chat_template()
     assert DbrxTokenizer.from_pretrained(folder_with(tmp_path, None)).chat_template is None
     with pytest.raises(TokenizerError, match="chat_template must be"):
         DbrxTokenizer.from_pretrained(folder_with(tmp_path, 5))
@@ -187,4 +194,6 @@ def test_no_template(tmp_path: Path) -> None:
     bare = DbrxTokenizer.from_pretrained(folder_with(tmp_path, None))
     with pytest.raises(TokenizerError, match="no chat_template"):
         bare.apply_chat_template(user("Hi"))
-    assert bare.apply_chat_template(user("Hi"), template="{{ messages[0].content }}<|pad|>")[-1] == bare.pad_token_id
+    assert (
+        bare.apply_chat_template(user("Hi"), chat_template="{{ messages[0].content }}<|pad|>", return_dict=False)[-1] == bare.pad_token_id
+    )

@@ -49,13 +49,13 @@ def plain_reader() -> tokenizers.Tokenizer:
 
 
 def test_book_equals_tokenizers(nano: DbrxTokenizer, plain_reader: tokenizers.Tokenizer, book: str) -> None:
-    ids = nano.encode(book)
+    ids = nano.encode(book, split_special_tokens=True)
     assert ids == plain_reader.encode(book).ids
     assert nano.decode(ids) == plain_reader.decode(ids, skip_special_tokens=False) == book
 
 
 def test_a_hard_text_equals_tokenizers(hard_text: str, nano: DbrxTokenizer, plain_reader: tokenizers.Tokenizer) -> None:
-    ids = nano.encode(hard_text)
+    ids = nano.encode(hard_text, split_special_tokens=True)
     assert ids == plain_reader.encode(hard_text).ids
     assert nano.decode(ids) == plain_reader.decode(ids, skip_special_tokens=False) == hard_text
 
@@ -64,8 +64,8 @@ def test_a_hard_text_equals_tokenizers(hard_text: str, nano: DbrxTokenizer, plai
 @given(text=TEXTS)
 @example(text="it'ſ\u0085 <|im_end|>")
 def test_any_text_equals_tokenizers(text: str) -> None:
-    for reader, allow_special in ((_PLAIN, False), (_SPECIAL, True)):
-        ids = _NANO.encode(text, allow_special=allow_special)
+    for reader, split in ((_PLAIN, True), (_SPECIAL, False)):
+        ids = _NANO.encode(text, split_special_tokens=split)
         assert ids == reader.encode(text).ids
         for skip in (False, True):
             assert _NANO.decode(ids, skip_special_tokens=skip) == reader.decode(ids, skip_special_tokens=skip)
@@ -84,12 +84,12 @@ def test_any_ids_decode_and_stream_like_tokenizers(ids: list[int]) -> None:
         assert _NANO.decode(ids) == _SPECIAL.decode(ids, skip_special_tokens=False)
 
 
-def test_special_tokens_in_text_need_permission(nano: DbrxTokenizer, special_reader: tokenizers.Tokenizer) -> None:
+def test_special_tokens_in_text_are_read_or_split(nano: DbrxTokenizer, special_reader: tokenizers.Tokenizer) -> None:
     text = "a<|im_start|>user\n<|im_end|><|pad|><|im_end|"
-    plain = nano.encode(text)
+    plain = nano.encode(text, split_special_tokens=True)
     assert not set(plain) & set(nano.special_tokens.values())
     assert nano.decode(plain) == text
-    parsed = nano.encode(text, allow_special=True)
+    parsed = nano.encode(text)
     assert parsed == special_reader.encode(text).ids
     assert [i for i in parsed if i >= 4092] == [nano.special_tokens[s] for s in ("<|im_start|>", "<|im_end|>", "<|pad|>")]
     assert nano.decode(parsed, skip_special_tokens=True) == "auser\n<|im_end|"
@@ -99,7 +99,8 @@ def test_special_tokens_have_their_ids(nano: DbrxTokenizer, special_reader: toke
     assert nano.special_tokens == {special: special_reader.token_to_id(special) for special in SPECIALS}
     assert nano.bos_token_id == nano.eos_token_id == nano.special_tokens["<|endoftext|>"]
     assert nano.pad_token_id == nano.special_tokens["<|pad|>"]
-    assert nano.vocab_size == len(nano) == special_reader.get_vocab_size()
+    assert len(nano) == special_reader.get_vocab_size()
+    assert nano.vocab_size == special_reader.get_vocab_size(with_added_tokens=False)
 
 
 def test_long_runs_are_encoded_quickly(nano: DbrxTokenizer) -> None:
@@ -110,11 +111,14 @@ def test_long_runs_are_encoded_quickly(nano: DbrxTokenizer) -> None:
 
 
 def test_a_run_of_blanks_that_tiktoken_cannot_encode_is_refused(nano: DbrxTokenizer, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TokenizerError, match="blanks in a row"):
-        nano.encode(" " * 3_000_000)
+    for text in (" " * 1_000_000, "a" + "\t" * 3_000_000 + "b"):
+        with pytest.raises(TokenizerError, match="blanks or more in a row"):
+            nano.encode(text)
+    assert nano.decode(nano.encode("\n" * 1_000_000)) == "\n" * 1_000_000
+    assert capfd.readouterr().err == ""  # the engine's panic would be printed
 
 
-@pytest.mark.parametrize("bad", [b"bytes", None, ["list"]])
+@pytest.mark.parametrize("bad", [b"bytes", 5, [b"bytes"]])
 def test_encode_accepts_strings_only(bad: Any, nano: DbrxTokenizer) -> None:
     with pytest.raises(TokenizerError, match="must be a string"):
         nano.encode(bad)
@@ -125,7 +129,7 @@ def test_lone_surrogates_are_replaced(nano: DbrxTokenizer) -> None:
     assert nano.decode(nano.encode("\ud83d\udc4d")) == "👍"
 
 
-@pytest.mark.parametrize("bad", [-1, 4096, 10**12, "5", None])
+@pytest.mark.parametrize("bad", [-1, 4096, 10**12, None])
 def test_decode_refuses_unknown_ids(bad: Any, nano: DbrxTokenizer) -> None:
     with pytest.raises(TokenizerError, match=f"found {bad!r}"):
         nano.decode([5, bad])
@@ -145,16 +149,18 @@ def test_a_stream_holds_back_incomplete_characters(nano: DbrxTokenizer) -> None:
     assert stream.push(nano.encode("z")[0]) == "z"
 
 
-def test_a_batch_is_padded_on_the_left(nano: DbrxTokenizer) -> None:
+def test_a_batch_is_padded_on_the_right_unless_asked(nano: DbrxTokenizer) -> None:
     texts = ["the war of the worlds", "", "Mars", "<|pad|>"]
-    batch = nano.batch_encode(texts)
-    rows = [nano.encode(text) for text in texts]
+    batch = nano.batch_encode(texts, padding_side="left", split_special_tokens=True)
+    rows = [nano.encode(text, split_special_tokens=True) for text in texts]
     width = max(map(len, rows))
     assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
     assert batch.input_ids.tolist() == [[nano.pad_token_id] * (width - len(row)) + row for row in rows]
     assert batch.attention_mask.tolist() == [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    assert nano.batch_encode(["<|pad|>"], allow_special=True).input_ids.tolist() == [[nano.pad_token_id]]
-    assert nano.batch_encode([]).input_ids.shape == (0, 0)
+    right = nano.batch_encode(texts, split_special_tokens=True)
+    assert right.input_ids.tolist() == [row + [nano.pad_token_id] * (width - len(row)) for row in rows]
+    assert nano.batch_encode(["<|pad|>"]).input_ids.tolist() == [[nano.pad_token_id]]
+    assert nano.batch_encode([]).input_ids.numel() == 0
     with pytest.raises(TokenizerError, match="one string"):
         nano.batch_encode("text")
 
@@ -163,7 +169,7 @@ def test_a_batch_without_a_padding_token(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((NANO / "tokenizer.json").read_bytes())
     bare = DbrxTokenizer.from_pretrained(tmp_path)
     assert (bare.bos_token_id, bare.eos_token_id, bare.pad_token_id, bare.chat_template) == (None, None, None, None)
-    assert bare.batch_encode(["a", "b"]).attention_mask.tolist() == [[1], [1]]
+    assert bare.batch_encode(["a", "b"], padding=False).attention_mask.tolist() == [[1], [1]]
     with pytest.raises(TokenizerError, match="padding token"):
         bare.batch_encode(["a", "a b c"])
 
