@@ -15,16 +15,14 @@ from dbrx_q import DbrxConfig, DbrxForCausalLM, DbrxModel
 from dbrx_q.errors import CheckpointError, ConfigError, DbrxError, RequestError, UnsupportedError
 from dbrx_q.model.pretrained_arguments import _say_once
 
-NANO = Path(__file__).parent.parent.parent / "data" / "dbrx-nano"
-
 
 class OwnModel(DbrxForCausalLM):
     """A class of user code."""
 
 
-def test_the_transformer_loads_without_its_head_and_subclasses_load_themselves() -> None:
+def test_the_transformer_loads_without_its_head_and_subclasses_load_themselves(small: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
-    whole, body, own = (cls.from_pretrained(NANO) for cls in (DbrxForCausalLM, DbrxModel, OwnModel))
+    whole, body, own = (cls.from_pretrained(small) for cls in (DbrxForCausalLM, DbrxModel, OwnModel))
     assert [type(model) for model in (whole, body, own)] == [DbrxForCausalLM, DbrxModel, OwnModel]
     assert whole.base_model is whole.transformer
     assert body.base_model is body

@@ -39,16 +39,29 @@ def shards_of(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.fixture
-def plain() -> DbrxForCausalLM:
+def made() -> DbrxForCausalLM:
     torch.manual_seed(0)
     return DbrxForCausalLM(DbrxConfig(**CONFIG))
 
 
-def quantized(source: Path, folder: Path, fmt: TensorFormat, shard_bytes: int) -> Path:
-    request = QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, fmt), shard_bytes=shard_bytes)
-    quantize_checkpoint(source, folder, request)
-    return folder
+@pytest.fixture
+def plain() -> DbrxForCausalLM:
+    return made()
+
+
+@pytest.fixture(scope="module", params=["int4:64", "nf4-double:64"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in several shards, quantized; embedding, attention and head in int8."""
+    name, group = request.param.split(":")
+    folder = tmp_path_factory.mktemp("quantized")
+    made().to(torch.bfloat16).save_pretrained(folder / "plain")
+    wanted = TensorFormat(name, int(group))
+    quantize_checkpoint(
+        folder / "plain",
+        folder / "source",
+        QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, wanted), shard_bytes=60_000),
+    )
+    return folder / "source"
 
 
 def least_budget(folder: Path) -> Budget:
@@ -60,14 +73,9 @@ def least_budget(folder: Path) -> Budget:
     return Budget(Machine(int(least[1].replace(",", ""))), context=16, step_tokens=16)
 
 
-@pytest.mark.parametrize("fmt", ["int4:64", "int8:64", "nf4-double:64"])
 @pytest.mark.parametrize("budget", [False, True], ids=["resident", "budget"])
-def test_a_packed_model_gives_the_bytes_that_quantize_wrote(
-    plain: DbrxForCausalLM, tmp_path: Path, cli: Callable[..., Any], fmt: str, budget: bool
-) -> None:
-    plain.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
-    name, group = fmt.split(":")
-    source = quantized(tmp_path / "plain", tmp_path / "source", TensorFormat(name, int(group)), 60_000)
+def test_a_packed_model_gives_the_bytes_that_quantize_wrote(quantized: Path, tmp_path: Path, cli: Callable[..., Any], budget: bool) -> None:
+    source = quantized
     model = DbrxForCausalLM.from_pretrained(source, budget=least_budget(source) if budget else None)
     assert bool(model.placement and model.placement.disk_experts) is budget
     model.save_pretrained(tmp_path / "saved")
