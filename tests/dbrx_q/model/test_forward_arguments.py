@@ -12,6 +12,7 @@ from small_models import VOCABULARY, Shape, assert_close, ids, make_pair
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM, DbrxModel, KVCache
 from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.model.limits import Limits
 
 Pair = tuple[DbrxForCausalLM, transformers.DbrxForCausalLM]
 
@@ -257,6 +258,32 @@ def test_the_example_of_the_documentation_runs_without_a_clamp() -> None:
     hidden = model(torch.arange(6)[None]).last_hidden_state
     assert hidden.shape == (1, 6, 256)
     torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(1, 6), rtol=1e-2, atol=0)
+
+
+def test_outputs_must_fit_the_budget(pair: Pair) -> None:
+    ours = pair[0]
+    x, layers, sizes = (
+        ids(2, 10),
+        3,
+        {"output_hidden_states": 4 * 64 * 4, "output_attentions": 3 * 4 * 10 * 4, "output_router_logits": 3 * 8 * 4},
+    )
+    try:
+        for name, token_bytes in sizes.items():
+            ours.transformer.limits = Limits(logit_bytes=20 * token_bytes)
+            assert len(ours.transformer(x, **{name: True})[-1]) >= layers
+            ours.transformer.limits = Limits(logit_bytes=20 * token_bytes - 1)
+            with pytest.raises(
+                RequestError, match=rf"must fit {20 * token_bytes - 1:,} bytes, .*; those of 2 x 10 tokens take {20 * token_bytes:,}"
+            ):
+                ours.transformer(x, **{name: True})
+        ours.transformer.limits = Limits(logit_bytes=4 * VOCABULARY * 8)
+        assert ours(x, logits_to_keep=2).logits.shape[1] == 2
+        with pytest.raises(RequestError, match=r"those of 6 tokens take 4,656. Name logits_to_keep, or pass fewer tokens at a time"):
+            ours(x, logits_to_keep=3)
+        with pytest.raises(RequestError, match="those of 20 tokens take"):
+            ours(inputs_embeds=torch.ones(2, 10, 64))
+    finally:
+        ours.transformer.limits = Limits()
 
 
 X = torch.arange(8).view(2, 4)
