@@ -151,11 +151,12 @@ class DbrxModel(DbrxPreTrainedModel):
         """
         check_ignored(ignored)
         config, cache = self.config, named_cache(past_key_values, cache)
+        implementation = self.attn_implementation
         use_cache = config.use_cache if use_cache is None else use_cache
         with_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         wanted = wanted_states(config, output_hidden_states, config.n_layers + 1)
-        with_attentions = wants_attentions(config, output_attentions, self.attn_implementation)
-        reader = InputReader(config, self.limits, self.dtype, self.device, self.attn_implementation)
+        with_attentions = wants_attentions(config, output_attentions, implementation)
+        reader = InputReader(config, self.limits, self.dtype, self.device, implementation)
         inputs, longest = reader.read(
             input_ids, inputs_embeds, attention_mask, position_ids, cache, cache_position, stores=cache is not None or use_cache
         )

@@ -34,13 +34,12 @@ class ModelOutput(dict[str, Any]):
     """
 
     def __post_init__(self) -> None:
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type] # every subclass is a dataclass
-        first = getattr(self, names[0])
+        name = next(iter(self.__dataclass_fields__))  # type: ignore[attr-defined] # every subclass is a dataclass
+        first = getattr(self, name)
         if isinstance(first, Mapping) and len(self) == 1:
-            dict.clear(self)
-            object.__setattr__(self, names[0], None)
-            for name, value in first.items():
-                self[name] = value
+            setattr(self, name, None)
+            for key, value in first.items():
+                self[key] = value
 
     @property
     def past_key_values(self) -> Any:
@@ -74,8 +73,8 @@ class ModelOutput(dict[str, Any]):
         if name in self.__dataclass_fields__:  # type: ignore[attr-defined] # every subclass is a dataclass
             if value is not None:
                 super().__setitem__(name, value)
-            else:
-                super().pop(name, None)
+            elif super().__contains__(name):
+                super().__delitem__(name)
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(_ALIASES.get(key, key) if isinstance(key, str) else key)

@@ -89,10 +89,15 @@ def padded(x: torch.Tensor) -> torch.Tensor:
     For 16-bit types torch calls oneDNN, which compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each. Padding
     to a few numbers of rows keeps memory from growing with the prompts.
     """
-    missing = 0 if x.dtype == torch.float32 else padded_rows(len(x)) - len(x)
+    if x.dtype == torch.float32:
+        return x
+    T = x.shape[0]
+    missing = padded_rows(T) - T
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[T, N] = x [T, K] @ weight [N, K].T, both plain and of one dtype."""
-    return F.linear(padded(x), weight)[: len(x)]
+    with_zeros = padded(x)
+    y = F.linear(with_zeros, weight)
+    return y if with_zeros is x else y[: len(x)]

@@ -138,8 +138,9 @@ def chip_of(device: torch.device) -> Chip:
     return _chip(device.index if device.index is not None else torch.cuda.current_device())
 
 
+@cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
+    """Whether Triton kernels run in Triton's interpreter, on the CPU, which holds for a whole process."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
