@@ -218,9 +218,10 @@ class DbrxModel(DbrxPreTrainedModel):
         """The results of the last block for embeddings [T, D]."""
         shared = ForwardPass.of(batch.to(x.device), self.config, self.store, recorder)
         delta: torch.Tensor | None = None
+        several = self.device != x.device  # layers are on GPUs in order: if the first and the last device are one, there is no other
         for block in self.layers():
-            device = block.device
-            if device != x.device:  # the layers of the next GPU begin: the residual stream moves, 2 D bytes per token
+            if several and block.device != x.device:  # the layers of the next GPU begin: the residual stream moves, 2 D bytes per token
+                device = block.device
                 shared = shared.to(device, self.config)
                 x, delta = x.to(device), None if delta is None else delta.to(device)
             x, delta = block.run(x, delta, shared)
