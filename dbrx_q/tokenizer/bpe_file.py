@@ -21,6 +21,7 @@ from dbrx_q.json_file import read_json_object
 
 __all__ = [
     "DBRX_PATTERN",
+    "FILE_ENCODING",
     "AddedToken",
     "TokenizerFile",
     "TokenizerWarning",
@@ -37,6 +38,8 @@ __all__ = [
 
 DBRX_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """The regular expression that splits a text for DBRX, that of tiktoken's cl100k_base."""
+FILE_ENCODING = "dbrx"
+"""The name of the tiktoken encoding of a tokenizer.json; others are tiktoken's own."""
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # (behavior, invert) of the splits that keep every match of the pattern as a piece. They differ in the text between matches, which
 # tiktoken drops; `tokenizer.py` refuses patterns that leave text between matches.

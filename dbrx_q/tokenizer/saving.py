@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import TokenizerError
 
-from .bpe_file import byte_of_character, parts_below
+from .bpe_file import DBRX_PATTERN, FILE_ENCODING, byte_of_character, parts_below
 from .tokenizer_config import NO_LIMIT, Settings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_tokenizer(tokenizer: DbrxTokenizer, folder: Path, config: Mapping[str,
         The files.
 
     Raises:
-        TokenizerError: the folder cannot be written, or a template's name is no file name.
+        TokenizerError: the folder cannot be written, a template's name is no file name, or the encoding is another one of tiktoken's.
     """
     settings = {name: getattr(tokenizer, name) for name in Settings.__dataclass_fields__ if name != "extra_special_tokens"}
     kept = {name: value for name, value in config.items() if name not in _DROPPED and not name.endswith("_token")}
@@ -99,7 +99,7 @@ def tokenizer_json(vocabulary: Vocabulary, *, trims_offsets: bool = False) -> di
     vocab = ranks | ({token.content: token.id for token in added} if has_gaps else {})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": vocabulary.encoding._pat_str}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": _pattern(vocabulary)}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
@@ -122,6 +122,16 @@ def tokenizer_json(vocabulary: Vocabulary, *, trims_offsets: bool = False) -> di
             "merges": merges,
         },
     }
+
+
+def _pattern(vocabulary: Vocabulary) -> str:
+    """The pattern, in a spelling that the `tokenizers` library reads alike; tiktoken's own of cl100k_base has possessive quantifiers."""
+    name = vocabulary.encoding.name
+    if name == "cl100k_base":
+        return DBRX_PATTERN
+    if name != FILE_ENCODING:
+        raise TokenizerError(f"a tokenizer.json must have DBRX's encoding, cl100k_base; found tiktoken's {name!r}. Keep the launch files")
+    return vocabulary.encoding._pat_str
 
 
 def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:

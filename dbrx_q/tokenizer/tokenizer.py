@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import RequestError, TokenizerError
 
-from .bpe_file import AddedToken, TokenizerWarning, parse_tokenizer, pattern_notice, read_json, read_tokenizer_json, wrong
+from .bpe_file import FILE_ENCODING, AddedToken, TokenizerWarning, parse_tokenizer, pattern_notice, read_json, read_tokenizer_json, wrong
 from .chat import ChatTokenizer
 from .saving import write_tokenizer
 from .tokenizer_config import (
@@ -322,7 +322,7 @@ def _build_encoding(file: Path, pattern: str, ranks: dict[bytes, int]) -> tiktok
     import tiktoken
 
     try:
-        encoding = tiktoken.Encoding("dbrx", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding(FILE_ENCODING, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
         raise wrong(file, "pre_tokenizer: pattern", f"a regular expression that tiktoken reads ({error})", pattern) from None
     for text in (_PROBE, *_PROBE):
