@@ -11,7 +11,8 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.config_keys import ALIASES, FOREIGN_KEYS, REFUSED_KEYS
 from dbrx_q.config_sections import DbrxAttentionConfig, DbrxFFNConfig
 from dbrx_q.sources import gguf_keys, gguf_tokenizer
-from dbrx_q.tokenizer import tokenizer_config
+from dbrx_q.tokenizer import saving
+from dbrx_q.tokenizer.tokenizer_config import NAMED_TOKENS, Settings
 
 TEXT = (Path(__file__).parents[1] / "docs" / "config-keys.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]}
@@ -19,6 +20,8 @@ SECTIONS = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", TEXT, fla
 CONFIG = {*DbrxConfig._fields, *DbrxAttentionConfig._fields, *DbrxFFNConfig._fields, *ALIASES, *FOREIGN_KEYS, *REFUSED_KEYS}
 GGUF = {*gguf_keys._READ, *gguf_keys._WITHOUT_EFFECT, *gguf_keys._OF_HEADS}
 GGUF |= {f"tokenizer.ggml.{name}_token_id" for name in gguf_tokenizer._NAMED.values()}
+
+TOKENIZER = {*NAMED_TOKENS, *Settings.__dataclass_fields__, *saving._DROPPED}
 
 
 def named(section: str) -> set[str]:
@@ -28,7 +31,7 @@ def named(section: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("section", "keys"),
-    [("config.json", CONFIG), ("GGUF metadata", GGUF), ("tokenizer_config.json", set(tokenizer_config._NAMED_TOKENS))],
+    [("config.json", CONFIG), ("GGUF metadata", GGUF), ("tokenizer_config.json", TOKENIZER)],
     ids=["config.json", "GGUF", "tokenizer_config.json"],
 )
 def test_every_key_of_the_code_is_in_the_document(section: str, keys: set[str]) -> None:
