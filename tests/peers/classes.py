@@ -69,7 +69,7 @@ def _packed_classes() -> tuple[type, type]:
                 _quantize(self)
 
         def save_pretrained(self, save_directory: str, *arguments: Any, **keywords: Any) -> None:
-            if self.source is not None:
+            if getattr(self, "origin", None) is not None:
                 super().save_pretrained(save_directory, *arguments, **keywords)
                 return
             with tempfile.TemporaryDirectory() as folder:
