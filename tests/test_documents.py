@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -221,6 +223,43 @@ def test_every_finding_is_listed_and_runs_without_this_project() -> None:
         packages = re.findall(r"pip\" install --quiet (.*)", text)[0].split()
         assert all("==" in package for package in packages), f"{path.name}: versions are exact"
         assert "import dbrx_q" not in text, f"{path.name}: it shows other software alone"
+
+
+def rows_of_tests(text: str) -> dict[str, list[tuple[list[str], list[str]]]]:
+    """By heading: (names in the first cell, tests in the last) of each row of the tables whose last column is `tests`."""
+    rows: dict[str, list[tuple[list[str], list[str]]]] = {}
+    heading, in_table = "", False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("#"):
+            heading = line.lstrip("# ").strip("`")
+        elif line.startswith("|") and cells[-1] == "tests":
+            in_table = True
+        elif not line.startswith("|"):
+            in_table = False
+        elif in_table and not cells[0].startswith("---"):
+            rows.setdefault(heading, []).append((_CODE.findall(cells[0]), _CODE.findall(cells[-1])))
+    return rows
+
+
+def test_every_argument_and_output_of_transformers_has_a_row_and_its_tests_exist() -> None:
+    from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
+    from dbrx_q.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+    rows = rows_of_tests((ROOT / "docs/transformers.md").read_text(encoding="utf-8"))
+    existing = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))}
+    named = {heading: {name for names, _ in table for name in names} for heading, table in rows.items()}
+    assert all(tests for table in rows.values() for _, tests in table), "every row names a test"
+    assert {test for table in rows.values() for _, tests in table for test in tests} - existing == set()
+    parameters = {
+        "forward": [DbrxModel.forward, DbrxForCausalLM.forward],
+        "from_pretrained": [DbrxForCausalLM.from_pretrained],
+    }
+    for heading, functions in parameters.items():
+        expected = [p.name for function in functions for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+        assert set(expected) - named[heading] - {"self"} == set()
+    outputs = [field.name for output in (MoeModelOutputWithPast, MoeCausalLMOutputWithPast) for field in dataclasses.fields(output)]
+    assert set(outputs) - named["forward"] == set()
 
 
 def test_the_checks_detect_mistakes() -> None:

@@ -77,6 +77,7 @@ def _packed_classes() -> tuple[type, type]:
                 plain.mkdir()
                 save_file(self.plain, plain / "model.safetensors")
                 _native_config(self.config).save_pretrained(plain)
+                self.generation_config.save_pretrained(plain)
                 quantize_checkpoint(plain, packed, QuantizationRequest(lambda checkpoint: _formats(checkpoint.config)))
                 shutil.copytree(packed, save_directory, dirs_exist_ok=True)
 
