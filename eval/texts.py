@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,14 @@ from pathlib import Path
 
 from dbrx_q.errors import RequestError, UnsupportedError
 
-__all__ = ["DATA_SETS", "Text", "load_text"]
+__all__ = ["DATA_SETS", "Text", "TextWarning", "load_text"]
 
 _DOCUMENT_SEPARATOR = "\n\n"
 _GPTQ_C4_DOCUMENTS = 1100
+
+
+class TextWarning(UserWarning):
+    """A text that is measured as it is, and may not be the one that published figures are of."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,22 @@ def load_text(name_or_path: str) -> Text:
         raise RequestError(f"{name_or_path}: a text must not be empty. Name a file with text")
     if text.isspace():
         raise RequestError(f"{name_or_path}: a text must have more than white space; found {len(text):,} blanks. Name a file with words")
+    _warn_of_marks(name_or_path, text)
     return Text(name_or_path, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def _warn_of_marks(name: str, text: str) -> None:
+    """Say what a text editor may have put into the text: they are measured, and raise the perplexity."""
+    lines = text.count("\r\n")
+    marks = [f"{lines:,} line ends CRLF"] if lines else []
+    marks += ["a byte order mark (U+FEFF) at its beginning"] if text.startswith("\ufeff") else []
+    if marks:
+        warnings.warn(
+            f"{name}: has {' and '.join(marks)}, which are measured like any character and change the perplexity. To measure without "
+            "them: sed -i '1s/^\\xef\\xbb\\xbf//; s/\\r$//' FILE",
+            TextWarning,
+            stacklevel=3,
+        )
 
 
 def _read_file(path: Path) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 from dbrx_q.errors import CheckpointError, TokenizerError
+from dbrx_q.tokenizer.bpe_file import DBRX_PATTERN, TokenizerWarning
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .gguf_file import GgufParts
 
 __all__ = ["eos_ids_of", "tokenizer_of"]
 
-# The pattern with which llama.cpp's llama-vocab.cpp splits a text, by the name in the file; in tiktoken's syntax.
-_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {"dbrx": _CL100K}
+# What files of DBRX have in tokenizer.ggml.pre; llama.cpp splits by the name's pattern. Converters before May 2024 wrote no name, and some
+# after them a name of another model, for the one DBRX: a file of this architecture means DBRX's pattern.
+_NAME, _OLD_NAMES = "dbrx", (None, "default", "llama-bpe")
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -62,15 +65,20 @@ def _checked_tokens(parts: GgufParts) -> tuple[list[str], str]:
         raise TokenizerError(
             f"{parts.path}: tokenizer.ggml.model must be 'gpt2', a byte-level BPE; found {model!r}. Convert the model again"
         )
-    if pre not in _PATTERNS:
-        known = ", ".join(map(repr, _PATTERNS))
-        raise TokenizerError(f"{parts.path}: tokenizer.ggml.pre must be {known}; found {pre!r}. Convert the model with a newer llama.cpp")
+    if pre in _OLD_NAMES:
+        message = (
+            f"{parts.path}: tokenizer.ggml.pre should be {_NAME!r}; found {pre!r}, as converters of early 2024 wrote. Texts are split by "
+            "DBRX's pattern all the same; llama.cpp splits them otherwise until the model is converted again"
+        )
+        warnings.warn(message, TokenizerWarning, stacklevel=2)
+    elif pre != _NAME:
+        raise TokenizerError(f"{parts.path}: tokenizer.ggml.pre must be {_NAME!r}; found {pre!r}. Convert the model with a newer llama.cpp")
     for name in ("add_bos_token", "add_eos_token"):
         if parts.metadata.get(f"tokenizer.ggml.{name}"):
             raise TokenizerError(
                 f"{parts.path}: tokenizer.ggml.{name} must be false or absent; DBRX adds no token. Convert the model again"
             )
-    return parts.strings("tokenizer.ggml.tokens"), _PATTERNS[str(pre)]
+    return parts.strings("tokenizer.ggml.tokens"), DBRX_PATTERN
 
 
 def _vocab_and_added(parts: GgufParts, tokens: list[str]) -> tuple[dict[str, int], list[dict[str, object]]]:

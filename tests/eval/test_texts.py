@@ -13,7 +13,7 @@ import pytest
 
 from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.eval import texts
-from dbrx_q.eval.texts import DATA_SETS, load_text
+from dbrx_q.eval.texts import DATA_SETS, TextWarning, load_text
 
 WIKI = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English film actor . \n"]
 
@@ -22,10 +22,21 @@ def test_a_file_is_read_unchanged(tmp_path: Path) -> None:
     content = "\ufeffone\r\ntwo\n\n  dré \u2028 end\r".encode()
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    text = load_text(str(path))
+    with pytest.warns(TextWarning, match=r"has 1 line ends CRLF and a byte order mark .U\+FEFF. at its beginning"):
+        text = load_text(str(path))
     assert text.text.encode() == content
     assert text.sha256 == hashlib.sha256(content).hexdigest()
     assert text.name == str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("one\r\ntwo\r\n", "has 2 line ends CRLF, which"), ("\ufeffone", "has a byte order mark")]
+)
+def test_marks_of_editors_are_measured_and_said(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode())
+    with pytest.warns(TextWarning, match=message):
+        assert load_text(str(path)).text == content
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])

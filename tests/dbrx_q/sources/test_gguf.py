@@ -27,6 +27,7 @@ from dbrx_q.sources.gguf_tokenizer import tokenizer_of
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.streamed import DequantizedSource, StreamedExpertStore
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
+from dbrx_q.tokenizer.bpe_file import TokenizerWarning
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 DATA = Path(__file__).parents[2] / "data"
@@ -224,7 +225,7 @@ def test_the_tokenizer_equals_that_of_the_checkpoint() -> None:
     check_same_tokenizer(theirs, ours, BOOK)
     for text in HARD:
         assert ours.encode(text) == theirs.encode(text)
-        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text, split_special_tokens=True) == theirs.encode(text, split_special_tokens=True)
     assert ours.special_tokens == theirs.special_tokens
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template", "vocab_size"):
         assert getattr(ours, name) == getattr(theirs, name)
@@ -318,10 +319,21 @@ def test_scalings_of_the_rotary_embedding_are_applied(keys: dict[str, Any], rope
     assert _config(replace(parts, metadata=parts.metadata | keys)).rope_parameters == rope | {"rope_theta": 500000.0}
 
 
+@pytest.mark.parametrize("name", [None, "default", "llama-bpe"])
+def test_files_before_may_2024_are_split_by_the_pattern_of_dbrx(name: str | None, parts: GgufParts) -> None:
+    metadata = {key: value for key, value in parts.metadata.items() if key != "tokenizer.ggml.pre"}
+    metadata |= {} if name is None else {"tokenizer.ggml.pre": name}
+    with pytest.warns(TokenizerWarning, match=f"should be 'dbrx'; found {name!r}"):
+        tokenizer = tokenizer_of(replace(parts, metadata=metadata))
+    check_same_tokenizer(DbrxTokenizer.from_pretrained(NANO), tokenizer, BOOK)
+
+
 BAD_TOKENIZERS = {
     "model": (setting("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model must be 'gpt2'"),
-    "pattern": (setting("tokenizer.ggml.pre", "llama-bpe"), "tokenizer.ggml.pre must be 'dbrx'; found 'llama-bpe'"),
-    "old": (without("tokenizer.ggml.pre"), "found None. Convert the model with a newer"),
+    "pattern": (
+        setting("tokenizer.ggml.pre", "llama3"),
+        "tokenizer.ggml.pre must be 'dbrx'; found 'llama3'. Convert the model with a newer",
+    ),
     "bos": (setting("tokenizer.ggml.add_bos_token", True), "add_bos_token must be false"),
     "merges": (setting("tokenizer.ggml.merges", ["h e", "Ġ t"]), "model.merges.1. must be in non-decreasing order"),
     "name": (setting("tokenizer.ggml.eos_token_id", 5000), "eos_token_id must be a token's id; found 5000"),
