@@ -19,7 +19,7 @@ from dbrx_q.experts import ResidentExpertStore
 from dbrx_q.kernels.attention import Sequences
 from dbrx_q.model.batch import Batch
 from dbrx_q.model.kv_cache import KVCache
-from dbrx_q.model.layers import PackedWeight
+from dbrx_q.model.layers import PackedWeight, hooked
 from dbrx_q.model.modeling import DbrxForCausalLM
 
 __all__ = ["BatchDecoder", "DecodeStep", "capturable"]
@@ -85,7 +85,8 @@ class DecodeStep:
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._model.device))
-        if self._graph is None:
+        watched = self._model.transformer.watched or hooked(self._model.lm_head)  # a replay calls no hook
+        if self._graph is None or watched:
             return self._compute()
         self._graph.replay()
         assert self._logits is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.generation.decode_graph import DecodeStep, capturable
 from dbrx_q.generation.decoding import prefill
 from dbrx_q.generation.generate import generate
@@ -102,6 +102,45 @@ def test_a_left_padded_batch_agrees_with_its_sequences(quantized_small: Path) ->
     for row, prompt in enumerate(PROMPTS):
         alone = prefill(model, prompt, KVCache(model.config, 1, 32, dtype=model.dtype))
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_holes_in_a_mask_keep_positions_over_several_calls(quantized_small: Path) -> None:
+    """Tokens are stored one after the other, whatever their positions are."""
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    ids = torch.arange(20).view(2, 10) * 3
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1, 0, 1]])
+    logits = {}
+    for implementation in ("triton", "eager"):
+        model.set_attn_implementation(implementation)
+        first = model(ids[:, :7], attention_mask=mask[:, :7])
+        logits[implementation] = torch.cat((first.logits, model(ids[:, 7:], attention_mask=mask, cache=first.cache).logits), 1)
+        assert (first.cache.lengths, first.cache.columns) == ([6, 8], [10, 10])
+    torch.testing.assert_close(logits["triton"], logits["eager"], rtol=1e-3, atol=1e-3)
+
+
+def test_masks_that_the_kernels_cannot_apply_are_refused(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(UnsupportedError, match=r"of 4 dimensions needs attn_implementation 'sdpa' or 'eager'; found 'triton'"):
+        model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    cache = model(ids).cache
+    with pytest.raises(UnsupportedError, match="that hides tokens in the cache needs attn_implementation 'sdpa' or 'eager'"):
+        model(ids[:, :1], attention_mask=torch.tensor([[1, 0, 1, 1]]), cache=cache)
+    assert cache.lengths == [3]
+
+
+def test_hooks_fire_where_one_kernel_routes(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    ids, seen = torch.tensor([[5, 6, 7]]), []
+    expected = model(ids, output_router_logits=True)
+    ffn = model.transformer.blocks[0].ffn
+    handles = [module.register_forward_hook(lambda _, __, output: seen.append(output)) for module in (ffn.router, ffn.experts)]
+    logits = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(seen[0], expected.router_logits[0])
+    assert seen[1].shape == (3, model.config.d_model)
+    torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
