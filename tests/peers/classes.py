@@ -76,7 +76,9 @@ def _packed_classes() -> tuple[type, type]:
                 plain, packed = Path(folder) / "plain", Path(folder) / "packed"
                 plain.mkdir()
                 save_file(self.plain, plain / "model.safetensors")
-                _native_config(self.config).save_pretrained(plain)
+                config = _native_config(self.config)
+                config.torch_dtype = self.dtype
+                config.save_pretrained(plain)
                 self.generation_config.save_pretrained(plain)
                 quantize_checkpoint(plain, packed, QuantizationRequest(lambda checkpoint: _formats(checkpoint.config)))
                 shutil.copytree(packed, save_directory, dirs_exist_ok=True)
