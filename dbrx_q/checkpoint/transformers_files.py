@@ -17,7 +17,7 @@ CODE_NAME = "modeling_dbrx_q.py"
 """The file that transformers imports with `trust_remote_code=True`."""
 GUARD = (
     "none of these, because dbrx_q packed the weights. Install it with `pip install 'dbrx_q[transformers]'`, and then "
-    "`import dbrx_q.transformers` before the model is loaded, or load it with trust_remote_code=True"
+    "`import dbrx_q.transformers` before the model is loaded, or load it by AutoModelForCausalLM with trust_remote_code=True"
 )
 """The value of `transformers_weights` in config.json, which ends the error of transformers."""
 _CODE = '''"""Loads this checkpoint into transformers with trust_remote_code=True; needs `pip install 'dbrx_q[transformers]'`."""

@@ -9,6 +9,7 @@ heads, `C` channels of a head, `E` experts, `A` active experts, `F` ffn hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,17 @@ from dbrx_q.kernels.router import choose_experts
 from .availability import check_transformers
 from .packed import PackedWeight
 
-__all__ = ["DbrxAttention", "DbrxExperts", "DbrxFFN", "DbrxRotaryEmbedding", "DbrxRouter", "SharedStore", "adopt"]
+__all__ = [
+    "DbrxAttention",
+    "DbrxBlock",
+    "DbrxExperts",
+    "DbrxFFN",
+    "DbrxNormAttentionNorm",
+    "DbrxRotaryEmbedding",
+    "DbrxRouter",
+    "SharedStore",
+    "adopt",
+]
 
 check_transformers()
 
@@ -122,6 +133,29 @@ class DbrxAttention(reference.DbrxAttention):
         return self.out_proj(y.reshape(B, S, -1)), weights
 
 
+class DbrxNormAttentionNorm(reference.DbrxNormAttentionNorm):
+    """norm_1, attention, its residual and norm_2, without dropout for inference."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream after attention, its norm_2), both [B, S, D]; other arguments by keyword, as for `DbrxAttention`."""
+        if self.training or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        y, _ = self.attn(self.norm_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + y
+        return hidden_states, self.norm_2(hidden_states)
+
+
+class DbrxBlock(reference.DbrxBlock):
+    """One transformer block, without dropout for inference."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[B, S, D]; other arguments by keyword, as for `DbrxAttention`."""
+        if self.training or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        residual, h = self.norm_attn_norm(hidden_states, **kwargs)
+        return residual + self.ffn(h)
+
+
 class DbrxRouter(reference.DbrxRouter):
     """float32 router logits; transformers routes by logits in the dtype of activations."""
 
@@ -135,6 +169,8 @@ class DbrxExperts(reference.DbrxExperts):
 
     layer: int
     served_by: SharedStore | None
+    packed: ExpertWeights | None
+    """The experts of `mlp` once they were used, where all are packed."""
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """[B, S, D] in the dtype of `hidden_states` [B, S, D].
@@ -153,7 +189,7 @@ class DbrxExperts(reference.DbrxExperts):
             if self.served_by is not None:
                 y = self.served_by.store.forward(self.layer, x, routing)
             else:
-                y = moe_experts(x, routing.experts, routing.weights, self._weights())
+                y = moe_experts(x, routing.experts, routing.weights, self.packed or self._weights())
         return y.view(hidden_states.shape)
 
     def _weights(self) -> ExpertWeights:
@@ -163,7 +199,15 @@ class DbrxExperts(reference.DbrxExperts):
             holder = getattr(self.mlp, role)
             return holder.value if isinstance(holder, PackedWeight) else holder.detach().unflatten(0, (self.num_experts, -1))
 
-        return expert_weights({role: stack(role) for role in EXPERT_MATRICES})
+        weights = expert_weights({role: stack(role) for role in EXPERT_MATRICES})
+        self.packed = weights if all(isinstance(getattr(self.mlp, role), PackedWeight) for role in EXPERT_MATRICES) else None
+        return weights
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DbrxExperts:
+        """The packed weights may have moved."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.packed = None
+        return self
 
 
 class DbrxFFN(reference.DbrxFFN):
@@ -190,13 +234,15 @@ def adopt(model: nn.Module) -> None:
             module.layer.__class__ = Float32Linear
         if isinstance(module, reference.DbrxBlock):
             experts: Any = module.ffn.experts
-            experts.layer, experts.served_by = module.layer_idx, None
+            experts.layer, experts.served_by, experts.packed = module.layer_idx, None, None
 
 
 _OURS = {
     reference.DbrxAttention: DbrxAttention,
+    reference.DbrxBlock: DbrxBlock,
     reference.DbrxExperts: DbrxExperts,
     reference.DbrxFFN: DbrxFFN,
+    reference.DbrxNormAttentionNorm: DbrxNormAttentionNorm,
     reference.DbrxRotaryEmbedding: DbrxRotaryEmbedding,
     reference.DbrxRouter: DbrxRouter,
 }
