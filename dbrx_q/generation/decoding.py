@@ -43,11 +43,23 @@ class Decoder(ABC):
         self._model = model
         self._prompts: dict[int, Sequence[int]] = {}
         self._steps: dict[int, list[int]] = {}  # the tokens that followed each prompt
+        self._places: dict[int, int] = {}  # where a sequence is stored, if not at its index
         self.prefilled: dict[int, int] = {}
 
     @abstractmethod
+    def _cache_at(self, place: int) -> KVCache:
+        """A cache of the sequence at `place` alone, in the memory that `step` reads."""
+
+    @abstractmethod
+    def _set_length(self, place: int, tokens: int) -> None:
+        """Say how many tokens the sequence at `place` has now."""
+
+    def _place(self, index: int) -> int:
+        return self._places.get(index, index)
+
     def _cache(self, index: int) -> KVCache:
         """A cache of sequence `index` alone, in the memory that `step` reads."""
+        return self._cache_at(self._place(index))
 
     def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
         """Append `prompt` to sequence `index`; float32 logits [V] of the token that follows."""
@@ -65,6 +77,47 @@ class Decoder(ABC):
             cache.copy_prefix(self._cache(donor), shared)
         self._prompts[index], self.prefilled[index], self._steps[index] = prompt, len(prompt) - shared, []
         return self._checked(index, prefill(self._model, prompt[shared:], cache))
+
+    def extend(self, index: int, tokens: Sequence[int], keep: int) -> torch.Tensor:
+        """Append tokens to sequence `index`; float32 logits [keep, V] of what follows each of the last `keep`."""
+        cache = self._cache(index)
+        length = cache.lengths[0]
+        self._prompts[index] = [*(self._sequence(index) if index in self._prompts else []), *tokens]
+        self._steps[index] = []
+        logits = prefill(self._model, tokens, cache, keep)
+        self._set_length(self._place(index), length + len(tokens))
+        return self._checked(index, logits)
+
+    def crop(self, index: int, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens of sequence `index`."""
+        self._prompts[index], self._steps[index] = self._sequence(index)[:tokens], []
+        self._set_length(self._place(index), tokens)
+
+    def fork(self, source: int, index: int) -> None:
+        """Let the new sequence `index` begin as a copy of sequence `source`."""
+        self._prompts[index], self._steps[index], self.prefilled[index] = self._prompts[source], list(self._steps[source]), 0
+        self._copy(self._place(source), self._place(index))
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Let each sequence i go on as a copy of sequence `sources[i]`. A sequence that goes on once is not copied."""
+        self._prompts = {i: self._prompts[source] for i, source in enumerate(sources)}
+        self._steps = {i: list(self._steps[source]) for i, source in enumerate(sources)}
+        old = [self._place(i) for i in range(len(sources))]
+        wanted = [old[source] for source in sources]
+        spare = [place for place in old if place not in set(wanted)]
+        taken: set[int] = set()
+        for i, place in enumerate(wanted):
+            if place in taken:
+                self._copy(place, spare[-1])
+                place = spare.pop()
+            taken.add(place)
+            self._places[i] = place
+
+    def _copy(self, source: int, target: int) -> None:
+        """Make the sequence stored at `target` a copy of the one at `source`."""
+        tokens = self._cache_at(source).lengths[0]
+        self._cache_at(target).copy_prefix(self._cache_at(source), tokens)
+        self._set_length(target, tokens)
 
     @abstractmethod
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
@@ -88,13 +141,19 @@ class Decoder(ABC):
         return overflow_error(self._model, partial(repeat_sequence, self._model, self._sequence(index)))
 
 
-def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache) -> torch.Tensor:
-    """Append a prompt to a cache of one sequence, in chunks of a prefill step; float32 logits [V] of the token that follows."""
-    chunk = _chunk(model)
+def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache, keep: int | None = None) -> torch.Tensor:
+    """Append a prompt to a cache of one sequence, in chunks of a prefill step; float32 logits [V] of the token that follows.
+
+    With `keep`, logits [keep, V] of what follows each of the last `keep` tokens.
+    """
+    chunk, kept = _chunk(model), torch.zeros(0)
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
         hidden = model.transformer(ids, past_key_values=cache, output_router_logits=False).last_hidden_state  # [1, chunk, D]
-    return model.lm_head(hidden[0, -1:]).float()[0]
+        last = hidden[0, -(keep or 1) :]
+        kept = torch.cat((kept, last))[-keep:] if keep is not None and first else last
+    logits: torch.Tensor = model.lm_head(kept).float()
+    return logits[0] if keep is None else logits
 
 
 def _chunk(model: DbrxForCausalLM) -> int:
@@ -139,14 +198,17 @@ class _Separate(Decoder):
             for capacity in capacities
         ]
 
-    def _cache(self, index: int) -> KVCache:
-        return self._caches[index]
+    def _cache_at(self, place: int) -> KVCache:
+        return self._caches[place]
+
+    def _set_length(self, place: int, tokens: int) -> None:
+        self._caches[place].lengths = [tokens]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
         logits = {}
         for i, token in tokens.items():
             self._steps[i].append(token)
-            logits[i] = self._checked(i, decode_one_token(self._model, token, self._caches[i]))
+            logits[i] = self._checked(i, decode_one_token(self._model, token, self._cache(i)))
         return logits
 
 
@@ -161,12 +223,15 @@ class _Together(Decoder):
         self._copied = torch.cuda.Event() if model.device.type == "cuda" else None
         self._unchecked: list[int] = []
 
-    def _cache(self, index: int) -> KVCache:
-        return self._batch.cache.sequence(index)
+    def _cache_at(self, place: int) -> KVCache:
+        return self._batch.cache.sequence(place)
+
+    def _set_length(self, place: int, tokens: int) -> None:
+        self._batch.cache.lengths[place] = tokens
 
     def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
         logits = super().prefill(index, prompt)
-        self._batch.cache.lengths[index] += len(prompt)
+        self._batch.cache.lengths[self._place(index)] += len(prompt)
         return logits
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
@@ -174,7 +239,7 @@ class _Together(Decoder):
         rows = list(tokens)
         for i, token in tokens.items():
             self._steps[i].append(token)
-        logits = self._batch.step(list(tokens.values()), rows)  # [sequences, V]
+        logits = self._batch.step(list(tokens.values()), [self._place(i) for i in rows])  # [sequences, V]
         self._sums[: len(rows)].copy_(logits.sum(-1), non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._model.device))

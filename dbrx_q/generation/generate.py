@@ -6,7 +6,7 @@ Dimension letters: `V` vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,9 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 from .decoding import decoder_for
 from .growing_text import GrowingText
 from .sampling import SamplingParams, sample
+from .token_loop import prefill_all, token_steps
 
-__all__ = ["Generation", "check_request", "end_token_ids", "generate", "generate_text", "stream_text"]
+__all__ = ["Generation", "capacities_of", "check_request", "end_token_ids", "generate", "generate_text", "prompts_of", "stream_text"]
 
 
 @dataclass
@@ -49,8 +50,9 @@ class Generation:
 
 def generate(
     model: DbrxForCausalLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: torch.Tensor | Sequence[Sequence[int] | torch.Tensor],
     *,
+    attention_mask: torch.Tensor | None = None,
     max_new_tokens: int = 128,
     sampling: SamplingParams | None = None,
     eos_token_ids: Sequence[int] | None = None,
@@ -70,7 +72,8 @@ def generate(
 
     Args:
         model: a loaded model.
-        prompts: token ids of each prompt.
+        prompts: token ids of each prompt: lists, 1-dimensional tensors, or one tensor [B, S].
+        attention_mask: [B, S] with a tensor of prompts, 0 for padding on any side; None for no padding.
         max_new_tokens: most tokens to generate for each prompt.
         sampling: how tokens are chosen; None for greedy decoding.
         eos_token_ids: tokens that end a sequence; None for those of `end_token_ids`.
@@ -88,7 +91,8 @@ def generate(
             argument out of range.
     """
     results: list[Generation] = []
-    for i, text in _steps(model, prompts, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results):
+    rows = prompts_of(prompts, attention_mask)
+    for i, text in _steps(model, rows, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results):
         if text and on_text is not None:
             on_text(i, text)
     return results
@@ -159,19 +163,23 @@ def _steps(
     texts = [GrowingText(tokenizer, stop) for _ in prompts]
     generators = sampling.generators(len(prompts))
     excluded = _ids_without_token(model, tokenizer)
-    capacities = _capacities(model, prompts, max_new_tokens, kv_format)
+    capacities = capacities_of(model, prompts, max_new_tokens, kv_format)
+    started, prefilled = time.perf_counter(), 0.0
+
+    def choose(logits: Mapping[int, torch.Tensor]) -> dict[int, int]:
+        sequences = {i: [*prompts[i], *results[i].token_ids] for i in logits}
+        return {i: sample(row, sampling, sequences[i], generators[i], excluded) for i, row in logits.items()}
+
     with decoder_for(model, capacities, kv_format) as decoder:
-        started = time.perf_counter()
-        logits = {i: decoder.prefill(i, prompt) for i, prompt in enumerate(prompts)}  # [V] each
+        first = prefill_all(decoder, prompts)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         prefilled = time.perf_counter()
         for i, result in enumerate(results):
             result.prefilled_tokens = decoder.prefilled[i]
-        while logits:
-            for i in logits:
+        for tokens in token_steps(decoder, first, choose, lambda i: not results[i].finish_reason):
+            for i, token in tokens.items():
                 result = results[i]
-                token = sample(logits[i], sampling, [*prompts[i], *result.token_ids], generators[i], excluded)
                 result.decode_steps += 1
                 new_text = ""
                 if token in end_tokens:
@@ -188,11 +196,9 @@ def _steps(
                     result.prefill_seconds, result.decode_seconds = prefilled - started, time.perf_counter() - prefilled
                 result.text += new_text
                 yield i, new_text
-            unfinished = {i: results[i].token_ids[-1] for i in logits if not results[i].finish_reason}
-            logits = decoder.step(unfinished) if unfinished else {}
 
 
-def _capacities(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, kv_format: str) -> list[int]:
+def capacities_of(model: DbrxForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, kv_format: str) -> list[int]:
     """Tokens that the KV cache of each sequence has room for.
 
     That is the prompt and `max_new_tokens`. If the model's budget cannot hold all of them, the longest sequences are cut to one length.
@@ -244,6 +250,40 @@ def _ids_without_token(model: DbrxForCausalLM, tokenizer: DbrxTokenizer | None) 
     if tokenizer is None:
         return None
     return torch.tensor([not tokenizer.has_token(i) for i in range(model.config.vocab_size)], device=model.device)
+
+
+def prompts_of(
+    prompts: torch.Tensor | Sequence[Sequence[int] | torch.Tensor], attention_mask: torch.Tensor | None = None
+) -> list[list[int]]:
+    """The ids of each prompt, without padding.
+
+    Args:
+        prompts: as for `generate`.
+        attention_mask: as for `generate`.
+
+    Raises:
+        RequestError: tensors of another shape or of no whole numbers.
+    """
+    if not isinstance(prompts, torch.Tensor):
+        if attention_mask is not None:
+            raise RequestError("attention_mask must come with a tensor of prompts [batch, tokens]; found a list. Leave padding out of lists")
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, torch.Tensor):
+                _check_ids(prompt, 1, f"prompt {i} must be whole numbers [tokens]")
+        return [prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt) for prompt in prompts]
+    _check_ids(prompts, 2, "prompts must be whole numbers [batch, tokens]")
+    rows: list[list[int]] = prompts.tolist()
+    if attention_mask is None:
+        return rows
+    if attention_mask.shape != prompts.shape:
+        raise RequestError(f"attention_mask must be {list(prompts.shape)}, as prompts; found {list(attention_mask.shape)}")
+    real = attention_mask.bool().tolist()
+    return [[token for token, keep in zip(row, kept, strict=True) if keep] for row, kept in zip(rows, real, strict=True)]
+
+
+def _check_ids(ids: torch.Tensor, dimensions: int, rule: str) -> None:
+    if ids.ndim != dimensions or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise RequestError(f"{rule}; found {ids.dtype} {list(ids.shape)}")
 
 
 def check_request(
