@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dbrx_q.generation.generate import Generation, generate, generate_text, stream_text
     from dbrx_q.generation.sampling import SamplingParams
+    from dbrx_q.generation.streamers import TextIteratorStreamer, TextStreamer
+    from dbrx_q.model.generation_config import GenerationConfig
     from dbrx_q.model.kv_cache import KVCache
     from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
     from dbrx_q.planning.budget import Budget
@@ -54,10 +56,13 @@ _HOME = {
     "DbrxModel": "model.modeling",
     "DbrxTokenizer": "tokenizer.tokenizer",
     "Generation": "generation.generate",
+    "GenerationConfig": "model.generation_config",
     "Gpu": "planning.machine",
     "KVCache": "model.kv_cache",
     "Machine": "planning.machine",
     "SamplingParams": "generation.sampling",
+    "TextIteratorStreamer": "generation.streamers",
+    "TextStreamer": "generation.streamers",
     "generate": "generation.generate",
     "generate_text": "generation.generate",
     "stream_text": "generation.generate",
@@ -73,10 +78,13 @@ __all__ = [
     "DbrxModel",
     "DbrxTokenizer",
     "Generation",
+    "GenerationConfig",
     "Gpu",
     "KVCache",
     "Machine",
     "SamplingParams",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "generate",
     "generate_text",
     "stream_text",

@@ -3,8 +3,8 @@
     python tests/rooms.py [CHECKOUT]
 
 A room is a folder of modules. An arrow points from a room to each room that it imports, lazily or not; imports for type checkers alone are
-left out. A room's floor is one above the highest room that it imports. An import inside a function named `from_pretrained` is the one
-documented exception: it is mirrored from transformers, where a configuration and a model load themselves.
+left out. A room's floor is one above the highest room that it imports. Imports inside functions named `from_pretrained` and
+`generate` are the documented exception: they are mirrored from transformers, where a model loads itself and generates by itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Import:
     """Dotted name of the imported module, which may be of another project."""
     at_top: bool
     """Whether it runs when the file is imported, not inside a function."""
-    in_from_pretrained: bool
-    """Whether it runs inside a function named `from_pretrained`."""
+    mirrored: bool
+    """Whether it runs inside a function named `from_pretrained` or `generate`."""
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -55,7 +55,7 @@ def imports(root: Path) -> Iterator[Import]:
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         lazy = {child for function in functions for child in ast.walk(function)}
-        documented = {child for function in functions if function.name == "from_pretrained" for child in ast.walk(function)}
+        documented = {child for function in functions if function.name in ("from_pretrained", "generate") for child in ast.walk(function)}
         guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
         for_types = {child for guard in guards for statement in guard.body for child in ast.walk(statement)}
         for node in ast.walk(tree):
@@ -125,7 +125,7 @@ def _strong(nodes: list[str], arrows: set[tuple[str, str]]) -> list[set[str]]:
 def main(root: Path) -> None:
     """Print the counts and, for every room, its floor and the rooms that it imports."""
     names = modules(root)
-    internal = [item for item in imports(root) if item.imported in names and not item.in_from_pretrained]
+    internal = [item for item in imports(root) if item.imported in names and not item.mirrored]
     files = {(item.importer, item.imported) for item in internal if item.importer != item.imported}
     rooms = sorted({room_of(module, names) for module in names})
     arrows = {(a, b) for importer, imported in files if (a := room_of(importer, names)) != (b := room_of(imported, names))}

@@ -1,15 +1,17 @@
 """From prompts to text: prefill, decode steps, sampling, streaming.
 
-Begin with `generate.py`: `generate` runs prompts through a loaded model, `generate_text` and `stream_text` do the same for text.
+Two ways in, with one engine: `generate.py` (`dbrx_q.generate`: lists of prompts, text, finish reasons) and `model_generate.py`
+(`model.generate`, with the arguments and outputs of transformers).
 
 One request, step by step:
 
-1. `generate.py` checks the prompts and sizes the KV cache of each sequence within the memory that the model has left.
+1. `generate.py` or `inputs.py` checks the prompts; `generate.py` sizes the KV cache of each sequence within the memory that is left.
 2. `decoding.py` chooses how sequences advance, one by one on a CPU or all together on a GPU, and prefills the prompts. A prefix that
-   prompts share is computed once.
-3. `sampling.py` turns the logits of a sequence into its next token, as its `SamplingParams` say.
+   prompts share is computed once. `forward_decoder.py` runs a whole batch through `forward` where caches or hidden states are asked for.
+3. `token_loop.py` is the loop. Its tokens are chosen by `sampling.py` (`SamplingParams`), or by `logits_processors.py` and, for beams,
+   `beam_search.py`; `prompt_lookup.py` copies tokens that a step then verifies. `stopping.py` ends sequences.
 4. `decoding.py` appends the new tokens in a decode step; on a GPU the step of a whole batch is one CUDA graph (`decode_graph.py`).
-5. `growing_text.py` turns tokens into text that can be shown: whole characters, and nothing that may still become a stop string.
+5. `growing_text.py` turns tokens into text that can be shown; `streamers.py` shows it; `outputs.py` holds what `model.generate` returns.
 
 `tracing.py` records which experts a text uses, for `dbrx-q trace`.
 """

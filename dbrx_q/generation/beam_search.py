@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Beams", "BeamSettings"]
+__all__ = ["BeamSettings", "Beams"]
 
 # The score of a beam that must not be chosen: so low that any sum of log probabilities is above it, and finite, so that ties have an order.
 _NEVER = -1.0e9

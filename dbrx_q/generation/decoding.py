@@ -108,8 +108,11 @@ class Decoder(ABC):
         taken: set[int] = set()
         for i, place in enumerate(wanted):
             if place in taken:
-                self._copy(place, spare[-1])
-                place = spare.pop()
+                capacity = self._cache_at(place).capacity  # beams of prompts of other lengths have other capacities
+                target = next(other for other in spare if self._cache_at(other).capacity == capacity)
+                spare.remove(target)
+                self._copy(place, target)
+                place = target
             taken.add(place)
             self._places[i] = place
 

@@ -266,7 +266,9 @@ def prompts_of(
     """
     if not isinstance(prompts, torch.Tensor):
         if attention_mask is not None:
-            raise RequestError("attention_mask must come with a tensor of prompts [batch, tokens]; found a list. Leave padding out of lists")
+            raise RequestError(
+                "attention_mask must come with a tensor of prompts [batch, tokens]; found a list. Leave padding out of lists"
+            )
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, torch.Tensor):
                 _check_ids(prompt, 1, f"prompt {i} must be whole numbers [tokens]")

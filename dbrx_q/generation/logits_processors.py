@@ -98,7 +98,9 @@ def _sampling_filters(config: GenerationConfig, at_least: int) -> list[Processor
     temperature = config.temperature
     if temperature is not None and temperature != 1:
         if not temperature > 0 or not math.isfinite(temperature):
-            raise RequestError(f"temperature must be above 0 with do_sample=True; found {temperature}. For greedy decoding pass do_sample=False")
+            raise RequestError(
+                f"temperature must be above 0 with do_sample=True; found {temperature}. For greedy decoding pass do_sample=False"
+            )
         result.append(lambda ids, scores: scores / temperature)
     if config.top_k:
         _check("top_k", config.top_k, isinstance(config.top_k, int) and config.top_k > 0, "a whole number, 0 (keep all) or more")
@@ -141,7 +143,7 @@ def _bias_of(value: Mapping[tuple[int, ...], float] | Sequence[Any]) -> dict[tup
     return biases
 
 
-def _bad_words(words: Sequence[Sequence[int]], ends: Sequence[int] | None) -> dict[tuple[int, ...], float]:
+def _bad_words(words: Any, ends: Sequence[int] | None) -> dict[tuple[int, ...], float]:
     if isinstance(words, (str, bytes)) or not len(words) or any(isinstance(word, (str, int)) or not len(word) for word in words):
         raise RequestError(f"bad_words_ids must be a list of lists of token ids; found {words!r}. Encode each word")
     return {tuple(word): -math.inf for word in words if not (len(word) == 1 and word[0] in (ends or ()))}
@@ -240,7 +242,9 @@ class _PrefixAllowed:
         for row, tokens in enumerate(ids):
             allowed = self._allowed(row // self._copies, tokens)
             if not len(allowed):
-                raise RequestError(f"prefix_allowed_tokens_fn must allow at least one token; it returned none for prompt {row // self._copies}")
+                raise RequestError(
+                    f"prefix_allowed_tokens_fn must allow at least one token; it returned none for prompt {row // self._copies}"
+                )
             mask[row, allowed] = 0
         result = scores + mask
         # Where other processors ban every allowed token of all sequences of a prompt, the constraint goes first.

@@ -13,7 +13,7 @@ import torch
 
 from dbrx_q.errors import RequestError
 
-__all__ = ["Criterion", "Stopping", "StopStrings"]
+__all__ = ["Criterion", "StopStrings", "Stopping"]
 
 Criterion = Callable[[torch.Tensor, Any], Any]
 
@@ -86,10 +86,8 @@ class Stopping:
             scores: the scores of every step, for criteria of the caller; None where they are not kept.
         """
         late = self._deadline is not None and time.perf_counter() > self._deadline
-        if late or ids.shape[1] >= self._max_length:
-            ended = [True] * len(tokens)
-        else:
-            ended = [token in self._ends for token in tokens]
+        full = late or ids.shape[1] >= self._max_length
+        ended = [full or token in self._ends for token in tokens]
         if self._stop_strings is not None:
             ended = [done or self._stop_strings(row) for done, row in zip(ended, ids.tolist(), strict=True)]
         for criterion in self._custom:

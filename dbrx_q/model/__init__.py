@@ -22,6 +22,7 @@ Loading:
   read, replaced and resized.
 - `loading.py`: a checkpoint to a model in three steps: plan, read the weights that stay in memory, build the expert store.
 - `saving.py`: a model to a checkpoint, tensor by tensor; a packed model gives the bytes that `quantize` wrote.
+- `generation_config.py`: defaults of `model.generate`, as generation_config.json has them.
 - `limits.py`: what a budget leaves to requests: bytes of KV cache, tokens of a pass, bytes of logits.
 - `devices.py`: checks a device by its name. `tuned_tiles.py`: tiles of the Triton kernels that were measured on this GPU.
 """

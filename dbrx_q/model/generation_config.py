@@ -86,8 +86,8 @@ _CACHE_NAMES = (None, "dynamic", "static")
 class GenerationConfig:
     """Arguments of `model.generate` by the names of transformers. A field that is None takes the model's default, then transformers'.
 
-        config = GenerationConfig(max_new_tokens=50, do_sample=True, top_p=0.9)
-        model.generate(ids, generation_config=config)
+    config = GenerationConfig(max_new_tokens=50, do_sample=True, top_p=0.9)
+    model.generate(ids, generation_config=config)
     """
 
     max_length: int | None = None
@@ -109,7 +109,7 @@ class GenerationConfig:
     num_return_sequences: int | None = None
     """Sequences returned for each prompt."""
     early_stopping: bool | str | None = None
-    """When beam search ends: True with as many complete sequences as beams, False when better ones are unlikely, "never" when impossible."""
+    """When beam search ends: True with as many complete sequences as beams, False when better are unlikely, "never" when impossible."""
     length_penalty: float | None = None
     """Exponent of the length that divides the score of a complete beam; above 0 favours long ones."""
     temperature: float | None = None
@@ -198,7 +198,9 @@ class GenerationConfig:
         return cls(**{name: copy.deepcopy(value) for name, value in data.items() if name in names}, others=others)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name: str | os.PathLike[str], config_file_name: str = _FILE, **values: Any) -> GenerationConfig:
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], config_file_name: str = _FILE, **values: Any
+    ) -> GenerationConfig:
         """The configuration in a checkpoint folder; `values` take precedence.
 
         Raises:

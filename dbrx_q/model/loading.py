@@ -46,6 +46,7 @@ from dbrx_q.planning.machine import Placement
 from dbrx_q.planning.policy_names import MissPolicy
 
 from .devices import check_device
+from .generation_config import GenerationConfig
 from .implementations import choose_implementation, set_implementation
 from .layers import PackedWeight
 from .limits import limits_of
@@ -152,6 +153,8 @@ def _load(
     routers = [block.ffn.router.layer.weight for block in model.base_model.layers()]
     store = None if experts is None else build_expert_store(plan, experts, fallback_experts, routers)
     model = _completed(model, plan.device_of_head, eos_ids(folder), store)
+    if isinstance(model, DbrxForCausalLM) and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     if plan.placement is not None and budget is not None:
         model.placement = plan.placement
         model.base_model.limits = limits_of(plan.placement, model.config, budget.request(model.config))
@@ -349,6 +352,8 @@ def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int],
     model.base_model.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
     model.base_model.wte.dtype = model.dtype
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
+    if isinstance(model, DbrxForCausalLM) and eos_token_ids:
+        model.generation_config.eos_token_id = list(eos_token_ids)
     return model
 
 

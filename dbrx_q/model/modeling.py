@@ -9,7 +9,7 @@ knows where a sequence begins. Where the mask is 0, outputs are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from dbrx_q.kernels.backend import Backend, pick
 
 from .arguments import check_ignored, named_cache, wanted_states, wants_attentions, wants_mapping
 from .batch import Batch, ForwardPass, Recorder
+from .generation_config import GenerationConfig
 from .implementations import initial_implementation, set_implementation
 from .inputs import InputReader
 from .kv_cache import KVCache
@@ -253,6 +254,7 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
 
     Attributes:
         eos_token_ids: tokens that end a generation: those of generation_config.json, or of the configuration without that file.
+        generation_config: defaults of `generate`: those of generation_config.json, or the end token of the configuration.
     """
 
     def __init__(self, config: DbrxConfig) -> None:
@@ -261,6 +263,11 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         self.transformer = DbrxModel(config)
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
+        self.generation_config = GenerationConfig(
+            bos_token_id=getattr(config, "bos_token_id", None),
+            eos_token_id=config.eos_token_id,
+            pad_token_id=getattr(config, "pad_token_id", None),
+        )
         self.decoder: object | None = None  # the `BatchDecoder` that generation on a GPU keeps from one request to the next
         _initialise(self.lm_head, config.initializer_range)
         self.eval()
@@ -359,6 +366,68 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
                 loss = loss + config.ffn_config.moe_loss_weight * aux_loss.to(loss.device)
         output = MoeCausalLMOutputWithPast(loss, aux_loss, logits, out.cache, out.hidden_states, out.attentions, out.router_logits)
         return output if wants_mapping(config, return_dict) else output.to_tuple()
+
+    def generate(
+        self,
+        inputs: torch.Tensor | Sequence[Sequence[int]] | None = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | Any = None,
+        logits_processor: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = None,
+        stopping_criteria: Sequence[Callable[[torch.Tensor, Any], Any]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: None = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Continue prompts, with the arguments, defaults and results of transformers' `generate`.
+
+            inputs = tokenizer("A mixture of experts is", return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=50)
+            print(tokenizer.decode(ids[0]))
+
+        A batch has padding on the left, as `attention_mask` says; on another side or between tokens it is skipped. Without a mask, tokens
+        that are `pad_token_id` are padding. Without a length 20 tokens are generated.
+
+        Args:
+            inputs: token ids [B, S], a tensor or lists; `input_ids` is another name.
+            generation_config: a `GenerationConfig`, one of transformers, or a dictionary. Fields that it leaves out have the values of
+                `model.generation_config`, then those of transformers.
+            logits_processor: called in order with (ids [R, n], scores float32 [R, V]); each returns new scores.
+            stopping_criteria: called with (ids [R, n], all scores or None) after each token; True, or True for a sequence, ends it.
+            prefix_allowed_tokens_fn: called with (index of the prompt, ids so far); returns the tokens that may follow.
+            synced_gpus, assistant_model: must be None.
+            streamer: `put` receives the prompt's ids, then each token; then `end` is called.
+            options: fields of `GenerationConfig`, and
+                attention_mask: [B, S], or with a cache [B, past + S];
+                inputs_embeds: [B, S, D] in place of ids; the result has the new tokens only;
+                past_key_values, or cache: a `KVCache` to go on from, which holds the first tokens of `inputs`;
+                tokenizer: finds `stop_strings`;
+                generator, or seed: draws tokens; without both torch's global generator does;
+                kv_format: of a new cache, "plain", "int8" or "int4".
+
+        Returns:
+            int64 [B * num_return_sequences, n], prompts included, padded with `pad_token_id` after the end; with
+            `return_dict_in_generate=True` an output object with the sequences and what is asked for.
+
+        Raises:
+            RequestError: arguments out of range or that contradict each other.
+            TypeError: an unknown argument; names the nearest one.
+            UnsupportedError: an argument of transformers that this version does not have.
+        """
+        from dbrx_q.generation.model_generate import generate_tokens
+
+        return generate_tokens(
+            self,
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            streamer,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            **options,
+        )
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
 
+from .generation_config import GenerationConfig
 from .layers import PackedWeight
 
 if TYPE_CHECKING:
@@ -187,10 +188,11 @@ class _ModelWriter:
 
     def _write_generation_config(self, folder: Path) -> None:
         own = getattr(self._model, "generation_config", None)
-        if own is not None:
+        source = None if self._model.origin is None else self._model.origin.folder / _GENERATION
+        if source is not None and source.is_file() and own in (None, GenerationConfig.from_pretrained(source.parent)):
+            (folder / _GENERATION).write_bytes(source.read_bytes())
+        elif own is not None:
             own.save_pretrained(folder)
-        elif self._model.origin is not None and (self._model.origin.folder / _GENERATION).is_file():
-            (folder / _GENERATION).write_bytes((self._model.origin.folder / _GENERATION).read_bytes())
 
     def _shards(self, limit: int | None) -> dict[str, list[Part]]:
         """The stored tensors of every shard, by its name."""
