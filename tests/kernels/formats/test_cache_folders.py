@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +40,16 @@ def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source(folder: Path) -> dict[str, object]:
-    """A function in a file of its own, as numba's cache needs it."""
+    """The names of a module of its own with one function, as numba's cache needs it."""
     path = folder / "doubled.py"
     path.write_text("def doubled(x):\n    return 2 * x\n")
-    namespace: dict[str, object] = {}
-    exec(compile(path.read_text(), str(path), "exec"), namespace)
-    return namespace
+    spec = importlib.util.spec_from_file_location("doubled_of_test_cache_folders", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # by whose name numba stores the function
+    spec.loader.exec_module(module)
+    return vars(module)
 
 
 def stored(folder: Path) -> list[Path]:
