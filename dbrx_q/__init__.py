@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dbrx_q.generation.streamers import TextIteratorStreamer, TextStreamer
     from dbrx_q.model.generation_config import GenerationConfig
     from dbrx_q.model.kv_cache import KVCache
+    from dbrx_q.model.kv_cache_file import PromptCache
     from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
     from dbrx_q.planning.budget import Budget
     from dbrx_q.planning.machine import Gpu, Machine
@@ -60,6 +61,7 @@ _HOME = {
     "Gpu": "planning.machine",
     "KVCache": "model.kv_cache",
     "Machine": "planning.machine",
+    "PromptCache": "model.kv_cache_file",
     "SamplingParams": "generation.sampling",
     "TextIteratorStreamer": "generation.streamers",
     "TextStreamer": "generation.streamers",
@@ -82,6 +84,7 @@ __all__ = [
     "Gpu",
     "KVCache",
     "Machine",
+    "PromptCache",
     "SamplingParams",
     "TextIteratorStreamer",
     "TextStreamer",

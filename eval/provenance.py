@@ -17,9 +17,9 @@ import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, sha256_of
+from dbrx_q.checkpoint.weights_hash import weights_sha256
 from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.planning.budget import plan_within
-from dbrx_q.sources.weights_hash import weights_sha256
 
 from .windows import Protocol
 

@@ -281,6 +281,7 @@ class SafetensorsWriter:
     Args:
         path: the file; must not exist, unless it is `reopened`.
         tensors: (name, dtype, shape) of all tensors, in the order in which `write` receives them.
+        metadata: further texts of the header, by name.
         reopened: continue the file that an earlier writer left at `path`: `keep` accepts its tensors, and the first `write` cuts off the
             rest.
     """
@@ -288,12 +289,19 @@ class SafetensorsWriter:
     nbytes: int
     """Bytes written or kept so far, the header included."""
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], *, reopened: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        reopened: bool = False,
+    ) -> None:
         self.path = path
         self._remaining = list(reversed(tensors))
         self._hash = hashlib.sha256()
         self.nbytes = 0
-        header, self._infos = safetensors_header(tensors)
+        header, self._infos = safetensors_header(tensors, metadata)
         reopened = reopened and path.exists()
         self._file = open(path, "r+b" if reopened else "x+b", buffering=0)  # noqa: SIM115 # closed by close()
         if not reopened or not self._keep_bytes(len(header), hashlib.sha256(header).hexdigest()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dbrx_q.planning.policy_names import DEFAULT_POLICY, MissPolicy
@@ -11,11 +12,14 @@ from dbrx_q.planning.sizes import format_size
 from . import memory_budget, options, terminal
 from .help import example
 from .measurement import named_dtype
-from .options import MEMORY, SAMPLING, TEXT, option
+from .options import MEMORY, MODEL, SAMPLING, TEXT, option
 
 if TYPE_CHECKING:
     from dbrx_q.config import DbrxConfig
     from dbrx_q.generation.generate import Generation
+    from dbrx_q.model.kv_cache import KVCache
+    from dbrx_q.model.kv_cache_file import PromptCache
+    from dbrx_q.model.modeling import DbrxForCausalLM
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 __all__ = ["EXAMPLE", "command"]
@@ -44,6 +48,12 @@ def command(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     kv: options.Kv = "plain",
+    prompt_cache: Annotated[
+        Path | None,
+        option(
+            MODEL, "Read what the prompt shares with the one saved here; save this prompt's keys and values if missing.", metavar="FILE"
+        ),
+    ] = None,
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
     context: _Context = None,
@@ -66,6 +76,8 @@ def command(
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     _check_text(prompt, system, chat=chat)
+    if prompt_cache is not None:
+        _check_prompt_cache(prompt_cache)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     torch_device = check_device(device)
     folder = resolve_folder(path, fallback=fallback)
@@ -89,6 +101,7 @@ def command(
     )
     model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype))
     loaded = model.expert_store.stats()
+    saved = _saved_prompt(prompt_cache, model, ids, kv)
     [result] = generate(
         model,
         [ids],
@@ -99,6 +112,8 @@ def command(
         tokenizer=tokenizer,
         kv_format=kv,
         on_text=None if json else _stream,
+        prompt_cache=saved,
+        on_prefilled=lambda _, cache: _save_prompt(prompt_cache, saved, model, ids, cache),
     )
     cache_stats = model.expert_store.stats() - loaded
     if json:
@@ -139,6 +154,37 @@ def _prompt_ids(tokenizer: DbrxTokenizer, prompt: str, system: str | None, *, ch
     messages = [{"role": "system", "content": system}] if system is not None else []
     conversation = [*messages, {"role": "user", "content": prompt}]
     return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False))
+
+
+def _check_prompt_cache(path: Path) -> None:
+    """Refuse a file that cannot be made, before minutes of loading."""
+    from dbrx_q.errors import RequestError
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise RequestError(f"--prompt-cache must name a file in a folder that exists; found {path}. Make the folder or give another name")
+
+
+def _saved_prompt(path: Path | None, model: DbrxForCausalLM, ids: list[int], kv: str) -> PromptCache | None:
+    """The keys and values in the file of --prompt-cache, if it exists; says what of them is used."""
+    from dbrx_q.model.kv_cache_file import PromptCache, prefill_step
+
+    if path is None or not path.exists():
+        return None
+    saved = PromptCache.open(path, model, kv_format=kv)
+    shared = saved.shared(model, ids)
+    rest = "" if shared else f"; reuse begins with a whole step of {prefill_step(model)} tokens, computed under the same budget"
+    terminal.say(f"{path}: holds {len(saved.tokens):,} tokens; {shared:,} of the prompt's {len(ids):,} are reused{rest}")
+    return saved
+
+
+def _save_prompt(path: Path | None, saved: PromptCache | None, model: DbrxForCausalLM, ids: list[int], cache: KVCache) -> None:
+    """Make the file of --prompt-cache, unless it exists."""
+    from dbrx_q.model.kv_cache_file import PromptCache
+
+    if path is None or saved is not None:
+        return
+    PromptCache.save(path, model, ids, cache)
+    terminal.say(f"{path}: saved {len(ids):,} tokens, {format_size(path.stat().st_size)}")
 
 
 def _stream(_: int, text: str) -> None:

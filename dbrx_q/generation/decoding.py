@@ -23,9 +23,9 @@ import torch
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.kv_cache_file import PromptCache, prefill_step
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.model.overflow import all_finite, overflow_error, repeat_sequence
-from dbrx_q.planning.footprint import PREFILL_TOKENS
 
 from .decode_graph import BatchDecoder
 
@@ -36,7 +36,9 @@ class Decoder(ABC):
     """Runs the prompts of one request, which it knows by their index.
 
     Attributes:
-        prefilled: by index of the prompt, how many of its tokens were computed; the others were copied from another prompt.
+        prompt_cache: keys and values of a prompt in a file, whose beginning prompts may share; None for none.
+        prefilled: by index of the prompt, how many of its tokens were computed; the others were copied from another prompt, or read from
+            the file.
     """
 
     def __init__(self, model: DbrxForCausalLM) -> None:
@@ -44,6 +46,7 @@ class Decoder(ABC):
         self._prompts: dict[int, Sequence[int]] = {}
         self._steps: dict[int, list[int]] = {}  # the tokens that followed each prompt
         self._places: dict[int, int] = {}  # where a sequence is stored, if not at its index
+        self.prompt_cache: PromptCache | None = None
         self.prefilled: dict[int, int] = {}
 
     @abstractmethod
@@ -69,11 +72,15 @@ class Decoder(ABC):
             self._steps[index] = []
             self.prefilled[index] += len(prompt)
             return self._checked(index, prefill(self._model, prompt, cache))
-        step = _chunk(self._model) if pick(self._model.device) is Backend.CPU else 1
+        step = prefill_step(self._model) if pick(self._model.device) is Backend.CPU else 1
         prefixes = ((i, _common_prefix_length(earlier, prompt)) for i, earlier in self._prompts.items())
         donor, shared = max(prefixes, key=lambda pair: pair[1], default=(-1, 0))
         shared = min(shared, len(prompt) - 1) // step * step
-        if shared:
+        stored = 0 if self.prompt_cache is None else self.prompt_cache.shared(self._model, prompt)
+        if self.prompt_cache is not None and stored > shared:
+            shared = stored
+            self.prompt_cache.copy_into(cache, stored)
+        elif shared:
             cache.copy_prefix(self._cache(donor), shared)
         self._prompts[index], self.prefilled[index], self._steps[index] = prompt, len(prompt) - shared, []
         return self._checked(index, prefill(self._model, prompt[shared:], cache))
@@ -122,6 +129,10 @@ class Decoder(ABC):
         self._cache_at(target).copy_prefix(self._cache_at(source), tokens)
         self._set_length(target, tokens)
 
+    def cache_of(self, index: int) -> KVCache:
+        """The keys and values of sequence `index`, to be read before the next step."""
+        return self._cache(index)
+
     @abstractmethod
     def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
         """Append one token to each of the given sequences; float32 logits [V] of the token that follows, by index of the sequence.
@@ -149,7 +160,7 @@ def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache, keep:
 
     With `keep`, logits [keep, V] of what follows each of the last `keep` tokens.
     """
-    chunk, kept = _chunk(model), torch.zeros(0)
+    chunk, kept = prefill_step(model), torch.zeros(0)
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
         hidden = model.transformer(ids, past_key_values=cache, output_router_logits=False).last_hidden_state  # [1, chunk, D]
@@ -157,12 +168,6 @@ def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache, keep:
         kept = torch.cat((kept, last))[-keep:] if keep is not None and first else last
     logits: torch.Tensor = model.lm_head(kept).float()
     return logits[0] if keep is None else logits
-
-
-def _chunk(model: DbrxForCausalLM) -> int:
-    """Tokens of a prefill step."""
-    limit, preferred = model.limits.step_tokens, PREFILL_TOKENS[model.device.type]
-    return preferred if limit is None else min(limit, preferred)
 
 
 def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torch.Tensor:

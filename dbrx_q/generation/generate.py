@@ -14,6 +14,7 @@ import torch
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.model.kv_cache import KVCache
+from dbrx_q.model.kv_cache_file import PromptCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
@@ -39,7 +40,7 @@ class Generation:
     """Why the sequence ended: "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (the model's context is
     full) or "memory" (the model's budget has no room for more keys and values)."""
     prefilled_tokens: int = 0
-    """Tokens of the prompt that were computed; the others are a prefix that an earlier prompt of the batch has, too."""
+    """Tokens of the prompt that were computed; the others are a prefix that an earlier prompt of the batch has, too, or a saved one."""
     decode_steps: int = -1
     """Tokens that were computed one at a time, an end token included."""
     prefill_seconds: float = 0.0
@@ -60,6 +61,8 @@ def generate(
     tokenizer: DbrxTokenizer | None = None,
     kv_format: str = "plain",
     on_text: Callable[[int, str], None] | None = None,
+    prompt_cache: PromptCache | None = None,
+    on_prefilled: Callable[[int, KVCache], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt of a batch; prompts may differ in length.
 
@@ -82,6 +85,9 @@ def generate(
         tokenizer: turns tokens into text; without it the results have token ids only.
         kv_format: "plain" stores keys and values in the model's dtype, "int8" and "int4" with a scale per token and head.
         on_text: called with (index of the prompt, new text) whenever text is complete. Needs `tokenizer`.
+        prompt_cache: keys and values of a prompt in a file. What prompts share with its beginning is read in place of being computed.
+        on_prefilled: called with (index of the prompt, a cache that holds the prompt's keys and values) before the first new token, to
+            save them with `PromptCache.save`.
 
     Returns:
         One result for each prompt, in the order of the prompts.
@@ -92,7 +98,9 @@ def generate(
     """
     results: list[Generation] = []
     rows = prompts_of(prompts, attention_mask)
-    for i, text in _steps(model, rows, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results):
+    for i, text in _steps(
+        model, rows, max_new_tokens, sampling, eos_token_ids, stop, tokenizer, kv_format, results, prompt_cache, on_prefilled
+    ):
         if text and on_text is not None:
             on_text(i, text)
     return results
@@ -151,12 +159,18 @@ def _steps(
     tokenizer: DbrxTokenizer | None,
     kv_format: str,
     results: list[Generation],
+    prompt_cache: PromptCache | None = None,
+    on_prefilled: Callable[[int, KVCache], None] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Generate, and yield (index of the prompt, new text) after every token of every sequence.
 
     `results` must be an empty list; it receives a result for each prompt, which grows with every token.
     """
     check_request(model.config, prompts, max_new_tokens, stop, tokenizer)
+    if prompt_cache is not None and prompt_cache.format != kv_format:
+        raise RequestError(
+            f"prompt_cache must have the KV format {kv_format}; found {prompt_cache.format}. Name that one, or make it again"
+        )
     sampling = sampling or SamplingParams()
     end_tokens = set(end_token_ids(model, tokenizer) if eos_token_ids is None else eos_token_ids)
     results += [Generation(len(prompt)) for prompt in prompts]
@@ -171,12 +185,15 @@ def _steps(
         return {i: sample(row, sampling, sequences[i], generators[i], excluded) for i, row in logits.items()}
 
     with decoder_for(model, capacities, kv_format) as decoder:
+        decoder.prompt_cache = prompt_cache
         first = prefill_all(decoder, prompts)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         prefilled = time.perf_counter()
         for i, result in enumerate(results):
             result.prefilled_tokens = decoder.prefilled[i]
+            if on_prefilled is not None:
+                on_prefilled(i, decoder.cache_of(i))
         for tokens in token_steps(decoder, first, choose, lambda i: not results[i].finish_reason):
             for i, token in tokens.items():
                 result = results[i]

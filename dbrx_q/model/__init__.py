@@ -14,6 +14,7 @@ A forward pass, from the outside in:
 - `rope.py`: the rotary embedding of longer contexts: linear, dynamic and YaRN scaling.
 - `overflow.py`: finds logits that are not finite, and the layer where they began.
 - `kv_cache.py`: keys and values of the tokens so far, plain or quantized; grows, forks and shares prefixes.
+  `kv_cache_file.py`: those of a prompt in a file.
 
 Loading:
 

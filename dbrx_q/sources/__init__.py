@@ -13,7 +13,6 @@ interface, and `open.py`, which looks at the path and chooses the class.
 - `streamed.py`: `DequantizedSource`, the base of all whose weights are dequantized while they are loaded, by the library of the program
   that wrote them; a model that does not fit in memory dequantizes its experts layer by layer.
 - `tokenizers_agree.py`: refuses to compare checkpoints whose tokenizers differ.
-- `weights_hash.py`: the SHA-256 of weights, kept in the user's cache.
 
 To add a format of another program, write a subclass of `DequantizedSource` with a `reader`, and let `open.py` recognize its files.
 """

@@ -15,6 +15,7 @@ from dbrx_q.checkpoint.inventory import Inventory, take_inventory
 from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
 from dbrx_q.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from dbrx_q.checkpoint.weights_hash import file_sha256, weights_sha256
 from dbrx_q.config import DbrxConfig
 from dbrx_q.config_rope import without_default_theta
 from dbrx_q.errors import CheckpointError, RequestError
@@ -29,7 +30,6 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 from .base import Source
 from .bitsandbytes_state import PARTS, QUANT_STATE, check_packed, dequantize
 from .streamed import DequantizedSource, Reader
-from .weights_hash import file_sha256, weights_sha256
 
 __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
 

@@ -14,6 +14,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import check_finite
 from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, layer_of, role_of
+from dbrx_q.checkpoint.weights_hash import weights_sha256
 from dbrx_q.config import NORM_EPS, DbrxConfig
 from dbrx_q.errors import CheckpointError, ConfigError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -22,7 +23,6 @@ from .gguf_file import GgufParts, can_dequantize, open_parts
 from .gguf_keys import check_keys, rope_scaling_of
 from .gguf_tokenizer import eos_ids_of, tokenizer_of
 from .streamed import DequantizedSource, Reader
-from .weights_hash import weights_sha256
 
 __all__ = ["GgufSource", "gguf_name"]
 

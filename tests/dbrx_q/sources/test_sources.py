@@ -17,11 +17,11 @@ import transformers
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from safetensors.torch import load_file, save_file
 
+from dbrx_q.checkpoint.weights_hash import weights_sha256
 from dbrx_q.errors import CheckpointError, ConfigError, DbrxError, RequestError
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
-from dbrx_q.sources.weights_hash import weights_sha256
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 DATA = Path(__file__).parents[2] / "data"

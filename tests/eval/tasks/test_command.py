@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from dbrx_q import DbrxTokenizer
+from dbrx_q.checkpoint.weights_hash import weights_sha256
 from dbrx_q.eval.tasks import harness
-from dbrx_q.sources.weights_hash import weights_sha256
 
 DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "dbrx-nano"
