@@ -37,8 +37,8 @@ _BLOCK_TOKENS = 1024
 _DIGEST_BYTES = 32
 _PARTS = ("keys", "values", "key_scales", "value_scales")
 # What of the configuration decides keys and values, beside the weights.
-_CONFIG_KEYS = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "attn_config", "ffn_config", "rope_parameters")
-_CONFIG_KEYS += ("rope_scaling", "rope_theta")
+_CONFIG_KEYS = ["d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "attn_config", "ffn_config", "rope_parameters"]
+_CONFIG_KEYS += ["rope_scaling", "rope_theta"]
 
 
 @dataclass(frozen=True)
