@@ -189,7 +189,7 @@ def test_the_picture_of_the_rooms_agrees_with_the_imports() -> None:
     sys.modules[spec.name] = rooms  # dataclasses look their module up
     spec.loader.exec_module(rooms)
     names = rooms.modules(ROOT)
-    imports = [item for item in rooms.imports(ROOT) if item.imported in names and not item.in_from_pretrained]
+    imports = [item for item in rooms.imports(ROOT) if item.imported in names and not item.mirrored]
     arrows = {(rooms.room_of(item.importer, names), rooms.room_of(item.imported, names)) for item in imports}
     below: dict[str, set[str]] = {}
     for above, room in arrows:
@@ -243,6 +243,8 @@ def rows_of_tests(text: str) -> dict[str, list[tuple[list[str], list[str]]]]:
 
 
 def test_every_argument_and_output_of_transformers_has_a_row_and_its_tests_exist() -> None:
+    from dbrx_q.generation.model_generate import generate_tokens
+    from dbrx_q.model.generation_config import GenerationConfig
     from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
     from dbrx_q.model.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -258,6 +260,8 @@ def test_every_argument_and_output_of_transformers_has_a_row_and_its_tests_exist
     for heading, functions in parameters.items():
         expected = [p.name for function in functions for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
         assert set(expected) - named[heading] - {"self"} == set()
+    arguments = [*inspect.signature(generate_tokens).parameters, *(field.name for field in dataclasses.fields(GenerationConfig))]
+    assert set(arguments) - named["generate"] - {"model", "options", "others"} == set()
     outputs = [field.name for output in (MoeModelOutputWithPast, MoeCausalLMOutputWithPast) for field in dataclasses.fields(output)]
     assert set(outputs) - named["forward"] == set()
 
