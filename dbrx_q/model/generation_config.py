@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.json_file import read_json_object
 
@@ -188,6 +189,11 @@ class GenerationConfig:
         if values is None:
             raise RequestError(f"generation_config must be a GenerationConfig or a dictionary; found {type(config).__name__}")
         return cls.from_dict(values)
+
+    @classmethod
+    def from_model_config(cls, config: DbrxConfig) -> GenerationConfig:
+        """What a model has without generation_config.json: the special tokens that its configuration names."""
+        return cls(**{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **values: Any) -> GenerationConfig:

@@ -263,11 +263,7 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
         self.transformer = DbrxModel(config)
         self.lm_head = DbrxLinear(config.d_model, config.vocab_size)
         self.eos_token_ids: tuple[int, ...] = _as_ids(config.eos_token_id)
-        self.generation_config = GenerationConfig(
-            bos_token_id=getattr(config, "bos_token_id", None),
-            eos_token_id=config.eos_token_id,
-            pad_token_id=getattr(config, "pad_token_id", None),
-        )
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.decoder: object | None = None  # the `BatchDecoder` that generation on a GPU keeps from one request to the next
         _initialise(self.lm_head, config.initializer_range)
         self.eval()

@@ -191,7 +191,7 @@ class _ModelWriter:
         source = None if self._model.origin is None else self._model.origin.folder / _GENERATION
         if source is not None and source.is_file() and own in (None, GenerationConfig.from_pretrained(source.parent)):
             (folder / _GENERATION).write_bytes(source.read_bytes())
-        elif own is not None:
+        elif own is not None and own != GenerationConfig.from_model_config(self._model.config):
             own.save_pretrained(folder)
 
     def _shards(self, limit: int | None) -> dict[str, list[Part]]:

@@ -297,3 +297,12 @@ def test_arguments_without_effect_are_warned_of(pair: Pair) -> None:
         pair[0].generate(prompt(), max_new_tokens=1, temperature=0.5)
     with pytest.warns(UserWarning, match="output_scores=True has no effect without return_dict_in_generate=True"):
         pair[0].generate(prompt(), max_new_tokens=1, output_scores=True)
+
+
+def test_generation_config_is_saved_with_the_model(pair: Pair, tmp_path: Path) -> None:
+    ours = make_pair()[0]
+    ours.generation_config.update(temperature=0.5, eos_token_id=[5, 11])
+    ours.save_pretrained(tmp_path)
+    again = DbrxForCausalLM.from_pretrained(tmp_path)
+    assert again.generation_config == ours.generation_config
+    assert again.eos_token_ids == (5, 11)
