@@ -193,7 +193,8 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: DbrxConfig) -> GenerationConfig:
         """What a model has without generation_config.json: the special tokens that its configuration names."""
-        return cls(**{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        named: dict[str, Any] = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(**named)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **values: Any) -> GenerationConfig:
