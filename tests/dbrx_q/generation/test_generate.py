@@ -72,11 +72,12 @@ def test_a_quantized_cache_decodes_the_tokens_that_its_prefill_predicts(
 
 
 def test_rows_of_the_head_without_a_token_are_never_chosen(model: DbrxForCausalLM, tokenizer: DbrxTokenizer) -> None:
-    import copy
+    class WithoutOneToken(DbrxTokenizer):
+        def has_token(self, token_id: int) -> bool:
+            return token_id != likeliest and super().has_token(token_id)
 
-    without_one_token = copy.copy(tokenizer)
+    without_one_token = WithoutOneToken.from_pretrained(NANO)
     likeliest = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=1)[0].token_ids[0]
-    without_one_token._table = {token: piece for token, piece in tokenizer._table.items() if token != likeliest}
     [result] = generate(model, [tokenizer.encode(PROMPTS[0])], max_new_tokens=20, tokenizer=without_one_token)
     assert likeliest not in result.token_ids
 
