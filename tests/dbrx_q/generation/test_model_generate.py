@@ -240,7 +240,7 @@ def test_the_function_generate_takes_tensors(pair: Pair) -> None:
         ({"repetition_penalty": -1.0}, "repetition_penalty must be above 0"),
         ({"max_time": -1}, "max_time must be"),
     ],
-    ids=lambda value: str(value)[:60],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_impossible_arguments_are_refused(pair: Pair, arguments: dict[str, Any], rule: str) -> None:
     with pytest.raises(RequestError, match=rule):
