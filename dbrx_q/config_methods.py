@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .config_keys import check_refused
+from .config_keys import FOREIGN_KEYS, check_refused
 from .config_rope import without_default_theta
 from .config_sections import Section
 from .config_values import shortened
@@ -51,7 +51,10 @@ class ConfigMethods(Section):
         if isinstance(config, Mapping):
             return cls.from_dict(config, source="config")
         if getattr(config, "model_type", None) == cls.model_type and callable(getattr(config, "to_dict", None)):
-            own = cls.from_dict(without_default_theta(config.to_dict()), source=f"{type(config).__module__}.{type(config).__name__}")
+            values = without_default_theta(config.to_dict())
+            for name in cls.sub_configs:  # transformers 5.15 refuses to read what its own parts hold beside their fields
+                values[name] = {key: value for key, value in dict(values[name]).items() if key not in FOREIGN_KEYS}
+            own = cls.from_dict(values, source=f"{type(config).__module__}.{type(config).__name__}")
             own.name_or_path = str(getattr(config, "name_or_path", "") or "")
             own._attn_implementation = getattr(config, "_attn_implementation", None)
             return own

@@ -119,6 +119,7 @@ def test_a_configuration_of_transformers_makes_a_model(theta: float | None) -> N
         assert isinstance(model.config, DbrxConfig)
         assert model.config.rope_theta == (theta or 10000.0)
         assert (model.config.attn_config.kv_n_heads, model.config.ffn_config.ffn_hidden_size) == (2, 16)
+        assert {"output_attentions", "id2label", "architectures"}.isdisjoint(model.config.to_dict()["attn_config"])
     theirs.rope_parameters = {"rope_type": "default", "rope_theta": 700.0}
     if theta is None:
         assert DbrxModel(theirs).config.rope_theta == 700.0
