@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,7 +45,7 @@ class Decoder(ABC):
     def __init__(self, model: DbrxForCausalLM) -> None:
         self._model = model
         self._prompts: dict[int, Sequence[int]] = {}
-        self._steps: dict[int, list[int]] = {}  # the tokens that followed each prompt
+        self._steps: dict[int, list[int]] = defaultdict(list)  # the tokens that followed each prompt, or an empty sequence
         self._places: dict[int, int] = {}  # where a sequence is stored, if not at its index
         self.prompt_cache: PromptCache | None = None
         self.prefilled: dict[int, int] = {}
@@ -89,7 +90,7 @@ class Decoder(ABC):
         """Append tokens to sequence `index`; float32 logits [keep, V] of what follows each of the last `keep`."""
         cache = self._cache(index)
         length = cache.lengths[0]
-        self._prompts[index] = [*(self._sequence(index) if index in self._prompts else []), *tokens]
+        self._prompts[index] = [*self._sequence(index), *tokens]
         self._steps[index] = []
         logits = prefill(self._model, tokens, cache, keep)
         self._set_length(self._place(index), length + len(tokens))
@@ -108,7 +109,7 @@ class Decoder(ABC):
     def reorder(self, sources: Sequence[int]) -> None:
         """Let each sequence i go on as a copy of sequence `sources[i]`. A sequence that goes on once is not copied."""
         self._prompts = {i: self._prompts[source] for i, source in enumerate(sources)}
-        self._steps = {i: list(self._steps[source]) for i, source in enumerate(sources)}
+        self._steps = defaultdict(list, {i: list(self._steps[source]) for i, source in enumerate(sources)})
         old = [self._place(i) for i in range(len(sources))]
         wanted = [old[source] for source in sources]
         spare = [place for place in old if place not in set(wanted)]
@@ -143,7 +144,7 @@ class Decoder(ABC):
 
     def _sequence(self, index: int) -> list[int]:
         """The tokens of a sequence so far."""
-        return [*self._prompts[index], *self._steps[index]]
+        return [*self._prompts.get(index, ()), *self._steps[index]]
 
     def _checked(self, index: int, logits: torch.Tensor) -> torch.Tensor:
         """The logits [.., V] that follow sequence `index`, if they are finite."""

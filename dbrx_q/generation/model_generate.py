@@ -425,7 +425,7 @@ def _warn_unused(config: GenerationConfig, options: Mapping[str, Any]) -> None:
         unused += [(name, "return_dict_in_generate=True") for name in outputs]
     for name, needed in unused:
         if options.get(name) is not None and options[name] != default_of(name):
-            warnings.warn(f"{name}={options[name]!r} has no effect without {needed}", stacklevel=5)
+            warnings.warn(f"{name}={options[name]!r} has no effect without {needed}", stacklevel=6)
 
 
 def _ends_of(config: GenerationConfig) -> list[int] | None:
@@ -447,10 +447,10 @@ def _max_length(model: DbrxForCausalLM, config: GenerationConfig, prompts: Promp
         if config.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1; found {config.max_new_tokens}")
         if options.get("max_length") is not None:
-            warnings.warn(f"max_new_tokens={config.max_new_tokens} takes precedence over max_length={config.max_length}", stacklevel=4)
+            warnings.warn(f"max_new_tokens={config.max_new_tokens} takes precedence over max_length={config.max_length}", stacklevel=5)
         longest = S + config.max_new_tokens
     elif all(value is None for value in stated):
-        warnings.warn("without max_new_tokens or max_length 20 tokens are generated, as in transformers", stacklevel=4)
+        warnings.warn("without max_new_tokens or max_length 20 tokens are generated, as in transformers", stacklevel=5)
         longest = min(S + 20, S + context - prompts.longest)
     else:
         longest = (config.max_length or 20) - before
@@ -469,7 +469,7 @@ def _max_length(model: DbrxForCausalLM, config: GenerationConfig, prompts: Promp
         )
     if longest - S > context - prompts.longest:
         room = context - prompts.longest
-        warnings.warn(f"the model's context of {context} tokens ends generation after {room} of {longest - S} new tokens", stacklevel=4)
+        warnings.warn(f"the model's context of {context} tokens ends generation after {room} of {longest - S} new tokens", stacklevel=5)
         longest = S + room
     return longest
 

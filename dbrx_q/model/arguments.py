@@ -66,7 +66,7 @@ def check_ignored(arguments: Mapping[str, Any]) -> None:
         nearest = get_close_matches(name, _NAMES, 1, cutoff=0.8)
         if nearest:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}. Did you mean {nearest[0]!r}?")
-        warnings.warn(f"forward() ignores the keyword argument {name!r}, as transformers does", stacklevel=5)
+        warnings.warn(f"forward() ignores the keyword argument {name!r}, as transformers does", stacklevel=6)
 
 
 def named_cache(past_key_values: KVCache | None, cache: KVCache | None) -> KVCache | None:

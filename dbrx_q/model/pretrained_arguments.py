@@ -34,7 +34,7 @@ _WITHOUT_EFFECT = {
 }
 """Arguments that are taken silently, because what they ask for is done in any case, or none of them changes a result."""
 _SAID_ONCE = {
-    "trust_remote_code": "no code of a checkpoint is ever run: the model is this package's own",
+    "trust_remote_code": "no code of a checkpoint runs",
     "offload_folder": "experts that do not fit are read from the checkpoint's own files; no copy of them is written",
     "offload_state_dict": "weights are read straight into their final place",
     "offload_buffers": "a DBRX has no buffers to offload",

@@ -267,8 +267,9 @@ def test_impossible_inputs_are_refused(pair: Pair) -> None:
 
 
 def test_the_context_ends_generation_with_a_warning(pair: Pair) -> None:
-    with pytest.warns(UserWarning, match="context of 128 tokens ends generation after 8 of 20"):
+    with pytest.warns(UserWarning, match="context of 128 tokens ends generation after 8 of 20") as caught:
         assert pair[0].generate(torch.ones(1, 120, dtype=torch.int64), max_new_tokens=20).shape == (1, 128)
+    assert caught[0].filename == __file__, "the line of the caller"
 
 
 def test_unknown_arguments_name_the_nearest(pair: Pair) -> None:
@@ -293,8 +294,9 @@ def test_every_argument_of_transformers_is_known(pair: Pair) -> None:
 
 
 def test_arguments_without_effect_are_warned_of(pair: Pair) -> None:
-    with pytest.warns(UserWarning, match="temperature=0.5 has no effect without do_sample=True"):
+    with pytest.warns(UserWarning, match="temperature=0.5 has no effect without do_sample=True") as caught:
         pair[0].generate(prompt(), max_new_tokens=1, temperature=0.5)
+    assert caught[0].filename == __file__, "the line of the caller"
     with pytest.warns(UserWarning, match="output_scores=True has no effect without return_dict_in_generate=True"):
         pair[0].generate(prompt(), max_new_tokens=1, output_scores=True)
 

@@ -229,8 +229,9 @@ def test_arguments_that_transformers_ignores(ours: DbrxForCausalLM) -> None:
     x = ids(1, 4)
     expected = ours(x).logits
     assert torch.equal(ours(x, token_type_ids=torch.zeros_like(x), is_causal=True, cu_seq_lens_q=None).logits, expected)
-    with pytest.warns(UserWarning, match=r"forward\(\) ignores the keyword argument 'index_of_row', as transformers does"):
+    with pytest.warns(UserWarning, match=r"forward\(\) ignores the keyword argument 'index_of_row', as transformers does") as caught:
         assert torch.equal(ours(x, index_of_row=3).logits, expected)
+    assert caught[0].filename == __file__, "the line of the caller"
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'attention_masks'. Did you mean 'attention_mask'\?"):
         ours(x, attention_masks=torch.ones_like(x))
     with pytest.raises(UnsupportedError, match="is_causal must be True; found False"):

@@ -96,7 +96,7 @@ def test_arguments_that_cannot_be_served_say_what_works(
 
 def test_arguments_without_effect_are_said_once(small: Path) -> None:
     _say_once.cache_clear()
-    with pytest.warns(UserWarning, match="trust_remote_code has no effect here: no code of a checkpoint is ever run") as caught:
+    with pytest.warns(UserWarning, match="trust_remote_code has no effect here: no code of a checkpoint runs") as caught:
         DbrxForCausalLM.from_pretrained(small, trust_remote_code=True)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

@@ -114,13 +114,13 @@ def test_names_are_those_of_llama_bench() -> None:
 )
 def test_a_row_runs_the_tokens_of_its_name(test: SpeedTest, steps: list[int], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step_sizes: list[int] = []
-    run = DbrxModel.run
+    run = DbrxModel._run_blocks
 
-    def counted(self: DbrxModel, ids: torch.Tensor, *arguments: Any) -> Any:
-        step_sizes.append(len(ids))
-        return run(self, ids, *arguments)
+    def counted(self: DbrxModel, x: torch.Tensor, *arguments: Any) -> Any:
+        step_sizes.append(len(x))
+        return run(self, x, *arguments)
 
-    monkeypatch.setattr(DbrxModel, "run", counted)
+    monkeypatch.setattr(DbrxModel, "_run_blocks", counted)
     bench_model(open_source(small), [test], device=CPU, repeats=2)
     first_token = [4] * 3 if test.kind == "pp" else []
     assert step_sizes == steps * 3 + first_token  # one uncounted run and two counted ones
