@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Measure how far checkpoints are from a reference: KL divergence, perplexity, agreement of tokens and experts.
 
-    --kv and --fallback apply to every QUANT and not to REF.
+    --kv and --fallback apply to every QUANT and not to REF. --ram and --gpu limit the whole command: one QUANT is in memory at a time, with
+    half of the limits beside REF, and with all of them if REF is a file.
     """
     from dbrx_q.eval.compare.reference_file import ReferenceFile
     from dbrx_q.eval.compare.report import FILES, KEYS
@@ -69,10 +70,12 @@ def command(
         windowing = measured_against.protocol
     else:
         windowing = measurement.protocol_of(protocol, context, stride, limit, measured_against.config)
+    # With a budget, `compare_checkpoints` loads one QUANT at a time, beside REF if that is a checkpoint.
+    shares = 1 if isinstance(measured_against, ReferenceFile) else 2
     for source in sources:
-        memory_budget.give_budget(source, ram, gpu, context=windowing.context, kv_format=kv, fallback=fallback)
+        memory_budget.give_budget(source, ram, gpu, context=windowing.context, kv_format=kv, fallback=fallback, shares=shares)
     if not isinstance(measured_against, ReferenceFile):
-        memory_budget.give_budget(measured_against, ram, gpu, context=windowing.context)
+        memory_budget.give_budget(measured_against, ram, gpu, context=windowing.context, shares=shares)
     states: list[RunState] = []
     with terminal.progress("windows") as on_window:
         comparison = compare_checkpoints(

@@ -76,6 +76,7 @@ def give_budget(
     caches: int = 1,
     kv_format: str = "plain",
     fallback: bool = False,
+    shares: int = 1,
 ) -> None:
     """Give a checkpoint that is measured on windows of `context` tokens the budget that the options name.
 
@@ -88,6 +89,7 @@ def give_budget(
         kv_format: their format.
         fallback: whether the checkpoint's fallback copy answers for experts on disk. Experts that memory holds at full bits are then
             not evicted, so that figures repeat.
+        shares: models that are in memory together, each of which gets an equal share of every device.
 
     Raises:
         RequestError: as for `budget_of`, or --fallback for a checkpoint that has no fallback copy by its kind.
@@ -102,7 +104,13 @@ def give_budget(
     step_tokens = max(context, STEP_TOKENS)
     budget = budget_of(ram, gpu, context=context, batch=batch, kv_format=kv_format, step_tokens=step_tokens, fallback=fallback)
     if budget is not None:  # logits are held in float32 and in float64
-        source.budget = replace(budget, logit_rows=3 * LOGIT_TOKENS, upgrade=False)
+        source.budget = replace(budget, machine=_share(budget.machine, shares), shares=shares, logit_rows=3 * LOGIT_TOKENS, upgrade=False)
+
+
+def _share(machine: Machine, shares: int) -> Machine:
+    """The machine with an equal share of each device's memory for one of `shares` models."""
+    ram = None if machine.ram is None else machine.ram // shares
+    return replace(machine, ram=ram, gpus=tuple(replace(gpu, memory=gpu.memory // shares) for gpu in machine.gpus))
 
 
 def machine_of(ram: str | None, gpu: list[str] | None, host_bandwidth: str | None, disk_bandwidth: str | None) -> Machine:

@@ -21,7 +21,7 @@ from .placement import place
 from .policy_names import DEFAULT_POLICY, CachePolicyName, MissPolicy
 from .sizes import format_size
 
-__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "plan_within"]
+__all__ = ["DEFAULT_CONTEXT", "Budget", "check_fits", "check_free", "plan_within", "share_note"]
 
 DEFAULT_CONTEXT = 4096
 """Tokens of a sequence that the KV cache has room for unless the user asks for another number."""
@@ -75,6 +75,8 @@ class Budget:
     """Whether the fallback copy in the checkpoint answers for experts that would have to be read from disk."""
     upgrade: bool = True
     """With `fallback`, whether an expert that the copy answered for is read from disk afterwards, so that the next answer is exact."""
+    shares: int = 1
+    """Models that are in memory together and divide the user's limits equally; `machine` has the share of one. Errors name it."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -144,13 +146,18 @@ def plan_within(
             limit = "of at least 1" if most is None else f"from 1 to the model's {most:,} tokens"
             raise RequestError(f"{source}: {name} must be a whole number {limit}; found {value!r}")
     placement = place(config, formats, budget.machine, request)
-    check_fits(placement, source)
-    check_free(placement, budget.gpus, source)
+    check_fits(placement, source, shares=budget.shares)
+    check_free(placement, budget.gpus, source, shares=budget.shares)
     return placement
 
 
-def check_fits(placement: Placement, source: str) -> None:
+def check_fits(placement: Placement, source: str, *, shares: int = 1) -> None:
     """Refuse a placement that exceeds its budget.
+
+    Args:
+        placement: of one model.
+        source: the checkpoint's name in errors.
+        shares: models that divide the user's limits equally.
 
     Raises:
         RequestError: with the bytes that each device lacks and the smallest budget that works.
@@ -162,13 +169,25 @@ def check_fits(placement: Placement, source: str) -> None:
         f"{format_size(short.dense)} of weights that every token reads, {format_size(short.kv_cache)} of KV cache, "
         f"{f'{format_size(short.fallback)} of a fallback copy, ' if short.fallback else ''}"
         f"{format_size(short.workspace + short.reserve)} of workspace and reserve, and an expert; the budget is {short.budget:,} bytes"
+        f"{share_note(shares)}"
         for short in placement.over_budget
     ]
     raise RequestError(f"{source}: {'; '.join(parts)}. Give more, or shorten the context")
 
 
-def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) -> None:
+def share_note(shares: int) -> str:
+    """What an error adds to a share of the user's limits; empty if one model has them whole."""
+    return "" if shares == 1 else f", which is 1/{shares} of the limit, since {shares} models are in memory together"
+
+
+def check_free(placement: Placement, gpus: Sequence[torch.device], source: str, *, shares: int = 1) -> None:
     """Refuse a placement that takes more memory than is free now.
+
+    Args:
+        placement: of one model.
+        gpus: the torch device of each of its GPUs.
+        source: the checkpoint's name in errors.
+        shares: models that divide the user's limits equally; some may be in memory already.
 
     Raises:
         RequestError: with the bytes that are free on the device that lacks memory, and the budget that would fit.
@@ -185,7 +204,8 @@ def check_free(placement: Placement, gpus: Sequence[torch.device], source: str) 
                 torch.cuda.empty_cache()
         if wanted > (free := free_on(device)):
             name = "host memory" if plan.device == "cpu" else plan.device
+            holder = "another program" if shares == 1 else "another program, or a model of this command,"
             raise RequestError(
-                f"{source}: the plan takes {format_size(wanted)} of {name}, of which {format_size(free)} are free now: another program "
-                f"took the rest. Free some, or give at most {free:,} bytes"
+                f"{source}: the plan takes {format_size(wanted)} of {name}, of which {format_size(free)} are free now: {holder} "
+                f"took the rest. Free some, or give at most {shares * free:,} bytes"
             )

@@ -19,7 +19,9 @@ from dbrx_q.experts import ExpertStore
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.model.loading import load_plain_model
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.planning.budget import share_note
 from dbrx_q.planning.host_memory import available_bytes
+from dbrx_q.planning.sizes import format_size
 
 from .base import Source
 
@@ -47,7 +49,8 @@ class DequantizedSource(Source):
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         chosen = dtype or (torch.bfloat16 if device.type == "cuda" and self.stored_dtype == torch.float32 else self.stored_dtype)
         if stream is None:
-            stream = streams(self.config, chosen, self._available(device), source=self.name)
+            shares = None if self.budget is None or self.budget.machine.ram is None else self.budget.shares
+            stream = streams(self.config, chosen, self._available(device), source=self.name, shares=shares)
         store = StreamedExpertStore(self.config, self.reader, chosen, device, name=self.name) if stream else None
         with self.reader() as read:
             return load_plain_model(
@@ -132,8 +135,15 @@ class StreamedExpertStore(ExpertStore):
 _stores: WeakSet[StreamedExpertStore] = WeakSet()
 
 
-def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str) -> bool:
+def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str, shares: int | None = None) -> bool:
     """Whether experts must be dequantized layer by layer: all weights, in `dtype`, would take over four fifths of `available` bytes.
+
+    Args:
+        config: of the model.
+        dtype: of the dequantized weights.
+        available: bytes that the model may take.
+        source: the checkpoint's name in errors.
+        shares: models that divide the user's budget equally, if `available` is a share of one; None if it is what is free.
 
     Raises:
         RequestError: the other weights and the experts of one layer would not fit either.
@@ -144,11 +154,16 @@ def streams(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: s
     largest = max(math.prod(tensor.shape) for tensor in dense_tensors(config))
     least = resident_bytes(config, dtype, stream=True) + torch.float32.itemsize * largest  # a tensor is dequantized in float32
     if least > room:
-        raise RequestError(
-            f"{source}: the dequantized weights without experts, the experts of one layer and a tensor being read must fit in "
-            f"{_SHARE:.0%} of the memory that is free; they take {least / 1e9:.1f} GB and {available / 1e9:.1f} GB are free. "
-            "Free some, or choose --dtype bfloat16"
-        )
+        rule = "the dequantized weights without experts, the experts of one layer and a tensor being read must fit in"
+        if shares is None:
+            found = f"the memory that is free; they take {format_size(least)} and {format_size(available)} are free. Free some"
+        else:
+            more = shares * math.ceil(least / _SHARE)
+            found = (
+                f"the budget; they take {format_size(least)} and the budget is {format_size(available)}{share_note(shares)}. "
+                f"Give at least {more:,} bytes"
+            )
+        raise RequestError(f"{source}: {rule} {_SHARE:.0%} of {found}, or choose --dtype bfloat16")
     return True
 
 

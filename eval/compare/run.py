@@ -54,7 +54,7 @@ def compare_checkpoints(
 
     Args:
         reference: opened by `open_reference`.
-        sources: opened by `open_source`.
+        sources: opened by `open_source`. If one has a budget, they are loaded one after the other.
         text: loaded by `load_text`.
         protocol: how the text is cut into windows; for a saved reference it must be the saved protocol.
         dtype: of activations and of plain weights; None for each checkpoint's own.
@@ -103,7 +103,7 @@ def compare_checkpoints(
             ids,
             protocol,
             load=load,
-            together=lambda waiting: groups(waiting, [_loaded_bytes(pair.source, dtype) for pair in waiting], memory),
+            together=lambda waiting: _together(waiting, dtype, memory),
             kv_format=kv_format,
             on_window=on_window,
         )
@@ -113,6 +113,13 @@ def compare_checkpoints(
         for pair in pairs:
             pair.forget()
     return comparison
+
+
+def _together(pairs: Sequence[Pair], dtype: torch.dtype | None, memory: int) -> list[list[Pair]]:
+    """`groups` of pairs by the sizes of their models; one pair each if a source has a budget, which is then that of one model."""
+    if any(pair.source.budget is not None for pair in pairs):
+        return [[pair] for pair in pairs]
+    return groups(pairs, [_loaded_bytes(pair.source, dtype) for pair in pairs], memory)
 
 
 def groups(pairs: Sequence[Pair], sizes: Sequence[int], memory: int) -> list[list[Pair]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +29,9 @@ from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.sources.base import Source
+from dbrx_q.sources.folder import PackedFolder
 from dbrx_q.sources.open import open_source
+from dbrx_q.sources.streamed import DequantizedSource
 
 CONTEXT = 256
 PROTOCOL = Protocol.of(CONTEXT)
@@ -369,6 +374,52 @@ def test_models_are_grouped_by_memory(nano: Path) -> None:
     assert [len(group) for group in groups(pairs, [30, 10, 10, 30], 25)] == [1, 2, 1]
     assert groups([], [], 25) == []
     assert [pair for group in groups(pairs, [1, 2, 3, 4], 100) for pair in group] == pairs
+
+
+def test_a_budget_is_that_of_the_whole_command(
+    cli: Callable[..., Any], nano: Path, quantized_nano: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: weakref.WeakSet[DbrxForCausalLM] = weakref.WeakSet()
+    loads: list[tuple[int, int]] = []
+    for kind in (PackedFolder, DequantizedSource):
+        load = kind.load
+
+        def recorded(source: Source, load: Callable[..., DbrxForCausalLM] = load, **options: object) -> DbrxForCausalLM:
+            model = load(source, **options)
+            models.add(model)
+            assert source.budget is not None
+            loads.append((source.budget.machine.ram or 0, len(models)))
+            return model
+
+        monkeypatch.setattr(kind, "load", recorded)
+    options = ["--text", text.name, "--context", CONTEXT, "--json"]
+    quants = [quantized_nano] * 3
+    outcome = cli("compare", nano, *quants, *options, "--ram", "300MB")
+    assert outcome.code == 0, outcome.err
+    assert loads == [(150_000_000, 1)] + 3 * [(150_000_000, 2)]
+    loads.clear()
+    path = tmp_path / "reference.safetensors"
+    assert cli("reference", nano, path, "--text", text.name, "--context", CONTEXT, "--ram", "150MB").code == 0
+    assert cli("compare", path, *quants, *options, "--ram", "150MB").code == 0
+    assert loads == 4 * [(150_000_000, 1)]
+
+
+def test_a_budget_that_is_too_small_is_named_as_the_limit(cli: Callable[..., Any], nano: Path, quantized_nano: Path, text: Text) -> None:
+    options = ["--text", text.name, "--context", CONTEXT, "--ram"]
+    outcome = cli("compare", nano, quantized_nano, *options, "20MB")
+    assert outcome.code == 2
+    assert "the budget is 10.00 MB, which is 1/2 of the limit, since 2 models are in memory together" in outcome.err
+    assert "Free some" not in outcome.err
+    least = re.search(r"Give at least ([\d,]+) bytes", outcome.err)
+    assert least is not None
+    streamed = int(least[1].replace(",", ""))
+    assert streamed > 20_000_000
+    outcome = cli("compare", nano, quantized_nano, *options, streamed + 2)
+    assert outcome.code == 2
+    assert f"{quantized_nano}: the host must hold" in outcome.err  # REF fits, and QUANT lacks memory
+    assert f"the budget is {(streamed + 2) // 2:,} bytes, which is 1/2 of the limit" in outcome.err
+    outcome = cli("perplexity", nano, *options, "10MB")
+    assert "the budget is 10.00 MB. Give at least" in outcome.err
 
 
 def test_the_command(
