@@ -81,7 +81,9 @@ class ForwardDecoder:
         if self._mask is not None:
             self._mask = torch.cat((self._mask, self._mask.new_ones(len(new), 1)), 1)
         if self.cache is None:
-            self._inputs = torch.cat((self._inputs, new), 1)
+            embeddings = self._inputs.is_floating_point()
+            appended = self._model.get_input_embeddings()(new).to(self._inputs) if embeddings else new
+            self._inputs = torch.cat((self._inputs, appended), 1)
         out = self._run(self._inputs if self.cache is None else new, self._mask)
         if self._wants["output_hidden_states"]:
             self.hidden_states.append(out.hidden_states)

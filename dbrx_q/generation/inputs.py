@@ -47,6 +47,11 @@ class PromptBatch:
             return before + self.computed
         return int(self.mask.sum(1).max())
 
+    @property
+    def leading_padding(self) -> torch.Tensor | None:
+        """int64 [B], columns of padding before each prompt; None without padding, or without ids."""
+        return None if self.mask is None or not self.columns else self.mask[:, -self.columns :].int().argmax(1)
+
     def repeated(self, copies: int) -> PromptBatch:
         """Every prompt `copies` times, next to each other."""
         if copies > 1:

@@ -5,19 +5,19 @@ Dimension letters: `B` prompts, `N` sequences of each, `R` = B * N or B * beams,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dbrx_q.errors import RequestError, UnsupportedError
-from dbrx_q.model.generation_config import GenerationConfig, argument_error, default_of, is_foreign
+from dbrx_q.errors import RequestError
+from dbrx_q.model.generation_config import GenerationConfig
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 
+from .arguments import check_mode, configuration_of, either, end_tokens_of, set_lengths
 from .beam_search import Beams, BeamSettings
 from .decoding import decoder_for
 from .forward_decoder import ForwardDecoder
@@ -30,36 +30,6 @@ from .stopping import Criterion, Stopping, StopStrings
 from .token_loop import Steps, prefill_all, token_steps
 
 __all__ = ["generate_tokens"]
-
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Arguments of transformers' generate that are no fields of its configuration, with the values that change nothing here.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "synced_gpus": (None, False),
-    "assistant_model": (None,),
-    "assistant_tokenizer": (None,),
-    "negative_prompt_ids": (None,),
-    "negative_prompt_attention_mask": (None,),
-    "custom_generate": (None,),
-    "trust_remote_code": (None, False, True),
-    "position_ids": (None,),
-    "cache_position": (None,),
-    "labels": (None,),
-    "output_router_logits": (None, False),
-    "return_dict": (None, True, False),
-    "token_type_ids": (None,),
-    "logits_to_keep": (None, 1),
-}
-_INSTEAD = {
-    "assistant_model": "prompt_lookup_num_tokens",
-    "position_ids": "attention_mask, of which positions follow",
-    "cache_position": "past_key_values, of which it follows",
-    "labels": "model(..., labels=...)",
-    "output_router_logits": "model(..., output_router_logits=True)",
-}
-_ARGUMENTS = (
-    *("input_ids", "attention_mask", "inputs_embeds", "past_key_values", "cache", "generation_config", "logits_processor"),
-    *("stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer", "generator", "seed", "kv_format"),
-)
 
 
 @torch.no_grad()
@@ -84,34 +54,29 @@ def generate_tokens(
     **options: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """What `DbrxForCausalLM.generate` does and documents."""
-    if inputs is not None and input_ids is not None:
-        raise RequestError("generate() takes inputs or input_ids; found both. Pass one of them")
-    if past_key_values is not None and cache is not None:
-        raise RequestError("generate() takes past_key_values or cache, two names of one argument; found both. Pass one of them")
-    if generator is not None and seed is not None:
-        raise RequestError("generate() takes generator or seed; found both. Pass one of them")
-    config = _configuration(model, generation_config, options)
-    ends = _ends_of(config)
+    input_ids = either("inputs", inputs, "input_ids", input_ids)
+    cache = either("past_key_values", past_key_values, "cache", cache)
+    either("generator", generator, "seed", seed)
+    config = configuration_of(model, generation_config, options)
+    ends = end_tokens_of(config)
     pad = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else None
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-    given_cache = past_key_values if past_key_values is not None else cache
     prompts = read_prompts(
         model,
         config,
-        input_ids=inputs if input_ids is None else input_ids,
+        input_ids=input_ids,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
-        cache=given_cache,
+        cache=cache,
         pad=pad,
         ends=ends,
         copies=copies,
     )
-    max_length = _max_length(model, config, prompts, generation_config, options)
+    max_length = set_lengths(model, config, prompts, generation_config, options)
     prompts = prompts.repeated(copies)
-    _check_mode(config, prompts, streamer)
+    check_mode(config, prompts, streamer)
     if streamer is not None:
         streamer.put(prompts.ids.cpu())
-    padding = None if prompts.mask is None else prompts.mask[:, -prompts.columns :].int().argmax(1) if prompts.columns else None
     request = _Request(
         model=model,
         config=config,
@@ -128,7 +93,7 @@ def generate_tokens(
             config,
             ends=ends,
             prompt_length=prompts.columns,
-            padding=padding,
+            padding=prompts.leading_padding,
             max_length=max_length,
             custom=logits_processor or (),
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
@@ -259,7 +224,6 @@ class _Request:
         config, prompts = self.config, self.prompts
         count, record = config.prompt_lookup_num_tokens or 0, _Record(config)
         prompt: list[int] = prompts.ids[0].tolist() if prompts.mask is None else prompts.ids[0][prompts.mask[0]].tolist()
-        hidden = prompts.columns - len(prompt)
         ids, pending, ended = list(prompt), list(prompt), False
         room = self.max_length - prompts.columns
         with decoder_for(self.model, capacities_of(self.model, [prompt], room, self.kv_format), self.kv_format) as decoder:
@@ -269,7 +233,7 @@ class _Request:
                 logits = decoder.extend(0, [*pending, *copied], len(copied) + 1)
                 before, accepted = len(ids), []
                 for i, row in enumerate(logits):
-                    columns = torch.cat((prompts.ids[:, :hidden], torch.tensor([ids], device=prompts.ids.device)), 1)
+                    columns = torch.cat((prompts.ids, prompts.ids.new_tensor([ids[len(prompt) :]])), 1)
                     scores = record.add(row[None].to(columns.device), lambda rows, columns=columns: self._process(columns, rows))  # type: ignore[misc]
                     token = self._draw(scores)[0] if config.do_sample else int(scores.argmax())
                     ids.append(token)
@@ -286,7 +250,18 @@ class _Request:
                 self.streamer.end()
             new = torch.tensor([ids[len(prompt) :]], device=prompts.ids.device)
             sequences = torch.cat((prompts.ids, new), 1)
-            return GenerateDecoderOnlyOutput(sequences, **record.fields(None)) if config.return_dict_in_generate else sequences
+            if not config.return_dict_in_generate:
+                return sequences
+            return GenerateDecoderOnlyOutput(sequences, **record.fields(None) | {"cache": self._kept(decoder.cache_of(0))})
+
+    def _kept(self, borrowed: KVCache) -> KVCache | None:
+        """A copy of the cache of the only sequence; None with padding, of which that cache has no columns."""
+        if self.prompts.mask is not None:
+            return None
+        tokens = borrowed.lengths[0]
+        cache = self._new_cache(1, tokens)
+        cache.copy_prefix(borrowed, tokens)
+        return cache
 
     @contextmanager
     def _decoder(self) -> Iterator[tuple[Steps, dict[int, torch.Tensor]]]:
@@ -296,22 +271,7 @@ class _Request:
         if self.whole_batch:
             cache, inputs = prompts.cache, prompts.ids[:, -prompts.computed :] if prompts.embeddings is None else prompts.embeddings
             if config.use_cache and cache is None:
-                budget, tokens = model.limits.kv_bytes, prompts.longest + new
-                cache = KVCache(
-                    model.config,
-                    len(inputs),
-                    tokens,
-                    dtype=model.dtype,
-                    device=model.transformer.devices,
-                    grows=True,  # a later call may go on from it
-                    limit=None if budget is None else tokens,
-                    format=self.kv_format,
-                )
-                if budget is not None and cache.nbytes > budget:
-                    raise RequestError(
-                        f"keys and values must fit the {budget:,} bytes of the model's budget; those of {len(inputs)} sequences with "
-                        f"{tokens} tokens take {cache.nbytes:,}. Generate fewer tokens or sequences"
-                    )
+                cache = self._new_cache(len(inputs), prompts.longest + new)
             mask = None if prompts.mask is None else prompts.mask.long()
             batch = ForwardDecoder(
                 model,
@@ -336,6 +296,26 @@ class _Request:
             )
         with decoder_for(model, capacities, self.kv_format) as decoder:
             yield decoder, prefill_all(decoder, rows_of[:: self.copies], self.copies)
+
+    def _new_cache(self, sequences: int, tokens: int) -> KVCache:
+        """An empty cache with room for `tokens` tokens of each sequence; it grows, since a later call may go on from it."""
+        model, budget = self.model, self.model.limits.kv_bytes
+        cache = KVCache(
+            model.config,
+            sequences,
+            tokens,
+            dtype=model.dtype,
+            device=model.transformer.devices,
+            grows=True,
+            limit=None if budget is None else tokens,
+            format=self.kv_format,
+        )
+        if budget is not None and cache.nbytes > budget:
+            raise RequestError(
+                f"keys and values must fit the {budget:,} bytes of the model's budget; those of {sequences} sequences with {tokens} tokens "
+                f"take {cache.nbytes:,}. Generate fewer tokens or sequences"
+            )
+        return cache
 
     def _rows(self, logits: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """float32 [R, V] on the device of the ids; zeros for rows that are not computed any more."""
@@ -395,108 +375,3 @@ class _Record:
             "hidden_states": tuple(decoder.hidden_states) if decoder is not None and self._states else None,
             "cache": None if decoder is None else decoder.cache,
         }
-
-
-def _configuration(model: DbrxForCausalLM, given: Any, options: Mapping[str, Any]) -> GenerationConfig:
-    """The arguments of a call, with the defaults of the model and of transformers."""
-    names = [item.name for item in fields(GenerationConfig) if item.name != "others"]
-    for name, value in options.items():
-        if name in _NEUTRAL:
-            if not any(value is neutral for neutral in _NEUTRAL[name]):
-                instead = f". Use {_INSTEAD[name]}" if name in _INSTEAD else ""
-                raise UnsupportedError(f"generate() does not support {name}; found {type(value).__name__}{instead}")
-        elif name not in names and not is_foreign(name):
-            raise argument_error(name, [*names, *_ARGUMENTS])
-    config = (GenerationConfig() if given is None else GenerationConfig.of(given)).with_defaults(model.generation_config)
-    foreign = config.update(**{name: value for name, value in options.items() if name not in _NEUTRAL})
-    config.others = {**config.others, **foreign}
-    config.complete()
-    config.check_supported()
-    _warn_unused(config, options)
-    return config
-
-
-def _warn_unused(config: GenerationConfig, options: Mapping[str, Any]) -> None:
-    """Warn of arguments that the mode of the call leaves without effect, as transformers does."""
-    unused = [] if config.do_sample else [(name, "do_sample=True") for name in _SAMPLING_ONLY]
-    unused += [] if config.num_beams != 1 else [(name, "num_beams above 1") for name in ("length_penalty", "early_stopping")]
-    if not config.return_dict_in_generate:
-        outputs = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-        unused += [(name, "return_dict_in_generate=True") for name in outputs]
-    for name, needed in unused:
-        if options.get(name) is not None and options[name] != default_of(name):
-            warnings.warn(f"{name}={options[name]!r} has no effect without {needed}", stacklevel=6)
-
-
-def _ends_of(config: GenerationConfig) -> list[int] | None:
-    ends: Any = config.eos_token_id
-    if ends is None:
-        return None
-    if isinstance(ends, torch.Tensor):
-        ends = ends.flatten().tolist()
-    return [ends] if isinstance(ends, int) else list(ends) or None
-
-
-def _max_length(model: DbrxForCausalLM, config: GenerationConfig, prompts: PromptBatch, given: Any, options: Mapping[str, Any]) -> int:
-    """Columns of a finished sequence."""
-    S, context = prompts.columns, model.config.context_length
-    before = 0 if prompts.embeddings is None or S else prompts.computed  # embeddings that no column stands for
-    stated = [options.get("max_length"), model.generation_config.max_length]
-    stated.append(None if given is None else GenerationConfig.of(given).max_length)
-    if config.max_new_tokens is not None:
-        if config.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1; found {config.max_new_tokens}")
-        if options.get("max_length") is not None:
-            warnings.warn(f"max_new_tokens={config.max_new_tokens} takes precedence over max_length={config.max_length}", stacklevel=5)
-        longest = S + config.max_new_tokens
-    elif all(value is None for value in stated):
-        warnings.warn("without max_new_tokens or max_length 20 tokens are generated, as in transformers", stacklevel=5)
-        longest = min(S + 20, S + context - prompts.longest)
-    else:
-        longest = (config.max_length or 20) - before
-        if longest <= S:
-            raise RequestError(
-                f"max_length must exceed the {S + before} tokens of the prompts; found {config.max_length}. Raise it or pass max_new_tokens"
-            )
-    shortest = max((config.min_length or 0) - before, 0)
-    if config.min_new_tokens is not None:
-        shortest = S + config.min_new_tokens
-    config.min_length = shortest
-    if shortest > longest:
-        raise RequestError(
-            f"the shortest length must not exceed the longest; found {shortest} and {longest} tokens with the prompt. Lower "
-            f"{'min_length' if config.min_new_tokens is None else 'min_new_tokens'}, or raise max_new_tokens"
-        )
-    if longest - S > context - prompts.longest:
-        room = context - prompts.longest
-        warnings.warn(f"the model's context of {context} tokens ends generation after {room} of {longest - S} new tokens", stacklevel=5)
-        longest = S + room
-    return longest
-
-
-def _check_mode(config: GenerationConfig, prompts: PromptBatch, streamer: Any) -> None:
-    """Refuse combinations that cannot be."""
-    beams, count = config.num_beams or 1, config.num_return_sequences or 1
-    if beams < 1 or count < 1:
-        raise RequestError(f"num_beams and num_return_sequences must be at least 1; found {beams} and {count}")
-    if beams > 1 and streamer is not None:
-        raise RequestError(f"a streamer needs num_beams=1, since beams are chosen at the end; found num_beams={beams}")
-    if beams > 1 and count > beams:
-        raise RequestError(f"num_return_sequences must be at most num_beams, {beams}; found {count}")
-    if beams == 1 and count > 1 and not config.do_sample:
-        raise RequestError(f"greedy decoding gives one sequence; found num_return_sequences={count}. Pass do_sample=True or num_beams")
-    if config.early_stopping not in (True, False, "never"):
-        raise RequestError(f"early_stopping must be True, False or 'never'; found {config.early_stopping!r}")
-    if config.prompt_lookup_num_tokens is not None:
-        if config.prompt_lookup_num_tokens < 1:
-            raise RequestError(f"prompt_lookup_num_tokens must be at least 1; found {config.prompt_lookup_num_tokens}")
-        if len(prompts.ids) != 1 or beams > 1:
-            raise RequestError(f"prompt_lookup_num_tokens takes one prompt and num_beams=1; found {len(prompts.ids)} sequences")
-        for name, given in (("past_key_values", prompts.cache is not None), ("inputs_embeds", prompts.embeddings is not None)):
-            if given:
-                raise UnsupportedError(f"prompt_lookup_num_tokens does not work with {name}. Leave one of them out")
-        for name in ("output_hidden_states", "output_attentions"):
-            if getattr(config, name) and config.return_dict_in_generate:
-                raise UnsupportedError(f"prompt_lookup_num_tokens does not work with {name}. Leave one of them out")
-        if not config.use_cache:
-            raise RequestError("prompt_lookup_num_tokens needs use_cache=True; found False")

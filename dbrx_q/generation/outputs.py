@@ -30,7 +30,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
     """For each step the hidden states of every layer; None unless asked for."""
     cache: KVCache | None = None
-    """Keys and values of all tokens but the last; None with `use_cache=False`."""
+    """Keys and values of all tokens but the last; None with `use_cache=False`, and with prompt lookup of a padded prompt."""
 
 
 @dataclass(eq=False)

@@ -132,6 +132,10 @@ def test_inputs_embeds_give_the_new_tokens(pair: Pair) -> None:
     ours, theirs = (model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, **ENDS) for model in pair)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, pair[0].generate(ids, max_new_tokens=6, **ENDS)[:, 10:])
+    for mode in ({}, {"num_beams": 3}):  # without a cache transformers forgets the embeddings after the first token
+        embeddings = pair[0].get_input_embeddings()(ids)
+        without_cache = pair[0].generate(inputs_embeds=embeddings, max_new_tokens=6, use_cache=False, **ENDS, **mode)
+        assert torch.equal(without_cache, pair[0].generate(ids, max_new_tokens=6, **ENDS, **mode)[:, 10:])
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -143,6 +147,33 @@ def test_prompt_lookup_num_tokens_gives_the_same_tokens(pair: Pair, do_sample: b
     masked = {"input_ids": torch.cat((torch.zeros(1, 2, dtype=torch.int64), prompt()), 1), "attention_mask": torch.ones(1, 12)}
     masked["attention_mask"][:, :2] = 0
     compare(pair, {"max_new_tokens": 30, "prompt_lookup_num_tokens": 2}, masked)
+
+
+def test_processors_see_the_columns_of_a_prompt_with_a_gap(pair: Pair) -> None:
+    """With prompt lookup as without."""
+    ids = torch.cat((prompt()[:, :4], torch.zeros(1, 3, dtype=torch.int64), prompt()[:, 4:]), 1)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    seen: list[list[list[int]]] = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.tolist())
+        return scores
+
+    for mode in ({}, {"prompt_lookup_num_tokens": 2}):
+        pair[0].generate(**inputs, max_new_tokens=4, logits_processor=[processor], **mode)
+    assert seen[:4] == seen[4:]
+
+
+def test_a_call_with_prompt_lookup_returns_its_cache(pair: Pair) -> None:
+    """Without padding, from which a later call goes on."""
+    expected = pair[0].generate(prompt(), max_new_tokens=16)
+    lookup = {"prompt_lookup_num_tokens": 2, "return_dict_in_generate": True}
+    first = pair[0].generate(prompt(), max_new_tokens=10, **lookup)
+    assert list(first.keys()) == list(pair[1].generate(prompt(), max_new_tokens=10, **lookup).keys())
+    assert first.cache.get_seq_length() == first.sequences.shape[1] - 1
+    assert torch.equal(pair[0].generate(first.sequences, past_key_values=first.cache, max_new_tokens=6), expected)
+    padded = {"input_ids": padded_prompts()["input_ids"][:1], "attention_mask": padded_prompts()["attention_mask"][:1]}
+    assert pair[0].generate(**padded, max_new_tokens=3, **lookup).cache is None
 
 
 def test_stopping_criteria_and_logits_processor_see_what_transformers_shows(pair: Pair) -> None:
