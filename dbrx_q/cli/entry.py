@@ -23,7 +23,6 @@ __all__ = ["main", "run"]
 
 _INTERRUPTED = "interrupted; nothing was left half-written"
 _TYPER_INTERRUPTED = 130
-_NO_MEMORY = "not enough memory for this; give a smaller model, a shorter context or free some"
 _NO_DEVICE_MEMORY = "not enough memory on the GPU for this; give a shorter context, a smaller batch or --device cpu"
 _AGAIN_SECONDS = 0.005
 # Importing torch makes many objects, of which none is garbage. One token of the bundled model takes 2.1 s with Python's own threshold of
@@ -116,6 +115,11 @@ def run(arguments: list[str]) -> int:
 def _dispatch(arguments: list[str]) -> int:
     from dbrx_q.errors import DbrxError
 
+    from .limits import check_limits, memory_message
+
+    refusal = check_limits(arguments)
+    if refusal is not None:
+        return _fail(refusal)
     try:
         _app()(arguments, prog_name="dbrx-q")
     except SystemExit as termination:  # typer prints its messages on wrong usage and always exits
@@ -124,16 +128,15 @@ def _dispatch(arguments: list[str]) -> int:
         return termination.code if isinstance(termination.code, int) else 0
     except DbrxError as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except MemoryError:
-        return _fail(_NO_MEMORY)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; without importing torch
             return _fail(_NO_DEVICE_MEMORY)
-        if "can't allocate memory" not in str(error):  # torch's MemoryError
+        message = memory_message(error)
+        if message is None and isinstance(error, OSError):
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        if message is None:
             raise
-        return _fail(_NO_MEMORY)
+        return _fail(message)
     return 0
 
 

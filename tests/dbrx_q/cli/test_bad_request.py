@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM, generate
+from dbrx_q.cli import limits
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.planning.sizes import format_size
 
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
@@ -291,7 +294,17 @@ def test_the_script_explains_errors_and_exits_with_2(small: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("error", "message"), [(MemoryError(), "not enough memory for this"), (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU")]
+    ("error", "message"),
+    [
+        (MemoryError(), "not enough memory for this;"),
+        (MemoryError("Unable to allocate 2.00 GiB for an array with shape (536870912,)"), "which asked for 2.00 GiB more;"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000 bytes."), "which asked for 4.10 MB more;"),
+        (RuntimeError("could not create a primitive"), "not enough memory for this;"),
+        (RuntimeError("std::bad_alloc"), "not enough memory for this;"),
+        (OSError("libllvmlite.so: failed to map segment from shared object"), "not enough memory for this;"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "on the GPU"),
+    ],
 )
 def test_running_out_of_memory_is_explained(
     error: Exception, message: str, small: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -301,3 +314,28 @@ def test_running_out_of_memory_is_explained(
 
     monkeypatch.setattr("dbrx_q.checkpoint.inventory.take_inventory", fails)
     check_refused(cli("inspect", small), message)
+
+
+@pytest.mark.parametrize(("option", "kilobytes"), [("-d", 60_000), ("-d", 220_000), ("-d", 400_000), ("-v", 700_000)])
+def test_limits_under_which_libraries_would_end_the_process_are_refused(option: str, kilobytes: int, small: Path, tmp_path: Path) -> None:
+    process = subprocess.run(
+        ["bash", "-c", f'ulimit {option} {kilobytes}; exec "$@"', "bash", str(SCRIPT), "quantize", str(small), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert f"`ulimit {option}` must allow" in process.stderr
+    assert f"found {format_size(1024 * kilobytes)}" in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_of_threads_is_noticed_before_a_command_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.active_count()
+    assert limits.check_limits(["generate"]) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (100 if kind == resource.RLIMIT_NPROC else resource.RLIM_INFINITY, -1))
+    assert limits.check_limits(["generate"]) is None
+    assert threading.active_count() == started
+    monkeypatch.setattr(limits, "_can_start_threads", lambda count: False)
+    assert "ulimit -u" in str(limits.check_limits(["generate"]))
+    assert limits.check_limits(["generate", "--help"]) is None
