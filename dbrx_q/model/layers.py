@@ -55,9 +55,17 @@ class PackedWeight(nn.Module):
             "Give `device` and `dtype` to from_pretrained"
         )
 
+    def extra_repr(self) -> str:
+        return f"{type(self.value).__name__}, {list(self.value.shape)}, group_size={self.value.group_size}"
+
 
 def _weight(holder: nn.Parameter | PackedWeight) -> Weight:
     return holder.value if isinstance(holder, PackedWeight) else holder.data
+
+
+def _parameters_of(module: nn.Module) -> str:
+    """The plain weights that a module holds itself, for `print(model)`."""
+    return ", ".join(f"{name}={list(p.shape)}" for name, p in module.named_parameters(recurse=False))
 
 
 def _matrix(*shape: int) -> nn.Parameter:
@@ -87,6 +95,9 @@ class DbrxLinear(nn.Module):
             return y if residual is None else y + residual
         return linear(x, _weight(self.weight), clip=clip, residual=residual)
 
+    def extra_repr(self) -> str:
+        return _parameters_of(self)
+
 
 class DbrxEmbedding(nn.Module):
     """Looks up rows of weight [V, D], plain or packed.
@@ -105,6 +116,9 @@ class DbrxEmbedding(nn.Module):
         weight = _weight(self.weight)
         return F.embedding(ids, weight) if isinstance(weight, torch.Tensor) else gather_rows(weight, ids, dtype or self.dtype)
 
+    def extra_repr(self) -> str:
+        return _parameters_of(self)
+
 
 class DbrxLayerNorm(nn.Module):
     """LayerNorm without bias."""
@@ -122,6 +136,9 @@ class DbrxLayerNorm(nn.Module):
             total = _total(x, delta)
             return total, self(total)
         return normed(x, self.weight, delta)
+
+    def extra_repr(self) -> str:
+        return _parameters_of(self)
 
 
 def _total(x: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
@@ -241,6 +258,9 @@ class DbrxExpertMLP(nn.Module):
 
     def _split(self, weight: Weight) -> Weight:
         return weight.unflatten(0, (self.experts, -1)) if isinstance(weight, torch.Tensor) else weight
+
+    def extra_repr(self) -> str:
+        return _parameters_of(self)
 
 
 class DbrxExperts(nn.Module):

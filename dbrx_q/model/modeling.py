@@ -32,7 +32,7 @@ from .kv_cache import KVCache
 from .layers import DbrxBlock, DbrxEmbedding, DbrxLayerNorm, DbrxLinear, hooked
 from .limits import Limits
 from .loss import IGNORED, check_labels, count_kept, kept_columns, kept_mask, load_balancing_loss, next_token_loss
-from .outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from .outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast, transition_scores
 from .pretrained import DbrxPreTrainedModel
 
 __all__ = ["DbrxForCausalLM", "DbrxModel"]
@@ -424,6 +424,29 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
             assistant_model=assistant_model,
             **options,
         )
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: Sequence[torch.Tensor] | None,
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """The score of each new token that `generate` chose.
+
+        Args:
+            sequences: int64 [N, n] of an output of `generate`.
+            scores: of the same output: for each step float32 [R, V].
+            beam_indices: of the same output after beam search: int [N, new tokens].
+            normalize_logits: return log probabilities; without beams `scores` are logits.
+
+        Returns:
+            float32 [N, new tokens]; after the end of a beam 0.
+
+        Raises:
+            RequestError: the output has no scores.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -6,15 +6,17 @@ heads, `E` experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from dbrx_q.errors import RequestError
+
 from .kv_cache import KVCache
 
-__all__ = ["ModelOutput", "MoeCausalLMOutputWithPast", "MoeModelOutputWithPast"]
+__all__ = ["ModelOutput", "MoeCausalLMOutputWithPast", "MoeModelOutputWithPast", "transition_scores"]
 
 _ALIASES = {"past_key_values": "cache"}
 
@@ -135,3 +137,24 @@ class MoeCausalLMOutputWithPast(ModelOutput):
     """Attention weights [B, H, S, L] of every layer; None unless asked for."""
     router_logits: tuple[torch.Tensor, ...] | None = None
     """float32 [B * S, E] for each layer, zeros in rows of padding; None unless asked for."""
+
+
+def transition_scores(
+    sequences: torch.Tensor, scores: Sequence[torch.Tensor] | None, beam_indices: torch.Tensor | None, normalize_logits: bool
+) -> torch.Tensor:
+    """What `DbrxForCausalLM.compute_transition_scores` returns and documents."""
+    if not scores:
+        raise RequestError(
+            f"compute_transition_scores needs the scores of every new token; found {scores!r}. Generate with "
+            "return_dict_in_generate=True and output_scores=True"
+        )
+    if beam_indices is None:
+        beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
+    ended = beam_indices < 0
+    steps = int((~ended).sum(1).max())
+    rows, tokens = beam_indices[:, :steps].long().clamp(min=0), sequences[:, sequences.shape[1] - steps :]
+    columns = []
+    for step, step_scores in enumerate(scores[:steps]):
+        values = step_scores.log_softmax(-1) if normalize_logits else step_scores
+        columns.append(values[rows[:, step], tokens[:, step]])
+    return torch.stack(columns, 1).masked_fill(ended[:, :steps], 0.0)

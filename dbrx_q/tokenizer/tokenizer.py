@@ -262,9 +262,11 @@ class DbrxTokenizer(ChatTokenizer):
 def _read(cls: type[DbrxTokenizer], folder: Path) -> DbrxTokenizer:
     """The tokenizer in a local folder; errors as for `from_pretrained`."""
     file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not folder.is_dir():
+        raise TokenizerError(f"{folder}: no such folder; give a checkpoint's folder or a hub id such as owner/name")
     if not file.is_file() and not config_file.is_file():
         raise TokenizerError(
-            f"{folder}: must be a local folder with tokenizer.json or tokenizer_config.json; found neither. "
+            f"{folder}: must be a folder with tokenizer.json or tokenizer_config.json; found neither. "
             "Copy the tokenizer files of the checkpoint there"
         )
     config = read_json(config_file) if config_file.is_file() else {}

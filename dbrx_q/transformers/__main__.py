@@ -22,14 +22,15 @@ def main(arguments: list[str]) -> object:
         return 0 if arguments else 2
     program = arguments[0]
     sys.argv = arguments
-    if program.endswith(".py"):
+    if program.endswith(".py") and Path(program).is_file():
         sys.path[0] = str(Path(program).resolve().parent)
         runpy.run_path(program, run_name="__main__")
         return 0
     commands = list(entry_points(group="console_scripts", name=program))
     if not commands:
         print(
-            f"the program must be a Python file or a command of an installed package; found {program!r}. Install its package here",
+            f"the program must be a Python file or a command of an installed package; found {program!r}. "
+            "Correct its path, or install its package",
             file=sys.stderr,
         )
         return 2

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from dbrx_q import DbrxForCausalLM
+from dbrx_q.errors import RequestError
 
 from .pairs import ENDS, compare, make_pair, padded_prompts
 
@@ -48,6 +49,19 @@ def test_sequences_scores_and_beam_indices(pair: Pair) -> None:
     ours, theirs = (model.generate(**padded_prompts(), max_new_tokens=9, **flags) for model in pair)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.beam_indices, theirs.beam_indices)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 4, "num_return_sequences": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_compute_transition_scores(pair: Pair, mode: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    flags = {"return_dict_in_generate": True, "output_scores": True, **mode, **ENDS}
+    output = pair[1].generate(**padded_prompts(), max_new_tokens=9, **flags)
+    arguments = output.sequences, output.scores, output.get("beam_indices")
+    for normalize_logits in (False, True):
+        ours, theirs = (model.compute_transition_scores(*arguments, normalize_logits=normalize_logits) for model in pair)
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(RequestError, match="needs the scores of every new token; found None"):
+        pair[0].compute_transition_scores(output.sequences, None)
 
 
 def test_stopping_criteria_end_beams(pair: Pair) -> None:

@@ -212,6 +212,13 @@ def test_moving_a_quantized_model_is_refused(quantized_nano: Path) -> None:
         quantized.to("meta")
 
 
+def test_a_printed_model_shows_shapes_and_formats(model: DbrxForCausalLM, quantized_nano: Path) -> None:
+    assert "(Wqkv): DbrxLinear(weight=[256, 128])" in str(model)
+    quantized = str(DbrxForCausalLM.from_pretrained(quantized_nano))
+    assert "(weight): PackedWeight(Int8Weight, [256, 128], group_size=64)" in quantized
+    assert "(w1): PackedWeight(Int4Weight, [16, 256, 128], group_size=64)" in quantized
+
+
 def test_a_quantized_model_holds_packed_weights_only(quantized_nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(quantized_nano)
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]

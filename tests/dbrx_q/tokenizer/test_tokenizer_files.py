@@ -353,7 +353,11 @@ def test_malformed_json_is_refused_and_names_the_file(name: str, text: str, tmp_
 
 
 def test_a_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json or tokenizer_config\.json") as caught:
+    rules = {
+        tmp_path: r"tokenizer\.json or tokenizer_config\.json; found neither",
+        tmp_path / "absent": "no such folder; give a checkpoint's",
+    }
+    for folder, rule in rules.items():
+        with pytest.raises(TokenizerError, match=rule) as caught:
             DbrxTokenizer.from_pretrained(os.fspath(folder))
         assert str(folder) in str(caught.value)

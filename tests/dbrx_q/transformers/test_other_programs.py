@@ -83,8 +83,9 @@ def test_the_runner_runs_commands_and_refuses_unknown_ones(capsys: pytest.Captur
         main(["transformers", "--help"])
     assert stopped.value.code == 0
     assert "serve" in capsys.readouterr().out
-    assert main(["no-such-program"]) == 2
-    assert "found 'no-such-program'" in capsys.readouterr().err
+    for absent in ("no-such-program", "absent.py"):
+        assert main([absent]) == 2
+        assert f"found {absent!r}" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "lm_eval" in capsys.readouterr().out
 
