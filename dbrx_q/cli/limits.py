@@ -15,7 +15,7 @@ __all__ = ["check_limits", "memory_message"]
 # end the process without an exception.
 _DATA_OF_LIBRARIES = 300_000_000
 _DATA_OF_MODELS = 470_000_000
-_FILES_IN_ADDRESS_SPACE = 1_000_000_000  # that the libraries map; RLIMIT_AS counts them, RLIMIT_DATA does not
+_FILES_IN_ADDRESS_SPACE = 1_500_000_000  # that the libraries map; RLIMIT_AS counts them, RLIMIT_DATA does not
 _THREAD_STACK = 8 << 20
 _WITHOUT_MODELS = frozenset({"inspect", "verify", "plan", "simulate"})
 _SMALL_STACK = 1 << 16
