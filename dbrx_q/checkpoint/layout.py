@@ -9,6 +9,7 @@ Dimension letters: `E` experts, `D` d_model, `F` ffn hidden, `V` vocabulary, `N`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "expert_of",
     "expert_weights",
     "inner_name",
+    "is_packed_part",
     "kind_of",
     "layer_of",
     "may_have",
@@ -64,6 +66,7 @@ KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 _TRANSFORMER = "transformer."  # all tensors but the head
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
+_CODES = re.compile(r"\.(weight|(w1|v1|w2)\.\d+)\.qweight$")
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
 
 
@@ -252,6 +255,11 @@ def parts_of(tensor: DenseTensor, fmt: TensorFormat) -> Iterator[Part]:
 def expert_of(part: Part) -> int:
     """The expert of a part of a stack."""
     return int(part.name.rsplit(".", 2)[1])
+
+
+def is_packed_part(name: str) -> bool:
+    """Whether a stored tensor holds the codes of a packed weight, by its name: every format has such a part."""
+    return _CODES.search(name) is not None
 
 
 def part_name(part: Part) -> str:

@@ -1,24 +1,30 @@
 """`DbrxQConfig`, the quantization config of a packed checkpoint in transformers, and the repair of the base of the rotary embedding.
 
-transformers has two gaps that `install` fills when `dbrx_q.transformers` is imported:
+transformers has three gaps that `install` fills when `dbrx_q.transformers` is imported:
 
 - `DbrxConfig` ignores `attn_config.rope_theta`, by which DBRX was trained (500000), and computes with 10000. It is repaired for packed and
   plain checkpoints alike.
 - A quantization config given to `from_pretrained` is dropped where the checkpoint has one; ours carries the memory budget.
+- Packed weights that are loaded without a quantization config, as with `quantization_config=None` or the `config` of a plain checkpoint,
+  would leave a model with random weights. They are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.models.dbrx import modeling_dbrx as reference
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dbrx_q.checkpoint.layout import is_packed_part
+from dbrx_q.checkpoint.safetensors_file import SafetensorsFile
 from dbrx_q.config_values import positive_float
-from dbrx_q.errors import ConfigError, RequestError
+from dbrx_q.errors import CheckpointError, ConfigError, RequestError
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Machine
 
@@ -88,10 +94,11 @@ class DbrxQConfig(QuantizationConfigMixin):
 
 
 def install() -> None:
-    """Fill the two gaps; a second call changes nothing."""
+    """Fill the three gaps; a second call changes nothing."""
     if not hasattr(transformers.DbrxConfig.__post_init__, "_dbrx_q"):
         _repair_rope_theta()
         _keep_given_budget()
+        _refuse_random_weights()
 
 
 def _repair_rope_theta() -> None:
@@ -142,6 +149,32 @@ def _keep_given_budget() -> None:
         return config.with_budget_of(given)
 
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)  # type: ignore[method-assign, assignment]
+
+
+def _refuse_random_weights() -> None:
+    original: Any = reference.DbrxPreTrainedModel._load_pretrained_model
+
+    def checked(model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(load_config, "hf_quantizer", None)
+        if not _is_packed(getattr(quantizer, "quantization_config", None)):
+            for path in map(Path, checkpoint_files or ()):
+                packed = _packed_tensor_of(path)
+                if packed is not None:
+                    raise CheckpointError(
+                        f"{path.parent}: packed weights must be loaded with the quantization_config of their config.json; found tensor "
+                        f"{packed} and a config without it. Leave the arguments config and quantization_config out"
+                    )
+        return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    reference.DbrxPreTrainedModel._load_pretrained_model = staticmethod(checked)
+
+
+def _packed_tensor_of(path: Path) -> str | None:
+    """The name of a packed tensor in a file; None where it is no safetensors file or has none."""
+    if path.suffix != ".safetensors":
+        return None
+    with SafetensorsFile(path) as file:
+        return next((name for name in file.tensors if is_packed_part(name)), None)
 
 
 def _is_packed(config: Any) -> bool:

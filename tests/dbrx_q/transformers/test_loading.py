@@ -131,6 +131,22 @@ def test_resizing_a_packed_embedding_names_the_way(in_transformers: Any) -> None
         in_transformers.resize_token_embeddings(5000)
 
 
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel, transformers.DbrxForCausalLM, transformers.DbrxModel])
+def test_packed_weights_without_their_quantization_config_are_refused(quantized_nano: Path, nano: Path, auto: Any) -> None:
+    stripped = transformers.DbrxConfig.from_pretrained(quantized_nano)
+    del stripped.quantization_config
+    for config in (stripped, transformers.DbrxConfig.from_pretrained(nano)):
+        with pytest.raises(CheckpointError, match="packed weights must be loaded with the quantization_config"):
+            auto.from_pretrained(quantized_nano, config=config)
+    for kwargs in ({}, {"device_map": "auto"}, {"ignore_mismatched_sizes": True}):
+        try:
+            model = auto.from_pretrained(quantized_nano, quantization_config=None, **kwargs)
+        except CheckpointError as error:
+            assert "quantization_config" in str(error)
+        else:  # a class that reads config.json by itself ignores None
+            assert any(isinstance(module, PackedWeight) for module in model.modules())
+
+
 def test_a_damaged_checkpoint_is_refused(quantized_nano: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(quantized_nano, folder)
