@@ -6,12 +6,15 @@ Dimension letters: `B` sequences, `S` columns of the prompts, `P` columns of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from dbrx_q.errors import RequestError
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import all_finite, overflow_error, repeat_sequence
 
 __all__ = ["ForwardDecoder"]
 
@@ -43,6 +46,7 @@ class ForwardDecoder:
     ) -> None:
         self._model, self._inputs, self._mask, self.cache = model, inputs, mask, cache
         self._wants: dict[str, Any] = {"output_hidden_states": hidden_states or None, "output_attentions": attentions or None}
+        self._knows_tokens = not inputs.is_floating_point() and (cache is None or not cache.get_seq_length())
         self.hidden_states: list[tuple[torch.Tensor, ...]] = []
         self.attentions: list[tuple[torch.Tensor, ...]] = []
         # Positions count real tokens, as in transformers' generate. Where padding is on the left alone, columns are as good: rotations are
@@ -116,4 +120,15 @@ class ForwardDecoder:
         )
 
     def _logits(self, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
-        return dict(enumerate(self._model.lm_head(hidden).float()))
+        logits = self._model.lm_head(hidden).float()
+        if not all_finite(logits):
+            raise self._overflow(next(i for i, row in enumerate(logits) if not all_finite(row)))
+        return dict(enumerate(logits))
+
+    def _overflow(self, row: int) -> RequestError:
+        """The error for a sequence whose logits are not finite. Its prompt is run again: where that is finite, the head is to blame."""
+        if not self._knows_tokens:
+            return overflow_error(self._model, None)
+        S = self._inputs.shape[1]
+        real = slice(None) if self._mask is None else self._mask[row, :S].bool()
+        return overflow_error(self._model, partial(repeat_sequence, self._model, self._inputs[row][real].tolist()))

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import RequestError
 from dbrx_q.model.generation_config import GenerationConfig
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
+from dbrx_q.model.overflow import all_finite
 
 from .arguments import check_mode, configuration_of, either, end_tokens_of, set_lengths
 from .beam_search import Beams, BeamSettings
@@ -57,6 +59,8 @@ def generate_tokens(
     input_ids = either("inputs", inputs, "input_ids", input_ids)
     cache = either("past_key_values", past_key_values, "cache", cache)
     either("generator", generator, "seed", seed)
+    if seed is not None and not (isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64):
+        raise RequestError(f"seed must be a whole number from -2^63 to 2^64 - 1; found {shortened(seed)}")
     config = configuration_of(model, generation_config, options)
     ends = end_tokens_of(config)
     pad = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else None
@@ -338,6 +342,11 @@ class _Request:
         return tokens
 
     def _multinomial(self, probabilities: torch.Tensor, count: int) -> torch.Tensor:
+        if not all_finite(probabilities):
+            raise RequestError(
+                "sampling needs finite scores and one token of every sequence that is not banned; found none after the logits processors "
+                f"with temperature {self.config.temperature}. Ban fewer tokens, raise the temperature, or check your own processors"
+            )
         device = probabilities.device if self.generator is None else self.generator.device
         return torch.multinomial(probabilities.to(device), count, generator=self.generator).to(probabilities.device)
 

@@ -45,20 +45,21 @@ def finite_logits(model: DbrxForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def overflow_error(model: DbrxForCausalLM, repeat: Callable[[OnBlock], object]) -> RequestError:
+def overflow_error(model: DbrxForCausalLM, repeat: Callable[[OnBlock], object] | None) -> RequestError:
     """The error for logits or hidden states that are not finite.
 
     Args:
         model: that computed them.
         repeat: runs the same tokens through the model once more and calls its argument after every block, as `DbrxModel.run` does.
+            None where the tokens are not known; then the error names no layer.
     """
-    place = _where_it_began(model, repeat)
+    began = "" if repeat is None else f", which began in {_where_it_began(model, repeat)}"
     dtype = str(model.dtype).removeprefix("torch.")
     if model.dtype == torch.float16:
         advice = "float16 holds values up to 65,504, bfloat16 and float32 up to 3.4e38: choose one of these (--dtype bfloat16)"
     else:
         advice = f"{dtype} holds values up to 3.4e38, so weights are damaged or too large: check them with `dbrx-q verify`"
-    return RequestError(f"logits must be finite; found NaN or infinity, which began in {place}, with activations in {dtype}. {advice}")
+    return RequestError(f"logits must be finite; found NaN or infinity{began}, with activations in {dtype}. {advice}")
 
 
 def repeat_sequence(model: DbrxForCausalLM, ids: Sequence[int], on_block: OnBlock) -> None:

@@ -166,7 +166,7 @@ def _refuse_random_weights() -> None:
                     )
         return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
-    reference.DbrxPreTrainedModel._load_pretrained_model = staticmethod(checked)
+    reference.DbrxPreTrainedModel._load_pretrained_model = staticmethod(checked)  # type: ignore[method-assign]
 
 
 def _packed_tensor_of(path: Path) -> str | None:

@@ -339,3 +339,16 @@ def test_generation_config_is_saved_with_the_model(pair: Pair, tmp_path: Path) -
     again = DbrxForCausalLM.from_pretrained(tmp_path)
     assert again.generation_config == ours.generation_config
     assert again.eos_token_ids == (5, 11)
+
+
+@pytest.mark.parametrize("arguments", [{"suppress_tokens": list(range(4096))}, {"temperature": 1e-40}])
+def test_sampling_without_a_token_to_draw_is_refused(nano: Path, arguments: dict[str, Any]) -> None:
+    model = DbrxForCausalLM.from_pretrained(nano)
+    with pytest.raises(RequestError, match="sampling needs finite scores and one token"):
+        model.generate(torch.tensor([[5, 6]]), do_sample=True, max_new_tokens=2, **arguments)
+
+
+@pytest.mark.parametrize("seed", [1.5, 1 << 70])
+def test_a_seed_must_be_a_whole_number_of_64_bits(nano: Path, seed: Any) -> None:
+    with pytest.raises(RequestError, match="seed must be a whole number"):
+        DbrxForCausalLM.from_pretrained(nano).generate(torch.tensor([[5, 6]]), do_sample=True, seed=seed, max_new_tokens=2)

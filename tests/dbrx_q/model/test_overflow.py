@@ -173,3 +173,13 @@ def test_weights_of_1e30_are_refused_or_fail_by_name(method: str, small: Path, t
             model = DbrxForCausalLM.from_pretrained(checkpoint)
             with pytest.raises(RequestError, match=r"began in the experts of layer 0, with activations in bfloat16\. .* too large"):
                 generate(model, [IDS], max_new_tokens=1)
+
+
+def test_generation_by_forward_refuses_logits_that_overflow(overflowing: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(overflowing, dtype=torch.float16)
+    ids, mask = torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for arguments in ({"return_dict_in_generate": True}, {"use_cache": False}, {"num_beams": 2, "use_cache": False}):
+        with pytest.raises(RequestError, match="which began in the experts of layer 1, with activations in float16"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, **arguments)
+    with pytest.raises(RequestError, match="found NaN or infinity, with activations in float16"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=2)
