@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,9 +16,32 @@ from dbrx_q.model.modeling import DbrxForCausalLM
 
 from .inputs import PromptBatch
 
-__all__ = ["check_mode", "configuration_of", "either", "end_tokens_of", "set_lengths"]
+__all__ = ["callables_of", "check_mode", "configuration_of", "either", "end_tokens_of", "set_lengths"]
 
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Whole numbers, with the smallest that is allowed; None where a rule of its own follows.
+_WHOLE: dict[str, int | None] = {
+    "max_length": None,
+    "max_new_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+    "prompt_lookup_num_tokens": None,
+    "max_matching_ngram_size": 1,
+}
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "length_penalty",
+    "repetition_penalty",
+    "max_time",
+)
 # Arguments of transformers' generate that are no fields of its configuration, with the values that change nothing here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "synced_gpus": (None, False),
@@ -70,6 +94,7 @@ def configuration_of(model: DbrxForCausalLM, given: Any, options: Mapping[str, A
     Raises:
         TypeError: an unknown argument; names the nearest one.
         UnsupportedError: an argument of transformers that this version does not have.
+        RequestError: a value that is no number where one must be.
     """
     names = [item.name for item in fields(GenerationConfig) if item.name != "others"]
     for name, value in options.items():
@@ -84,8 +109,36 @@ def configuration_of(model: DbrxForCausalLM, given: Any, options: Mapping[str, A
     config.others = {**config.others, **foreign}
     config.complete()
     config.check_supported()
+    _check_numbers(config)
     _warn_unused(config, options)
     return config
+
+
+def callables_of(name: str, values: Sequence[Callable[..., Any] | None] | None) -> list[Callable[..., Any]]:
+    """The callables of an argument; those that are None are left out.
+
+    Raises:
+        RequestError: no list, or something in it that cannot be called.
+    """
+    if values is None:
+        return []
+    if not isinstance(values, (list, tuple)) or any(value is not None and not callable(value) for value in values):
+        raise RequestError(f"{name} must be a list of callables; found {values!r}")
+    return [value for value in values if value is not None]
+
+
+def _check_numbers(config: GenerationConfig) -> None:
+    """Refuse values of another type, or whole numbers below their least."""
+    for name, least in _WHOLE.items():
+        value = getattr(config, name)
+        valid = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (valid and (least is None or value >= least)):
+            rule = "a whole number" if least is None else f"a whole number, at least {least}"
+            raise RequestError(f"{name} must be {rule}; found {value!r}")
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, Real):
+            raise RequestError(f"{name} must be a number; found {value!r}")
 
 
 def _warn_unused(config: GenerationConfig, options: Mapping[str, Any]) -> None:
@@ -164,10 +217,10 @@ def check_mode(config: GenerationConfig, prompts: PromptBatch, streamer: Any) ->
         RequestError, UnsupportedError: one of these.
     """
     beams, count = config.num_beams or 1, config.num_return_sequences or 1
-    if beams < 1 or count < 1:
-        raise RequestError(f"num_beams and num_return_sequences must be at least 1; found {beams} and {count}")
     if beams > 1 and streamer is not None:
         raise RequestError(f"a streamer needs num_beams=1, since beams are chosen at the end; found num_beams={beams}")
+    if streamer is not None and not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise RequestError(f"a streamer must have the methods put and end; found {type(streamer).__name__}")
     if beams > 1 and count > beams:
         raise RequestError(f"num_return_sequences must be at most num_beams, {beams}; found {count}")
     if beams == 1 and count > 1 and not config.do_sample:

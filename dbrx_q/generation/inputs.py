@@ -171,4 +171,7 @@ def _mask(value: Any, B: int, S: int, past: int) -> torch.Tensor:
     mask = value if isinstance(value, torch.Tensor) else torch.tensor(value)
     if mask.shape not in ((B, S), (B, past + S)):
         raise RequestError(f"attention_mask must be [{B}, {S}], as the prompts, or [{B}, {past} + {S}]; found {list(mask.shape)}")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        other = mask[(mask != 0) & (mask != 1)][0].item()
+        raise RequestError(f"attention_mask must hold 1 for tokens and 0 for padding; found {other}")
     return mask.bool()

@@ -68,14 +68,18 @@ def processors_of(
     if prefix_allowed_tokens_fn is not None:
         result.append(_PrefixAllowed(prefix_allowed_tokens_fn, copies))
     if config.forced_bos_token_id is not None:
-        result.append(_Force([config.forced_bos_token_id], 1))
+        result.append(_Force(_forced(config, "forced_bos_token_id", vocabulary), 1))
     if config.forced_eos_token_id is not None:
-        result.append(_Force(_ids(config.forced_eos_token_id), max_length - 1))
+        result.append(_Force(_forced(config, "forced_eos_token_id", vocabulary), max_length - 1))
     if config.remove_invalid_values:
         result.append(_finite)
     if config.exponential_decay_length_penalty is not None:
         if ends is None:
             raise RequestError("exponential_decay_length_penalty needs an end token; found eos_token_id None. Name one")
+        if not isinstance(config.exponential_decay_length_penalty, (list, tuple)) or len(config.exponential_decay_length_penalty) != 2:
+            raise RequestError(
+                f"exponential_decay_length_penalty must be (start, factor); found {config.exponential_decay_length_penalty!r}"
+            )
         start, factor = config.exponential_decay_length_penalty
         result.append(_DecayingLength(start + prompt_length, factor, ends))
     if config.suppress_tokens is not None:
@@ -83,7 +87,7 @@ def processors_of(
     if config.begin_suppress_tokens is not None:
         later = prompt_length <= 1 and config.forced_bos_token_id is not None
         result.append(_Suppress(config.begin_suppress_tokens, lambda length: length == prompt_length + later))
-    result += [processor for processor in custom if processor is not None]
+    result += custom
     if config.do_sample:
         at_least = 1 if config.num_beams == 1 else len(ends) + 1 if ends is not None else 2
         result += _sampling_filters(config, at_least)
@@ -127,8 +131,14 @@ def _check(name: str, value: Any, valid: bool, rule: str) -> None:
         raise RequestError(f"{name} must be {rule}; found {value}")
 
 
-def _ids(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
+def _forced(config: GenerationConfig, name: str, vocabulary: int) -> list[int]:
+    """The tokens of an argument that forces them."""
+    value = getattr(config, name)
+    ids = [value] if isinstance(value, int) else list(value)
+    _check(name, value, all(0 <= token < vocabulary for token in ids), f"a token id from 0 to {vocabulary - 1}")
+    suppressed = config.suppress_tokens or ()
+    _check(name, value, not all(token in suppressed for token in ids), "a token that suppress_tokens does not ban")
+    return ids
 
 
 def _bias_of(value: Mapping[tuple[int, ...], float] | Sequence[Any]) -> dict[tuple[int, ...], float]:

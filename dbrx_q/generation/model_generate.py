@@ -19,7 +19,7 @@ from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.model.overflow import all_finite
 
-from .arguments import check_mode, configuration_of, either, end_tokens_of, set_lengths
+from .arguments import callables_of, check_mode, configuration_of, either, end_tokens_of, set_lengths
 from .beam_search import Beams, BeamSettings
 from .decoding import decoder_for
 from .forward_decoder import ForwardDecoder
@@ -61,6 +61,7 @@ def generate_tokens(
     either("generator", generator, "seed", seed)
     if seed is not None and not (isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64):
         raise RequestError(f"seed must be a whole number from -2^63 to 2^64 - 1; found {shortened(seed)}")
+    custom, criteria = callables_of("logits_processor", logits_processor), callables_of("stopping_criteria", stopping_criteria)
     config = configuration_of(model, generation_config, options)
     ends = end_tokens_of(config)
     pad = config.pad_token_id if config.pad_token_id is not None else ends[0] if ends else None
@@ -92,14 +93,14 @@ def generate_tokens(
         kv_format=kv_format,
         generator=torch.Generator().manual_seed(seed) if seed is not None else generator,
         streamer=streamer,
-        custom=bool(logits_processor or stopping_criteria),
+        custom=bool(custom or criteria),
         processors=processors_of(
             config,
             ends=ends,
             prompt_length=prompts.columns,
             padding=prompts.leading_padding,
             max_length=max_length,
-            custom=logits_processor or (),
+            custom=custom,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             copies=copies,
             vocabulary=model.config.vocab_size,
@@ -109,7 +110,7 @@ def generate_tokens(
             max_length,
             None if config.stop_strings is None else StopStrings(config.stop_strings, tokenizer),
             config.max_time,
-            stopping_criteria or (),
+            criteria,
         ),
     )
     if config.num_beams != 1:
