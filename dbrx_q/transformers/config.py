@@ -16,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.dbrx import modeling_dbrx as reference
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
@@ -30,7 +31,7 @@ from dbrx_q.planning.machine import Machine
 
 from .availability import check_transformers
 
-__all__ = ["METHOD", "DbrxQConfig", "install"]
+__all__ = ["METHOD", "DbrxQConfig", "install", "set_dtype"]
 
 check_transformers()
 
@@ -106,7 +107,8 @@ def _repair_rope_theta() -> None:
 
     @wraps(original)
     def repaired(self: Any, **kwargs: Any) -> None:
-        if _is_packed(kwargs.get("quantization_config")):
+        packed = _is_packed(kwargs.get("quantization_config"))
+        if packed:
             kwargs.pop("transformers_weights", None)  # what keeps out a transformers without this module
         if kwargs.get("rope_scaling"):  # the older name, which transformers prefers
             kwargs["rope_scaling"] = _rope_parameters(self.attn_config, kwargs["rope_scaling"])
@@ -115,9 +117,20 @@ def _repair_rope_theta() -> None:
         original(self, **kwargs)  # type: ignore[no-untyped-call]
         if getattr(self.attn_config, "rope_theta", None) is None:  # transformers' attention reads it, and fails without
             self.attn_config.rope_theta = self.rope_parameters["rope_theta"]
+        if packed:
+            set_dtype(self)
 
     repaired._dbrx_q = True  # type: ignore[attr-defined]
     transformers.DbrxConfig.__post_init__ = repaired  # type: ignore[method-assign]
+
+
+def set_dtype(config: Any) -> None:
+    """Give the config of a packed checkpoint that names no dtype the one that `dbrx_q.DbrxForCausalLM` takes.
+
+    transformers would take that of the first floating-point tensor in the files, which is a float16 scale of an int8 weight.
+    """
+    if getattr(config, "dtype", None) is None:
+        config.dtype = torch.bfloat16
 
 
 def _rope_parameters(attn_config: Any, given: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from dbrx_q.errors import UnsupportedError
 from dbrx_q.experts import ExpertStore
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.kernels.formats.weights import Weight
+from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.qkv import split_and_rotate
 from dbrx_q.kernels.router import choose_experts
@@ -33,8 +34,10 @@ from .packed import PackedWeight
 __all__ = [
     "DbrxAttention",
     "DbrxBlock",
+    "DbrxEmbedding",
     "DbrxExperts",
     "DbrxFFN",
+    "DbrxLinear",
     "DbrxNormAttentionNorm",
     "DbrxRotaryEmbedding",
     "DbrxRouter",
@@ -59,6 +62,22 @@ class SharedStore:
             "a model that is pickled must hold all its experts; this one reads some from the files of its checkpoint. "
             "Load it again with from_pretrained instead, or load it without a limit of memory"
         )
+
+
+class DbrxLinear(nn.Linear):
+    """y = x @ weight.T, weight [N, K] plain, computed as in `dbrx_q.DbrxForCausalLM`. It has gradients; `PackedLinear` has none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] for x [..., K]."""
+        return linear(x, self.weight, residual=self.bias)
+
+
+class DbrxEmbedding(nn.Embedding):
+    """Looks up rows of weight [V, D], plain; the row of `padding_idx` gets no gradient."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., D] for ids [...]."""
+        return F.embedding(ids, self.weight, self.padding_idx)
 
 
 class Float32Linear(nn.Linear):
@@ -232,6 +251,9 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DbrxRouter):
             module.layer.__class__ = Float32Linear
+        for owner, names in _PLAIN_LAYERS.items():
+            for layer in (getattr(module, name) for name in names) if isinstance(module, owner) else ():
+                layer.__class__ = _OURS_PLAIN.get(type(layer), type(layer))
         if isinstance(module, reference.DbrxBlock):
             experts: Any = module.ffn.experts
             experts.layer, experts.served_by, experts.packed = module.layer_idx, None, None
@@ -246,3 +268,10 @@ _OURS = {
     reference.DbrxRotaryEmbedding: DbrxRotaryEmbedding,
     reference.DbrxRouter: DbrxRouter,
 }
+
+_PLAIN_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    reference.DbrxAttention: ("Wqkv", "out_proj"),
+    reference.DbrxModel: ("wte",),
+    reference.DbrxForCausalLM: ("lm_head",),
+}
+_OURS_PLAIN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: DbrxLinear, nn.Embedding: DbrxEmbedding}

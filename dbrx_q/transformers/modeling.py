@@ -18,6 +18,7 @@ from dbrx_q.errors import UnsupportedError
 from dbrx_q.model.saving import Origin
 
 from .availability import check_transformers
+from .config import set_dtype
 from .packed import packed_weights
 from .saving import save_packed
 
@@ -29,8 +30,8 @@ check_transformers()
 class _Packed:
     """What the two models share."""
 
-    origin: Origin
-    """The files that the model was loaded from."""
+    origin: Origin | None = None
+    """The files that the model was loaded from; None for a model that was made in memory."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -38,6 +39,7 @@ class _Packed:
         if hasattr(config, "transformers_weights"):
             config = deepcopy(config)
             del config.transformers_weights
+            set_dtype(config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -49,8 +51,11 @@ class _Packed:
 
         Raises:
             UnsupportedError: an argument that this model cannot honour.
-            RequestError: the folder is the one that the model was loaded from.
+            RequestError: the folder is the one that the model was loaded from, or the model has packed weights and was loaded from none.
         """
+        if self.origin is None and not packed_weights(self):  # type: ignore[arg-type]
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
         save_packed(self, Path(save_directory), *args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -45,13 +45,18 @@ def save_packed(
 
     Raises:
         UnsupportedError: a `state_dict` or a `variant`.
-        RequestError: the folder is the one that the model was loaded from.
+        RequestError: the model was loaded from no folder, or from the one that it would be saved to.
         CheckpointError: that folder has changed since.
     """
     for name, value in (("state_dict", state_dict), ("variant", variant)):
         if value is not None:
             raise UnsupportedError(f"a packed model is saved with its own weights and names; found {name}. Leave it out")
     origin = model.origin
+    if origin is None:
+        raise RequestError(
+            "a packed model must be loaded from a checkpoint to be saved; found one that was made in memory. Save a plain model with "
+            "save_pretrained and quantize that with `dbrx-q quantize`"
+        )
     if folder.exists() and folder.samefile(origin.folder):
         raise RequestError(f"a packed model must be saved to another folder than it was loaded from; found {folder}. Name another")
     if not origin.unchanged:

@@ -32,17 +32,25 @@ def install(variant: str) -> None:
 
 
 def _plugin_classes() -> tuple[type, type]:
-    """transformers' classes whose layers compute with our kernels, on plain weights."""
-    from dbrx_q.transformers.layers import DbrxExperts, adopt
+    """transformers' classes with our layers, on plain weights."""
+    from dbrx_q.transformers.layers import DbrxEmbedding, DbrxExperts, DbrxLinear, adopt
 
     class DbrxModel(modeling_dbrx.DbrxModel):
         def __init__(self, config: transformers.DbrxConfig) -> None:
             super().__init__(config)
             adopt(self)
+            attention = [block.norm_attn_norm.attn for block in self.blocks]
+            assert isinstance(self.wte, DbrxEmbedding)
+            assert all(isinstance(layer, DbrxLinear) for module in attention for layer in (module.Wqkv, module.out_proj))
             assert all(isinstance(block.ffn.experts, DbrxExperts) for block in self.blocks)
 
     class DbrxForCausalLM(modeling_dbrx.DbrxForCausalLM):
         """Its constructor makes a `DbrxModel`, by then the one above."""
+
+        def __init__(self, config: transformers.DbrxConfig) -> None:
+            super().__init__(config)
+            adopt(self)
+            assert isinstance(self.lm_head, DbrxLinear)
 
     return DbrxModel, DbrxForCausalLM
 

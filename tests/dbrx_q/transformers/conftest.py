@@ -34,3 +34,19 @@ def in_transformers(quantized_nano: Path) -> Any:
     import dbrx_q.transformers  # noqa: F401 # registers the quantization method
 
     return AutoModelForCausalLM.from_pretrained(quantized_nano, dtype=torch.float32)
+
+
+@pytest.fixture
+def small_config() -> Any:
+    """transformers' configuration of a small model with random weights."""
+    from transformers import DbrxConfig
+
+    return DbrxConfig(
+        d_model=64,
+        n_heads=2,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=64,
+        attn_config={"kv_n_heads": 1, "rope_theta": 500000.0, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    )

@@ -17,6 +17,7 @@ import dbrx_q.transformers
 from dbrx_q import DbrxForCausalLM
 from dbrx_q.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
 from dbrx_q.transformers import DbrxQConfig
+from dbrx_q.transformers.layers import DbrxEmbedding, DbrxLinear, adopt
 from dbrx_q.transformers.packed import PackedWeight
 
 
@@ -44,6 +45,19 @@ def test_logits_in_16_bits(quantized_nano: Path, native: DbrxForCausalLM, ids: t
     logits = AutoModelForCausalLM.from_pretrained(quantized_nano, dtype=dtype)(ids).logits
     assert logits.dtype == dtype
     assert (logits.float() - expected).abs().mean() < 2 * (ours - expected).abs().mean()
+
+
+def test_without_a_dtype_a_config_gives_bfloat16(quantized_nano: Path, tmp_path: Path) -> None:
+    """As our own loader; the first floating-point tensor, from which transformers takes the dtype otherwise, may be a float16 scale."""
+    folder = tmp_path / "without"
+    shutil.copytree(quantized_nano, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("torch_dtype", "dtype"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert DbrxForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
 
 
 def test_padding_on_the_left(in_transformers: Any, ids: torch.Tensor) -> None:
@@ -89,6 +103,22 @@ def test_a_plain_checkpoint_gets_its_rotary_base(nano: Path, ids: torch.Tensor) 
     assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}
     expected = DbrxForCausalLM.from_pretrained(nano, dtype=torch.float32)(ids).logits
     assert (model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_plain_layers_are_ours_with_the_results_and_gradients_of_torch(small_config: Any, ids: torch.Tensor) -> None:
+    model = transformers.DbrxForCausalLM(small_config).eval()
+    plain = copy.deepcopy(model)
+    adopt(model)
+    attention = [block.norm_attn_norm.attn for block in model.transformer.blocks]
+    assert isinstance(model.transformer.wte, DbrxEmbedding)
+    assert all(isinstance(layer, DbrxLinear) for module in attention for layer in (module.Wqkv, module.out_proj))
+    assert isinstance(model.lm_head, DbrxLinear)
+    logits, expected = model(ids % 64).logits, plain(ids % 64).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    logits.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+    assert (model.transformer.wte.weight.grad != 0).any()
 
 
 def test_two_rotary_bases_are_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+import dbrx_q.transformers
 from dbrx_q import DbrxForCausalLM
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import Manifest
@@ -77,3 +78,18 @@ def test_what_cannot_be_saved_is_refused(quantized_nano: Path, in_transformers: 
         in_transformers.save_pretrained(tmp_path / "saved", variant="fp16")
     with pytest.raises(RequestError, match="must be saved to another folder"):
         in_transformers.save_pretrained(quantized_nano)
+
+
+def test_a_packed_model_made_in_memory_says_how_to_save_it(in_transformers: Any, tmp_path: Path) -> None:
+    model = dbrx_q.transformers.DbrxForCausalLM(in_transformers.config)
+    model.lm_head = in_transformers.lm_head
+    with pytest.raises(RequestError, match=r"must be loaded from a checkpoint to be saved; found one that was made in memory\."):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_model_made_in_memory_is_saved_as_transformers_saves_it(small_config: Any, tmp_path: Path, ids: torch.Tensor) -> None:
+    model = dbrx_q.transformers.DbrxForCausalLM(small_config).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids % 64).logits, model(ids % 64).logits)
