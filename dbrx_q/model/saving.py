@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from .layers import PackedWeight
 if TYPE_CHECKING:
     from .pretrained import DbrxPreTrainedModel
 
-__all__ = ["Origin", "held", "model_tensors", "save_model"]
+__all__ = ["Origin", "abandoning", "held", "model_tensors", "save_model", "write_whole"]
 
 _GENERATION = "generation_config.json"
 _COMPLETE = ".dbrx_q-saving"
@@ -109,23 +109,32 @@ def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | N
     replaced = model.origin is not None and folder.exists() and folder.samefile(model.origin.folder)
     with ExitStack() as stack:
         writer = _ModelWriter(model, stack, shard_bytes)
-        if folder.is_dir() and any(folder.iterdir()):
-            _write_over(writer, folder)
-        else:
-            with staged_folder(folder, writer.nbytes) as partial:
-                writer.write(partial)
+        write_whole(folder, writer.nbytes, writer.write)
     if replaced:
         with Checkpoint(folder) as checkpoint:
             model.origin = Origin.of(checkpoint)
 
 
-def _write_over(writer: _ModelWriter, folder: Path) -> None:
-    """Write the checkpoint into a hidden folder inside one that holds files, which is on the same disk, then move it out."""
+def write_whole(folder: Path, nbytes: int, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint into a folder of its own and move it to `folder` when it is complete; what was there stays until then.
+
+    Args:
+        folder: need not exist. If it holds files, the other folder is a hidden one inside it, which is on the same disk.
+        nbytes: bytes of the weights.
+        write: writes all files into the folder that it is given.
+
+    Raises:
+        RequestError: the folder cannot be written, or its disk has too little room.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        with staged_folder(folder, nbytes) as partial:
+            write(partial)
+        return
     complete = folder / _COMPLETE
     if complete.exists():
         raise RequestError(f"{complete}: an interrupted call left a whole checkpoint here. Move its files to {folder}, or remove it")
-    with staged_folder(complete, writer.nbytes) as partial:
-        writer.write(partial)
+    with staged_folder(complete, nbytes) as partial:
+        write(partial)
     for path in folder.iterdir():
         if _WEIGHTS.fullmatch(path.name) or path.name == MANIFEST_NAME:
             path.unlink()
@@ -164,7 +173,7 @@ class _ModelWriter:
         """Write all files of the checkpoint."""
         manifest = Manifest()
         for name, parts in self.shards.items():
-            with _closing(SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part in parts])) as file:
+            with abandoning(SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part in parts])) as file:
                 for part in parts:
                     file.write(part.name, self._read(part))
                 manifest.shards[name] = {"bytes": file.nbytes, "sha256": file.close()}
@@ -242,7 +251,8 @@ class _ModelWriter:
 
 
 @contextmanager
-def _closing(writer: SafetensorsWriter) -> Iterator[SafetensorsWriter]:
+def abandoning(writer: SafetensorsWriter) -> Iterator[SafetensorsWriter]:
+    """Closes the file where writing it fails; a whole file is closed by the caller, which takes its SHA-256."""
     try:
         yield writer
     except BaseException:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint
+from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.hub import push
 from dbrx_q.checkpoint.layout import DenseTensor, Part, expert_of, inner_name, part_name
 from dbrx_q.checkpoint.manifest import Manifest
@@ -20,6 +20,7 @@ from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.shards import in_shards, list_files, shard_name, stored_matrices, write_index, write_json
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.errors import CheckpointError, RequestError, UnsupportedError
+from dbrx_q.model.saving import abandoning, write_whole
 from dbrx_q.planning.sizes import parse_size
 
 from .packed import packed_weights
@@ -45,7 +46,7 @@ def save_packed(
 
     Raises:
         UnsupportedError: a `state_dict` or a `variant`.
-        RequestError: the model was loaded from no folder, or from the one that it would be saved to.
+        RequestError: the model was loaded from no folder, or from the one that it would be saved to, or the folder cannot be written.
         CheckpointError: that folder has changed since.
     """
     for name, value in (("state_dict", state_dict), ("variant", variant)):
@@ -63,13 +64,15 @@ def save_packed(
         raise CheckpointError(f"{origin.folder}: must hold the files that the model was loaded from; they have changed. Load it again")
     if not is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX_NAME)):
-        old.unlink()
-    manifest = Manifest()
-    _write_shards(model, folder, parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size, manifest)
-    _write_config(model, folder)
-    list_files(folder, manifest)
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+
+    def write(partial: Path) -> None:
+        manifest = Manifest()
+        _write_shards(model, partial, limit, manifest)
+        _write_config(model, partial)
+        list_files(partial, manifest)
+
+    write_whole(folder, sum(path.stat().st_size for path in map(origin.folder.joinpath, origin.stamps)), write)
     if push_to_hub:
         push(folder, repo_id or folder.name)
 
@@ -83,11 +86,12 @@ def _write_shards(model: Any, folder: Path, limit: int, manifest: Manifest) -> N
         for number, shard in enumerate(shards):
             name = shard_name(number, len(shards))
             parts = [(part, matrix.tensor) for matrix in shard for part in matrix.parts]
-            writer = SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part, _ in parts])
-            for part, tensor in parts:
-                writer.write(part.name, weights.read(part, tensor))
-                weight_map[part.name], nbytes = name, nbytes + part.nbytes
-            manifest.shards[name] = {"bytes": writer.nbytes, "sha256": writer.close()}
+            file = SafetensorsWriter(folder / name, [(part.name, part.dtype, part.shape) for part, _ in parts])
+            with abandoning(file) as writer:
+                for part, tensor in parts:
+                    writer.write(part.name, weights.read(part, tensor))
+                    weight_map[part.name], nbytes = name, nbytes + part.nbytes
+                manifest.shards[name] = {"bytes": writer.nbytes, "sha256": writer.close()}
     write_index(folder, weight_map, nbytes)
 
 

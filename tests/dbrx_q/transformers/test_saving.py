@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,17 @@ def test_a_plain_model_made_in_memory_is_saved_as_transformers_saves_it(small_co
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids % 64).logits, model(ids % 64).logits)
+
+
+def test_a_failed_write_leaves_what_was_there(in_transformers: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    in_transformers.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a disk that is full after a megabyte
+    try:
+        with pytest.raises((RequestError, OSError)):
+            in_transformers.save_pretrained(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
