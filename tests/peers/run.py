@@ -24,7 +24,7 @@ __all__ = ["main"]
 HERE = Path(__file__).resolve().parent
 VARIANTS = {
     "transformers": "transformers' classes as they are",
-    "plugin": "transformers' classes, computing with our layers, experts and router",
+    "plugin": "transformers' classes, computing with our linears, embedding, router and experts",
     "packed": "the same with all but router and norms quantized to int8",
     "native": "dbrx_q's classes behind PreTrainedModel and GenerationMixin",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,34 @@ def test_trusted_code_of_the_checkpoint_loads_it(quantized_nano: Path, tmp_path:
     assert (torch.tensor(json.loads(printed)) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+_FROM_HUB = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name, said, ids = "someone/dbrx-int4", sys.argv[1], __import__("torch").arange(1, 9)[None]
+AutoTokenizer.from_pretrained(name)
+try:
+    AutoModelForCausalLM.from_pretrained(name)
+except ValueError as error:
+    print("refused" if said in str(error) else error)
+import dbrx_q.transformers
+
+model, ours = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), dbrx_q.DbrxForCausalLM.from_pretrained(name, dtype="float32")
+print(type(model).__module__, bool((model(ids).logits - ours(ids).logits).abs().max() < 1e-4 * ours(ids).logits.abs().max()))
+"""
+
+
+def test_a_hub_id_is_loaded_with_the_import_alone(quantized_nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a cache as a download leaves it, without a network."""
+    repository, commit = tmp_path / "hub" / "models--someone--dbrx-int4", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(quantized_nano, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = _run("-c", _FROM_HUB, GUARD, cache=tmp_path / "modules").splitlines()
+    assert lines == ["refused", "dbrx_q.transformers.modeling True"]
+
+
 def test_the_runner_runs_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from dbrx_q.transformers.__main__ import main
 
@@ -101,8 +130,6 @@ def test_an_old_or_missing_transformers_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_checkpoints_from_before_load_as_well(quantized_nano: Path, tmp_path: Path) -> None:
     """They have neither the guard nor the file."""
-    import shutil
-
     from transformers import AutoModelForCausalLM
 
     import dbrx_q.transformers  # noqa: F401
