@@ -23,7 +23,7 @@ def check_same_tokenizer(
     Raises:
         RequestError: names the first difference.
     """
-    for token_id in range(max(reference.vocab_size, other.vocab_size)):
+    for token_id in range(max(len(reference), len(other))):
         ours, theirs = _token(reference, token_id), _token(other, token_id)
         if ours != theirs:
             _refuse(f"token {token_id} is {ours} and {theirs}", names)

@@ -188,7 +188,7 @@ DAMAGES = [
     Case(
         "config is a folder",
         all_of(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
-        ("config.json", "readable"),
+        ("config.json", "regular file"),
     ),
     Case("another model", lambda f: edit_config(f, model_type="mixtral"), ("config.json", "model_type must be 'dbrx'", "'mixtral'")),
     Case("another width", lambda f: edit_config(f, vocab_size=4097), (OUTER, "transformer.wte.weight", "[4097, 64]", "[4096, 64]")),

@@ -16,7 +16,7 @@ import torch
 from dbrx_q import DbrxForCausalLM, KVCache, generate
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.errors import RequestError
-from dbrx_q.generation import generate as generation
+from dbrx_q.generation.generate import capacities_of
 from dbrx_q.model.limits import Limits
 from dbrx_q.model.loading import load_model, load_pretrained
 from dbrx_q.planning.budget import Budget
@@ -156,7 +156,7 @@ def test_sequences_of_a_batched_step_share_the_memory_of_one_cache(quantized_nan
     model = load_model(quantized_nano)
     model.transformer.limits = Limits(kv_bytes=200 * KVCache(model.config, 1, 1, dtype=model.dtype).nbytes)
     prompts = [[1] * 80, [1] * 3, [1] * 3]
-    assert generation._capacities(model, prompts, 20, "plain") == [100, 23, 23]
+    assert capacities_of(model, prompts, 20, "plain") == [100, 23, 23]
     monkeypatch.setattr(type(model.transformer), "steps_together", True)
     with pytest.raises(RequestError, match="prompt 0 has 80 tokens and room for 66"):  # three of the longest
-        generation._capacities(model, prompts, 20, "plain")
+        capacities_of(model, prompts, 20, "plain")
