@@ -100,10 +100,12 @@ def as_packed(model: Any, origin: Origin) -> None:
         model: a subclass that a user defined stays what it is.
         origin: the files that the model is loaded from.
     """
-    for theirs, ours in ((transformers.DbrxForCausalLM, DbrxForCausalLM), (transformers.DbrxModel, DbrxModel)):
-        if type(model) is theirs:
-            model.__class__ = ours
+    classes = {transformers.DbrxForCausalLM: DbrxForCausalLM, transformers.DbrxModel: DbrxModel}
+    for part in {model, model.base_model}:  # the transformer can be saved alone
+        theirs = type(part)
+        if theirs in classes:
+            part.__class__ = classes[theirs]
             # transformers finds what a model can record, such as hidden states, by its class.
             recorded: Any = output_capturing._CAN_RECORD_REGISTRY
-            dict.__setitem__(recorded, str(ours), dict.get(recorded, str(theirs)))
-    model.origin = origin
+            dict.__setitem__(recorded, str(classes[theirs]), dict.get(recorded, str(theirs)))
+        part.origin = origin

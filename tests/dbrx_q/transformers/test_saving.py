@@ -74,6 +74,14 @@ def test_a_model_without_its_head(quantized_nano: Path, tmp_path: Path, ids: tor
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
+def test_the_transformer_of_a_model_is_saved_alone(quantized_nano: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    transformer = AutoModelForCausalLM.from_pretrained(quantized_nano).transformer
+    transformer.save_pretrained(tmp_path)
+    assert "transformers_weights" in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).last_hidden_state, transformer(ids).last_hidden_state)
+
+
 def test_what_cannot_be_saved_is_refused(quantized_nano: Path, in_transformers: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="found variant"):
         in_transformers.save_pretrained(tmp_path / "saved", variant="fp16")
