@@ -106,3 +106,12 @@ def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("small-quantized") / "dbrx-small-int4"
     quantize_checkpoint(small, folder, QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, TensorFormat("int4", 64))))
     return folder
+
+
+@pytest.fixture
+def transformers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' DbrxConfig as published: an earlier test of this process may have imported `dbrx_q.transformers`, which repairs it."""
+    import transformers
+
+    repaired = transformers.DbrxConfig.__post_init__
+    monkeypatch.setattr(transformers.DbrxConfig, "__post_init__", getattr(repaired, "__wrapped__", repaired))

@@ -111,6 +111,7 @@ def test_copies_and_pickles_are_equal_and_independent() -> None:
 
 
 @pytest.mark.parametrize("theta", [None, 500000.0])
+@pytest.mark.usefixtures("transformers_alone")
 def test_a_configuration_of_transformers_makes_a_model(theta: float | None) -> None:
     attention = {"kv_n_heads": 2, "clip_qkv": 8.0} | ({} if theta is None else {"rope_theta": theta})
     theirs = transformers.DbrxConfig(**SMALL, attn_config=attention)

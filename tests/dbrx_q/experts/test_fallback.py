@@ -299,7 +299,8 @@ def test_the_cost_is_measured_and_repeats(carrying: Path, cli: Cli) -> None:
     first, second = (json.loads(cli("perplexity", carrying, *command).out) for _ in range(2))
     assert first["nll"] == second["nll"]
     assert 0.2 < first["fallback_share"] == second["fallback_share"] < 0.99
-    [row] = json.loads(cli("compare", carrying, carrying, *command).out)["results"]
+    whole = [*command[:-4], "--ram", "173.2MB", *command[-2:]]  # each of the two models has half of it
+    [row] = json.loads(cli("compare", carrying, carrying, *whole).out)["results"]
     assert row["fallback_share"] == first["fallback_share"]
     assert row["perplexity"] == pytest.approx(first["perplexity"], rel=1e-9)
     assert f"{row['fallback_share']:.1%} of requests answered by the fallback copy" in row["format"]

@@ -75,6 +75,7 @@ def test_a_quantized_folder_stays_packed(quantized_nano: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.usefixtures("transformers_alone")
 def test_a_model_saved_by_transformers_gives_the_same_logits(stream: bool, bundled_logits: torch.Tensor, tmp_path: Path) -> None:
     model = transformers.DbrxForCausalLM.from_pretrained(NANO, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved", max_shard_size="4MB")
