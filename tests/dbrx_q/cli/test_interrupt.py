@@ -219,14 +219,6 @@ def test_verify_can_be_interrupted(tmp_path: Path, start: Callable[..., Running]
     running.check_clean_end()
 
 
-def test_inspect_can_be_interrupted_while_it_waits_for_a_file(tmp_path: Path, start: Callable[..., Running]) -> None:
-    os.mkfifo(tmp_path / "config.json")
-    running = start("inspect", tmp_path)
-    with open(tmp_path / "config.json", "wb"):  # returns when the command has opened the other end
-        running.interrupt()
-        running.check_clean_end()
-
-
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu"])
 def test_imports_can_be_interrupted_without_a_traceback(library: str, nano: Path, start: Callable[..., Running]) -> None:
     running = start("generate", nano, "--prompt", "The")
