@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,7 @@ def user_cache(*, note: bool = True) -> Path:
 
 def write_to_cache(path: Path, data: bytes) -> bool:
     """Write a file of the cache, whole or not at all; whether it could be written. What killed processes left in its folder is removed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob("*.partial") if path.is_relative_to(user_cache()) else ():

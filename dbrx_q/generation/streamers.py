@@ -5,6 +5,7 @@ The text has whole characters only and is shown as soon as it is complete.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from queue import Queue
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["BaseStreamer", "TextIteratorStreamer", "TextStreamer"]
 
 
-class BaseStreamer:
+class BaseStreamer(ABC):
     """What `streamer=` expects."""
 
+    @abstractmethod
     def put(self, value: torch.Tensor) -> None:
         """Receive ids: first those of the prompts [B, n], then a token of each sequence [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """The sequences have ended."""
-        raise NotImplementedError
 
 
 class TextStreamer(BaseStreamer):

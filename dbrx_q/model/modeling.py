@@ -247,7 +247,7 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
     """The transformer with its head; `from_pretrained` loads a checkpoint.
 
         model = DbrxForCausalLM.from_pretrained("dbrx-int4")
-        model(tokenizer.batch_encode(["A mixture of experts is"]).input_ids).logits  # [1, S, V]
+        model(**tokenizer("A mixture of experts is", return_tensors="pt")).logits  # [1, S, V]
 
     Args:
         config: a `DbrxConfig`; weights are initialised at random.
