@@ -14,11 +14,10 @@ from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
 
 if TYPE_CHECKING:
-    import torch
-
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.checkpoint.remote_shards import RemoteShards
+    from dbrx_q.quantize.calibration.sources import CalibrationSequences
     from dbrx_q.quantize.pipeline.records import RunRecord
     from dbrx_q.quantize.pipeline.run import QuantizationRequest
 
@@ -212,7 +211,7 @@ def _formats(
     experts: TensorFormat,
     rules: Sequence[str],
     target: float | None,
-    tokens: torch.Tensor | None,
+    tokens: CalibrationSequences | None,
     fallback_format: str | None = None,
 ) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
     """A function that gives every tensor of a checkpoint the format that the options name.
@@ -221,7 +220,7 @@ def _formats(
         experts: the format of the experts.
         rules: of --tensor.
         target: bits per weight of --target-bpw.
-        tokens: int64 [sequences, length], the text to measure errors on for `target`.
+        tokens: the sequences to measure errors on for `target`.
         fallback_format: format of the fallback copy, which the function checks to be smaller.
 
     Raises:
@@ -246,21 +245,22 @@ def _formats(
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with terminal.progress("measuring errors") as on_layer:
-            return checked(checkpoint, allocated_formats(checkpoint, tokens, target, rules=rules, on_layer=on_layer))
+            return checked(checkpoint, allocated_formats(checkpoint, tokens.interleaved, target, rules=rules, on_layer=on_layer))
 
     return allocated
 
 
-def _calibration(folder: Path, text: str | None, count: int, length: int, seed: int) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
-    """(int64 [count, length], what config.json says of them) for the sequences that are drawn from a text; (None, None) without one."""
+def _calibration(
+    folder: Path, text: str | None, count: int, length: int, seed: int
+) -> tuple[CalibrationSequences | None, dict[str, Any] | None]:
+    """(sequences drawn from a text, what config.json says of them); (None, None) without one."""
     if text is None:
         return None, None
     from dbrx_q.eval.texts import load_text
-    from dbrx_q.quantize.calibration.sequences import sequences_of
+    from dbrx_q.quantize.calibration.sources import CalibrationSource, draw
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     loaded = load_text(text)
-    drawn = sequences_of(
-        DbrxTokenizer.from_pretrained(folder).encode(loaded.text, split_special_tokens=True), count=count, length=length, seed=seed
-    )
-    return drawn, {"text_sha256": loaded.sha256, "sequences": len(drawn), "length": length, "seed": seed}
+    ids = DbrxTokenizer.from_pretrained(folder).encode(loaded.text, split_special_tokens=True)
+    drawn = draw([CalibrationSource(text, 1.0, ids)], count=count, length=length, seed=seed)
+    return drawn, {"text_sha256": loaded.sha256, "sequences": len(drawn.ids), "length": length, "seed": seed}

@@ -8,7 +8,8 @@ two, through the original one. For each matrix, in the order of the model:
 
 The steps of a block are functions of `dbrx_q.model.block`, which the model shares.
 
-- `sequences.py`: windows of a text, the tokens that calibrate.
+- `sources.py`: several sources with weights, the sequences that are drawn of each, and those that are held out.
+- `sequences.py`: windows of one text.
 - `activations.py`: the activations of all tokens, in memory or in a file.
 - `attention.py`: attention of all sequences, shared between threads.
 - `calibrated.py`: the calibration itself, with snapshots from which an interrupted run resumes.

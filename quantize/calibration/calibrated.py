@@ -27,6 +27,7 @@ from dbrx_q.quantize.methods.products import Products
 
 from .activations import ActivationStore
 from .attention import attention_heads
+from .sources import CalibrationSequences
 
 __all__ = ["ACTIVATIONS", "ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
 
@@ -85,7 +86,7 @@ class Calibration:
 
     Args:
         config: of the model.
-        ids: int64 [B, S], the sequences.
+        sequences: what the tokens are drawn from; those that are held out are not run.
         products: multiplies.
         models: `QUANTIZED`, `ORIGINAL` or both: the models that run. A method that compares them needs both.
         options: how tokens calibrate a matrix.
@@ -97,12 +98,13 @@ class Calibration:
 
     Attributes:
         expert_tokens: for each layer, the number of tokens that reach each expert, in the model that `options.activations` names.
+        expert_tokens_by_source: for each layer, a list for each source: how many of its tokens reach each expert.
     """
 
     def __init__(
         self,
         config: DbrxConfig,
-        ids: torch.Tensor,
+        sequences: CalibrationSequences,
         products: Products,
         *,
         models: tuple[str, ...] = (QUANTIZED, ORIGINAL),
@@ -113,11 +115,14 @@ class Calibration:
         kept_tokens: int = 0,
     ) -> None:
         assert options.activations in models
+        ids = sequences.ids
         self._config, self._ids, self._products, self._options, self._folder = config, ids, products, options, folder
+        self._sequences = sequences
         self._squares, self._kept_tokens = squares, kept_tokens
         self._hidden_pieces: list[torch.Tensor] = []
         self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), config)
         self.expert_tokens: dict[int, list[int]] = {}
+        self.expert_tokens_by_source: dict[int, list[list[int]]] = {}
         if folder is not None:
             folder.mkdir(exist_ok=True)
 
@@ -294,7 +299,12 @@ class Calibration:
             parts = [routed(x, router, ffn) for _, x in state.inputs.pieces(PIECE_TOKENS)]
             state.routing = Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "experts", "weights")))
         chosen = self._routing(self._states[self._options.activations]).experts
-        self.expert_tokens[layer] = chosen.flatten().bincount(minlength=ffn.moe_num_experts).tolist()
+        S = self._ids.shape[1]
+        counts = [
+            chosen[S * span.start : S * span.stop].flatten().bincount(minlength=ffn.moe_num_experts) for span in self._sequences.spans
+        ]
+        self.expert_tokens[layer] = torch.stack(counts).sum(0).tolist()
+        self.expert_tokens_by_source[layer] = [count.tolist() for count in counts]
 
     def _add_expert(self, state: _ModelState, expert: int) -> None:
         """Add the output of an expert to the residual stream; the inputs of the other experts are stored apart from the stream."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dbrx_q.checkpoint.folder import INDEX_NAME
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
@@ -51,9 +53,15 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
         peak_memory_bytes=peak_memory_bytes(),
         device="cpu" if accelerator is None else accelerator.name,
         peak_device_bytes=0 if accelerator is None else accelerator.peak_bytes,
-        stream_errors={note["stream_error"][0]: note["stream_error"][1] for note in notes if "stream_error" in note},
-        expert_tokens={note["expert_tokens"][0]: note["expert_tokens"][1] for note in notes if "expert_tokens" in note},
+        stream_errors=_by_layer(notes, "stream_error"),
+        expert_tokens=_by_layer(notes, "expert_tokens"),
+        expert_tokens_by_source=_by_layer(notes, "expert_tokens_by_source"),
     )
+
+
+def _by_layer(notes: Sequence[Mapping[str, Any]], name: str) -> dict[int, Any]:
+    """The figures of one name in the notes of a journal."""
+    return {note[name][0]: note[name][1] for note in notes if name in note}
 
 
 def finish(run: Run, record: RunRecord, manifest: Manifest, journal: Journal, folder: Path) -> None:

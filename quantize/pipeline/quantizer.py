@@ -125,6 +125,9 @@ class Quantizer:
         self._calibration.advance_plain(job.tensor, values)
         if job.kind == "router":
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
+            by_source = self._calibration.expert_tokens_by_source[job.tensor.layer]
+            if len(by_source) > 1:
+                notes["expert_tokens_by_source"] = [job.tensor.layer, by_source]
 
     def _folded(self, job: Job, blocks: list[torch.Tensor]) -> list[torch.Tensor]:
         """The matrix to round; a method that folds scales v1 and w2 of an expert."""

@@ -90,6 +90,8 @@ class RunRecord:
     of the models was run."""
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
     """For each layer, the number of calibration tokens that reach each expert."""
+    expert_tokens_by_source: dict[int, list[list[int]]] = field(default_factory=dict)
+    """For each layer, a list for each source: how many of its tokens reach each expert; empty where there is only one source."""
 
     @property
     def undersampled(self) -> list[TensorRecord]:

@@ -18,6 +18,7 @@ from dbrx_q.checkpoint.shards import SHARD_BYTES
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.quantize.calibration.calibrated import ORIGINAL, QUANTIZED, CalibrationOptions
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS, Method
 
 from .accelerator import Accelerator
@@ -36,8 +37,8 @@ class QuantizationRequest:
     """Gives the formats of the tensors to pack, by name, once the source is open; the other tensors are copied."""
     method: str = "rtn"
     """The quantization method, one of `methods.choose.METHODS`."""
-    sequences: torch.Tensor | None = None
-    """int64 [B, S]: the tokens that a calibrated method fits weights to; the other methods need none."""
+    sequences: CalibrationSequences | None = None
+    """The tokens that a calibrated method fits weights to; the other methods need none."""
     about: Mapping[str, Any] | None = None
     """What quantization_config says about the sequences."""
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -88,12 +89,13 @@ class Run:
     def options(self) -> dict[str, Any]:
         """What decides the bytes, for a later run to compare with its own."""
         source = dict(self.checkpoint.sizes) | ({"commit": self.checkpoint.source.commit} if self.checkpoint.source else {})
-        ids = self.request.sequences
+        sequences = self.request.sequences
         return {
             "source": source,
             "config": self.checkpoint.raw_config,
             "quantization_config": self.quantization_config,
-            "sequences": None if ids is None else _digest(ids),
+            "sequences": None if sequences is None else _digest(sequences.ids),
+            "held_out": None if sequences is None or not len(sequences.held_out) else _digest(sequences.held_out),
             "options": asdict(self.request.options),
             "measured": self.request.measured,
             "accelerator": None if self.request.accelerator is None else [self.request.accelerator.name, self.request.accelerator.memory],
@@ -136,7 +138,7 @@ def open_run(
             "Give them one"
         )
     method = _method(request.method, formats)
-    tokens = _check_sequences(checkpoint, request).numel() if method.calibrated else 0
+    tokens = _check_sequences(checkpoint, request).ids.numel() if method.calibrated else 0
     models = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
     shards = shards_of(checkpoint, formats, request.shard_bytes)
     plan = plan_run(
@@ -169,16 +171,17 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
     return METHODS[name]
 
 
-def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> torch.Tensor:
+def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> CalibrationSequences:
     sequences, config = request.sequences, checkpoint.config
-    if sequences is None or not sequences.numel():
+    if sequences is None or not sequences.ids.numel():
         raise RequestError(
             f"the method {request.method} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
         )
-    if int(sequences.max()) >= config.vocab_size or sequences.shape[1] > config.max_seq_len:
+    ids = torch.cat([sequences.ids, sequences.held_out])
+    if int(ids.max()) >= config.vocab_size or ids.shape[1] > config.max_seq_len:
         raise RequestError(
             f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
-            f"{int(sequences.max())} and {sequences.shape[1]}. Use the tokenizer of this model"
+            f"{int(ids.max())} and {ids.shape[1]}. Use the tokenizer of this model"
         )
     return sequences
 

@@ -17,6 +17,7 @@ from dbrx_q.checkpoint.layout import HEAD, TensorFormat
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.generation.generate import generate
 from dbrx_q.generation.sampling import SamplingParams
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.sources.open import open_source
@@ -162,7 +163,7 @@ def test_weights_of_1e30_are_refused_or_fail_by_name(method: str, small: Path, t
             tensors[EXPERTS.format(0, matrix)][::16] = 1e30
 
     folder = changed(small, tmp_path / "enormous", enormous)
-    sequences = None if method == "rtn" else torch.arange(64).view(2, 32)
+    sequences = None if method == "rtn" else CalibrationSequences.single(torch.arange(64).view(2, 32))
     request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences)
     with pytest.raises((CheckpointError, RequestError, ValueError), match=r"w1|activations|must"):
         quantize_checkpoint(folder, tmp_path / "int4", request)

@@ -20,6 +20,7 @@ from dbrx_q.eval.texts import load_text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.quantize.calibration.calibrated import Calibration
 from dbrx_q.quantize.calibration.sequences import sequences_of
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline import run as pipeline
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
@@ -38,7 +39,10 @@ def ids(nano: Path) -> list[int]:
 
 def quantize(source: Path, destination: Path, sequences: torch.Tensor | None, method: str, **options: Any) -> RunRecord:
     request = QuantizationRequest(
-        lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, **options
+        lambda c: default_formats(c.config, TensorFormat("int4", 64)),
+        method=method,
+        sequences=None if sequences is None else CalibrationSequences.single(sequences),
+        **options,
     )
     return quantize_checkpoint(source, destination, request)
 
@@ -194,7 +198,7 @@ def test_the_quantize_command_calibrates(nano: Path, tmp_path: Path, cli: Callab
         (("quantize", nano, tmp_path / "x", "--method", "best"), "must have a text to calibrate with"),
         (("quantize", nano, tmp_path / "x", "--calibration", BOOK), "the method rtn takes no calibration"),
         (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", short), "at least one sequence of 512 tokens"),
-        (("quantize", nano, tmp_path / "x", "--method", "best", "--calibration", BOOK, "--format", "nf4"), "best makes int4 and int8"),
+        (("quantize", nano, tmp_path / "x", "--method", "best", *command[3:], "--format", "nf4"), "best makes int4 and int8"),
     ):
         outcome = cli(*arguments)
         assert (outcome.code, outcome.out) == (2, "")

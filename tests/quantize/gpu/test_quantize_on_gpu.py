@@ -13,6 +13,7 @@ from dbrx_q.kernels.cpu import search as cpu_search
 from dbrx_q.kernels.formats import int4, int8
 from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.grid_search import half_quadratic, least_squares
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.accelerator import open_accelerator
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
@@ -25,7 +26,7 @@ SHARES, BETAS = torch.tensor([1.0, 0.9, 0.8, 0.7]), torch.tensor([10 * 1.01**n f
 
 
 def quantize(source: Path, out: Path, method: str, memory: int | None, device: str = "cuda") -> RunRecord:
-    ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
+    ids = CalibrationSequences.single(torch.arange(64 * 60).view(64, 60) % 500) if METHODS[method].calibrated else None
     accelerator = open_accelerator(device, memory)
     request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator

@@ -22,6 +22,7 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
@@ -33,7 +34,7 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def main(source: Path, folder: Path, method: str, kills: int, seed: int) -> dict[str, object]:
-    sequences = torch.arange(8 * 48).view(8, 48) % 90 if METHODS[method].calibrated else None
+    sequences = CalibrationSequences.single(torch.arange(8 * 48).view(8, 48) % 90) if METHODS[method].calibrated else None
     request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=sequences, shard_bytes=100_000
     )

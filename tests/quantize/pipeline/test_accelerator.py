@@ -10,6 +10,7 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import RequestError
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods import choose as methods
 from dbrx_q.quantize.methods.choose import METHODS, Rounded
 from dbrx_q.quantize.methods.moments import Moments
@@ -23,7 +24,7 @@ MEMORY = 1 << 30
 
 
 def quantize(source: Path, out: Path, method: str, memory: int | None) -> RunRecord:
-    ids = torch.arange(64 * 60).view(64, 60) % 500 if METHODS[method].calibrated else None
+    ids = CalibrationSequences.single(torch.arange(64 * 60).view(64, 60) % 500) if METHODS[method].calibrated else None
     accelerator = None if memory is None else Accelerator(DEVICE, memory, "a GPU")
     request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids, accelerator=accelerator

@@ -17,6 +17,7 @@ from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 
@@ -27,13 +28,14 @@ from pathlib import Path
 import torch
 from dbrx_q.planning.host_memory import peak_memory_bytes, resident_bytes
 from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 
 warm, source, out, method, tokens = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
 
 def request(tokens):
-    ids = torch.arange(tokens).view(-1, 256) % 500 if tokens else None
+    ids = CalibrationSequences.single(torch.arange(tokens).view(-1, 256) % 500) if tokens else None
     return QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
 
 quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # compiled code is not the tensors' memory
@@ -88,7 +90,7 @@ def test_a_model_several_times_larger_than_the_limit_is_quantized(
 
 
 def test_activations_in_files_and_in_memory_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
-    ids = torch.arange(64 * 60).view(64, 60) % 500
+    ids = CalibrationSequences.single(torch.arange(64 * 60).view(64, 60) % 500)
     request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=ids)
     quantize_checkpoint(small, tmp_path / "memory", request)  # first: it compiles code and fills the allocator's reserves
     plan = plan_checkpoint(small, request)

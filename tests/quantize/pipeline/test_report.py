@@ -15,6 +15,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.inventory import take_inventory
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME
@@ -28,7 +29,7 @@ def quantize(source: Path, out: Path, method: str = "best", ids: torch.Tensor | 
     request = QuantizationRequest(
         lambda c: default_formats(c.config, TensorFormat("int4", 64)),
         method=method,
-        sequences=ids,
+        sequences=None if ids is None else CalibrationSequences.single(ids),
         about={"sequences": 16, "length": 60, "seed": 0} if ids is not None else None,
         options=CalibrationOptions(**options),
     )

@@ -22,6 +22,7 @@ from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.staging import MARKER_NAME
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
@@ -31,7 +32,7 @@ KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
 
 
 def request(method: str = "rtn", **changes: Any) -> QuantizationRequest:
-    sequences = torch.arange(4 * 40).view(4, 40) % 90 if method in ("awq", "gptq", "best") else None
+    sequences = CalibrationSequences.single(torch.arange(4 * 40).view(4, 40) % 90) if method in ("awq", "gptq", "best") else None
     assign_formats = changes.pop("assign_formats", lambda c: default_formats(c.config, TensorFormat("int4", 64)))
     return QuantizationRequest(assign_formats, method=method, **{"sequences": sequences, "shard_bytes": 100_000} | changes)
 
@@ -161,7 +162,7 @@ def test_resuming_with_other_options_is_refused(source: Path, tmp_path: Path) ->
     for changed, message in (
         (request("best"), "rounding was 'gptq', found 'best'"),
         (request("gptq", shard_bytes=90_000), "shard_bytes was 100000, found 90000"),
-        (request("gptq", sequences=torch.zeros(2, 30, dtype=torch.int64)), "sequences was '"),
+        (request("gptq", sequences=CalibrationSequences.single(torch.zeros(2, 30, dtype=torch.int64))), "sequences was '"),
         (request("gptq", assign_formats=lambda c: default_formats(c.config, TensorFormat("int4", 32))), "group_size was 64, found 32"),
     ):
         with pytest.raises(RequestError, match=message):
