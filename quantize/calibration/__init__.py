@@ -12,7 +12,8 @@ The steps of a block are functions of `dbrx_q.model.block`, which the model shar
 - `sequences.py`: windows of one text.
 - `activations.py`: the activations of all tokens, in memory or in a file.
 - `attention.py`: attention of all sequences, shared between threads.
-- `calibrated.py`: the calibration itself, with snapshots from which an interrupted run resumes.
+- `forward.py`: runs tokens through several forms of a model at once, with snapshots from which an interrupted run resumes.
+- `calibrated.py`: the calibration itself, which derives from it.
 - `output_errors.py`: the error at the end of the model when one tensor is rounded to one format; it needs no calibration run.
 - `allocation.py`: the formats with the least sum of such errors within a number of bits, a knapsack problem.
 """

@@ -9,7 +9,6 @@ Dimension letters: `B` sequences, `S` tokens of one, `T` = B S tokens, `D` d_mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,27 +16,18 @@ from pathlib import Path
 
 import torch
 
-from dbrx_q.checkpoint.layout import DenseTensor, kind_of
+from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import CheckpointError
-from dbrx_q.kernels.formats.expert_weights import Routing
-from dbrx_q.model.block import expert_hidden, normed, rotation_of, routed
 from dbrx_q.quantize.methods.moments import Moments, moments_of
 from dbrx_q.quantize.methods.products import Products
 
-from .activations import ActivationStore
-from .attention import attention_heads
+from .forward import ORIGINAL, PIECE_TOKENS, QUANTIZED, LayerwiseForward, ModelState
 from .sources import CalibrationSequences
 
-__all__ = ["ACTIVATIONS", "ORIGINAL", "PIECE_TOKENS", "QUANTIZED", "Calibration", "CalibrationOptions", "Fit"]
+__all__ = ["ACTIVATIONS", "Calibration", "CalibrationOptions", "Fit"]
 
-QUANTIZED, ORIGINAL = ACTIVATIONS = ("quantized", "original")
-"""The two models."""
-
-PIECE_TOKENS = 4096
-"""Tokens whose activations are in memory at a time, beside the stored ones."""
-
-_SNAPSHOT = "layer-{}.{}.bin"
+ACTIVATIONS = (QUANTIZED, ORIGINAL)
+"""The models whose activations may calibrate."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +57,7 @@ class Fit:
     """As in `TensorRecord.calibrated_by`."""
 
 
-@dataclass
-class _ModelState:
-    """The activations of one of the two models at the matrix that is quantized next."""
-
-    stream: ActivationStore
-    """float32 [T, D]: the residual stream."""
-    inputs: ActivationStore
-    """float32 [T, D]: the input of the next matrix; within the experts of a layer, of their w1 and v1."""
-    expert: dict[str, torch.Tensor]
-    """The matrices [N, K] of the current expert so far, by role."""
-    routing: Routing | None = None
-    """The router's decision in the current layer."""
-
-
-class Calibration:
+class Calibration(LayerwiseForward):
     """Gives the moments of each matrix, in the order of the model, and takes the quantized matrix to compute the inputs of the next one.
 
     Args:
@@ -115,34 +91,12 @@ class Calibration:
         kept_tokens: int = 0,
     ) -> None:
         assert options.activations in models
-        ids = sequences.ids
-        self._config, self._ids, self._products, self._options, self._folder = config, ids, products, options, folder
-        self._sequences = sequences
-        self._squares, self._kept_tokens = squares, kept_tokens
+        super().__init__(config, sequences.ids, products, models=models, folder=folder, in_files=in_files)
+        self._sequences, self._options, self._squares, self._kept_tokens = sequences, options, squares, kept_tokens
         self._hidden_pieces: list[torch.Tensor] = []
-        self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), config)
         self.expert_tokens: dict[int, list[int]] = {}
         self.expert_tokens_by_source: dict[int, list[list[int]]] = {}
-        if folder is not None:
-            folder.mkdir(exist_ok=True)
-
-        def store(side: str, what: str) -> ActivationStore:
-            path = folder / f"{what}.{side}.bin" if in_files and folder is not None else None
-            return ActivationStore(ids.numel(), config.d_model, path)
-
-        self._states = {side: _ModelState(store(side, "stream"), store(side, "inputs"), {}) for side in models}
         self._fit: tuple[tuple[str, int, torch.device | None], Fit] | None = None
-
-    def close(self) -> None:
-        """Free all activations."""
-        for state in self._states.values():
-            state.stream.close()
-            state.inputs.close()
-
-    @property
-    def model_count(self) -> int:
-        """How many models run."""
-        return len(self._states)
 
     @contextmanager
     def on_cpu(self) -> Iterator[None]:
@@ -154,24 +108,8 @@ class Calibration:
         finally:
             self._products = before
 
-    def begin_layer(self, layer: int) -> float | None:
-        """Before the first matrix of a layer (n_layers for the head), replace the last snapshot.
-
-        Returns the relative error of the residual stream, |quantized - original| / |original|; None where only one of the models runs.
-
-        Raises:
-            CheckpointError: activations that are not finite.
-        """
-        if layer < 0:
-            return None
-        self._check_finite(layer)
-        if self._folder is not None and layer > 0:
-            for name, state in self._states.items():
-                path = self._folder / _SNAPSHOT.format(layer, name)
-                if not path.exists():  # it exists in a run that was resumed from it
-                    state.stream.save(path)
-            for name in self._states:
-                (self._folder / _SNAPSHOT.format(layer - 1, name)).unlink(missing_ok=True)
+    def stream_error(self) -> float | None:
+        """The relative error of the residual stream, |quantized - original| / |original|; None where only one of the models runs."""
         if len(self._states) < 2:
             return None
         error = square = 0.0
@@ -180,25 +118,6 @@ class Calibration:
             error += float((quantized - original).square().sum(dtype=torch.float64))
             square += float(original.square().sum(dtype=torch.float64))
         return (error / square) ** 0.5 if square else 0.0
-
-    def _check_finite(self, layer: int) -> None:
-        """Refuse to fit a layer to activations that are not finite, of which only NaN could come."""
-        for name, state in self._states.items():
-            if not all(math.isfinite(float(piece.sum(dtype=torch.float64))) for _, piece in state.stream.pieces(PIECE_TOKENS)):
-                raise CheckpointError(
-                    f"the activations of the {name} model must be finite; found NaN or infinity before layer {layer}. Its weights are "
-                    "damaged or too large: check the checkpoint, or choose a method without calibration"
-                )
-
-    def restore(self, before: int) -> int:
-        """Load the latest snapshot of a layer up to `before`; returns that layer, 0 where no snapshot exists."""
-        for layer in range(before, 0, -1):
-            paths = {name: (self._folder or Path()) / _SNAPSHOT.format(layer, name) for name in self._states}
-            if self._folder is not None and all(path.exists() for path in paths.values()):
-                for name, state in self._states.items():
-                    state.stream.load(paths[name])
-                return layer
-        return 0
 
     def fit(self, tensor: DenseTensor, expert: int) -> Fit:
         """The moments of the inputs of a matrix; `expert` is -1 where the tensor is not a stack."""
@@ -228,92 +147,18 @@ class Calibration:
         del state.expert["v1"]
         return sums.cpu() / len(tokens)
 
-    def embed(self, first: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Look up the tokens of rows first .. of the embedding, original and quantized [n, D]; all rows are given in their order."""
-        ids = self._ids.flatten()
-        matching = ((ids >= first) & (ids < first + len(original))).nonzero(as_tuple=True)[0]
-        for name, state in self._states.items():
-            rows = quantized if name == QUANTIZED else original
-            for tokens in matching.split(PIECE_TOKENS):
-                state.stream.add(tokens, rows[ids[tokens] - first].float())
-
-    def advance_plain(self, tensor: DenseTensor, values: torch.Tensor) -> None:
-        """Run the tokens through a tensor that is not quantized: a norm, a router, or a matrix that stays plain."""
-        kind = kind_of(tensor.name)
-        if kind == "norms":
-            for state in self._states.values():
-                self._normalize(state, values.float())
-        elif kind == "router":
-            self._route(tensor.layer, values.float())
-        elif kind == "embedding":
-            self.embed(0, values, values)
-        else:
-            self.advance(tensor, -1, values, values.float())
-
-    def advance(self, tensor: DenseTensor, expert: int, original: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Run the tokens through a matrix [N, K] of a block, or of one of its experts.
-
-        Args:
-            tensor: the matrix or the stack that it is from.
-            expert: -1 where the tensor is not a stack.
-            original: the matrix of the original model.
-            quantized: float32, the dequantized matrix.
-        """
-        for side, state in self._states.items():
-            weight = self._products.prepared(quantized if side == QUANTIZED else original)
-            if tensor.role == "Wqkv":
-                self._attend(state, weight)
-            elif tensor.role == "out_proj":
-                self._add_attention(state, weight)
-            elif expert >= 0:
-                state.expert[tensor.role] = weight
-                if tensor.role == "w2":
-                    self._add_expert(state, expert)
-                    state.expert.clear()
-
-    def _normalize(self, state: _ModelState, weight: torch.Tensor) -> None:
-        def outputs(first: int, n: int) -> torch.Tensor:
-            return normed(state.stream.read(first, n), weight)[1]
-
-        state.inputs.fill(PIECE_TOKENS, outputs)
-
-    def _attend(self, state: _ModelState, weight: torch.Tensor) -> None:
-        """Replace the inputs of Wqkv by those of out_proj, some whole sequences at a time."""
-        S = self._ids.shape[1]
-
-        def outputs(first: int, n: int) -> torch.Tensor:
-            qkv = self._products.linear(state.inputs.read(first, n), weight)
-            return attention_heads(qkv, self._rotation, self._config, self._products)
-
-        state.inputs.fill(max(1, PIECE_TOKENS // S) * S, outputs)
-
-    def _add_attention(self, state: _ModelState, weight: torch.Tensor) -> None:
-        def outputs(first: int, n: int) -> torch.Tensor:
-            return state.stream.read(first, n) + self._products.linear(state.inputs.read(first, n), weight).cpu()
-
-        state.stream.fill(PIECE_TOKENS, outputs)
-
     def _route(self, layer: int, router: torch.Tensor) -> None:
-        ffn = self._config.ffn_config
-        for state in self._states.values():
-            parts = [routed(x, router, ffn) for _, x in state.inputs.pieces(PIECE_TOKENS)]
-            state.routing = Routing(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "experts", "weights")))
-        chosen = self._routing(self._states[self._options.activations]).experts
-        S = self._ids.shape[1]
-        counts = [
-            chosen[S * span.start : S * span.stop].flatten().bincount(minlength=ffn.moe_num_experts) for span in self._sequences.spans
-        ]
+        super()._route(layer, router)
+        chosen = self._states[self._options.activations].chosen.experts
+        S, E = self._ids.shape[1], self._config.ffn_config.moe_num_experts
+        counts = [chosen[S * span.start : S * span.stop].flatten().bincount(minlength=E) for span in self._sequences.spans]
         self.expert_tokens[layer] = torch.stack(counts).sum(0).tolist()
         self.expert_tokens_by_source[layer] = [count.tolist() for count in counts]
 
-    def _add_expert(self, state: _ModelState, expert: int) -> None:
-        """Add the output of an expert to the residual stream; the inputs of the other experts are stored apart from the stream."""
-        routing = self._routing(state)
-        tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
-        kept = self._hidden_pieces if state is self._states[self._options.activations] else []
-        for piece, gate in zip(tokens.split(PIECE_TOKENS), routing.weights[tokens, rank].split(PIECE_TOKENS), strict=True):
-            hidden = kept.pop(0) if kept else self._inputs_of(state, piece, down=True)
-            state.stream.add(piece, self._products.linear(hidden, state.expert["w2"]).cpu().mul_(gate[:, None]))
+    def _hidden_of(self, state: ModelState, tokens: torch.Tensor) -> torch.Tensor:
+        if self._hidden_pieces and state is self._states[self._options.activations]:
+            return self._hidden_pieces.pop(0)
+        return super()._hidden_of(state, tokens)
 
     def _fit_of(self, tensor: DenseTensor, expert: int) -> Fit:
         main = self._states[self._options.activations]
@@ -342,14 +187,13 @@ class Calibration:
     def _moments(self, tensor: DenseTensor, pieces: Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]) -> Moments:
         return moments_of(pieces, tensor.matrix[1], self._products, act_order=self._options.act_order, squares=self._squares)
 
-    def _inputs_of(self, state: _ModelState, tokens: torch.Tensor, down: bool) -> torch.Tensor:
+    def _inputs_of(self, state: ModelState, tokens: torch.Tensor, down: bool) -> torch.Tensor:
         """The inputs of an expert's w2 [t, F] where `down`, otherwise of its w1 and v1 [t, D]."""
-        x = state.inputs.gather(tokens)
-        return expert_hidden(x, state.expert["w1"], state.expert["v1"], self._products.linear) if down else x
+        return super()._hidden_of(state, tokens) if down else state.inputs.gather(tokens)
 
-    def _tokens_of(self, state: _ModelState, expert: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    def _tokens_of(self, state: ModelState, expert: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         """The tokens that calibrate an expert, int64 [t], the weight of its output for each, float32 [t], and `Fit.by`."""
-        routing = self._routing(state)
+        routing = state.chosen
         T = len(routing.logits)
         if self._options.all_experts:
             return torch.arange(T), torch.ones(T), "tokens"
@@ -358,8 +202,3 @@ class Calibration:
             return tokens, routing.weights[tokens, rank], "tokens"
         by = "layer" if self._options.min_tokens <= T else "none"
         return torch.arange(T), routing.logits.softmax(-1)[:, expert], by
-
-    @staticmethod
-    def _routing(state: _ModelState) -> Routing:
-        assert state.routing is not None, "the router precedes the experts"
-        return state.routing

@@ -15,7 +15,7 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
-from dbrx_q.quantize.calibration.calibrated import PIECE_TOKENS
+from dbrx_q.quantize.calibration.forward import PIECE_TOKENS
 from dbrx_q.quantize.methods.choose import Method
 from dbrx_q.quantize.methods.products import fastest_dtype
 

@@ -16,6 +16,7 @@ from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.calibrated import Calibration, Fit
+from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED, LayerwiseForward
 from dbrx_q.quantize.methods.awq import column_scales, fold_v1, fold_w2
 from dbrx_q.quantize.methods.choose import Method, Rounded
 from dbrx_q.quantize.methods.moments import Moments
@@ -58,6 +59,7 @@ class Quantizer:
     ) -> None:
         self._checkpoint, self._formats, self._method = checkpoint, formats, method
         self._calibration, self._workers, self._accelerator = calibration, workers, accelerator
+        self._forwards: list[LayerwiseForward] = [] if calibration is None else [calibration]
         self._layer = -1
         self._scales: torch.Tensor | None = None
 
@@ -103,8 +105,12 @@ class Quantizer:
 
     def restore(self, layer: int) -> int:
         """Load the latest calibration snapshot of a layer up to this one; returns that layer, -1 for the beginning of the model."""
-        assert self._calibration is not None
-        return self._calibration.restore(layer) or -1
+        for before in range(layer, 0, -1):
+            if all(forward.has_snapshot(before) for forward in self._forwards):
+                for forward in self._forwards:
+                    forward.load_snapshot(before)
+                return before
+        return -1
 
     def layer_of(self, job: Job) -> int:
         """The layer of a job: -1 before the first layer, n_layers after the last."""
@@ -113,17 +119,23 @@ class Quantizer:
     def _begin(self, job: Job) -> dict[str, Any]:
         """Begin the layer of a job if it is a new one; returns the job's notes for the journal."""
         layer = self.layer_of(job)
-        if self._calibration is None or layer == self._layer:
+        if layer == self._layer:
             return {}
         self._layer = layer
-        error = self._calibration.begin_layer(layer)
-        return {} if error is None or layer < 1 else {"stream_error": [layer - 1, error]}
+        if layer < 0:
+            return {}
+        for forward in self._forwards:
+            forward.check_finite(layer)
+            forward.save_snapshot(layer)
+        for forward in self._forwards:  # once all have a newer snapshot
+            forward.remove_snapshot(layer - 1)
+        error = None if self._calibration is None or not layer else self._calibration.stream_error()
+        return {} if error is None else {"stream_error": [layer - 1, error]}
 
     def _advance_plain(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
-        if self._calibration is None:
-            return
-        self._calibration.advance_plain(job.tensor, values)
-        if job.kind == "router":
+        for forward in self._forwards:
+            forward.advance_plain(job.tensor, values)
+        if job.kind == "router" and self._calibration is not None:
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
             by_source = self._calibration.expert_tokens_by_source[job.tensor.layer]
             if len(by_source) > 1:
@@ -158,11 +170,12 @@ class Quantizer:
             return
         packed = job.fmt.load({part_name(part): tensor for part, tensor in zip(job.parts, parts, strict=True)})
         if job.kind != "embedding":
-            self._calibration.advance(job.tensor, job.expert, torch.cat(blocks), self._dequantized(packed))
+            weights = {ORIGINAL: torch.cat(blocks), QUANTIZED: self._dequantized(packed)}
+            self._calibration.advance(job.tensor, job.expert, weights)
             return
         first = 0
         for rows in blocks:
-            self._calibration.embed(first, rows, dequantize(packed.rows(first, first + len(rows))))
+            self._calibration.embed(first, {ORIGINAL: rows, QUANTIZED: dequantize(packed.rows(first, first + len(rows)))})
             first += len(rows)
 
     def _dequantized(self, packed: QuantizedWeight) -> torch.Tensor:

@@ -17,7 +17,8 @@ from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
 from dbrx_q.checkpoint.shards import SHARD_BYTES
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
-from dbrx_q.quantize.calibration.calibrated import ORIGINAL, QUANTIZED, CalibrationOptions
+from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
+from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS, Method
 
