@@ -14,5 +14,6 @@ One request, step by step:
 4. `decoding.py` appends the new tokens in a decode step; on a GPU the step of a whole batch is one CUDA graph (`decode_graph.py`).
 5. `growing_text.py` turns tokens into text that can be shown; `streamers.py` shows it; `outputs.py` holds what `model.generate` returns.
 
+`sequence_sampler.py` samples many sequences at once from nothing but bos or random tokens, to calibrate a quantization with.
 `tracing.py` records which experts a text uses, for `dbrx-q trace`.
 """

@@ -40,6 +40,8 @@ CASES = [
     Case((1,), (1,)),
     Case((5,), (5,)),
     Case((1, 1, 1), (33, 1, 12)),
+    Case((1, 1, 1), (33, 33, 33)),
+    Case((1, 1), (0, 0)),
     Case((5, 0, 1), (12, 3, 9)),
     Case((2, 3), (2, 8), rows=(1, 0)),
     Case((1, 1), (4, 0)),
@@ -79,6 +81,16 @@ def test_attention_over_a_cache(case: Case, format: str, implementation: str) ->
     for result, queries, row, end in zip(out.split(case.counts), q.split(case.counts), rows, case.ends, strict=True):
         expected = truth(queries, *cache.row(row, end, torch.float32)) if end else torch.zeros_like(queries).numpy()
         np.testing.assert_allclose(result.numpy(), expected, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_of_one_length_have_the_bits_of_each_alone(dtype: torch.dtype) -> None:
+    q, cache, sequences = problem(Case((1,) * 5, (33,) * 5), "plain")
+    q, cache = q.to(dtype), replace(cache, keys=cache.keys.to(dtype), values=cache.values.to(dtype))
+    together = cached_attention(q, cache, sequences, implementation="sdpa")
+    for b in range(5):
+        k, v = cache.row(b, 33, dtype)
+        assert torch.equal(together[b : b + 1], attention(q[b : b + 1], k, v))
 
 
 def problem(case: Case, format: str) -> tuple[torch.Tensor, KVLayer, Sequences]:
