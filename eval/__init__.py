@@ -6,6 +6,7 @@ negative log-likelihoods and KL divergences in float64.
 
 Every command shares these files:
 
+- `text_files.py` reads files of text and JSON, `data_sets.py` names data sets on the hub, and `chats.py` loads chats to calibrate with.
 - `provenance.py` records versions, device and command line, so that a measurement can be repeated.
 - `resume.py` saves partial results, so that an interrupted run continues with `--resume`.
 - `report_folder.py` checks and writes the folder of `--out`.

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.errors import RequestError
 
-__all__ = ["DATA_SETS", "Text", "TextWarning", "load_text"]
+from .data_sets import DATA_SETS as _KNOWN
+from .data_sets import DataSet, data_set, read_documents
+from .text_files import is_json, json_items, read_utf8
+
+__all__ = ["DATA_SETS", "Text", "TextWarning", "load_text", "unknown_source"]
 
 _DOCUMENT_SEPARATOR = "\n\n"
-_GPTQ_C4_DOCUMENTS = 1100
+_EXPECTED = "an object with a field 'text'"
+DATA_SETS = tuple(name for name, known in _KNOWN.items() if not known.has_chats)
+"""Names of data sets that `load_text` accepts."""
 
 
 class TextWarning(UserWarning):
@@ -38,45 +39,19 @@ class Text:
     """Of the UTF-8 bytes of `text`."""
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """A data set on the hub, and how its documents become one text."""
-
-    repository: str
-    """Id of the repository on the hub."""
-    config: str | None
-    """Name of the configuration, if the repository has several."""
-    files: dict[str, str] | None
-    """The file of each split, if only a part of the repository is needed."""
-    split: str
-    """Name of the split."""
-    separator: str
-    """Written between two documents."""
-    documents: int | None
-    """How many documents to take, from the first on; None for all."""
-
-
-# Joined as in `datautils.py` of GPTQ (github.com/IST-DASLab/gptq), whose protocol published figures follow.
-_DATA_SETS = {
-    "wikitext2": _DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", "\n\n", None),
-    "wikitext2-tokenized": _DataSet("Salesforce/wikitext", "wikitext-2-v1", None, "test", "\n\n", None),
-    "c4": _DataSet("allenai/c4", None, {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "validation", " ", _GPTQ_C4_DOCUMENTS),
-}
-DATA_SETS = tuple(_DATA_SETS)
-"""Names of data sets that `load_text` accepts."""
-
-
 def load_text(name_or_path: str) -> Text:
     """Load the text of a file or of a data set; an existing file or folder takes precedence over a data set's name.
 
     Files: UTF-8 text, unchanged, line ends included; `.jsonl` and `.json`: one JSON object with a field "text" per line, or one array of
     such objects or of strings, whose documents are joined by a blank line. Either may be gzipped, with `.gz` at the end of its name.
 
-    Data sets, through the package `datasets` (extra `datasets`), which downloads them once:
-    - "wikitext2": the test split of wikitext-2-raw-v1, its lines joined by blank lines, as GPTQ's code does (Frantar et al. 2022).
-    - "wikitext2-tokenized": the same split of wikitext-2-v1, in which rare words are <unk>.
+    Data sets, through the package `datasets` (extra `datasets`), each as `name` or `name@revision`:
+    - "wikitext2": the test split of wikitext-2-raw-v1, its lines joined by blank lines, as GPTQ's code does (Frantar et al. 2022);
+      "wikitext2-train" and "wikitext2-validation": its other splits.
+    - "wikitext2-tokenized": the test split of wikitext-2-v1, in which rare words are <unk>.
     - "c4": the first 1100 documents of the first validation shard of C4's "en", joined by spaces, as GPTQ's `get_c4_new` does. That code
       then keeps 256 windows of tokens; measure with a limit of 256 windows to do the same.
+    - The other texts of `data_sets.DATA_SETS`, to calibrate with: the first documents of each, joined by blank lines.
 
     Raises:
         RequestError: the path does not exist or is a folder; the text is empty, damaged, not UTF-8 or not the JSON described; or the hub
@@ -88,20 +63,23 @@ def load_text(name_or_path: str) -> Text:
         raise RequestError(f"a text must be a file or one of {', '.join(DATA_SETS)}; found an empty name. Check the path")
     if os.path.exists(path):
         text = _read_file(path)
-    elif name_or_path in _DATA_SETS:
-        text = _read_data_set(name_or_path, _DATA_SETS[name_or_path])
+    elif known := data_set(name_or_path):
+        text = _read_data_set(name_or_path, known)
     else:
-        near = get_close_matches(name_or_path.lower(), DATA_SETS, n=1)
-        guess = f"Did you mean {near[0]}?" if near else "Check the path"
-        raise RequestError(
-            f"{name_or_path}: a text must be a file or the name of a data set ({', '.join(DATA_SETS)}); found neither. {guess}"
-        )
+        raise unknown_source(name_or_path, DATA_SETS)
     if not text:
         raise RequestError(f"{name_or_path}: a text must not be empty. Name a file with text")
     if text.isspace():
         raise RequestError(f"{name_or_path}: a text must have more than white space; found {len(text):,} blanks. Name a file with words")
     _warn_of_marks(name_or_path, text)
     return Text(name_or_path, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def unknown_source(name: str, known: tuple[str, ...]) -> RequestError:
+    """The error for a name that is neither a file nor one of the data sets `known`."""
+    near = get_close_matches(name.lower(), known, n=1)
+    guess = f"Did you mean {near[0]}?" if near else "Check the path"
+    return RequestError(f"{name}: a text must be a file or the name of a data set ({', '.join(known)}); found neither. {guess}")
 
 
 def _warn_of_marks(name: str, text: str) -> None:
@@ -119,65 +97,11 @@ def _warn_of_marks(name: str, text: str) -> None:
 
 
 def _read_file(path: Path) -> str:
-    if path.is_dir():
-        raise RequestError(f"{path}: a text must be a file; found a folder. Name the file in it")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path}: a text must be a readable file; {error.strerror}. Check its permissions") from None
-    kind = path.name.lower()
-    if kind.endswith(".gz"):
-        content, kind = _decompressed(path, content), kind.removesuffix(".gz")
-    text = _decoded(path, content)
-    return _DOCUMENT_SEPARATOR.join(_documents(path, text.removeprefix("\ufeff"))) if kind.endswith((".jsonl", ".json")) else text
-
-
-def _decompressed(path: Path, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content)
-    except EOFError:
-        raise RequestError(f"{path}: a gzip file must be complete; this one is truncated. Download it again") from None
-    except (zlib.error, OSError) as error:
-        raise RequestError(f"{path}: a file named .gz must be an undamaged gzip file; {error}. Download it again, or rename it") from None
-
-
-def _decoded(path: Path, content: bytes) -> str:
-    zero = content.find(0)
-    if zero >= 0:
-        raise RequestError(
-            f"{path}: a text must be UTF-8 text; this file is binary, or text in UTF-16: byte {zero} is NUL. Unpack or convert it"
-        )
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: a text must be UTF-8; byte {error.start} ({content[error.start]:#04x}) is not. Convert it") from None
-
-
-def _documents(path: Path, text: str) -> Iterator[str]:
-    if text.lstrip().startswith("["):
-        items = _parsed(text, f"{path}")
-        assert isinstance(items, list)
-        for number, item in enumerate(items, 1):
-            yield _document(item, f"{path}: element {number}", plain=True)
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut where a string holds a Unicode line separator
-        if line.strip():
-            where = f"{path}: line {number}"
-            yield _document(_parsed(line, where), where)
-
-
-def _parsed(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise RequestError(
-            f"{where}: must be an object with a field 'text'; found JSON that is nested too deeply. Name another file"
-        ) from None
-    except ValueError as error:
-        problem = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RequestError(
-            f"{where}: must be JSON, one object with a field 'text'; {problem}. Correct it, or name plain text without .json or .jsonl"
-        ) from None
+    text = read_utf8(path)
+    if not is_json(path):
+        return text
+    plain = text.removeprefix("\ufeff").lstrip().startswith("[")  # an array may hold strings
+    return _DOCUMENT_SEPARATOR.join(_document(item, where, plain=plain) for where, item in json_items(path, text, _EXPECTED))
 
 
 def _document(item: object, where: str, *, plain: bool = False) -> str:
@@ -202,33 +126,7 @@ def _document(item: object, where: str, *, plain: bool = False) -> str:
     return item
 
 
-def _read_data_set(name: str, data_set: _DataSet) -> str:
-    try:
-        import datasets
-    except ImportError:
-        raise UnsupportedError(
-            f"the data set {name} needs the package datasets, which is not installed: pip install 'dbrx_q[datasets]', or name a file"
-        ) from None
-    with _hub_errors(name, data_set.repository):
-        rows = datasets.load_dataset(data_set.repository, data_set.config, data_files=data_set.files, split=data_set.split)
-        return data_set.separator.join(rows[: data_set.documents]["text"])
-
-
-@contextmanager
-def _hub_errors(name: str, repository: str) -> Iterator[None]:
-    """Turns the errors of the hub's client (OSError, ValueError, those of its HTTP library) into a RequestError of one line."""
-    import logging
-
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-
-    verbosity = get_verbosity()
-    set_verbosity(logging.ERROR)  # otherwise each retry logs a warning
-    try:
-        yield
-    except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise RequestError(
-            f"{name}: the hub must provide the data set {repository}; it did not ({first_line}). Check the network, or name a file"
-        ) from None
-    finally:
-        set_verbosity(verbosity)
+def _read_data_set(name: str, source: DataSet) -> str:
+    if source.has_chats:
+        raise RequestError(f"{name}: a text to measure on must be documents; this data set has chats, which calibrate. Name a text")
+    return source.separator.join(read_documents(name, source))

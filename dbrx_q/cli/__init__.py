@@ -13,6 +13,7 @@ What the commands share:
 `choices.py`        the values of an option, from the registry that defines them
 `help.py`           how `--help` is laid out; a command's file is imported when the command runs
 `memory_budget.py`  --ram, --gpu and the like as a `Budget` or a `Machine`
+`calibration.py`    the sources of `--calibration`, and the sequences that are drawn of them
 `measurement.py`    the protocol and the dtype of the commands that measure on a text
 `limits.py`         the limits of the process (`ulimit`), and the words for a lack of memory or threads
 `terminal.py`       JSON on stdout; messages and progress bars on stderr

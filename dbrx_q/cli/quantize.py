@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from dbrx_q.planning.sizes import parse_size
 
 from . import options, quantize_report, terminal
+from .calibration import load_sequences, parse_sources
 from .choices import ACTIVATIONS, METHODS, WEIGHT_FORMATS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
@@ -53,6 +54,16 @@ _Method = Annotated[
         one_of=METHODS,
     ),
 ]
+_Calibration = Annotated[
+    list[str] | None,
+    option(
+        CALIBRATION,
+        "Source to calibrate with, once for each, with its weight (1) after a colon; 0 measures it only. A text, JSON lines with 'text' or "
+        "with 'messages' (chats), a data set, default (a mix of data sets for DBRX) or self (sampled from the model).",
+        metavar="SOURCE[:WEIGHT]",
+        default=False,
+    ),
+]
 _Activations = Annotated[
     str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
 ]
@@ -71,8 +82,8 @@ def command(
     fallback_format: _FallbackFormat = None,
     method: _Method = "rtn",
     act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
-    calibration: Annotated[str | None, option(CALIBRATION, options.TEXT_HELP, metavar="FILE")] = None,
-    sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from the text.", metavar="N")] = 256,
+    calibration: _Calibration = None,
+    sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from all sources together.", metavar="N")] = 256,
     length: Annotated[int, option(CALIBRATION, "Tokens of a sequence.", metavar="N")] = 512,
     seed: Annotated[int, option(CALIBRATION, "Seed of the draw.", metavar="N")] = 0,
     activations: _Activations = "quantized",
@@ -99,7 +110,8 @@ def command(
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint
 
-    _check_method(method, calibration, target_bpw, activations)
+    _check_method(method, calibration or [], target_bpw, activations)
+    sources = parse_sources(calibration or [])
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
@@ -107,7 +119,7 @@ def command(
     if push is not None and not dry_run:
         check_push(push, private=not public)
     folder = opened if isinstance(opened, Path) else opened.folder
-    tokens, about = _calibration(folder, calibration, sequences, length, seed)
+    tokens, about = load_sequences(folder, sources, count=sequences, length=length, seed=seed)
     request = QuantizationRequest(
         _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
         method=method,
@@ -136,13 +148,15 @@ def command(
         terminal.say(f"uploaded: {upload(destination, push)}")
 
 
-def _check_method(method: str, calibration: str | None, target_bpw: float | None, activations: str) -> None:
+def _check_method(method: str, calibration: Sequence[str], target_bpw: float | None, activations: str) -> None:
     """Refuse options that the method does not take."""
     from dbrx_q.errors import RequestError
     from dbrx_q.quantize.methods.choose import METHODS
 
-    if calibration is not None and not METHODS[method].calibrated and target_bpw is None:
-        raise RequestError(f"the method {method} takes no calibration; found {calibration!r}. Leave --calibration out, or name best")
+    if calibration and not METHODS[method].calibrated and target_bpw is None:
+        raise RequestError(
+            f"the method {method} takes no calibration; found {', '.join(calibration)}. Leave --calibration out, or name best"
+        )
     if METHODS[method].compares and activations == "original":
         raise RequestError(f"the method {method} must see the quantized model's activations; found --activations original. Name gptq")
 
@@ -241,26 +255,10 @@ def _formats(
     if target is None:
         return lambda checkpoint: checked(checkpoint, override(default_formats(checkpoint.config, experts), checkpoint.config, rules))
     if tokens is None:
-        raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration FILE")
+        raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration SOURCE")
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with terminal.progress("measuring errors") as on_layer:
             return checked(checkpoint, allocated_formats(checkpoint, tokens.interleaved, target, rules=rules, on_layer=on_layer))
 
     return allocated
-
-
-def _calibration(
-    folder: Path, text: str | None, count: int, length: int, seed: int
-) -> tuple[CalibrationSequences | None, dict[str, Any] | None]:
-    """(sequences drawn from a text, what config.json says of them); (None, None) without one."""
-    if text is None:
-        return None, None
-    from dbrx_q.eval.texts import load_text
-    from dbrx_q.quantize.calibration.sources import CalibrationSource, draw
-    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
-
-    loaded = load_text(text)
-    ids = DbrxTokenizer.from_pretrained(folder).encode(loaded.text, split_special_tokens=True)
-    drawn = draw([CalibrationSource(text, 1.0, ids)], count=count, length=length, seed=seed)
-    return drawn, {"text_sha256": loaded.sha256, "sequences": len(drawn.ids), "length": length, "seed": seed}

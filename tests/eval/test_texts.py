@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dbrx_q.errors import RequestError, UnsupportedError
-from dbrx_q.eval import texts
+from dbrx_q.eval import data_sets
 from dbrx_q.eval.texts import DATA_SETS, TextWarning, load_text
 
 WIKI = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English film actor . \n"]
@@ -138,9 +138,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rows = [json.dumps({"text": f"Page {number}\nof shard {shard}.", "url": "https://example.com"}) for number in range(1200)]
         (c4 / f"c4-validation.0000{shard}-of-00008.json.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
 
-    for name, known in texts._DATA_SETS.items():
+    for name, known in data_sets.DATA_SETS.items():
         folder = tmp_path / "hub" / known.repository.split("/")[1]
-        monkeypatch.setitem(texts._DATA_SETS, name, replace(known, repository=str(folder)))
+        monkeypatch.setitem(data_sets.DATA_SETS, name, replace(known, repository=str(folder)))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "hub"
 

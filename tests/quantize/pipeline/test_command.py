@@ -51,7 +51,7 @@ def test_an_unreachable_target_is_refused_and_names_the_range(small: Path, tmp_p
         assert "bits per weight" in outcome.err
     outcome = cli("quantize", small, tmp_path / "out", "--target-bpw", 5)
     assert outcome.code == 2
-    assert "--target-bpw measures errors on a text; found none. Give --calibration FILE" in outcome.err
+    assert "--target-bpw measures errors on a text; found none. Give --calibration SOURCE" in outcome.err
     assert not list(tmp_path.iterdir())
 
 
