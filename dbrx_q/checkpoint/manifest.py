@@ -30,9 +30,13 @@ class Manifest:
     source: dict[str, str] = field(default_factory=dict)
     """What the checkpoint was made of: "sha256" over all matrices, of a hub repository also "commit"; empty where it was not noted."""
 
+    calibration: list[dict[str, Any]] = field(default_factory=list)
+    """The sources that calibrated it, as `quantization_config` names them; empty where at most one text did."""
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file."""
-        source = {"source": self.source} if self.source else {}
+        source: dict[str, Any] = {"source": self.source} if self.source else {}
+        source |= {"calibration": self.calibration} if self.calibration else {}
         return {"format_version": 1, **source, "shards": self.shards, "files": self.files, "tensors": self.tensors}
 
     @classmethod
@@ -47,7 +51,8 @@ class Manifest:
             return None
         data = read_json_object(path)
         try:
-            manifest = cls(dict(data["shards"]), dict(data["files"]), dict(data["tensors"]), dict(data.get("source") or {}))
+            source, calibration = dict(data.get("source") or {}), list(data.get("calibration") or [])
+            manifest = cls(dict(data["shards"]), dict(data["files"]), dict(data["tensors"]), source, calibration)
             for name, entry in (manifest.shards | manifest.files).items():
                 if Path(name).name != name or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                     raise ValueError(f"entry {name!r}")

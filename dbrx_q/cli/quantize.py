@@ -58,8 +58,8 @@ _Calibration = Annotated[
     list[str] | None,
     option(
         CALIBRATION,
-        "Source to calibrate with, once for each, with its weight (1) after a colon; 0 measures it only. A text, JSON lines with 'text' or "
-        "with 'messages' (chats), a data set, default (a mix of data sets for DBRX) or self (sampled from the model).",
+        "Source to calibrate with: a text, JSON lines with 'text' or, for chats, 'messages', a data set, default (a mix for DBRX) or self "
+        "(sampled from the model); may be given again, each with a weight as in wiki.txt:2, of which 0 only measures.",
         metavar="SOURCE[:WEIGHT]",
         default=False,
     ),

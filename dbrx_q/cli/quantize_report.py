@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
         "method": run.method,
         "calibration": run.options.get("calibration"),
         "undersampled_experts": _undersampled(run),
+        "unreached_experts": run.unreached_experts,
         "parameters": run.parameters,
         "bytes_in": run.bytes_in,
         "bytes_out": run.bytes_out,
@@ -100,12 +101,25 @@ def _show_run(run: RunRecord, destination: Path) -> None:
     print(f"after   {format_size(run.bytes_out):>10}  {after:6.3f} bits per weight  {destination}")
     if calibration is not None:
         print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
+        _show_sources(run, calibration.get("sources", []))
     if undersampled:
         print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
     earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
     speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
     gpu = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""
     print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {format_size(run.peak_memory_bytes)}{gpu}")
+
+
+def _show_sources(run: RunRecord, sources: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each of several sources: its sequences, and the experts that it never reaches."""
+    width = max((len(source["name"]) for source in sources), default=0)
+    unreached = list(run.unreached_experts.values())
+    experts = sum(map(len, run.expert_tokens.values()))
+    for source in sources:
+        line = f"  {source['name']:{width}}  {source['sequences']:>5} sequences, {source['held_out']:>3} held out"
+        if source["sequences"] and unreached:
+            line += f"; {len(unreached.pop(0))} of {experts} experts get none of its tokens"
+        print(line)
 
 
 def _duration(seconds: float) -> str:

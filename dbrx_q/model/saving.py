@@ -186,7 +186,7 @@ class _ModelWriter:
             write_code(folder)
             origin = None if self._source is None else Manifest.read(self._source.folder)
             if origin is not None:
-                manifest.tensors, manifest.source = origin.tensors, origin.source
+                manifest.tensors, manifest.source, manifest.calibration = origin.tensors, origin.source, origin.calibration
             list_files(folder, manifest)
 
     def _config(self) -> DbrxConfig:

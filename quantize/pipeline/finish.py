@@ -56,6 +56,7 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
         stream_errors=_by_layer(notes, "stream_error"),
         expert_tokens=_by_layer(notes, "expert_tokens"),
         expert_tokens_by_source=_by_layer(notes, "expert_tokens_by_source"),
+        source_names=[] if run.request.sequences is None else list(run.request.sequences.names),
     )
 
 
@@ -76,6 +77,7 @@ def finish(run: Run, record: RunRecord, manifest: Manifest, journal: Journal, fo
     card = model_card(run.request.name or _default_name(run), record.source, run.checkpoint.config, record, files)
     (folder / _CARD_NAME).write_text(card, encoding="utf-8")
     manifest.source = _source_of(run, journal)
+    manifest.calibration = list(record.options.get("calibration", {}).get("sources", []))
     list_files(folder, manifest, without=lambda name: name.startswith(REPORT_NAME))
     write_report(folder, record)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dbrx_q.config import DbrxConfig
 
 from .records import RunRecord
-from .report import bits_by_kind, error_table
+from .report import bits_by_kind, calibration_sentence, error_table, source_table
 
 __all__ = ["model_card"]
 
@@ -70,7 +70,7 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
     lines += ["", "## How it was made", "", f"Quantization method `{run.method}`."]
     calibration = run.options.get("calibration")
     if calibration:
-        lines += ["Calibration: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in calibration.items()) + "."]
+        lines += [f"Calibration: {calibration_sentence(calibration)}.", *source_table(calibration)]
     undersampled = {(record.layer, record.expert) for record in run.undersampled}
     if undersampled:
         data = "all tokens of their layer, or without data where the layer has too few"

@@ -92,11 +92,23 @@ class RunRecord:
     """For each layer, the number of calibration tokens that reach each expert."""
     expert_tokens_by_source: dict[int, list[list[int]]] = field(default_factory=dict)
     """For each layer, a list for each source: how many of its tokens reach each expert; empty where there is only one source."""
+    source_names: list[str] = field(default_factory=list)
+    """The calibration sources, in the order of `expert_tokens_by_source`."""
 
     @property
     def undersampled(self) -> list[TensorRecord]:
         """Matrices of experts that too few tokens reach to calibrate them."""
         return [record for record in self.records if record.calibrated_by in ("layer", "none")]
+
+    @property
+    def unreached_experts(self) -> dict[str, list[tuple[int, int]]]:
+        """For each of several calibration sources with sequences, the layers and experts that none of its tokens reach."""
+        unreached: dict[str, list[tuple[int, int]]] = {}
+        for n, name in enumerate(self.source_names if self.expert_tokens_by_source else []):
+            counts = {layer: by_source[n] for layer, by_source in sorted(self.expert_tokens_by_source.items())}
+            if any(map(any, counts.values())):
+                unreached[name] = [(layer, expert) for layer, row in counts.items() for expert, count in enumerate(row) if not count]
+        return unreached
 
     @property
     def relative_error(self) -> dict[str, float]:

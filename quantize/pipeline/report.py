@@ -70,6 +70,23 @@ def error_table(run: RunRecord) -> list[tuple[str, str, float, float, float | No
     return rows
 
 
+def calibration_sentence(calibration: Mapping[str, Any]) -> str:
+    """What quantization_config says of the calibration, as a part of a sentence."""
+    named = {name: value for name, value in calibration.items() if name != "sources"}
+    sources = [f"{len(calibration['sources'])} source(s)"] if "sources" in calibration else []
+    return ", ".join([*sources, *(f"{name.replace('_', ' ')} {value}" for name, value in named.items())])
+
+
+def source_table(calibration: Mapping[str, Any]) -> list[str]:
+    """The table of the calibration's sources; nothing where one text alone calibrated."""
+    if "sources" not in calibration:
+        return []
+    lines = ["", "| source | weight | sequences | held out | SHA-256 |", "|---|---|---|---|---|"]
+    for source in calibration["sources"]:
+        lines.append(f"| {source['name']} | {source['weight']:.3g} | {source['sequences']} | {source['held_out']} | {source['sha256']} |")
+    return lines
+
+
 def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     lines = [f"# Quantization of {Path(run.source).name or run.source}", ""]
     before = 8 * run.bytes_in / run.parameters
@@ -77,7 +94,7 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     lines[-1] += f"{run.bytes_out:,} bytes of {run.bytes_in:,} in {run.shards} shard(s)."
     calibration = run.options.get("calibration")
     if calibration:
-        lines += ["", "Calibrated with " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in calibration.items()) + "."]
+        lines += ["", f"Calibrated with {calibration_sentence(calibration)}.", *source_table(calibration)]
     earlier = f" after {run.resumed_seconds:,.1f} s of tensors that earlier runs had finished" if run.resumed_seconds else ""
     gpu = f", {run.peak_device_bytes:,} on {run.device}" if run.device != "cpu" else ""
     lines += ["", f"Took {run.seconds:,.1f} s{earlier}; peak memory {run.peak_memory_bytes:,} bytes{gpu}."]
@@ -101,11 +118,44 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     if run.expert_tokens:
         lines += ["", "## Tokens per expert", "", "| layer | fewest | median | most |", "|---|---|---|---|"]
         for layer, counts in sorted(run.expert_tokens.items()):
-            ordered = sorted(counts)
-            lines.append(f"| {layer} | {ordered[0]:,} | {ordered[len(ordered) // 2]:,} | {ordered[-1]:,} |")
+            lines.append(f"| {layer} | {' | '.join(_spread(counts))} |")
+    if run.expert_tokens_by_source:
+        lines += ["", "## Tokens per expert, by source", "", *_tokens_by_source(run)]
     lines += ["", "## Undersampled experts", "", *_undersampled_lines(run)]
     lines += ["", "## Plots", ""] + [f"![{name}]({name})" for name in plots] + ([missing] if missing else [])
     return "\n".join(lines) + "\n"
+
+
+def _tokens_by_source(run: RunRecord) -> list[str]:
+    """Tables of the tokens of each source that reach the experts: in all layers, and in each layer."""
+    layers = sorted(run.expert_tokens_by_source)
+    lines = ["| source | fewest | median | most | experts that it never reaches |", "|---|---|---|---|---|"]
+    for n, name in enumerate(run.source_names):
+        missing = run.unreached_experts.get(name)
+        if missing is None:
+            continue
+        counts = [count for layer in layers for count in run.expert_tokens_by_source[layer][n]]
+        lines.append(f"| {name} | {' | '.join(_spread(counts))} | {len(missing)} of {len(counts)}{_named(missing)} |")
+    shown = [n for n, name in enumerate(run.source_names) if name in run.unreached_experts]
+    lines += ["", "Fewest, median and most in each layer:", ""]
+    lines += ["| layer | " + " | ".join(run.source_names[n] for n in shown) + " |", "|---|" + "---|" * len(shown)]
+    for layer in layers:
+        cells = [", ".join(_spread(run.expert_tokens_by_source[layer][n])) for n in shown]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _spread(counts: Sequence[int]) -> tuple[str, str, str]:
+    """The fewest, the median and the most."""
+    ordered = sorted(counts)
+    return f"{ordered[0]:,}", f"{ordered[len(ordered) // 2]:,}", f"{ordered[-1]:,}"
+
+
+def _named(experts: Sequence[tuple[int, int]]) -> str:
+    """ ": layer 0 expert 3 and 5 more" for a cell of a table; "" for none."""
+    names = [f"layer {layer} expert {expert}" for layer, expert in experts]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f": {', '.join(names[:_MOST_NAMES])}{more}" if names else ""
 
 
 def _undersampled_lines(run: RunRecord) -> list[str]:
