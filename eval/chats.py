@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .data_sets import DATA_SETS, data_set, read_documents
 from .text_files import is_json, json_items, read_utf8
 from .texts import Text, load_text, unknown_source
 
-__all__ = ["Chats", "load_source"]
+__all__ = ["Chats", "load_source", "save_sources"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,31 @@ def load_source(name_or_path: str) -> Text | Chats:
         return load_text(name_or_path)
     rows = [{"messages": messages} for messages in read_documents(name_or_path, known)]
     return _chats(name_or_path, [(f"{name_or_path}: row {number}", row) for number, row in enumerate(rows, 1)])
+
+
+def save_sources(names: Iterable[str], folder: Path) -> list[Path]:
+    """Write data sets to files, of which a machine without a network reads the same texts and chats; returns the files.
+
+    Args:
+        names: as for `load_source`.
+        folder: is created; gets `name.txt` for a text and `name.jsonl` for chats.
+
+    Raises:
+        RequestError: as `load_source`.
+        UnsupportedError: `datasets` is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name in names:
+        source = load_source(name)
+        file = folder / f"{name}.{'jsonl' if isinstance(source, Chats) else 'txt'}"
+        if isinstance(source, Chats):
+            lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in source.conversations)
+            file.write_text("".join(lines), encoding="utf-8", newline="")
+        else:
+            file.write_text(source.text, encoding="utf-8", newline="")
+        files.append(file)
+    return files
 
 
 def _chats(name: str, items: list[tuple[str, Any]]) -> Chats:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLE", "command"]
 
+_MEASURED_TOKENS = 2048  # for --target-bpw
 _FREE_SHARE = 4  # fifths of the free memory
 EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
@@ -257,8 +258,11 @@ def _formats(
     if tokens is None:
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration SOURCE")
 
+    ids = tokens.interleaved
+    measured = max(_MEASURED_TOKENS, sum(map(bool, tokens.counts)) * ids.shape[1])  # at least a sequence of each source
+
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with terminal.progress("measuring errors") as on_layer:
-            return checked(checkpoint, allocated_formats(checkpoint, tokens.interleaved, target, rules=rules, on_layer=on_layer))
+            return checked(checkpoint, allocated_formats(checkpoint, ids, target, rules=rules, tokens=measured, on_layer=on_layer))
 
     return allocated

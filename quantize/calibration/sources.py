@@ -70,9 +70,9 @@ class CalibrationSequences:
 
     @property
     def interleaved(self) -> torch.Tensor:
-        """int64 [B, S]: `ids` in an order in which every beginning has the sources in about the proportions of all."""
-        places = [((k + 0.5) / count, n) for n, count in enumerate(self.counts) for k in range(count)]
-        return self.ids[[index for _, index in sorted((place, index) for index, place in enumerate(places))]]
+        """int64 [B, S]: `ids`, ordered so that each beginning has a sequence of every source, and about the proportions of all."""
+        places = [k / count for count in self.counts for k in range(count)]
+        return self.ids[sorted(range(len(places)), key=places.__getitem__)]
 
     @property
     def held_out_spans(self) -> tuple[slice, ...]:
