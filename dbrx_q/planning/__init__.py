@@ -14,6 +14,7 @@ The files:
 - `machine.py`: `Machine` and `Gpu`, the input of a plan; `Placement` and `DevicePlan`, the plan.
 - `footprint.py`: bytes of a model by purpose, for a `MemoryRequest`. `expert_kinds.py`: the layout of one expert on disk and in memory.
 - `placement.py`: the plan. `speed.py`: the tokens/s that it allows. `advice.py`: what would speed it up, or make it fit.
+- `sampling.py`: batch, memory and time of sampling many sequences from a model.
 - `offloading.py`: sizes of the buffers between disk, host memory and GPUs, and the slots that a GPU keeps free.
 - `policy_names.py`: the names of cache policies and miss policies (the cache policies themselves: `experts/policies.py`).
 - `budget.py`: how much memory a model may take and how it uses it, and the errors if that is too little.

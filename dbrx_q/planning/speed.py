@@ -21,7 +21,7 @@ from enum import Enum
 
 from .machine import DevicePlan, Gpu, Machine, Placement
 
-__all__ = ["SpeedBounds", "Term", "expected_seconds", "hit_rate", "speed_bounds"]
+__all__ = ["SpeedBounds", "Term", "expected_seconds", "expected_terms", "hit_rate", "speed_bounds"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,12 @@ def hit_rate(placement: Placement, n_experts: int) -> float:
 
 def expected_seconds(placement: Placement, machine: Machine, *, n_experts: int, top_k: int) -> float:
     """Seconds of one token by the expected figure."""
-    return sum(term.seconds for term in _terms(placement, machine, n_experts, top_k, _Case.EXPECTED))
+    return sum(term.seconds for term in expected_terms(placement, machine, n_experts=n_experts, top_k=top_k))
+
+
+def expected_terms(placement: Placement, machine: Machine, *, n_experts: int, top_k: float) -> tuple[Term, ...]:
+    """What one token reads by the expected figure; or a step of several tokens that need `top_k` experts of a layer together."""
+    return tuple(_terms(placement, machine, n_experts, top_k, _Case.EXPECTED))
 
 
 def _seconds_by_path(terms: tuple[Term, ...]) -> Mapping[str, float]:
@@ -104,12 +109,12 @@ def _seconds_by_path(terms: tuple[Term, ...]) -> Mapping[str, float]:
     return seconds
 
 
-def _terms(placement: Placement, machine: Machine, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+def _terms(placement: Placement, machine: Machine, n_experts: int, top_k: float, case: _Case) -> list[Term]:
     terms = _on_gpus(placement, machine, n_experts, top_k, case) if placement.gpus else _on_host(placement, machine, n_experts, top_k, case)
     return [term for term in terms if term.nbytes]
 
 
-def _on_host(placement: Placement, machine: Machine, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+def _on_host(placement: Placement, machine: Machine, n_experts: int, top_k: float, case: _Case) -> list[Term]:
     plan, memory = placement.host, machine.host_bandwidth
     expert_bytes, fallback_bytes = placement.expert_bytes / placement.experts, plan.fallback / placement.experts
     if fallback_bytes:  # misses are faster than hits
@@ -124,7 +129,7 @@ def _on_host(placement: Placement, machine: Machine, n_experts: int, top_k: int,
     ]
 
 
-def _on_gpus(placement: Placement, machine: Machine, n_experts: int, top_k: int, case: _Case) -> list[Term]:
+def _on_gpus(placement: Placement, machine: Machine, n_experts: int, top_k: float, case: _Case) -> list[Term]:
     expert_bytes, fallback_bytes = placement.expert_bytes / placement.experts, placement.host.fallback / placement.experts
     missed_by_gpu = [_missed(plan, n_experts, top_k, case) for plan in placement.gpus]
     slots = sum(plan.n_slots for plan in placement.gpus)
@@ -164,7 +169,7 @@ def _miss_bandwidth(gpu: Gpu, machine: Machine, case: _Case) -> float:
     return gpu.link + machine.host_bandwidth if case is _Case.BEST else max(gpu.link, machine.host_bandwidth)
 
 
-def _missed(plan: DevicePlan, n_experts: int, top_k: int, case: _Case) -> float:
+def _missed(plan: DevicePlan, n_experts: int, top_k: float, case: _Case) -> float:
     """Requests of one token that miss on the device."""
     layers, share = _layers(plan), _cached_share(plan, n_experts)
     if case is _Case.WORST:

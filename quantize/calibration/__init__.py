@@ -9,7 +9,7 @@ two, through the original one. For each matrix, in the order of the model:
 The steps of a block are functions of `dbrx_q.model.block`, which the model shares.
 
 - `sources.py`: several sources with weights, the sequences that are drawn of each, and those that are held out.
-- `sequences.py`: windows of one text.
+- `sequences.py`: windows of one text. `sequence_file.py`: a file of sequences that calibrate as they are.
 - `activations.py`: the activations of all tokens, in memory or in a file.
 - `attention.py`: attention of all sequences, shared between threads.
 - `forward.py`: runs tokens through several forms of a model at once, with snapshots from which an interrupted run resumes.

@@ -23,7 +23,7 @@ from .accelerator import Accelerator
 from .jobs import Job
 from .quantizer import TASK_ROWS
 
-__all__ = ["RunPlan", "plan_run", "seconds_of"]
+__all__ = ["RunPlan", "plan_run", "product_flops", "seconds_of"]
 
 _SLACK = 1.1  # for memory that the allocator holds
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
@@ -147,11 +147,15 @@ def plan_run(
 
 def seconds_of(plan: RunPlan) -> float:
     """A rough time for this machine, from the speeds of a copy in memory and of a product of 1024 x 1024, both measured now."""
-    matrix = torch.randn(1024, 1024)
-    flops = 2 * 1024**3 / _least_seconds(lambda: matrix @ matrix)
     block = torch.empty(64 << 20, dtype=torch.uint8)
     rate = len(block) / _least_seconds(block.clone)
-    return (plan.bytes_in * _PASSES) / rate + plan.flops / flops
+    return (plan.bytes_in * _PASSES) / rate + plan.flops / product_flops()
+
+
+def product_flops() -> float:
+    """Floating-point operations a second of this machine's CPU, measured now on a product of 1024 x 1024."""
+    matrix = torch.randn(1024, 1024)
+    return 2 * 1024**3 / _least_seconds(lambda: matrix @ matrix)
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
