@@ -14,6 +14,7 @@ What the commands share:
 `help.py`           how `--help` is laid out; a command's file is imported when the command runs
 `memory_budget.py`  --ram, --gpu and the like as a `Budget` or a `Machine`
 `calibration.py`    the sources of `--calibration`, and the sequences that are drawn of them
+`self_calibration.py`  the sequences that the model samples, and the plan of that
 `measurement.py`    the protocol and the dtype of the commands that measure on a text
 `limits.py`         the limits of the process (`ulimit`), and the words for a lack of memory or threads
 `terminal.py`       JSON on stdout; messages and progress bars on stderr

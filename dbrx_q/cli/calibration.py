@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,23 @@ from typing import TYPE_CHECKING, Any
 from dbrx_q.errors import RequestError
 
 from . import terminal
+from .self_calibration import SELF, is_sampled
 
 if TYPE_CHECKING:
     import torch
 
     from dbrx_q.eval.chats import Chats
     from dbrx_q.eval.texts import Text
-    from dbrx_q.quantize.calibration.sources import CalibrationSequences, CalibrationSource
+    from dbrx_q.quantize.calibration.sequence_file import StoredSequences
+    from dbrx_q.quantize.calibration.sources import CalibrationSequences
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
-__all__ = ["DEFAULT", "SELF", "NamedSource", "load_sequences", "parse_sources"]
+    from .self_calibration import Sampling
 
-DEFAULT, SELF = "default", "self"
-"""The default mix of data sets, and sequences that the model itself samples."""
+__all__ = ["DEFAULT", "NamedSource", "load_sequences", "parse_sources"]
+
+DEFAULT = "default"
+"""The default mix of data sets."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 # The least share of tokens that are single bytes of characters at which a notice is due. DBRX's tokenizer gives 0 on Article 1 of the
@@ -40,7 +44,7 @@ class NamedSource:
     """One source of a command line."""
 
     name: str
-    """A file, a data set or `SELF`."""
+    """A file, a data set, `self` or `self=PATH`."""
     weight: float
     """0 or more, relative to the other sources."""
     by_default: bool = False
@@ -49,7 +53,7 @@ class NamedSource:
     @property
     def sampled(self) -> bool:
         """Whether the model itself samples it."""
-        return self.name == SELF and not os.path.exists(SELF)
+        return is_sampled(self.name)
 
 
 def parse_sources(values: Sequence[str]) -> list[NamedSource]:
@@ -76,6 +80,9 @@ def parse_sources(values: Sequence[str]) -> list[NamedSource]:
             f"--calibration must name at least one source of positive weight; found {len(sources)} of weight 0, which are only measured. "
             "Give one of them a weight"
         )
+    sampled = [source.name for source in sources if source.sampled]
+    if len(sampled) > 1:
+        raise RequestError(f"--calibration must name {SELF} once; found {' and '.join(sampled)}. Sample from one checkpoint")
     places: dict[str, NamedSource] = {}
     for source in sources:
         place = os.path.realpath(source.name) if os.path.exists(source.name) else source.name
@@ -87,7 +94,7 @@ def parse_sources(values: Sequence[str]) -> list[NamedSource]:
 
 
 def load_sequences(
-    folder: Path, named: Sequence[NamedSource], *, count: int, length: int, seed: int
+    folder: Path, named: Sequence[NamedSource], *, count: int, length: int, seed: int, sampling: Sampling | None = None
 ) -> tuple[CalibrationSequences | None, dict[str, Any] | None]:
     """Draw the calibration sequences of the sources that `parse_sources` found.
 
@@ -97,39 +104,53 @@ def load_sequences(
         count: sequences to draw.
         length: tokens of each.
         seed: of the draw.
+        sampling: samples the sequences of `self`, once everything else is checked; None where no source is sampled.
 
     Returns:
         (the sequences, what config.json says of them).
 
     Raises:
-        RequestError: as `load_source` and `draw`, or chats for a checkpoint without a chat template.
+        RequestError: as `load_source`, `read_sequences`, `draw` and `Sampling`, or chats for a checkpoint without a chat template.
         TokenizerError: the tokenizer cannot be read, or the chat template fails on a chat.
     """
-    from dbrx_q.eval.chats import Chats, load_source
+    from dbrx_q.eval.chats import Chats
+    from dbrx_q.quantize.calibration.sequence_file import StoredSequences
     from dbrx_q.quantize.calibration.sources import CalibrationSource, draw
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     if not named:
         return None, None
-    loaded = {source.name: load_source(source.name) for source in named if not source.sampled}
+    loaded = {source.name: _loaded(source.name) for source in named if not source.sampled}
     _check_distinct(loaded)
     tokenizer = DbrxTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
         named = _without_default_chats(named, loaded)
-    sources: list[CalibrationSource] = []
-    for source in named:
-        text = loaded.get(source.name)
-        if text is None:
-            ids: Sequence[int] | torch.Tensor = _sampled(folder, source, named, count, length, seed)
-        elif isinstance(text, Chats):
-            ids = _encoded_chats(tokenizer, text)
+    ids: dict[str, Sequence[int] | torch.Tensor] = {}
+    for name in (source.name for source in named if not source.sampled):
+        content = loaded[name]
+        if isinstance(content, StoredSequences):
+            ids[name] = content.ids
+            continue
+        if isinstance(content, Chats):
+            ids[name] = _encoded_chats(tokenizer, content)
         else:
-            ids = tokenizer.encode(text.text, split_special_tokens=True)
-        if text is not None:
-            _warn_of_bytes(tokenizer, source.name, ids)
-        sources.append(CalibrationSource(source.name, source.weight, ids))
-    drawn = draw(sources, count=count, length=length, seed=seed)
+            ids[name] = tokenizer.encode(content.text, split_special_tokens=True)
+        _warn_of_bytes(tokenizer, name, ids[name])
+    for source in named:
+        if source.sampled:
+            assert sampling is not None
+            loaded[source.name] = stored = _sampled(source, named, ids, sampling, count, length, seed)
+            ids[source.name] = stored.ids
+    drawn = draw([CalibrationSource(s.name, s.weight, ids[s.name]) for s in named], count=count, length=length, seed=seed)
     return drawn, _description(drawn, loaded, length, seed)
+
+
+def _loaded(name: str) -> Text | Chats | StoredSequences:
+    """The content of a source: sequences of a safetensors file, or what `load_source` gives."""
+    from dbrx_q.eval.chats import load_source
+    from dbrx_q.quantize.calibration.sequence_file import SUFFIX, read_sequences
+
+    return read_sequences(Path(name)) if name.endswith(SUFFIX) and os.path.isfile(name) else load_source(name)
 
 
 def _split(value: str) -> tuple[str, float]:
@@ -159,7 +180,7 @@ def _split(value: str) -> tuple[str, float]:
     return name, weight
 
 
-def _check_distinct(loaded: dict[str, Text | Chats]) -> None:
+def _check_distinct(loaded: Mapping[str, Text | Chats | StoredSequences]) -> None:
     """Refuse two sources of the same content, of which one could calibrate on what the other holds out."""
     names: dict[str, str] = {}
     for name, text in loaded.items():
@@ -170,7 +191,7 @@ def _check_distinct(loaded: dict[str, Text | Chats]) -> None:
         names[text.sha256] = name
 
 
-def _without_default_chats(named: Sequence[NamedSource], loaded: dict[str, Text | Chats]) -> list[NamedSource]:
+def _without_default_chats(named: Sequence[NamedSource], loaded: Mapping[str, Text | Chats | StoredSequences]) -> list[NamedSource]:
     """The sources for a checkpoint without a chat template: the default mix then has no chats.
 
     Raises:
@@ -221,24 +242,53 @@ def _warn_of_bytes(tokenizer: DbrxTokenizer, name: str, ids: Sequence[int] | tor
         )
 
 
-def _sampled(folder: Path, source: NamedSource, named: Sequence[NamedSource], count: int, length: int, seed: int) -> torch.Tensor:
-    """int64 [n, length]: sequences that the model samples, as many as the weight of `self` asks for."""
-    raise RequestError("--calibration self: the model must be sampled from, which this version cannot do. Name a text or default")
+def _sampled(
+    source: NamedSource,
+    named: Sequence[NamedSource],
+    ids: Mapping[str, Sequence[int] | torch.Tensor],
+    sampling: Sampling,
+    count: int,
+    length: int,
+    seed: int,
+) -> StoredSequences:
+    """The sequences that the model samples, as many as the weight of `self` asks for; errors of the other sources come first."""
+    import torch
+
+    from dbrx_q.quantize.calibration.sources import CalibrationSource, draw, sequences_to_sample
+
+    needed = sequences_to_sample(count, source.weight / math.fsum(other.weight for other in named))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the draw of the sampled sequences gives them again
+        tokens = {source.name: torch.zeros(needed, length, dtype=torch.int64), **ids}
+        draw([CalibrationSource(s.name, s.weight, tokens[s.name]) for s in named], count=count, length=length, seed=seed)
+    return sampling.sequences(source.name, count=needed, length=length, seed=seed)
 
 
-def _description(drawn: CalibrationSequences, loaded: dict[str, Text | Chats], length: int, seed: int) -> dict[str, Any]:
+def _description(
+    drawn: CalibrationSequences, loaded: Mapping[str, Text | Chats | StoredSequences], length: int, seed: int
+) -> dict[str, Any]:
     """What config.json says of the sequences; one source alone is described as by versions that took one text."""
+    from dbrx_q.quantize.calibration.sequence_file import StoredSequences
+
     sizes = {"sequences": len(drawn.ids), "length": length, "seed": seed}
-    if len(drawn.names) == 1 and drawn.names[0] in loaded:
-        return {"text_sha256": loaded[drawn.names[0]].sha256, **sizes}
+    only = loaded[drawn.names[0]] if len(drawn.names) == 1 else None
+    if only is not None and not isinstance(only, StoredSequences):
+        return {"text_sha256": only.sha256, **sizes}
     sources = [
         {
-            "name": os.path.basename(name) if os.path.exists(name) else name,
+            "name": _public_name(name),
             "weight": round(weight, 6),
             "sequences": sequences,
             "held_out": held_out,
-            "sha256": loaded[name].sha256 if name in loaded else None,
+            "sha256": loaded[name].sha256,
         }
         for name, weight, sequences, held_out in zip(drawn.names, drawn.weights, drawn.counts, drawn.held_out_counts, strict=True)
     ]
     return {"sources": sources, **sizes}
+
+
+def _public_name(name: str) -> str:
+    """A source without the folders of this machine."""
+    if is_sampled(name) and os.path.exists(name.removeprefix(f"{SELF}=")):
+        return f"{SELF}={os.path.basename(os.path.realpath(name.removeprefix(f'{SELF}=')))}"
+    return os.path.basename(name) if os.path.exists(name) else name

@@ -13,6 +13,7 @@ from .calibration import load_sequences, parse_sources
 from .choices import ACTIVATIONS, METHODS, WEIGHT_FORMATS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
+from .self_calibration import Sampling
 
 if TYPE_CHECKING:
     from dbrx_q.checkpoint.folder import Checkpoint
@@ -120,7 +121,14 @@ def command(
     if push is not None and not dry_run:
         check_push(push, private=not public)
     folder = opened if isinstance(opened, Path) else opened.folder
-    tokens, about = load_sequences(folder, sources, count=sequences, length=length, seed=seed)
+    budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
+    sampling = Sampling(source, folder, destination, budget, revision, accelerator, resume=resume, low_disk=low_disk, dry_run=dry_run)
+    tokens, about = load_sequences(folder, sources, count=sequences, length=length, seed=seed, sampling=sampling)
+    if dry_run and target_bpw is not None and sampling.plan is not None:
+        raise RequestError(
+            "--target-bpw measures errors on the sequences of --calibration self, which --dry-run does not sample. Leave one of them "
+            "out, or name the file of sequences that an earlier run has sampled"
+        )
     request = QuantizationRequest(
         _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
         method=method,
@@ -133,11 +141,10 @@ def command(
         accelerator=accelerator,
     )
     requests = _with_fallback(destination, request, fallback_format)
-    budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     try:
         if dry_run:
             plans = [plan_checkpoint(opened, request, memory=budget) for request in requests.values()]
-            quantize_report.show_plans(plans, accelerator, json=json)
+            quantize_report.show_plans(plans, accelerator, sampling, json=json)
             return
         runs = _run(opened, requests, budget, resume=resume)
     finally:

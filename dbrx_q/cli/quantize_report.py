@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dbrx_q.planning.sizes import format_size
 
 from . import terminal
+from .self_calibration import Sampling, sampling_as_dict, show_sampling
 
 if TYPE_CHECKING:
     from dbrx_q.quantize.pipeline.accelerator import Accelerator
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["show_plans", "show_runs"]
 
 
-def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, json: bool) -> None:
-    """Print the plan of the checkpoint and, if there is a second, of its fallback copy."""
+def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, sampling: Sampling, *, json: bool) -> None:
+    """Print the plan of the checkpoint and, if there are, of its fallback copy and of the sampling of calibration sequences."""
     from dataclasses import asdict
 
     from dbrx_q.quantize.pipeline.plan import seconds_of
@@ -31,12 +32,14 @@ def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, *, jso
             asdict(plan) | {"peak_memory": plan.peak_memory, "bits_per_weight_out": plan_bits, "seconds": plan_seconds}
             for plan, plan_bits, plan_seconds in zip(plans, bits, seconds, strict=True)
         )
-        terminal.print_json(checkpoint | ({"fallback": fallback[0]} if fallback else {}))
+        planned = {} if sampling.plan is None else {"sampling": sampling_as_dict(sampling)}
+        terminal.print_json(checkpoint | planned | ({"fallback": fallback[0]} if fallback else {}))
         return
     for n, plan in enumerate(plans):
         if n:
             print("\nfallback copy:")
         _show_plan(plan, accelerator, bits[n], seconds[n])
+    show_sampling(sampling)
 
 
 def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def write_sequences(path: Path, sequences: StoredSequences) -> None:
         beside.write_bytes(save({_TENSOR: sequences.ids.contiguous()}, {_METADATA: json.dumps(dict(sequences.options))}))
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise RequestError(f"{path}: sampled sequences must be written here; {error}. Make room, or give another destination") from None
 
 

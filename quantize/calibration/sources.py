@@ -16,7 +16,7 @@ import torch
 from dbrx_q.config_values import shortened
 from dbrx_q.errors import RequestError
 
-__all__ = ["CalibrationSequences", "CalibrationSource", "CalibrationWarning", "draw"]
+__all__ = ["CalibrationSequences", "CalibrationSource", "CalibrationWarning", "draw", "sequences_to_sample"]
 
 _HELD_OUT_SHARE = 16
 """One held-out sequence for so many that calibrate."""
@@ -122,6 +122,18 @@ def draw(sources: Sequence[CalibrationSource], *, count: int, length: int, seed:
     left = [cut[order[n : n + h].sort().values] for cut, order, n, h in zip(windows, orders, counts, held_out, strict=True)]
     names = tuple(source.name for source in sources)
     return CalibrationSequences(torch.cat(taken), tuple(counts), names, tuple(weights), torch.cat(left), tuple(held_out))
+
+
+def sequences_to_sample(count: int, share: float) -> int:
+    """How many sequences a source must have that is sampled for `draw`, so that it gives its share and holds as many out as others do.
+
+    Args:
+        count: of all sources, as for `draw`.
+        share: of the source, its weight over the sum of all; 0 for a source that is only measured.
+    """
+    if not share:
+        return max(_LEAST_HELD_OUT, round(count / _HELD_OUT_SHARE))
+    return max(_WINDOWS_FOR_TWO, math.ceil(count * share) + max(_LEAST_HELD_OUT, round(count * share / _HELD_OUT_SHARE)))
 
 
 def _check(sources: Sequence[CalibrationSource], count: int, length: int, seed: int) -> None:

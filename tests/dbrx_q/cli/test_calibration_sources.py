@@ -98,7 +98,7 @@ def test_the_default_mix_is_one_source_of_its_weight() -> None:
         (["book.txt", "short.txt"], "short.txt: a calibration text must hold at least one sequence of 64 tokens; found 3"),
         (["book.txt", "text-less.jsonl"], "text-less.jsonl: line 2: must be an object whose field 'text' is a string"),
         (["book.txt", "broken.jsonl"], "broken.jsonl: line 1: messages[0] must be an object with the keys 'role' and 'content'"),
-        (["self"], "--calibration self"),
+        (["self=nowhere"], "nowhere"),
     ],
 )  # fmt: skip
 def test_refused_sources(texts: Path, small: Path, cli: Cli, values: list[str], message: str) -> None:
