@@ -60,8 +60,9 @@ _Calibration = Annotated[
     list[str] | None,
     option(
         CALIBRATION,
-        "Source to calibrate with: a text, JSON lines with 'text' or, for chats, 'messages', a data set, default (a mix for DBRX) or self "
-        "(sampled from the model); may be given again, each with a weight as in wiki.txt:2, of which 0 only measures.",
+        "Source to calibrate with: a text, JSON lines with 'text' or, for chats, 'messages', a data set, default (a mix for DBRX), self "
+        "(sampled from the model) or self=PATH (from a copy); may be given again, each with a weight as in wiki.txt:2, of which 0 only "
+        "measures.",
         metavar="SOURCE[:WEIGHT]",
         default=False,
     ),

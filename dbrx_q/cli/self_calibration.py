@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dbrx_q.quantize.calibration.sequence_file import StoredSequences
     from dbrx_q.quantize.pipeline.accelerator import Accelerator
 
-__all__ = ["SELF", "Sampling", "is_sampled", "sampling_as_dict", "show_sampling"]
+__all__ = ["SELF", "Sampling", "faster_ways", "is_sampled", "notice_of", "sampling_as_dict", "show_sampling"]
 
 SELF = "self"
 """The source that the model itself samples; `self=PATH` names another checkpoint of the same model, such as a quantized one."""

@@ -72,6 +72,7 @@ def test_self_takes_its_share_of_a_mix(small: Path, tmp_path: Path) -> None:
     assert about is not None
     assert (drawn.counts, drawn.held_out_counts) == ((8, 24), (2, 2))
     stored = read_sequences(sampled_file(tmp_path / "out"))
+    assert len(stored.ids) == 10  # no more are sampled than are drawn
     assert all(any(torch.equal(row, other) for other in stored.ids) for row in (*drawn.ids[:8], *drawn.held_out[:2]))
     assert about["sources"][0]["sha256"] == stored.sha256
     measured, _ = load_sequences(small, parse_sources(["self:0", str(BOOK)]), count=32, length=16, seed=0, sampling=sampling)
