@@ -174,6 +174,11 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
 
 def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> CalibrationSequences:
     sequences, config = request.sequences, checkpoint.config
+    if isinstance(sequences, torch.Tensor):  # as versions with one text took them
+        raise RequestError(
+            f"the sequences of a request must be CalibrationSequences; found a tensor of shape {list(sequences.shape)}. Pass "
+            "CalibrationSequences.single(tensor), or what `draw` returns"
+        )
     if sequences is None or not sequences.ids.numel():
         raise RequestError(
             f"the method {request.method} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"

@@ -179,6 +179,10 @@ def test_unusable_calibration_sequences_and_methods_are_refused(small: Path, tmp
             quantize(small, tmp_path / "out", sequences, "best")
     with pytest.raises(RequestError, match=r"the method must be one of rtn, .*; found 'awful'"):
         quantize(small, tmp_path / "out", None, "awful")
+    tensor: Any = torch.zeros(2, 8, dtype=torch.int64)
+    request = QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method="best", sequences=tensor)
+    with pytest.raises(RequestError, match=r"must be CalibrationSequences; found a tensor of shape \[2, 8\]"):
+        quantize_checkpoint(small, tmp_path / "out", request)
     assert not list(tmp_path.iterdir())
 
 
