@@ -59,6 +59,7 @@ def check(sequences: CalibrationSequences, sources: Sequence[CalibrationSource])
         ((1, 1, 1), (500, 500, 500), 256, (86, 85, 85), (5, 5, 5)),
         ((5, 3, 1), (300, 300, 300), 10, (6, 3, 1), (2, 2, 2)),  # 5.56, 3.33 and 1.11: the largest remainder rounds up
         ((1000, 1, 1), (500, 500, 500), 100, (98, 1, 1), (6, 2, 2)),  # one sequence at least
+        ((2, 2, 0.001, 0.001), (100,) * 4, 9, (4, 3, 1, 1), (2,) * 4),
         ((1, 1), (10, 300), 64, (8, 56), (2, 2)),  # what the first lacks, the second gives
         ((1, 1), (8, 8), 64, (6, 6), (2, 2)),
         ((1, 1), (7, 100), 64, (6, 58), (1, 2)),
