@@ -19,7 +19,7 @@ import typer
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "findings/**/*.md", "tests/data/*.md", "tests/peers/*.md", "tests/methods/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "findings/**/*.md", "tests/*/*.md")
     for path in ROOT.glob(pattern)
     if not path.is_relative_to(ROOT / "demo-out")
 )
