@@ -88,7 +88,7 @@ def command(
     calibration: _Calibration = None,
     sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from all sources together.", metavar="N")] = 256,
     length: Annotated[int, option(CALIBRATION, "Tokens of a sequence.", metavar="N")] = 512,
-    seed: Annotated[int, option(CALIBRATION, "Seed of the draw.", metavar="N")] = 0,
+    seed: Annotated[int, option(CALIBRATION, "Seed of the draw and, for self, of the sampling.", metavar="N")] = 0,
     activations: _Activations = "quantized",
     all_experts: _AllExperts = False,
     memory: Annotated[str | None, option(MEMORY, "Host memory to use, as 24GiB.", metavar="SIZE", default="4/5 of what is free")] = None,
