@@ -196,6 +196,11 @@ def test_several_sources_are_named_in_all_records(texts: Path, small: Path, cli:
     (total,) = report["expert_tokens"].values()
     assert [sum(row) for row in counts] == [12 * 32 * 2, 6 * 32 * 2, 6 * 32 * 2, 0]  # two experts a token
     assert [sum(column) for column in zip(*counts, strict=True)] == total
+    unreached = {
+        name: [[0, expert] for expert, count in enumerate(row) if not count]
+        for name, row in zip(report["source_names"], counts, strict=True)
+    }
+    assert json.loads(outcome.out)["unreached_experts"] == {name: unreached[name] for name in ("book.txt", "code.jsonl", "chats.jsonl")}
     assert report["source_names"] == ["book.txt", "code.jsonl", "chats.jsonl", "held.txt"]
     pages = [(texts / "out" / name).read_text() for name in (f"{REPORT_NAME}.md", "README.md")]
     for page in pages:
