@@ -14,6 +14,8 @@ The steps of a block are functions of `dbrx_q.model.block`, which the model shar
 - `attention.py`: attention of all sequences, shared between threads.
 - `forward.py`: runs tokens through several forms of a model at once, with snapshots from which an interrupted run resumes.
 - `calibrated.py`: the calibration itself, which derives from it.
+- `held_out.py`: held-out tokens beside it, in the original, the quantized and a model that is rounded to nearest.
+- `divergence.py`: KL divergence of such models, from some rows of the head at a time.
 - `output_errors.py`: the error at the end of the model when one tensor is rounded to one format; it needs no calibration run.
 - `allocation.py`: the formats with the least sum of such errors within a number of bits, a knapsack problem.
 """

@@ -96,9 +96,14 @@ class LayerwiseForward:
             state.inputs.close()
 
     @property
-    def model_count(self) -> int:
-        """How many models run."""
-        return len(self._states)
+    def products(self) -> Products:
+        """What multiplies."""
+        return self._products
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models that run."""
+        return tuple(self._states)
 
     def check_finite(self, layer: int) -> None:
         """Refuse activations before a layer that are not finite, of which only NaN could come.

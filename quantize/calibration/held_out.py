@@ -178,7 +178,7 @@ class HeldOutForward(LayerwiseForward):
             self._source_of[S * span.start : S * span.stop] = number
 
     def stream_errors(self) -> list[list[float]]:
-        """For each source the relative errors of the residual stream, |x - original| / |original|, of the quantized model and of `NEAREST`."""
+        """For each source the relative error of the residual stream, |x - original| / |original|, of the quantized model and `NEAREST`."""
         S = self._ids.shape[1]
         return [self._stream_errors(S * span.start, S * span.stop) for span in self._sequences.spans]
 
@@ -223,7 +223,8 @@ class HeldOutForward(LayerwiseForward):
             for error, weight in zip(errors, weights, strict=True):
                 change = self._products.linear(x, weight).sub_(target)
                 error[start : start + len(piece)] = change.square_().sum(1, dtype=torch.float64).cpu()
-        return is_worse(*errors.mul_(gates.double().square()), self._source_of[tokens])
+        errors *= gates.double().square()
+        return is_worse(errors[0], errors[1], self._source_of[tokens])
 
     def prefers_nearest_embedding(self, original: torch.Tensor, candidates: Sequence[torch.Tensor]) -> bool:
         """The same for the embedding, [V, D] each: the error of a token is that of its row."""

@@ -10,7 +10,7 @@ In the order of a run:
 - `jobs.py`: one job per stored matrix, grouped into shards; reads a job's matrix.
 - `plan.py`: bytes to read and write, memory, disk and time; refuses what does not fit.
 - `run.py`: the loop over the jobs, with a thread that reads ahead and one that writes behind.
-- `quantizer.py`: one job: fit, round, pack, and advance the calibration.
+- `quantizer.py`: one job: fit, round, pack, and advance the calibration. `guard.py` rounds to nearest beside it, and compares.
 - `journal.py`: a line per finished tensor, from which a killed run resumes. `shards.py`: the shard files, which are reopened then.
 - `source_digest.py`: what identifies the source, so that no run continues with another one.
 - `records.py`: what is known of each tensor and of the run once it is done.

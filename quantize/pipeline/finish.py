@@ -12,11 +12,12 @@ from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
 from dbrx_q.checkpoint.shards import list_files, shard_name, write_index, write_json
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
+from dbrx_q.quantize.calibration.held_out import HeldOutSequences, SourceDivergence
 from dbrx_q.tokenizer.copying import copy_tokenizer
 
 from .journal import Journal
 from .model_card import model_card
-from .records import RunRecord
+from .records import HeldOutRecord, RunRecord
 from .report import NAME as REPORT_NAME
 from .report import write_report
 from .request import Run
@@ -57,7 +58,22 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
         expert_tokens=_by_layer(notes, "expert_tokens"),
         expert_tokens_by_source=_by_layer(notes, "expert_tokens_by_source"),
         source_names=[] if run.request.sequences is None else list(run.request.sequences.names),
+        held_out=_held_out(run.held_out, notes),
     )
+
+
+def _held_out(sequences: HeldOutSequences | None, notes: Sequence[Mapping[str, Any]]) -> list[HeldOutRecord]:
+    """What the journal notes of each source of which tokens were held out."""
+    if sequences is None:
+        return []
+    errors, (divergences,) = _by_layer(notes, "held_out_errors"), _by_layer(notes, "held_out_divergence").values()
+    predicted = sequences.ids.shape[1] - 1
+    records = []
+    for n, (name, kind, count) in enumerate(zip(sequences.names, sequences.kinds, sequences.counts, strict=True)):
+        divergence = SourceDivergence.read(divergences[n])
+        layers = {layer: (values[n][0], values[n][1]) for layer, values in sorted(errors.items())}
+        records.append(HeldOutRecord(name, kind, count, count * predicted, divergence, divergence.hurts, layers))
+    return records
 
 
 def _by_layer(notes: Sequence[Mapping[str, Any]], name: str) -> dict[int, Any]:

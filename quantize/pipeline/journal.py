@@ -28,7 +28,8 @@ class Entry:
     """SHA-256 of its shard up to the end of the tensor."""
     notes: Mapping[str, Any]
     """Figures of its layer that were known with this tensor: "stream_error", "expert_tokens" and, of several sources,
-    "expert_tokens_by_source", each with the layer's number."""
+    "expert_tokens_by_source"; of held-out tokens "held_out_errors" and, with the head, "held_out_divergence"; each with the layer's
+    number."""
     source: str = ""
     """SHA-256 of the matrix as it was read from the source; "" in journals of versions that did not note it."""
 

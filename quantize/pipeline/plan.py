@@ -15,21 +15,55 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.quantize.calibration.divergence import DIVERGENCE_BYTES, Divergence
 from dbrx_q.quantize.calibration.forward import PIECE_TOKENS
 from dbrx_q.quantize.methods.choose import Method
 from dbrx_q.quantize.methods.products import fastest_dtype
 
 from .accelerator import Accelerator
+from .guard import TASK_ROWS
 from .jobs import Job
-from .quantizer import TASK_ROWS
 
-__all__ = ["RunPlan", "plan_run", "product_flops", "seconds_of"]
+__all__ = ["RunPlan", "TokenCounts", "check_seconds", "plan_run", "product_flops", "seconds_of"]
 
 _SLACK = 1.1  # for memory that the allocator holds
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
 _PASSES = 10  # copies in memory that take as long as reading, rounding to nearest, hashing and writing
 _UNEVEN = 1.5  # times the mean number of tokens of an expert
 _MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The tokens that run through the model, and how many models each kind of them runs through."""
+
+    calibration: int = 0
+    """That calibrate."""
+    models: int = 1
+    """The models that they run through."""
+    held_out: int = 0
+    """To which nothing is fitted; check texts are among them."""
+    checked: int = 0
+    """Those of check texts."""
+    held_out_models: int = 0
+    """The models that held-out tokens run through."""
+    falls_back: bool = False
+    """Whether they decide which matrices are stored as rounded to nearest."""
+
+    @property
+    def passes(self) -> int:
+        """Tokens times models."""
+        return self.calibration * self.models + self.held_out * self.held_out_models
+
+    @property
+    def most(self) -> int:
+        """The tokens of the larger kind."""
+        return max(self.calibration, self.held_out)
+
+    @property
+    def most_models(self) -> int:
+        """The models whose weights are in memory."""
+        return max(self.models if self.calibration else 0, self.held_out_models)
 
 
 @dataclass(frozen=True)
@@ -56,8 +90,14 @@ class RunPlan:
     """Memory suffices to keep the hidden activations of an expert with at most so many tokens."""
     disk: int
     """Bytes that the destination's disk must have free."""
+    held_out_tokens: int
+    """Tokens of the calibration's sources to which nothing is fitted."""
+    checked_tokens: int
+    """Tokens of check texts."""
     flops: float
     """Floating-point operations of all matrix products, about."""
+    check_flops: float
+    """Those of check texts."""
     matrices: int
     """Number of matrices to pack."""
     accelerated: int
@@ -78,8 +118,7 @@ def plan_run(
     shards: list[list[Job]],
     method: Method,
     *,
-    tokens: int,
-    models: int,
+    tokens: TokenCounts,
     threads: int,
     base: int,
     memory: int | None,
@@ -92,8 +131,7 @@ def plan_run(
         checkpoint: the plain one.
         shards: as `jobs.shards_of` gives them.
         method: the quantization method.
-        tokens: T; 0 without calibration.
-        models: how many models the tokens run through.
+        tokens: that run through the model.
         threads: number of worker threads.
         base: bytes of memory that this process has now.
         memory: bytes that it may have; None for no limit.
@@ -109,8 +147,8 @@ def plan_run(
         parameters, nbytes = kinds.get(job.kind, (0, 0))
         kinds[job.kind] = parameters + job.parameters, nbytes + job.nbytes
     config = checkpoint.config
-    activations = 2 * models * tokens * config.d_model * 4
-    working = max(_working(config, job, method, tokens, models, threads) for job in jobs)
+    activations = 2 * tokens.passes * config.d_model * 4
+    working = max(_working(config, job, method, tokens, threads) for job in jobs)
     working = int(_SLACK * working) + _MARGIN_BYTES
     if memory is not None and base + working > memory:
         raise RequestError(
@@ -118,14 +156,16 @@ def plan_run(
             f"{memory:,}. Give more, or another method"
         )
     in_files = bool(activations) and memory is not None and base + working + activations > memory
-    kept_tokens = int(_UNEVEN * tokens * config.ffn_config.moe_top_k / config.ffn_config.moe_num_experts) if not method.squares else 0
+    kept_tokens = (
+        int(_UNEVEN * tokens.calibration * config.ffn_config.moe_top_k / config.ffn_config.moe_num_experts) if not method.squares else 0
+    )
     hidden = kept_tokens * config.ffn_config.ffn_hidden_size * fastest_dtype(config.d_model).itemsize
     if memory is not None and base + working + activations + hidden > memory:
         kept_tokens = hidden = 0
     working += hidden
     bytes_out = sum(job.nbytes for job in jobs)
     fetch, fetch_disk = checkpoint.to_fetch([job.tensor.name for job in jobs])
-    disk = bytes_out + (activations if in_files else 0) + (activations if snapshots and tokens else 0)
+    disk = bytes_out + (activations if in_files else 0) + (activations if snapshots else 0)
     return RunPlan(
         bytes_in=sum(info.nbytes for info in checkpoint.infos.values()),
         bytes_out=bytes_out,
@@ -139,9 +179,14 @@ def plan_run(
         disk=disk,
         fetch=fetch,
         fetch_disk=fetch_disk,
-        flops=sum(_flops(config, job, method, tokens, models) for job in jobs) if tokens else 0.0,
+        held_out_tokens=tokens.held_out - tokens.checked,
+        checked_tokens=tokens.checked,
+        flops=sum(_flops(config, job, method, tokens) for job in jobs),
+        check_flops=sum(_through(config, job, tokens.checked * tokens.held_out_models) for job in jobs),
         matrices=sum(job.fmt is not None for job in jobs),
-        accelerated=sum(accelerator.rows(job, method, models=models) > 0 for job in jobs) if accelerator is not None else 0,
+        accelerated=sum(accelerator.rows(job, method, models=max(1, tokens.most_models)) > 0 for job in jobs)
+        if accelerator is not None
+        else 0,
     )
 
 
@@ -150,6 +195,11 @@ def seconds_of(plan: RunPlan) -> float:
     block = torch.empty(64 << 20, dtype=torch.uint8)
     rate = len(block) / _least_seconds(block.clone)
     return (plan.bytes_in * _PASSES) / rate + plan.flops / product_flops()
+
+
+def check_seconds(plan: RunPlan) -> float:
+    """The part of `seconds_of` that check texts take."""
+    return plan.check_flops / product_flops() if plan.check_flops else 0.0
 
 
 def product_flops() -> float:
@@ -167,38 +217,70 @@ def _least_seconds(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _working(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int, threads: int) -> int:
+def _working(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts, threads: int) -> int:
     """Bytes while one matrix is rounded, the next one is read and the last one is written."""
     N, K = job.tensor.matrix if job.fmt is not None else (1, job.parameters)
     matrix, packed = 2 * N * K, job.nbytes
-    if not tokens:
-        rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES if method.in_pieces and job.fmt is not None else 0
-        return 3 * matrix + 3 * packed + rounding
-    D, F = config.d_model, config.ffn_config.ffn_hidden_size
-    piece = min(tokens, PIECE_TOKENS)
+    rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
+    if not tokens.passes:
+        return 3 * matrix + 3 * packed + (rounding if method.in_pieces and job.fmt is not None else 0)
+    D, F, models = config.d_model, config.ffn_config.ffn_hidden_size, tokens.most_models
+    piece = min(tokens.most, PIECE_TOKENS)
     weights = matrix + packed + (6 if job.expert >= 0 else 1) * 4 * N * K * models // 2 + 4 * N * K
-    logits = tokens * 8 * config.ffn_config.moe_num_experts * models
+    logits = tokens.passes * 8 * config.ffn_config.moe_num_experts
     passing = 4 * piece * (3 * D + 3 * max(N, F if job.expert >= 0 else 0))
+    fixed = weights + logits
+    if tokens.held_out:
+        fixed += _guarding(job, tokens, threads)
     if job.fmt is None or not method.calibrated or job.kind == "embedding":
-        return weights + logits + passing
+        return fixed + max(passing, rounding if method.in_pieces and job.fmt is not None else 0)
     # Hessian, cross term and factor of K x K, and twice the factor while it is computed in float64; copies of a piece of
     # inputs, four for each model.
-    squares = 0 if method.squares else K * K * (8 + (4 if models == 2 else 0) + 12)
-    moments = squares + 4 * piece * K * (4 * models)
-    rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
-    return weights + logits + max(passing, moments + rounding)
+    squares = 0 if method.squares else K * K * (8 + (4 if tokens.models == 2 else 0) + 12)
+    moments = squares + 4 * min(tokens.calibration, PIECE_TOKENS) * K * (4 * tokens.models)
+    return fixed + max(passing, moments + rounding)
 
 
-def _flops(config: DbrxConfig, job: Job, method: Method, tokens: int, models: int) -> float:
+def _guarding(job: Job, tokens: TokenCounts, threads: int) -> int:
+    """Bytes for what is compared with rounding to nearest: the packed matrix, the errors of both, or the logits."""
+    N, K = job.tensor.matrix if job.kind != "norms" else (1, job.parameters)
+    piece = min(tokens.held_out, PIECE_TOKENS)
+    if job.kind == "head":
+        rows = len(range(N)[Divergence.rows(N)[0]])
+        models = tokens.held_out_models + tokens.falls_back
+        sums = 8 * tokens.held_out * (3 * models + 1)
+        return job.nbytes + models * 4 * (rows * K + piece * (rows + K)) + threads * DIVERGENCE_BYTES + sums
+    compared = 4 * (3 * N * K + piece * (3 * N + 2 * K)) if tokens.falls_back and job.fmt is not None else 0
+    return job.nbytes + compared
+
+
+def _flops(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts) -> float:
     """For one matrix: products with the tokens that reach it, their outer products, and rounding with a Hessian."""
+    if job.fmt is None or job.kind == "embedding" or not tokens.passes:
+        return 0.0
+    N, K = job.tensor.matrix
+    held_out = tokens.held_out * (tokens.held_out_models + (3 if tokens.falls_back else 0))
+    through = _through(config, job, held_out)
+    outer = rounding = 0.0
+    if method.calibrated and tokens.calibration:
+        # Hidden activations of experts are computed twice.
+        through += _through(config, job, tokens.calibration * tokens.models) * (1.5 if job.expert >= 0 else 1)
+        if not method.squares:
+            reaching = tokens.calibration * _share(config, job)
+            outer = 2.0 * reaching * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
+            rounding = (12.0 if method.compares else 3.0) * N * K * K
+    return through + outer + rounding
+
+
+def _through(config: DbrxConfig, job: Job, tokens: int) -> float:
+    """Of the products of a packed matrix with the tokens that reach it, `tokens` being those of all models."""
     if job.fmt is None or job.kind == "embedding":
         return 0.0
     N, K = job.tensor.matrix
+    return 2.0 * tokens * _share(config, job) * N * K
+
+
+def _share(config: DbrxConfig, job: Job) -> float:
+    """The share of all tokens that reach a matrix."""
     ffn = config.ffn_config
-    reaching = tokens * (ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1)
-    through = 2.0 * reaching * N * K * models * (1.5 if job.expert >= 0 else 1)  # hidden activations of experts are computed twice
-    outer = rounding = 0.0
-    if method.calibrated and not method.squares:
-        outer = 2.0 * reaching * K * K * (2 if method.compares else 0.6)  # a symmetric sum takes little more than half
-        rounding = (12.0 if method.compares else 3.0) * N * K * K
-    return through + outer + rounding
+    return ffn.moe_top_k / ffn.moe_num_experts if job.expert >= 0 else 1.0

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import TensorFormat, expert_name, part_name
+from dbrx_q.checkpoint.layout import TensorFormat, expert_name
 from dbrx_q.errors import FormatError
-from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.calibrated import Calibration, Fit
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED, LayerwiseForward
+from dbrx_q.quantize.calibration.held_out import NEAREST, SourceDivergence
 from dbrx_q.quantize.methods.awq import column_scales, fold_v1, fold_w2
 from dbrx_q.quantize.methods.choose import Method, Rounded
 from dbrx_q.quantize.methods.moments import Moments
-from dbrx_q.quantize.methods.rtn import rtn_whole
 from dbrx_q.quantize.methods.workers import Workers
 
 from .accelerator import Accelerator
+from .guard import TASK_ROWS, Guard, PartsAndSums, dequantized, loaded, place, rounded_whole
 from .jobs import Job, read_blocks, read_rows
 from .records import TensorRecord
 
-__all__ = ["TASK_ROWS", "Quantizer"]
-
-TASK_ROWS = 512
-"""Rows that one thread rounds at a time."""
-
-_PartsAndSums = tuple[list[torch.Tensor], list[float]]
-"""The stored parts of a matrix, and the sums of error, square, output_error and output_square of `Rounded` over its rows."""
+__all__ = ["Quantizer"]
 
 
 class Quantizer:
@@ -44,8 +38,10 @@ class Quantizer:
         formats: of the tensors that are packed.
         method: the quantization method.
         calibration: the data that a calibrated method fits matrices to; None for the other methods.
-        workers: threads that round some rows each; None for a method that has threads of its own.
+        workers: threads that round some rows each; None for a method that has threads of its own, unless there is a calibration or a
+            guard, which they serve then.
         accelerator: a GPU that rounds the matrices that fit into its memory; None for the CPU alone.
+        guard: compares with rounding to nearest on held-out tokens; None where there are none.
     """
 
     def __init__(
@@ -56,10 +52,14 @@ class Quantizer:
         calibration: Calibration | None,
         workers: Workers | None,
         accelerator: Accelerator | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._checkpoint, self._formats, self._method = checkpoint, formats, method
         self._calibration, self._workers, self._accelerator = calibration, workers, accelerator
+        self._guard = guard
         self._forwards: list[LayerwiseForward] = [] if calibration is None else [calibration]
+        self._forwards += [] if guard is None else [guard.forward]
+        self._models = tuple(dict.fromkeys(name for forward in self._forwards for name in forward.models))
         self._layer = -1
         self._scales: torch.Tensor | None = None
 
@@ -79,32 +79,46 @@ class Quantizer:
             self._advance_plain(job, blocks[0], notes)
             square = float(blocks[0].float().square().mean(dtype=torch.float64))
             return self._record(job, math.sqrt(square), started), notes, blocks
-        blocks = self._folded(job, blocks)
+        to_round = self._folded(job, blocks)
         try:
-            fit, parts, sums, device = self._quantize_matrix(job, blocks)
+            fit, parts, sums, device = self._quantize_matrix(job, to_round)
+            nearest = None if self._guard is None else self._guard.nearest(job, blocks)
+            replacement = self._replacement(job, blocks, to_round, parts, nearest)
         except FormatError as problem:
             raise FormatError(f"{self._checkpoint.path_of(job.tensor.name)}: tensor {job.tensor.name}: {problem}") from None
-        self._advance_calibration(job, blocks, parts)
+        replaced = replacement is not None
+        if replacement is not None:
+            parts, sums = replacement
+        if job.kind == "head":
+            parts, sums, replaced = self._measured_head(job, blocks, (parts, sums), nearest, notes)
+        self._advance(job, to_round, parts, nearest)
         error, square, output_error, output_square = sums
         figures = {
             "relative_error": math.sqrt(error / square) if square else 0.0,
             "output_error": math.sqrt(output_error / output_square) if output_square else None,
             "tokens": fit.tokens if fit.by else None,
             "calibrated_by": fit.by,
+            "nearest_instead": replaced,
             "device": device,
         }
         return self._record(job, math.sqrt(square / job.parameters), started, **figures), notes, parts
 
     def replay(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
-        """Advance the calibration past a matrix that an earlier run has quantized into `parts`."""
+        """Run the tokens through a matrix that an earlier run has quantized into `parts`."""
         notes = self._begin(job)
         if job.fmt is None:
             self._advance_plain(job, blocks[0], notes)
         else:
-            self._advance_calibration(job, self._folded(job, blocks), parts)
+            nearest = None if self._guard is None else self._guard.nearest(job, blocks)
+            self._advance(job, self._folded(job, blocks), parts, nearest)
+
+    @property
+    def runs_tokens(self) -> bool:
+        """Whether tokens run through the matrices: those that calibrate, or those that are held out."""
+        return bool(self._forwards)
 
     def restore(self, layer: int) -> int:
-        """Load the latest calibration snapshot of a layer up to this one; returns that layer, -1 for the beginning of the model."""
+        """Load the latest snapshot of the activations at a layer up to this one; returns that layer, -1 for the beginning of the model."""
         for before in range(layer, 0, -1):
             if all(forward.has_snapshot(before) for forward in self._forwards):
                 for forward in self._forwards:
@@ -129,12 +143,18 @@ class Quantizer:
             forward.save_snapshot(layer)
         for forward in self._forwards:  # once all have a newer snapshot
             forward.remove_snapshot(layer - 1)
-        error = None if self._calibration is None or not layer else self._calibration.stream_error()
-        return {} if error is None else {"stream_error": [layer - 1, error]}
+        notes: dict[str, Any] = {}
+        if layer and self._calibration is not None and (error := self._calibration.stream_error()) is not None:
+            notes["stream_error"] = [layer - 1, error]
+        if layer and self._guard is not None:
+            notes["held_out_errors"] = [layer - 1, self._guard.forward.stream_errors()]
+        return notes
 
     def _advance_plain(self, job: Job, values: torch.Tensor, notes: dict[str, Any]) -> None:
         for forward in self._forwards:
             forward.advance_plain(job.tensor, values)
+        if job.kind == "head" and self._guard is not None:
+            self._note_divergence(notes, self._guard.divergence(job, [values], [values], None)[0])
         if job.kind == "router" and self._calibration is not None:
             notes["expert_tokens"] = [job.tensor.layer, self._calibration.expert_tokens[job.tensor.layer]]
             by_source = self._calibration.expert_tokens_by_source[job.tensor.layer]
@@ -163,38 +183,71 @@ class Quantizer:
         (weight,) = read_rows(self._checkpoint, Job(w2, job.expert, fmt, ()))
         return column_scales(weight, importance, fmt)
 
-    def _advance_calibration(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
-        """Run the calibration tokens through a packed matrix."""
-        assert job.fmt is not None
-        if self._calibration is None or job.kind == "head":
+    def _replacement(
+        self, job: Job, blocks: list[torch.Tensor], to_round: list[torch.Tensor], parts: list[torch.Tensor], nearest: PartsAndSums | None
+    ) -> PartsAndSums | None:
+        """The matrix that was rounded to nearest, where it is to replace `parts`; the head is decided by `_measured_head`.
+
+        Args:
+            job: of the matrix.
+            blocks: its rows.
+            to_round: the rows that were quantized, with folded scales.
+            parts: of the quantized matrix.
+            nearest: `blocks`, rounded to nearest.
+        """
+        if self._guard is None or not self._guard.falls_back or job.kind == "head":
+            return None
+        candidate = nearest if to_round is blocks else self._guard.nearest(job, to_round)
+        assert candidate is not None
+        return candidate if self._guard.prefers_nearest(job, to_round, parts, candidate[0]) else None
+
+    def _measured_head(
+        self, job: Job, blocks: list[torch.Tensor], quantized: PartsAndSums, nearest: PartsAndSums | None, notes: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], list[float], bool]:
+        """(parts and sums of the head to store, whether it is the one that was rounded to nearest); notes the divergences."""
+        if self._guard is None:
+            return *quantized, False
+        divergences, replaced = self._guard.divergence(job, blocks, quantized[0], None if nearest is None else nearest[0])
+        self._note_divergence(notes, divergences)
+        return *(nearest if replaced and nearest is not None else quantized), replaced
+
+    def _note_divergence(self, notes: dict[str, Any], divergences: Sequence[SourceDivergence]) -> None:
+        notes["held_out_divergence"] = [self._checkpoint.config.n_layers, [divergence.figures for divergence in divergences]]
+
+    def _advance(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor], nearest: PartsAndSums | None) -> None:
+        """Run the tokens of calibration and guard through a packed matrix.
+
+        Args:
+            job: of the matrix.
+            blocks: the rows that were quantized.
+            parts: of the packed matrix.
+            nearest: the matrix rounded to nearest; None where no model has it.
+        """
+        if not self._forwards or job.kind == "head":
             return
-        packed = job.fmt.load({part_name(part): tensor for part, tensor in zip(job.parts, parts, strict=True)})
+        packed = {QUANTIZED: loaded(job, parts)} | ({} if nearest is None else {NEAREST: loaded(job, nearest[0])})
         if job.kind != "embedding":
-            weights = {ORIGINAL: torch.cat(blocks), QUANTIZED: self._dequantized(packed)}
-            self._calibration.advance(job.tensor, job.expert, weights)
+            assert self._workers is not None
+            weights = {name: dequantized(matrix, self._workers) for name, matrix in packed.items()}
+            weights[ORIGINAL] = torch.cat(blocks)
+            weights = {name: self._forwards[0].products.prepared(weights[name]) for name in self._models}  # once for all forwards
+            for forward in self._forwards:
+                forward.advance(job.tensor, job.expert, weights)
             return
         first = 0
         for rows in blocks:
-            self._calibration.embed(first, {ORIGINAL: rows, QUANTIZED: dequantize(packed.rows(first, first + len(rows)))})
-            first += len(rows)
-
-    def _dequantized(self, packed: QuantizedWeight) -> torch.Tensor:
-        """float32 [N, K]."""
-        assert self._workers is not None, "what is calibrated is rounded in pieces"
-        out = torch.empty(packed.shape)
-
-        def fill(first: int) -> None:
-            out[first : first + TASK_ROWS] = dequantize(packed.rows(first, min(first + TASK_ROWS, len(out))))
-
-        self._workers.map(fill, range(0, len(out), TASK_ROWS))
-        return out
+            last = first + len(rows)
+            embeddings = {ORIGINAL: rows} | {name: dequantize(matrix.rows(first, last)) for name, matrix in packed.items()}
+            for forward in self._forwards:
+                forward.embed(first, embeddings)
+            first = last
 
     def _quantize_matrix(self, job: Job, blocks: list[torch.Tensor]) -> tuple[Fit, list[torch.Tensor], list[float], str]:
-        """(data that the matrix is fitted to, its parts, sums as in `_PartsAndSums`, the device that rounded it)."""
+        """(data that the matrix is fitted to, its parts, sums as in `PartsAndSums`, the device that rounded it)."""
         accelerator, device = self._accelerator, "cpu"
         where: AbstractContextManager[None] = nullcontext()
         if accelerator is not None and self._method.in_pieces:
-            rows = accelerator.rows(job, self._method, models=self._calibration.model_count if self._calibration else 1)
+            rows = accelerator.rows(job, self._method, models=max(1, len(self._models)))
             if rows:
                 try:
                     fit = self._fit(job)
@@ -210,13 +263,13 @@ class Quantizer:
         with where:
             fit = self._fit(job)
             if job.fmt is not None and job.fmt.record.stored is not None:
-                return fit, *_rounded_whole(job, blocks), device
+                return fit, *rounded_whole(job, blocks), device
             return fit, *self._rounded(job, blocks, fit.moments, 0), device
 
     def _fit(self, job: Job) -> Fit:
         return Fit(None, 0, "") if self._calibration is None else self._calibration.fit(job.tensor, job.expert)
 
-    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None, on_accelerator: int) -> _PartsAndSums:
+    def _rounded(self, job: Job, blocks: list[torch.Tensor], moments: Moments | None, on_accelerator: int) -> PartsAndSums:
         """`on_accelerator`: how many rows the GPU rounds at a time, 0 for the CPU."""
         assert job.fmt is not None
         parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
@@ -224,7 +277,7 @@ class Quantizer:
         first = 0
         for rows in blocks:
             for piece in self._round(rows, job.fmt, moments, on_accelerator):
-                _place(job, parts, piece.packed, first)
+                place(job, parts, piece.packed, first)
                 first += piece.packed.shape[0]
                 figures = piece.error, piece.square, piece.output_error, piece.output_square
                 sums = [total + figure for total, figure in zip(sums, figures, strict=True)]
@@ -235,7 +288,7 @@ class Quantizer:
         if on_accelerator and self._accelerator is not None:
             device = self._accelerator.device
             return (self._method.run(piece.to(device), fmt, moments) for piece in rows.split(on_accelerator))
-        if self._workers is None:
+        if self._workers is None or not self._method.in_pieces:
             return [self._method.run(rows, fmt, moments)]
         if moments is not None:
             moments.prepare()
@@ -246,17 +299,3 @@ class Quantizer:
         sizes = job.parameters, job.nbytes
         seconds = time.perf_counter() - started
         return TensorRecord(name, job.expert, layer, job.kind, job.format_name, *sizes, root_mean_square, **figures, seconds=seconds)
-
-
-def _rounded_whole(job: Job, blocks: list[torch.Tensor]) -> _PartsAndSums:
-    """As `Quantizer._rounded`, in a format whose rows depend on each other, which only rtn makes."""
-    assert job.fmt is not None
-    stored, error, square = rtn_whole(blocks, job.fmt)
-    return [stored[part_name(part)] for part in job.parts], [error, square, 0.0, 0.0]
-
-
-def _place(job: Job, parts: list[torch.Tensor], packed: QuantizedWeight, first: int) -> None:
-    """Copy packed rows to rows first .. of the parts."""
-    for part, stored in zip(job.parts, parts, strict=True):
-        packed_rows = packed.parts[part_name(part)]
-        stored[first : first + len(packed_rows)] = packed_rows

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["RunRecord", "TensorRecord"]
+from dbrx_q.quantize.calibration.held_out import SourceDivergence
+
+__all__ = ["HeldOutRecord", "RunRecord", "TensorRecord"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class TensorRecord:
     calibrated_by: str = ""
     """By "tokens": those that reach the matrix. By "layer": all tokens of the layer, weighted by the router's probability. By "none": no
     tokens, as even the layer has too few. "" without calibration."""
+    nearest_instead: bool = False
+    """Whether the matrix is stored as rounded to nearest, which errs less on held-out tokens than the method's result."""
     device: str = "cpu"
     """The device that rounded it, with the reason where a GPU did not."""
     seconds: float = 0.0
@@ -53,6 +57,26 @@ class TensorRecord:
         """The figures that the manifest holds: those that do not depend on the machine or the time."""
         figures = {"root_mean_square": self.root_mean_square}
         return figures if self.relative_error is None else figures | {"relative_error": self.relative_error}
+
+
+@dataclass(frozen=True)
+class HeldOutRecord:
+    """What the tokens of one source, to which nothing is fitted, say of the quantized model."""
+
+    name: str
+    """Of the source, as given."""
+    kind: str
+    """`HELD_OUT`, `LEFT_OUT` or `CHECKED` of `calibration.held_out`."""
+    sequences: int
+    """Number of its sequences."""
+    tokens: int
+    """Number of tokens that were predicted."""
+    divergence: SourceDivergence
+    """KL divergence of the quantized model and of rounding to nearest from the original."""
+    hurts: bool
+    """Whether the quantized model is further from the original than rounding to nearest, by more than two standard errors."""
+    layer_errors: dict[int, tuple[float, float]]
+    """For each layer, the relative error of its output, |x - original| / |original|, of the quantized model and of rounding to nearest."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,13 @@ class RunRecord:
     """For each layer, a list for each source: how many of its tokens reach each expert; empty where there is only one source."""
     source_names: list[str] = field(default_factory=list)
     """The calibration sources, in the order of `expert_tokens_by_source`."""
+    held_out: list[HeldOutRecord] = field(default_factory=list)
+    """One for each source of which tokens were held out, then one for each check text."""
+
+    @property
+    def nearest_instead(self) -> list[str]:
+        """The labels of the matrices that are stored as rounded to nearest."""
+        return [record.label for record in self.records if record.nearest_instead]
 
     @property
     def undersampled(self) -> list[TensorRecord]:

@@ -15,17 +15,19 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint, ShardSource
 from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
 from dbrx_q.checkpoint.shards import SHARD_BYTES
+from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
+from dbrx_q.quantize.calibration.held_out import NEAREST, CheckSequences, HeldOutSequences, models_of
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS, Method
 
 from .accelerator import Accelerator
 from .jobs import Job, shards_of
 from .journal import options_of
-from .plan import RunPlan, plan_run
+from .plan import RunPlan, TokenCounts, plan_run
 
 __all__ = ["QuantizationRequest", "Run", "open_run"]
 
@@ -44,6 +46,10 @@ class QuantizationRequest:
     """What quantization_config says about the sequences."""
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     """How the tokens calibrate a matrix."""
+    checks: tuple[CheckSequences, ...] = ()
+    """Texts on which the result is measured before it is complete; they decide nothing."""
+    no_worse_than_rtn: bool = False
+    """Whether a matrix that errs more on held-out tokens than one that is rounded to nearest is stored as the latter."""
     accelerator: Accelerator | None = None
     """A GPU that multiplies and rounds; its results differ from the CPU's in the last bits. None for the CPU alone."""
     shard_bytes: int = SHARD_BYTES
@@ -72,6 +78,8 @@ class Run:
     """The jobs of each shard."""
     models: tuple[str, ...]
     """The models that the calibration tokens run through: `QUANTIZED`, `ORIGINAL` or both."""
+    held_out: HeldOutSequences | None
+    """Sequences that measure what calibration does to tokens to which nothing is fitted, and those of check texts; None without any."""
     plan: RunPlan
     """Bytes to read and write, and memory."""
 
@@ -84,6 +92,7 @@ class Run:
             rounding["calibration"] = dict(self.request.about)
             defaults = CalibrationOptions()
             rounding["calibration"] |= {k: v for k, v in asdict(self.request.options).items() if v != getattr(defaults, k)}
+            rounding["calibration"] |= {"no_worse_than_rtn": True} if self.request.no_worse_than_rtn else {}
         return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
 
     @property
@@ -97,6 +106,8 @@ class Run:
             "quantization_config": self.quantization_config,
             "sequences": None if sequences is None else _digest(sequences.ids),
             "held_out": None if sequences is None or not len(sequences.held_out) else _digest(sequences.held_out),
+            "checks": [_digest(check.ids) for check in self.request.checks] or None,
+            "no_worse_than_rtn": self.request.no_worse_than_rtn or None,  # None as in journals of versions without it
             "options": asdict(self.request.options),
             "measured": self.request.measured,
             "accelerator": None if self.request.accelerator is None else [self.request.accelerator.name, self.request.accelerator.memory],
@@ -139,21 +150,29 @@ def open_run(
             "Give them one"
         )
     method = _method(request.method, formats)
-    tokens = _check_sequences(checkpoint, request).ids.numel() if method.calibrated else 0
+    calibrating = _check_sequences(checkpoint, request) if method.calibrated else None
+    _check_guard(checkpoint, request, calibrating)
+    held_out = HeldOutSequences.of(calibrating, request.checks)
     models = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
     shards = shards_of(checkpoint, formats, request.shard_bytes)
     plan = plan_run(
         checkpoint,
         shards,
         method,
-        tokens=tokens,
-        models=len(models),
+        tokens=TokenCounts(
+            calibration=0 if calibrating is None else calibrating.ids.numel(),
+            models=len(models),
+            held_out=0 if held_out is None else held_out.tokens,
+            checked=0 if held_out is None else held_out.checked_tokens,
+            held_out_models=0 if held_out is None else len(models_of(nearest=request.method != NEAREST)),
+            falls_back=request.no_worse_than_rtn,
+        ),
         threads=torch.get_num_threads(),
         base=resident_bytes(),
         memory=memory,
         accelerator=request.accelerator,
     )
-    return Run(checkpoint, request, method, formats, shards, models, plan)
+    return Run(checkpoint, request, method, formats, shards, models, held_out, plan)
 
 
 def _measured_formats(request: QuantizationRequest, journal: Path | None) -> dict[str, TensorFormat]:
@@ -173,7 +192,7 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
 
 
 def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> CalibrationSequences:
-    sequences, config = request.sequences, checkpoint.config
+    sequences = request.sequences
     if isinstance(sequences, torch.Tensor):  # as versions with one text took them
         raise RequestError(
             f"the sequences of a request must be CalibrationSequences; found a tensor of shape {list(sequences.shape)}. Pass "
@@ -183,13 +202,35 @@ def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> Ca
         raise RequestError(
             f"the method {request.method} must have a text to calibrate with; found none. Give --calibration, or choose rtn, clip or hqq"
         )
-    ids = torch.cat([sequences.ids, sequences.held_out])
+    _check_ids(checkpoint.config, torch.cat([sequences.ids, sequences.held_out]), "calibration sequences")
+    return sequences
+
+
+def _check_guard(checkpoint: Checkpoint, request: QuantizationRequest, calibrating: CalibrationSequences | None) -> None:
+    """Refuse check texts that the model cannot run, and a fallback to rounding to nearest without tokens that could decide it."""
+    for check in request.checks:
+        _check_ids(checkpoint.config, check.ids, f"the sequences of the check text {check.name}")
+    lengths = {check.ids.shape[1] for check in request.checks} | (set() if calibrating is None else {calibrating.ids.shape[1]})
+    if len(lengths) > 1:
+        raise RequestError(f"calibration and check sequences must have one length; found {sorted(lengths)}. Cut all texts alike")
+    if request.no_worse_than_rtn and (calibrating is None or not len(calibrating.held_out)):
+        without = "the method takes no calibration" if calibrating is None else "none of the sources has tokens to spare"
+        raise RequestError(
+            f"--no-worse-than-rtn compares with rounding to nearest on held-out tokens; found none, as {without}. "
+            + (
+                "Leave it out, or name gptq or best and --calibration"
+                if calibrating is None
+                else "Give longer texts, or a smaller --length"
+            )
+        )
+
+
+def _check_ids(config: DbrxConfig, ids: torch.Tensor, what: str) -> None:
     if int(ids.max()) >= config.vocab_size or ids.shape[1] > config.max_seq_len:
         raise RequestError(
-            f"calibration sequences must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
+            f"{what} must fit the model: token ids below {config.vocab_size} and at most {config.max_seq_len} tokens; found "
             f"{int(ids.max())} and {ids.shape[1]}. Use the tokenizer of this model"
         )
-    return sequences
 
 
 def _digest(ids: torch.Tensor) -> str:

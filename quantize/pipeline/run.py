@@ -24,10 +24,12 @@ from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.planning.cpu_quota import bound_threads
 from dbrx_q.quantize.calibration.calibrated import Calibration
+from dbrx_q.quantize.calibration.held_out import NEAREST, HeldOutForward
 from dbrx_q.quantize.methods.products import Products
 from dbrx_q.quantize.methods.workers import Workers
 
 from .finish import finish, record_of
+from .guard import Guard
 from .jobs import Job, read_blocks
 from .journal import Entry, Journal
 from .plan import RunPlan
@@ -159,12 +161,12 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
         run.checkpoint.expect([job.tensor.name for job in (*replayed, *jobs[finished:])])
         _replay(run, quantizer, partial, replayed)
         bytes_done = sum(run.bytes_in(job) for job in jobs[:finished])
-        # One thread reads the next matrix and another writes the last one. A calibrated run reads no matrix ahead: it needs the memory.
+        # One thread reads the next matrix and another writes the last one. A run with tokens reads no matrix ahead: it needs the memory.
         reader = stack.enter_context(ThreadPoolExecutor(1))
         writer = stack.enter_context(ThreadPoolExecutor(1))
         if run.checkpoint.source is not None:
             stack.callback(run.checkpoint.source.stop)  # before the threads are joined: the reader may wait for a download
-        ahead = 0 if run.method.calibrated else 1
+        ahead = 0 if quantizer.runs_tokens else 1
         written: Future[None] | None = None
         for job, blocks, digest in _read_ahead(quantizer, jobs[finished:], reader, ahead):
             record, notes, parts = quantizer.run(job, blocks)
@@ -181,29 +183,36 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
 
 
 def _quantizer(run: Run, partial: Path, stack: ExitStack) -> Quantizer:
-    workers = stack.enter_context(Workers()) if run.method.in_pieces else None
+    workers = stack.enter_context(Workers()) if run.method.in_pieces or run.held_out is not None else None
     accelerator = run.request.accelerator
-    calibration = None
-    if run.method.calibrated and workers is not None:
-        assert run.request.sequences is not None
-        calibration = Calibration(
-            run.checkpoint.config,
-            run.request.sequences,
-            Products.fastest(workers, run.checkpoint.config.d_model, None if accelerator is None else accelerator.device),
-            models=run.models,
-            options=run.request.options,
-            folder=partial / _ACTIVATIONS_NAME,
-            in_files=run.plan.in_files,
-            squares=run.method.squares,
-            kept_tokens=run.plan.kept_tokens if accelerator is None else 0,
-        )
-        stack.callback(calibration.close)
-    return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers, accelerator)
+    calibration, guard, config, folder = None, None, run.checkpoint.config, partial / _ACTIVATIONS_NAME
+    if workers is not None and (run.method.calibrated or run.held_out is not None):
+        products = Products.fastest(workers, config.d_model, None if accelerator is None else accelerator.device)
+        if run.method.calibrated:
+            assert run.request.sequences is not None
+            calibration = Calibration(
+                config,
+                run.request.sequences,
+                products,
+                models=run.models,
+                options=run.request.options,
+                folder=folder,
+                in_files=run.plan.in_files,
+                squares=run.method.squares,
+                kept_tokens=run.plan.kept_tokens if accelerator is None else 0,
+            )
+            stack.callback(calibration.close)
+        if run.held_out is not None:
+            nearest = run.request.method != NEAREST
+            forward = HeldOutForward(config, run.held_out, products, nearest=nearest, folder=folder, in_files=run.plan.in_files)
+            stack.callback(forward.close)
+            guard = Guard(forward, workers, nearest=nearest, falls_back=run.request.no_worse_than_rtn)
+    return Quantizer(run.checkpoint, run.formats, run.method, calibration, workers, accelerator, guard)
 
 
 def _jobs_to_replay(run: Run, quantizer: Quantizer, jobs: list[Job], finished: int) -> list[Job]:
-    """The finished tensors that calibration must run the tokens through again: those after its latest snapshot."""
-    if not run.method.calibrated or not 0 < finished < len(jobs):
+    """The finished tensors that the tokens must run through again: those after the latest snapshot of the activations."""
+    if not quantizer.runs_tokens or not 0 < finished < len(jobs):
         return []
     layer = quantizer.restore(quantizer.layer_of(jobs[finished]))
     return [job for job in jobs[:finished] if quantizer.layer_of(job) >= layer]
