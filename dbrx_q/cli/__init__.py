@@ -1,7 +1,7 @@
 """The command line, `dbrx-q`.
 
 Begin at `entry.py`: it runs one command, turns errors into messages and interruptions into an orderly end. Exit codes: 0 done, 1 `verify`
-found a difference, 2 an error that the message explains, an interruption by Ctrl-C included.
+found a difference or `quantize --no-worse-than-rtn` a result that is worse, 2 an error that the message explains, an interruption by Ctrl-C included.
 
 Each command has a file of its name with its options, an example and a function `command`. The function imports what it runs, so that
 `--help` never imports torch. The files are `quantize.py` (its output is in `quantize_report.py`), `inspect.py`, `verify.py`, `plan.py`,

@@ -10,6 +10,7 @@ from dbrx_q.planning.sizes import parse_size
 
 from . import options, quantize_report, terminal
 from .calibration import load_sequences, parse_sources
+from .check_texts import check_unseen, load_checks, note_unmeasured
 from .choices import ACTIVATIONS, METHODS, WEIGHT_FORMATS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
@@ -71,6 +72,23 @@ _Activations = Annotated[
     str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
 ]
 _AllExperts = Annotated[bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")]
+_CheckText = Annotated[
+    list[str] | None,
+    option(
+        CALIBRATION,
+        "Text that decides nothing, on which KL from SRC is measured before DST is complete; may be given again.",
+        metavar="FILE",
+        default=False,
+    ),
+]
+_NoWorse = Annotated[
+    bool,
+    option(
+        CALIBRATION,
+        "Store a matrix as rtn rounds it where that errs less on held-out tokens; exit code 1 if the result is still worse than rtn.",
+        "--no-worse-than-rtn",
+    ),
+]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 _Device = Annotated[str, option(MEMORY, "cpu, or cuda or cuda:N to quantize on a GPU what fits into it.", metavar="DEVICE")]
 
@@ -91,6 +109,9 @@ def command(
     seed: Annotated[int, option(CALIBRATION, "Seed of the draw and, for self, of the sampling.", metavar="N")] = 0,
     activations: _Activations = "quantized",
     all_experts: _AllExperts = False,
+    check_text: _CheckText = None,
+    check_sequences: Annotated[int, option(CALIBRATION, "Most sequences of each check text.", metavar="N", least=1)] = 64,
+    no_worse_than_rtn: _NoWorse = False,
     memory: Annotated[str | None, option(MEMORY, "Host memory to use, as 24GiB.", metavar="SIZE", default="4/5 of what is free")] = None,
     device: _Device = "cpu",
     device_memory: Annotated[str | None, option(MEMORY, "GPU memory to use, as 20GiB.", metavar="SIZE", default="9/10 of it")] = None,
@@ -122,6 +143,7 @@ def command(
     if push is not None and not dry_run:
         check_push(push, private=not public)
     folder = opened if isinstance(opened, Path) else opened.folder
+    checks = load_checks(folder, check_text or [], count=check_sequences, length=length)
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     sampling = Sampling(source, folder, destination, budget, revision, accelerator, resume=resume, low_disk=low_disk, dry_run=dry_run)
     tokens, about = load_sequences(folder, sources, count=sequences, length=length, seed=seed, sampling=sampling)
@@ -130,6 +152,7 @@ def command(
             "--target-bpw measures errors on the sequences of --calibration self, which --dry-run does not sample. Leave one of them "
             "out, or name the file of sequences that an earlier run has sampled"
         )
+    check_unseen(checks, tokens, about)
     request = QuantizationRequest(
         _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
         method=method,
@@ -139,6 +162,8 @@ def command(
         sequences=tokens,
         about=about,
         options=CalibrationOptions(activations=activations, all_experts=all_experts, act_order=act_order),
+        checks=tuple(checks.values()),
+        no_worse_than_rtn=no_worse_than_rtn,
         accelerator=accelerator,
     )
     requests = _with_fallback(destination, request, fallback_format)
@@ -152,6 +177,7 @@ def command(
         if not isinstance(opened, Path):
             opened.close(keep=any(partial_of(folder).exists() for folder in requests))
     quantize_report.show_runs(runs, json=json)
+    quantize_report.check_no_worse(runs, push)
     if push is not None:
         terminal.say(f"uploading {destination} to {push}")
         terminal.say(f"uploaded: {upload(destination, push)}")
@@ -181,7 +207,7 @@ def _with_fallback(destination: Path, request: QuantizationRequest, fallback_for
     if fallback_format is None:
         return {destination: request}
     formats = _formats(TensorFormat.of(fallback_format), [], None, None)
-    fallback = replace(request, assign_formats=formats, measured=None, name="")
+    fallback = replace(request, assign_formats=formats, measured=None, name="", checks=())  # check texts are for the checkpoint
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)
     return {destination: request, destination / FALLBACK_FOLDER: fallback}
@@ -201,6 +227,7 @@ def _run(opened: Path | RemoteShards, requests: dict[Path, QuantizationRequest],
         for folder, request in requests.items():
             if resume and already_there(opened, folder, request):
                 terminal.say(f"{folder} is complete already")
+                note_unmeasured(folder, request)
                 continue
             with terminal.progress("quantizing", unit_bytes=True) as on_bytes:
                 runs[folder] = quantize_checkpoint(opened, folder, request, resume=resume, memory=budget, on_bytes=on_bytes)

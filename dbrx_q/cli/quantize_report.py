@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dbrx_q.quantize.pipeline.plan import RunPlan
     from dbrx_q.quantize.pipeline.records import RunRecord
 
-__all__ = ["show_plans", "show_runs"]
+__all__ = ["check_no_worse", "show_plans", "show_runs"]
 
 
 def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, sampling: Sampling, *, json: bool) -> None:
@@ -43,6 +43,8 @@ def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, sampli
 
 
 def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:
+    from dbrx_q.quantize.pipeline.plan import check_seconds
+
     print(f"reads       {format_size(plan.bytes_in):>10}  {8 * plan.bytes_in / plan.parameters:6.3f} bits per weight")
     print(f"writes      {format_size(plan.bytes_out):>10}  {bits:6.3f} bits per weight")
     for kind, kind_bits in plan.bits.items():
@@ -52,6 +54,10 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seco
         f"memory      {format_size(plan.peak_memory):>10}  at most"
         + (f", activations of {format_size(plan.activations)} {where}" if plan.activations else "")
     )
+    if plan.held_out_tokens:
+        print(f"held out    {plan.held_out_tokens:>10,}  tokens, which run through this model, the result and one rounded to nearest")
+    if plan.checked_tokens:
+        print(f"check texts {plan.checked_tokens:>10,}  tokens, which take about {_duration(check_seconds(plan))} of the time below")
     if accelerator is not None:
         where = f"at most on {accelerator.name}, which quantizes {plan.accelerated:,} of {plan.matrices:,} matrices"
         print(f"GPU memory  {format_size(accelerator.memory):>10}  {where}")
@@ -71,7 +77,26 @@ def show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
         _show_run(run, folder)
 
 
+def check_no_worse(runs: Mapping[Path, RunRecord], push: str | None) -> None:
+    """Say where a result is worse than rounding to nearest that was not to be; it stays where it is, and is not uploaded.
+
+    Raises:
+        typer.Exit: exit code 1.
+    """
+    import typer
+
+    from dbrx_q.quantize.pipeline.report_held_out import still_worse
+
+    problems = {folder: problem for folder, run in runs.items() if (problem := still_worse(run)) is not None}
+    for folder, problem in problems.items():
+        terminal.say(f"dbrx-q: error: {folder}: {problem}" + (f". It was not uploaded to {push}" if push is not None else ""))
+    if problems:
+        raise typer.Exit(1)
+
+
 def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
     return {
         "source": run.source,
         "destination": str(destination),
@@ -79,6 +104,8 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
         "calibration": run.options.get("calibration"),
         "undersampled_experts": _undersampled(run),
         "unreached_experts": run.unreached_experts,
+        "held_out": [asdict(record) for record in run.held_out],
+        "nearest_instead": run.nearest_instead,
         "parameters": run.parameters,
         "bytes_in": run.bytes_in,
         "bytes_out": run.bytes_out,
@@ -107,10 +134,19 @@ def _show_run(run: RunRecord, destination: Path) -> None:
         _show_sources(run, calibration.get("sources", []))
     if undersampled:
         print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
+    for line in _held_out_lines(run):
+        print(line)
     earlier = f", after {_duration(run.resumed_seconds)} of earlier runs" if run.resumed_seconds else ""
     speed = "" if run.resumed_seconds else f", {format_size(run.bytes_in / run.seconds)}/s"
     gpu = f", on {run.device} {format_size(run.peak_device_bytes)}" if run.device != "cpu" else ""
     print(f"{run.shards} shard(s) in {_duration(run.seconds)}{earlier}{speed}; peak memory {format_size(run.peak_memory_bytes)}{gpu}")
+
+
+def _held_out_lines(run: RunRecord) -> list[str]:
+    """What tokens to which nothing is fitted say of the result: of check texts, of fallbacks, and where calibration hurt."""
+    from dbrx_q.quantize.pipeline.report_held_out import check_lines, hurt_line, nearest_line
+
+    return [*check_lines(run), *(line for line in (nearest_line(run), hurt_line(run)) if line is not None)]
 
 
 def _show_sources(run: RunRecord, sources: Sequence[Mapping[str, Any]]) -> None:

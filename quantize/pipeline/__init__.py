@@ -14,5 +14,6 @@ In the order of a run:
 - `journal.py`: a line per finished tensor, from which a killed run resumes. `shards.py`: the shard files, which are reopened then.
 - `source_digest.py`: what identifies the source, so that no run continues with another one.
 - `records.py`: what is known of each tensor and of the run once it is done.
-- `finish.py`: index, config.json, tokenizer, manifest; `model_card.py` is the README.md, `report.py` the report with its plots.
+- `finish.py`: index, config.json, tokenizer, manifest; `model_card.py` is the README.md, `report.py` the report with its plots, and
+  `report_held_out.py` what both say of held-out tokens.
 """

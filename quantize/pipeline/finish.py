@@ -59,6 +59,7 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
         expert_tokens_by_source=_by_layer(notes, "expert_tokens_by_source"),
         source_names=[] if run.request.sequences is None else list(run.request.sequences.names),
         held_out=_held_out(run.held_out, notes),
+        falls_back=run.request.no_worse_than_rtn,
     )
 
 
@@ -72,7 +73,8 @@ def _held_out(sequences: HeldOutSequences | None, notes: Sequence[Mapping[str, A
     for n, (name, kind, count) in enumerate(zip(sequences.names, sequences.kinds, sequences.counts, strict=True)):
         divergence = SourceDivergence.read(divergences[n])
         layers = {layer: (values[n][0], values[n][1]) for layer, values in sorted(errors.items())}
-        records.append(HeldOutRecord(name, kind, count, count * predicted, divergence, divergence.hurts, layers))
+        shown = Path(name).name if Path(name).exists() else name  # the report and the card name no folders of this machine
+        records.append(HeldOutRecord(shown, kind, count, count * predicted, divergence, divergence.hurts, layers))
     return records
 
 

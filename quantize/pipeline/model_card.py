@@ -9,6 +9,7 @@ from dbrx_q.config import DbrxConfig
 
 from .records import RunRecord
 from .report import bits_by_kind, calibration_sentence, error_table, source_table
+from .report_held_out import hurt_line, source_lines
 
 __all__ = ["model_card"]
 
@@ -77,5 +78,8 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
         lines += ["", f"{len(undersampled)} expert(s) were reached by too few tokens, and calibrated with {data}."]
     lines += ["", "| matrix | format | relative error, mean | largest |", "|---|---|---|---|"]
     lines += [f"| {matrix} | {fmt} | {mean:.4f} | {largest:.4f} |" for matrix, fmt, mean, largest, _ in error_table(run)]
+    if run.held_out:
+        lines += ["", "## Measured on tokens to which nothing is fitted", ""]
+        lines += [f"{line}." for line in (hurt_line(run),) if line is not None] + ["", *source_lines(run)]
     lines += ["", "`quantization_report.md` has the details; `dbrx-q compare` measures the loss on a text."]
     return "\n".join(lines) + "\n"

@@ -120,6 +120,8 @@ class RunRecord:
     """The calibration sources, in the order of `expert_tokens_by_source`."""
     held_out: list[HeldOutRecord] = field(default_factory=list)
     """One for each source of which tokens were held out, then one for each check text."""
+    falls_back: bool = False
+    """Whether a matrix that errs more on held-out tokens than one that is rounded to nearest is stored as the latter."""
 
     @property
     def nearest_instead(self) -> list[str]:

@@ -15,6 +15,7 @@ from dbrx_q.errors import UnsupportedError
 from dbrx_q.plots import INK, check_plot_extra, figure, render, style
 
 from .records import RunRecord, TensorRecord
+from .report_held_out import draw_ratios, hurt_line, layer_table, nearest_line, source_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +43,7 @@ def write_report(folder: Path, run: RunRecord) -> list[str]:
         "bits_per_weight": _bits(run.records),
         "bits_by_kind": bits_by_kind(run),
         "undersampled_experts": _undersampled(run),
+        "nearest_instead": run.nearest_instead,
     }
     _write(folder / f"{NAME}.json", (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
     for name, png in plots.items():
@@ -121,9 +123,26 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
             lines.append(f"| {layer} | {' | '.join(_spread(counts))} |")
     if run.expert_tokens_by_source:
         lines += ["", "## Tokens per expert, by source", "", *_tokens_by_source(run)]
+    if run.held_out:
+        lines += ["", "## Held-out tokens", "", *_held_out_lines(run)]
     lines += ["", "## Undersampled experts", "", *_undersampled_lines(run)]
     lines += ["", "## Plots", ""] + [f"![{name}]({name})" for name in plots] + ([missing] if missing else [])
     return "\n".join(lines) + "\n"
+
+
+def _held_out_lines(run: RunRecord) -> list[str]:
+    """What the tokens to which nothing is fitted, and check texts, say of the result."""
+    lines = [f"{line}." for line in (hurt_line(run), nearest_line(run)) if line is not None]
+    lines = [part for line in lines for part in (line, "")]
+    lines += ["KL divergence from the original model, the mean over sequences and its standard error. Worse: by more than two standard"]
+    lines += ["errors of the difference. Nothing is fitted to these tokens; check texts decide nothing either.", "", *source_lines(run)]
+    lines += [
+        "",
+        "Relative error of each layer's output and, in brackets, its ratio to that of rounding to nearest:",
+        "",
+        *layer_table(run),
+    ]
+    return lines
 
 
 def _tokens_by_source(run: RunRecord) -> list[str]:
@@ -185,6 +204,8 @@ def _drawings(run: RunRecord) -> dict[str, Callable[[RunRecord], bytes]]:
         drawings["outputs"] = _draw_outputs
     if run.expert_tokens:
         drawings["tokens"] = _draw_tokens
+    if run.held_out and run.method != "rtn":
+        drawings["held_out"] = draw_ratios
     return drawings
 
 
