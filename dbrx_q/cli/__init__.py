@@ -1,7 +1,8 @@
 """The command line, `dbrx-q`.
 
 Begin at `entry.py`: it runs one command, turns errors into messages and interruptions into an orderly end. Exit codes: 0 done, 1 `verify`
-found a difference or `quantize --no-worse-than-rtn` a result that is worse, 2 an error that the message explains, an interruption by Ctrl-C included.
+found a difference, or `quantize --no-worse-than-rtn` a result that is worse, 2 an error that the message explains, an interruption by
+Ctrl-C included.
 
 Each command has a file of its name with its options, an example and a function `command`. The function imports what it runs, so that
 `--help` never imports torch. The files are `quantize.py` (its output is in `quantize_report.py`), `inspect.py`, `verify.py`, `plan.py`,
@@ -15,6 +16,7 @@ What the commands share:
 `memory_budget.py`  --ram, --gpu and the like as a `Budget` or a `Machine`
 `calibration.py`    the sources of `--calibration`, and the sequences that are drawn of them
 `self_calibration.py`  the sequences that the model samples, and the plan of that
+`check_texts.py`    the sequences of `--check-text`
 `measurement.py`    the protocol and the dtype of the commands that measure on a text
 `limits.py`         the limits of the process (`ulimit`), and the words for a lack of memory or threads
 `terminal.py`       JSON on stdout; messages and progress bars on stderr

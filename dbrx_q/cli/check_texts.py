@@ -48,7 +48,7 @@ def load_checks(folder: Path, names: Sequence[str], *, count: int, length: int) 
     for text in texts:
         if text.sha256 in checks:
             raise RequestError(
-                f"--check-text must name each text once; found {checks[text.sha256].name} and {text.name}, which are the same. Leave one out"
+                f"--check-text must name each text once; found {checks[text.sha256].name} and {text.name}, the same text. Leave one out"
             )
         assert tokenizer is not None
         ids = _windows(text.name, tokenizer.encode(text.text, split_special_tokens=True), count, length)
@@ -56,9 +56,7 @@ def load_checks(folder: Path, names: Sequence[str], *, count: int, length: int) 
     return checks
 
 
-def check_unseen(
-    checks: Mapping[str, CheckSequences], calibration: CalibrationSequences | None, about: Mapping[str, Any] | None
-) -> None:
+def check_unseen(checks: Mapping[str, CheckSequences], calibration: CalibrationSequences | None, about: Mapping[str, Any] | None) -> None:
     """Refuse a check text that is a source of the calibration; warn of one that shares passages with what calibrates.
 
     Args:
