@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import EMBEDDING, TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
+from dbrx_q.cli.quantize_report import check_no_worse
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.eval.divergence import Distribution, scores
@@ -27,9 +28,7 @@ from dbrx_q.quantize.pipeline.report import NAME
 from dbrx_q.quantize.pipeline.report_held_out import hurt_line, still_worse
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
 
-BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
 HALF = 64  # channels, and tokens, of a domain
-Cli = Callable[..., Any]
 
 
 def domain(number: int, sequences: int, seed: int) -> torch.Tensor:
@@ -238,6 +237,23 @@ def test_other_methods_are_measured_and_guarded(toy: Path, results: dict[str, Re
     assert run.held_out[-1].divergence.nearest.mean == pytest.approx(nearest[0].divergence.quantized.mean, rel=1e-4)
     if guarded:
         assert all(record.divergence.difference.mean < 2.5 * record.divergence.difference.stderr for record in run.held_out[:2])
+
+
+def test_a_result_that_is_still_worse_is_an_error(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing that is held out shows what the check text shows."""
+    first = replace(SEQUENCES, held_out=SEQUENCES.held_out[:8], held_out_counts=(8, 0))
+    run = quantize_checkpoint(toy, tmp_path / "out", request(sequences=first, checks=CHECKS, no_worse_than_rtn=True))
+    assert [record.hurts for record in run.held_out] == [False, True]
+    problem = still_worse(run)
+    assert problem is not None
+    assert "must be no worse than rounding to nearest; found it worse by more than two standard errors on check: mean KL " in problem
+    with pytest.raises(typer.Exit) as ended:
+        check_no_worse({tmp_path / "out": run}, "me/model")
+    assert ended.value.exit_code == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"dbrx-q: error: {tmp_path / 'out'}: the result must be no worse than rounding to nearest")
+    assert message.endswith("It was not uploaded to me/model\n")
+    check_no_worse({tmp_path / "out": replace(run, falls_back=False)}, None)  # it was not asked for
 
 
 def test_a_guard_without_held_out_tokens_is_refused(toy: Path, tmp_path: Path) -> None:
