@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from dbrx_q.quantize.calibration.sources import CalibrationWarning
+
 DATA = Path(__file__).parents[2] / "data"
 BOOK, WIKI = DATA / "war-of-the-worlds.txt", DATA / "wikitext2-test.txt"
 SIZES = ("--sequences", 8, "--length", 64)
@@ -21,7 +23,9 @@ def test_the_last_lines_say_what_was_measured(small: Path, tmp_path: Path, cli: 
     outcome = cli("quantize", small, tmp_path / "out", *BEST, *CHECK, "--no-worse-than-rtn")
     assert outcome.code in (0, 1), outcome.err  # random weights may be hurt
     lines = outcome.out.splitlines()
-    assert any(line.startswith("check text wikitext2-test.txt: mean KL 0.") and ", rounding to nearest 0." in line for line in lines)
+    assert any(
+        line.startswith("check text wikitext2-test.txt: mean KL ") and " ± " in line and ", rounding to nearest " in line for line in lines
+    )
     assert any(line.startswith("Calibration hurt ") for line in lines)
     assert any(" of 16 matrices are rounded to nearest" in line for line in lines)
     again = cli("quantize", small, tmp_path / "out", *BEST, *CHECK, "--no-worse-than-rtn", "--resume")
@@ -74,7 +78,6 @@ def test_texts_that_say_nothing_are_refused(small: Path, tmp_path: Path, cli: Cl
         assert message in " ".join(outcome.err.split()), outcome.err
         assert "Traceback" not in outcome.err
     assert not out.exists()
-    sequences = ("--method", "best", "--calibration", BOOK, "--sequences", 2000, "--length", 64)
-    outcome = cli("quantize", small, out, *sequences, "--check-text", part, "--dry-run")
-    assert "part.txt: " in outcome.err
-    assert "of its sequences is also in the text that calibrates" in outcome.err
+    sequences = ("--method", "best", "--calibration", BOOK, "--sequences", 1400, "--length", 64)
+    with pytest.warns(CalibrationWarning, match=r"part.txt: \d+% of its sequences is also in the text that calibrates"):
+        assert cli("quantize", small, out, *sequences, "--check-text", part, "--dry-run").code == 0
