@@ -221,18 +221,23 @@ class HeldOutForward(LayerwiseForward):
             target = self._products.linear(self._inputs_of(reference, piece, down), original)
             x = self._inputs_of(quantized, piece, down)
             for error, weight in zip(errors, weights, strict=True):
-                change = self._products.linear(x, weight).sub_(target)
+                change = self._products.linear(x, weight)
+                change -= target.to(change.device)  # a weight for which the GPU has no room is multiplied on the CPU
                 error[start : start + len(piece)] = change.square_().sum(1, dtype=torch.float64).cpu()
         errors *= gates.double().square()
         return is_worse(errors[0], errors[1], self._source_of[tokens])
 
+    @property
+    def deciding_ids(self) -> torch.Tensor:
+        """int64 [n]: the ids of the tokens that may decide, ascending and none twice."""
+        return self._ids.flatten()[self._source_of >= 0].unique()
+
     def prefers_nearest_embedding(self, original: torch.Tensor, candidates: Sequence[torch.Tensor]) -> bool:
-        """The same for the embedding, [V, D] each: the error of a token is that of its row."""
+        """As `prefers_nearest` for the embedding, of which the rows of `deciding_ids` [n, D] are given: a token's error is its row's."""
         tokens = (self._source_of >= 0).nonzero(as_tuple=True)[0]
-        used, place = self._ids.flatten()[tokens].unique(return_inverse=True)
-        rows = original[used].float()
-        errors = [(weight[used] - rows).square().sum(1, dtype=torch.float64)[place] for weight in candidates]
-        return is_worse(errors[0], errors[1], self._source_of[tokens])
+        place = torch.searchsorted(self.deciding_ids, self._ids.flatten()[tokens])
+        quantized, nearest = ((rows - original).square().sum(1, dtype=torch.float64)[place] for rows in candidates)
+        return is_worse(quantized, nearest, self._source_of[tokens])
 
     def divergence(self, names: Sequence[str], blocks: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """float64 [T]: the KL divergence of each model's prediction from the original's, by the name of the model.

@@ -8,7 +8,7 @@ import torch
 
 from dbrx_q.checkpoint.layout import part_name
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
-from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.formats.weights import dequantize, gather_rows
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
 from dbrx_q.quantize.calibration.held_out import NEAREST, HeldOutForward, SourceDivergence
 from dbrx_q.quantize.methods.rtn import rtn, rtn_whole
@@ -65,11 +65,14 @@ class Guard:
             parts: of the quantized matrix.
             nearest: of the one that is rounded to nearest.
         """
-        original = torch.cat(blocks)
-        candidates = [dequantized(loaded(job, stored), self._workers) for stored in (parts, nearest)]
+        packed = [loaded(job, stored) for stored in (parts, nearest)]
         if job.kind == "embedding":
-            return self.forward.prefers_nearest_embedding(original, candidates)
-        return self.forward.prefers_nearest(job.tensor, job.expert, original, candidates)
+            ids = self.forward.deciding_ids
+            return self.forward.prefers_nearest_embedding(
+                _rows_of(blocks, ids).float(), [gather_rows(candidate, ids, torch.float32) for candidate in packed]
+            )
+        candidates = [dequantized(candidate, self._workers) for candidate in packed]
+        return self.forward.prefers_nearest(job.tensor, job.expert, torch.cat(blocks), candidates)
 
     def divergence(
         self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor], nearest: list[torch.Tensor] | None
@@ -103,6 +106,15 @@ class Guard:
             last = first + len(rows)
             yield {name: dequantized(packed[name].rows(first, last), self._workers) if name in packed else rows for name in names}
             first = last
+
+
+def _rows_of(blocks: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """[n, K]: some rows, int64 [n], ascending, of a matrix in blocks."""
+    parts, first = [], 0
+    for block in blocks:
+        parts.append(block[rows[(rows >= first) & (rows < first + len(block))] - first])
+        first += len(block)
+    return torch.cat(parts)
 
 
 def loaded(job: Job, parts: list[torch.Tensor]) -> QuantizedWeight:

@@ -10,10 +10,10 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat, oriented
 from dbrx_q.checkpoint.shards import StoredMatrix, in_shards, stored_matrices
 
-__all__ = ["Job", "read_blocks", "read_rows", "shards_of"]
+__all__ = ["STEP_BYTES", "Job", "read_blocks", "read_rows", "shards_of"]
 
-_STEP_BYTES = 64 << 20  # of a matrix outside the experts, read together
-
+STEP_BYTES = 64 << 20
+"""Of a matrix outside the experts, read together."""
 
 Job = StoredMatrix
 """One matrix to read, round and write; a matrix without a format is copied."""
@@ -30,7 +30,7 @@ def shards_of(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat], limit
 def read_rows(checkpoint: Checkpoint, job: Job) -> Iterator[torch.Tensor]:
     """The matrix [N, K] of a job: whole for an expert, otherwise some rows at a time."""
     name, (N, K) = job.tensor.name, job.tensor.matrix
-    step = max(1, _STEP_BYTES // (2 * K))
+    step = max(1, STEP_BYTES // (2 * K))
     if job.expert < 0:
         for first in range(0, N, step):
             yield checkpoint.read_rows(name, first, min(step, N - first))

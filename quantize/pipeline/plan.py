@@ -22,7 +22,7 @@ from dbrx_q.quantize.methods.products import fastest_dtype
 
 from .accelerator import Accelerator
 from .guard import TASK_ROWS
-from .jobs import Job
+from .jobs import STEP_BYTES, Job
 
 __all__ = ["RunPlan", "TokenCounts", "check_seconds", "plan_run", "product_flops", "seconds_of"]
 
@@ -243,15 +243,20 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts, 
 
 def _guarding(job: Job, tokens: TokenCounts, threads: int) -> int:
     """Bytes for what is compared with rounding to nearest: the packed matrix, the errors of both, or the logits."""
-    N, K = job.tensor.matrix if job.kind != "norms" else (1, job.parameters)
+    if job.kind == "norms":
+        return 0
+    N, K = job.tensor.matrix
     piece = min(tokens.held_out, PIECE_TOKENS)
     if job.kind == "head":
-        rows = len(range(N)[Divergence.rows(N)[0]])
+        rows = Divergence.rows(N)[0].stop
         models = tokens.held_out_models + tokens.falls_back
+        block = min(N * K, STEP_BYTES // 2)
         sums = 8 * tokens.held_out * (3 * models + 1)
-        return job.nbytes + models * 4 * (rows * K + piece * (rows + K)) + threads * DIVERGENCE_BYTES + sums
-    compared = 4 * (3 * N * K + piece * (3 * N + 2 * K)) if tokens.falls_back and job.fmt is not None else 0
-    return job.nbytes + compared
+        return job.nbytes + models * 4 * (block + rows * K + piece * (rows + K)) + threads * DIVERGENCE_BYTES + sums
+    if not tokens.falls_back or job.fmt is None:
+        return job.nbytes
+    rows = min(N, tokens.held_out) if job.kind == "embedding" else N
+    return job.nbytes + 4 * (3 * rows * K + piece * (3 * rows + 2 * K) * (job.kind != "embedding"))
 
 
 def _flops(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts) -> float:

@@ -48,7 +48,7 @@ def in_pieces(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quantized from blocks of 37 rows (experts' matrices are never split), in pieces of 7 rows of w1 and v1 and 5 of w2."""
     folder = tmp_path_factory.mktemp("pieces") / "nf4-double"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dbrx_q.quantize.pipeline.jobs._STEP_BYTES", 37 * 2 * 128)
+        patch.setattr("dbrx_q.quantize.pipeline.jobs.STEP_BYTES", 37 * 2 * 128)
         patch.setattr("dbrx_q.quantize.methods.rtn._PIECE_ELEMENTS", 7 * 128 + 100)
         quantize_checkpoint(source, folder, REQUEST)
     return folder

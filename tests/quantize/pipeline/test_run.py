@@ -112,7 +112,7 @@ def test_the_manifest_holds_the_error_of_each_tensor(
 
 def test_bytes_do_not_depend_on_block_size_and_threads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = quantize(source, tmp_path / "a")
-    monkeypatch.setattr("dbrx_q.quantize.pipeline.jobs._STEP_BYTES", 7 * 4 * 128)
+    monkeypatch.setattr("dbrx_q.quantize.pipeline.jobs.STEP_BYTES", 7 * 4 * 128)
     second = quantize(source, tmp_path / "b")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
