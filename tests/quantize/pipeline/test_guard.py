@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def test_what_held_out_tokens_prefer_is_rounded_to_nearest(toy: Path, results: d
     assert f"{len(run.nearest_instead)} of 18 matrices are rounded to nearest, which errs less on held-out tokens: " in text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_check_texts_decide_nothing(toy: Path, results: dict[str, Result], tmp_path: Path) -> None:
     quantize_checkpoint(toy, tmp_path / "out", request(no_worse_than_rtn=True, checks=(CheckSequences("other", domain(0, 2, 9)),)))
     for path in results["guarded"].folder.glob("*.safetensors"):
@@ -183,10 +185,17 @@ def test_check_texts_decide_nothing(toy: Path, results: dict[str, Result], tmp_p
         assert sha256_of(path) == sha256_of(tmp_path / "plain" / path.name)
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test draw none, which takes longer than the rest."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
 class StoppedError(Exception):
     """Stops a run before its end."""
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("tensors", [1, 9, 13, 20])
 def test_a_resumed_run_measures_and_falls_back_as_an_undisturbed_one(
     toy: Path, results: dict[str, Result], tmp_path: Path, tensors: int
@@ -217,6 +226,7 @@ def test_a_resumed_run_measures_and_falls_back_as_an_undisturbed_one(
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_activations_in_files_and_matrices_in_blocks_give_the_same_figures(
     toy: Path, results: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +244,7 @@ def test_activations_in_files_and_matrices_in_blocks_give_the_same_figures(
         assert record.divergence.figures == pytest.approx(expected.divergence.figures, rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("method", ["awq", "gptq", "clip"])
 def test_other_methods_are_measured_and_guarded(toy: Path, results: dict[str, Result], tmp_path: Path, method: str) -> None:
     guarded = {"no_worse_than_rtn": True} if method != "clip" else {}
@@ -245,6 +256,7 @@ def test_other_methods_are_measured_and_guarded(toy: Path, results: dict[str, Re
         assert all(record.divergence.difference.mean < 2.5 * record.divergence.difference.stderr for record in run.held_out[:2])
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_result_that_is_still_worse_is_an_error(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing that is held out shows what the check text shows."""
     first = replace(SEQUENCES, held_out=SEQUENCES.held_out[:8], held_out_counts=(8, 0))
