@@ -9,7 +9,7 @@ Dimension letters: `B` sequences, `S` tokens of one, `T` = B S tokens, `D` d_mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ import torch
 
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.config import DbrxConfig
+from dbrx_q.quantize.methods.folds import FoldPiece, shrunk_moments
 from dbrx_q.quantize.methods.moments import Moments, moments_of
 from dbrx_q.quantize.methods.products import Products
+from dbrx_q.quantize.methods.shrinkage import Shrinkage
 
 from .forward import ORIGINAL, PIECE_TOKENS, QUANTIZED, LayerwiseForward, ModelState
 from .sources import CalibrationSequences
@@ -55,6 +57,8 @@ class Fit:
     """Number of tokens in the moments."""
     by: str
     """As in `TensorRecord.calibrated_by`."""
+    shrinkage: Shrinkage | None = None
+    """The damping and the weights of sources that were chosen; None for a method that does not choose them."""
 
 
 class Calibration(LayerwiseForward):
@@ -69,6 +73,7 @@ class Calibration(LayerwiseForward):
         folder: keeps a snapshot of the residual streams at the current layer; None for no snapshots.
         in_files: whether activations are stored in files in that folder, not in memory.
         squares: whether the diagonal of each Hessian is enough.
+        shrinks: whether damping and the weights of sources are chosen for each matrix (`methods.shrinkage`).
         kept_tokens: for an expert that at most so many tokens reach, the inputs of w2 are kept after its moments are computed, so that
             they are not computed again for its output.
 
@@ -88,11 +93,14 @@ class Calibration(LayerwiseForward):
         folder: Path | None = None,
         in_files: bool = False,
         squares: bool = False,
+        shrinks: bool = False,
         kept_tokens: int = 0,
     ) -> None:
         assert options.activations in models
         super().__init__(config, sequences.ids, products, models=models, folder=folder, in_files=in_files)
         self._sequences, self._options, self._squares, self._kept_tokens = sequences, options, squares, kept_tokens
+        self._shrinks = shrinks
+        self._folds = _folds_of(sequences)
         self._hidden_pieces: list[torch.Tensor] = []
         self.expert_tokens: dict[int, list[int]] = {}
         self.expert_tokens_by_source: dict[int, list[list[int]]] = {}
@@ -164,28 +172,37 @@ class Calibration(LayerwiseForward):
         main = self._states[self._options.activations]
         other = self._states[ORIGINAL] if len(self._states) == 2 else None
         if expert < 0:
-            pieces = (
-                (x, None if other is None else other.inputs.read(first, len(x)), None) for first, x in main.inputs.pieces(PIECE_TOKENS)
-            )
-            return Fit(self._moments(tensor, pieces), self._ids.numel(), "tokens")
+
+            def layer_inputs(step: int) -> Iterator[FoldPiece]:
+                for first, x in main.inputs.pieces(PIECE_TOKENS):
+                    y = None if other is None else other.inputs.read(first, len(x))[::step]
+                    yield x[::step], y, None, self._folds[first : first + len(x)][::step]
+
+            return self._summed(tensor, layer_inputs, self._ids.numel(), "tokens")
         tokens, gates, by = self._tokens_of(main, expert)
         if by == "none":
             return Fit(None, 0, by)
         down = tensor.role == "w2"
-        kept = down and by == "tokens" and not self._options.all_experts and len(tokens) <= self._kept_tokens
+        keeps = down and by == "tokens" and not self._options.all_experts and len(tokens) <= self._kept_tokens
 
-        def inputs() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-            for piece, gate in zip(tokens.split(PIECE_TOKENS), gates.split(PIECE_TOKENS), strict=True):
+        def inputs(step: int) -> Iterator[FoldPiece]:
+            for piece, gate in zip(tokens[::step].split(PIECE_TOKENS), gates[::step].split(PIECE_TOKENS), strict=True):
                 x = self._inputs_of(main, piece, down)
                 y = None if other is None else self._inputs_of(other, piece, down)
-                if kept:
+                if keeps and step == 1:
                     self._hidden_pieces.append(x.to(self._products.dtype))
-                yield x, y, gate
+                yield x, y, gate, self._folds[piece]
 
-        return Fit(self._moments(tensor, inputs()), len(tokens), by)
+        return self._summed(tensor, inputs, len(tokens), by)
 
-    def _moments(self, tensor: DenseTensor, pieces: Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]) -> Moments:
-        return moments_of(pieces, tensor.matrix[1], self._products, act_order=self._options.act_order, squares=self._squares)
+    def _summed(self, tensor: DenseTensor, inputs: Callable[[int], Iterator[FoldPiece]], tokens: int, by: str) -> Fit:
+        """The fit to the tokens whose inputs `inputs(1)` gives; `inputs(n)` gives those of every n-th token."""
+        K, act_order = tensor.matrix[1], self._options.act_order
+        if self._shrinks:
+            moments, shrinkage = shrunk_moments(inputs, K, len(self._sequences.counts), self._products, act_order=act_order)
+            return Fit(moments, tokens, by, shrinkage)
+        pieces = (piece[:3] for piece in inputs(1))
+        return Fit(moments_of(pieces, K, self._products, act_order=act_order, squares=self._squares), tokens, by)
 
     def _inputs_of(self, state: ModelState, tokens: torch.Tensor, down: bool) -> torch.Tensor:
         """The inputs of an expert's w2 [t, F] where `down`, otherwise of its w1 and v1 [t, D]."""
@@ -202,3 +219,10 @@ class Calibration(LayerwiseForward):
             return tokens, routing.weights[tokens, rank], "tokens"
         by = "layer" if self._options.min_tokens <= T else "none"
         return torch.arange(T), routing.logits.softmax(-1)[:, expert], by
+
+
+def _folds_of(sequences: CalibrationSequences) -> torch.Tensor:
+    """int64 [T]: the fold of each token, as in `FoldPiece`; of each source every other sequence is in the second half."""
+    S = sequences.ids.shape[1]
+    parts = [2 * source + torch.arange(count) % 2 for source, count in enumerate(sequences.counts)]
+    return torch.cat(parts).repeat_interleave(S)

@@ -58,6 +58,8 @@ class Method:
     """Whether the columns of w2 are scaled beforehand, and the rows of v1 inversely."""
     squares: bool = False
     """Whether the diagonal of the moments is enough."""
+    shrinks: bool = False
+    """Whether damping and the weights of sources are chosen for each matrix (`shrinkage.py`), in place of the usual damping."""
     in_pieces: bool = True
     """Whether several threads each take some rows at a time; rtn has threads of its own."""
 
@@ -139,6 +141,8 @@ METHODS = {
     "hqq": Method(_hqq, False, "half-quadratic: ranges fitted to most elements, not to outliers"),
     "awq": Method(_awq, True, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True),
     "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router"),
-    "best": Method(_best, True, "GPTQ of weights that compensate earlier errors, then refined scales and codes", compares=True),
+    "best": Method(
+        _best, True, "GPTQ of weights that compensate earlier errors, then refined scales and codes", compares=True, shrinks=True
+    ),
 }
 """The methods, by their names on the command line."""

@@ -13,10 +13,10 @@ import torch
 from .factor import inverse_factor
 from .products import Products
 
-__all__ = ["DAMPING", "Moments", "moments_of"]
+__all__ = ["DAMPING", "Moments", "mirror", "moments_of"]
 
 DAMPING = 0.01
-"""The share of the mean of a Hessian's diagonal that is added to the diagonal; more is added if that does not suffice."""
+"""The usual damping (Frantar et al. 2022, "GPTQ"), relative to the mean of a Hessian's diagonal."""
 
 _MOST_DAMPING = 1e3
 
@@ -29,24 +29,33 @@ class Moments:
         cross_term: float32 [K, K], the sum of g^2 (y - x) x^T; None without the original model.
         products: multiply.
         act_order: whether GPTQ rounds the columns with the largest inputs first.
+        damping: the share of the mean of the diagonal that is added to the diagonal.
 
     Attributes:
-        hessian: the damped Hessian, which is positive definite: `DAMPING` times the mean of the diagonal is added to the diagonal, and ten
-            times more as long as no Cholesky factor exists. Inputs that are always zero count as if they had the mean. None if only the
-            diagonal was given.
+        hessian: the damped Hessian, which is positive definite: ten times more is added as long as no Cholesky factor exists. Inputs that
+            are always zero count as if they had the mean. None if only the diagonal was given.
         cross_term: as given.
         act_order: as given.
+        damping: as given.
     """
 
-    def __init__(self, hessian: torch.Tensor, cross_term: torch.Tensor | None, products: Products, *, act_order: bool = True) -> None:
+    def __init__(
+        self,
+        hessian: torch.Tensor,
+        cross_term: torch.Tensor | None,
+        products: Products,
+        *,
+        act_order: bool = True,
+        damping: float = DAMPING,
+    ) -> None:
         self.hessian = hessian if hessian.ndim == 2 else None
-        self.cross_term, self.act_order, self._products = cross_term, act_order, products
+        self.cross_term, self.act_order, self.damping, self._products = cross_term, act_order, damping, products
         self.importance = hessian.diagonal().clone() if hessian.ndim == 2 else hessian
         """float32 [K], sum of g^2 x^2."""
         self._mean = float(self.importance.double().mean()) or 1.0
         self._added = torch.where(self.importance == 0, self._mean, 0.0).double()
         if self.hessian is not None:
-            self._damp(self.hessian, DAMPING)
+            self._damp(self.hessian, damping)
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -58,7 +67,7 @@ class Moments:
     def factor(self) -> torch.Tensor:
         """float32 [K, K]: the upper Cholesky factor of the inverse of the damped Hessian, its rows and columns in `order`."""
         assert self.hessian is not None
-        damping = DAMPING
+        damping = self.damping
         while (factor := inverse_factor(self.hessian, self.order, self._products.workers)) is None:
             assert damping < _MOST_DAMPING, "a finite Hessian with that much on its diagonal is positive definite"
             damping *= 10
@@ -106,6 +115,7 @@ def moments_of(
     *,
     act_order: bool = True,
     squares: bool = False,
+    damping: float = DAMPING,
 ) -> Moments:
     """Add up the moments, in the order of the pieces and on the device of `products`.
 
@@ -116,6 +126,7 @@ def moments_of(
         products: multiply.
         act_order: as in `Moments`.
         squares: whether the Hessian's diagonal is enough.
+        damping: as in `Moments`.
     """
     place = products.place
     hessian, cross_term = torch.zeros(K if squares else (K, K), device=place), None
@@ -131,11 +142,11 @@ def moments_of(
             cross_term = torch.zeros(K, K, device=place) if cross_term is None else cross_term
             products.add_outer(cross_term, y - x, x)
     if not squares:
-        _mirror(hessian)
-    return Moments(hessian, cross_term, products, act_order=act_order)
+        mirror(hessian)
+    return Moments(hessian, cross_term, products, act_order=act_order, damping=damping)
 
 
-def _mirror(matrix: torch.Tensor, step: int = 1024) -> None:
+def mirror(matrix: torch.Tensor, step: int = 1024) -> None:
     """Copy the upper triangle to the lower one."""
     for first in range(0, len(matrix), step):
         rows = slice(first, first + step)

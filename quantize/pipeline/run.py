@@ -199,6 +199,7 @@ def _quantizer(run: Run, partial: Path, stack: ExitStack) -> Quantizer:
                 folder=folder,
                 in_files=run.plan.in_files,
                 squares=run.method.squares,
+                shrinks=run.method.shrinks,
                 kept_tokens=run.plan.kept_tokens if accelerator is None else 0,
             )
             stack.callback(calibration.close)

@@ -1,0 +1,85 @@
+"""The moments of a matrix's inputs, damped and weighted by what sequences that they do not contain say (`shrinkage.py`).
+
+Dimension letters: `T` tokens, `K` the reduction axis, `B` columns that are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .moments import Moments, mirror, moments_of
+from .products import Products
+from .shrinkage import FoldHessians, Shrinkage, block_columns, choose_shrinkage
+
+__all__ = ["FoldPiece", "shrunk_moments"]
+
+FoldPiece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+"""(x [T, K], y [T, K] or None, g [T] or None, folds int64 [T]): a piece as `moments_of` takes it, and twice the number of each token's
+source, plus 1 for the second half of that source."""
+
+
+def shrunk_moments(
+    pieces: Callable[[int], Iterable[FoldPiece]], K: int, sources: int, products: Products, *, act_order: bool = True
+) -> tuple[Moments, Shrinkage]:
+    """The moments, and what `choose_shrinkage` chose for them.
+
+    A matrix of at most 1024 inputs passes its tokens once: the sums of all folds are kept apart. A larger one passes a share of them
+    first, for some columns alone.
+
+    Args:
+        pieces: gives every n-th token of the matrix, in pieces, for n = 1 and, if K is above 1024, for another n before.
+        K: the number of inputs.
+        sources: the number of sources.
+        products: multiply.
+        act_order: as in `Moments`.
+    """
+    columns = block_columns(K)
+    step = K // len(columns)
+    whole = len(columns) == K
+    hessians, cross_terms, counts = _fold_sums(pieces(step), None if whole else columns.to(products.place), len(columns), sources, products)
+    shrinkage = choose_shrinkage(FoldHessians(hessians, counts), products.workers, act_order=act_order)
+    if whole:
+        factors = [weight for weight in shrinkage.weights for _ in (0, 1)]
+        hessian, cross_term = _weighted(hessians, factors), _weighted(cross_terms, factors) if cross_terms else None
+        return Moments(hessian, cross_term, products, act_order=act_order, damping=shrinkage.damping), shrinkage
+    roots = torch.tensor([math.sqrt(weight) for weight in shrinkage.weights])
+    weighted = ((x, y, roots[folds // 2] if g is None else g * roots[folds // 2].to(g.device)) for x, y, g, folds in pieces(1))
+    return moments_of(weighted, K, products, act_order=act_order, damping=shrinkage.damping), shrinkage
+
+
+def _fold_sums(
+    pieces: Iterable[FoldPiece], columns: torch.Tensor | None, B: int, sources: int, products: Products
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """(Hessians [B, B], cross terms [B, B], tokens), of every fold; no cross terms for some columns alone, or without y."""
+    place = products.place
+    hessians = [torch.zeros(B, B, device=place) for _ in range(2 * sources)]
+    cross_terms: list[torch.Tensor] = []
+    counts = [0] * len(hessians)
+    for x, y, g, folds in pieces:
+        x, y = x.to(place), None if y is None or columns is not None else y.to(place)
+        x = x if columns is None else x[:, columns]
+        if g is not None:
+            weights = g.to(place)[:, None]
+            x, y = x * weights, None if y is None else y * weights
+        if y is not None and not cross_terms:
+            cross_terms = [torch.zeros(B, B, device=place) for _ in hessians]
+        for fold in folds.unique().tolist():
+            rows = (folds == fold).nonzero(as_tuple=True)[0].to(place)
+            counts[fold] += len(rows)
+            inputs = x[rows]
+            products.add_outer(hessians[fold], inputs, inputs, upper=True)
+            if y is not None:
+                products.add_outer(cross_terms[fold], y[rows] - inputs, inputs)
+    for hessian in hessians:
+        mirror(hessian)
+    return hessians, cross_terms, counts
+
+
+def _weighted(matrices: list[torch.Tensor], factors: list[float]) -> torch.Tensor:
+    out = torch.zeros_like(matrices[0])
+    for matrix, factor in zip(matrices, factors, strict=True):
+        out.add_(matrix, alpha=factor)
+    return out

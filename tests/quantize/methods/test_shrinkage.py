@@ -1,0 +1,130 @@
+"""Damping and weights of sources, chosen by errors on what the Hessian does not contain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.quantize.methods import folds, shrinkage
+from dbrx_q.quantize.methods.folds import FoldPiece, shrunk_moments
+from dbrx_q.quantize.methods.gptq import gptq
+from dbrx_q.quantize.methods.grid import searched_grid
+from dbrx_q.quantize.methods.moments import Moments, moments_of
+from dbrx_q.quantize.methods.products import Products
+from dbrx_q.quantize.methods.shrinkage import FoldHessians, block_columns, choose_shrinkage
+from dbrx_q.quantize.methods.workers import Workers
+
+K = 64
+
+
+@pytest.fixture
+def products() -> Iterator[Products]:
+    with Workers() as workers:
+        yield Products(workers, bfloat16=False)
+
+
+def inputs(seed: int, tokens: int, rank: int) -> torch.Tensor:
+    """[tokens, K]: of a kind of text whose inputs lie near `rank` directions, which the seed chooses."""
+    kind = torch.randn(rank, K, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + tokens)
+    return torch.randn(tokens, rank, generator=generator) @ kind + 0.1 * torch.randn(tokens, K, generator=generator)
+
+
+def hessian(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x
+
+
+def fold_hessians(*sources: torch.Tensor) -> FoldHessians:
+    halves = [half for x in sources for half in (x[::2], x[1::2])]
+    return FoldHessians([hessian(half) for half in halves], [len(half) for half in halves])
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_the_closed_form_predicts_the_error_of_gptq(products: Products, damping: float) -> None:
+    """On another kind of text, relative to rounding to nearest on the same grid: within a tenth, for 512 random rows."""
+    weight = torch.randn(512, K, generator=torch.Generator().manual_seed(0))
+    fitted, other = hessian(inputs(1, 4000, 24)), hessian(inputs(2, 4000, 24))
+    [predicted] = shrinkage._relative_errors(fitted, damping, [other], products.workers, act_order=True)
+    grid = searched_grid(weight, TensorFormat("int4", 64))
+    errors = []
+    for u in (gptq(weight, Moments(fitted.clone(), None, products, damping=damping), grid), grid.round(weight)):
+        change = grid.dequantize(u) - weight
+        errors.append(float(((change @ other) * change).sum()))
+    assert predicted == pytest.approx(errors[0] / errors[1], rel=0.1)
+
+
+def test_a_text_of_one_kind_is_damped_as_far_as_it_costs_little(products: Products) -> None:
+    """More damping than the usual, whose error on texts of the same kind is near the least, and less on another kind."""
+    folds_of_one = fold_hessians(inputs(1, 8000, 24))
+    chosen = choose_shrinkage(folds_of_one, products.workers)
+    assert chosen.weights == (1.0,)
+    assert chosen.damping > 0.01
+
+    def error(damping: float, x: torch.Tensor) -> float:
+        return shrinkage._relative_errors(folds_of_one.of_source(0), damping, [hessian(x)], products.workers, act_order=True)[0]
+
+    same, other = inputs(1, 3000, 24), inputs(2, 3000, 24)
+    assert 1 - error(chosen.damping, same) >= 0.93 * (1 - error(0.01, same))
+    assert error(chosen.damping, other) < error(0.01, other)
+
+
+def test_few_tokens_are_believed_less(products: Products) -> None:
+    many, few = (choose_shrinkage(fold_hessians(inputs(1, tokens, 60)), products.workers).damping for tokens in (20_000, 160))
+    assert few > many
+
+
+def test_too_few_tokens_to_compare_get_the_damping_for_other_texts(products: Products) -> None:
+    chosen = choose_shrinkage(fold_hessians(inputs(1, 100, 24), inputs(2, 40, 24)), products.workers)
+    assert chosen == shrinkage.Shrinkage(shrinkage.DAMPING_FOR_OTHER_TEXTS, (1.0, 1.0))
+
+
+def test_the_source_with_the_largest_error_gains_weight_within_a_factor_of_two(products: Products) -> None:
+    """A source with a twentieth of the tokens; its error falls, and no weight leaves its bounds."""
+    sources = fold_hessians(inputs(1, 20_000, 24), inputs(2, 1000, 24))
+    chosen = choose_shrinkage(sources, products.workers)
+    assert 0.5 <= chosen.weights[0] < chosen.weights[1] <= 2
+
+    def error(weights: tuple[float, ...]) -> float:
+        fitted = sources.half(0, weights) + sources.half(1, weights)
+        return shrinkage._relative_errors(fitted, 0.1, [hessian(inputs(2, 3000, 24))], products.workers, act_order=True)[0]
+
+    assert error(chosen.weights) < error((1.0, 1.0))
+
+
+def pieces(x: torch.Tensor, y: torch.Tensor, g: torch.Tensor, fold: torch.Tensor, n: int = 700) -> list[FoldPiece]:
+    return list(zip(x.split(n), y.split(n), g.split(n), fold.split(n), strict=True))
+
+
+def test_the_moments_are_the_weighted_sums_of_all_tokens(products: Products) -> None:
+    x = torch.cat([inputs(1, 3000, 24), inputs(2, 1000, 24)])
+    y, g = x + 0.1 * inputs(3, 4000, 24), torch.rand(4000, generator=torch.Generator().manual_seed(5))
+    fold = torch.cat([torch.arange(3000) % 2, 2 + torch.arange(1000) % 2])
+    moments, chosen = shrunk_moments(lambda step: pieces(x[::step], y[::step], g[::step], fold[::step]), K, 2, products)
+    weights = torch.tensor(chosen.weights).sqrt()[fold // 2] * g
+    expected = moments_of([(x, y, weights)], K, products, damping=chosen.damping)
+    assert moments.damping == chosen.damping
+    assert torch.allclose(moments.hessian, expected.hessian, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(moments.cross_term, expected.cross_term, rtol=1e-4, atol=1e-2)
+
+
+def test_a_large_matrix_compares_some_columns_on_some_tokens(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It chooses from a share of the columns and the same share of the tokens, and then sums all tokens of all columns."""
+    monkeypatch.setattr(shrinkage, "BLOCK", 16)
+    x = inputs(1, 6000, 24)
+    fold = torch.arange(6000) // 100 % 2
+    steps = []
+
+    def passed(step: int) -> list[FoldPiece]:
+        steps.append(step)
+        return pieces(x[::step], x[::step] * 1.1, torch.ones(6000)[::step], fold[::step])
+
+    moments, chosen = folds.shrunk_moments(passed, K, 1, products)
+    assert steps == [4, 1]
+    assert torch.equal(block_columns(K), torch.arange(0, K, 4))
+    some = FoldHessians([hessian(x[::4, ::4][fold[::4] == half]) for half in (0, 1)], [750, 750])
+    assert chosen == choose_shrinkage(some, products.workers)
+    expected = moments_of([(x, x * 1.1, None)], K, products, damping=chosen.damping)
+    assert torch.allclose(moments.hessian, expected.hessian, rtol=1e-4, atol=1e-2)
