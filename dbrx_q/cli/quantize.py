@@ -293,11 +293,12 @@ def _formats(
     if tokens is None:
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration SOURCE")
 
-    ids = tokens.interleaved
+    ids, sources = tokens.interleaved
     measured = max(_MEASURED_TOKENS, sum(map(bool, tokens.counts)) * ids.shape[1])  # at least a sequence of each source
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         with terminal.progress("measuring errors") as on_layer:
-            return checked(checkpoint, allocated_formats(checkpoint, ids, target, rules=rules, tokens=measured, on_layer=on_layer))
+            formats = allocated_formats(checkpoint, ids, target, rules=rules, sources=sources, tokens=measured, on_layer=on_layer)
+            return checked(checkpoint, formats)
 
     return allocated

@@ -69,10 +69,13 @@ class CalibrationSequences:
         return _spans(self.counts)
 
     @property
-    def interleaved(self) -> torch.Tensor:
-        """int64 [B, S]: `ids`, ordered so that each beginning has a sequence of every source, and about the proportions of all."""
-        places = [k / count for count in self.counts for k in range(count)]
-        return self.ids[sorted(range(len(places)), key=places.__getitem__)]
+    def interleaved(self) -> tuple[torch.Tensor, list[int]]:
+        """(`ids` [B, S], ordered so that each beginning has about the proportions of all, and at least a sequence of every source; the
+        number of each sequence's source).
+        """
+        places = [(k / count, source) for source, count in enumerate(self.counts) for k in range(count)]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return self.ids[order], [places[n][1] for n in order]
 
     @property
     def held_out_spans(self) -> tuple[slice, ...]:

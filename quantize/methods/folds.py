@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .moments import Moments, mirror, moments_of
+from .moments import Moments, moments_of
 from .products import Products
 from .shrinkage import FoldHessians, Shrinkage, block_columns, choose_shrinkage
 
@@ -66,15 +66,15 @@ def _fold_sums(
             x, y = x * weights, None if y is None else y * weights
         if y is not None and not cross_terms:
             cross_terms = [torch.zeros(B, B, device=place) for _ in hessians]
+        outers = []
         for fold in folds.unique().tolist():
             rows = (folds == fold).nonzero(as_tuple=True)[0].to(place)
             counts[fold] += len(rows)
             inputs = x[rows]
-            products.add_outer(hessians[fold], inputs, inputs, upper=True)
+            outers.append((hessians[fold], inputs, inputs))
             if y is not None:
-                products.add_outer(cross_terms[fold], y[rows] - inputs, inputs)
-    for hessian in hessians:
-        mirror(hessian)
+                outers.append((cross_terms[fold], y[rows] - inputs, inputs))
+        products.add_outers(outers)
     return hessians, cross_terms, counts
 
 

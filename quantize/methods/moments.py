@@ -13,7 +13,7 @@ import torch
 from .factor import inverse_factor
 from .products import Products
 
-__all__ = ["DAMPING", "Moments", "mirror", "moments_of"]
+__all__ = ["DAMPING", "Moments", "moments_of"]
 
 DAMPING = 0.01
 """The usual damping (Frantar et al. 2022, "GPTQ"), relative to the mean of a Hessian's diagonal."""
@@ -142,11 +142,11 @@ def moments_of(
             cross_term = torch.zeros(K, K, device=place) if cross_term is None else cross_term
             products.add_outer(cross_term, y - x, x)
     if not squares:
-        mirror(hessian)
+        _mirror(hessian)
     return Moments(hessian, cross_term, products, act_order=act_order, damping=damping)
 
 
-def mirror(matrix: torch.Tensor, step: int = 1024) -> None:
+def _mirror(matrix: torch.Tensor, step: int = 1024) -> None:
     """Copy the upper triangle to the lower one."""
     for first in range(0, len(matrix), step):
         rows = slice(first, first + step)

@@ -5,7 +5,7 @@ Dimension letters: `T` tokens, `N` rows of a weight, `K` the reduction axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -93,6 +93,15 @@ class Products:
 
         with self._rounding():
             self.workers.map(accumulate, list(_slices(into.shape[1], _COLUMNS))[::-1])
+
+    def add_outers(self, sums: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """into += left.T @ right for each (into [K, K], left [T, K], right [T, K]), as `add_outer` does; threads share small matrices."""
+        if self.device is not None or any(len(into) > _COLUMNS for into, _, _ in sums):
+            for into, left, right in sums:
+                self.add_outer(into, left, right)
+            return
+        with self._rounding():
+            self.workers.map(lambda item: item[0].addmm_(item[1].T, item[2]), sums)
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:

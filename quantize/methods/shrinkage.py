@@ -31,7 +31,7 @@ the number of tokens for each column."""
 DAMPING_FOR_OTHER_TEXTS = 0.2
 """The damping where too few tokens reach a matrix to compare any."""
 
-_CANDIDATES = (0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
+_CANDIDATES = (0.01, 0.04, 0.1, 0.2, 0.4, 0.8)
 # The share of what calibration gains on texts of its own kind that more damping may cost. It is measured without the search of ranges,
 # scales and codes, which wins half of it back.
 _PRICE = 0.06
@@ -118,24 +118,32 @@ def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool =
         return _relative_errors(hessian, damping, others, workers, act_order=act_order)
 
     weights = _worst_case_weights(folds, measurable, relative_errors)
-    own = {damping: _own_errors(folds, weights, damping, measurable, relative_errors) for damping in _CANDIDATES}
-    gains = [1 - min(errors[n] for errors in own.values()) for n in range(len(measurable))]
-    affordable = [
-        damping
-        for damping, errors in own.items()
-        if all(1 - error >= (1 - _PRICE) * gain for error, gain in zip(errors, gains, strict=True) if gain > 0)
-    ]
-    damping = max(affordable) if affordable else min(own, key=lambda candidate: max(own[candidate]))
+    own = [_own_errors(folds, weights, damping, measurable, relative_errors) for damping in _CANDIDATES]
+    damping = min(_affordable(errors) for errors in zip(*own, strict=True))
     if len(measurable) > 1:
         left_out = {
             candidate: max(
                 relative_errors(folds.without(source, weights), candidate, [folds.of_source(source)])[0] for source in measurable
             )
-            for candidate in _CANDIDATES
-            if candidate <= damping
+            for candidate in (*(candidate for candidate in _CANDIDATES if candidate < damping), damping)
         }
         damping = min(left_out, key=left_out.__getitem__)
     return Shrinkage(damping, weights)
+
+
+def _affordable(errors: Sequence[float]) -> float:
+    """The largest damping that costs at most `_PRICE` of the gain, given the relative error of every candidate; interpolated between the
+    logarithms of two candidates. Without a gain the largest candidate.
+    """
+    best = min(range(len(errors)), key=errors.__getitem__)
+    limit = 1 - (1 - _PRICE) * (1 - errors[best])
+    if errors[best] >= 1:
+        return _CANDIDATES[-1]
+    for n in range(best + 1, len(errors)):
+        if errors[n] > limit:
+            share = (limit - errors[n - 1]) / (errors[n] - errors[n - 1])
+            return _CANDIDATES[n - 1] * (_CANDIDATES[n] / _CANDIDATES[n - 1]) ** share
+    return _CANDIDATES[-1]
 
 
 _RelativeErrors = Callable[[torch.Tensor, float, Sequence[torch.Tensor]], list[float]]

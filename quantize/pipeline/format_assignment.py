@@ -162,6 +162,7 @@ def allocated_formats(
     experts: Sequence[TensorFormat] = EXPERT_FORMATS,
     others: Sequence[TensorFormat | None] = OTHER_FORMATS,
     rules: Sequence[str] = (),
+    sources: Sequence[int] | None = None,
     tokens: int = 2048,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TensorFormat]:
@@ -174,6 +175,7 @@ def allocated_formats(
         experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are skipped.
         others: formats on offer for attention, embedding (only those that it may have) and head; None for plain.
         rules: as `parse_rules` takes them; they fix the formats of the tensors that they name.
+        sources: the number of each sequence's source; the errors are those of the source where they are largest.
         tokens: the most tokens to measure on, as `output_errors` takes them.
         on_layer: called with (layers measured, layers in all).
 
@@ -199,7 +201,7 @@ def allocated_formats(
     bits = {name: [_bits(checkpoint, tensor, fmt) for fmt in offered[name]] for name, tensor in checkpoint.tensors.items()}
     target = _target(target_bpw, bits, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
     packed = {name: kept for name, formats in offered.items() if (kept := [fmt for fmt in formats if fmt is not None])}
-    measured = output_errors(checkpoint, sequences, packed, tokens=tokens, on_layer=on_layer)
+    measured = output_errors(checkpoint, sequences, packed, sources=sources, tokens=tokens, on_layer=on_layer)
     errors = {name: dict(zip(formats, measured.errors[name], strict=True)) for name, formats in packed.items()}
     choices = {
         name: [FormatChoice(fmt, size, errors[name][fmt] if fmt else 0.0) for fmt, size in zip(formats, bits[name], strict=True)]

@@ -99,6 +99,8 @@ class Quantizer:
             "tokens": fit.tokens if fit.by else None,
             "calibrated_by": fit.by,
             "nearest_instead": replaced,
+            "damping": None if fit.shrinkage is None else fit.shrinkage.damping,
+            "source_weights": None if fit.shrinkage is None else list(fit.shrinkage.weights),
             "device": device,
         }
         return self._record(job, math.sqrt(square / job.parameters), started, **figures), notes, parts

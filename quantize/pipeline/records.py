@@ -42,6 +42,10 @@ class TensorRecord:
     tokens, as even the layer has too few. "" without calibration."""
     nearest_instead: bool = False
     """Whether the matrix is stored as rounded to nearest, which errs less on held-out tokens than the method's result."""
+    damping: float | None = None
+    """The damping of its Hessian, relative to the mean of the diagonal; None for a method that does not choose it."""
+    source_weights: list[float] | None = None
+    """For each calibration source, the factor that its tokens' weights got; None for a method that does not choose them."""
     device: str = "cpu"
     """The device that rounded it, with the reason where a GPU did not."""
     seconds: float = 0.0

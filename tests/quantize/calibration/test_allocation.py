@@ -176,6 +176,22 @@ def test_an_error_grows_at_the_routers_after_it() -> None:
         assert (increased - measured.total(chosen)) / (error * 0.001) == pytest.approx(weights[name], rel=1e-2)
 
 
+def test_of_several_sources_the_largest_error_counts(nano: Path, sequences: torch.Tensor) -> None:
+    """Each error is the larger of those that the two sources have when they are measured alone."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randint(0, 4000, (2, sequences.shape[1]), generator=generator)
+    ids, sources = torch.stack([sequences[0], noise[0], sequences[1], noise[1]]), [0, 1, 0, 1]
+    name = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight"
+    experts = "transformer.blocks.0.ffn.experts.mlp.w2"
+    with Checkpoint(nano) as checkpoint:
+        candidates = {name: [INT4], experts: [INT4]}
+        both = output_errors(checkpoint, ids, candidates, sources=sources)
+        alone = [output_errors(checkpoint, part, candidates) for part in (sequences[:2], noise)]
+    for tensor in candidates:
+        assert both.errors[tensor][0] == pytest.approx(max(part.errors[tensor][0] for part in alone), rel=1e-4)
+        assert alone[0].errors[tensor] != alone[1].errors[tensor]
+
+
 def test_measured_errors_do_not_depend_on_the_number_of_threads(nano: Path, sequences: torch.Tensor, measured: OutputErrors) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3 if threads != 3 else 2)

@@ -104,12 +104,15 @@ def test_ready_sequences_are_drawn_whole() -> None:
 
 def test_every_beginning_of_the_interleaved_sequences_has_all_sources() -> None:
     sequences = drawn(source(0, 3), source(1, 1))
-    owners = [start // 10_000 for start in starts(sequences.interleaved)]
-    assert sorted(starts(sequences.interleaved)) == sorted(starts(sequences.ids))
+    ids, numbers = sequences.interleaved
+    owners = [start // 10_000 for start in starts(ids)]
+    assert owners == numbers
+    assert sorted(starts(ids)) == sorted(starts(sequences.ids))
     for n in (4, 12, 40):
         assert owners[:n].count(1) == n // 4
     alone = drawn(source(0))
-    assert torch.equal(alone.interleaved, alone.ids)
+    assert torch.equal(alone.interleaved[0], alone.ids)
+    assert alone.interleaved[1] == [0] * len(alone.ids)
 
 
 @pytest.mark.parametrize(
