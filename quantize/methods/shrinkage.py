@@ -2,8 +2,7 @@
 
 A Hessian says what an error costs on the text that it was summed over. On another text errors cost something else, and a matrix that was
 fitted closely to the first text has larger errors there than one that was rounded to nearest. Damping draws the Hessian towards a multiple
-of the identity, which is what is known without data. How much of it costs little on texts of the same kind, and how much of it pays on
-other kinds, is measured on sequences that the Hessian does not contain:
+of the identity, which is what is known without data. How much of it a matrix needs is measured on sequences that its Hessian does not contain:
 
 GPTQ's error in each row is z T, where T is its factor R with each row divided by its diagonal, and z are independent rounding errors of
 each column (Frantar et al. 2022, "GPTQ", equation 2, applied column by column). On tokens with the Hessian H' a row's expected error is
@@ -22,19 +21,21 @@ import torch
 from .factor import inverse_factor
 from .workers import Workers
 
-__all__ = ["BLOCK", "DAMPING_FOR_OTHER_TEXTS", "FoldHessians", "Shrinkage", "block_columns", "choose_shrinkage"]
+__all__ = ["BLOCK", "LEAST_DAMPING", "MOST_DAMPING", "FoldHessians", "Shrinkage", "block_columns", "choose_shrinkage"]
 
 BLOCK = 1024
 """Columns that are compared. A larger matrix is represented by so many of its columns and by as small a share of its tokens, which keeps
 the number of tokens for each column."""
 
-DAMPING_FOR_OTHER_TEXTS = 0.2
-"""The damping where too few tokens reach a matrix to compare any."""
+LEAST_DAMPING = 0.1
+"""The damping of a matrix that many tokens reach. On texts of the calibrated kind it costs about a hundredth of what calibration gains over
+the usual 0.01, and on other texts it gains a fifth."""
 
-_CANDIDATES = (0.01, 0.04, 0.1, 0.2, 0.4, 0.8)
-# The share of what calibration gains on texts of its own kind that more damping may cost. It is measured without the search of ranges,
-# scales and codes, which wins half of it back.
-_PRICE = 0.06
+MOST_DAMPING = 1.6
+"""The damping of a matrix that too few tokens reach to compare any."""
+
+_CANDIDATES = (LEAST_DAMPING, 0.2, 0.4, 0.8, MOST_DAMPING)
+_PRICE = 0.02  # the share of its gain over rounding to nearest that a source may lose to more damping than the least
 _LEAST_TOKENS = 64  # of a fold
 _WEIGHT_STEPS, _WEIGHT_RATE, _MOST_WEIGHT = 3, 2.0, 2.0
 
@@ -102,8 +103,9 @@ def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool =
 
     1. Weights, within a factor of two of equal: those for which the largest of the sources' relative errors is small. Errors are measured
        on the half of each source that the Hessian does not contain.
-    2. Damping: the largest that costs no source more than 6 % of what calibration gains on it (`_PRICE`); with several sources not more
-       than is best for the worst of them when the Hessian does not contain it.
+    2. Damping: of the candidates, the one with the least error on what the Hessian does not contain: with several sources, the largest of
+       their errors when each is left out in turn; with one, the error on its other half. So a matrix that few tokens reach leans on the
+       identity. No source loses more than 2 % of its gain over rounding to nearest (`_PRICE`).
 
     Args:
         folds: the Hessians of the sources' halves.
@@ -112,38 +114,25 @@ def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool =
     """
     measurable = [source for source in range(folds.sources) if folds.measurable(source)]
     if not measurable:
-        return Shrinkage(DAMPING_FOR_OTHER_TEXTS, (1.0,) * folds.sources)
+        return Shrinkage(MOST_DAMPING, (1.0,) * folds.sources)
 
     def relative_errors(hessian: torch.Tensor, damping: float, others: Sequence[torch.Tensor]) -> list[float]:
         return _relative_errors(hessian, damping, others, workers, act_order=act_order)
 
     weights = _worst_case_weights(folds, measurable, relative_errors)
-    own = [_own_errors(folds, weights, damping, measurable, relative_errors) for damping in _CANDIDATES]
-    damping = min(_affordable(errors) for errors in zip(*own, strict=True))
-    if len(measurable) > 1:
-        left_out = {
-            candidate: max(
-                relative_errors(folds.without(source, weights), candidate, [folds.of_source(source)])[0] for source in measurable
-            )
-            for candidate in (*(candidate for candidate in _CANDIDATES if candidate < damping), damping)
-        }
-        damping = min(left_out, key=left_out.__getitem__)
-    return Shrinkage(damping, weights)
+    own = {damping: _own_errors(folds, weights, damping, measurable, relative_errors) for damping in _CANDIDATES}
+    allowed = [
+        damping
+        for damping, errors in own.items()
+        if all(1 - error >= (1 - _PRICE) * (1 - before) for error, before in zip(errors, own[LEAST_DAMPING], strict=True))
+    ]
 
+    def worst(damping: float) -> float:
+        if len(measurable) == 1:
+            return own[damping][0]
+        return max(relative_errors(folds.without(source, weights), damping, [folds.of_source(source)])[0] for source in measurable)
 
-def _affordable(errors: Sequence[float]) -> float:
-    """The largest damping that costs at most `_PRICE` of the gain, given the relative error of every candidate; interpolated between the
-    logarithms of two candidates. Without a gain the largest candidate.
-    """
-    best = min(range(len(errors)), key=errors.__getitem__)
-    limit = 1 - (1 - _PRICE) * (1 - errors[best])
-    if errors[best] >= 1:
-        return _CANDIDATES[-1]
-    for n in range(best + 1, len(errors)):
-        if errors[n] > limit:
-            share = (limit - errors[n - 1]) / (errors[n] - errors[n - 1])
-            return _CANDIDATES[n - 1] * (_CANDIDATES[n] / _CANDIDATES[n - 1]) ** share
-    return _CANDIDATES[-1]
+    return Shrinkage(min(allowed, key=worst), weights)
 
 
 _RelativeErrors = Callable[[torch.Tensor, float, Sequence[torch.Tensor]], list[float]]
@@ -155,7 +144,7 @@ def _worst_case_weights(folds: FoldHessians, measurable: Sequence[int], relative
     if len(measurable) < 2:
         return tuple(weights)
     for _ in range(_WEIGHT_STEPS):
-        errors = _own_errors(folds, weights, DAMPING_FOR_OTHER_TEXTS, measurable, relative_errors)
+        errors = _own_errors(folds, weights, LEAST_DAMPING, measurable, relative_errors)
         mean = sum(errors) / len(errors)
         for source, error in zip(measurable, errors, strict=True):
             step = _WEIGHT_RATE * (error / mean - 1) if mean > 0 else 0.0

@@ -56,29 +56,47 @@ def test_the_closed_form_predicts_the_error_of_gptq(products: Products, damping:
     assert predicted == pytest.approx(errors[0] / errors[1], rel=0.1)
 
 
-def test_a_text_of_one_kind_is_damped_as_far_as_it_costs_little(products: Products) -> None:
-    """More damping than the usual, whose error on texts of the same kind is near the least, and less on another kind."""
-    folds_of_one = fold_hessians(inputs(1, 8000, 24))
-    chosen = choose_shrinkage(folds_of_one, products.workers)
-    assert chosen.weights == (1.0,)
-    assert chosen.damping > 0.01
+def test_damping_beyond_the_usual_helps_other_texts_and_costs_little(products: Products) -> None:
+    """A text with many tokens gets the least damping; on texts of its kind it costs little against 0.01, and another kind gains."""
+    of_one = fold_hessians(inputs(1, 8000, 24))
+    chosen = choose_shrinkage(of_one, products.workers)
+    assert chosen == shrinkage.Shrinkage(shrinkage.LEAST_DAMPING, (1.0,))
 
     def error(damping: float, x: torch.Tensor) -> float:
-        return shrinkage._relative_errors(folds_of_one.of_source(0), damping, [hessian(x)], products.workers, act_order=True)[0]
+        return shrinkage._relative_errors(of_one.of_source(0), damping, [hessian(x)], products.workers, act_order=True)[0]
 
     same, other = inputs(1, 3000, 24), inputs(2, 3000, 24)
-    assert 1 - error(chosen.damping, same) >= 0.93 * (1 - error(0.01, same))
-    assert error(chosen.damping, other) < error(0.01, other)
+    assert 1 - error(chosen.damping, same) >= 0.95 * (1 - error(0.01, same))
+    assert error(chosen.damping, other) < 0.95 * error(0.01, other)
 
 
 def test_few_tokens_are_believed_less(products: Products) -> None:
-    many, few = (choose_shrinkage(fold_hessians(inputs(1, tokens, 60)), products.workers).damping for tokens in (20_000, 160))
-    assert few > many
+    """A matrix that few tokens reach gets more damping."""
+    many, few = (choose_shrinkage(fold_hessians(inputs(1, tokens, 60)), products.workers).damping for tokens in (20_000, 130))
+    assert few > many == shrinkage.LEAST_DAMPING
 
 
-def test_too_few_tokens_to_compare_get_the_damping_for_other_texts(products: Products) -> None:
+def test_too_few_tokens_to_compare_get_the_most_damping(products: Products) -> None:
     chosen = choose_shrinkage(fold_hessians(inputs(1, 100, 24), inputs(2, 40, 24)), products.workers)
-    assert chosen == shrinkage.Shrinkage(shrinkage.DAMPING_FOR_OTHER_TEXTS, (1.0, 1.0))
+    assert chosen == shrinkage.Shrinkage(shrinkage.MOST_DAMPING, (1.0, 1.0))
+
+
+def test_several_sources_are_damped_for_the_worst_of_them_when_it_is_left_out(products: Products) -> None:
+    """Of two kinds with nothing in common more damping helps what is left out; no source loses more than 2 % of its gain by it."""
+    sources = fold_hessians(inputs(1, 6000, 24), inputs(2, 6000, 24))
+    chosen = choose_shrinkage(sources, products.workers)
+    assert chosen.damping >= shrinkage.LEAST_DAMPING
+
+    def left_out(damping: float) -> float:
+        fitted = sources.without(0, chosen.weights)
+        return shrinkage._relative_errors(fitted, damping, [sources.of_source(0)], products.workers, act_order=True)[0]
+
+    def gain(damping: float) -> float:
+        fitted = sources.half(0, chosen.weights)
+        return 1 - shrinkage._relative_errors(fitted, damping, [sources.hessians[1]], products.workers, act_order=True)[0]
+
+    assert left_out(chosen.damping) <= left_out(shrinkage.LEAST_DAMPING)
+    assert gain(chosen.damping) >= 0.97 * gain(shrinkage.LEAST_DAMPING)
 
 
 def test_the_source_with_the_largest_error_gains_weight_within_a_factor_of_two(products: Products) -> None:
