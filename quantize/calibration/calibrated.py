@@ -26,10 +26,12 @@ from dbrx_q.quantize.methods.shrinkage import Shrinkage
 from .forward import ORIGINAL, PIECE_TOKENS, QUANTIZED, LayerwiseForward, ModelState
 from .sources import CalibrationSequences
 
-__all__ = ["ACTIVATIONS", "Calibration", "CalibrationOptions", "Fit"]
+__all__ = ["ACTIVATIONS", "Calibration", "CalibrationOptions", "Fit", "random_sequences"]
 
 ACTIVATIONS = (QUANTIZED, ORIGINAL)
 """The models whose activations may calibrate."""
+
+_TEXTS_PER_RANDOM = 16  # sequences of the sources for one of random tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Calibration(LayerwiseForward):
         folder: keeps a snapshot of the residual streams at the current layer; None for no snapshots.
         in_files: whether activations are stored in files in that folder, not in memory.
         squares: whether the diagonal of each Hessian is enough.
-        shrinks: whether damping and the weights of sources are chosen for each matrix (`methods.shrinkage`).
+        shrinks: whether damping and the weights of sources are chosen for each matrix (`methods.shrinkage`). Sequences of random tokens
+            run beside those of the sources then (`random_sequences`).
         kept_tokens: for an expert that at most so many tokens reach, the inputs of w2 are kept after its moments are computed, so that
             they are not computed again for its output.
 
@@ -97,10 +100,12 @@ class Calibration(LayerwiseForward):
         kept_tokens: int = 0,
     ) -> None:
         assert options.activations in models
-        super().__init__(config, sequences.ids, products, models=models, folder=folder, in_files=in_files)
+        ids = torch.cat([sequences.ids, random_sequences(config, *sequences.ids.shape)]) if shrinks else sequences.ids
+        super().__init__(config, ids, products, models=models, folder=folder, in_files=in_files)
         self._sequences, self._options, self._squares, self._kept_tokens = sequences, options, squares, kept_tokens
         self._shrinks = shrinks
-        self._folds = _folds_of(sequences)
+        self._folds = _folds_of(sequences, len(ids))
+        self._text_tokens = sequences.ids.numel()
         self._hidden_pieces: list[torch.Tensor] = []
         self.expert_tokens: dict[int, list[int]] = {}
         self.expert_tokens_by_source: dict[int, list[list[int]]] = {}
@@ -123,8 +128,9 @@ class Calibration(LayerwiseForward):
         error = square = 0.0
         for first, original in self._states[ORIGINAL].stream.pieces(PIECE_TOKENS):
             quantized = self._states[QUANTIZED].stream.read(first, len(original))
-            error += float((quantized - original).square().sum(dtype=torch.float64))
-            square += float(original.square().sum(dtype=torch.float64))
+            texts = max(0, self._text_tokens - first)
+            error += float((quantized - original)[:texts].square().sum(dtype=torch.float64))
+            square += float(original[:texts].square().sum(dtype=torch.float64))
         return (error / square) ** 0.5 if square else 0.0
 
     def fit(self, tensor: DenseTensor, expert: int) -> Fit:
@@ -178,7 +184,7 @@ class Calibration(LayerwiseForward):
                     y = None if other is None else other.inputs.read(first, len(x))[::step]
                     yield x[::step], y, None, self._folds[first : first + len(x)][::step]
 
-            return self._summed(tensor, layer_inputs, self._ids.numel(), "tokens")
+            return self._summed(tensor, layer_inputs, self._text_tokens, "tokens")
         tokens, gates, by = self._tokens_of(main, expert)
         if by == "none":
             return Fit(None, 0, by)
@@ -193,7 +199,7 @@ class Calibration(LayerwiseForward):
                     self._hidden_pieces.append(x.to(self._products.dtype))
                 yield x, y, gate, self._folds[piece]
 
-        return self._summed(tensor, inputs, len(tokens), by)
+        return self._summed(tensor, inputs, int((tokens < self._text_tokens).sum()), by)
 
     def _summed(self, tensor: DenseTensor, inputs: Callable[[int], Iterator[FoldPiece]], tokens: int, by: str) -> Fit:
         """The fit to the tokens whose inputs `inputs(1)` gives; `inputs(n)` gives those of every n-th token."""
@@ -215,14 +221,30 @@ class Calibration(LayerwiseForward):
         if self._options.all_experts:
             return torch.arange(T), torch.ones(T), "tokens"
         tokens, rank = (routing.experts == expert).nonzero(as_tuple=True)
-        if len(tokens) >= self._options.min_tokens:
+        if int((tokens < self._text_tokens).sum()) >= self._options.min_tokens:
             return tokens, routing.weights[tokens, rank], "tokens"
-        by = "layer" if self._options.min_tokens <= T else "none"
+        by = "layer" if self._options.min_tokens <= self._text_tokens else "none"
         return torch.arange(T), routing.logits.softmax(-1)[:, expert], by
 
 
-def _folds_of(sequences: CalibrationSequences) -> torch.Tensor:
-    """int64 [T]: the fold of each token, as in `FoldPiece`; of each source every other sequence is in the second half."""
-    S = sequences.ids.shape[1]
-    parts = [2 * source + torch.arange(count) % 2 for source, count in enumerate(sequences.counts)]
-    return torch.cat(parts).repeat_interleave(S)
+def random_sequences(config: DbrxConfig, count: int, length: int) -> torch.Tensor:
+    """int64 [count / 16, length]: tokens drawn evenly from the vocabulary, at least one sequence; the same in every run.
+
+    Args:
+        config: of the model.
+        count: sequences of texts.
+        length: tokens of each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (-(-count // _TEXTS_PER_RANDOM), length), generator=generator)
+
+
+def _folds_of(sequences: CalibrationSequences, count: int) -> torch.Tensor:
+    """int64 [T]: the fold of each token of `count` sequences, as in `FoldPiece`.
+
+    Of each source every other sequence is in the second half.
+    """
+    parts = [2 * source + torch.arange(n) % 2 for source, n in enumerate(sequences.counts)]
+    folds = torch.full((count,), 2 * len(parts))
+    folds[: len(sequences.ids)] = torch.cat(parts)
+    return folds.repeat_interleave(sequences.ids.shape[1])

@@ -5,8 +5,7 @@ Dimension letters: `T` tokens, `K` the reduction axis, `B` columns that are comp
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -14,11 +13,14 @@ from .moments import Moments, moments_of
 from .products import Products
 from .shrinkage import FoldHessians, Shrinkage, block_columns, choose_shrinkage
 
-__all__ = ["FoldPiece", "shrunk_moments"]
+__all__ = ["RANDOM_SHARE", "FoldPiece", "shrunk_moments"]
 
 FoldPiece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 """(x [T, K], y [T, K] or None, g [T] or None, folds int64 [T]): a piece as `moments_of` takes it, and twice the number of each token's
-source, plus 1 for the second half of that source."""
+source, plus 1 for the second half of that source; twice the number of sources for a random token."""
+
+RANDOM_SHARE = 0.04
+"""The share of random tokens in the trace of a Hessian. Their inputs are what is known without a text; they reach what a text does not."""
 
 
 def shrunk_moments(
@@ -40,22 +42,33 @@ def shrunk_moments(
     step = K // len(columns)
     whole = len(columns) == K
     hessians, cross_terms, counts = _fold_sums(pieces(step), None if whole else columns.to(products.place), len(columns), sources, products)
-    shrinkage = choose_shrinkage(FoldHessians(hessians, counts), products.workers, act_order=act_order)
+    shrinkage = choose_shrinkage(FoldHessians(hessians[:-1], counts[:-1]), products.workers, act_order=act_order)
+    factors = [weight for weight in shrinkage.weights for _ in (0, 1)]
+    factors.append(_random_factor(hessians, factors))
     if whole:
-        factors = [weight for weight in shrinkage.weights for _ in (0, 1)]
         hessian, cross_term = _weighted(hessians, factors), _weighted(cross_terms, factors) if cross_terms else None
         return Moments(hessian, cross_term, products, act_order=act_order, damping=shrinkage.damping), shrinkage
-    roots = torch.tensor([math.sqrt(weight) for weight in shrinkage.weights])
-    weighted = ((x, y, roots[folds // 2] if g is None else g * roots[folds // 2].to(g.device)) for x, y, g, folds in pieces(1))
+    roots = torch.tensor(factors).sqrt()
+    weighted = ((x, y, roots[folds] if g is None else g * roots[folds].to(g.device)) for x, y, g, folds in pieces(1))
     return moments_of(weighted, K, products, act_order=act_order, damping=shrinkage.damping), shrinkage
+
+
+def _random_factor(hessians: Sequence[torch.Tensor], factors: Sequence[float]) -> float:
+    """The factor of the random tokens' Hessian, the last one, that gives it `RANDOM_SHARE` of the trace; 1 where there is no other."""
+    *texts, noise = (float(hessian.diagonal().sum(dtype=torch.float64)) for hessian in hessians)
+    total = sum(trace * factor for trace, factor in zip(texts, factors, strict=True))
+    return RANDOM_SHARE / (1 - RANDOM_SHARE) * total / noise if noise > 0 and total > 0 else 1.0
 
 
 def _fold_sums(
     pieces: Iterable[FoldPiece], columns: torch.Tensor | None, B: int, sources: int, products: Products
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
-    """(Hessians [B, B], cross terms [B, B], tokens), of every fold; no cross terms for some columns alone, or without y."""
+    """(Hessians [B, B], cross terms [B, B], tokens), of every fold, the random tokens' last.
+
+    There are no cross terms for some columns alone, or without y.
+    """
     place = products.place
-    hessians = [torch.zeros(B, B, device=place) for _ in range(2 * sources)]
+    hessians = [torch.zeros(B, B, device=place) for _ in range(2 * sources + 1)]
     cross_terms: list[torch.Tensor] = []
     counts = [0] * len(hessians)
     for x, y, g, folds in pieces:

@@ -2,7 +2,8 @@
 
 A Hessian says what an error costs on the text that it was summed over. On another text errors cost something else, and a matrix that was
 fitted closely to the first text has larger errors there than one that was rounded to nearest. Damping draws the Hessian towards a multiple
-of the identity, which is what is known without data. How much of it a matrix needs is measured on sequences that its Hessian does not contain:
+of the identity, which is what is known without data. How much of it a matrix needs is measured on sequences that its Hessian does not
+contain:
 
 GPTQ's error in each row is z T, where T is its factor R with each row divided by its diagonal, and z are independent rounding errors of
 each column (Frantar et al. 2022, "GPTQ", equation 2, applied column by column). On tokens with the Hessian H' a row's expected error is

@@ -19,6 +19,7 @@ from dbrx_q.quantize.calibration.divergence import DIVERGENCE_BYTES, Divergence
 from dbrx_q.quantize.calibration.forward import PIECE_TOKENS
 from dbrx_q.quantize.methods.choose import Method
 from dbrx_q.quantize.methods.products import fastest_dtype
+from dbrx_q.quantize.methods.shrinkage import BLOCK
 
 from .accelerator import Accelerator
 from .guard import TASK_ROWS
@@ -39,6 +40,8 @@ class TokenCounts:
 
     calibration: int = 0
     """That calibrate."""
+    folds: int = 0
+    """The parts of them whose Hessians are kept apart."""
     models: int = 1
     """The models that they run through."""
     held_out: int = 0
@@ -237,6 +240,9 @@ def _working(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts, 
     # Hessian, cross term and factor of K x K, and twice the factor while it is computed in float64; copies of a piece of
     # inputs, four for each model.
     squares = 0 if method.squares else K * K * (8 + (4 if tokens.models == 2 else 0) + 12)
+    # For each fold a Hessian of the columns that are compared and, where those are all, a cross term; a few more to compare them.
+    block, sums = min(K, BLOCK), tokens.models if K <= BLOCK else 1
+    squares += 4 * block * block * (tokens.folds * sums + 8) if tokens.folds else 0
     moments = squares + 4 * min(tokens.calibration, PIECE_TOKENS) * K * (4 * tokens.models)
     return fixed + max(passing, moments + rounding)
 

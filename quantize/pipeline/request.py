@@ -18,7 +18,7 @@ from dbrx_q.checkpoint.shards import SHARD_BYTES
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
-from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
+from dbrx_q.quantize.calibration.calibrated import CalibrationOptions, random_sequences
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
 from dbrx_q.quantize.calibration.held_out import NEAREST, CheckSequences, HeldOutSequences, models_of
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
@@ -153,6 +153,9 @@ def open_run(
     calibrating = _check_sequences(checkpoint, request) if method.calibrated else None
     _check_guard(checkpoint, request, calibrating)
     held_out = HeldOutSequences.of(calibrating, request.checks)
+    noise = 0
+    if calibrating is not None and method.shrinks:
+        noise = random_sequences(checkpoint.config, *calibrating.ids.shape).numel()
     models = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
     shards = shards_of(checkpoint, formats, request.shard_bytes)
     plan = plan_run(
@@ -160,7 +163,8 @@ def open_run(
         shards,
         method,
         tokens=TokenCounts(
-            calibration=0 if calibrating is None else calibrating.ids.numel(),
+            calibration=0 if calibrating is None else calibrating.ids.numel() + noise,
+            folds=0 if calibrating is None or not method.shrinks else 2 * len(calibrating.counts) + 1,
             models=len(models),
             held_out=0 if held_out is None else held_out.tokens,
             checked=0 if held_out is None else held_out.checked_tokens,

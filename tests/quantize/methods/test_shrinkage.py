@@ -116,13 +116,22 @@ def pieces(x: torch.Tensor, y: torch.Tensor, g: torch.Tensor, fold: torch.Tensor
     return list(zip(x.split(n), y.split(n), g.split(n), fold.split(n), strict=True))
 
 
+def expected_factors(weights: torch.Tensor, share: float, fold: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """[T]: the factor of each token's square, given the weights of two sources and the last fold's share of the whole."""
+    factors = torch.cat([weights.repeat_interleave(2), torch.zeros(1)])[fold]
+    texts = float((factors * energy).sum())
+    return torch.where(fold == 4, share / (1 - share) * texts / float(energy[fold == 4].sum()), factors)
+
+
 def test_the_moments_are_the_weighted_sums_of_all_tokens(products: Products) -> None:
-    x = torch.cat([inputs(1, 3000, 24), inputs(2, 1000, 24)])
-    y, g = x + 0.1 * inputs(3, 4000, 24), torch.rand(4000, generator=torch.Generator().manual_seed(5))
-    fold = torch.cat([torch.arange(3000) % 2, 2 + torch.arange(1000) % 2])
+    """Of two sources and of random tokens, whose part of the trace is given."""
+    x = torch.cat([inputs(1, 3000, 24), inputs(2, 1000, 24), inputs(4, 300, 60)])
+    y, g = x + 0.1 * inputs(3, 4300, 24), torch.rand(4300, generator=torch.Generator().manual_seed(5))
+    fold = torch.cat([torch.arange(3000) % 2, 2 + torch.arange(1000) % 2, torch.full((300,), 4)])
     moments, chosen = shrunk_moments(lambda step: pieces(x[::step], y[::step], g[::step], fold[::step]), K, 2, products)
-    weights = torch.tensor(chosen.weights).sqrt()[fold // 2] * g
-    expected = moments_of([(x, y, weights)], K, products, damping=chosen.damping)
+    energy = (x * g[:, None]).square().sum(1)
+    factors = expected_factors(torch.tensor(chosen.weights), folds.RANDOM_SHARE, fold, energy)
+    expected = moments_of([(x, y, factors.sqrt() * g)], K, products, damping=chosen.damping)
     assert moments.damping == chosen.damping
     assert torch.allclose(moments.hessian, expected.hessian, rtol=1e-4, atol=1e-2)
     assert torch.allclose(moments.cross_term, expected.cross_term, rtol=1e-4, atol=1e-2)
@@ -131,18 +140,22 @@ def test_the_moments_are_the_weighted_sums_of_all_tokens(products: Products) -> 
 def test_a_large_matrix_compares_some_columns_on_some_tokens(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
     """It chooses from a share of the columns and the same share of the tokens, and then sums all tokens of all columns."""
     monkeypatch.setattr(shrinkage, "BLOCK", 16)
-    x = inputs(1, 6000, 24)
-    fold = torch.arange(6000) // 100 % 2
+    x = torch.cat([inputs(1, 6000, 24), inputs(2, 2000, 24), inputs(4, 400, 60)])
+    fold = torch.cat([torch.arange(6000) // 100 % 2, 2 + torch.arange(2000) // 100 % 2, torch.full((400,), 4)])
     steps = []
 
     def passed(step: int) -> list[FoldPiece]:
         steps.append(step)
-        return pieces(x[::step], x[::step] * 1.1, torch.ones(6000)[::step], fold[::step])
+        return pieces(x[::step], x[::step] * 1.1, torch.ones(len(x))[::step], fold[::step])
 
-    moments, chosen = folds.shrunk_moments(passed, K, 1, products)
+    moments, chosen = folds.shrunk_moments(passed, K, 2, products)
     assert steps == [4, 1]
     assert torch.equal(block_columns(K), torch.arange(0, K, 4))
-    some = FoldHessians([hessian(x[::4, ::4][fold[::4] == half]) for half in (0, 1)], [750, 750])
-    assert chosen.damping == pytest.approx(choose_shrinkage(some, products.workers).damping, rel=1e-3)
-    expected = moments_of([(x, x * 1.1, None)], K, products, damping=chosen.damping)
-    assert torch.allclose(moments.hessian, expected.hessian, rtol=1e-4, atol=1e-2)
+    halves = [x[::4, ::4][fold[::4] == half] for half in range(4)]
+    some = choose_shrinkage(FoldHessians([hessian(half) for half in halves], [len(half) for half in halves]), products.workers)
+    assert chosen.damping == pytest.approx(some.damping)
+    assert chosen.weights == pytest.approx(some.weights, rel=1e-3)
+    factors = expected_factors(torch.tensor(chosen.weights), folds.RANDOM_SHARE, fold[::4], x[::4, ::4].square().sum(1))
+    of_fold = torch.stack([factors[fold[::4] == n][0] for n in range(5)])
+    expected = moments_of([(x, x * 1.1, of_fold[fold].sqrt())], K, products, damping=chosen.damping)
+    assert torch.allclose(moments.hessian, expected.hessian, rtol=1e-3, atol=1e-2)
