@@ -13,6 +13,7 @@ Shared by the methods:
 
 - `grid.py`: the values that a format offers to each group, and the search for the grid of least error.
 - `moments.py`: the statistics of a matrix's inputs, with the Hessian.
+- `shrinkage.py`: how far a text is believed: damping and weights of sources by cross-validation. `folds.py`: the moments with them.
 - `factor.py`: the factor of the inverse Hessian, for GPTQ.
 - `products.py`: large matrix products on the CPU or a GPU.
 - `workers.py`: threads whose number does not change a result.
