@@ -125,7 +125,7 @@ def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool =
     allowed = [
         damping
         for damping, errors in own.items()
-        if all(1 - error >= (1 - _PRICE) * (1 - before) for error, before in zip(errors, own[LEAST_DAMPING], strict=True))
+        if all(error <= before + _PRICE * max(0.0, 1 - before) for error, before in zip(errors, own[LEAST_DAMPING], strict=True))
     ]
 
     def worst(damping: float) -> float:

@@ -76,6 +76,14 @@ def test_few_tokens_are_believed_less(products: Products) -> None:
     assert few > many == shrinkage.LEAST_DAMPING
 
 
+def test_a_source_that_calibration_hurts_does_not_limit_the_damping(products: Products) -> None:
+    """Of a source with few tokens even its own other half errs more than by rounding to nearest."""
+    sources = fold_hessians(inputs(1, 20_000, 8), inputs(2, 130, 60))
+    own = shrinkage._relative_errors(sources.hessians[0] + sources.hessians[2], 0.1, [sources.hessians[3]], products.workers, act_order=True)
+    assert own[0] > 1
+    assert choose_shrinkage(sources, products.workers).damping >= shrinkage.LEAST_DAMPING
+
+
 def test_too_few_tokens_to_compare_get_the_most_damping(products: Products) -> None:
     chosen = choose_shrinkage(fold_hessians(inputs(1, 100, 24), inputs(2, 40, 24)), products.workers)
     assert chosen == shrinkage.Shrinkage(shrinkage.MOST_DAMPING, (1.0, 1.0))
