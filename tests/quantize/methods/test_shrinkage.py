@@ -77,10 +77,11 @@ def test_few_tokens_are_believed_less(products: Products) -> None:
 
 
 def test_a_source_that_calibration_hurts_does_not_limit_the_damping(products: Products) -> None:
-    """Of a source with few tokens even its own other half errs more than by rounding to nearest."""
-    sources = fold_hessians(inputs(1, 20_000, 8), inputs(2, 130, 60))
-    own = shrinkage._relative_errors(sources.hessians[0] + sources.hessians[2], 0.1, [sources.hessians[3]], products.workers, act_order=True)
-    assert own[0] > 1
+    """A source with so small a part that even its own other half errs more than by rounding to nearest."""
+    sources = fold_hessians(inputs(1, 20_000, 24), 0.01 * inputs(2, 130, 60))
+    for half in (0, 1):
+        fitted, other = sources.half(half, (1.0, 2.0)), sources.hessians[3 - half]
+        assert shrinkage._relative_errors(fitted, shrinkage.LEAST_DAMPING, [other], products.workers, act_order=True)[0] > 1
     assert choose_shrinkage(sources, products.workers).damping >= shrinkage.LEAST_DAMPING
 
 
