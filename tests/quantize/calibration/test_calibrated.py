@@ -78,7 +78,8 @@ def test_the_streams_equal_the_activations_of_the_models(
         folder = nano if name == "original" else tmp_path / "out"
         model = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
         hidden = model.transformer(sequences).last_hidden_state.flatten(0, 1)
-        assert (stream - hidden).norm() < 1e-3 * hidden.norm(), folder
+        texts = stream[: len(hidden)]  # random tokens follow for best
+        assert (texts - hidden).norm() < 1e-3 * hidden.norm(), folder
     assert [sum(counts) for counts in calibration.expert_tokens.values()] == [12 * 96 * 4] * 4
 
 
