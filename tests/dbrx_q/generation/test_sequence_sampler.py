@@ -115,7 +115,7 @@ def test_a_number_at_the_end_of_the_interval_draws_a_token_that_has_a_probabilit
 def test_the_seed_repeats_the_sequences_on_any_number_of_threads(nano: Path) -> None:
     model = DbrxForCausalLM.from_pretrained(nano)
     tokens = TextTokens.of(DbrxTokenizer.from_pretrained(nano), model.config.vocab_size)
-    arguments = {"count": 6, "length": 8, "batch": 4}
+    arguments = {"count": 6, "length": 4, "batch": 4}
     threads, results = torch.get_num_threads(), []
     try:
         for number in (1, 2):
@@ -130,7 +130,7 @@ def test_the_seed_repeats_the_sequences_on_any_number_of_threads(nano: Path) -> 
     rest = sample_sequences(model, tokens, seed=0, first=4, on_batch=batches.append, on_step=steps.append, **arguments)
     assert torch.equal(rest, results[0][4:])  # what is sampled already does not change the others
     assert torch.equal(batches[0], rest)
-    assert (steps[0], steps[-1]) == (4 * 8 + 2, 6 * 8)
+    assert (steps[0], steps[-1]) == (4 * 4 + 2, 6 * 4)
 
 
 def test_tokens_of_text_are_those_of_the_tokenizer(nano: Path, tmp_path: Path) -> None:
