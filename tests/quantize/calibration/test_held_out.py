@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dbrx_q import DbrxConfig
+from dbrx_q.checkpoint.layout import dense_tensors
 from dbrx_q.eval.divergence import Distribution, scores
 from dbrx_q.quantize.calibration.divergence import Divergence
-from dbrx_q.quantize.calibration.held_out import CHECKED, HELD_OUT, LEFT_OUT, CheckSequences, HeldOutSequences, SourceDivergence, is_worse
+from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
+from dbrx_q.quantize.calibration.held_out import (
+    CHECKED,
+    HELD_OUT,
+    LEFT_OUT,
+    CheckSequences,
+    HeldOutForward,
+    HeldOutSequences,
+    SourceDivergence,
+    is_worse,
+)
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
+from dbrx_q.quantize.methods.products import Products
 from dbrx_q.quantize.methods.workers import Workers
 
 
@@ -46,6 +61,25 @@ def test_errors_are_judged_by_source_beyond_noise() -> None:
     assert is_worse((nearest - worse)[140:240], nearest[140:240], few)
     assert not is_worse((nearest - worse)[170:230], nearest[170:230], sources[170:230])  # too few to judge at all
     assert not is_worse(nearest[:0], nearest[:0], sources[:0])
+
+
+def test_a_matrix_that_compensates_earlier_errors_is_credited_for_it() -> None:
+    """The quantized model's inputs are half the original's: twice the original matrix gives what the original model gives."""
+    config = DbrxConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=50, attn_config={"kv_n_heads": 1})
+    generator = torch.Generator().manual_seed(0)
+    sequences = HeldOutSequences.of(None, [CheckSequences("check", torch.zeros(4, 40, dtype=torch.int64))])
+    assert sequences is not None
+    tensor = next(tensor for tensor in dense_tensors(config) if tensor.role == "Wqkv")
+    weight = torch.randn(tensor.matrix, generator=generator)
+    inputs = torch.randn(160, 32, generator=generator)
+    for kind, prefers in ((LEFT_OUT, True), (CHECKED, False)):
+        with Workers() as workers:
+            forward = HeldOutForward(config, replace(sequences, kinds=(kind,)), Products(workers, bfloat16=False))
+            for name, values in ((ORIGINAL, inputs), (QUANTIZED, inputs / 2)):
+                forward._states[name].inputs.write(0, values)
+            assert not forward.prefers_nearest(tensor, -1, weight, [2 * weight, weight])
+            assert forward.prefers_nearest(tensor, -1, weight, [weight, 2 * weight]) is prefers
+            assert forward.prefers_nearest(tensor, -1, weight, [1.9 * weight, 2.01 * weight]) is prefers
 
 
 def test_held_out_sequences_come_by_source_and_check_texts_last() -> None:
