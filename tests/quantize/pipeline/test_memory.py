@@ -35,8 +35,10 @@ from dbrx_q.quantize.pipeline.format_assignment import default_formats
 warm, source, out, method, tokens = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
 
 def request(tokens):
-    ids = CalibrationSequences.single(torch.arange(tokens).view(-1, 256) % 500) if tokens else None
-    return QuantizationRequest(lambda c: default_formats(c.config, TensorFormat("int4", 64)), method=method, sequences=ids)
+    ids = torch.arange(tokens).view(-1, 256) % 500
+    sequences = CalibrationSequences(ids, (len(ids),), ("text",), (1.0,), ids[-2:], (len(ids[-2:]),)) if tokens else None
+    assign_formats = lambda c: default_formats(c.config, TensorFormat("int4", 64))
+    return QuantizationRequest(assign_formats, method=method, sequences=sequences, no_worse_than_rtn=bool(tokens))
 
 quantize_checkpoint(warm, out.with_name("warm"), request(min(tokens, 256)))  # compiled code is not the tensors' memory
 plan = plan_checkpoint(source, request(tokens))
