@@ -242,9 +242,9 @@ def random_sequences(config: DbrxConfig, count: int, length: int) -> torch.Tenso
 def _folds_of(sequences: CalibrationSequences, count: int) -> torch.Tensor:
     """int64 [T]: the fold of each token of `count` sequences, as in `FoldPiece`.
 
-    Of each source every other sequence is in the second half.
+    The second half of a source's sequences come later in its text.
     """
-    parts = [2 * source + torch.arange(n) % 2 for source, n in enumerate(sequences.counts)]
+    parts = [2 * source + (torch.arange(n) >= n // 2).long() for source, n in enumerate(sequences.counts)]
     folds = torch.full((count,), 2 * len(parts))
     folds[: len(sequences.ids)] = torch.cat(parts)
     return folds.repeat_interleave(sequences.ids.shape[1])

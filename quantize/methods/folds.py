@@ -17,7 +17,7 @@ __all__ = ["RANDOM_SHARE", "FoldPiece", "shrunk_moments"]
 
 FoldPiece = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 """(x [T, K], y [T, K] or None, g [T] or None, folds int64 [T]): a piece as `moments_of` takes it, and twice the number of each token's
-source, plus 1 for the second half of that source; twice the number of sources for a random token."""
+source, plus 1 for the second half of that source; twice the number of sources for a random token. Folds do not decrease within a piece."""
 
 RANDOM_SHARE = 0.04
 """The share of random tokens in the trace of a Hessian. Their inputs are what is known without a text; they reach what a text does not."""
@@ -79,14 +79,14 @@ def _fold_sums(
             x, y = x * weights, None if y is None else y * weights
         if y is not None and not cross_terms:
             cross_terms = [torch.zeros(B, B, device=place) for _ in hessians]
-        outers = []
-        for fold in folds.unique().tolist():
-            rows = (folds == fold).nonzero(as_tuple=True)[0].to(place)
-            counts[fold] += len(rows)
-            inputs = x[rows]
+        outers, first = [], 0
+        for fold, count in zip(*(part.tolist() for part in folds.unique_consecutive(return_counts=True)), strict=True):
+            counts[fold] += count
+            inputs = x[first : first + count]
             outers.append((hessians[fold], inputs, inputs))
             if y is not None:
-                outers.append((cross_terms[fold], y[rows] - inputs, inputs))
+                outers.append((cross_terms[fold], y[first : first + count] - inputs, inputs))
+            first += count
         products.add_outers(outers)
     return hessians, cross_terms, counts
 

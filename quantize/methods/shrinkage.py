@@ -38,7 +38,7 @@ MOST_DAMPING = 1.6
 _CANDIDATES = (LEAST_DAMPING, 0.2, 0.4, 0.8, MOST_DAMPING)
 _PRICE = 0.02  # the share of its gain over rounding to nearest that a source may lose to more damping than the least
 _LEAST_TOKENS = 64  # of a fold
-_WEIGHT_STEPS, _WEIGHT_RATE, _MOST_WEIGHT = 3, 2.0, 2.0
+_WEIGHT_STEPS, _WEIGHT_RATE, _MOST_WEIGHT = 2, 1.0, 1.25
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def block_columns(K: int) -> torch.Tensor:
 def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool = True) -> Shrinkage:
     """The weights of the sources and the damping for a matrix.
 
-    1. Weights, within a factor of two of equal: those for which the largest of the sources' relative errors is small. Errors are measured
+    1. Weights, within a factor of 1.25 of equal: those for which the largest of the sources' relative errors is small. Errors are measured
        on the half of each source that the Hessian does not contain.
     2. Damping: of the candidates, the one with the least error on what the Hessian does not contain: with several sources, the largest of
        their errors when each is left out in turn; with one, the error on its other half. So a matrix that few tokens reach leans on the
@@ -121,19 +121,20 @@ def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool =
         return _relative_errors(hessian, damping, others, workers, act_order=act_order)
 
     weights = _worst_case_weights(folds, measurable, relative_errors)
-    own = {damping: _own_errors(folds, weights, damping, measurable, relative_errors) for damping in _CANDIDATES}
-    allowed = [
-        damping
-        for damping, errors in own.items()
-        if all(error <= before + _PRICE * max(0.0, 1 - before) for error, before in zip(errors, own[LEAST_DAMPING], strict=True))
-    ]
+    own: dict[float, list[float]] = {}
+    for damping in _CANDIDATES:  # errors on a source's own kind grow with damping once it costs
+        own[damping] = _own_errors(folds, weights, damping, measurable, relative_errors)
+        pairs = zip(own[damping], own[LEAST_DAMPING], strict=True)
+        if any(error > before + _PRICE * max(0.0, 1 - before) for error, before in pairs):
+            del own[damping]
+            break
 
     def worst(damping: float) -> float:
         if len(measurable) == 1:
             return own[damping][0]
         return max(relative_errors(folds.without(source, weights), damping, [folds.of_source(source)])[0] for source in measurable)
 
-    return Shrinkage(min(allowed, key=worst), weights)
+    return Shrinkage(min(own, key=worst), weights)
 
 
 _RelativeErrors = Callable[[torch.Tensor, float, Sequence[torch.Tensor]], list[float]]

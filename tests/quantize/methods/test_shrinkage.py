@@ -80,7 +80,7 @@ def test_a_source_that_calibration_hurts_does_not_limit_the_damping(products: Pr
     """A source with so small a part that even its own other half errs more than by rounding to nearest."""
     sources = fold_hessians(inputs(1, 20_000, 24), 0.01 * inputs(2, 130, 60))
     for half in (0, 1):
-        fitted, other = sources.half(half, (1.0, 2.0)), sources.hessians[3 - half]
+        fitted, other = sources.half(half, (0.8, 1.25)), sources.hessians[3 - half]
         assert shrinkage._relative_errors(fitted, shrinkage.LEAST_DAMPING, [other], products.workers, act_order=True)[0] > 1
     assert choose_shrinkage(sources, products.workers).damping >= shrinkage.LEAST_DAMPING
 
@@ -108,11 +108,11 @@ def test_several_sources_are_damped_for_the_worst_of_them_when_it_is_left_out(pr
     assert gain(chosen.damping) >= 0.97 * gain(shrinkage.LEAST_DAMPING)
 
 
-def test_the_source_with_the_largest_error_gains_weight_within_a_factor_of_two(products: Products) -> None:
+def test_the_source_with_the_largest_error_gains_weight_within_bounds(products: Products) -> None:
     """A source with a twentieth of the tokens; its error falls, and no weight leaves its bounds."""
     sources = fold_hessians(inputs(1, 20_000, 24), inputs(2, 1000, 24))
     chosen = choose_shrinkage(sources, products.workers)
-    assert 0.5 <= chosen.weights[0] < chosen.weights[1] <= 2
+    assert 0.8 <= chosen.weights[0] < chosen.weights[1] <= 1.25
 
     def error(weights: tuple[float, ...]) -> float:
         fitted = sources.half(0, weights) + sources.half(1, weights)
@@ -136,7 +136,7 @@ def test_the_moments_are_the_weighted_sums_of_all_tokens(products: Products) -> 
     """Of two sources and of random tokens, whose part of the trace is given."""
     x = torch.cat([inputs(1, 3000, 24), inputs(2, 1000, 24), inputs(4, 300, 60)])
     y, g = x + 0.1 * inputs(3, 4300, 24), torch.rand(4300, generator=torch.Generator().manual_seed(5))
-    fold = torch.cat([torch.arange(3000) % 2, 2 + torch.arange(1000) % 2, torch.full((300,), 4)])
+    fold = torch.cat([torch.arange(3000) // 1500, 2 + torch.arange(1000) // 500, torch.full((300,), 4)])
     moments, chosen = shrunk_moments(lambda step: pieces(x[::step], y[::step], g[::step], fold[::step]), K, 2, products)
     energy = (x * g[:, None]).square().sum(1)
     factors = expected_factors(torch.tensor(chosen.weights), folds.RANDOM_SHARE, fold, energy)
@@ -150,7 +150,7 @@ def test_a_large_matrix_compares_some_columns_on_some_tokens(products: Products,
     """It chooses from a share of the columns and the same share of the tokens, and then sums all tokens of all columns."""
     monkeypatch.setattr(shrinkage, "BLOCK", 16)
     x = torch.cat([inputs(1, 6000, 24), inputs(2, 2000, 24), inputs(4, 400, 60)])
-    fold = torch.cat([torch.arange(6000) // 100 % 2, 2 + torch.arange(2000) // 100 % 2, torch.full((400,), 4)])
+    fold = torch.cat([torch.arange(6000) // 3000, 2 + torch.arange(2000) // 1000, torch.full((400,), 4)])
     steps = []
 
     def passed(step: int) -> list[FoldPiece]:
