@@ -78,23 +78,15 @@ evaluation: .venv/installed-dev
 	$(BIN)/dbrx-q compare $(MODEL) tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf $(GGUF) \
 		--text $(WIKITEXT) --protocol half-window --limit 200 --document docs/evaluation.md --section llama.cpp
 
-# The table of docs/quantization.md. CALIBRATION: WikiText-2's validation text, which is not bundled.
-CALIBRATION :=
+# The tables and the plot of docs/quantization.md; a second call continues an interrupted run. TEXTS: what tests/methods/texts.py wrote.
+TEXTS :=
 METHODS := $(OUT)/methods
 quantization: .venv/installed-dev
-	@test -f "$(CALIBRATION)" || { echo "Name WikiText-2's validation text: make quantization CALIBRATION=FILE"; exit 2; }
-	rm -rf $(METHODS)
-	for method in rtn clip hqq; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$method-g64 --method $$method || exit 1; done
-	for format in nf4 nf4-double int8; do $(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/rtn-$$format --format $$format || exit 1; done
-	for method in awq gptq best; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/$$method-g64 --method $$method --calibration $(CALIBRATION) || exit 1; done
-	for size in 32 128; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-g$$size --method best --group-size $$size --calibration $(CALIBRATION) || exit 1; done
-	$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-int8 --method best --format int8 --calibration $(CALIBRATION)
-	for bits in 5 6; do \
-		$(BIN)/dbrx-q quantize $(MODEL) $(METHODS)/best-$$bits-bits --method best --target-bpw $$bits --calibration $(CALIBRATION) || exit 1; done
-	$(BIN)/dbrx-q compare $(MODEL) $(addprefix $(METHODS)/,rtn-g64 clip-g64 hqq-g64 awq-g64 gptq-g64 best-g64 best-g128 best-g32 rtn-nf4 rtn-nf4-double \
-		best-5-bits best-6-bits rtn-int8 best-int8) --text $(WIKITEXT) --context 512 --document docs/quantization.md --section methods
+	@test -d "$(TEXTS)/final" || { echo "Name the folder that tests/methods/texts.py wrote: make quantization TEXTS=FOLDER"; exit 2; }
+	$(BIN)/python tests/methods/protocol.py $(MODEL) $(METHODS) --texts $(TEXTS) --set final --gguf $(GGUF) \
+		--plot docs/methods.png --document docs/quantization.md --section methods
+	$(BIN)/python tests/methods/protocol.py tests/data/dbrx-micro $(METHODS) --texts $(TEXTS) --set final --only 'int4 g64' \
+		--document docs/quantization.md --section second-model
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

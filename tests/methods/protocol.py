@@ -196,9 +196,9 @@ def _arguments(run: Run, row: Row, seed: int) -> list[str]:
 def _checkpoint(run: Run, row: Row, seed: int, code: str) -> Path:
     """The folder of a checkpoint. Its name has a hash of all that decides its bytes."""
     key = hashlib.sha256(code.encode())
-    for path in (run.model / "model.safetensors", *(Path(file) for file in run.calibration_files(row.calibration))):
-        if path.name != "self":
-            key.update(hashlib.sha256(path.read_bytes()).digest())
+    texts = [Path(file) for file in run.calibration_files(row.calibration) if file != "self"]
+    for path in [*sorted(run.model.glob("*.safetensors")), *texts]:
+        key.update(hashlib.sha256(path.read_bytes()).digest())
     key.update("\0".join([row.method, *row.options, row.calibration, str(seed)]).encode())
     words = re.sub(r"[^a-z0-9]+", "-", f"{row.method} {row.size} {row.calibration} seed {seed}".lower())
     return run.out / "checkpoints" / f"{words}-{key.hexdigest()[:12]}"

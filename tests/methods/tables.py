@@ -172,7 +172,12 @@ def _divergence(result: Result, baseline: Result | None, text: str) -> str:
         return "failed" if len(result.failures) == len(result.seeds) else "unfinished"
     mean, error = mean_and_error([figures.kl for figures in by_seed.values()])
     known = ratios(result, baseline, text)
-    return f"{mean:#.3g} ± {error:#.1g}" + (f" ({_ratio(float(np.mean(list(known.values()))))})" if known else "")
+    return f"{_digits(mean, 3)} ± {_digits(error, 1)}" + (f" ({_ratio(float(np.mean(list(known.values()))))})" if known else "")
+
+
+def _digits(value: float, count: int) -> str:
+    """So many significant digits: "0.00550", "2e-05"."""
+    return f"{value:#.{count}g}".replace(".e", "e").rstrip(".")
 
 
 def _ratio(value: float) -> str:
@@ -217,8 +222,12 @@ def plot(results: Sequence[Result], titles: Mapping[str, str]) -> Figure:
                     range(len(texts)),
                     means[result.key],
                     yerr=[_relative_error(result, text) * mean for text, mean in zip(texts, means[result.key], strict=True)],
-                    **{"color": look.colour, "marker": look.marker, "linestyle": look.dash},
-                    **{"markersize": 7, "linewidth": 1.2, "capsize": 2},
+                    color=look.colour,
+                    marker=look.marker,
+                    linestyle=look.dash,
+                    markersize=7,
+                    linewidth=1.2,
+                    capsize=2,
                     label=f"{result.method} {result.size}" if result.method == "GGUF" else result.method,
                 )
         panel.set_title(f"calibration: {calibration}" if calibration else "", fontsize=10, color=INK)
