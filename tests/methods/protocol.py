@@ -108,6 +108,14 @@ class Run:
         names = [name + (part if name == "wikitext-2" else "") for name in CALIBRATED_ON[calibration]]
         return [str(self.texts / "calibration" / f"{name}.txt") for name in names]
 
+    def weights_digest(self) -> str:
+        """A hash of the model's weights."""
+        return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(self.model.glob("*.safetensors")))).hexdigest()
+
+    def sampled_sequences(self, seed: int) -> Path:
+        """Where the sequences are kept that the model has sampled with a seed, for the other rows with this calibration."""
+        return self.out / "checkpoints" / f"self-seed-{seed}-{self.weights_digest()[:12]}.safetensors"
+
     def text_files(self) -> dict[str, Path]:
         """The texts of the set by name, in the order of `TITLES`."""
         files = {path.stem: path for path in (self.texts / self.set).glob("*.txt")}
@@ -189,16 +197,19 @@ class _NoStrings(ast.NodeTransformer):
 
 def _arguments(run: Run, row: Row, seed: int) -> list[str]:
     """The options of `dbrx-q quantize`."""
-    calibration = [part for file in run.calibration_files(row.calibration) for part in ("--calibration", file)]
+    files, sampled = run.calibration_files(row.calibration), run.sampled_sequences(seed)
+    if row.calibration == SELF and sampled.exists():
+        files = [str(sampled)]
+    calibration = [part for file in files for part in ("--calibration", file)]
     return ["--method", row.method, *row.options, *calibration, *(["--seed", str(seed)] if calibration else [])]
 
 
 def _checkpoint(run: Run, row: Row, seed: int, code: str) -> Path:
     """The folder of a checkpoint. Its name has a hash of all that decides its bytes."""
-    key = hashlib.sha256(code.encode())
-    texts = [Path(file) for file in run.calibration_files(row.calibration) if file != "self"]
-    for path in [*sorted(run.model.glob("*.safetensors")), *texts]:
-        key.update(hashlib.sha256(path.read_bytes()).digest())
+    key = hashlib.sha256((code + run.weights_digest()).encode())
+    for file in run.calibration_files(row.calibration):
+        if file != "self":
+            key.update(hashlib.sha256(Path(file).read_bytes()).digest())
     key.update("\0".join([row.method, *row.options, row.calibration, str(seed)]).encode())
     words = re.sub(r"[^a-z0-9]+", "-", f"{row.method} {row.size} {row.calibration} seed {seed}".lower())
     return run.out / "checkpoints" / f"{words}-{key.hexdigest()[:12]}"
@@ -212,6 +223,9 @@ def _quantize(run: Run, row: Row, seed: int, folder: Path, result: Result) -> bo
     shutil.rmtree(partial_of(folder), ignore_errors=True)  # of a run that was killed; a new run takes about a minute
     command = [str(Path(sys.executable).with_name("dbrx-q")), "quantize", str(run.model), str(folder), *_arguments(run, row, seed)]
     process = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    sampled = folder.with_name(f"{folder.name}.self.safetensors")  # what `--calibration self` keeps beside the result
+    if sampled.exists() and process.returncode == 0:
+        sampled.replace(run.sampled_sequences(seed))
     if process.returncode:
         result.failures[seed] = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         print(f"failed: {result.failures[seed]}", file=sys.stderr, flush=True)

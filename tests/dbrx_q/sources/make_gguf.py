@@ -1,7 +1,7 @@
 """Writes a plain DBRX checkpoint as a GGUF file in float32, from which llama.cpp quantizes: `make_gguf.py SRC LIKE DST`.
 
-LIKE is a GGUF file of the same model, of which DST takes metadata and tokenizer: llama.cpp's own converter knows the tokenizers of published
-models alone.
+LIKE is a GGUF file of the same model, of which DST takes metadata and tokenizer: llama.cpp's own converter knows the tokenizers of
+published models alone.
 """
 
 from __future__ import annotations
