@@ -31,8 +31,8 @@ def r_database(*vectors: list[str]) -> bytes:
 def test_an_article_of_wikitext_is_calibrated_on_or_chosen_on_but_not_both() -> None:
     first, last = texts.wikitext_parts(ARTICLES)
     assert first + last == ARTICLES
-    assert [text.count(" = Article") for text in (first, last)] == [9, 1]
-    assert last.startswith(" = Article 9 = \n")
+    assert [text.count(" = Article") for text in (first, last)] == [8, 2]
+    assert last.startswith(" = Article 8 = \n")
     with pytest.raises(texts.PackageError, match="headings"):
         texts.wikitext_parts("Words without a heading.\n" * 10)
 
