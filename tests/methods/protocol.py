@@ -14,6 +14,7 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -301,6 +302,9 @@ def _write(results: Sequence[Result], run: Run, options: argparse.Namespace) -> 
 
     titles = {name: TITLES.get(name, name) for name in run.text_files()}
     text = tables(results, titles, _heading(run))
+    if options.plot is not None and options.document is not None:
+        image = os.path.relpath(options.plot, options.document.parent)
+        text += f"\n\n![mean KL on each text, relative to rounding to nearest, by calibration and method]({image})"
     if options.document is None:
         print(text)
     else:

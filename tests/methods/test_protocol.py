@@ -144,6 +144,7 @@ def test_a_run_measures_continues_and_reports_failures(
     assert "\nold\n" not in table
     assert re.fullmatch(r"0\.\d+ ± \S+ \(1\.00\)", cells(table.split("| change")[0], "rtn, int4 g64")[3])
     assert cells(table.split("| change")[0], "gptq, int4 g64")[6] == "0 failed"
+    assert "](plot.png)" in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
