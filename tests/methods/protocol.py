@@ -30,8 +30,9 @@ from tables import IMATRIX, Figures, Result, plot, tables
 __all__ = ["ROWS", "Row", "code_digest", "main", "measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
-WIKI, MIX, SELF = "WikiText-2", "WikiText-2 + novel", "self"
-CALIBRATED_ON = {WIKI: ("wikitext-2",), MIX: ("wikitext-2", "novel"), SELF: (), "none": ()}
+WIKI, MIX, SELF, WIKI_SELF = "WikiText-2", "WikiText-2 + novel", "self", "WikiText-2 (7) + self (1)"
+CALIBRATED_ON = {WIKI: ("wikitext-2",), MIX: ("wikitext-2", "novel"), SELF: ("self",), WIKI_SELF: ("wikitext-2:7", "self:1"), "none": ()}
+MANY = ("--sequences", "512")
 TITLES = {
     "wikitext-2": "WikiText-2",
     "pride-and-prejudice": "Pride and Prejudice",
@@ -69,11 +70,15 @@ class Row:
 _G64 = ("--group-size", "64")
 ROWS = (
     *(Row(method, "int4 g64", _G64) for method in ("rtn", "clip", "hqq")),
-    *(Row(method, "int4 g64", _G64, calibration, True) for calibration in (WIKI, MIX, SELF) for method in ("awq", "gptq", "best")),
+    Row("awq", "int4 g64", _G64, WIKI),
+    *(Row(method, "int4 g64", _G64, calibration, True) for calibration in (WIKI, MIX, SELF) for method in ("gptq", "best")),
+    Row("best", "int4 g64", _G64, WIKI_SELF, True),
+    Row("best", "int4 g64, 512 sequences", (*_G64, *MANY), MIX, True),
     Row("rtn", "int4 g128", ("--group-size", "128")),
     Row("best", "int4 g128", ("--group-size", "128"), MIX),
     Row("rtn", "int4 g32", ("--group-size", "32")),
     Row("best", "int4 g32", ("--group-size", "32"), MIX),
+    Row("best", "int4 g32, 512 sequences", ("--group-size", "32", *MANY), MIX),
     Row("rtn", "nf4", ("--format", "nf4")),
     Row("rtn", "nf4-double", ("--format", "nf4-double")),
     Row("best", "5 bits", ("--target-bpw", "5"), MIX),
@@ -102,12 +107,14 @@ class Run:
 
     def calibration_files(self, calibration: str) -> list[str]:
         """The values of `--calibration`."""
-        if calibration == SELF:
-            return ["self"]
         # The last fifth of WikiText-2's validation text is one of the texts that choices are made on.
         part = "-four-fifths" if self.set == "validation" else ""
-        names = [name + (part if name == "wikitext-2" else "") for name in CALIBRATED_ON[calibration]]
-        return [str(self.texts / "calibration" / f"{name}.txt") for name in names]
+        values = []
+        for source in CALIBRATED_ON[calibration]:
+            name, colon, weight = source.partition(":")
+            file = self.texts / "calibration" / f"{name}{part if name == 'wikitext-2' else ''}.txt"
+            values.append((SELF if name == SELF else str(file)) + colon + weight)
+        return values
 
     def weights_digest(self) -> str:
         """A hash of the model's weights."""
@@ -209,8 +216,10 @@ def _checkpoint(run: Run, row: Row, seed: int, code: str) -> Path:
     """The folder of a checkpoint. Its name has a hash of all that decides its bytes."""
     key = hashlib.sha256((code + run.weights_digest()).encode())
     for file in run.calibration_files(row.calibration):
-        if file != "self":
-            key.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        path, _, weight = file.partition(":")
+        key.update(weight.encode())
+        if path != SELF:
+            key.update(hashlib.sha256(Path(path).read_bytes()).digest())
     key.update("\0".join([row.method, *row.options, row.calibration, str(seed)]).encode())
     words = re.sub(r"[^a-z0-9]+", "-", f"{row.method} {row.size} {row.calibration} seed {seed}".lower())
     return run.out / "checkpoints" / f"{words}-{key.hexdigest()[:12]}"
@@ -226,7 +235,10 @@ def _quantize(run: Run, row: Row, seed: int, folder: Path, result: Result) -> bo
     process = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     sampled = folder.with_name(f"{folder.name}.self.safetensors")  # what `--calibration self` keeps beside the result
     if sampled.exists() and process.returncode == 0:
-        sampled.replace(run.sampled_sequences(seed))
+        if row.calibration == SELF:
+            sampled.replace(run.sampled_sequences(seed))
+        else:
+            sampled.unlink()  # fewer sequences than the rows with that calibration alone take
     if process.returncode:
         result.failures[seed] = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         print(f"failed: {result.failures[seed]}", file=sys.stderr, flush=True)

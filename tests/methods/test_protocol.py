@@ -142,7 +142,7 @@ def test_a_run_measures_continues_and_reports_failures(
     assert table.startswith("Before.\n")
     assert table.endswith("After.\n")
     assert "\nold\n" not in table
-    assert re.fullmatch(r"0\.\d+ ± \S+ \(1\.00\)", cells(table.split("| change")[0], "rtn, int4 g64")[3])
+    assert re.fullmatch(r"[\d.e-]+ ± \S+ \(1\.00\)", cells(table.split("| change")[0], "rtn, int4 g64")[3])
     assert cells(table.split("| change")[0], "gptq, int4 g64")[6] == "0 failed"
     assert "](plot.png)" in table
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
