@@ -123,6 +123,8 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
             lines.append(f"| {layer} | {' | '.join(_spread(counts))} |")
     if run.expert_tokens_by_source:
         lines += ["", "## Tokens per expert, by source", "", *_tokens_by_source(run)]
+    if any(record.damping is not None for record in run.records):
+        lines += ["", "## Damping and weights of sources", "", *_shrinkage_lines(run)]
     if run.held_out:
         lines += ["", "## Held-out tokens", "", *_held_out_lines(run)]
     lines += ["", "## Undersampled experts", "", *_undersampled_lines(run)]
@@ -162,6 +164,29 @@ def _tokens_by_source(run: RunRecord) -> list[str]:
         cells = [", ".join(_spread(run.expert_tokens_by_source[layer][n])) for n in shown]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _shrinkage_lines(run: RunRecord) -> list[str]:
+    """What was chosen for the matrices of each role, each time the least, the median and the largest."""
+    names = [str(source["name"]) for source in run.options.get("calibration", {}).get("sources", [])]
+    lines = ["Least, median and largest for the matrices of each name: the share of the mean of a Hessian's diagonal that is added to the"]
+    lines[0] += " diagonal, and the factor that each source's tokens got." if names else " diagonal."
+    lines += ["", f"| matrix | damping |{''.join(f' {name} |' for name in names)}", "|---|---|" + "---|" * len(names)]
+    matrices: dict[str, list[TensorRecord]] = {}
+    for record in run.records:
+        if record.damping is not None:
+            matrices.setdefault(_matrix(record), []).append(record)
+    for matrix, records in matrices.items():
+        columns = [[record.damping or 0.0 for record in records]]
+        columns += [[(record.source_weights or [1.0] * len(names))[n] for record in records] for n in range(len(names))]
+        lines.append(f"| {matrix} |" + "".join(f" {', '.join(f'{value:.3g}' for value in _three(column))} |" for column in columns))
+    return lines
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    """(least, median, largest)."""
+    ordered = sorted(values)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
 def _spread(counts: Sequence[int]) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from dbrx_q.checkpoint.inventory import take_inventory
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
+from dbrx_q.quantize.methods.shrinkage import LEAST_DAMPING
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME
@@ -110,6 +111,17 @@ def test_calibration_options_change_the_codes(small: Path, tmp_path: Path, optio
     usual, changed = quantize(small, tmp_path / "a", "gptq"), quantize(small, tmp_path / "b", "gptq", **{option: value})
     experts = [record.label for record in usual.records if record.label.endswith((".w2.0", ".w2.3"))]
     assert all(usual.relative_error[name] != changed.relative_error[name] for name in experts)
+
+
+def test_the_damping_of_every_matrix_is_reported(small: Path, tmp_path: Path) -> None:
+    run = quantize(small, tmp_path / "out")
+    damping = {record.label: record.damping for record in run.records if record.relative_error is not None and record.kind != "embedding"}
+    assert min(value for value in damping.values() if value is not None) >= LEAST_DAMPING
+    text = (tmp_path / "out" / f"{NAME}.md").read_text()
+    values = sorted(value for label, value in damping.items() if label.endswith("Wqkv.weight") and value is not None)
+    assert f"| Wqkv | {values[0]:.3g}, {values[len(values) // 2]:.3g}, {values[-1]:.3g} |" in text
+    quantize(small, tmp_path / "gptq", "gptq")
+    assert "## Damping" not in (tmp_path / "gptq" / f"{NAME}.md").read_text()
 
 
 def test_the_model_card_fits_the_hub_and_is_the_same_for_every_run(small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
