@@ -30,9 +30,16 @@ from tables import IMATRIX, Figures, Result, plot, tables
 __all__ = ["ROWS", "Row", "code_digest", "main", "measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
-WIKI, MIX, SELF, WIKI_SELF = "WikiText-2", "WikiText-2 + novel", "self", "WikiText-2 (7) + self (1)"
-CALIBRATED_ON = {WIKI: ("wikitext-2",), MIX: ("wikitext-2", "novel"), SELF: ("self",), WIKI_SELF: ("wikitext-2:7", "self:1"), "none": ()}
-MANY = ("--sequences", "512")
+WIKI, MIX, WIKI_MORE = "WikiText-2", "WikiText-2 + novel", "WikiText-2 (3) + novel (1)"
+SELF, WIKI_SELF = "self", "WikiText-2 (7) + self (1)"
+CALIBRATED_ON = {
+    WIKI: ("wikitext-2",),
+    MIX: ("wikitext-2", "novel"),
+    WIKI_MORE: ("wikitext-2:3", "novel"),
+    SELF: ("self",),
+    WIKI_SELF: ("wikitext-2:7", "self:1"),
+    "none": (),
+}
 TITLES = {
     "wikitext-2": "WikiText-2",
     "pride-and-prejudice": "Pride and Prejudice",
@@ -72,13 +79,12 @@ ROWS = (
     *(Row(method, "int4 g64", _G64) for method in ("rtn", "clip", "hqq")),
     Row("awq", "int4 g64", _G64, WIKI),
     *(Row(method, "int4 g64", _G64, calibration, True) for calibration in (WIKI, MIX, SELF) for method in ("gptq", "best")),
-    Row("best", "int4 g64", _G64, WIKI_SELF, True),
-    Row("best", "int4 g64, 512 sequences", (*_G64, *MANY), MIX, True),
+    *(Row("best", "int4 g64", _G64, calibration, True) for calibration in (WIKI_MORE, WIKI_SELF)),
+    Row("best", "int4 g64, 512 sequences", (*_G64, "--sequences", "512"), MIX),
     Row("rtn", "int4 g128", ("--group-size", "128")),
     Row("best", "int4 g128", ("--group-size", "128"), MIX),
     Row("rtn", "int4 g32", ("--group-size", "32")),
-    Row("best", "int4 g32", ("--group-size", "32"), MIX),
-    Row("best", "int4 g32, 512 sequences", ("--group-size", "32", *MANY), MIX),
+    *(Row("best", "int4 g32", ("--group-size", "32"), calibration) for calibration in (MIX, WIKI_MORE, WIKI_SELF)),
     Row("rtn", "nf4", ("--format", "nf4")),
     Row("rtn", "nf4-double", ("--format", "nf4-double")),
     Row("best", "5 bits", ("--target-bpw", "5"), MIX),
