@@ -192,6 +192,7 @@ class Calibration(LayerwiseForward):
         keeps = down and by == "tokens" and not self._options.all_experts and len(tokens) <= self._kept_tokens
 
         def inputs(step: int) -> Iterator[FoldPiece]:
+            self._hidden_pieces.clear()  # of a pass before, which compared columns of every token
             for piece, gate in zip(tokens[::step].split(PIECE_TOKENS), gates[::step].split(PIECE_TOKENS), strict=True):
                 x = self._inputs_of(main, piece, down)
                 y = None if other is None else self._inputs_of(other, piece, down)

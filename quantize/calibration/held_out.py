@@ -135,8 +135,10 @@ class SourceDivergence:
 
     @property
     def hurts(self) -> bool:
-        """Whether the quantized model is further from the original than rounding to nearest, by more than two standard errors."""
-        return self.difference.mean > _STANDARD_ERRORS * self.difference.stderr
+        """Whether the quantized model is further from the original than rounding to nearest, by more than two standard errors; also where
+        a figure is not a number, as of logits that overflow.
+        """
+        return not self.difference.mean <= _STANDARD_ERRORS * self.difference.stderr
 
 
 def models_of(*, nearest: bool) -> tuple[str, ...]:

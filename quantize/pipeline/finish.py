@@ -73,9 +73,16 @@ def _held_out(sequences: HeldOutSequences | None, notes: Sequence[Mapping[str, A
     for n, (name, kind, count) in enumerate(zip(sequences.names, sequences.kinds, sequences.counts, strict=True)):
         divergence = SourceDivergence.read(divergences[n])
         layers = {layer: (values[n][0], values[n][1]) for layer, values in sorted(errors.items())}
-        shown = Path(name).name if Path(name).exists() else name  # the report and the card name no folders of this machine
-        records.append(HeldOutRecord(shown, kind, count, count * predicted, divergence, divergence.hurts, layers))
+        records.append(HeldOutRecord(_public_name(name), kind, count, count * predicted, divergence, divergence.hurts, layers))
     return records
+
+
+def _public_name(name: str) -> str:
+    """A source, as `wiki.txt` or `self=copy`, without folders of this machine, which the report and the card do not name."""
+    sampler, equals, path = name.partition("=")
+    if equals and not Path(name).exists() and Path(path).exists():
+        return f"{sampler}={Path(path).resolve().name}"
+    return Path(name).name if Path(name).exists() else name
 
 
 def _by_layer(notes: Sequence[Mapping[str, Any]], name: str) -> dict[int, Any]:

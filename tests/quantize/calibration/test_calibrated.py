@@ -154,6 +154,19 @@ def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     assert len(set(shards)) == 1
 
 
+def test_kept_inputs_of_w2_are_those_of_its_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1152 inputs, 1024 columns of every token are compared before the sums of all."""
+    ffn = {"ffn_hidden_size": 1152, "moe_num_experts": 3, "moe_top_k": 2}
+    config = DbrxConfig(d_model=64, n_heads=2, n_layers=1, vocab_size=128, attn_config={"kv_n_heads": 1}, ffn_config=ffn)
+    write_checkpoint(config, tmp_path / "plain")
+    sequences = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(0))
+    quantize(tmp_path / "plain", tmp_path / "kept", sequences, "best")
+    monkeypatch.setattr(pipeline, "Calibration", lambda *given, **options: Calibration(*given, **options | {"kept_tokens": 0}))
+    quantize(tmp_path / "plain", tmp_path / "computed", sequences, "best")
+    for path in (tmp_path / "kept").glob("*.safetensors"):
+        assert sha256_of(path) == sha256_of(tmp_path / "computed" / path.name)
+
+
 def test_sequences_are_windows_of_the_text() -> None:
     ids = list(range(1003))
     sequences = sequences_of(ids, count=5, length=100, seed=3)
