@@ -190,10 +190,13 @@ def _check_method(method: str, calibration: Sequence[str], target_bpw: float | N
 
     if calibration and not METHODS[method].calibrated and target_bpw is None:
         raise RequestError(
-            f"the method {method} takes no calibration; found {', '.join(calibration)}. Leave --calibration out, or name best"
+            f"the method {method} takes no calibration; found {', '.join(calibration)}. Leave --calibration out, or add --method best"
         )
     if METHODS[method].compares and activations == "original":
-        raise RequestError(f"the method {method} must see the quantized model's activations; found --activations original. Name gptq")
+        raise RequestError(
+            f"the method {method} must see the quantized model's activations; found --activations original. Leave it out, or give "
+            "--method gptq"
+        )
 
 
 def _with_fallback(destination: Path, request: QuantizationRequest, fallback_format: str | None) -> dict[Path, QuantizationRequest]:

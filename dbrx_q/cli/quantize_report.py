@@ -143,10 +143,25 @@ def _show_run(run: RunRecord, destination: Path) -> None:
 
 
 def _held_out_lines(run: RunRecord) -> list[str]:
-    """What tokens to which nothing is fitted say of the result: of check texts, of fallbacks, and where calibration hurt."""
+    """What tokens to which nothing is fitted say of the result: of check texts, fallbacks, where calibration hurt, and what to do then."""
     from dbrx_q.quantize.pipeline.report_held_out import check_lines, hurt_line, nearest_line
 
-    return [*check_lines(run), *(line for line in (nearest_line(run), hurt_line(run)) if line is not None)]
+    return [*check_lines(run), *(line for line in (nearest_line(run), hurt_line(run), _advice(run)) if line is not None)]
+
+
+def _advice(run: RunRecord) -> str | None:
+    """What to do where calibration hurt, or where only the kinds of text that calibrate are measured; None where nothing is to be done."""
+    from dbrx_q.quantize.calibration.held_out import HELD_OUT
+    from dbrx_q.quantize.methods.choose import METHODS
+
+    if not run.held_out or not METHODS[run.method].calibrated:
+        return None
+    if any(record.hurts for record in run.held_out):
+        mend = "calibrate with a source of that kind of text too, or add --no-worse-than-rtn"
+        return None if run.falls_back else mend  # `check_no_worse` says what to do after a fallback
+    if all(record.kind == HELD_OUT for record in run.held_out):
+        return "other kinds of text are not measured; --check-text FILE measures one"
+    return None
 
 
 def _show_sources(run: RunRecord, sources: Sequence[Mapping[str, Any]]) -> None:
