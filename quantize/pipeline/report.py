@@ -44,6 +44,7 @@ def write_report(folder: Path, run: RunRecord) -> list[str]:
         "bits_by_kind": bits_by_kind(run),
         "undersampled_experts": _undersampled(run),
         "nearest_instead": run.nearest_instead,
+        "source_names": _without_folders(run.source_names),
     }
     _write(folder / f"{NAME}.json", (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
     for name, png in plots.items():
@@ -149,21 +150,30 @@ def _held_out_lines(run: RunRecord) -> list[str]:
 
 def _tokens_by_source(run: RunRecord) -> list[str]:
     """Tables of the tokens of each source that reach the experts: in all layers, and in each layer."""
-    layers = sorted(run.expert_tokens_by_source)
+    layers, shown_names = sorted(run.expert_tokens_by_source), _without_folders(run.source_names)
     lines = ["| source | fewest | median | most | experts that it never reaches |", "|---|---|---|---|---|"]
     for n, name in enumerate(run.source_names):
         missing = run.unreached_experts.get(name)
         if missing is None:
             continue
         counts = [count for layer in layers for count in run.expert_tokens_by_source[layer][n]]
-        lines.append(f"| {name} | {' | '.join(_spread(counts))} | {len(missing)} of {len(counts)}{_named(missing)} |")
+        lines.append(f"| {shown_names[n]} | {' | '.join(_spread(counts))} | {len(missing)} of {len(counts)}{_named(missing)} |")
     shown = [n for n, name in enumerate(run.source_names) if name in run.unreached_experts]
     lines += ["", "Fewest, median and most in each layer:", ""]
-    lines += ["| layer | " + " | ".join(run.source_names[n] for n in shown) + " |", "|---|" + "---|" * len(shown)]
+    lines += ["| layer | " + " | ".join(shown_names[n] for n in shown) + " |", "|---|" + "---|" * len(shown)]
     for layer in layers:
         cells = [", ".join(_spread(run.expert_tokens_by_source[layer][n])) for n in shown]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _without_folders(names: Sequence[str]) -> list[str]:
+    """Names of calibration sources without the folders of this machine, since the report is uploaded with the checkpoint."""
+    shown = []
+    for name in names:
+        prefix, path = ("self=", name[5:]) if name.startswith("self=") else ("", name)
+        shown.append(prefix + Path(path).name if Path(path).exists() else name)
+    return shown
 
 
 def _shrinkage_lines(run: RunRecord) -> list[str]:
