@@ -33,6 +33,7 @@ DEFAULT = "default"
 """The default mix of data sets."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6  # beyond them a sum of weights may overflow, or a share vanish
 # The least share of tokens that are single bytes of characters at which a notice is due. DBRX's tokenizer gives 0 on Article 1 of the
 # Declaration of Human Rights in English and German, 1 % in Russian, 14 % in Japanese, 18 % in Chinese, 33 % in Hindi and 91 % in Amharic;
 # that of the bundled model, which was trained on English, gives 5 % in German, 15 % in Polish and 91 % in Russian.
@@ -177,6 +178,11 @@ def _split(value: str) -> tuple[str, float]:
         raise RequestError(
             f"--calibration {value}: the weight of a source must be a finite number, 0 or more; found {last}. Give one such as 2 or 0.5"
         )
+    if weight and not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
+        raise RequestError(
+            f"--calibration {value}: a weight that is not 0 must be from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:,.0f}; found {last}. Give one "
+            "such as 2 or 0.5"
+        )
     return name, weight
 
 
@@ -229,7 +235,7 @@ def _warn_of_bytes(tokenizer: DbrxTokenizer, name: str, ids: Sequence[int] | tor
 
     from dbrx_q.quantize.calibration.sources import CalibrationWarning
 
-    counts = torch.as_tensor(ids).flatten().bincount()
+    counts = torch.as_tensor(ids, dtype=torch.int64).flatten().bincount()  # chats may give no token at all
     used = counts.nonzero().flatten().tolist()
     pieces = ((token_id, tokenizer.token_bytes([token_id])) for token_id in used)
     single = sum(int(counts[token_id]) for token_id, piece in pieces if len(piece) == 1 and piece[0] >= 0x80)
@@ -257,9 +263,10 @@ def _sampled(
     from dbrx_q.quantize.calibration.sources import CalibrationSource, draw, sequences_to_sample
 
     needed = sequences_to_sample(count, source.weight / math.fsum(other.weight for other in named))
+    sampling.check_size(source.name, needed, length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the draw of the sampled sequences gives them again
-        tokens = {source.name: torch.zeros(needed, length, dtype=torch.int64), **ids}
+        tokens = {source.name: torch.zeros(needed, max(0, length), dtype=torch.int64), **ids}
         draw([CalibrationSource(s.name, s.weight, tokens[s.name]) for s in named], count=count, length=length, seed=seed)
     return sampling.sequences(source.name, count=needed, length=length, seed=seed)
 

@@ -120,9 +120,7 @@ def _warn_of_overlap(name: str, ids: torch.Tensor, calibrating: torch.Tensor) ->
 
     if ids.shape[1] < _RUN:
         return
-    factors = torch.randint(-(1 << 62), 1 << 62, (_RUN,), generator=torch.Generator().manual_seed(0))
-    runs, known = ((part.unfold(1, _RUN, 1) * factors).sum(-1).flatten() for part in (ids, calibrating))
-    shared = float(torch.isin(runs, known).double().mean())
+    shared = float(torch.isin(_hashes(ids), _hashes(calibrating)).double().mean())
     if shared > _MOST_SHARED:
         warnings.warn(
             f"{name}: {shared:.0%} of its sequences is also in the text that calibrates, so that they say little about other texts. Give a "
@@ -130,3 +128,15 @@ def _warn_of_overlap(name: str, ids: torch.Tensor, calibrating: torch.Tensor) ->
             CalibrationWarning,
             stacklevel=3,
         )
+
+
+def _hashes(ids: torch.Tensor) -> torch.Tensor:
+    """int64 [n * (S - 15)]: a number for every run of 16 tokens of sequences [n, S]; equal runs have equal numbers."""
+    import torch
+
+    factors = torch.randint(-(1 << 62), 1 << 62, (_RUN,), generator=torch.Generator().manual_seed(0))
+    runs = ids.shape[1] - _RUN + 1
+    hashes = torch.zeros(len(ids), runs, dtype=torch.int64)
+    for first, factor in enumerate(factors.tolist()):  # not by unfold: it would take 16 times the memory
+        hashes += ids[:, first : first + runs] * factor
+    return hashes.flatten()

@@ -300,6 +300,12 @@ def _formats(
     measured = max(_MEASURED_TOKENS, sum(map(bool, tokens.counts)) * ids.shape[1])  # at least a sequence of each source
 
     def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+        vocabulary, context = checkpoint.config.vocab_size, checkpoint.config.max_seq_len
+        if int(ids.max()) >= vocabulary or ids.shape[1] > context:  # those that calibrate are checked later
+            raise RequestError(
+                f"the sequences of --target-bpw must fit the model: token ids below {vocabulary} and at most {context} tokens; found "
+                f"{int(ids.max())} and {ids.shape[1]}. Use the tokenizer of this model, or a smaller --length"
+            )
         with terminal.progress("measuring errors") as on_layer:
             formats = allocated_formats(checkpoint, ids, target, rules=rules, sources=sources, tokens=measured, on_layer=on_layer)
             return checked(checkpoint, formats)

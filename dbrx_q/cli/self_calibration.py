@@ -35,6 +35,7 @@ _LONG_SECONDS = 1800  # from which the plan says what would take less
 _SHORTER = (2, 4, 8)  # parts that sequences are cut into, to take fewer steps
 _SHORTEST = 64
 _NOTICEABLY = 0.8
+_COPIES = 4  # of the ids, with the random numbers that draw them
 # Of 20,000 tokens of a novel and of as many that the bundled model samples: 9.3 and 9.7 bits, 0.07 % and 0.12 % of repeats.
 _FEW_BITS, _MANY_REPEATS = 4.0, 0.25
 
@@ -113,6 +114,24 @@ class Sampling:
         if self.dry_run:
             return StoredSequences(torch.zeros(count, length, dtype=torch.int64), options)
         return self._sampled(model_folder, config, earlier, options)
+
+    def check_size(self, name: str, count: int, length: int) -> None:
+        """Refuse sequences of which not even the ids fit into memory, before a tensor is made for them.
+
+        Args:
+            name: `self` or `self=PATH`.
+            count: sequences to sample.
+            length: tokens of each.
+
+        Raises:
+            RequestError: with both sizes.
+        """
+        needed = _COPIES * 8 * count * max(0, length)
+        if needed > self.memory:
+            raise RequestError(
+                f"--calibration {name}: {count:,} sequences of {length:,} tokens must fit into --memory; their ids take {needed:,} bytes "
+                f"of {self.memory:,}. Give a smaller --sequences or --length"
+            )
 
     def _model_folder(self, name: str) -> Path:
         """The folder of the checkpoint to sample from, with its weights unless it is only planned."""

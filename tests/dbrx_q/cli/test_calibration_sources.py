@@ -14,6 +14,7 @@ import pytest
 
 from dbrx_q.checkpoint.manifest import Manifest
 from dbrx_q.cli.calibration import NamedSource, load_sequences, parse_sources
+from dbrx_q.errors import RequestError
 from dbrx_q.eval import data_sets
 from dbrx_q.eval.data_sets import DEFAULT_MIX
 from dbrx_q.quantize.calibration.sources import CalibrationWarning
@@ -83,6 +84,8 @@ def test_the_default_mix_is_one_source_of_its_weight() -> None:
         (["book.txt:-1"], "the weight of a source must be a finite number, 0 or more; found -1"),
         (["book.txt:nan"], "must be a finite number, 0 or more; found nan"),
         (["book.txt:1e999"], "must be a finite number, 0 or more; found 1e999"),
+        (["book.txt:1e300", "code.jsonl:1e308"], "a weight that is not 0 must be from 1e-06 to 1,000,000; found 1e300"),
+        (["book.txt:1e-320", "code.jsonl"], "must be from 1e-06 to 1,000,000; found 1e-320"),
         (["book.txt:two"], "the weight after the colon must be a number; found 'two'. Give one, as book.txt:2"),
         (["book.txt:"], "must be a number; found ''"),
         (["wikitext2:x"], "must be a number; found 'x'"),
@@ -151,6 +154,14 @@ def test_chats_are_encoded_by_the_template(texts: Path, small: Path) -> None:
     assert any(tokenizer.convert_ids_to_tokens(token_id) == "<|im_start|>" for token_id in one)
     windows = [stream[first : first + 16] for first in range(0, len(stream) - 15, 16)]
     assert all(row in windows for row in sequences.ids.tolist())
+
+
+def test_chats_of_which_the_template_writes_nothing_are_refused(texts: Path, small: Path) -> None:
+    silent = shutil.copytree(small, texts / "silent")
+    config = json.loads((silent / "tokenizer_config.json").read_text())
+    (silent / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": ""}))
+    with pytest.raises(RequestError, match=r"chats.jsonl: a calibration text must hold at least one sequence of 16 tokens; found 0"):
+        load_sequences(silent, [NamedSource("chats.jsonl", 1)], count=8, length=16, seed=0)
 
 
 def test_a_text_of_bytes_is_noticed(texts: Path, small: Path) -> None:

@@ -80,6 +80,20 @@ def test_self_takes_its_share_of_a_mix(small: Path, tmp_path: Path) -> None:
     assert (measured.counts, measured.held_out_counts) == ((0, 32), (2, 2))
 
 
+@pytest.mark.parametrize(
+    ("count", "length", "message"),
+    [
+        (8, -1, "at least 1 sequence of at least 2 tokens; found 8 of -1"),
+        (10**12, 512, r"--calibration self: 1,062,500,000,000 sequences of 512 tokens must fit into --memory; their ids take "),
+        (8, 10**12, "must fit into --memory"),
+    ],
+)
+def test_sizes_without_sense_are_refused(small: Path, tmp_path: Path, count: int, length: int, message: str) -> None:
+    sampling = Sampling(str(small), small, tmp_path / "out", resident_bytes() + (1 << 30))
+    with pytest.raises(RequestError, match=message):
+        load_sequences(small, parse_sources(["self"]), count=count, length=length, seed=0, sampling=sampling)
+
+
 def test_a_resumed_run_samples_only_what_is_missing(small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("quantize", small, tmp_path / "whole", *SELF).code == 0
     plan = self_calibration.Sampling._planned
