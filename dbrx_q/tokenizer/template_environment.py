@@ -49,7 +49,7 @@ def time_limit(input_characters: int, *, generation_marks: bool = False) -> Iter
         generation_marks: whether `GENERATION_MARKS` stand around the text of every `{% generation %}` block.
     """
     variables: list[tuple[ContextVar[Any], Any]] = [
-        (_deadline, time.monotonic() + MOST_SECONDS),
+        (_deadline, time.thread_time() + MOST_SECONDS),
         (_longest, LONGEST_OUTPUT + 4 * input_characters),
         (_marks, GENERATION_MARKS if generation_marks else ("", "")),
     ]
@@ -68,8 +68,8 @@ def compiled_template(template: str) -> jinja2.Template:
 
 
 def _tick() -> None:
-    if time.monotonic() > _deadline.get():
-        raise TemplateLimitError(f"the template runs longer than {MOST_SECONDS:g} seconds")
+    if time.thread_time() > _deadline.get():
+        raise TemplateLimitError(f"the template runs longer than {MOST_SECONDS:g} seconds of processor time")
 
 
 def _check_length(characters: float) -> None:

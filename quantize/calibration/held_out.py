@@ -136,9 +136,10 @@ class SourceDivergence:
     @property
     def hurts(self) -> bool:
         """Whether the quantized model is further from the original than rounding to nearest, by more than two standard errors; also where
-        a figure is not a number, as of logits that overflow.
+        a figure is not a number, as of logits that overflow. One sequence, which has no standard error, does not show it.
         """
-        return not self.difference.mean <= _STANDARD_ERRORS * self.difference.stderr
+        difference = self.difference
+        return math.isnan(difference.mean) or difference.mean > _STANDARD_ERRORS * difference.stderr > 0
 
 
 def models_of(*, nearest: bool) -> tuple[str, ...]:

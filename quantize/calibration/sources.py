@@ -174,13 +174,14 @@ def _windows(source: CalibrationSource, length: int) -> torch.Tensor:
         if len(ids) and ids.shape[1] == length:
             return ids
         raise RequestError(
-            f"{source.name}: its sequences must have {length} tokens; found {len(ids)} sequences of {ids.shape[1]}. Sample them anew"
+            f"{source.name}: its sequences must have {length} tokens; found {len(ids)} sequences of {ids.shape[1]}. Give "
+            f"--length {ids.shape[1]}, or sample them again"
         )
     n = len(ids) // length
     if not n:
         raise RequestError(
-            f"{source.name}: a calibration text must hold at least one sequence of {length} tokens; found {len(ids)}. Give a longer text, "
-            "or a smaller --length"
+            f"{source.name}: a calibration text must hold at least one sequence of {length} tokens; found {len(ids)} tokens. Give a "
+            "longer text, or a smaller --length"
         )
     return torch.as_tensor(ids[: n * length], dtype=torch.int64).view(n, length)
 

@@ -22,6 +22,8 @@ source, plus 1 for the second half of that source; twice the number of sources f
 RANDOM_SHARE = 0.04
 """The share of random tokens in the trace of a Hessian. Their inputs are what is known without a text; they reach what a text does not."""
 
+_WHOLE_SHARE_TOKENS = 64  # random tokens that get that share; fewer get as much less
+
 
 def shrunk_moments(
     pieces: Callable[[int], Iterable[FoldPiece]], K: int, sources: int, products: Products, *, act_order: bool = True
@@ -44,7 +46,7 @@ def shrunk_moments(
     hessians, cross_terms, counts = _fold_sums(pieces(step), None if whole else columns.to(products.place), len(columns), sources, products)
     shrinkage = choose_shrinkage(FoldHessians(hessians[:-1], counts[:-1]), products.workers, act_order=act_order)
     factors = [weight for weight in shrinkage.weights for _ in (0, 1)]
-    factors.append(_random_factor(hessians, factors))
+    factors.append(_random_factor(hessians, factors, counts[-1]))
     if whole:
         hessian, cross_term = _weighted(hessians, factors), _weighted(cross_terms, factors) if cross_terms else None
         return Moments(hessian, cross_term, products, act_order=act_order, damping=shrinkage.damping), shrinkage
@@ -53,11 +55,15 @@ def shrunk_moments(
     return moments_of(weighted, K, products, act_order=act_order, damping=shrinkage.damping), shrinkage
 
 
-def _random_factor(hessians: Sequence[torch.Tensor], factors: Sequence[float]) -> float:
-    """The factor of the random tokens' Hessian, the last one, that gives it `RANDOM_SHARE` of the trace; 1 where there is no other."""
+def _random_factor(hessians: Sequence[torch.Tensor], factors: Sequence[float], count: int) -> float:
+    """The factor of the Hessian of `count` random tokens, the last one, that gives it its share of the trace.
+
+    That is `RANDOM_SHARE`, and less of few tokens, whose inputs reach few directions; 1 where there is no other Hessian.
+    """
     *texts, noise = (float(hessian.diagonal().sum(dtype=torch.float64)) for hessian in hessians)
     total = sum(trace * factor for trace, factor in zip(texts, factors, strict=True))
-    return RANDOM_SHARE / (1 - RANDOM_SHARE) * total / noise if noise > 0 and total > 0 else 1.0
+    share = RANDOM_SHARE * min(1.0, count / _WHOLE_SHARE_TOKENS)
+    return share / (1 - share) * total / noise if noise > 0 and total > 0 else 1.0
 
 
 def _fold_sums(

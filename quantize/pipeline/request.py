@@ -105,6 +105,7 @@ class Run:
             "config": self.checkpoint.raw_config,
             "quantization_config": self.quantization_config,
             "sequences": None if sequences is None else _digest(sequences.ids),
+            **({} if sequences is None or len(sequences.counts) == 1 else {"source_counts": list(sequences.counts)}),
             "held_out": None if sequences is None or not len(sequences.held_out) else _digest(sequences.held_out),
             "checks": [_digest(check.ids) for check in self.request.checks] or None,
             "no_worse_than_rtn": self.request.no_worse_than_rtn or None,  # None as in journals of versions without it

@@ -51,7 +51,7 @@ TITLES = {
     "french": "French manual",
     "javascript": "JavaScript",
 }
-REPORTING = ("report.py", "model_card.py")  # files of `quantize/` that decide no weights
+REPORTING = ("report.py", "report_held_out.py", "model_card.py")  # files of `quantize/` that decide no weights
 
 
 @dataclass(frozen=True)

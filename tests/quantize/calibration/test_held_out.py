@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -95,7 +96,10 @@ def test_held_out_sequences_come_by_source_and_check_texts_last() -> None:
     assert HeldOutSequences.of(None, []) is None
 
 
-@pytest.mark.parametrize(("mean", "stderr", "hurts"), [(0.1, 0.04, True), (0.1, 0.06, False), (-0.1, 0.01, False), (0.0, 0.0, False)])
+@pytest.mark.parametrize(
+    ("mean", "stderr", "hurts"),
+    [(0.1, 0.04, True), (0.1, 0.06, False), (-0.1, 0.01, False), (0.0, 0.0, False), (0.1, 0.0, False), (math.nan, math.nan, True)],
+)
 def test_a_source_hurts_beyond_two_standard_errors(mean: float, stderr: float, hurts: bool) -> None:
     divergence = SourceDivergence.read([1.1, 0.1, 1.0, 0.1, mean, stderr])
     assert divergence.hurts is hurts

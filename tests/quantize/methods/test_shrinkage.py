@@ -146,6 +146,15 @@ def test_the_moments_are_the_weighted_sums_of_all_tokens(products: Products) -> 
     assert torch.allclose(moments.cross_term, expected.cross_term, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize(("count", "share"), [(64, folds.RANDOM_SHARE), (1000, folds.RANDOM_SHARE), (16, folds.RANDOM_SHARE / 4), (0, 0.0)])
+def test_few_random_tokens_get_a_smaller_share(count: int, share: float) -> None:
+    """One token would give one direction many times the mean of the diagonal."""
+    x, noise = inputs(1, 500, 24), inputs(4, count, 60)
+    factor = folds._random_factor([hessian(x[::2]), hessian(x[1::2]), hessian(noise)], [1.0, 1.0], count)
+    traces = float(x.square().sum()), factor * float(noise.square().sum())
+    assert traces[1] / sum(traces) == pytest.approx(share, rel=1e-5)
+
+
 def test_a_large_matrix_compares_some_columns_on_some_tokens(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
     """It chooses from a share of the columns and the same share of the tokens, and then sums all tokens of all columns."""
     monkeypatch.setattr(shrinkage, "BLOCK", 16)
