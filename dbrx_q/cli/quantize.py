@@ -170,7 +170,7 @@ def command(
     try:
         if dry_run:
             plans = [plan_checkpoint(opened, request, memory=budget) for request in requests.values()]
-            quantize_report.show_plans(plans, accelerator, sampling, json=json)
+            quantize_report.show_plans(plans, accelerator, sampling, tokens, json=json)
             return
         runs = _run(opened, requests, budget, resume=resume)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dbrx_q.planning.sizes import format_size
 
@@ -12,6 +12,7 @@ from . import terminal
 from .self_calibration import Sampling, sampling_as_dict, show_sampling
 
 if TYPE_CHECKING:
+    from dbrx_q.quantize.calibration.sources import CalibrationSequences
     from dbrx_q.quantize.pipeline.accelerator import Accelerator
     from dbrx_q.quantize.pipeline.plan import RunPlan
     from dbrx_q.quantize.pipeline.records import RunRecord
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["check_no_worse", "show_plans", "show_runs"]
 
 
-def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, sampling: Sampling, *, json: bool) -> None:
-    """Print the plan of the checkpoint and, if there are, of its fallback copy and of the sampling of calibration sequences."""
+def show_plans(
+    plans: Sequence[RunPlan], accelerator: Accelerator | None, sampling: Sampling, sequences: CalibrationSequences | None, *, json: bool
+) -> None:
+    """Print the plan of the checkpoint and, if there are, of its fallback copy, the calibration sequences and their sampling."""
     from dataclasses import asdict
 
     from dbrx_q.quantize.pipeline.plan import seconds_of
@@ -33,13 +36,37 @@ def show_plans(plans: Sequence[RunPlan], accelerator: Accelerator | None, sampli
             for plan, plan_bits, plan_seconds in zip(plans, bits, seconds, strict=True)
         )
         planned = {} if sampling.plan is None else {"sampling": sampling_as_dict(sampling)}
-        terminal.print_json(checkpoint | planned | ({"fallback": fallback[0]} if fallback else {}))
+        drawn = {"calibration": [source._asdict() for source in sources]} if (sources := _drawn(sequences)) else {}
+        terminal.print_json(checkpoint | drawn | planned | ({"fallback": fallback[0]} if fallback else {}))
         return
     for n, plan in enumerate(plans):
         if n:
             print("\nfallback copy:")
         _show_plan(plan, accelerator, bits[n], seconds[n])
+    for source in _drawn(sequences):
+        print(f"calibration {source.sequences:>10,}  sequences of {source.name}, and {source.held_out:,} held out")
     show_sampling(sampling)
+
+
+class _Drawn(NamedTuple):
+    """What calibration takes of one source."""
+
+    name: str
+    """As it was given."""
+    weight: float
+    """Of 1 in all."""
+    sequences: int
+    """That calibrate."""
+    held_out: int
+    """That only measure."""
+
+
+def _drawn(sequences: CalibrationSequences | None) -> list[_Drawn]:
+    if sequences is None:
+        return []
+    return [
+        _Drawn(*figures) for figures in zip(sequences.names, sequences.weights, sequences.counts, sequences.held_out_counts, strict=True)
+    ]
 
 
 def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seconds: float) -> None:

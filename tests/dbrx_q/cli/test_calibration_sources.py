@@ -184,6 +184,10 @@ def test_several_sources_are_named_in_all_records(texts: Path, small: Path, cli:
     command = ["quantize", small, "out", "--method", "gptq", "--sequences", 24, "--length", 32]
     for value in ("book.txt:2", "code.jsonl", "chats.jsonl", "held.txt:0"):
         command += ["--calibration", value]
+    planned = json.loads(cli(*command, "--dry-run", "--json").out)["calibration"]
+    assert planned[0] == {"name": "book.txt", "weight": 0.5, "sequences": 12, "held_out": 2}
+    assert [source["sequences"] for source in planned] == [12, 6, 6, 0]
+    assert "calibration          6  sequences of code.jsonl, and 2 held out" in cli(*command, "--dry-run").out
     outcome = cli(*command, "--json")
     assert outcome.code == 0, outcome.err
     described = json.loads((texts / "out" / "config.json").read_text())["quantization_config"]["calibration"]
