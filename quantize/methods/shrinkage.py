@@ -102,8 +102,8 @@ def block_columns(K: int) -> torch.Tensor:
 def choose_shrinkage(folds: FoldHessians, workers: Workers, *, act_order: bool = True) -> Shrinkage:
     """The weights of the sources and the damping for a matrix.
 
-    1. Weights, within a factor of 1.25 of equal: by which the largest of the sources' relative errors should fall. Errors are measured
-       on the half of each source that the Hessian does not contain.
+    1. Weights within a factor of 1.25 of equal, by which the largest of the sources' relative errors should fall. Errors are measured on
+       the half of each source that the Hessian does not contain.
     2. Damping: of the candidates, the one with the least error on what the Hessian does not contain: with several sources, the largest of
        their errors when each is left out in turn; with one, the error on its other half. So a matrix that few tokens reach leans on the
        identity. No source loses more than 2 % of its gain over rounding to nearest (`_PRICE`).
