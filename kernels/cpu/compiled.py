@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an extension module without stubs
 
 from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
@@ -41,7 +44,8 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            _register_runtime()
+            return self._load_overload(sig, target_context)
         except Exception:  # whatever unpickling a damaged file raises
             with suppress(OSError):
                 self.flush()
@@ -52,6 +56,17 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             warn_once(f"{self.cache_path}: compiled kernels cannot be stored here ({error.strerror}); {_COST}. Free some, or {_CURE}")
+
+
+@cache
+def _register_runtime() -> None:
+    """Register the functions of numba's runtime that stored code calls.
+
+    numba registers them in `refresh`, which its own `load_overload` calls first. That also imports what only a compilation needs
+    (scipy, all typing rules) and compiles runtime functions, which stored code already contains; numba refreshes again before it compiles.
+    """
+    for name, address in _nrt_python.c_helpers.items():
+        llvm.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
 
 
 def _cache_of(function: Callable[..., Any]) -> _Cache | None:
