@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dbrx_q.checkpoint.user_cache import user_cache
 from dbrx_q.experts.stats import CacheStats, ExpertStats
+from dbrx_q.kernels.formats.user_cache import user_cache
 
 __all__ = ["RunState", "restored_requests", "saved_requests"]
 

@@ -14,5 +14,5 @@ stored, with their shapes and dtypes, and reads them one by one.
 - `hub.py`: hub ids become local folders; uploads. `hub_errors.py` turns failures of the hub into errors that state the next step.
 - `remote_shards.py`: a repository on the hub as a `ShardSource`, whose shards are fetched while `quantize` works on it.
 - `transformers_files.py`: what a quantized checkpoint says to transformers, so that it never loads random weights.
-- `weights_hash.py`: the SHA-256 of weights, kept in the user's cache. `user_cache.py`: the user's cache folder of this package.
+- `weights_hash.py`: the SHA-256 of weights, kept in the user's cache.
 """

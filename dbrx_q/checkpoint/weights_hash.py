@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
+
 from .manifest import sha256_of
-from .user_cache import user_cache, write_to_cache
 
 __all__ = ["file_sha256", "weights_sha256"]
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
 from dbrx_q.kernels.triton.launch import Chip
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
+from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
 
 from .cpu_quota import usable_threads
 from .host_memory import available_bytes

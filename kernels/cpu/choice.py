@@ -11,6 +11,8 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 
+from .float32 import Library, library_for, product
+
 __all__ = ["BLOCK", "CpuChoice", "Regime", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
 
 BLOCK = 128
@@ -83,21 +85,22 @@ def padded_rows(T: int) -> int:
     return power if T <= 16 else -(-T // step) * step
 
 
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """`x` [T, K] with rows of zeros appended, for torch's matmul.
+def padded(x: torch.Tensor, N: int) -> tuple[torch.Tensor, Library]:
+    """(`x` [T, K] with rows of zeros appended where oneDNN multiplies it by a weight [N, K], what multiplies it if it is float32).
 
-    For 16-bit types torch calls oneDNN, which compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each. Padding
-    to a few numbers of rows keeps memory from growing with the prompts.
+    oneDNN compiles code for every number of rows and keeps the last 1,024 of them, 0.1 MB each. Padding to a few numbers of rows keeps
+    memory from growing with the prompts. For 16-bit types torch calls oneDNN, for float32 `float32.py` chooses.
     """
-    if x.dtype == torch.float32:
-        return x
-    T = x.shape[0]
+    T, K = x.shape
+    by = library_for(T, N, K) if x.dtype == torch.float32 else Library.TORCH
+    if x.dtype == torch.float32 and by is Library.TORCH:
+        return x, by
     missing = padded_rows(T) - T
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    return F.pad(x, (0, 0, 0, missing)) if missing else x, by
 
 
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[T, N] = x [T, K] @ weight [N, K].T, both plain and of one dtype."""
-    with_zeros = padded(x)
-    y = F.linear(with_zeros, weight)
+    with_zeros, by = padded(x, len(weight))
+    y = product(with_zeros, weight, by)
     return y if with_zeros is x else y[: len(x)]

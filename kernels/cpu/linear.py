@@ -26,6 +26,7 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from . import amx
 from .activations import QuantizedActivations, quantize_activations
 from .choice import BLOCK, CpuChoice, Regime, choose, padded
+from .float32 import product
 from .format_kernels import DOT_KERNELS, dequantize_rows
 from .vector import has_bfloat16
 
@@ -93,7 +94,8 @@ def matvec(x: QuantizedActivations, weight: QuantizedWeight, experts: np.ndarray
 def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], whose columns are in the order of the tile."""
     N, K = weight.shape
-    T, x = len(x), padded(x)
+    T = len(x)
+    x, by = padded(x, N)
     out = torch.empty(len(x), N, dtype=x.dtype)
     kernels = None if K % BLOCK else DOT_KERNELS.get(weight.format)
     buffer = torch.empty(0 if kernels is None else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
@@ -105,7 +107,7 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch
             tile = buffer[: rows.shape[0]]
             _use_threads(tile.numel())
             kernels.dequantize_rows(rows, tile)
-        out[:, first : first + len(tile)] = x @ tile.T
+        out[:, first : first + len(tile)] = product(x, tile, by)
     return out[:T]
 
 

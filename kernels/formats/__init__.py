@@ -16,4 +16,5 @@ Shared by all:
 - `kv.py`: the formats of a KV cache.
 - `errors.py`: `FormatError`, raised for a tensor that a format cannot represent.
 - `cache_folders.py`: where compiled kernels are kept if the usual folder cannot be written; `cpu/` and `triton/` import it.
+- `user_cache.py`: the folder of the user's cache in which measurements of this machine and hashes of files are kept.
 """

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
 
 from .jobs import Job
 from .journal import Entry

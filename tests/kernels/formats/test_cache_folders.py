@@ -12,10 +12,10 @@ from pathlib import Path
 import numba
 import pytest
 
-from dbrx_q.checkpoint.user_cache import user_cache, write_to_cache
 from dbrx_q.kernels.cpu.compiled import compiled
 from dbrx_q.kernels.formats import cache_folders
 from dbrx_q.kernels.formats.cache_folders import CacheWarning, temporary_cache
+from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
 from dbrx_q.kernels.triton import launch
 
 NOWHERE = "/proc/none"  # not even root can make this folder

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dbrx_q.kernels.formats.cache_folders import can_write, home, temporary_cache, warn_once
+from .cache_folders import can_write, home, temporary_cache, warn_once
 
 __all__ = ["user_cache", "write_to_cache"]
 
