@@ -7,6 +7,7 @@ AMX tiles, or rows of the weight dequantized for torch's matmul. `format_kernels
 - `int4.py`, `int8.py`: dot products on packed codes, and rows dequantized into a tile.
 - `activations.py`: activations as 16-bit integers, for the dot products.
 - `float32.py`: plain float32 products by torch's matmul or by oneDNN, whichever is faster on this chip.
+- `attention.py`: few new tokens attend to a KV cache as it is stored; `attention_chunks.py`: the vector code for a part of the cache.
 - `amx.py`: bfloat16 products in the tiles of Intel's matrix unit.
 - `quantize.py`: weights quantized to int4 and int8 in one pass.
 - `search.py`: the grid searches, with each group of a weight in the first-level cache.

@@ -88,9 +88,10 @@ def test_sequences_of_one_length_have_the_bits_of_each_alone(dtype: torch.dtype)
     q, cache, sequences = problem(Case((1,) * 5, (33,) * 5), "plain")
     q, cache = q.to(dtype), replace(cache, keys=cache.keys.to(dtype), values=cache.values.to(dtype))
     together = cached_attention(q, cache, sequences, implementation="sdpa")
+    one = Sequences(sequences.starts[:2], sequences.lengths[:1], (1,), (33,))
     for b in range(5):
-        k, v = cache.row(b, 33, dtype)
-        assert torch.equal(together[b : b + 1], attention(q[b : b + 1], k, v))
+        row = KVLayer("plain", cache.keys[b : b + 1], cache.values[b : b + 1])
+        assert torch.equal(together[b : b + 1], cached_attention(q[b : b + 1], row, one, implementation="sdpa"))
 
 
 def problem(case: Case, format: str) -> tuple[torch.Tensor, KVLayer, Sequences]:

@@ -19,7 +19,8 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2, "NUMBA_CACHE_DIR": str(tmp_path)}
     check = "from dbrx_q.kernels.cpu import amx, vector; assert not vector.has_bfloat16(); assert not amx.available()"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-    pytest_script, selection = Path(sys.executable).parent / "pytest", "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64"
+    pytest_script = Path(sys.executable).parent / "pytest"
+    selection = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX"
     command = [
         str(pytest_script),
         "-q",
@@ -27,7 +28,7 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
         "no:cacheprovider",
         "-k",
         selection,
-        *(str(KERNEL_TESTS / name) for name in ("test_linear.py", "test_moe.py")),
+        *(str(KERNEL_TESTS / name) for name in ("test_linear.py", "test_moe.py", "cpu/test_attention.py")),
     ]
     run = subprocess.run(command, env=environment, cwd=KERNEL_TESTS.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
