@@ -22,13 +22,16 @@ The code, from the command line down to the kernels; a folder imports only folde
     kernels/     packed weight formats, and the operations on them for CPU and GPU
     config.py    `DbrxConfig`; config_sections.py has its attention and ffn parts, config_methods.py the methods that transformers'
                  configurations have, config_keys.py what is read, ignored and refused, config_rope.py the rotary embedding,
-                 config_values.py bounds. Used everywhere: errors.py, json_file.py; for plots: plots.py, plot_labels.py
+                 config_values.py bounds. Used everywhere: errors.py, json_file.py; for plots: plots.py, plot_labels.py;
+                 deferred_torch.py imports torch without what inference does not use
 
 Importing this package is light: a name is imported from its folder when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from .deferred_torch import defer, is_wanted
 
 if TYPE_CHECKING:
     from dbrx_q.generation.generate import Generation, generate, generate_text, stream_text
@@ -97,4 +100,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if is_wanted(default=False):
+        defer()
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

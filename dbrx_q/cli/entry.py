@@ -13,6 +13,8 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from dbrx_q.deferred_torch import SWITCH, defer, is_wanted
+
 if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
@@ -51,6 +53,8 @@ _SUMMARIES = {
 def main() -> None:
     """Run the command line and exit."""
     gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
+    if is_wanted(default=True):
+        defer(_restart_with_plain_torch)
     interrupted = False
     raised = -math.inf
 
@@ -93,6 +97,11 @@ def main() -> None:
             sys.stdout.flush()
         os._exit(code or _fail(_INTERRUPTED))  # does not wait for the threads of a download
     sys.exit(code)
+
+
+def _restart_with_plain_torch() -> None:
+    """Run this command again from its beginning, and import torch plainly. Commands import torch before they read or write anything."""
+    os.execve(sys.executable, sys.orig_argv, os.environ | {SWITCH: "0"})
 
 
 def _show_warning(

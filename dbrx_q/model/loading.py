@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dbrx_q.checkpoint.folder import Checkpoint, converted
 from dbrx_q.checkpoint.hub import Download, resolve_folder
@@ -70,6 +71,7 @@ __all__ = [
 
 Model = TypeVar("Model", bound=DbrxPreTrainedModel)
 _CPU = torch.device("cpu")
+_CONSTRUCTORS = frozenset({torch.arange, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros})
 _DOWNLOAD = Download()
 
 
@@ -339,8 +341,17 @@ def _empty(model_class: type[Model], config: DbrxConfig, dtype: torch.dtype, dev
     """The model without memory for its weights."""
     if device.type == "cuda" and dtype == torch.float32:
         raise RequestError("dtype must be bfloat16 or float16 on a GPU; found float32. Name one of them, or leave the device out")
-    with torch.device("meta"):
+    with _OnMeta():
         return model_class(config)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Makes tensors without memory, as `with torch.device("meta")` does, which would import torch.nested and with it half of torch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{"device": "meta", **(kwargs or {})} if func in _CONSTRUCTORS else kwargs or {})
 
 
 def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> Model:
