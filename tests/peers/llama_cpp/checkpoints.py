@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tools import Tools
 
-__all__ = ["NANO", "NANO_GGUF", "ROOT", "Checkpoints", "make_checkpoints"]
+__all__ = ["NANO", "NANO_GGUF", "Checkpoints", "make_checkpoints"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]

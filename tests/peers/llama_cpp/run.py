@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints import ROOT, make_checkpoints
+from checkpoints import make_checkpoints
+from figures import SectionResult, markdown
 from processes import Programs
 from sections import SECTIONS, Competitor, Machine, Section, competitors
-from tables import SectionResult, markdown
 from tools import SDIST, built_tools
 
 __all__ = ["main"]
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     pythons = {"dbrx_q": sys.executable} | ({"dbrx_q before": str(options.before)} if options.before else {})
     programs = Programs(tools, options.threads, shlex.split(options.prefix))
     machine = Machine(files, programs, options.types.split(","), pythons, "amx_int8" in _cpuinfo("flags"))
-    machine.facts |= _facts(options)
+    machine.facts |= _facts(options) | {name: _commit(python) for name, python in pythons.items()}
     machine.facts["compiler of llama.cpp"] = tools.compiler
     results: list[SectionResult] = []
     for name in names:
@@ -105,23 +105,22 @@ def _write(folder: Path, results: Sequence[SectionResult], facts: dict[str, Any]
 def _facts(options: argparse.Namespace) -> dict[str, Any]:
     """What the machine and the command line say."""
     flags = _cpuinfo("flags").split()
-    before = {} if options.before is None else {"dbrx_q before": _commit(options.before.parents[2])}
     return {
         "chip": f"{_cpuinfo('model name')} (family {_cpuinfo('cpu family')}, model {_cpuinfo('model')})",
         "vector extensions": ", ".join(name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags),
         "cores": os.cpu_count(),
         "threads of both programs": options.threads,
         "layers": options.layers,
-        "dbrx_q": _commit(ROOT),
-        **before,
         "llama.cpp's sources": "an existing build" if options.build else SDIST,
     }
 
 
-def _commit(checkout: Path) -> str:
-    """The commit of a checkout, with "-dirty" where files differ from it."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git checkout"
+def _commit(python: str) -> str:
+    """The commit of the dbrx_q that an interpreter imports, with "-dirty" where files differ from it; its version without a checkout."""
+    where = [python, "-c", "import dbrx_q; print(dbrx_q.__file__, dbrx_q.__version__)"]
+    path, version = subprocess.run(where, capture_output=True, text=True, check=True, cwd="/").stdout.split()
+    command = ["git", "-C", str(Path(path).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or version
 
 
 def _cpuinfo(key: str) -> str:
