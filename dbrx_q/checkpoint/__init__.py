@@ -7,6 +7,7 @@ stored, with their shapes and dtypes, and reads them one by one.
 - `folder.py`: `Checkpoint`, the index of its shards, and the check for NaN and infinity.
 - `safetensors_file.py`: one shard. The safetensors package judges the header; tensors are read in place, and a shard is written tensor by
   tensor.
+- `mapping.py`: stored tensors as views of mapped files; `deferred_checks.py` checks them for NaN and infinity at their first use.
 - `manifest.py`: manifest.json, with a SHA-256 for every file of a quantized checkpoint and statistics of every tensor.
 - `shards.py`: how tensors are divided into shards, the index, and the list of files, for every writer of a checkpoint.
 - `inventory.py`: counts, formats and bytes by kind of tensor, for `inspect`.

@@ -267,7 +267,7 @@ def safetensors_header(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 64)  # tensors begin on a cache line
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin on a cache line
     infos, offset = {}, 8 + len(text)
     for name, dtype, shape in tensors:
         infos[name] = TensorInfo(_NAMES[dtype], tuple(shape), offset, math.prod(shape) * dtype.itemsize)

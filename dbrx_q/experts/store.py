@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dbrx_q.checkpoint.deferred_checks import DeferredChecks
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.kernels.moe import moe_experts
 
@@ -42,15 +43,37 @@ class ExpertStore(ABC):
         """Bytes of the memory that the store has for experts; 0 where the modules of the model hold them."""
         return 0
 
+    def check_weights(self) -> None:  # noqa: B027 # most stores check weights when they read them
+        """Check now all weights whose check for NaN and infinity waits for their first use.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+
     def close(self) -> None:  # noqa: B027 # most stores have nothing to close
         """Close files and end threads; the store cannot be used afterwards."""
 
 
 class ResidentExpertStore(ExpertStore):
-    """All experts in the memory of the device that computes."""
+    """All experts in the memory of the device that computes.
 
-    def __init__(self, layers: Sequence[ExpertWeights]) -> None:
+    Args:
+        layers: the experts of every layer.
+        checks: of weights that are checked for NaN and infinity before their first use; None where all are known to be finite.
+    """
+
+    def __init__(self, layers: Sequence[ExpertWeights], checks: DeferredChecks | None = None) -> None:
         self._layers = tuple(layers)
+        self._checks = checks
 
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
+        if self._checks is not None:
+            self._checks.before_use(index, experts)
+            if self._checks.done:
+                self._checks = None
         return self._layers[index]
+
+    def check_weights(self) -> None:
+        if self._checks is not None:
+            self._checks.check_all()
+            self._checks = None

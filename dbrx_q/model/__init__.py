@@ -21,7 +21,8 @@ Loading:
 - `pretrained.py`: `DbrxPreTrainedModel`, the base of both models: `from_pretrained` and what they share beside `forward`;
   `pretrained_arguments.py`: the arguments of transformers' `from_pretrained`; `embeddings.py`: embedding and head,
   read, replaced and resized.
-- `loading.py`: a checkpoint to a model in three steps: plan, read the weights that stay in memory, build the expert store.
+- `loading.py`: a checkpoint to a model in three steps: plan, load the weights that stay in memory, build the expert store.
+  `resident_weights.py` maps or reads these weights.
 - `saving.py`: a model to a checkpoint, tensor by tensor; a packed model gives the bytes that `quantize` wrote.
 - `generation_config.py`: defaults of `model.generate`, as generation_config.json has them.
 - `limits.py`: what a budget leaves to requests: bytes of KV cache, tokens of a pass, bytes of logits.

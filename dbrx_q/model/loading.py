@@ -1,7 +1,7 @@
-"""From a checkpoint to a model in memory: packed weights are read straight into their final place.
+"""From a checkpoint to a model in memory: weights are mapped, or read straight into their final place.
 
-`load_model` has three steps: plan what is read and where to (`plan_loading`), read the weights that stay in memory
-(`_read_resident_weights`), and build the expert store that serves all others (`build_expert_store`).
+`load_model` has three steps: plan what is read and where to (`plan_loading`), map or read the weights that stay in memory
+(`_load_resident_weights`), and build the expert store that serves all others (`build_expert_store`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from dbrx_q.checkpoint.deferred_checks import DeferredChecks
 from dbrx_q.checkpoint.folder import Checkpoint, converted
 from dbrx_q.checkpoint.hub import Download, resolve_folder
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, expert_of, inner_name, kind_of, part_name, parts_of
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, inner_name, kind_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.experts import ExpertStore, ResidentExpertStore
@@ -42,7 +43,6 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import Budget, plan_within
 from dbrx_q.planning.cpu_quota import bound_threads
-from dbrx_q.planning.host_memory import empty_host
 from dbrx_q.planning.machine import Placement
 from dbrx_q.planning.policy_names import MissPolicy
 
@@ -53,6 +53,7 @@ from .layers import PackedWeight
 from .limits import limits_of
 from .modeling import DbrxForCausalLM, DbrxModel
 from .pretrained import DbrxPreTrainedModel
+from .resident_weights import MappedWeights, read_packed, read_plain
 from .saving import Origin, model_tensors
 from .tuned_tiles import load_tuning
 
@@ -66,7 +67,6 @@ __all__ = [
     "load_plain_model",
     "load_pretrained",
     "plan_loading",
-    "read_packed",
 ]
 
 Model = TypeVar("Model", bound=DbrxPreTrainedModel)
@@ -81,9 +81,10 @@ def load_pretrained(
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    use_mmap: bool = True,
 ) -> DbrxForCausalLM:
     """`load_as` of the model with its head."""
-    return load_as(DbrxForCausalLM, path_or_hub_id, budget=budget, device=device, dtype=dtype)
+    return load_as(DbrxForCausalLM, path_or_hub_id, budget=budget, device=device, dtype=dtype, use_mmap=use_mmap)
 
 
 def load_as(
@@ -95,6 +96,7 @@ def load_as(
     budget: Budget | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    use_mmap: bool = True,
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -111,17 +113,22 @@ def load_as(
     folder = resolve_folder(path_or_hub_id, revision=revision, token=token, fallback=fallback, download=download)
     if given is None and overrides:
         given = _with_overrides(DbrxConfig.from_pretrained(folder), overrides)
-    model = _load(model_class, folder, dtype, target, budget, given)
+    model = _load(model_class, folder, dtype, target, budget, given, use_mmap)
     model.config.name_or_path = os.fspath(path_or_hub_id)
     set_implementation(model.base_model, choose_implementation(asked or model.config._attn_implementation, target))
     return model
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device = _CPU, budget: Budget | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = _CPU,
+    budget: Budget | None = None,
+    use_mmap: bool = True,
 ) -> DbrxForCausalLM:
     """The model in `folder`: all of it on `device`, or placed within a budget. Errors as for `DbrxForCausalLM.from_pretrained`."""
-    return _load(DbrxForCausalLM, folder, dtype, device, budget, None)
+    return _load(DbrxForCausalLM, folder, dtype, device, budget, None, use_mmap)
 
 
 def _with_overrides(config: DbrxConfig, overrides: Mapping[str, Any] | None) -> DbrxConfig:
@@ -140,13 +147,15 @@ def _load(
     device: torch.device,
     budget: Budget | None,
     config: DbrxConfig | None,
+    use_mmap: bool,
 ) -> Model:
     bound_threads()
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(folder, config, headless=not _has_head(model_class)))
         fallback = opened.enter_context(open_fallback(checkpoint)) if budget is not None and budget.fallback else None
         plan = plan_loading(checkpoint, fallback, dtype, device, budget)
-        model = _read_resident_weights(model_class, checkpoint, plan)
+        checks = DeferredChecks()
+        model = _load_resident_weights(model_class, checkpoint, plan, checks if use_mmap and plan.may_map else None)
         model.origin = Origin.of(checkpoint)
         experts = ExpertFiles(checkpoint, plan.dtype) if plan.offloads else None
         fallback_experts = ExpertFiles(fallback, plan.dtype) if fallback is not None and plan.needs_fallback else None
@@ -154,7 +163,7 @@ def _load(
         warm_up(weight, plan.dtype)
     routers = [block.ffn.router.layer.weight for block in model.base_model.layers()]
     store = None if experts is None else build_expert_store(plan, experts, fallback_experts, routers)
-    model = _completed(model, plan.device_of_head, eos_ids(folder), store)
+    model = _completed(model, plan.device_of_head, eos_ids(folder), store, checks)
     if isinstance(model, DbrxForCausalLM) and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if plan.placement is not None and budget is not None:
@@ -235,6 +244,11 @@ class LoadingPlan:
         return self.placement is not None and not self.placement.resident
 
     @property
+    def may_map(self) -> bool:
+        """Whether weights may be views of mapped files: on a CPU without a budget, which holds what it counts in memory of its own."""
+        return self.budget is None and self.device.type == "cpu"
+
+    @property
     def needs_fallback(self) -> bool:
         """Whether host memory holds the fallback copy: only where some experts are left on disk."""
         return self.placement is not None and self.placement.host.fallback > 0
@@ -271,18 +285,28 @@ def plan_loading(
     return LoadingPlan(config, dtype, device, budget, placement, profile)
 
 
-def _read_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: LoadingPlan) -> Model:
-    """The model with all its weights, or with all but experts where the plan offloads them."""
+def _load_resident_weights(model_class: type[Model], checkpoint: Checkpoint, plan: LoadingPlan, checks: DeferredChecks | None) -> Model:
+    """The model with all its weights, or with all but experts where the plan offloads them.
+
+    Args:
+        model_class: of the model.
+        checkpoint: must be open.
+        plan: says which weights are loaded, and onto which device.
+        checks: where the weights are mapped, gets the checks of all that are; None to read all weights.
+    """
     model = _empty(model_class, plan.config, plan.dtype, plan.device_of_head)
+    mapped = None if checks is None else MappedWeights(checkpoint, checks)
     names = {tensor.name for tensor in model_tensors(model)}
     for tensor in checkpoint.tensors.values():
         if (tensor.experts and plan.offloads) or tensor.name not in names:
             continue
         device, fmt = plan.device_of_tensor(tensor), checkpoint.formats.get(tensor.name)
         if fmt is None:
-            _put(model, tensor.name, _read_plain(checkpoint, tensor, plan.dtype, device))
+            weight = mapped.plain(tensor, plan.dtype) if mapped is not None else None
+            _put(model, tensor.name, read_plain(checkpoint, tensor, plan.dtype, device) if weight is None else weight)
         else:
-            _put(model, tensor.name, PackedWeight(read_packed(checkpoint, tensor, fmt, device)))
+            packed = mapped.packed(tensor, fmt) if mapped is not None else None
+            _put(model, tensor.name, PackedWeight(read_packed(checkpoint, tensor, fmt, device) if packed is None else packed))
     return model
 
 
@@ -354,45 +378,24 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **{"device": "meta", **(kwargs or {})} if func in _CONSTRUCTORS else kwargs or {})
 
 
-def _completed(model: Model, device: torch.device, eos_token_ids: Sequence[int], store: ExpertStore | None) -> Model:
-    """`model`, whose weights are read, with its expert store, its end tokens and the tiles that were measured for its GPUs."""
+def _completed(
+    model: Model,
+    device: torch.device,
+    eos_token_ids: Sequence[int],
+    store: ExpertStore | None,
+    checks: DeferredChecks | None = None,
+) -> Model:
+    """`model`, whose weights are loaded, with its expert store, its end tokens and the tiles that were measured for its GPUs."""
     for used in {device, *model.base_model.devices}:
         if used.type == "cuda":
             load_tuning(chip_of(used))
     layers = model.base_model.layers()
-    model.base_model.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers])
+    model.base_model.expert_store = store or ResidentExpertStore([block.ffn.experts.mlp.weights() for block in layers], checks)
     model.base_model.wte.dtype = model.dtype
     model.eos_token_ids = tuple(eos_token_ids) or model.eos_token_ids
     if isinstance(model, DbrxForCausalLM) and eos_token_ids:
         model.generation_config.eos_token_id = list(eos_token_ids)
     return model
-
-
-def _read_plain(checkpoint: Checkpoint, tensor: DenseTensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    stored = checkpoint.infos[tensor.name].dtype
-    values = checkpoint.read(tensor.name, empty_host(tensor.shape, stored))
-    return nn.Parameter(converted(values, dtype, tensor.name, checkpoint.path_of(tensor.name)).to(device), requires_grad=False)
-
-
-def read_packed(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat, device: torch.device) -> QuantizedWeight:
-    """The parts of all experts are read into one stack each, so that kernels find expert e at a fixed distance.
-
-    For a GPU each part passes through host memory by itself, which therefore never holds more than one matrix.
-    """
-    stacks: dict[str, torch.Tensor] = {}
-    for part in parts_of(tensor, fmt):
-        expert, last = expert_of(part) if tensor.experts else 0, part_name(part)
-        shape = tensor.experts or 1, *part.shape
-        if last not in stacks:
-            on_host = device.type == "cpu"
-            stacks[last] = empty_host(shape, part.dtype) if on_host else torch.empty(shape, dtype=part.dtype, device=device)
-        if device.type == "cpu":
-            checkpoint.read(part.name, stacks[last][expert])
-        else:
-            stacks[last][expert].copy_(checkpoint.read(part.name))
-    if not tensor.experts:
-        stacks = {last: stack[0] for last, stack in stacks.items()}
-    return fmt.load(stacks)
 
 
 def _has_head(model_class: type[DbrxPreTrainedModel]) -> bool:

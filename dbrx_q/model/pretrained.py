@@ -105,6 +105,7 @@ class DbrxPreTrainedModel(EmbeddingMethods):
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         budget: Budget | None = None,
+        use_mmap: bool = True,
         attn_implementation: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
@@ -144,6 +145,8 @@ class DbrxPreTrainedModel(EmbeddingMethods):
             max_memory: with "auto", how much may be taken of each device: bytes, or a size such as "22GiB", by index of a GPU and by
                 "cpu". None for all that is free.
             budget: memory limits and how experts are served within them; see `Budget`.
+            use_mmap: whether weights that a CPU computes with are used where the checkpoint's files are mapped, which loads nothing before
+                it is needed and shares memory with other processes; False reads them into memory of the process. A budget always reads.
             attn_implementation: "triton", the default on a GPU and only available there; "sdpa", the default on a CPU; "eager", which also
                 gives attention weights; or "flash_attention_2", on a GPU with the package flash-attn.
             cache_dir: where the hub's files are kept; None for the hub's own cache.
@@ -186,6 +189,7 @@ class DbrxPreTrainedModel(EmbeddingMethods):
             budget=Budget(Machine.detect(max_memory)) if spread else budget,
             device=device,
             dtype=one_dtype(dtype, torch_dtype),
+            use_mmap=use_mmap,
             attn_implementation=attn_implementation,
             revision=revision,
             token=token,
@@ -338,6 +342,7 @@ class DbrxPreTrainedModel(EmbeddingMethods):
                 f"{str(self.device)!r} and {str(self.dtype).removeprefix('torch.')}; found a call that changes them to "
                 f"{str(moved[-1].device)!r} and {str(moved[-1].dtype).removeprefix('torch.')}. Give `device` and `dtype` to from_pretrained"
             )
+        self.base_model.store.check_weights()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch does not annotate it
         base = self.base_model
         if base.expert_store is not None:  # it holds the weights as they were

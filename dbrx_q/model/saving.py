@@ -104,8 +104,9 @@ def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | N
 
     Raises:
         RequestError: the folder cannot be written, or its disk has too little room.
-        CheckpointError: the files hold experts that no memory holds, and have changed since they were loaded.
+        CheckpointError: the files hold experts that no memory holds, and have changed since they were loaded; or a weight is not finite.
     """
+    model.base_model.store.check_weights()
     replaced = model.origin is not None and folder.exists() and folder.samefile(model.origin.folder)
     with ExitStack() as stack:
         writer = _ModelWriter(model, stack, shard_bytes)

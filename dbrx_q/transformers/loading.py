@@ -21,7 +21,8 @@ from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.experts.files import ExpertFiles
 from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.triton.launch import chip_of
-from dbrx_q.model.loading import LoadingPlan, build_expert_store, cpu_samples, plan_loading, read_packed
+from dbrx_q.model.loading import LoadingPlan, build_expert_store, cpu_samples, plan_loading
+from dbrx_q.model.resident_weights import read_packed
 from dbrx_q.model.tuned_tiles import load_tuning
 from dbrx_q.planning.budget import Budget
 

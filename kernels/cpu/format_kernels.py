@@ -29,7 +29,7 @@ class DotKernels:
     """Compiled code for the weights of one format, for K a multiple of 128."""
 
     matvec: Callable[[QuantizedActivations, Any, np.ndarray, np.ndarray, torch.Tensor], None]
-    """Takes (activations, contiguous weight [E, N, K] or [N, K], experts, offsets, out [P, N]): `linear.matvec` into `out`."""
+    """Takes (activations, weight [E, N, K] or [N, K] of contiguous matrices, experts, offsets, out [P, N]): `linear.matvec` into `out`."""
     dequantize_rows: Callable[[Any, torch.Tensor], None]
     """Takes (contiguous weight [N, K], tile [N, K] of bfloat16 or float32) and dequantizes the weight into the tile."""
     zero_points: bool
@@ -40,11 +40,17 @@ class DotKernels:
     """Whether `amx.py` has code for the format, too; without it many tokens take tiles on every chip."""
 
 
+def _expert_steps(*parts: torch.Tensor) -> list[int]:
+    """Bytes from an expert to the next one in each part; of no meaning where the parts are of one matrix."""
+    return [part.stride(0) * part.element_size() for part in parts]
+
+
 def _int4_matvec(x: QuantizedActivations, weight: Int4Weight, experts: np.ndarray, offsets: np.ndarray, out: torch.Tensor) -> None:
     tensors = weight.qweight, weight.scales, weight.zeros, x.codes, x.scales, x.sums
     w, s, z, codes, scales, sums = (tensor.data_ptr() for tensor in tensors)
     N, groups = out.shape[1], weight.scales.shape[-1]
-    int4.matvec(w, s, z, experts, offsets, codes, scales, sums, N, groups, x.sums.shape[1], out.data_ptr(), weight.group_size)
+    steps = _expert_steps(weight.qweight, weight.scales, weight.zeros)
+    int4.matvec(w, s, z, *steps, experts, offsets, codes, scales, sums, N, groups, x.sums.shape[1], out.data_ptr(), weight.group_size)
 
 
 def _int4_rows(weight: Int4Weight, tile: torch.Tensor) -> None:
@@ -54,7 +60,8 @@ def _int4_rows(weight: Int4Weight, tile: torch.Tensor) -> None:
 
 def _int8_matvec(x: QuantizedActivations, weight: Int8Weight, experts: np.ndarray, offsets: np.ndarray, out: torch.Tensor) -> None:
     w, s, codes, scales = (tensor.data_ptr() for tensor in (weight.qweight, weight.scales, x.codes, x.scales))
-    int8.matvec(w, s, experts, offsets, codes, scales, out.shape[1], weight.scales.shape[-1], out.data_ptr(), weight.group_size)
+    steps, groups = _expert_steps(weight.qweight, weight.scales), weight.scales.shape[-1]
+    int8.matvec(w, s, *steps, experts, offsets, codes, scales, out.shape[1], groups, out.data_ptr(), weight.group_size)
 
 
 def _int8_rows(weight: Int8Weight, tile: torch.Tensor) -> None:

@@ -187,10 +187,13 @@ def dot_tokens(weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_strid
 
 
 @compiled(parallel=True)
-def matvec(weights, scales, zeros, experts, offsets, x, x_scales, x_sums, n_rows, n_groups, sums_stride, out, group_size):
+def matvec(
+    weights, scales, zeros, w_step, s_step, z_step, experts, offsets, x, x_scales, x_sums, n_rows, n_groups, sums_stride, out, group_size
+):
     """Rows offsets[i] to offsets[i+1] of out [P, n_rows] float32 = the same rows of x @ weights[experts[i]].T.
 
-    `experts` and `offsets` are int64 arrays, the rest addresses and counts; `weights`, `scales` and `zeros` are contiguous.
+    `experts` and `offsets` are int64 arrays, the rest addresses and counts; the rows of an expert are contiguous, and `w_step`, `s_step`
+    and `z_step` bytes separate the experts in `weights`, `scales` and `zeros`.
     """
     row_bytes = n_groups * group_size // 2
     zero_bytes = (n_groups + 1) // 2
@@ -200,11 +203,11 @@ def matvec(weights, scales, zeros, experts, offsets, x, x_scales, x_sums, n_rows
         which, first = task // tasks, task % tasks * _ROWS_PER_TASK
         p = offsets[which]
         for n in range(first, min(n_rows, first + _ROWS_PER_TASK)):
-            row = experts[which] * n_rows + n
+            e = experts[which]
             dot_tokens(
-                weights + row * row_bytes,
-                scales + row * n_groups * 2,
-                zeros + row * zero_bytes,
+                weights + e * w_step + n * row_bytes,
+                scales + e * s_step + n * n_groups * 2,
+                zeros + e * z_step + n * zero_bytes,
                 x + p * blocks * _BLOCK * 2,
                 x_scales + p * blocks * 4,
                 x_sums + p * sums_stride * 4,

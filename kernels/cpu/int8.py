@@ -112,10 +112,11 @@ def dot_tokens(weights, scales, x, x_scales, n_groups, out, out_stride, group_si
 
 
 @compiled(parallel=True)
-def matvec(weights, scales, experts, offsets, x, x_scales, n_rows, n_groups, out, group_size):
+def matvec(weights, scales, w_step, s_step, experts, offsets, x, x_scales, n_rows, n_groups, out, group_size):
     """Rows offsets[i] to offsets[i+1] of out [P, n_rows] float32 = the same rows of x @ weights[experts[i]].T.
 
-    `experts` and `offsets` are int64 arrays, the rest addresses and counts; `weights` and `scales` are contiguous.
+    `experts` and `offsets` are int64 arrays, the rest addresses and counts; the rows of an expert are contiguous, and `w_step` and `s_step`
+    bytes separate the experts in `weights` and `scales`.
     """
     row_bytes = n_groups * group_size
     blocks = row_bytes // _BLOCK
@@ -124,10 +125,10 @@ def matvec(weights, scales, experts, offsets, x, x_scales, n_rows, n_groups, out
         which, first = task // tasks, task % tasks * _ROWS_PER_TASK
         p = offsets[which]
         for n in range(first, min(n_rows, first + _ROWS_PER_TASK)):
-            row = experts[which] * n_rows + n
+            e = experts[which]
             dot_tokens(
-                weights + row * row_bytes,
-                scales + row * n_groups * 2,
+                weights + e * w_step + n * row_bytes,
+                scales + e * s_step + n * n_groups * 2,
                 x + p * row_bytes * 2,
                 x_scales + p * blocks * 4,
                 n_groups,

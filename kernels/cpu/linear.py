@@ -87,7 +87,7 @@ def matvec(x: QuantizedActivations, weight: QuantizedWeight, experts: np.ndarray
     N, K = weight.shape[-2:]
     out = torch.empty(x.codes.shape[0], N)
     _use_threads(len(experts) * N * K)
-    DOT_KERNELS[weight.format].matvec(x, weight.contiguous(), experts, offsets, out)
+    DOT_KERNELS[weight.format].matvec(x, weight.contiguous_matrices(), experts, offsets, out)
     return out
 
 

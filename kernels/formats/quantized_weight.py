@@ -69,5 +69,18 @@ class QuantizedWeight(ABC):
         """The same weight with contiguous parts, as the compiled kernels require; parts that are contiguous already are not copied."""
         return self._map(torch.Tensor.contiguous)
 
+    def contiguous_matrices(self) -> Self:
+        """The same weight with contiguous matrices [N, K], which may be at any distance from each other, as in a mapped file.
+
+        Dot products take such stacks. Parts that are in this form already are not copied.
+        """
+        if all(_has_contiguous_matrices(getattr(self, name)) for name in self.part_names):
+            return self
+        return self.contiguous()
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         return cast(Any, type(self))(*(function(getattr(self, name)) for name in self.part_names), self.group_size)
+
+
+def _has_contiguous_matrices(part: torch.Tensor) -> bool:
+    return part.is_contiguous() or (part.dim() == 3 and part.stride()[1:] == (part.shape[2], 1))
