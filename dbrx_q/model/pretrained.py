@@ -342,9 +342,10 @@ class DbrxPreTrainedModel(EmbeddingMethods):
                 f"{str(self.device)!r} and {str(self.dtype).removeprefix('torch.')}; found a call that changes them to "
                 f"{str(moved[-1].device)!r} and {str(moved[-1].dtype).removeprefix('torch.')}. Give `device` and `dtype` to from_pretrained"
             )
-        self.base_model.store.check_weights()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch does not annotate it
         base = self.base_model
+        if base.expert_store is not None:
+            base.expert_store.check_weights()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch does not annotate it
         if base.expert_store is not None:  # it holds the weights as they were
             base.expert_store = ResidentExpertStore([block.ffn.experts.mlp.weights() for block in base.layers()])
         return self

@@ -106,7 +106,8 @@ def save_model(model: DbrxPreTrainedModel, folder: Path, *, shard_bytes: int | N
         RequestError: the folder cannot be written, or its disk has too little room.
         CheckpointError: the files hold experts that no memory holds, and have changed since they were loaded; or a weight is not finite.
     """
-    model.base_model.store.check_weights()
+    if model.base_model.expert_store is not None:
+        model.base_model.expert_store.check_weights()
     replaced = model.origin is not None and folder.exists() and folder.samefile(model.origin.folder)
     with ExitStack() as stack:
         writer = _ModelWriter(model, stack, shard_bytes)
