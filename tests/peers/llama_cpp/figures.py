@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["SectionResult", "Spread", "markdown", "spread_of"]
+__all__ = ["BUSY", "SectionResult", "Spread", "markdown", "spread_of"]
+
+BUSY = 0.1
+"""Share of all processors' time above which the work of other programs makes a comparison useless."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class SectionResult:
     """By competitor, case and turn."""
     rates: list[dict[str, float]] = field(default_factory=list)
     """Of the machine, measured by every process of dbrx_q."""
+    other_work: list[float] = field(default_factory=list)
+    """Share of all processors' time that other programs took, by turn."""
 
     def spread(self, competitor: str, case: str) -> Spread:
         """Median and range over the turns."""
@@ -102,9 +107,17 @@ def _table(result: SectionResult) -> list[str]:
     for name, other in result.beside.items():
         cells = [str(result.ratio(name, other, case)) for case in result.cases]
         lines.append(f"| {name} to {other} | " + " | ".join(cells) + " | |")
+    machine = []
     if result.rates:
         rates = {name: spread_of([rates[name] for rates in result.rates]) for name in result.rates[0]}
-        lines += ["", "The machine between these runs: " + "; ".join(f"{name} {spread}" for name, spread in rates.items()) + "."]
+        machine += [f"{name} {spread}" for name, spread in rates.items()]
+    if result.other_work:
+        worst = max(result.other_work)
+        machine.append(
+            f"time of all processors that other programs took {worst:.0%} at most" + ", **too much to compare**" * (worst > BUSY)
+        )
+    if machine:
+        lines += ["", "The machine during these turns: " + "; ".join(machine) + "."]
     return lines
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import make_checkpoints
-from figures import SectionResult, markdown
+from figures import BUSY, SectionResult, markdown
+from other_work import OtherWork
 from processes import Programs
 from sections import SECTIONS, Competitor, Machine, Section, competitors
 from tools import SDIST, built_tools
@@ -76,12 +77,18 @@ def _measured(name: str, section: Section, machine: Machine, turns: int) -> Sect
         if turn == _TURNS_OF_ALL and section.higher_is_better:
             taking_part = [competitor for competitor in taking_part if not _is_slow(competitor, result)]
         first = turn % len(taking_part)
+        other_work = OtherWork()
         for competitor in taking_part[first:] + taking_part[:first]:
             samples = competitor.run()
             for case in section.cases:
                 result.figures[competitor.name][case][turn] = statistics.median(samples[case])
             shown = ", ".join(f"{result.figures[competitor.name][case][turn]:.4g}" for case in section.cases)
             print(f"{name} turn {turn + 1}: {competitor.name}: {shown} {section.unit}", file=sys.stderr, flush=True)
+        share = other_work.share()
+        if share is not None:
+            result.other_work.append(share)
+        if share is not None and share > BUSY:
+            print(f"other programs took {share:.0%} of all processors' time: measure on an idle machine", file=sys.stderr, flush=True)
     return result
 
 

@@ -71,3 +71,11 @@ def test_gguf_holds_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
             assert list(reversed(copy.shape.tolist())) == list(weight.shape), tensor.name
             expected = weight.float().numpy() if copy.data.dtype == np.float32 else weight.contiguous().view(torch.uint8).numpy()
             assert (copy.data == expected.reshape(copy.data.shape)).all(), tensor.name
+
+
+def test_a_machine_that_does_other_work_shows() -> None:
+    idle = section("tokens/s", {"dbrx_q": {0: 60.0}, "Q4_0": {0: 50.0}})
+    idle.other_work = [0.01, 0.02]
+    assert "other programs took 2% at most." in markdown([idle], {})
+    idle.other_work = [0.01, 0.8]
+    assert "other programs took 80% at most, **too much to compare**." in markdown([idle], {})
