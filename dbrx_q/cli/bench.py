@@ -65,7 +65,8 @@ def model(
     """Measure tokens per second as llama-bench names them (pp512, tg128), time to first token and memory.
 
     Beside each speed stands what memory bandwidth and the matmul rate allow. Every prompt length, number of tokens, batch size and depth is
-    combined. An interruption prints and writes the rows that are finished.
+    combined. The rows pp compute the output of every token, as llama-bench -embd 1 does; the time to first token is what a prompt costs,
+    with the last layer's experts for the last token alone. An interruption prints and writes the rows that are finished.
     """
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.model import bench_model, check_tests, speed_tests

@@ -156,18 +156,27 @@ class Decoder(ABC):
         return overflow_error(self._model, partial(repeat_sequence, self._model, self._sequence(index)))
 
 
-def prefill(model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache, keep: int | None = None) -> torch.Tensor:
+def prefill(
+    model: DbrxForCausalLM, prompt: Sequence[int], cache: KVCache, keep: int | None = None, *, all_states: bool = False
+) -> torch.Tensor:
     """Append a prompt to a cache of one sequence, in chunks of a prefill step; float32 logits [V] of the token that follows.
 
-    With `keep`, logits [keep, V] of what follows each of the last `keep` tokens.
+    Args:
+        model: a loaded model.
+        prompt: at least one token.
+        cache: of one sequence.
+        keep: None for the logits of one token; a number for logits [keep, V] of what follows each of the last `keep` tokens.
+        all_states: compute the last layer's output of all tokens, to measure that; nobody needs it of the tokens without logits.
     """
-    chunk, kept = prefill_step(model), torch.zeros(0)
+    chunk, kept = prefill_step(model), []
+    first_kept = max(0, len(prompt) - (keep or 1))
     for first in range(0, len(prompt), chunk):
         ids = torch.tensor([prompt[first : first + chunk]])
-        hidden = model.transformer(ids, past_key_values=cache, output_router_logits=False).last_hidden_state  # [1, chunk, D]
-        last = hidden[0, -(keep or 1) :]
-        kept = torch.cat((kept, last))[-keep:] if keep is not None and first else last
-    logits: torch.Tensor = model.lm_head(kept).float()
+        columns = torch.arange(min(max(0, first_kept - first), ids.shape[1]), ids.shape[1])
+        wanted = 0 if all_states else columns
+        hidden = model.transformer(ids, past_key_values=cache, output_router_logits=False, states_to_keep=wanted).last_hidden_state
+        kept.append(hidden[0, columns.to(hidden.device)])  # of [1, chunk, D]
+    logits: torch.Tensor = model.lm_head(torch.cat(kept)).float()
     return logits[0] if keep is None else logits
 
 

@@ -65,7 +65,8 @@ class ForwardDecoder:
         layers: list[tuple[torch.Tensor, ...]] = []
         for first in range(0, S, columns):
             end = min(S, first + columns)
-            out = self._run(inputs[:, first:end], None if self._mask is None else self._mask[:, : past + end])
+            wanted = torch.arange(first, end) == last[:, None]  # [B, columns]
+            out = self._run(inputs[:, first:end], None if self._mask is None else self._mask[:, : past + end], wanted)
             hidden = out.last_hidden_state
             here = ((last >= first) & (last < end)).to(hidden.device)
             rows = hidden[torch.arange(len(hidden)), (last - first).clamp(0, end - first - 1)]
@@ -104,7 +105,7 @@ class ForwardDecoder:
         if self._mask is not None:
             self._mask = self._mask[list(sources)]
 
-    def _run(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    def _run(self, inputs: torch.Tensor, mask: torch.Tensor | None, wanted: int | torch.Tensor = 0) -> Any:
         positions = None
         if self._counts_tokens and mask is not None:
             positions = (mask.bool().int().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
@@ -116,6 +117,7 @@ class ForwardDecoder:
             use_cache=self.cache is not None,
             output_router_logits=False,
             return_dict=True,
+            states_to_keep=wanted,
             **self._wants,
         )
 

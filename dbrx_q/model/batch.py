@@ -1,7 +1,7 @@
 """The tokens of a forward pass without padding, and what all layers of the pass share.
 
-Dimension letters: `T` tokens of all sequences, `B` sequences, `S` new tokens of one, `L` tokens in the cache with the new ones, `H` query
-heads, `E` experts.
+Dimension letters: `T` tokens of all sequences, `W` tokens of these that are kept, `B` sequences, `S` new tokens of one, `L` tokens in the
+cache with the new ones, `H` query heads, `E` experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dbrx_q.kernels.attention import Sequences
 from .block import Rotation, rotation_of
 from .kv_cache import KVCache
 
-__all__ = ["Batch", "ForwardPass", "Recorder", "batch_of"]
+__all__ = ["Batch", "ForwardPass", "KeptTokens", "Recorder", "batch_of"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,31 @@ def batch_of(
     return Batch(sequences, positions.to(device), rows, cache, indices)
 
 
+@dataclass(frozen=True)
+class KeptTokens:
+    """The last new tokens of each sequence of a batch: those whose output of the last layer is wanted."""
+
+    rows: torch.Tensor
+    """int64 [W] on the device: the kept ones among the T tokens."""
+    counts: tuple[int, ...]
+    """How many tokens of each sequence are kept, on the host."""
+    sequences: Sequences
+    """The sequences with the kept tokens as their new ones."""
+
+    @classmethod
+    def of(cls, batch: Batch, counts: Sequence[int]) -> KeptTokens:
+        """The last `counts[b]` new tokens of each sequence b of a batch."""
+        old, device = batch.sequences, batch.positions.device
+        ends = list(accumulate(old.counts))
+        rows = torch.tensor([row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)], dtype=torch.int64)
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+        masks = old.masks
+        if masks is not None:
+            pairs = zip(masks, counts, strict=True)
+            masks = tuple(None if mask is None else mask[:, mask.shape[1] - count :] for mask, count in pairs)
+        return cls(rows.to(device), tuple(counts), replace(old, starts=starts, counts=tuple(counts), masks=masks))
+
+
 @dataclass
 class Recorder:
     """Keeps what layers compute beside the residual stream."""
@@ -110,6 +135,8 @@ class ForwardPass:
     """Computes the experts."""
     recorder: Recorder | None = None
     """Takes router logits and attention weights; None to keep none."""
+    kept: KeptTokens | None = None
+    """In the last layer, the tokens whose output is wanted; None for all."""
 
     @classmethod
     def of(cls, batch: Batch, config: DbrxConfig, store: ExpertStore, recorder: Recorder | None = None) -> ForwardPass:

@@ -77,6 +77,7 @@ def attend(
     implementation: str = IMPLEMENTATIONS[0],
     masks: Sequence[torch.Tensor | None] | None = None,
     weights: list[torch.Tensor] | None = None,
+    kept: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """[T, H, C]: causal grouped-query attention within each of some whole sequences, in the dtype of `qkv`.
 
@@ -89,13 +90,19 @@ def attend(
         implementation: one of `kernels.attention.IMPLEMENTATIONS`.
         masks: for each sequence what its tokens attend to, as `Sequences.masks` has them; None for causal attention.
         weights: gets the attention weights [H, S, S] of every sequence appended; only for "eager".
+        kept: how many last tokens of each sequence attend, which the result has; None for all. Not for "flash_attention_2".
     """
     qkv = qkv if clip is None else qkv.clamp(-clip, clip)
     q, k, v = split_and_rotate(qkv, *rotation, heads=heads, channels=2 * rotation[0].shape[1])  # [T, H or G, C]
     counts = [len(qkv)] if counts is None else list(counts)
     if implementation == "flash_attention_2" and masks is None and weights is None:
         return flash_attention(q, k, v, counts)
-    parts = zip(*(part.split(counts) for part in (q, k, v)), masks or [None] * len(counts), strict=True)
+    queries = q.split(counts)
+    masks = masks or [None] * len(counts)
+    if kept is not None:
+        queries = tuple(part[len(part) - count :] for part, count in zip(queries, kept, strict=True))
+        masks = [None if mask is None else mask[:, mask.shape[1] - count :] for mask, count in zip(masks, kept, strict=True)]
+    parts = zip(queries, k.split(counts), v.split(counts), masks, strict=True)
     outputs = [
         attention(q, k.transpose(0, 1), v.transpose(0, 1), implementation=implementation, mask=mask, weights=weights)
         for q, k, v, mask in parts

@@ -1,6 +1,6 @@
 """Checks the inputs of a forward pass and reduces them to their real tokens.
 
-Dimension letters: `B` sequences, `S` columns of the call, `T` real tokens of all sequences, `D` d_model.
+Dimension letters: `B` sequences, `S` columns of the call, `T` real tokens of all sequences, `W` tokens of these that are kept, `D` d_model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dbrx_q.errors import RequestError
 from .batch import Batch, batch_of
 from .kv_cache import KVCache
 from .limits import Limits
+from .loss import first_kept
 from .masks import MaskedColumns, read_mask, stored_columns
 
 __all__ = ["InputReader", "Inputs"]
@@ -38,13 +39,38 @@ class Inputs:
     padding: list[tuple[int, ...]] | None
     """For each sequence the columns of this call that are padding, counted from the first call; None for none."""
 
-    def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, ...] as [B, S, ...], with zeros in place of padding."""
-        if self.real is not None:
+    def padded(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, ...] as [B, S, ...], with zeros in place of padding.
+
+        Args:
+            x: [T, ...], or with `kept` [W, ...].
+            kept: int64 [W], the tokens that `x` has; the others become zeros. None for all.
+        """
+        places = self.real
+        if kept is not None:
+            places = kept if places is None else places[kept.to(places.device)]
+        if places is not None:
             with_padding = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-            with_padding[self.real.to(x.device)] = x
+            with_padding[places.to(x.device)] = x
             x = with_padding
         return x.view(*self.shape, *x.shape[1:])
+
+    def kept_counts(self, keep: int | torch.Tensor) -> tuple[int, ...] | None:
+        """For each sequence, how many of its last tokens reach back to its first kept column; None if all tokens of all sequences do.
+
+        Args:
+            keep: the kept columns, as `loss.kept_columns` takes them, which lists the errors.
+        """
+        (B, S), counts = self.shape, self.batch.sequences.counts
+        firsts = first_kept(B, S, keep)
+        if not any(firsts) or len(counts) != B:  # where several sequences lie in a row, columns name none of them
+            return None
+        if self.real is None:
+            kept = tuple(S - first for first in firsts)
+        else:
+            parts = zip(self.real.split(list(counts)), firsts, strict=True)
+            kept = tuple(int((part % S >= first).sum()) for part, first in parts)
+        return None if kept == counts else kept
 
     def padded_attentions(self, layers: list[list[torch.Tensor]], heads: int) -> tuple[torch.Tensor, ...]:
         """[B, H, S, past + S] for each layer, with zeros for padding, from the weights [H, tokens, L] of each sequence in each layer.

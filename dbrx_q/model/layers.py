@@ -5,8 +5,9 @@ place of [B, S], so that a hook sees what a user expects. `run` computes the sam
 residual stream and normalizes in one pass over memory, and routes in one kernel. A module runs by `forward` only where a hook watches it
 (`hooked`).
 
-Dimension letters: `T` real tokens of all sequences, `D` d_model, `V` vocabulary, `N` output features, `K` input features, `H` query heads,
-`G` key/value heads, `C` channels of a head, `E` experts, `A` active experts of a token, `F` ffn hidden.
+Dimension letters: `T` real tokens of all sequences, `W` tokens of these that are kept in the last layer, `D` d_model, `V` vocabulary,
+`N` output features, `K` input features, `H` query heads, `G` key/value heads, `C` channels of a head, `E` experts, `A` active experts of a
+token, `F` ffn hidden.
 """
 
 from __future__ import annotations
@@ -163,13 +164,13 @@ class DbrxAttention(nn.Module):
         return self.out_proj.run(self._heads(x, shared, weights).flatten(1)), weights
 
     def run(self, x: torch.Tensor, shared: ForwardPass, residual: torch.Tensor) -> torch.Tensor:
-        """residual + attention, [T, D]."""
+        """residual + attention, [T, D], or [W, D] of the kept tokens."""
         if hooked(self):
             return residual + self(x, shared)[0]
         return self.out_proj.run(self._heads(x, shared, shared.attention_weights()).flatten(1), residual=residual)
 
     def _heads(self, x: torch.Tensor, shared: ForwardPass, weights: list[torch.Tensor] | None) -> torch.Tensor:
-        """[T, H, C]."""
+        """[T, H, C], or [W, H, C] of the kept tokens."""
         batch, rotation = shared.batch, shared.rotation
         sequences = batch.sequences
         if batch.cache is None:
@@ -182,10 +183,20 @@ class DbrxAttention(nn.Module):
                 implementation=self.implementation,
                 masks=sequences.masks,
                 weights=weights,
+                kept=None if shared.kept is None else shared.kept.counts,
             )
+        q = self.store(x, shared)
+        if shared.kept is not None:
+            q, sequences = q[shared.kept.rows], shared.kept.sequences
+        return cached_attention(q, batch.cache.layers[self.layer], sequences, implementation=self.implementation, weights=weights)
+
+    def store(self, x: torch.Tensor, shared: ForwardPass) -> torch.Tensor:
+        """The rotated queries [T, H, C]; keys and values are stored in the cache."""
+        batch = shared.batch
+        assert batch.cache is not None
         layer = batch.cache.layers[self.layer]
-        q = store_qkv(self.Wqkv.run(x), layer, batch.rows, batch.stored_at, *rotation, heads=self.heads, clip=self.clip)
-        return cached_attention(q, layer, sequences, implementation=self.implementation, weights=weights)
+        qkv = self.Wqkv.run(x)
+        return store_qkv(qkv, layer, batch.rows, batch.stored_at, *shared.rotation, heads=self.heads, clip=self.clip)
 
 
 class DbrxNormAttentionNorm(nn.Module):
@@ -210,7 +221,8 @@ class DbrxNormAttentionNorm(nn.Module):
 
     def _normed(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
         x, h = self.norm_1.run(x, delta)
-        return self.norm_2.run(self.attn.run(h, shared, x))
+        residual = x if shared.kept is None else x[shared.kept.rows]
+        return self.norm_2.run(self.attn.run(h, shared, residual))
 
 
 class DbrxRouterLinear(nn.Linear):
@@ -336,10 +348,17 @@ class DbrxBlock(nn.Module):
 
         The next norm adds them, in the same pass over memory. `delta` is the second result of the previous block, None for the first
         block. A block that a hook watches returns the sum and None.
+
+        With `shared.kept`, both are [W, D]: keys and values are computed for all tokens, the rest for the kept ones.
         """
         if hooked(self):
             return self(_total(x, delta), shared), None
         return self._parts(x, delta, shared)
+
+    def store(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> None:
+        """Store the keys and values of all tokens in the cache, and compute nothing else of the block."""
+        layers = self.norm_attn_norm
+        layers.attn.store(layers.norm_1.run(x, delta)[1], shared)
 
     def _parts(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
         x, h = self.norm_attn_norm.run(x, delta, shared)

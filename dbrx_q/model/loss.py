@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dbrx_q.errors import RequestError
 
-__all__ = ["IGNORED", "check_labels", "count_kept", "kept_columns", "kept_mask", "load_balancing_loss", "next_token_loss"]
+__all__ = ["IGNORED", "check_labels", "count_kept", "first_kept", "kept_columns", "kept_mask", "load_balancing_loss", "next_token_loss"]
 
 IGNORED = -100
 """The label of a column that the loss leaves out."""
@@ -141,6 +141,16 @@ def count_kept(B: int, S: int, keep: int | torch.Tensor) -> int:
         return B * min(_checked_count(keep) or S, S)
     keep = _checked_indices(keep, B, S)
     return int(keep.sum()) if keep.dtype == torch.bool else keep.numel() * (B if keep.ndim == 1 else 1)
+
+
+def first_kept(B: int, S: int, keep: int | torch.Tensor) -> list[int]:
+    """The first column of each sequence that is kept, S where none is; arguments and errors as for `kept_columns`."""
+    if not isinstance(keep, torch.Tensor):
+        return [max(0, S - _checked_count(keep)) if keep else 0] * B
+    keep = _checked_indices(keep, B, S).cpu()
+    is_mask = keep.dtype == torch.bool
+    columns = torch.where(keep, torch.arange(S), S) if is_mask else torch.where(keep < 0, keep + S, keep).expand(B, -1)
+    return [S] * B if not columns.shape[1] else columns.min(1).values.tolist()
 
 
 def _checked_count(keep: int) -> int:

@@ -24,7 +24,7 @@ from dbrx_q.experts import ExpertStore, ResidentExpertStore
 from dbrx_q.kernels.backend import Backend, pick
 
 from .arguments import check_ignored, named_cache, wanted_states, wants_attentions, wants_mapping
-from .batch import Batch, ForwardPass, Recorder
+from .batch import Batch, ForwardPass, KeptTokens, Recorder
 from .generation_config import GenerationConfig
 from .implementations import initial_implementation, set_implementation
 from .inputs import InputReader
@@ -117,6 +117,7 @@ class DbrxModel(DbrxPreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         cache_position: torch.Tensor | None = None,
+        states_to_keep: int | torch.Tensor = 0,
         **ignored: Any,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """Run new tokens through all layers. Arguments, their order and outputs are those of transformers.
@@ -142,6 +143,11 @@ class DbrxModel(DbrxPreTrainedModel):
                 of some of these, which makes the others None.
             return_dict: False to return a tuple of the outputs that are not None.
             cache_position: whole numbers [S]; must count on from the columns of the cache.
+            states_to_keep: the columns whose last hidden states are wanted, named as by `logits_to_keep` of `DbrxForCausalLM`; 0 for all.
+                Where nothing else asks for all tokens (hidden states, router logits, attention weights, a hook on a module), the last
+                layer computes only keys and values of the tokens before a sequence's first wanted column, whose last hidden states are
+                zeros. The others keep their values, but may differ in the last digits: a product's digits can depend on its number of
+                rows.
             ignored: see above.
 
         Raises:
@@ -177,13 +183,14 @@ class DbrxModel(DbrxPreTrainedModel):
                 states.append(inputs.padded(x if delta is None else x + delta) if len(states) in wanted else None)
 
         # Inference mode makes a step of the bundled model 12 % faster, but users cannot save its tensors for backward.
-        kept = with_logits or with_attentions or wanted is not None or self.watched
-        with nullcontext() if kept else torch.inference_mode():
+        observed = with_logits or with_attentions or wanted is not None or self.watched
+        with nullcontext() if observed else torch.inference_mode():
             x = self._embedded(inputs.tokens)
             if wanted is not None:
                 keep(x, None)
-            x, delta = self._run_blocks(x, batch, recorder, None if wanted is None else keep)
-        hidden = inputs.padded(self.norm_f.run(x, delta)[1])
+            counts = None if observed or (cache is None and implementation == "flash_attention_2") else inputs.kept_counts(states_to_keep)
+            x, delta, last = self._run_blocks(x, batch, recorder, None if wanted is None else keep, counts)
+        hidden = inputs.padded(self.norm_f.run(x, delta)[1] if len(x) else x, last)
         if wanted is not None:
             states.append(hidden if config.n_layers in wanted else None)
         output = MoeModelOutputWithPast(
@@ -204,7 +211,7 @@ class DbrxModel(DbrxPreTrainedModel):
         `batch.cache.lengths`.
         """
         recorder = Recorder()
-        x, delta = self._run_blocks(self._embedded(ids), batch, recorder, on_block)
+        x, delta, _ = self._run_blocks(self._embedded(ids), batch, recorder, on_block)
         return self.norm_f.run(x, delta)[1], recorder.router_logits
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -214,9 +221,12 @@ class DbrxModel(DbrxPreTrainedModel):
         return x
 
     def _run_blocks(
-        self, x: torch.Tensor, batch: Batch, recorder: Recorder, on_block: OnBlock | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The results of the last block for embeddings [T, D]."""
+        self, x: torch.Tensor, batch: Batch, recorder: Recorder, on_block: OnBlock | None, counts: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(both results of the last block for embeddings [T, D], the tokens that they have or None for all).
+
+        `counts` says how many last tokens of each sequence need the last block's results; None for all tokens.
+        """
         shared = ForwardPass.of(batch.to(x.device), self.config, self.store, recorder)
         delta: torch.Tensor | None = None
         several = self.device != x.device  # layers are on GPUs in order: if the first and the last device are one, there is no other
@@ -225,10 +235,17 @@ class DbrxModel(DbrxPreTrainedModel):
                 device = block.device
                 shared = shared.to(device, self.config)
                 x, delta = x.to(device), None if delta is None else delta.to(device)
+            if counts is not None and block is self.blocks[-1]:
+                kept = KeptTokens.of(shared.batch, counts)
+                if not any(counts):
+                    if batch.cache is not None:
+                        block.store(x, delta, shared)
+                    return x[:0], None, kept.rows
+                shared = replace(shared, kept=kept)
             x, delta = block.run(x, delta, shared)
             if on_block is not None:
                 on_block(x, delta)
-        return x, delta
+        return x, delta, None if shared.kept is None else shared.kept.rows
 
     def _new_cache(self, batch_size: int, tokens: int) -> KVCache:
         """A cache with room for `tokens` tokens in each sequence, which grows as far as the model's budget allows."""
@@ -313,7 +330,8 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
                 padding and predictions from padding. With router logits, the load-balancing loss `aux_loss` is added with the weight
                 `ffn_config.moe_loss_weight`.
             logits_to_keep: which columns to compute logits for: the number of last ones, 0 for all; or a tensor, whole numbers [P] or
-                [B, P] for columns by index, or booleans [B, S]. No memory is taken for the logits of others.
+                [B, P] for columns by index, or booleans [B, S]. No memory is taken for the logits of others, and the last layer leaves
+                out what only they need (`states_to_keep` of `DbrxModel.forward`).
             num_items_in_batch: what to divide the sum of the labels' cross entropies by; None for their number.
             shift_labels: for each column with logits the token that it predicts, in place of `labels`.
             ignore_index: the label that the loss leaves out.
@@ -342,6 +360,7 @@ class DbrxForCausalLM(DbrxPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             cache_position=cache_position,
+            states_to_keep=logits_to_keep,
         )
         logits = self.lm_head(kept_columns(out.last_hidden_state, logits_to_keep))
         loss = aux_loss = real = None

@@ -16,7 +16,7 @@ import torch
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.provenance import provenance
-from dbrx_q.generation.decoding import Decoder, decoder_for
+from dbrx_q.generation.decoding import Decoder, decoder_for, prefill
 from dbrx_q.generation.generate import generate
 from dbrx_q.generation.sampling import SamplingParams, sample
 from dbrx_q.model.modeling import DbrxForCausalLM
@@ -201,6 +201,9 @@ def bench_model(
 ) -> ModelBenchmark:
     """Load a checkpoint; time prefill and decode on random tokens with the decoder of `generate`, and the first token of `generate`.
 
+    Prefill computes the output of every token, as `llama-bench -embd 1` does; the first token of `generate` takes what a prompt costs a
+    user, with the experts of the last layer for the last token alone.
+
     A KeyboardInterrupt ends the run. If at least one row was finished, the finished rows are returned, marked as incomplete.
 
     Args:
@@ -333,10 +336,11 @@ def _weight_bytes(model: DbrxForCausalLM, work: ModelWork) -> int:
 
 
 def _prefill_seconds(model: DbrxForCausalLM, test: SpeedTest, kv_format: str) -> float:
+    """With the last layer's output of all tokens. Without, a file of few layers would seem faster than a layer of a large model is."""
     with _filled(model, test, kv_format) as (decoder, tokens):
         started = _now(model.device)
         for sequence, prompt in enumerate(tokens):
-            decoder.prefill(sequence, prompt)
+            prefill(model, prompt, decoder.cache_of(sequence), all_states=True)
         return _now(model.device) - started
 
 

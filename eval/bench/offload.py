@@ -23,7 +23,7 @@ from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.measured_rates import measure_rates
 from dbrx_q.experts.reader import ExpertReader, supports_direct
 from dbrx_q.experts.slots import ExpertSlots
-from dbrx_q.generation.decoding import decoder_for
+from dbrx_q.generation.decoding import decoder_for, prefill
 from dbrx_q.model.loading import load_model
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.planning.budget import Budget
@@ -189,16 +189,16 @@ def bench_offload(
                 "larger --share"
             )
     result = OffloadBenchmark(str(folder), unlimited.experts, unlimited.expert_bytes // unlimited.experts, direct, policy, record)
-    prefill_modes = [prefill for prefill in (False, True) if (prompt if prefill else tokens)]
+    prefill_modes = [prefills for prefills in (False, True) if (prompt if prefills else tokens)]
     store_modes = [(prefetches, False) for prefetches in prefetch] + ([(False, True)] if fallback else [])
     total = len(shares) * len(store_modes) * len(prefill_modes)
     for share, ram in zip(shares, rams, strict=True):
         budget = Budget(Machine(ram), tokens + prompt + _UNCOUNTED_TOKENS, cache_policy=policy, direct=direct)
         for prefetches, uses_fallback in store_modes:
             with closing(load_model(folder, budget=replace(budget, prefetch=prefetches, fallback=uses_fallback))) as model:
-                for prefill in prefill_modes:
-                    count = prompt if prefill else tokens
-                    result.rows.append(_row(model, files, share, prefill=prefill, tokens=count, prefetch=prefetches, direct=direct))
+                for prefills in prefill_modes:
+                    count = prompt if prefills else tokens
+                    result.rows.append(_row(model, files, share, prefills=prefills, tokens=count, prefetch=prefetches, direct=direct))
                     on_row(len(result.rows), total)
             del model  # frees its memory before the next one is loaded
     return result
@@ -265,7 +265,7 @@ def _check_shares(shares: Sequence[float]) -> None:
 
 
 def _row(
-    model: DbrxForCausalLM, files: ExpertFiles, share: float, *, prefill: bool, tokens: int, prefetch: bool, direct: bool
+    model: DbrxForCausalLM, files: ExpertFiles, share: float, *, prefills: bool, tokens: int, prefetch: bool, direct: bool
 ) -> OffloadRow:
     store = model.expert_store
     assert isinstance(store, CpuExpertStore)
@@ -274,9 +274,9 @@ def _row(
     links = [disk_bandwidth(files, direct=direct)]
     with decoder_for(model, [len(ids)], "plain") as decoder:
         decoder.prefill(0, ids[:1])
-        if prefill:
+        if prefills:
             before, started = store.stats(), time.perf_counter()
-            decoder.prefill(0, ids[1 : 1 + tokens])
+            prefill(model, ids[1 : 1 + tokens], decoder.cache_of(0), all_states=True)
         else:
             decoder.step({0: ids[1]})
             before, started = store.stats(), time.perf_counter()
@@ -292,7 +292,7 @@ def _row(
     return OffloadRow(
         share=share,
         slots=slots,
-        prefill=prefill,
+        prefill=prefills,
         prefetch=prefetch,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
