@@ -96,9 +96,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of that model, whose products have the same shapes."""
+    """Two layers of that model, whose products have the same shapes: the last layer's experts get only the last token of a prompt."""
     folder = tmp_path_factory.mktemp("warm")
-    make(folder, 1)
+    make(folder, 2)
     return folder / "int4"
 
 
