@@ -164,7 +164,9 @@ def test_a_prompt_is_prefilled_with_one_token_in_the_last_layer(model: DbrxForCa
     assert_close(several[:-1], model(torch.tensor([prompt])).logits[0, -6:-1])
     assert result.token_ids == [int(expected.argmax())]
     for cache in caches[1:]:
-        assert all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in zip(cache.layers, caches[0].layers, strict=True))
+        for layer, reference in zip(cache.layers, caches[0].layers, strict=True):
+            assert torch.equal(layer.keys, reference.keys)
+            assert torch.equal(layer.values, reference.values)
 
 
 def test_a_benchmark_of_prefill_computes_all_outputs(model: DbrxForCausalLM) -> None:
