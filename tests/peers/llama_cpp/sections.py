@@ -158,7 +158,7 @@ def _decode(machine: Machine, *, tokens: int = 64, repeats: int = 2, format: str
     ]
 
 
-def _depth(machine: Machine, *, depth: int, tokens: int = 32, repeats: int = 2) -> list[Competitor]:
+def _depth(machine: Machine, *, depth: int, int8: bool = False, tokens: int = 32, repeats: int = 2) -> list[Competitor]:
     """The two configurations of llama.cpp that are fastest without depth, since the cache costs all of them the same."""
     test = {"kind": "decode", "tokens": tokens, "repeats": repeats, "depth": depth}
     case, checkpoint = f"decode at {depth}", machine.files.packed("int4")
@@ -175,7 +175,7 @@ def _depth(machine: Machine, *, depth: int, tokens: int = 32, repeats: int = 2) 
 
     return [
         *_dbrx_q(machine, checkpoint, {case: test}),
-        *_dbrx_q(machine, checkpoint, {case: test | {"kv": "int8"}}, ", --kv int8"),
+        *(_dbrx_q(machine, checkpoint, {case: test | {"kv": "int8"}}, ", --kv int8") if int8 else []),
         *(
             Competitor(
                 f"{_label(kind, layout)}, {'with' if flash else 'without'} flash attention", "llama.cpp", partial(run, kind, layout, flash)
@@ -278,7 +278,7 @@ SECTIONS = {
         "Prefill of 2048 tokens", ("prefill 2048",), "tokens/s", partial(_prefill, tokens=2048, repeats=1), _ALL_TOKENS
     ),
     "decode": Section("Decode of 64 tokens", ("decode",), "tokens/s", _decode, "One sequence with random tokens on both sides."),
-    "depth-4096": Section("Decode after 4,096 tokens", ("decode at 4096",), "tokens/s", partial(_depth, depth=4096)),
+    "depth-4096": Section("Decode after 4,096 tokens", ("decode at 4096",), "tokens/s", partial(_depth, depth=4096, int8=True)),
     "depth-16384": Section("Decode after 16,384 tokens", ("decode at 16384",), "tokens/s", partial(_depth, depth=16384)),
     "batches": Section(
         "Decode of several sequences together",

@@ -76,7 +76,7 @@ def _sources(work: Path) -> Path:
         return folder
     downloads = work / "sdist"
     subprocess.run(
-        [*_pip(), "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(downloads), SDIST],
+        [*_pip(), "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(downloads), SDIST],
         check=True,
         stdout=sys.stderr,
     )
