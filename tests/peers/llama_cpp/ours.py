@@ -10,13 +10,17 @@ tokens, as llama-bench does, and takes the most probable token of every step's l
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import statistics
 import sys
 import time
 from typing import Any
 
 started = time.perf_counter()
+os.environ.setdefault("DBRX_Q_DEFER_TORCH", "1")  # which the commands of dbrx-q set
+importlib.import_module("dbrx_q")  # before torch
 
 import torch  # noqa: E402 - imports are part of what `import_seconds` measures
 
@@ -61,7 +65,9 @@ def _prefill(model: Any, test: dict[str, Any]) -> list[float]:
         cache = KVCache(model.config, 1, test["tokens"], dtype=model.dtype)
         begin = time.perf_counter()
         for chunk in ids.split(_CHUNK, dim=1):
-            model(chunk, past_key_values=cache, output_router_logits=False)
+            logits = model(chunk, past_key_values=cache, output_router_logits=False).logits
+            if logits.shape[1] != chunk.shape[1]:
+                sys.exit(f"prefill must compute logits of all {chunk.shape[1]} tokens, as -embd 1 does; found {logits.shape[1]}")
         if turn:
             samples.append(test["tokens"] / (time.perf_counter() - begin))
     return samples
