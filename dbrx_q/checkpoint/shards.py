@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +92,31 @@ def stored_matrices(
 def in_shards(groups: Iterable[Sequence[StoredMatrix]], limit: int) -> list[list[StoredMatrix]]:
     """The matrices of every shard; a shard is closed before it grows past `limit` bytes.
 
+    The packed experts of a layer are not divided where a shard can hold them all: only in one file are they at equal distances, and can be
+    used where the file is mapped.
+
     Args:
         groups: as `stored_matrices` yields them.
         limit: bytes of tensors.
     """
     shards: list[list[StoredMatrix]] = [[]]
     size = 0
-    for group in groups:
-        nbytes = sum(matrix.nbytes for matrix in group)
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1] += group
-        size += nbytes
+    for (_, packed_experts), neighbors in groupby(groups, key=lambda group: (group[0].tensor.layer, group[0].expert >= 0)):
+        pieces = [list(group) for group in neighbors]
+        whole = [matrix for group in pieces for matrix in group]
+        if packed_experts and _nbytes(whole) <= limit:
+            pieces = [whole]
+        for piece in pieces:
+            if shards[-1] and size + _nbytes(piece) > limit:
+                shards.append([])
+                size = 0
+            shards[-1] += piece
+            size += _nbytes(piece)
     return shards
+
+
+def _nbytes(matrices: Sequence[StoredMatrix]) -> int:
+    return sum(matrix.nbytes for matrix in matrices)
 
 
 def shard_name(number: int, count: int) -> str:

@@ -58,6 +58,7 @@ def model(
     kv: options.Kv = "plain",
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
+    mmap: options.Mmap = True,
     fallback: options.Fallback = False,
     out: options.OutFolder = None,
     json: options.Json = False,
@@ -93,6 +94,7 @@ def model(
     longest = max(test.depth + test.tokens + (test.kind == "pp") for test in tests)  # one token follows a prompt
     widest = max(test.batch for test in tests)
     source.budget = memory_budget.budget_of(ram, gpu, context=longest, batch=widest, kv_format=kv, fallback=fallback)
+    source.use_mmap = mmap
     if source.budget is not None and not isinstance(source, PackedFolder):
         raise RequestError(f"{path}: --ram and --gpu measure what dbrx_q quantized; this is {source.format}. Leave them out")
     with terminal.progress("rows") as report:

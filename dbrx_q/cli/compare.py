@@ -35,6 +35,7 @@ def command(
     ] = "plain",
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
+    mmap: options.Mmap = True,
     fallback: options.Fallback = False,
     out: options.OutFolder = None,
     document: Annotated[Path | None, option(OUTPUT, "Markdown document in which to replace a table.", metavar="FILE")] = None,
@@ -74,7 +75,9 @@ def command(
     shares = 1 if isinstance(measured_against, ReferenceFile) else 2
     for source in sources:
         memory_budget.give_budget(source, ram, gpu, context=windowing.context, kv_format=kv, fallback=fallback, shares=shares)
+        source.use_mmap = mmap
     if not isinstance(measured_against, ReferenceFile):
+        measured_against.use_mmap = mmap
         memory_budget.give_budget(measured_against, ram, gpu, context=windowing.context, shares=shares)
     states: list[RunState] = []
     with terminal.progress("windows") as on_window:

@@ -56,6 +56,7 @@ def command(
     ] = None,
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
+    mmap: options.Mmap = True,
     context: _Context = None,
     policy: options.Policy = DEFAULT_POLICY.value,
     profile: options.Profile = None,
@@ -99,7 +100,7 @@ def command(
         miss_policy=miss_policy,
         fallback=fallback,
     )
-    model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype))
+    model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype), use_mmap=mmap)
     loaded = model.expert_store.stats()
     saved = _saved_prompt(prompt_cache, model, ids, kv)
     [result] = generate(

@@ -41,6 +41,7 @@ __all__ = [
     "Measured",
     "MeasuredDtype",
     "MissPolicy",
+    "Mmap",
     "OutFile",
     "OutFolder",
     "PlannedContext",
@@ -157,6 +158,9 @@ Profile = Annotated[
         metavar="FILE",
         default=False,
     ),
+]
+Mmap = Annotated[
+    bool, option(MEMORY, "Without --ram and --gpu, map the checkpoint's files and use weights in place, instead of reading them.")
 ]
 Prefetch = Annotated[bool, option(MEMORY, "Load the experts of the next layer ahead, as predicted.")]
 MissPolicy = Annotated[

@@ -27,6 +27,7 @@ def command(
     kv: options.Kv = "plain",
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
+    mmap: options.Mmap = True,
     fallback: options.Fallback = False,
     resume: options.Resume = False,
     json: options.Json = False,
@@ -54,6 +55,7 @@ def command(
     state = RunState(key)
     if not resume:
         state.clear()
+    source.use_mmap = mmap
     model = source.load(dtype=torch_dtype, device=torch_device)
     with terminal.progress("windows") as on_window:
         result = perplexity(model, ids, windowing, kv_format=kv, state=state, on_window=on_window)

@@ -39,6 +39,7 @@ def command(
     kv: options.Kv = "plain",
     ram: options.Ram = None,
     gpu: options.GpuSizes = None,
+    mmap: options.Mmap = True,
     fallback: options.Fallback = False,
     out: Annotated[Path | None, option(OUTPUT, "File for the JSON object that --json prints.", metavar="FILE")] = None,
     resume: options.Resume = False,
@@ -67,6 +68,7 @@ def command(
     torch_dtype = measurement.dtype_of(dtype, torch_device)
     context = min(DEFAULT_CONTEXT, source.config.max_seq_len)
     memory_budget.give_budget(source, ram, gpu, context=context, caches=CACHES, kv_format=kv, fallback=fallback)
+    source.use_mmap = mmap
     request = {"tasks": list(selection.names), "num_fewshot": num_fewshot, "limit": limit, "batch": batch, "chat": chat, "kv": kv}
     origin = provenance(torch_device, command_line())
     state = _run_state(source, checkpoint, request, origin, dtype=str(torch_dtype), fallback=fallback)

@@ -34,6 +34,8 @@ class Source(ABC):
     """Seconds that quantizing took, by the report beside the checkpoint; None where there is none."""
     budget: Budget | None = None
     """Limits on the memory that the model may take; None for as much as it needs of the device that it is loaded to."""
+    use_mmap: bool = True
+    """Whether packed weights on a CPU may be views of mapped files, without a budget."""
 
     @property
     def bits_per_weight(self) -> float:

@@ -97,7 +97,7 @@ class PackedFolder(Source):
     def load(self, *, dtype: torch.dtype | None, device: torch.device, stream: bool | None = None) -> DbrxForCausalLM:
         if stream:
             raise RequestError(f"{self.name}: only dequantized experts can be streamed; these stay packed. Leave stream out")
-        return load_pretrained(self.path, budget=self.budget, dtype=dtype, device=device)
+        return load_pretrained(self.path, budget=self.budget, dtype=dtype, device=device, use_mmap=self.use_mmap)
 
 
 def _quantize_seconds(folder: Path) -> float | None:

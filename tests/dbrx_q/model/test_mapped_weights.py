@@ -75,7 +75,7 @@ def test_mapped_weights_are_those_that_are_read(fmt: str, nano: Path, tmp_path: 
 
 @needs_smaps
 def test_a_layer_in_two_shards_is_read(nano: Path, tmp_path: Path) -> None:
-    folder = quantized(nano, tmp_path / "packed", "int4:64", shard_bytes=1_000_000)
+    folder = quantized(nano, tmp_path / "packed", "int4:64", shard_bytes=500_000)
     with Checkpoint(folder) as checkpoint:
         mapped = MappedCheckpoint(checkpoint)
         files = [[checkpoint.path_of(expert_name(layer, "w1", e, "scales")) for e in range(16)] for layer in range(4)]
@@ -235,3 +235,18 @@ def test_packed_stacks_are_not_copied(quantized_nano: Path) -> None:
     for module in model.modules():
         if isinstance(module, PackedWeight):
             assert module.value.contiguous_matrices() is module.value
+
+
+def test_experts_of_a_layer_share_a_shard_where_one_can_hold_them(quantized_nano: Path, tmp_path: Path) -> None:
+    model = load_model(quantized_nano)
+    layer = sum(weight.nbytes for weight in model.transformer.layers()[0].ffn.experts.mlp.buffers())
+    for limit, whole in ((int(1.5 * layer), True), (layer - 1, False)):
+        folder = tmp_path / str(limit)
+        model.save_pretrained(folder, max_shard_size=limit)
+        with Checkpoint(folder) as checkpoint:
+            shards = [{checkpoint.path_of(expert_name(i, "w2", e, "zeros")) for e in range(16)} for i in range(4)]
+            assert all(
+                sum(info.nbytes for name, info in checkpoint.infos.items() if checkpoint.path_of(name) == shard) <= limit
+                for shard in checkpoint.shards
+            )
+        assert all(len(names) == 1 for names in shards) == whole
