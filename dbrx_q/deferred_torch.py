@@ -11,11 +11,13 @@ If torch itself uses one of these modules while it is imported, they are execute
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 import threading
 from contextlib import suppress
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from opcode import opmap
 from pathlib import Path
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
 
-__all__ = ["DEFERRED", "SWITCH", "defer", "is_wanted"]
+__all__ = ["DEFERRED", "SWITCH", "defer", "is_wanted", "preload"]
 
 SWITCH = "DBRX_Q_DEFER_TORCH"
 """The environment variable that says whether to defer: 0 or 1."""
@@ -48,6 +50,8 @@ DEFERRED = frozenset(
         "torch._prims",
         "torch._refs",
         "torch.distributed._meta_registrations",
+        # Kernels in Python for GPUs.
+        "torch._native",
         # Training, and quantization by torch.
         "torch._lobpcg",
         "torch.ao",
@@ -65,9 +69,11 @@ DEFERRED = frozenset(
         "torch._storage_docs",
         "torch._tensor_docs",
         "unittest.mock",
+        # What numba imports for a file of settings that few have.
+        "yaml",
     )
 )
-"""The modules that are executed when they are used."""
+"""The modules that are executed when they are used. Kernels for GPUs are among them: defer nothing in a process that uses one."""
 
 _EXPORTED = {
     ("torch", "torch._higher_order_ops"): ("cond", "while_loop"),
@@ -77,6 +83,11 @@ _EXPORTED = {
 }
 """(package, deferred module): names that the package exports as its own."""
 
+# Extension modules that every command loads. The system loads one library at a time, so they come before torch's: Python can then import
+# modules beside it.
+_EXTENSIONS: tuple[str, ...] = ("math", "zlib", "_bz2", "_lzma", "fcntl", "_posixsubprocess", "select", "_datetime", "_uuid", "_heapq")
+_EXTENSIONS = (*_EXTENSIONS, "_json", "_socket", "_pickle", "_bisect", "_random", "_sha512", "array")
+_METACLASSES = (("torch._opaque_base", "OpaqueBaseMeta"), ("torch._custom_class_base", "CustomClassBaseMeta"))
 _IMPORT_CODES = {opmap["IMPORT_NAME"], opmap["IMPORT_FROM"]}
 _OLDEST = (2, 13)  # the oldest version of torch that the lists above were tried with
 
@@ -86,21 +97,53 @@ def is_wanted(*, default: bool) -> bool:
     return {"0": False, "1": True}.get(os.environ.get(SWITCH, ""), default)
 
 
-def defer(restart: Callable[[], None] | None = None) -> None:
+def defer(restart: Callable[[], None] | None = None, imported: Callable[[], None] | None = None) -> None:
     """Defer parts of the coming `import torch`; does nothing if torch is imported already.
 
     Args:
         restart: called if torch cannot be imported in this way, to import it plainly in a new process. None raises torch's error.
+        imported: called when torch is imported.
     """
     if "torch" not in sys.modules and not any(isinstance(finder, _Deferral) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Deferral(restart))
+        sys.meta_path.insert(0, _Deferral(restart, imported))
+
+
+def preload() -> threading.Thread | None:
+    """Load torch's largest library in a thread: a third of `import torch`, beside which Python imports other modules.
+
+    Returns:
+        The thread, which Python waits for at its end; None where there is no such library, or no thread can be started.
+    """
+    spec = None if "torch" in sys.modules or sys.platform != "linux" else PathFinder.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).with_name("lib")
+    libraries = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch_cpu.so", 0))  # as `import torch` loads them
+    if not all((folder / name).is_file() for name, _ in libraries):
+        return None
+    for name in _EXTENSIONS:
+        with suppress(ImportError):
+            import_module(name)
+    # A function that ctypes calls runs without the interpreter lock, which Python 3.11's CDLL(path) holds.
+    open_library = ctypes.CDLL(None).dlopen
+    open_library.restype, open_library.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
+
+    def load() -> None:
+        for name, flags in libraries:  # where one needs others that torch prepares, it is not loaded here
+            open_library(os.fsencode(folder / name), os.RTLD_NOW | flags)
+
+    thread = threading.Thread(target=load)
+    with suppress(RuntimeError):  # at a limit of threads
+        thread.start()
+        return thread
+    return None
 
 
 class _Deferral:
     """The finder on `sys.meta_path` that enters deferred modules; it leaves when they are executed."""
 
-    def __init__(self, restart: Callable[[], None] | None) -> None:
-        self._restart = restart
+    def __init__(self, restart: Callable[[], None] | None, imported: Callable[[], None] | None) -> None:
+        self._restart, self._imported = restart, imported
         self._pending: dict[str, ModuleType] = {}  # in the order in which the plain import executes them
         self._exports: list[_Export] = []
         self._lock = threading.RLock()
@@ -108,7 +151,7 @@ class _Deferral:
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """As `importlib.abc.MetaPathFinder.find_spec`; called for every module that is not loaded yet."""
-        if name == "torch" or (self._importing and name in DEFERRED):
+        if name == "torch" or (name in DEFERRED and (self._importing or not name.startswith("torch"))):
             spec = PathFinder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None and (name != "torch" or _is_known(spec)):
                 loader: Any = _Loader(spec.loader, self._import_torch if name == "torch" else self._enter)
@@ -162,6 +205,8 @@ class _Deferral:
             raise
         finally:
             self._importing = False
+        if self._imported is not None:
+            self._imported()
         for package in {export.package for export in self._exports}:
             names = {export.name: export.module for export in self._exports if export.package == package}
             _export_when_used(sys.modules[package], names, self.need)
@@ -295,8 +340,9 @@ def _export_when_used(package: ModuleType, names: dict[str, str], need: Callable
 
 def _has_generators(torch: Any) -> bool:
     """Whether generators of random numbers work; torch._prims, which is deferred, gives their class its metaclass."""
-    with suppress(AttributeError, KeyError):
-        torch._C._set_generator_metaclass(sys.modules["torch._opaque_base"].OpaqueBaseMeta)
+    for module, name in _METACLASSES:
+        if metaclass := getattr(sys.modules.get(module), name, None):
+            torch._C._set_generator_metaclass(metaclass)
     with suppress(RuntimeError):
         torch.Generator()
         return True

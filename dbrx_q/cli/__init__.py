@@ -12,6 +12,7 @@ has commands of its own.
 What the commands share:
 `options.py`        the options that several commands have, and the panels of `--help`
 `choices.py`        the values of an option, from the registry that defines them
+`values.py`         plain values of options, converted without pydantic
 `help.py`           how `--help` is laid out; a command's file is imported when the command runs
 `memory_budget.py`  --ram, --gpu and the like as a `Budget` or a `Machine`
 `calibration.py`    the sources of `--calibration`, and the sequences that are drawn of them

@@ -13,7 +13,7 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dbrx_q.deferred_torch import SWITCH, defer, is_wanted
+from dbrx_q.deferred_torch import SWITCH, defer, is_wanted, preload
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -30,6 +30,7 @@ _AGAIN_SECONDS = 0.005
 # Importing torch makes many objects, of which none is garbage. One token of the bundled model takes 2.1 s with Python's own threshold of
 # 700 objects, 1.85 s with this one, 1.7 s without any collection (medians of 4, two cores).
 _COLLECT_EVERY = 10_000
+_COLLECT_EVERY_WHILE_IMPORTING = 200_000
 _ONE_PRESS_SECONDS = 1.0  # further presses of Ctrl-C within it are ignored, while the command answers the first
 
 _SUMMARIES = {
@@ -52,9 +53,7 @@ _SUMMARIES = {
 
 def main() -> None:
     """Run the command line and exit."""
-    gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
-    if is_wanted(default=True):
-        defer(_restart_with_plain_torch)
+    _import_fast(sys.argv[1:])
     interrupted = False
     raised = -math.inf
 
@@ -99,6 +98,19 @@ def main() -> None:
     sys.exit(code)
 
 
+def _import_fast(arguments: list[str]) -> None:
+    """Leave out of `import torch` what the command does not use, unless it uses a GPU; collect little garbage, since imports make none."""
+    gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
+    if is_wanted(default=not any(argument.startswith(("cuda", "--gpu", "--device=cuda")) for argument in arguments)):
+        gc.set_threshold(_COLLECT_EVERY_WHILE_IMPORTING)
+        defer(_restart_with_plain_torch, _collect_from_now_on)
+
+
+def _collect_from_now_on() -> None:
+    gc.freeze()  # later collections do not visit the objects of torch
+    gc.set_threshold(_COLLECT_EVERY)
+
+
 def _restart_with_plain_torch() -> None:
     """Run this command again from its beginning, and import torch plainly. Commands import torch before they read or write anything."""
     os.execve(sys.executable, sys.orig_argv, os.environ | {SWITCH: "0"})
@@ -124,11 +136,13 @@ def run(arguments: list[str]) -> int:
 def _dispatch(arguments: list[str]) -> int:
     from dbrx_q.errors import DbrxError
 
-    from .limits import check_limits, memory_message
+    from .limits import check_limits, memory_message, uses_models
 
     refusal = check_limits(arguments)
     if refusal is not None:
         return _fail(refusal)
+    if uses_models(arguments):
+        preload()
     try:
         _app()(arguments, prog_name="dbrx-q")
     except SystemExit as termination:  # typer prints its messages on wrong usage and always exits

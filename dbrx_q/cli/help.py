@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .options import OUTPUT
+from .values import convert_plainly
 
 __all__ = ["CONTEXT", "Command", "CommandGroup", "LazyCommands", "example"]
 
@@ -32,6 +33,10 @@ _SPACE, _HYPHEN = "\u00a0", "\u2011"  # at which click wraps no line
 
 class Command(TyperCommand):
     """A command whose `--help` lists its options in panels."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, which convert plain values without pydantic."""
+        return convert_plainly(super().get_params(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for the arguments and one for each panel, in the order in which the function names them."""
@@ -52,6 +57,10 @@ class Command(TyperCommand):
 
 class CommandGroup(TyperGroup):
     """A command that has commands of its own, such as `dbrx-q` and `dbrx-q bench`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, which convert plain values without pydantic."""
+        return convert_plainly(super().get_params(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands, with the first sentence on each, and the options."""

@@ -9,7 +9,7 @@ import threading
 
 from dbrx_q.planning.sizes import format_size
 
-__all__ = ["check_limits", "memory_message"]
+__all__ = ["check_limits", "memory_message", "uses_models"]
 
 # Bytes that Python, the libraries and the code they compile take at least, measured with two threads. Below it, OpenBLAS, C++ and LLVM
 # end the process without an exception.
@@ -59,11 +59,11 @@ def check_limits(arguments: list[str]) -> str | None:
     Args:
         arguments: of the command line; none that only prints help is checked.
     """
-    if sys.platform != "linux" or not arguments or arguments[0].startswith("-") or "--help" in arguments:
+    if sys.platform != "linux" or not _runs(arguments):
         return None
     import resource
 
-    data = (_DATA_OF_LIBRARIES if arguments[0] in _WITHOUT_MODELS else _DATA_OF_MODELS) + _THREAD_STACK * (_threads() - _FEW_THREADS)
+    data = (_DATA_OF_MODELS if uses_models(arguments) else _DATA_OF_LIBRARIES) + _THREAD_STACK * (_threads() - _FEW_THREADS)
     limits = (("-d", resource.RLIMIT_DATA, data), ("-v", resource.RLIMIT_AS, data + _FILES_IN_ADDRESS_SPACE))
     for option, kind, needed in limits:
         limit = resource.getrlimit(kind)[0]
@@ -75,6 +75,15 @@ def check_limits(arguments: list[str]) -> str | None:
     if resource.getrlimit(resource.RLIMIT_NPROC)[0] != resource.RLIM_INFINITY and not _can_start_threads(_threads()):
         return _NO_THREADS
     return None
+
+
+def uses_models(arguments: list[str]) -> bool:
+    """Whether a command line runs a command that computes with weights, which imports torch."""
+    return _runs(arguments) and arguments[0] not in _WITHOUT_MODELS
+
+
+def _runs(arguments: list[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)
 
 
 def _threads() -> int:
