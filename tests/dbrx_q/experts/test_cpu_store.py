@@ -132,7 +132,7 @@ def test_a_model_is_loaded_as_planned_and_counts_reads_and_misses(quantized_nano
     assert before.disk_bytes == plan.host.experts  # the slots were filled
     assert generate(model, [PROMPT], max_new_tokens=8)[0].token_ids == expected
     stats = model.expert_store.stats() - before
-    assert stats.cache.requests >= 4 * 16 + 7 * 4 * 4
+    assert stats.cache.requests >= 3 * 16 + 4 + 7 * 4 * 4  # the last layer computes one token of the prompt
     assert stats.cache.misses > 0
     expert_bytes = plan.expert_bytes // plan.experts
     assert stats.cache.misses * expert_bytes <= stats.disk_bytes <= (stats.cache.misses + stats.cache.prefetches) * expert_bytes
