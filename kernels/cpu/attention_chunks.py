@@ -29,6 +29,9 @@ _VECTOR_BYTES = 4 * _LANES
 # As measured for int4 weights (`int4.py`).
 _PREFETCH_BYTES = 4096
 _LINE = 64  # bytes
+# Tokens whose values are added before the next channels of these tokens. ms for 4096 tokens, bfloat16 / int8, of 48 heads on one thread:
+# 16 tokens 1.67 / 1.30, 32 1.61 / 1.22, 64 1.88 / 1.23, 256 1.92 / 1.20.
+_TOKENS = 32
 
 # 2^f for f from -1/2 to 1/2, lowest power first: a relative error of 7.3e-8 in float32 with every rounding.
 _EXP2 = (1.0, 0.69314718, 0.24022646, 0.055503286, 0.0096184891, 0.0013399931, 0.00015345812)
@@ -101,13 +104,12 @@ def _unit(b: Any, name: str, address: Any) -> list[Any]:
     if name == "float16":
         return [v.half_to_float(b, v.load(b, address, v.vector(v.I16, _LANES)))]
     codes = v.load(b, address, v.vector(v.I8, _LANES))
-    if name == "int8":
-        return [b.sitofp(b.sext(codes, v.V16I), v.V16F)]
-    wide = b.zext(codes, v.V16I)
-    low, high = b.and_(wide, v.constant(v.V16I, [15] * _LANES)), b.lshr(wide, v.constant(v.V16I, [4] * _LANES))
-    # 2^23 as bits of float32, or-ed with a code, is 2^23 + code: a subtraction gives code - 8, by which sums cancel less.
-    exponent = v.constant(v.V16I, [150 << 23] * _LANES)
-    return [b.fsub(b.bitcast(b.or_(half, exponent), v.V16F), _floats(2.0**23 + 8)) for half in (low, high)]
+    if name == "int4":
+        # Less 8, so that sums cancel less; as bytes, of which a vector operation takes more at a time.
+        middle = v.constant(codes.type, [8] * _LANES)
+        halves = b.and_(codes, v.constant(codes.type, [15] * _LANES)), b.lshr(codes, v.constant(codes.type, [4] * _LANES))
+        return [b.sitofp(b.sext(b.sub(half, middle), v.V16I), v.V16F) for half in halves]
+    return [b.sitofp(b.sext(codes, v.V16I), v.V16F)]
 
 
 def _shuffled(b: Any, x: Any, y: Any, lanes: list[int]) -> Any:
@@ -217,6 +219,9 @@ class _Chunk:
     def score_at(self, b: Any, row: int, t: Any) -> Any:
         return _at(b, self.scores, (b.add(t, v.I64(row * CHUNK)), 4))
 
+    def sum_at(self, b: Any, out: Any, row: int, channel: Any) -> Any:
+        return _at(b, out, (b.add(b.mul(self.C, v.I64(row)), channel), 4))
+
     def groups(self, b: Any) -> Any:
         """Groups of sixteen tokens."""
         return b.udiv(b.add(self.n, v.I64(_LANES - 1)), v.I64(_LANES))
@@ -323,39 +328,45 @@ def _add_values(b: Any, chunk: _Chunk, values: Any, offsets: list[Any], out: Any
     """Write the sums of the values by their factors to `out`, float32 [rows, C]."""
     stored, units = chunk.stored, chunk.units(b)
     together = max(1, (4 if _wide_registers() else 1) // stored.parts)
+    with cgutils.for_range(b, b.udiv(chunk.C, v.I64(_LANES))) as loop:
+        for row in range(chunk.rows):
+            v.store(b, offsets[row] if offsets else _floats(0.0), chunk.sum_at(b, out, row, b.mul(loop.index, v.I64(_LANES))))
 
-    def block(first: Any, count: int) -> None:
-        totals = [[_slots(b, stored.parts) for _ in range(count)] for _ in range(chunk.rows)]
-        for slot in (slot for of_row in totals for of_unit in of_row for slot in of_unit):
-            b.store(_floats(0.0), slot)
-        with cgutils.for_range(b, chunk.n) as loop:
-            address = b.add(chunk.token(b, values, loop.index), b.mul(first, v.I64(stored.unit_bytes)))
+    def block(first: Any, count: int, start: Any, tokens: Any) -> None:
+        places = [(row, unit, part) for row in range(chunk.rows) for unit in range(count) for part in range(stored.parts)]
+        totals = {place: cgutils.alloca_once(b, v.V16F) for place in places}
+        sums = {(r, unit, part): chunk.sum_at(b, out, r, chunk.channel(b, b.add(first, v.I64(unit)), part)) for r, unit, part in places}
+        for place in places:
+            b.store(v.load(b, sums[place], v.V16F), totals[place])
+        with cgutils.for_range(b, tokens) as loop:
+            t = b.add(start, loop.index)
+            address = b.add(chunk.token(b, values, t), b.mul(first, v.I64(stored.unit_bytes)))
             vectors = []
             for unit in range(count):
                 vectors.append(_unit(b, chunk.name, b.add(address, v.I64(unit * stored.unit_bytes))))
             for offset in range(0, count * stored.unit_bytes, _LINE):
                 v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES + offset)))
             for row in range(chunk.rows):
-                factor = _all(b, v.lookup(b, chunk.score_at(b, row, loop.index), v.I64(0), 1))
+                factor = _all(b, v.lookup(b, chunk.score_at(b, row, t), v.I64(0), 1))
                 for unit in range(count):
-                    for half in range(stored.parts):
-                        slot = totals[row][unit][half]
-                        b.store(_fused(b, factor, vectors[unit][half], b.load(slot)), slot)
-        for row in range(chunk.rows):
-            for unit in range(count):
-                for half in range(stored.parts):
-                    channel = chunk.channel(b, b.add(first, v.I64(unit)), half)
-                    value = b.load(totals[row][unit][half])
-                    value = b.fadd(value, offsets[row]) if offsets else value
-                    v.store(b, value, _at(b, out, (b.add(b.mul(chunk.C, v.I64(row)), channel), 4)))
+                    for part in range(stored.parts):
+                        slot = totals[row, unit, part]
+                        b.store(_fused(b, factor, vectors[unit][part], b.load(slot)), slot)
+        for place in places:
+            v.store(b, b.load(totals[place]), sums[place])
 
-    whole = b.udiv(units, v.I64(together))
-    with cgutils.for_range(b, whole) as loop:
-        block(b.mul(loop.index, v.I64(together)), together)
-    if together > 1:
-        done = b.mul(whole, v.I64(together))
-        with cgutils.for_range(b, b.sub(units, done)) as loop:
-            block(b.add(done, loop.index), 1)
+    # Some tokens at a time, so that memory is read at an even pace, not all of it for the first channels.
+    with cgutils.for_range(b, b.udiv(b.add(chunk.n, v.I64(_TOKENS - 1)), v.I64(_TOKENS))) as piece:
+        start = b.mul(piece.index, v.I64(_TOKENS))
+        left = b.sub(chunk.n, start)
+        tokens = b.select(b.icmp_signed("<", left, v.I64(_TOKENS)), left, v.I64(_TOKENS))
+        whole = b.udiv(units, v.I64(together))
+        with cgutils.for_range(b, whole) as loop:
+            block(b.mul(loop.index, v.I64(together)), together, start, tokens)
+        if together > 1:
+            done = b.mul(whole, v.I64(together))
+            with cgutils.for_range(b, b.sub(units, done)) as loop:
+                block(b.add(done, loop.index), 1, start, tokens)
 
 
 @intrinsic(prefer_literal=True)
