@@ -98,7 +98,7 @@ def test_processes_share_the_mapped_pages(quantized_nano: Path) -> None:
     model = load_model(quantized_nano)
     generate(model, [PROMPT * 20], max_new_tokens=1)  # uses all experts
     alone = mapped_bytes(quantized_nano, "Pss")
-    assert alone > 0.8 * sum(path.stat().st_size for path in quantized_nano.glob("*.safetensors"))
+    assert alone > 0.5 * sum(path.stat().st_size for path in quantized_nano.glob("*.safetensors"))
     code = (
         "import sys; from pathlib import Path; from dbrx_q import generate; from dbrx_q.model.loading import load_model\n"
         f"model = load_model(Path({str(quantized_nano)!r})); generate(model, [{PROMPT} * 20], max_new_tokens=1)\n"
