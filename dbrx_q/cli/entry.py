@@ -95,6 +95,7 @@ def main() -> None:
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code or _fail(_INTERRUPTED))  # does not wait for the threads of a download
+    gc.freeze()  # Python's end would look for garbage among all objects of the libraries, three times
     sys.exit(code)
 
 
