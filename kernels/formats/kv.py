@@ -16,6 +16,9 @@ __all__ = ["KV_FORMATS", "KVLayer", "allocate_kv", "dequantize_kv", "quantize_kv
 KV_FORMATS = ("plain", "int8", "int4")
 
 _LARGEST = 65504.0  # in float16
+# Elements of a sequence that the CPU dequantizes at a time. ms for keys and values of 16,384 tokens of 8 heads on one thread, int8 / int4:
+# all at a time 178 / 258, 2^20 44 / 74, 2^19 44 / 53, 2^17 53 / 58.
+_PIECE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class KVLayer:
         if self.key_scales is None or self.value_scales is None:
             return keys.to(dtype), values.to(dtype)
         key_scales, value_scales = self.key_scales[index, :, :tokens], self.value_scales[index, :, :tokens]
-        return dequantize_kv(keys, key_scales, self.format, dtype), dequantize_kv(values, value_scales, self.format, dtype)
+        return _dequantized_row(keys, key_scales, self.format, dtype), _dequantized_row(values, value_scales, self.format, dtype)
 
 
 def allocate_kv(format: str, B: int, G: int, L: int, C: int, dtype: torch.dtype, device: torch.device) -> KVLayer:
@@ -113,6 +116,19 @@ def dequantize_kv(codes: torch.Tensor, scales: torch.Tensor, format: str, dtype:
         raise FormatError(f"the format must be 'int8' or 'int4'; found {format!r}. Plain keys and values are stored as they are")
     step, minimum = scales.float().unsqueeze(-1).unbind(-2)  # [..., 1]
     return (torch.cat((codes & 15, codes >> 4), dim=-1).float() * step + minimum).to(dtype)
+
+
+def _dequantized_row(codes: torch.Tensor, scales: torch.Tensor, format: str, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantize_kv` for one sequence [G, tokens, ...]; on the CPU some tokens at a time, so that float32 temporaries stay in cache."""
+    G, tokens, width = codes.shape
+    step = max(1, _PIECE_ELEMENTS // (G * width))
+    if codes.device.type != "cpu" or tokens <= step:
+        return dequantize_kv(codes, scales, format, dtype)
+    values = torch.empty(G, tokens, width * (2 if format == "int4" else 1), dtype=dtype)
+    for first in range(0, tokens, step):
+        piece = slice(first, first + step)
+        values[:, piece] = dequantize_kv(codes[:, piece], scales[:, piece], format, dtype)
+    return values
 
 
 def _divided(x: torch.Tensor, by: float) -> torch.Tensor:

@@ -45,6 +45,18 @@ def test_values_on_the_grid_round_trip_exactly(format: str, dtype: torch.dtype) 
     assert torch.equal(dequantize_kv(*quantize_kv(x, format), format, dtype), x)
 
 
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_long_sequence_is_dequantized_in_pieces_to_the_same_bits(format: str) -> None:
+    cache = allocate_kv(format, 1, 2, 5000, 128, torch.bfloat16, torch.device("cpu"))
+    x = torch.randn(2, 5000, 128, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize_kv(x, format)
+    for part, value in ((cache.keys, codes), (cache.values, codes), (cache.key_scales, scales), (cache.value_scales, scales)):
+        assert part is not None
+        part[0] = value
+    for values in cache.row(0, 4999, torch.bfloat16):
+        assert torch.equal(values, dequantize_kv(codes, scales, format, torch.bfloat16)[:, :4999])
+
+
 def test_int4_stores_both_halves_of_a_head_in_the_same_bytes() -> None:
     codes, scales = quantize_kv(torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 15]), "int4")
     assert codes.tolist() == [0x40, 0x51, 0x62, 0xF3]
