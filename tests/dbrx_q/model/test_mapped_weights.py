@@ -96,12 +96,12 @@ def test_a_budget_reads_into_memory_of_the_process(quantized_nano: Path) -> None
 @needs_smaps
 def test_processes_share_the_mapped_pages(quantized_nano: Path) -> None:
     model = load_model(quantized_nano)
-    generate(model, [PROMPT * 20], max_new_tokens=1)  # uses all experts
+    model(torch.tensor([PROMPT * 20]))  # logits of all tokens, so that all experts of the last layer are used, too
     alone = mapped_bytes(quantized_nano, "Pss")
-    assert alone > 0.5 * sum(path.stat().st_size for path in quantized_nano.glob("*.safetensors"))
+    assert alone > 0.8 * sum(path.stat().st_size for path in quantized_nano.glob("*.safetensors"))
     code = (
-        "import sys; from pathlib import Path; from dbrx_q import generate; from dbrx_q.model.loading import load_model\n"
-        f"model = load_model(Path({str(quantized_nano)!r})); generate(model, [{PROMPT} * 20], max_new_tokens=1)\n"
+        "import sys, torch; from pathlib import Path; from dbrx_q.model.loading import load_model\n"
+        f"model = load_model(Path({str(quantized_nano)!r})); model(torch.tensor([{PROMPT} * 20]))\n"
         "print('used', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
