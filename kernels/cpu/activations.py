@@ -1,22 +1,31 @@
-"""Activations for the CPU's dot products: 16-bit integers with one scale per block of 128.
+"""Activations for the CPU's integer products: 16-bit or 8-bit integers with one scale per unit of 32 to 128 neighbours along K.
 
-The largest magnitude of a block maps to 32767, so a value within a factor of 128 of it keeps at least the 8 significant bits of bfloat16.
+A 16-bit integer is stored as two bytes in two rows, since the chips multiply bytes: 256 times the first plus the second, both signed. The
+largest magnitude of a unit maps to 32639, the largest integer with two signed bytes, so a value within a factor of 127 of it keeps at least
+the 8 significant bits of bfloat16.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-import numpy as np
 import torch
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
+from . import vector as v
 from .compiled import compiled
 
-__all__ = ["QuantizedActivations", "quantize_activations"]
+__all__ = ["QuantizedActivations", "quantize_activations", "quantize_gated"]
 
-_BLOCK = 128
-_SUMS_MULTIPLE = 16  # the int4 kernel reads the sums of 16 groups at a time
+_LARGEST = {1: 127, 2: 127 * 256 + 127}  # by the number of bytes
+_SMALLEST = 1e-30  # units whose largest magnitude is less become zeros: the inverse of their scale could be infinite
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -24,46 +33,138 @@ class QuantizedActivations:
     """`T` rows of `K` activations."""
 
     codes: torch.Tensor
-    """int16 [T, K]. For int4 weights, lane `l` of vector `s` of a block of 128 is element 4l+s; for others, elements are in order."""
+    """int8 [T, H, K]: H = 2, 256 times the first row plus the second, or H = 1. For int4 weights every eight neighbours stand in the order
+    0, 2, 4, 6, 1, 3, 5, 7; for other formats in their own."""
     scales: torch.Tensor
-    """float32 [T, K/128]."""
+    """float32 [T, K/U]."""
     sums: torch.Tensor
-    """float32 [T, K/G rounded up to 16]: the sum of each group of dequantized activations; empty unless asked for."""
+    """int32 [T, K/U], the sum of the integers of each unit."""
+
+    @property
+    def unit(self) -> int:
+        """U, activations that share a scale."""
+        return self.codes.shape[-1] // self.scales.shape[-1]
 
 
-def quantize_activations(x: torch.Tensor, *, sums_of: int = 0) -> QuantizedActivations:
-    """Quantize `x` [T, K], K a multiple of 128; `sums_of` is the group size of int4 weights, 0 for weights without zero-points."""
+def quantize_activations(x: torch.Tensor, *, unit: int, halves: int, interleaved: bool) -> QuantizedActivations:
+    """Quantize `x` [T, K] on numba's current number of threads.
+
+    Args:
+        unit: U, a power of two from 32 to 128; K is a multiple of it.
+        halves: bytes of an integer, 1 or 2.
+        interleaved: whether the weight is int4.
+    """
+    x = x.float().contiguous()
+    result = _empty(x, unit, halves)
+    _quantizer(unit, halves, int(interleaved))(x.data_ptr(), x.data_ptr(), 0, *_arguments(result))
+    return result
+
+
+def quantize_gated(gate: torch.Tensor, up: torch.Tensor, *, unit: int, halves: int, interleaved: bool) -> QuantizedActivations:
+    """Quantize silu(gate) * up, both float32 [T, K] and contiguous; otherwise as `quantize_activations`."""
+    result = _empty(gate, unit, halves)
+    _quantizer(unit, halves, int(interleaved))(gate.data_ptr(), up.data_ptr(), 1, *_arguments(result))
+    return result
+
+
+def _empty(x: torch.Tensor, unit: int, halves: int) -> QuantizedActivations:
     T, K = x.shape
-    groups = K // sums_of if sums_of else 0
-    codes = torch.empty(T, K, dtype=torch.int16)
-    scales = torch.empty(T, K // _BLOCK)
-    sums = torch.zeros(T, (groups + _SUMS_MULTIPLE - 1) // _SUMS_MULTIPLE * _SUMS_MULTIPLE)
-    _quantize(x.float().contiguous().numpy(), codes.numpy(), scales.numpy(), sums.numpy(), sums_of)
-    return QuantizedActivations(codes, scales, sums)
+    codes = torch.empty(T, halves, K, dtype=torch.int8)
+    return QuantizedActivations(codes, torch.empty(T, K // unit), torch.empty(T, K // unit, dtype=torch.int32))
 
 
-@compiled(parallel=True)
-def _quantize(x, codes, scales, sums, group_size):
-    T, K = x.shape
-    for t in prange(T):
-        for block in range(K // _BLOCK):
-            first = block * _BLOCK
-            largest = np.float32(0)
-            for i in range(first, first + _BLOCK):
-                magnitude = abs(x[t, i])
-                if magnitude > largest or magnitude != magnitude:  # keep NaN: the scale propagates it to the result
-                    largest = magnitude
-            scale = largest / np.float32(32767)
-            inverse = np.float32(32767) / largest if largest > 0 else np.float32(0)
-            scales[t, block] = scale
-            if group_size:
-                for i in range(_BLOCK):
-                    code = np.int16(np.rint(x[t, first + i] * inverse))
-                    codes[t, first + i % 4 * 32 + i // 4] = code
-                    sums[t, (first + i) // group_size] += np.float32(code)
-            else:
-                for i in range(first, first + _BLOCK):
-                    codes[t, i] = np.int16(np.rint(x[t, i] * inverse))
-        if group_size:
-            for g in range(K // group_size):
-                sums[t, g] *= scales[t, g * group_size // _BLOCK]
+def _arguments(x: QuantizedActivations) -> tuple[int, ...]:
+    T, _, K = x.codes.shape
+    return x.codes.data_ptr(), x.scales.data_ptr(), x.sums.data_ptr(), T, K
+
+
+def _floats(value: float) -> Any:
+    return v.constant(v.V16F, [value] * 16)
+
+
+def _ints(value: int) -> Any:
+    return v.constant(v.V16I, [value] * 16)
+
+
+def _llvm(b: Any, name: str, kind: Any, *values: Any) -> Any:
+    function = ir.FunctionType(kind, [value.type for value in values])
+    return b.call(cgutils.get_or_insert_function(b.module, function, name), values)
+
+
+def _silu(b: Any, x: Any) -> Any:
+    """x / (1 + exp(-x)) with a relative error of about 1e-7; exp(-x) = 2^n * 2^f, 2^f by its Taylor polynomial."""
+    power = b.fmul(x, _floats(-_LOG2_E))
+    power = _llvm(b, "llvm.minnum.v16f32", v.V16F, _llvm(b, "llvm.maxnum.v16f32", v.V16F, power, _floats(-126.0)), _floats(127.0))
+    whole = _llvm(b, "llvm.rint.v16f32", v.V16F, power)
+    fraction = b.fmul(b.fsub(power, whole), _floats(_LN_2))
+    result, factor = _floats(1 / 5040), 5040.0
+    for k in range(7, 0, -1):
+        factor /= k
+        result = v.fused(b, result, fraction, _floats(1 / factor))
+    exponent = b.shl(b.fptosi(whole, v.V16I), _ints(23))
+    raised = b.bitcast(b.add(b.bitcast(result, v.V16I), exponent), v.V16F)
+    return b.fdiv(x, b.fadd(raised, _floats(1.0)))
+
+
+def _larger(b: Any, x: Any, y: Any) -> Any:
+    """max(x, y), and NaN where one of them is: the scale carries it to the result."""
+    return b.select(b.or_(b.fcmp_ordered(">", x, y), b.fcmp_unordered("uno", x, x)), x, y)
+
+
+@intrinsic(prefer_literal=True)
+def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at, unit, halves, interleaved):
+    """Quantize one unit; all arguments are addresses but `pitch`, the bytes from the first to the second byte's row. The last are literals."""
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (unit, halves, interleaved)):
+        return None
+    U, H, int4 = unit.literal_value, halves.literal_value, bool(interleaved.literal_value)
+    octets = [8 * (i // 8) + [0, 2, 4, 6, 1, 3, 5, 7][i % 8] for i in range(16)]
+
+    def codegen(context, b, signature, args):
+        x, up, gated, codes, pitch, scale_at, sum_at, _, _, _ = args
+        slots = [cgutils.alloca_once(b, v.V16F) for _ in range(U // 16)]
+        for i, slot in enumerate(slots):
+            b.store(v.load(b, b.add(x, v.I64(64 * i)), v.V16F), slot)
+        with b.if_then(b.icmp_signed("!=", gated, v.I64(0))):
+            for i, slot in enumerate(slots):
+                b.store(b.fmul(_silu(b, b.load(slot)), v.load(b, b.add(up, v.I64(64 * i)), v.V16F)), slot)
+        values = [b.load(slot) for slot in slots]
+        largest = _floats(0.0)
+        for value in values:
+            largest = _larger(b, _llvm(b, "llvm.fabs.v16f32", v.V16F, value), largest)
+        for distance in (8, 4, 2, 1):
+            largest = _larger(b, v.broadcast(b, largest, [lane ^ distance for lane in range(16)]), largest)
+        largest = b.select(b.fcmp_ordered("<", largest, _floats(_SMALLEST)), _floats(0.0), largest)
+        inverse = b.select(b.fcmp_ordered("==", largest, _floats(0.0)), _floats(0.0), b.fdiv(_floats(float(_LARGEST[H])), largest))
+        scale = b.fmul(largest, _floats(1 / _LARGEST[H]))
+        v.store(b, b.extract_element(scale, v.I32(0)), scale_at)
+        total = ir.Constant(v.V16I, None)
+        for i, value in enumerate(values):
+            whole = _llvm(b, "llvm.rint.v16f32", v.V16F, b.fmul(value, inverse))
+            code = _llvm(b, "llvm.fptosi.sat.v16i32.v16f32", v.V16I, whole)
+            total = b.add(total, code)
+            rows = [code] if H == 1 else [b.ashr(b.add(code, _ints(128)), _ints(8)), code]
+            for h, row in enumerate(rows):
+                octet = b.trunc(row, v.vector(v.I8, 16))
+                if int4:
+                    octet = v.broadcast(b, octet, octets)
+                v.store(b, octet, b.add(b.add(codes, b.mul(pitch, v.I64(h))), v.I64(16 * i)))
+        v.store(b, _llvm(b, "llvm.vector.reduce.add.v16i32", v.I32, total), sum_at)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7, unit, halves, interleaved), codegen
+
+
+@cache
+def _quantizer(unit: int, halves: int, interleaved: int) -> Any:
+    """The function that quantizes rows, compiled for one kind of result."""
+
+    @compiled(parallel=True)
+    def quantize(x, up, gated, codes, scales, sums, T, K):
+        units = K // unit
+        for t in prange(T):
+            for u in range(units):
+                at, to = (t * K + u * unit) * 4, codes + t * K * halves + u * unit
+                scale_at, sum_at = scales + (t * units + u) * 4, sums + (t * units + u) * 4
+                _quantize_unit(x + at, up + at, gated, to, K, scale_at, sum_at, unit, halves, interleaved)
+
+    return quantize

@@ -96,20 +96,6 @@ def _pointer(b: Any, address: Any) -> Any:
     return b.inttoptr(address, v.I8.as_pointer())
 
 
-def _transposed(b: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 lanes, transposed: at each distance, the blocks off the diagonal are swapped."""
-    for distance in (8, 4, 2, 1):
-        keep = [lane if not lane & distance else 16 + lane - distance for lane in range(16)]
-        swap = [lane + distance if not lane & distance else 16 + lane for lane in range(16)]
-        new = list(rows)
-        for i in range(16):
-            if not i & distance:
-                pair = rows[i], rows[i + distance]
-                new[i], new[i + distance] = (b.shuffle_vector(*pair, v.constant(v.V16I, lanes)) for lanes in (keep, swap))
-        rows = new
-    return rows
-
-
 @intrinsic
 def _configure(typing_context):
     """Configure eight tiles of 16 rows of 64 bytes for this thread."""
@@ -181,7 +167,7 @@ def _store_tile(typing_context, tile, out, out_stride):
 
     def codegen(context, b, signature, args):
         tile, out, out_stride = args
-        rows = _transposed(b, [v.load(b, b.add(tile, v.I64(64 * i)), v.V16I) for i in range(16)])
+        rows = v.transposed(b, [v.load(b, b.add(tile, v.I64(64 * i)), v.V16I) for i in range(16)])
         for i, row in enumerate(rows):
             v.store_rounded(b, b.bitcast(row, v.V16F), b.add(out, b.mul(out_stride, v.I64(i))), bfloat16=True)
         return context.get_dummy_value()
@@ -212,7 +198,7 @@ def _pack_block(typing_context, x, last_token, x_stride, out, four_bits):
                 v.store(b, parts[s], b.add(ordered, b.add(b.mul(token.index, v.I64(2 * _BLOCK)), v.I64(64 * s))))
         with cgutils.for_range(b, v.I64(4)) as part:
             column = b.add(ordered, b.mul(part.index, v.I64(64)))
-            rows = _transposed(b, [v.load(b, b.add(column, v.I64(2 * _BLOCK * t)), v.V16I) for t in range(16)])
+            rows = v.transposed(b, [v.load(b, b.add(column, v.I64(2 * _BLOCK * t)), v.V16I) for t in range(16)])
             to = b.add(out, b.mul(part.index, v.I64(_TILE)))
             for r in range(16):
                 v.store(b, rows[r], b.add(to, v.I64(64 * r)))

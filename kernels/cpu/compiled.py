@@ -1,4 +1,4 @@
-"""The decorator of all numba functions: compiled once, and kept on the disk wherever a folder for it can be written.
+"""How all numba functions are compiled: once, and kept on the disk wherever a folder for it can be written.
 
 numba looks for a folder in NUMBA_CACHE_DIR, beside the source file and in the user's cache, and raises an error if it can write none of
 them. Here the compiled code then goes to a private temporary folder or, without one, is compiled in every process.
@@ -15,14 +15,17 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
+from numba import types
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an extension module without stubs
 
 from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "compiled_address"]
 
 _COST = "compiling them takes every command 10 seconds or more"
+_CALLBACKS: list[CFunc] = []  # keeps their machine code in memory
 _CURE = "set NUMBA_CACHE_DIR to a folder that you may write to"
 
 
@@ -37,6 +40,20 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return decorate
+
+
+def compiled_address(function: Callable[..., Any], arguments: int) -> int:
+    """The address of machine code that other compiled code can call: a function of so many int64 that returns an int64.
+
+    Kept on the disk as by `compiled`, for every set of numbers that `function` closes over.
+    """
+    callback = CFunc(function, ((types.int64,) * arguments, types.int64), {}, {})
+    stored = _cache_of(function)
+    if stored is not None:
+        callback._cache = stored
+    callback.compile()
+    _CALLBACKS.append(callback)
+    return int(callback.address)
 
 
 class _Cache(FunctionCache):

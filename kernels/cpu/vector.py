@@ -1,11 +1,12 @@
 """Short-vector building blocks for the CPU kernels, written as portable LLVM IR.
 
-No function names an instruction set: LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or NEON.
-The only shape that matters is that of the 16-bit dot product `dot_i16`: LLVM makes it `vpdpwssd` with VNNI and `vpmaddwd` without.
+LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or NEON. `dot_bytes` alone names instructions of a
+chip, for which LLVM knows no pattern, beside a form that runs everywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,11 +23,13 @@ __all__ = [
     "I64",
     "V16F",
     "V16I",
+    "V64",
     "add_into",
     "broadcast",
     "chip_features",
     "constant",
-    "dot_i16",
+    "dot_bytes",
+    "fused",
     "half_to_float",
     "has_bfloat16",
     "load",
@@ -37,6 +40,7 @@ __all__ = [
     "round_to_bfloat16",
     "store",
     "store_rounded",
+    "transposed",
     "vector",
 ]
 
@@ -51,6 +55,7 @@ I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 V16F = ir.VectorType(F32, 16)
 V16I = ir.VectorType(I32, 16)
+V64 = ir.VectorType(I8, 64)
 
 # Reassociation within a row lets sums run 16 wide; NaN and infinity keep their meaning.
 _FAST = ("contract", "reassoc")
@@ -139,13 +144,71 @@ def prefetch(b: Builder, address: Value) -> None:
     b.call(hint, [b.inttoptr(address, pointer), read, keep, data])
 
 
-def dot_i16(b: Builder, total: Value, x: Value, y: Value) -> Value:
-    """total + sums of neighbouring products: <16 x i32> + pairs of <32 x i16> * <32 x i16>, exact."""
-    wide = ir.VectorType(I32, 32)
-    product = b.mul(b.sext(x, wide), b.sext(y, wide), flags=("nsw",))
-    even = broadcast(b, product, list(range(0, 32, 2)))
-    odd = broadcast(b, product, list(range(1, 32, 2)))
-    return b.add(b.add(even, odd), total)
+def dot_bytes(b: Builder, total: Value, unsigned: Value, signed: Value, *, four_bits: bool) -> Value:
+    """total <16 x i32> + the sums of four neighbouring products of <64 x i8>, the first factor unsigned, the second signed; exact.
+
+    Args:
+        four_bits: whether one factor has magnitudes of at most 15, so that 16-bit sums of two products cannot overflow.
+    """
+    features = chip_features()
+    if "avx512vnni" in features:
+        return _x86(b, "avx512.vpdpbusd.512", V16I, total, b.bitcast(unsigned, V16I), b.bitcast(signed, V16I))
+    eight = vector(I32, 8)
+    if "avxvnni" in features:
+        return _halves(b, total, unsigned, signed, lambda t, u, s: _x86(b, "avx512.vpdpbusd.256", eight, t, b.bitcast(u, eight), b.bitcast(s, eight)))
+    if "avx2" in features and four_bits:
+        words = vector(I16, 16)
+        ones = constant(words, [1] * 16)
+
+        def sums(part: Value, u: Value, s: Value) -> Value:
+            return b.add(part, _x86(b, "avx2.pmadd.wd", eight, _x86(b, "avx2.pmadd.ub.sw", words, u, s), ones))
+
+        return _halves(b, total, unsigned, signed, sums)
+    wide, half = vector(I16, 64), vector(I32, 32)
+    x, y = b.zext(unsigned, wide), b.sext(signed, wide)
+    for first in (0, 32):
+        x_half, y_half = (broadcast(b, value, list(range(first, first + 32))) for value in (x, y))
+        product = b.mul(b.sext(x_half, half), b.sext(y_half, half), flags=("nsw",))
+        pairs = b.add(broadcast(b, product, list(range(0, 32, 2))), broadcast(b, product, list(range(1, 32, 2))))
+        fours = b.add(broadcast(b, pairs, list(range(0, 16, 2))), broadcast(b, pairs, list(range(1, 16, 2))))
+        zero = ir.Constant(fours.type, None)
+        order = list(range(16)) if first == 0 else [*range(8, 16), *range(8)]
+        total = b.add(total, b.shuffle_vector(fours, zero, constant(V16I, order)))
+    return total
+
+
+def _halves(b: Builder, total: Value, x: Value, y: Value, function: Callable[[Value, Value, Value], Value]) -> Value:
+    """`function` of the lower and of the upper halves, side by side."""
+    parts = []
+    for half in range(2):
+        words, octets = list(range(8 * half, 8 * half + 8)), list(range(32 * half, 32 * half + 32))
+        parts.append(function(broadcast(b, total, words), broadcast(b, x, octets), broadcast(b, y, octets)))
+    return b.shuffle_vector(*parts, constant(V16I, list(range(16))))
+
+
+def _x86(b: Builder, name: str, result: Any, *arguments: Value) -> Value:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), arguments)
+
+
+def fused(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z, rounded once."""
+    kind = ir.FunctionType(V16F, [V16F] * 3)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32"), [x, y, z])
+
+
+def transposed(b: Builder, rows: list[Value]) -> list[Value]:
+    """16 vectors of 16 lanes, transposed: at each distance, the blocks off the diagonal are swapped."""
+    for distance in (8, 4, 2, 1):
+        keep = [lane if not lane & distance else 16 + lane - distance for lane in range(16)]
+        swap = [lane + distance if not lane & distance else 16 + lane for lane in range(16)]
+        new = list(rows)
+        for i in range(16):
+            if not i & distance:
+                pair = rows[i], rows[i + distance]
+                new[i], new[i + distance] = (b.shuffle_vector(*pair, constant(V16I, lanes)) for lanes in (keep, swap))
+        rows = new
+    return rows
 
 
 def half_to_float(b: Builder, value: Value) -> Value:

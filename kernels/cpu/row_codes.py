@@ -1,0 +1,165 @@
+"""Sixteen rows of a packed weight as vectors whose lanes are the rows: codes as bytes, scales as float32, zero-points.
+
+In this form a product reads four neighbours along K of sixteen rows at once, and needs no sum across lanes. `FORMATS` holds what differs
+between formats. Dimension letters: `K` input features, `G` group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import vector as v
+
+__all__ = ["BLOCK", "FORMATS", "RowCodes", "int4_block", "int8_block", "row_scales"]
+
+BLOCK = 128
+"""Elements along K that are decoded at a time."""
+_CHUNK = 16  # groups whose scales are transposed together
+
+
+def _copied(b: Any, source: Any, size: Any, limit: int) -> Any:
+    """The address of a zeroed buffer of `limit` bytes that begins with `size` bytes of `source`: no read passes the end of a row."""
+    buffer = cgutils.alloca_once(b, ir.ArrayType(v.I8, limit))
+    b.store(ir.Constant(ir.ArrayType(v.I8, limit), None), buffer)
+    address = b.ptrtoint(buffer, v.I64)
+    with cgutils.for_range(b, size) as loop:
+        byte = b.load(b.inttoptr(b.add(source, loop.index), v.I8.as_pointer()))
+        b.store(byte, b.inttoptr(b.add(address, loop.index), v.I8.as_pointer()))
+    return address
+
+
+def _row(b: Any, base: Any, pitch: Any, row: int, last: Any) -> Any:
+    """The address of a row; rows after the last are the last."""
+    index = b.select(b.icmp_signed("<", v.I64(row), last), v.I64(row), last)
+    return b.add(base, b.mul(index, pitch))
+
+
+@intrinsic(prefer_literal=True)
+def row_scales(typing_context, scales, zeros, n_groups, row_groups, last, scales_out, zeros_out, zero_points):
+    """Write the scales of sixteen rows as float32 and their zero-points as int32, 128 bytes from group to group; zero-points are 128 in a
+    format without them, whose codes are then read with 128 added.
+
+    scales, zeros: addresses of the first of `n_groups` groups of the first row. row_groups: groups of a row. last: the last row, 0 to 15,
+    which those after it repeat. zero_points: a literal, whether the format has them.
+    """
+    if not isinstance(zero_points, types.IntegerLiteral):
+        return None
+    has_zeros = bool(zero_points.literal_value)
+
+    def codegen(context, b, signature, args):
+        scales, zeros, n_groups, row_groups, last, scales_out, zeros_out, _ = args
+        scale_pitch, zero_pitch = b.mul(row_groups, v.I64(2)), b.lshr(b.add(row_groups, v.I64(1)), v.I64(1))
+        halves, octet = v.vector(v.I16, _CHUNK), v.vector(v.I8, 8)
+        # The zero-point of group g is nibble g of eight bytes: rotated to bit 16 of lane g, above the float16 scale.
+        rotations = v.constant(v.V16I, [(4 * g + 16) % 32 for g in range(8)] * 2)
+
+        def write(first: Any, scale_at: Callable[[int], Any], zero_at: Callable[[int], Any], count: Any) -> None:
+            rows = []
+            for row in range(16):
+                word = b.zext(v.load(b, scale_at(row), halves), v.V16I)
+                if has_zeros:
+                    nibbles = v.broadcast(b, b.bitcast(v.load(b, zero_at(row), octet), v.vector(v.I32, 2)), [0] * 8 + [1] * 8)
+                    turned = _rotated(b, nibbles, rotations)
+                    word = b.or_(word, b.and_(turned, v.constant(v.V16I, [0xF0000] * 16)))
+                rows.append(word)
+            for group, words in enumerate(v.transposed(b, rows)):
+                with b.if_then(b.icmp_signed("<", v.I64(group), count)):
+                    at = b.add(first, v.I64(group))
+                    v.store(b, v.half_to_float(b, b.trunc(words, halves)), b.add(scales_out, b.mul(at, v.I64(128))))
+                    zero = b.lshr(words, v.constant(v.V16I, [16] * 16)) if has_zeros else v.constant(v.V16I, [128] * 16)
+                    v.store(b, zero, b.add(zeros_out, b.mul(at, v.I64(128))))
+
+        full = b.sdiv(n_groups, v.I64(_CHUNK))
+        with cgutils.for_range(b, full) as chunk:
+            first = b.mul(chunk.index, v.I64(_CHUNK))
+            scale_base, zero_base = b.add(scales, b.mul(first, v.I64(2))), b.add(zeros, b.lshr(first, v.I64(1)))
+            write(
+                first,
+                lambda row: _row(b, scale_base, scale_pitch, row, last),
+                lambda row: _row(b, zero_base, zero_pitch, row, last),
+                v.I64(_CHUNK),
+            )
+        first = b.mul(full, v.I64(_CHUNK))
+        left = b.sub(n_groups, first)
+        with b.if_then(b.icmp_signed(">", left, v.I64(0))):
+            scale_base, zero_base = b.add(scales, b.mul(first, v.I64(2))), b.add(zeros, b.lshr(first, v.I64(1)))
+            zero_bytes = b.lshr(b.add(left, v.I64(1)), v.I64(1))
+            write(
+                first,
+                lambda row: _copied(b, _row(b, scale_base, scale_pitch, row, last), b.mul(left, v.I64(2)), 2 * _CHUNK),
+                lambda row: _copied(b, _row(b, zero_base, zero_pitch, row, last), zero_bytes, _CHUNK // 2),
+                left,
+            )
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7, zero_points), codegen
+
+
+def _rotated(b: Any, words: Any, counts: Any) -> Any:
+    """Each lane rotated right by its count."""
+    rotate = cgutils.get_or_insert_function(b.module, ir.FunctionType(v.V16I, [v.V16I] * 3), "llvm.fshr.v16i32")
+    return b.call(rotate, [words, words, counts])
+
+
+@intrinsic
+def int4_block(typing_context, codes, pitch, last, block, out):
+    """Write the codes of a block of 128 of sixteen rows as bytes: 32 vectors, 128 bytes apart.
+
+    A lane of vector 2i holds elements 8i, 8i+2, 8i+4 and 8i+6 of its row, of vector 2i+1 the odd ones between. codes: address of the first
+    row; pitch: bytes of a row; last: the last row, which those after it repeat.
+    """
+
+    def codegen(context, b, signature, args):
+        codes, pitch, last, block, out = args
+        low = v.constant(v.V64, [15] * 64)
+        for i, words in enumerate(_transposed_lines(b, b.add(codes, b.mul(block, v.I64(64))), pitch, last)):
+            even = b.and_(b.bitcast(words, v.V64), low)
+            odd = b.and_(b.bitcast(b.lshr(words, v.constant(v.V16I, [4] * 16)), v.V64), low)
+            for j, values in enumerate((even, odd)):
+                v.store(b, values, b.add(out, v.I64(128 * (2 * i + j))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def int8_block(typing_context, codes, pitch, last, block, out):
+    """As `int4_block`, the codes plus 128; a lane of vector i holds elements 4i to 4i+3."""
+
+    def codegen(context, b, signature, args):
+        codes, pitch, last, block, out = args
+        for line in range(2):
+            base = b.add(b.add(codes, b.mul(block, v.I64(BLOCK))), v.I64(64 * line))
+            for i, words in enumerate(_transposed_lines(b, base, pitch, last)):
+                v.store(b, b.xor(b.bitcast(words, v.V64), v.constant(v.V64, [-128] * 64)), b.add(out, v.I64(128 * (16 * line + i))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+def _transposed_lines(b: Any, base: Any, pitch: Any, last: Any) -> list[Any]:
+    """64 bytes of each of sixteen rows as sixteen vectors whose lanes are the rows."""
+    lines = []
+    for row in range(16):
+        address = _row(b, base, pitch, row, last)
+        lines.append(v.load(b, address, v.V16I))
+    return v.transposed(b, lines)
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """What differs between the formats."""
+
+    four_bits: bool
+    """Two codes in a byte and zero-points; without it a signed byte each."""
+
+
+FORMATS = {"int4": RowCodes(four_bits=True), "int8": RowCodes(four_bits=False)}
+"""By format."""
