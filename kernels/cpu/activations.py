@@ -113,7 +113,7 @@ def _larger(b: Any, x: Any, y: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at, unit, halves, interleaved):
-    """Quantize one unit; all arguments are addresses but `pitch`, the bytes from the first to the second byte's row. The last are literals."""
+    """Quantize one unit. Addresses, but `pitch`: bytes from the first to the second byte's row; three literals at the end."""
     if not all(isinstance(literal, types.IntegerLiteral) for literal in (unit, halves, interleaved)):
         return None
     U, H, int4 = unit.literal_value, halves.literal_value, bool(interleaved.literal_value)

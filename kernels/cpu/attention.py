@@ -22,7 +22,7 @@ from dbrx_q.kernels.formats.kv import KVLayer
 
 from .attention_chunks import CHUNK, STORED, attend_to_chunk, combine_chunks
 from .compiled import compiled
-from .linear import _use_threads
+from .linear import use_threads
 
 __all__ = ["attend"]
 
@@ -44,7 +44,7 @@ def attend(q: torch.Tensor, kv: KVLayer, counts: tuple[int, ...], ends: tuple[in
     queries = (q.float() * (math.log2(math.e) / math.sqrt(C))).contiguous()
     sums, stats = torch.empty(parts, H, C), torch.empty(parts, H, 2)
     key_scales, value_scales = (0 if scales is None else scales.data_ptr() for scales in (kv.key_scales, kv.value_scales))
-    _use_threads(2 * kv.keys[0, :, 0].nbytes * sum(count * end for count, end in zip(counts, ends, strict=True)))
+    use_threads(2 * kv.keys[0, :, 0].nbytes * sum(count * end for count, end in zip(counts, ends, strict=True)))
     name = str(kv.keys.dtype).removeprefix("torch.") if kv.format == "plain" else kv.format
     _kernel(name)(
         queries.data_ptr(),

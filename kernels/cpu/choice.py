@@ -5,15 +5,18 @@ Dimension letters: `T` tokens, `N` output features, `K` input features.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 import torch.nn.functional as F
 
+from dbrx_q.kernels.formats.errors import DbrxError
+
 from .float32 import Library, library_for, product
 
-__all__ = ["BLOCK", "CpuChoice", "Regime", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
+__all__ = ["BLOCK", "CpuChoice", "Regime", "activation_bytes", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
 
 BLOCK = 128
 """The compiled kernels need a multiple of it along the reduction axis."""
@@ -22,8 +25,8 @@ BLOCK = 128
 class Regime(Enum):
     """How a product with a packed weight is computed."""
 
-    MATVEC = "matvec"
-    """Dot products on packed codes."""
+    INTEGER = "integer"
+    """Exact integer products of packed codes and quantized activations."""
     AMX = "amx"
     """Dequantized and multiplied tile by tile, in one kernel."""
     TILES = "tiles"
@@ -40,33 +43,52 @@ class CpuChoice:
     """Rows of the weight that TILES dequantizes at a time."""
     tile_dtype: torch.dtype
     """The dtype that TILES dequantizes them to."""
+    activation_bytes: int = 2
+    """Bytes of the integers that INTEGER makes of activations where the product tolerates one: the experts' w1 and v1."""
 
 
-def choose(tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, dots: bool = True) -> CpuChoice:
+def choose(
+    tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, byte_products: bool = False, packed: bool = True
+) -> CpuChoice:
     """The regime for `tokens` rows of `K` activations in `dtype`.
 
     Args:
         bfloat16_matmul: whether the chip has bfloat16 matrix instructions.
         amx: whether it has AMX tiles, and the weight's format has code for them.
-        dots: whether the format has dot products (`format_kernels.DOT_KERNELS`).
+        byte_products: whether it has instructions that multiply and add bytes (`vector.has_byte_products`).
+        packed: whether the weight's format has integer products (`row_codes.FORMATS`).
     """
+    narrow = dtype in (torch.bfloat16, torch.float16)
     tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
-    if not dots or K % BLOCK:
+    if not packed or K % BLOCK:
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
-        limit, many = _MATVEC_TOKENS_AMX, Regime.AMX
-    else:
-        limit, many = _MATVEC_TOKENS_FLOAT32 if tile_dtype == torch.float32 else _MATVEC_TOKENS_BFLOAT16, Regime.TILES
-    return CpuChoice(Regime.MATVEC if tokens <= limit else many, _TILE_ROWS, tile_dtype)
+        return CpuChoice(Regime.INTEGER if tokens <= _TOKENS_AMX else Regime.AMX, _TILE_ROWS, tile_dtype)
+    if tokens <= _TOKENS_WITHOUT_BYTES:
+        return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype)
+    if narrow and byte_products:
+        return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, activation_bytes())
+    return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
 
 
-# Most tokens for which dot products win. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids): 5 tokens 8.2 against 8.3, 6 tokens
-# 9.9 against 8.4.
-_MATVEC_TOKENS_AMX = 5
-# 12 tokens 18.3 against 22.3, 14 tokens 23.0 against 22.7 with bfloat16 tiles.
-_MATVEC_TOKENS_BFLOAT16 = 12
-# 20 tokens 29.7 against 50.5, 32 tokens 59.1 against 59.3 with float32 tiles.
-_MATVEC_TOKENS_FLOAT32 = 24
+def activation_bytes() -> int:
+    """1 unless the environment sets DBRX_Q_ACTIVATION_BITS to 16.
+
+    Raises:
+        DbrxError: a value other than 8 and 16.
+    """
+    bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "8")
+    if bits not in ("8", "16"):
+        raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8 or 16; found {bits!r}")
+    return int(bits) // 8
+
+
+# Most tokens for which integer products win over AMX. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids), with the loop before
+# `integer.py`: 5 tokens 8.2 against 8.3, 6 tokens 9.9 against 8.4.
+_TOKENS_AMX = 5
+# Most tokens on a chip without products of bytes, and most whose integers always have 16 bits: so many sequences decode together with the
+# bits that each gets alone.
+_TOKENS_WITHOUT_BYTES = 16
 # 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
 _TILE_ROWS = 1024
 

@@ -25,7 +25,7 @@ from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_onc
 __all__ = ["compiled", "compiled_address"]
 
 _COST = "compiling them takes every command 10 seconds or more"
-_CALLBACKS: list[CFunc] = []  # keeps their machine code in memory
+_CALLBACKS: list[Any] = []  # keeps their machine code in memory
 _CURE = "set NUMBA_CACHE_DIR to a folder that you may write to"
 
 
@@ -47,7 +47,7 @@ def compiled_address(function: Callable[..., Any], arguments: int) -> int:
 
     Kept on the disk as by `compiled`, for every set of numbers that `function` closes over.
     """
-    callback = CFunc(function, ((types.int64,) * arguments, types.int64), {}, {})
+    callback: Any = CFunc(function, ((types.int64,) * arguments, types.int64), {}, {})
     stored = _cache_of(function)
     if stored is not None:
         callback._cache = stored

@@ -17,14 +17,12 @@ from numba.extending import intrinsic
 from . import vector as v
 from .compiled import compiled
 
-__all__ = ["dequantize_rows", "matvec"]
+__all__ = ["dequantize_rows"]
 
 _BLOCK = 128  # elements that one 64-byte load holds
 _CHUNK = 16  # groups whose scales are converted together
 # Distance that hides memory latency on a 2-core Xeon (Sapphire Rapids): 10.6 GB/s at 0, 12.9 at 2048, 14.4 at 4096, 14.2 at 16384.
 _PREFETCH_BYTES = 4096
-# Rows of a task: enough to amortise its scheduling, few enough to balance the threads.
-_ROWS_PER_TASK = 32
 
 
 def _copied(b: Any, source: Any, size: Any, limit: int) -> Any:
@@ -67,57 +65,6 @@ def _group_lanes(group_size: int) -> list[int]:
 
 
 @intrinsic(prefer_literal=True)
-def _dot_rows(typing_context, weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_stride, out, out_stride, group_size, tokens):
-    """Dot products of one row with `tokens` activation rows; all arguments are addresses or counts; the last two are literals."""
-    if not isinstance(group_size, types.IntegerLiteral) or not isinstance(tokens, types.IntegerLiteral):
-        return None
-    G, M = group_size.literal_value, tokens.literal_value
-    signature = types.void(*[types.intp] * 10, group_size, tokens)
-
-    def codegen(context, b, signature, args):
-        weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_stride, out, out_stride, _, _ = args
-        n_blocks = b.sdiv(b.mul(n_groups, v.I64(G)), v.I64(_BLOCK))
-        chunk_blocks = _CHUNK * G // _BLOCK
-        totals = [v.new_accumulator(b) for _ in range(M)]
-        offsets = [v.new_accumulator(b) for _ in range(M)]
-        table = cgutils.alloca_once(b, v.V16F)
-        table_at = b.ptrtoint(table, v.I64)
-        nibble = v.constant(v.vector(v.I16, 32), [15] * 32)
-        n_chunks = b.sdiv(b.add(n_groups, v.I64(_CHUNK - 1)), v.I64(_CHUNK))
-        with cgutils.for_range(b, n_chunks) as chunk:
-            first_group = b.mul(chunk.index, v.I64(_CHUNK))
-            scale, scaled_zero = _scales_and_offsets(b, scales, zeros, first_group, n_groups)
-            b.store(scale, table)
-            for m in range(M):
-                sums = b.add(x_sums, b.mul(b.add(b.mul(sums_stride, v.I64(m)), first_group), v.I64(4)))
-                v.add_into(b, offsets[m], scaled_zero, v.load(b, sums, v.V16F))
-            first_block = b.mul(chunk.index, v.I64(chunk_blocks))
-            left = b.sub(n_blocks, first_block)
-            count = b.select(b.icmp_signed("<", left, v.I64(chunk_blocks)), left, v.I64(chunk_blocks))
-            with cgutils.for_range(b, count) as step:
-                block = b.add(first_block, step.index)
-                address = b.add(weights, b.mul(block, v.I64(64)))
-                v.prefetch(b, b.add(address, v.I64(_PREFETCH_BYTES)))
-                words = v.load(b, address, v.vector(v.I16, 32))
-                codes = [b.and_(b.lshr(words, v.constant(words.type, [4 * s] * 32)), nibble) for s in range(4)]
-                groups = _BLOCK // G
-                scale = v.broadcast(b, v.lookup(b, table_at, b.mul(step.index, v.I64(groups)), groups), _group_lanes(G))
-                for m in range(M):
-                    x_row = b.add(x, b.mul(b.add(b.mul(n_blocks, v.I64(m)), block), v.I64(2 * _BLOCK)))
-                    total = ir.Constant(v.V16I, None)
-                    for s in range(4):
-                        total = v.dot_i16(b, total, codes[s], v.load(b, b.add(x_row, v.I64(64 * s)), words.type))
-                    x_scale = v.lookup(b, x_scales, b.add(b.mul(n_blocks, v.I64(m)), block), 1)
-                    v.add_into(b, totals[m], b.fmul(scale, v.broadcast(b, x_scale, [0] * 16)), b.sitofp(total, v.V16F))
-        for m in range(M):
-            result = v.reduce_add(b, b.fsub(b.load(totals[m]), b.load(offsets[m])))
-            v.store(b, result, b.add(out, b.mul(b.mul(out_stride, v.I64(m)), v.I64(4))))
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
 def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group_size, bfloat16):
     """Dequantize one row to bfloat16 or float32; position 16k+l of a block of 128 holds element 8l+k. The last two are literals."""
     if not isinstance(group_size, types.IntegerLiteral) or not isinstance(bfloat16, types.IntegerLiteral):
@@ -156,68 +103,6 @@ def _dequantize_row(typing_context, weights, scales, zeros, n_groups, out, group
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-@compiled()
-def dot_tokens(weights, scales, zeros, x, x_scales, x_sums, n_groups, sums_stride, out, out_stride, group_size, tokens):
-    """`_dot_rows` for any number of tokens: four at a time, then one by one."""
-    x_stride = n_groups * group_size * 2
-    blocks = n_groups * group_size // 128
-    m = 0
-    while m < tokens:
-        step = 4 if tokens - m >= 4 else 1
-        xm = x + m * x_stride
-        sm = x_scales + m * blocks * 4
-        zm = x_sums + m * sums_stride * 4
-        om = out + m * out_stride * 4
-        if step == 4:
-            if group_size == 64:
-                _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 64, 4)
-            elif group_size == 32:
-                _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 32, 4)
-            else:
-                _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 128, 4)
-        elif group_size == 64:
-            _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 64, 1)
-        elif group_size == 32:
-            _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 32, 1)
-        else:
-            _dot_rows(weights, scales, zeros, xm, sm, zm, n_groups, sums_stride, om, out_stride, 128, 1)
-        m += step
-
-
-@compiled(parallel=True)
-def matvec(
-    weights, scales, zeros, w_step, s_step, z_step, experts, offsets, x, x_scales, x_sums, n_rows, n_groups, sums_stride, out, group_size
-):
-    """Rows offsets[i] to offsets[i+1] of out [P, n_rows] float32 = the same rows of x @ weights[experts[i]].T.
-
-    `experts` and `offsets` are int64 arrays, the rest addresses and counts; the rows of an expert are contiguous, and `w_step`, `s_step`
-    and `z_step` bytes separate the experts in `weights`, `scales` and `zeros`.
-    """
-    row_bytes = n_groups * group_size // 2
-    zero_bytes = (n_groups + 1) // 2
-    blocks = n_groups * group_size // _BLOCK
-    tasks = (n_rows + _ROWS_PER_TASK - 1) // _ROWS_PER_TASK
-    for task in prange(tasks * len(experts)):
-        which, first = task // tasks, task % tasks * _ROWS_PER_TASK
-        p = offsets[which]
-        for n in range(first, min(n_rows, first + _ROWS_PER_TASK)):
-            e = experts[which]
-            dot_tokens(
-                weights + e * w_step + n * row_bytes,
-                scales + e * s_step + n * n_groups * 2,
-                zeros + e * z_step + n * zero_bytes,
-                x + p * blocks * _BLOCK * 2,
-                x_scales + p * blocks * 4,
-                x_sums + p * sums_stride * 4,
-                n_groups,
-                sums_stride,
-                out + (p * n_rows + n) * 4,
-                n_rows,
-                group_size,
-                offsets[which + 1] - p,
-            )
 
 
 @compiled(parallel=True)

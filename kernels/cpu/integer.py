@@ -13,25 +13,22 @@ Dimension letters: `T` tokens, `N` output features, `K` input features, `G` grou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import prange
 
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
-from . import vector as v
 from .activations import QuantizedActivations
 from .addresses import call, clear, copy_vector, integer, next_task, store_float, store_integer
 from .compiled import compiled, compiled_address
+from .integer_tiles import multiply_one, multiply_tile, row_tiles
 from .row_codes import BLOCK, FORMATS, int4_block, int8_block, row_scales
 
 __all__ = ["Product", "multiply"]
@@ -41,12 +38,6 @@ _CHUNK = 512  # elements along K whose codes, 32 rows of them, and twelve rows o
 _PANEL = 512  # tokens whose sums a thread keeps while it goes along K
 _JOB_BYTES = 56  # of the numbers that describe a matrix
 _SPAN = 128  # rows of a task, where there are enough for every thread to get several
-_BLOCKS_AHEAD = 4  # blocks that a single token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
-
-
-def _row_tiles() -> tuple[int, ...]:
-    """Rows of activations that are multiplied together, most first: as many as have registers for their sums."""
-    return (12, 8, 4) if "avx512f" in v.chip_features() else (2,)
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,9 @@ class Product:
     """float32, contiguous, N columns."""
 
 
-def multiply(x: QuantizedActivations, products: Sequence[Product], offsets: Sequence[int], x_rows: np.ndarray, out_rows: np.ndarray) -> None:
+def multiply(
+    x: QuantizedActivations, products: Sequence[Product], offsets: Sequence[int], x_rows: np.ndarray, out_rows: np.ndarray
+) -> None:
     """Multiply pairs of a token and a matrix: out[out_rows[p]] = x[x_rows[p]] @ matrix.T, on numba's current number of threads.
 
     Args:
@@ -80,12 +73,12 @@ def multiply(x: QuantizedActivations, products: Sequence[Product], offsets: Sequ
         codes, scales = parts["qweight"], parts["scales"]
         zeros = parts.get("zeros", scales)
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
-        for matrix, begin, end in zip(product.matrices, offsets, offsets[1:], strict=False):
+        for matrix, begin, end in zip(product.matrices, offsets[:-1], offsets[1:], strict=True):
             function = _few_rows(four_bits) if one_token and end - begin == 1 else _many_rows(four_bits, halves)
             jobs.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
-    longest = min(_PANEL, max(end - begin for begin, end in zip(offsets, offsets[1:], strict=False)))
-    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + _row_tiles()[0]) * 128
+    longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
+    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles()[0]) * 128
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
     span = _SPAN if len(jobs) * N >= 8 * _SPAN * threads else _ROWS
@@ -95,210 +88,6 @@ def multiply(x: QuantizedActivations, products: Sequence[Product], offsets: Sequ
     assert table.strides[0] == _JOB_BYTES
     at = arguments.ctypes.data
     _run(at, table.ctypes.data, len(jobs), -(-N // span), base + threads * nbytes, base, nbytes, at + 80, threads)
-
-
-def _splat(b: Any, address: Any, kind: Any) -> Any:
-    return v.broadcast(b, b.load(b.inttoptr(address, kind.as_pointer()), align=1), [0] * 16)
-
-
-@intrinsic(prefer_literal=True)
-def _multiply_tile(
-    typing_context,
-    codes,
-    scales,
-    zeros,
-    second,
-    units,
-    x_at,
-    x_pitch,
-    sums,
-    tokens,
-    ahead,
-    pitch,
-    unit_size,
-    group_size,
-    halves,
-    four_bits,
-):
-    """sums float32 [tokens, 2, 16] += the products of one chunk along K. The last two arguments are literals.
-
-    codes: uint8 [units * U / 4, 2, 64]; scales, zeros: as `row_scales` writes those of the first sixteen rows, `second` bytes before those
-    of the others; x_at: address of the addresses of each token's codes, 128 bytes before those of its scales and 256 before those of its
-    sums; x_pitch: bytes from the first to the second half of a token's codes. `tokens` is at most that of the largest tile; the addresses
-    of tokens up to the next tile are valid. ahead: address of the chunk of the weight that
-    is prefetched, `pitch` bytes from row to row: spread over the products, the reads do not wait for each other.
-    """
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in (halves, four_bits)):
-        return None
-    H, small = halves.literal_value, bool(four_bits.literal_value)
-
-    def tile(b: Any, rows: int, args: Any) -> None:
-        codes, scales, zeros, second, units, x_at, x_pitch, sums = args[:8]
-
-        def address(table: Any, token: int) -> Any:
-            return b.load(b.inttoptr(b.add(table, v.I64(8 * token)), v.I64.as_pointer()))
-
-        ahead, pitch, unit_size, group_size = args[9:13]
-        lines = 1 if small else 2  # of 64 bytes to prefetch in a step: a row's share of a chunk has four times as many
-        tokens = rows // H
-        x_rows = [b.add(address(x_at, r // H), b.mul(x_pitch, v.I64(r % H))) for r in range(rows)]
-        x_scales, x_sums = ([address(b.add(x_at, v.I64(offset)), t) for t in range(tokens)] for offset in (128, 256))
-        totals = [[cgutils.alloca_once(b, v.V16I) for _ in range(2)] for _ in range(rows)]
-        steps, units_of_group = b.lshr(unit_size, v.I64(2)), b.udiv(group_size, unit_size)
-        nothing = ir.Constant(v.V16I, None)
-        with cgutils.for_range(b, units) as unit:
-            group_at = b.mul(b.udiv(unit.index, units_of_group), v.I64(128))
-            places = [group_at, b.add(group_at, second)]
-            excess = [b.sub(nothing, v.load(b, b.add(zeros, places[j]), v.V16I)) for j in range(2)]
-            for t in range(tokens):
-                x_sum = _splat(b, b.add(x_sums[t], b.mul(unit.index, v.I64(4))), v.I32)
-                for j in range(2):
-                    for h in range(H):
-                        b.store(nothing if h < H - 1 else b.mul(excess[j], x_sum), totals[t * H + h][j])
-            first = b.mul(unit.index, steps)
-            with cgutils.for_range(b, steps) as step:
-                k = b.add(first, step.index)
-                line_at = b.add(b.mul(b.lshr(k, v.I64(2)), pitch), b.mul(b.and_(k, v.I64(3)), v.I64(64 * lines)))
-                for line in range(lines):
-                    v.prefetch(b, b.add(b.add(ahead, line_at), v.I64(64 * line)))
-                code_at = b.add(codes, b.mul(k, v.I64(128)))
-                values = [v.load(b, b.add(code_at, v.I64(64 * j)), v.V64) for j in range(2)]
-                for r in range(rows):
-                    x = b.bitcast(_splat(b, b.add(x_rows[r], b.mul(k, v.I64(4))), v.I32), v.V64)
-                    for j in range(2):
-                        b.store(v.dot_bytes(b, b.load(totals[r][j]), values[j], x, four_bits=small), totals[r][j])
-            scale = [v.load(b, b.add(scales, places[j]), v.V16F) for j in range(2)]
-            for t in range(tokens):
-                x_scale = _splat(b, b.add(x_scales[t], b.mul(unit.index, v.I64(4))), v.F32)
-                for j in range(2):
-                    total = b.load(totals[t * H + H - 1][j])
-                    if H == 2:
-                        total = b.add(b.shl(b.load(totals[t * H][j]), v.constant(v.V16I, [8] * 16)), total)
-                    to = b.add(sums, v.I64(128 * t + 64 * j))
-                    scaled = b.fmul(b.sitofp(total, v.V16F), scale[j])
-                    v.store(b, v.fused(b, scaled, x_scale, v.load(b, to, v.V16F)), to)
-
-    def codegen(context, b, signature, args):
-        def choose(tiles: tuple[int, ...]) -> None:
-            if len(tiles) == 1:
-                tile(b, tiles[0], args)
-                return
-            with b.if_else(b.icmp_signed(">", args[8], v.I64(tiles[1] // H))) as (large, smaller):
-                with large:
-                    tile(b, tiles[0], args)
-                with smaller:
-                    choose(tiles[1:])
-
-        choose(_row_tiles())
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 13, halves, four_bits), codegen
-
-
-def _quarter_totals(b: Any, rows: list[Any]) -> list[Any]:
-    """The sums of each quarter of sixteen int32 vectors: for each quarter a vector whose lane r is of vector r."""
-
-    def shuffled(x: Any, y: Any, lanes: list[int]) -> Any:
-        return b.shuffle_vector(x, y, v.constant(v.V16I, lanes))
-
-    def within(pattern: list[int]) -> list[int]:
-        """A pattern of the four lanes of a quarter, for all quarters."""
-        return [lane % 4 + 16 * (lane // 4) + 4 * quarter for quarter in range(4) for lane in pattern]
-
-    def whole(pattern: list[int]) -> list[int]:
-        """A pattern of quarters."""
-        return [4 * quarter + lane for quarter in pattern for lane in range(4)]
-
-    pairs = [b.add(*(shuffled(*rows[i : i + 2], within(pattern)) for pattern in ([0, 4, 1, 5], [2, 6, 3, 7]))) for i in range(0, 16, 2)]
-    fours = [b.add(*(shuffled(*pairs[i : i + 2], within(pattern)) for pattern in ([0, 1, 4, 5], [2, 3, 6, 7]))) for i in range(0, 8, 2)]
-    patterns = [whole([0, 2, 4, 6]), whole([1, 3, 5, 7])]
-    halves = [[shuffled(*fours[i : i + 2], lanes) for i in (0, 2)] for lanes in patterns]
-    return [shuffled(*halves[quarter % 2], patterns[quarter // 2]) for quarter in range(4)]
-
-
-@intrinsic(prefer_literal=True)
-def _multiply_one(
-    typing_context, codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_scales, x_sums, sums, group_size, four_bits
-):
-    """sums float32 [16] += the products of sixteen rows with one token, over `blocks` blocks from the block `begin`; the last argument is a
-    literal.
-
-    codes: address of the first row; pitch, row_blocks: bytes and blocks of a row; last: the last row, which those after it repeat; scales,
-    zeros: as `row_scales` writes them, from the block `begin`; x: a token's codes in two halves, quantized in units of a group.
-    """
-    if not isinstance(four_bits, types.IntegerLiteral):
-        return None
-    small = bool(four_bits.literal_value)
-    lines = 1 if small else 2  # of 64 bytes in a block of 128 elements
-
-    def codegen(context, b, signature, args):
-        codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_scales, x_sums, sums, group_size, _ = args
-        K = b.mul(row_blocks, v.I64(BLOCK))
-        rows = [b.add(codes, b.mul(b.select(b.icmp_signed("<", v.I64(row), last), v.I64(row), last), pitch)) for row in range(16)]
-        product = cgutils.alloca_once(b, v.V16F)
-        b.store(v.load(b, sums, v.V16F), product)
-        next_rows = b.mul(pitch, v.I64(16))
-        with cgutils.for_range(b, blocks) as loop:
-            block = b.add(begin, loop.index)
-            halves = []  # the activations of the block in the order of the codes
-            for h in range(2):
-                at = b.add(b.add(x, b.mul(K, v.I64(h))), b.mul(block, v.I64(BLOCK)))
-                words = [v.load(b, b.add(at, v.I64(64 * i)), v.V16I) for i in range(2)]
-                if small:
-                    words = [b.shuffle_vector(*words, v.constant(v.V16I, list(range(i, 32, 2)))) for i in range(2)]
-                halves.append([b.bitcast(word, v.V64) for word in words])
-            line_at = b.mul(block, v.I64(64 * lines))
-            # After the last block of these rows come the next sixteen rows.
-            ahead = b.add(block, v.I64(_BLOCKS_AHEAD))
-            over = b.icmp_signed(">=", ahead, row_blocks)
-            ahead = b.mul(b.select(over, b.sub(ahead, row_blocks), ahead), v.I64(64 * lines))
-            ahead = b.add(ahead, b.select(over, next_rows, v.I64(0)))
-            totals: list[list[Any]] = [[] for _ in range(lines)]
-            for row in range(16):
-                values = []
-                for line in range(lines):
-                    v.prefetch(b, b.add(b.add(rows[row], ahead), v.I64(64 * line)))
-                    loaded = v.load(b, b.add(b.add(rows[row], line_at), v.I64(64 * line)), v.V64)
-                    if small:
-                        shifted = b.bitcast(b.lshr(b.bitcast(loaded, v.V16I), v.constant(v.V16I, [4] * 16)), v.V64)
-                        low = v.constant(v.V64, [15] * 64)
-                        values += [b.and_(loaded, low), b.and_(shifted, low)]
-                    else:
-                        values.append(b.xor(loaded, v.constant(v.V64, [-128] * 64)))
-                for line, chain in enumerate([[0, 1]] if small else [[0], [1]]):
-                    total = ir.Constant(v.V16I, None)
-                    for h in range(2):
-                        if h:
-                            total = b.shl(total, v.constant(v.V16I, [8] * 16))
-                        for i in chain:
-                            total = v.dot_bytes(b, total, values[i], halves[h][i], four_bits=small)
-                    totals[line].append(total)
-            quarters = [total for line in totals for total in _quarter_totals(b, line)]
-            if not small:
-                quarters = [b.add(*quarters[i : i + 2]) for i in range(0, 8, 2)]
-
-            def add_groups(sums_of_groups: list[Any]) -> None:
-                groups = len(sums_of_groups)
-                for g, total in enumerate(sums_of_groups):
-                    at = b.mul(b.add(b.mul(loop.index, v.I64(groups)), v.I64(g)), v.I64(128))
-                    x_at = b.mul(b.add(b.mul(block, v.I64(groups)), v.I64(g)), v.I64(4))
-                    excess = b.mul(v.load(b, b.add(zeros, at), v.V16I), _splat(b, b.add(x_sums, x_at), v.I32))
-                    scaled = b.fmul(b.sitofp(b.sub(total, excess), v.V16F), v.load(b, b.add(scales, at), v.V16F))
-                    b.store(v.fused(b, scaled, _splat(b, b.add(x_scales, x_at), v.F32), b.load(product)), product)
-
-            pairs = [b.add(*quarters[i : i + 2]) for i in (0, 2)]
-            with b.if_else(b.icmp_signed("==", group_size, v.I64(64))) as (two, others):
-                with two:
-                    add_groups(pairs)
-                with others, b.if_else(b.icmp_signed("==", group_size, v.I64(32))) as (four, one):
-                    with four:
-                        add_groups(quarters)
-                    with one:
-                        add_groups([b.add(*pairs)])
-        v.store(b, b.load(product), sums)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 13, four_bits), codegen
 
 
 @compiled()
@@ -338,7 +127,7 @@ def _few_rows(four_bits: int) -> int:
                     blocks = min(scale_blocks, row_blocks - begin)
                     group, count = begin * BLOCK // group_size, blocks * BLOCK // group_size
                     row_scales(scale_row + group * 2, zero_row + group // 2, count, groups, last, scales, scales + 64, four_bits)
-                    _multiply_one(
+                    multiply_one(
                         codes,
                         code_pitch,
                         last,
@@ -363,7 +152,7 @@ def _few_rows(four_bits: int) -> int:
 @cache
 def _many_rows(four_bits: int, halves: int) -> int:
     """The address of the function that multiplies the rows of a task with several tokens, for a format and a kind of activations."""
-    tile_tokens = _row_tiles()[0] // halves
+    tile_tokens = row_tiles()[0] // halves
     per_byte = 2 if four_bits else 1
     chunk_blocks = _CHUNK // BLOCK
 
@@ -416,7 +205,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
                             store_integer(x + x_row * (K * halves) + chunk * BLOCK, x_at + 8 * i)
                             store_integer(x_scales + x_unit, x_at + 128 + 8 * i)
                             store_integer(x_sums + x_unit, x_at + 256 + 8 * i)
-                        _multiply_tile(
+                        multiply_tile(
                             codes,
                             scales + group_at,
                             zeros + group_at,

@@ -1,14 +1,13 @@
 """`linear` on the CPU: the product with a quantized weight, in one of three regimes, which `choice.py` picks.
 
-- MATVEC, for few tokens: dot products on the packed codes, at the speed of memory (`int4.py`, `int8.py`).
+- INTEGER, for few tokens on every chip and for any number on those that multiply bytes: exact integer products (`integer.py`).
 - AMX, for many tokens of bfloat16 on a chip with AMX: dequantization and multiplication in one kernel (`amx.py`).
-- TILES, for many tokens on other chips, and for any number of tokens in a format without dot products: some rows of the weight at a time
+- TILES, for many tokens otherwise, and for any number of tokens in a format without integer products: some rows of the weight at a time
   are dequantized into a small buffer that stays in cache, and multiplied by torch's matmul.
 
 A quantized weight is never dequantized whole.
 
-Dimension letters: `T` tokens, `P` pairs of a token and one of its experts, `E` experts, `A` active experts, `D` d_model, `F` ffn hidden,
-`N` output features, `K` input features.
+Dimension letters: `T` tokens, `N` output features, `K` input features.
 """
 
 from __future__ import annotations
@@ -27,29 +26,33 @@ from . import amx
 from .activations import QuantizedActivations, quantize_activations
 from .choice import BLOCK, CpuChoice, Regime, choose, padded
 from .float32 import product
-from .format_kernels import DOT_KERNELS, dequantize_rows
-from .vector import has_bfloat16
+from .format_kernels import TILE_KERNELS, dequantize_rows
+from .integer import Product, multiply
+from .row_codes import FORMATS
+from .vector import has_bfloat16, has_byte_products
 
-__all__ = ["activation_group", "choice_for", "has_matrix_unit", "linear", "matvec", "quantized", "warm_up"]
+__all__ = ["choice_for", "has_matrix_unit", "linear", "quantized", "use_threads", "warm_up"]
 
 # Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
 # scheduler, so small models stay on one thread.
 _THREAD_BYTES = 1 << 19
+_SUMS = 1 << 22  # float32 sums of integer products that are in memory at a time ...
+_LEAST_TOKENS = 32  # ... unless they would be of fewer tokens, each of which decodes the weight again
 
 
 def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """y [T, N] = x [T, K] @ weight [N, K].T; float32 by MATVEC, bfloat16 by AMX, in the dtype of the tile by TILES."""
+    """y [T, N] = x [T, K] @ weight [N, K].T, in the dtype of the tile by TILES, otherwise in the dtype of `x`."""
     weight = weight.contiguous()
     choice = choice_for(x.shape[0], x, weight)
-    if weight.format not in DOT_KERNELS:
+    if choice.regime is Regime.INTEGER:
+        return _integer(x, weight)
+    if weight.format not in TILE_KERNELS:
         with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
             return _tiled(x.to(choice.tile_dtype), weight, choice)
     if choice.regime is Regime.TILES:
         return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
-    if choice.regime is Regime.AMX:
-        _use_threads(weight.shape.numel())
-        return amx.matmul(x, weight)
-    return matvec(quantized(x, weight), weight, np.zeros(1, np.int64), np.array([0, x.shape[0]]))
+    use_threads(weight.shape.numel())
+    return amx.matmul(x, weight)
 
 
 def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -66,28 +69,40 @@ def has_matrix_unit() -> bool:
 
 def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoice:
     """`choose` on this chip, for `tokens` rows like those of `x`."""
-    kernels = DOT_KERNELS.get(weight.format)
-    amx_serves = kernels is not None and kernels.amx and has_matrix_unit()
-    return choose(tokens, weight.shape[-1], x.dtype, bfloat16_matmul=has_bfloat16(), amx=amx_serves, dots=kernels is not None)
+    kernels = TILE_KERNELS.get(weight.format)
+    return choose(
+        tokens,
+        weight.shape[-1],
+        x.dtype,
+        bfloat16_matmul=has_bfloat16(),
+        amx=kernels is not None and kernels.amx and has_matrix_unit(),
+        byte_products=has_byte_products(),
+        packed=weight.format in FORMATS,
+    )
 
 
-def activation_group(weight: QuantizedWeight) -> int:
-    """The group size of the sums of activations that dot products with `weight` need; 0 if they need none."""
-    return weight.group_size if DOT_KERNELS[weight.format].zero_points else 0
+def quantized(x: torch.Tensor, weight: QuantizedWeight, halves: int) -> QuantizedActivations:
+    """`x` [T, K], quantized for integer products with `weight` in units of a group; `halves`: bytes of an integer."""
+    use_threads(x.numel() * 4)
+    return quantize_activations(x, unit=weight.group_size, halves=halves, interleaved=FORMATS[weight.format].four_bits)
 
 
-def quantized(x: torch.Tensor, weight: QuantizedWeight) -> QuantizedActivations:
-    """`x` [T, K], quantized for dot products with `weight`."""
-    _use_threads(x.numel() * 4)
-    return quantize_activations(x, sums_of=activation_group(weight))
-
-
-def matvec(x: QuantizedActivations, weight: QuantizedWeight, experts: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """float32 [P, N]; rows offsets[i] to offsets[i+1] of `x` are multiplied by weight[experts[i]]; `weight` is [E, N, K] or [N, K]."""
-    N, K = weight.shape[-2:]
-    out = torch.empty(x.codes.shape[0], N)
-    _use_threads(len(experts) * N * K)
-    DOT_KERNELS[weight.format].matvec(x, weight.contiguous_matrices(), experts, offsets, out)
+def _integer(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """[T, N] in the dtype of `x` [T, K], some tokens at a time: the float32 sums of all could be as large as the logits of a prompt."""
+    T, N = len(x), weight.shape[0]
+    step = max(_LEAST_TOKENS, _SUMS // N)
+    out = torch.empty(T, N, dtype=x.dtype) if step < T else None
+    for first in range(0, max(T, 1), step):
+        rows = np.arange(min(step, T - first))
+        sums = torch.empty(len(rows), N)
+        if len(rows):
+            activations = quantized(x[first : first + step], weight, halves=2)
+            use_threads(weight.shape.numel())
+            multiply(activations, [Product(weight, (0,), sums)], (0, len(rows)), rows, rows)
+        if out is None:
+            return sums.to(x.dtype)
+        out[first : first + step] = sums
+    assert out is not None
     return out
 
 
@@ -97,7 +112,7 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch
     T = len(x)
     x, by = padded(x, N)
     out = torch.empty(len(x), N, dtype=x.dtype)
-    kernels = None if K % BLOCK else DOT_KERNELS.get(weight.format)
+    kernels = None if K % BLOCK else TILE_KERNELS.get(weight.format)
     buffer = torch.empty(0 if kernels is None else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
     for first in range(0, N, choice.tile_rows):
         rows = weight.rows(first, min(first + choice.tile_rows, N))
@@ -105,7 +120,7 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch
             tile = dequantize_rows(rows, choice.tile_dtype)
         else:
             tile = buffer[: rows.shape[0]]
-            _use_threads(tile.numel())
+            use_threads(tile.numel())
             kernels.dequantize_rows(rows, tile)
         out[:, first : first + len(tile)] = product(x, tile, by)
     return out[:T]
@@ -113,7 +128,7 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch
 
 def _tile_order(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """`x` [T, K] with its columns in the order in which rows of the weight are dequantized."""
-    if DOT_KERNELS[weight.format].interleaved and x.shape[-1] % BLOCK == 0:
+    if TILE_KERNELS[weight.format].interleaved and x.shape[-1] % BLOCK == 0:
         return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
     return x
 
@@ -142,7 +157,7 @@ def _threads_of_torch(nbytes: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _use_threads(nbytes: int) -> None:
+def use_threads(nbytes: int) -> None:
     """Set numba to one thread for each `_THREAD_BYTES` of the bytes to be read, and to at most torch.get_num_threads()."""
     most = _most_threads()
     numba.set_num_threads(min(1 + nbytes // _THREAD_BYTES, torch.get_num_threads(), most))

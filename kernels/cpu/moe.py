@@ -1,4 +1,4 @@
-"""`moe_experts` on the CPU: the experts of a layer one by one, in any order.
+"""`moe_experts` on the CPU: experts with integer products in one go, the others one by one, in any order.
 
 Dimension letters: `T` tokens, `A` active experts of a token, `P` pairs of a token and one of its experts (T * A), `E` experts, `D` d_model,
 `F` ffn hidden.
@@ -6,6 +6,7 @@ Dimension letters: `T` tokens, `A` active experts of a token, `P` pairs of a tok
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,11 +17,15 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight
 
-from .activations import QuantizedActivations
+from .activations import QuantizedActivations, quantize_gated
 from .choice import Regime, matmul
-from .linear import activation_group, choice_for, linear, matvec, quantized
+from .integer import Product, multiply
+from .linear import choice_for, linear, quantized, use_threads
+from .row_codes import FORMATS
 
 __all__ = ["ExpertOutputs", "moe_experts"]
+
+_PAIRS = 512  # whose gate and up are in memory at a time, as float32
 
 
 class ExpertOutputs:
@@ -42,7 +47,7 @@ class ExpertOutputs:
         ends = np.cumsum([0, *counts]).tolist()
         self._places = {e: (ends[e], ends[e + 1]) for e, count in enumerate(counts) if count}
         self._rows = torch.zeros(self._by_expert.numel(), x.shape[1])  # [P, D], zeros for experts that are not added
-        self._quantized: dict[int, QuantizedActivations] = {}
+        self._quantized: dict[tuple[str, int, int], QuantizedActivations] = {}
 
     @property
     def counts(self) -> dict[int, int]:
@@ -56,17 +61,17 @@ class ExpertOutputs:
             layer: holds their weights.
             slots: the slot of the matrices of each expert.
         """
-        few: dict[int, int] = {}
+        integer: dict[int, int] = {}
         for e, slot in slots.items():
             first, end = self._places[e]
-            if _matvec_serves(layer, end - first, self._x):
-                few[e] = slot
+            if _integer_serves(layer, end - first, self._x):
+                integer[e] = slot
                 continue
             chosen = self._x[self._tokens[first:end]]
             h = F.silu(_dense_or_tiled(chosen, layer.w1, slot)) * _dense_or_tiled(chosen, layer.v1, slot)  # [tokens of e, F]
             self._rows[self._by_expert[first:end]] = _dense_or_tiled(h, layer.w2, slot).float()
-        if few:
-            self._add_few(layer, few)
+        if integer:
+            self._add_integer(layer, integer)
 
     def total(self, weights: torch.Tensor) -> torch.Tensor:
         """float32 y [T, D] with `weights` float32 [T, A]: for each token the weighted sum of its experts' rows."""
@@ -77,27 +82,47 @@ class ExpertOutputs:
             y.addcmul_(rows[:, a], weights[:, a : a + 1])
         return y
 
-    def _add_few(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
-        """Compute the rows of experts with few tokens, all these experts in each product."""
-        assert isinstance(layer.w1, QuantizedWeight)
-        assert isinstance(layer.v1, QuantizedWeight)
-        assert isinstance(layer.w2, QuantizedWeight)
-        places = [self._places[e] for e in slots]
-        pairs = torch.cat([torch.arange(first, end) for first, end in places])
-        chosen = np.array(list(slots.values()))
-        offsets = np.cumsum([0] + [end - first for first, end in places])
-        tokens = self._tokens[pairs]
-        gate_x = _take(self._activations(layer.w1), tokens)
-        up_x = gate_x if activation_group(layer.w1) == activation_group(layer.v1) else _take(self._activations(layer.v1), tokens)
-        h = F.silu(matvec(gate_x, layer.w1, chosen, offsets)) * matvec(up_x, layer.v1, chosen, offsets)  # [pairs, F]
-        self._rows[self._by_expert[pairs]] = matvec(quantized(h, layer.w2), layer.w2, chosen, offsets)
+    def _add_integer(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
+        """Compute the rows of experts by integer products: those of all experts at once, as far as `_PAIRS` allows."""
+        w1, v1, w2 = (weight.contiguous_matrices() for weight in (layer.w1, layer.v1, layer.w2) if isinstance(weight, QuantizedWeight))
+        pieces = []  # (bytes of an integer, slot, first and end among the pairs)
+        for e, slot in slots.items():
+            begin, stop = self._places[e]
+            halves = choice_for(stop - begin, self._x, w1).activation_bytes
+            pieces += [(halves, slot, first, min(stop, first + _PAIRS)) for first in range(begin, stop, _PAIRS)]
+        pieces.sort()
+        while pieces:
+            ends = np.cumsum([end - first for _, _, first, end in pieces])
+            count = max(1, int(np.searchsorted(ends, _PAIRS, side="right")))
+            self._add_pieces(w1, v1, w2, pieces[:count])
+            pieces = pieces[count:]
 
-    def _activations(self, weight: QuantizedWeight) -> QuantizedActivations:
-        """The tokens, quantized for dot products with such a weight."""
-        group = activation_group(weight)
-        if group not in self._quantized:
-            self._quantized[group] = quantized(self._x, weight)
-        return self._quantized[group]
+    def _add_pieces(self, w1: QuantizedWeight, v1: QuantizedWeight, w2: QuantizedWeight, pieces: list[tuple[int, int, int, int]]) -> None:
+        offsets = np.cumsum([0] + [end - first for _, _, first, end in pieces]).tolist()
+        pairs = torch.cat([torch.arange(first, end) for _, _, first, end in pieces])
+        tokens, rows, places = self._tokens[pairs].numpy(), self._by_expert[pairs].numpy(), np.arange(len(pairs))
+        gate, up = torch.empty(2, len(pairs), w1.shape[-2]).unbind()
+        first = 0
+        for halves, alike in itertools.groupby(pieces, key=lambda piece: piece[0]):
+            slots = [slot for _, slot, _, _ in alike]
+            ends = offsets[first : first + len(slots) + 1]
+            first += len(slots)
+            products = [Product(w1, slots, gate), Product(v1, slots, up)]
+            alike_weights = (w1.format, w1.group_size) == (v1.format, v1.group_size)
+            for together in [products] if alike_weights else [products[:1], products[1:]]:
+                activations = self._activations(together[0].weight, halves)
+                use_threads(len(slots) * len(together) * w1.shape[-2] * w1.shape[-1])
+                multiply(activations, together, ends, tokens, places)
+        h = quantize_gated(gate, up, unit=w2.group_size, halves=2, interleaved=FORMATS[w2.format].four_bits)
+        use_threads(len(pieces) * w2.shape[-2] * w2.shape[-1])
+        multiply(h, [Product(w2, [slot for _, slot, _, _ in pieces], self._rows)], offsets, places, rows)
+
+    def _activations(self, weight: QuantizedWeight, halves: int) -> QuantizedActivations:
+        """The tokens, quantized for integer products with such a weight."""
+        key = (weight.format, weight.group_size, halves)
+        if key not in self._quantized:
+            self._quantized[key] = quantized(self._x, weight, halves)
+        return self._quantized[key]
 
 
 def moe_experts(
@@ -113,13 +138,9 @@ def moe_experts(
     return outputs.total(weights)
 
 
-def _matvec_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
+def _integer_serves(layer: ExpertWeights, count: int, x: torch.Tensor) -> bool:
     weights = layer.w1, layer.v1, layer.w2
-    return all(isinstance(w, QuantizedWeight) and choice_for(count, x, w).regime is Regime.MATVEC for w in weights)
-
-
-def _take(x: QuantizedActivations, rows: torch.Tensor) -> QuantizedActivations:
-    return QuantizedActivations(x.codes[rows], x.scales[rows], x.sums[rows])
+    return all(isinstance(w, QuantizedWeight) and choice_for(count, x, w).regime is Regime.INTEGER for w in weights)
 
 
 def _dense_or_tiled(x: torch.Tensor, weight: Weight, slot: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Short-vector building blocks for the CPU kernels, written as portable LLVM IR.
 
-LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or NEON. `dot_bytes` alone names instructions of a
-chip, for which LLVM knows no pattern, beside a form that runs everywhere.
+LLVM lowers the same vectors to AVX-512 (with VNNI and BF16 where the chip has them), AVX2 or NEON. `dot_bytes` alone names instructions of
+chips, for which LLVM has no pattern, beside a form that runs everywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "fused",
     "half_to_float",
     "has_bfloat16",
+    "has_byte_products",
     "load",
     "lookup",
     "new_accumulator",
@@ -88,6 +89,11 @@ def chip_features() -> frozenset[str]:
 def has_bfloat16() -> bool:
     """Whether the chip multiplies and converts bfloat16 in hardware."""
     return not chip_features().isdisjoint({"avx512bf16", "bf16"})
+
+
+def has_byte_products() -> bool:
+    """Whether the chip multiplies bytes and adds four products to a 32-bit sum in one instruction that `dot_bytes` uses."""
+    return not chip_features().isdisjoint({"avx512vnni", "avxvnni"})
 
 
 def vector(element: Any, lanes: int) -> Any:
@@ -155,7 +161,9 @@ def dot_bytes(b: Builder, total: Value, unsigned: Value, signed: Value, *, four_
         return _x86(b, "avx512.vpdpbusd.512", V16I, total, b.bitcast(unsigned, V16I), b.bitcast(signed, V16I))
     eight = vector(I32, 8)
     if "avxvnni" in features:
-        return _halves(b, total, unsigned, signed, lambda t, u, s: _x86(b, "avx512.vpdpbusd.256", eight, t, b.bitcast(u, eight), b.bitcast(s, eight)))
+        return _halves(
+            b, total, unsigned, signed, lambda t, u, s: _x86(b, "avx512.vpdpbusd.256", eight, t, b.bitcast(u, eight), b.bitcast(s, eight))
+        )
     if "avx2" in features and four_bits:
         words = vector(I16, 16)
         ones = constant(words, [1] * 16)

@@ -99,11 +99,11 @@ def test_linear_agrees_with_the_reference(
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
-@pytest.mark.parametrize("regime", ["matvec", "tiles"])
+@pytest.mark.parametrize("regime", ["integer", "tiles"])
 def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, regime: str) -> None:
     K = 256
     weight = packed_weight(fmt, group_size, 48, K)
-    step = 1 if regime == "matvec" else K
+    step = 1 if regime == "integer" else K
     rows = torch.eye(K).split(step)
     out = torch.cat([linear(part, weight) for part in rows])
     expected = dequantize(weight).T
@@ -210,18 +210,18 @@ def test_leading_axes_are_kept() -> None:
 def test_few_tokens_use_dot_products_and_many_use_tiles() -> None:
     few = choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
     many = choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=False)
-    assert few.regime is Regime.MATVEC
+    assert few.regime is Regime.INTEGER
     assert many.regime is Regime.TILES
     assert many.tile_dtype == torch.bfloat16
     assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=False, amx=False).tile_dtype == torch.float32
     assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).tile_dtype == torch.float32
     assert choose(1, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
-    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, dots=False).regime is Regime.TILES
+    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True, packed=False).regime is Regime.TILES
 
 
 def test_many_tokens_of_bfloat16_use_amx() -> None:
     assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.AMX
-    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.MATVEC
+    assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.INTEGER
     assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is Regime.TILES
     assert choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
 
