@@ -33,12 +33,17 @@ class QuantizedActivations:
     """`T` rows of `K` activations."""
 
     codes: torch.Tensor
-    """int8 [T, H, K]: H = 2, 256 times the first row plus the second, or H = 1. For int4 weights every eight neighbours stand in the order
-    0, 2, 4, 6, 1, 3, 5, 7; for other formats in their own."""
+    """int8 [T, H, K], rows at a distance (`_pitch`): H = 2, 256 times the first row plus the second, or H = 1. For int4 weights every eight
+    neighbours stand in the order 0, 2, 4, 6, 1, 3, 5, 7; for other formats in their own."""
     scales: torch.Tensor
     """float32 [T, K/U]."""
     sums: torch.Tensor
     """int32 [T, K/U], the sum of the integers of each unit."""
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from a row of codes to the next one."""
+        return self.codes.stride(1)
 
     @property
     def unit(self) -> int:
@@ -69,13 +74,19 @@ def quantize_gated(gate: torch.Tensor, up: torch.Tensor, *, unit: int, halves: i
 
 def _empty(x: torch.Tensor, unit: int, halves: int) -> QuantizedActivations:
     T, K = x.shape
-    codes = torch.empty(T, halves, K, dtype=torch.int8)
+    codes = torch.empty(T, halves, _pitch(K), dtype=torch.int8)[..., :K]
     return QuantizedActivations(codes, torch.empty(T, K // unit), torch.empty(T, K // unit, dtype=torch.int32))
 
 
 def _arguments(x: QuantizedActivations) -> tuple[int, ...]:
     T, _, K = x.codes.shape
-    return x.codes.data_ptr(), x.scales.data_ptr(), x.sums.data_ptr(), T, K
+    return x.codes.data_ptr(), x.scales.data_ptr(), x.sums.data_ptr(), T, K, x.pitch
+
+
+def _pitch(K: int) -> int:
+    """Bytes from row to row: an odd multiple of 512, so that 512 bytes of several rows do not fall on the same lines of the first cache."""
+    parts = -(-K // 512)
+    return 512 * (parts + 1 - parts % 2)
 
 
 def _floats(value: float) -> Any:
@@ -159,12 +170,12 @@ def _quantizer(unit: int, halves: int, interleaved: int) -> Any:
     """The function that quantizes rows, compiled for one kind of result."""
 
     @compiled(parallel=True)
-    def quantize(x, up, gated, codes, scales, sums, T, K):
+    def quantize(x, up, gated, codes, scales, sums, T, K, pitch):
         units = K // unit
         for t in prange(T):
             for u in range(units):
-                at, to = (t * K + u * unit) * 4, codes + t * K * halves + u * unit
+                at, to = (t * K + u * unit) * 4, codes + t * pitch * halves + u * unit
                 scale_at, sum_at = scales + (t * units + u) * 4, sums + (t * units + u) * 4
-                _quantize_unit(x + at, up + at, gated, to, K, scale_at, sum_at, unit, halves, interleaved)
+                _quantize_unit(x + at, up + at, gated, to, pitch, scale_at, sum_at, unit, halves, interleaved)
 
     return quantize

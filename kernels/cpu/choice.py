@@ -16,7 +16,19 @@ from dbrx_q.kernels.formats.errors import DbrxError
 
 from .float32 import Library, library_for, product
 
-__all__ = ["BLOCK", "CpuChoice", "Regime", "activation_bytes", "choose", "matmul", "padded", "padded_rows", "tile_bytes"]
+__all__ = [
+    "BLOCK",
+    "CpuChoice",
+    "Product",
+    "Regime",
+    "activation_bytes",
+    "activation_unit",
+    "choose",
+    "matmul",
+    "padded",
+    "padded_rows",
+    "tile_bytes",
+]
 
 BLOCK = 128
 """The compiled kernels need a multiple of it along the reduction axis."""
@@ -43,8 +55,8 @@ class CpuChoice:
     """Rows of the weight that TILES dequantizes at a time."""
     tile_dtype: torch.dtype
     """The dtype that TILES dequantizes them to."""
-    activation_bytes: int = 2
-    """Bytes of the integers that INTEGER makes of activations where the product tolerates one: the experts' w1 and v1."""
+    may_narrow: bool = False
+    """Whether INTEGER may make 8-bit integers of activations; see `activation_bytes`."""
 
 
 def choose(
@@ -67,20 +79,39 @@ def choose(
     if tokens <= _TOKENS_WITHOUT_BYTES:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype)
     if narrow and byte_products:
-        return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, activation_bytes())
+        return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, may_narrow=True)
     return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
 
 
-def activation_bytes() -> int:
-    """1 unless the environment sets DBRX_Q_ACTIVATION_BITS to 16.
+class Product(Enum):
+    """What a product is for."""
+
+    GATE_AND_UP = "gate and up"
+    """The experts' w1 and v1."""
+    DOWN = "down"
+    """The experts' w2."""
+    OTHER = "other"
+    """Attention and the head."""
+
+
+def activation_bytes(product: Product, choice: CpuChoice) -> int:
+    """Bytes, 1 or 2, of the integers that INTEGER makes of activations.
+
+    By default one for many tokens of `GATE_AND_UP`, whose error is small beside that of 4-bit weights (docs/cpu.md has the divergences).
+    DBRX_Q_ACTIVATION_BITS in the environment sets 8 or 16 for many tokens of all products.
 
     Raises:
-        DbrxError: a value other than 8 and 16.
+        DbrxError: another value of DBRX_Q_ACTIVATION_BITS.
     """
-    bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "8")
-    if bits not in ("8", "16"):
-        raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8 or 16; found {bits!r}")
-    return int(bits) // 8
+    bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "auto")
+    if bits not in ("auto", "8", "16"):
+        raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8, 16 or auto; found {bits!r}")
+    return 1 if choice.may_narrow and (bits == "8" or (bits == "auto" and product is Product.GATE_AND_UP)) else 2
+
+
+def activation_unit(product: Product, halves: int, group_size: int) -> int:
+    """Activations that share a scale: those of a group; with 8 bits at most 64, or 32 where magnitudes differ more."""
+    return group_size if halves == 2 else min(group_size, 64 if product is Product.GATE_AND_UP else 32)
 
 
 # Most tokens for which integer products win over AMX. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids), with the loop before

@@ -16,7 +16,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from numba import types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an extension module without stubs
 
@@ -57,7 +57,18 @@ def compiled_address(function: Callable[..., Any], arguments: int) -> int:
 
 
 class _Cache(FunctionCache):
-    """numba's cache of one function, to which a full disk or a damaged file is no error: the function is compiled."""
+    """numba's cache of one function, to which a full disk or a damaged file is no error: the function is compiled.
+
+    A change of any file beside the function's makes it compile again, since functions use each other's code; numba looks at its own alone.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=_stamp(Path(function.__code__.co_filename).parent),
+        )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -73,6 +84,13 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
         except OSError as error:
             warn_once(f"{self.cache_path}: compiled kernels cannot be stored here ({error.strerror}); {_COST}. Free some, or {_CURE}")
+
+
+@cache
+def _stamp(folder: Path) -> tuple[tuple[str, float, int], ...]:
+    """Name, time of the last change and size of every source file of a folder."""
+    stats = ((path.name, path.stat()) for path in sorted(folder.glob("*.py")))
+    return tuple((name, stat.st_mtime, stat.st_size) for name, stat in stats)
 
 
 @cache

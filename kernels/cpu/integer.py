@@ -31,17 +31,17 @@ from .compiled import compiled, compiled_address
 from .integer_tiles import multiply_one, multiply_tile, row_tiles
 from .row_codes import BLOCK, FORMATS, int4_block, int8_block, row_scales
 
-__all__ = ["Product", "multiply"]
+__all__ = ["Job", "multiply"]
 
 _ROWS = 32  # rows of a weight that are multiplied together
 _CHUNK = 512  # elements along K whose codes, 32 rows of them, and twelve rows of activations fit the first-level cache together
 _PANEL = 512  # tokens whose sums a thread keeps while it goes along K
 _JOB_BYTES = 56  # of the numbers that describe a matrix
-_SPAN = 128  # rows of a task, where there are enough for every thread to get several
+_SPANS = (512, 256, 128, 64, 32)  # rows of a task: the most with which every thread gets eight tasks
 
 
 @dataclass(frozen=True)
-class Product:
+class Job:
     """What `multiply` computes for some matrices of one weight: those of experts, or the only one."""
 
     weight: QuantizedWeight
@@ -52,42 +52,40 @@ class Product:
     """float32, contiguous, N columns."""
 
 
-def multiply(
-    x: QuantizedActivations, products: Sequence[Product], offsets: Sequence[int], x_rows: np.ndarray, out_rows: np.ndarray
-) -> None:
+def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int], x_rows: np.ndarray, out_rows: np.ndarray) -> None:
     """Multiply pairs of a token and a matrix: out[out_rows[p]] = x[x_rows[p]] @ matrix.T, on numba's current number of threads.
 
     Args:
         x: quantized in units that divide the weights' groups.
-        products: of weights of one format, shape and group size, with equally many matrices.
-        offsets: the pairs of matrix i are those from offsets[i] to offsets[i + 1], the same for each product.
+        jobs: of weights of one format, shape and group size, with equally many matrices.
+        offsets: the pairs of matrix i are those from offsets[i] to offsets[i + 1], the same for each job.
         x_rows, out_rows: int64 [P].
     """
-    weight = products[0].weight
+    weight = jobs[0].weight
     N, K = weight.shape[-2:]
     group_size, halves, unit = weight.group_size, x.codes.shape[1], x.unit
     four_bits, one_token = int(FORMATS[weight.format].four_bits), halves == 2 and unit == group_size
-    jobs = []
-    for product in products:
-        parts, out = product.weight.parts, product.out.data_ptr()
+    rows_of_table = []
+    for job in jobs:
+        parts, out = job.weight.parts, job.out.data_ptr()
         codes, scales = parts["qweight"], parts["scales"]
         zeros = parts.get("zeros", scales)
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
-        for matrix, begin, end in zip(product.matrices, offsets[:-1], offsets[1:], strict=True):
+        for matrix, begin, end in zip(job.matrices, offsets[:-1], offsets[1:], strict=True):
             function = _few_rows(four_bits) if one_token and end - begin == 1 else _many_rows(four_bits, halves)
-            jobs.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
+            rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
     longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
     nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles()[0]) * 128
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
-    span = _SPAN if len(jobs) * N >= 8 * _SPAN * threads else _ROWS
+    span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), _ROWS)
     rows = x_rows.ctypes.data, out_rows.ctypes.data
-    arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, 0])
-    table = np.array(jobs)
+    arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0])
+    table = np.array(rows_of_table)
     assert table.strides[0] == _JOB_BYTES
     at = arguments.ctypes.data
-    _run(at, table.ctypes.data, len(jobs), -(-N // span), base + threads * nbytes, base, nbytes, at + 80, threads)
+    _run(at, table.ctypes.data, len(table), -(-N // span), base + threads * nbytes, base, nbytes, at + 88, threads)
 
 
 @compiled()
@@ -113,7 +111,8 @@ def _few_rows(four_bits: int) -> int:
         x_row, out = integer(integer(arguments, 8), pair), integer(job, 4) + integer(integer(arguments, 9), pair) * N * 4
         groups, row_blocks = K // group_size, K // BLOCK
         code_pitch, zero_pitch = K // per_byte, (groups + 1) // 2
-        x_codes, x_units = x + x_row * K * 2, x_row * groups * 4
+        x_pitch = integer(arguments, 10)
+        x_codes, x_units = x + x_row * x_pitch * 2, x_row * groups * 4
         scales, sums, scale_blocks = scratch, scratch + 16 * 128, 16 * group_size // BLOCK
         top = integer(task, 0) * span
         for first in range(top, min(N, top + span), _ROWS):
@@ -137,6 +136,7 @@ def _few_rows(four_bits: int) -> int:
                         scales,
                         scales + 64,
                         x_codes,
+                        x_pitch,
                         x_scales + x_units,
                         x_sums + x_units,
                         sums + 64 * j,
@@ -165,7 +165,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
             integer(arguments, 4),
         )
         x, x_scales, x_sums, codes = integer(arguments, 5), integer(arguments, 6), integer(arguments, 7), integer(task, 1)
-        x_rows, out_rows = integer(arguments, 8), integer(arguments, 9)
+        x_rows, out_rows, x_pitch = integer(arguments, 8), integer(arguments, 9), integer(arguments, 10)
         groups, units, row_blocks = K // group_size, K // unit, K // BLOCK
         code_pitch, zero_pitch = K // per_byte, (groups + 1) // 2
         scales = codes + _CHUNK * _ROWS
@@ -202,7 +202,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
                         for i in range(tile_tokens):
                             x_row = integer(x_rows, min(pair + i, end - 1))
                             x_unit = (x_row * units + first_unit) * 4
-                            store_integer(x + x_row * (K * halves) + chunk * BLOCK, x_at + 8 * i)
+                            store_integer(x + x_row * (x_pitch * halves) + chunk * BLOCK, x_at + 8 * i)
                             store_integer(x_scales + x_unit, x_at + 128 + 8 * i)
                             store_integer(x_sums + x_unit, x_at + 256 + 8 * i)
                         multiply_tile(
@@ -212,7 +212,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
                             groups * 128,
                             blocks * BLOCK // unit,
                             x_at,
-                            K,
+                            x_pitch,
                             sums + (pair - begin) * 128,
                             min(tile_tokens, end - pair),
                             ahead,

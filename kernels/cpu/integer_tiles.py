@@ -18,7 +18,7 @@ from .row_codes import BLOCK
 
 __all__ = ["multiply_one", "multiply_tile", "row_tiles"]
 
-_BLOCKS_AHEAD = 4  # blocks that a single token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
+_BLOCKS_AHEAD = 24  # blocks that a single token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
 
 
 def row_tiles() -> tuple[int, ...]:
@@ -147,13 +147,14 @@ def _quarter_totals(b: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def multiply_one(
-    typing_context, codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_scales, x_sums, sums, group_size, four_bits
+    typing_context, codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_pitch, x_scales, x_sums, sums, group_size, four_bits
 ):
     """sums float32 [16] += the products of sixteen rows with one token, over `blocks` blocks from the block `begin`; the last argument is a
     literal.
 
     codes: address of the first row; pitch, row_blocks: bytes and blocks of a row; last: the last row, which those after it repeat; scales,
-    zeros: as `row_scales` writes them, from the block `begin`; x: a token's codes in two halves, quantized in units of a group.
+    zeros: as `row_scales` writes them, from the block `begin`; x: a token's codes in two halves, `x_pitch` bytes apart, quantized in
+    units of a group.
     """
     if not isinstance(four_bits, types.IntegerLiteral):
         return None
@@ -161,8 +162,7 @@ def multiply_one(
     lines = 1 if small else 2  # of 64 bytes in a block of 128 elements
 
     def codegen(context, b, signature, args):
-        codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_scales, x_sums, sums, group_size, _ = args
-        K = b.mul(row_blocks, v.I64(BLOCK))
+        codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_pitch, x_scales, x_sums, sums, group_size, _ = args
         rows = [b.add(codes, b.mul(b.select(b.icmp_signed("<", v.I64(row), last), v.I64(row), last), pitch)) for row in range(16)]
         product = cgutils.alloca_once(b, v.V16F)
         b.store(v.load(b, sums, v.V16F), product)
@@ -171,7 +171,7 @@ def multiply_one(
             block = b.add(begin, loop.index)
             halves = []  # the activations of the block in the order of the codes
             for h in range(2):
-                at = b.add(b.add(x, b.mul(K, v.I64(h))), b.mul(block, v.I64(BLOCK)))
+                at = b.add(b.add(x, b.mul(x_pitch, v.I64(h))), b.mul(block, v.I64(BLOCK)))
                 words = [v.load(b, b.add(at, v.I64(64 * i)), v.V16I) for i in range(2)]
                 if small:
                     words = [b.shuffle_vector(*words, v.constant(v.V16I, list(range(i, 32, 2)))) for i in range(2)]
@@ -186,7 +186,7 @@ def multiply_one(
             for row in range(16):
                 values = []
                 for line in range(lines):
-                    v.prefetch(b, b.add(b.add(rows[row], ahead), v.I64(64 * line)))
+                    v.prefetch(b, b.add(b.add(rows[row], ahead), v.I64(64 * line)), level=2)
                     loaded = v.load(b, b.add(b.add(rows[row], line_at), v.I64(64 * line)), v.V64)
                     if small:
                         shifted = b.bitcast(b.lshr(b.bitcast(loaded, v.V16I), v.constant(v.V16I, [4] * 16)), v.V64)
@@ -227,4 +227,4 @@ def multiply_one(
         v.store(b, b.load(product), sums)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 13, four_bits), codegen
+    return types.void(*[types.intp] * 14, four_bits), codegen

@@ -24,10 +24,10 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from . import amx
 from .activations import QuantizedActivations, quantize_activations
-from .choice import BLOCK, CpuChoice, Regime, choose, padded
+from .choice import BLOCK, CpuChoice, Product, Regime, activation_bytes, activation_unit, choose, padded
 from .float32 import product
 from .format_kernels import TILE_KERNELS, dequantize_rows
-from .integer import Product, multiply
+from .integer import Job, multiply
 from .row_codes import FORMATS
 from .vector import has_bfloat16, has_byte_products
 
@@ -45,7 +45,7 @@ def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     weight = weight.contiguous()
     choice = choice_for(x.shape[0], x, weight)
     if choice.regime is Regime.INTEGER:
-        return _integer(x, weight)
+        return _integer(x, weight, activation_bytes(Product.OTHER, choice))
     if weight.format not in TILE_KERNELS:
         with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
             return _tiled(x.to(choice.tile_dtype), weight, choice)
@@ -81,13 +81,14 @@ def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoi
     )
 
 
-def quantized(x: torch.Tensor, weight: QuantizedWeight, halves: int) -> QuantizedActivations:
-    """`x` [T, K], quantized for integer products with `weight` in units of a group; `halves`: bytes of an integer."""
+def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, halves: int) -> QuantizedActivations:
+    """`x` [T, K], quantized for integer products with `weight`; `halves`: bytes of an integer."""
     use_threads(x.numel() * 4)
-    return quantize_activations(x, unit=weight.group_size, halves=halves, interleaved=FORMATS[weight.format].four_bits)
+    unit = activation_unit(product, halves, weight.group_size)
+    return quantize_activations(x, unit=unit, halves=halves, interleaved=FORMATS[weight.format].four_bits)
 
 
-def _integer(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+def _integer(x: torch.Tensor, weight: QuantizedWeight, halves: int) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], some tokens at a time: the float32 sums of all could be as large as the logits of a prompt."""
     T, N = len(x), weight.shape[0]
     step = max(_LEAST_TOKENS, _SUMS // N)
@@ -96,9 +97,9 @@ def _integer(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
         rows = np.arange(min(step, T - first))
         sums = torch.empty(len(rows), N)
         if len(rows):
-            activations = quantized(x[first : first + step], weight, halves=2)
+            activations = quantized(x[first : first + step], weight, Product.OTHER, halves)
             use_threads(weight.shape.numel())
-            multiply(activations, [Product(weight, (0,), sums)], (0, len(rows)), rows, rows)
+            multiply(activations, [Job(weight, (0,), sums)], (0, len(rows)), rows, rows)
         if out is None:
             return sums.to(x.dtype)
         out[first : first + step] = sums

@@ -6,7 +6,6 @@ Dimension letters: `T` tokens, `A` active experts of a token, `P` pairs of a tok
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,8 +17,8 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight
 
 from .activations import QuantizedActivations, quantize_gated
-from .choice import Regime, matmul
-from .integer import Product, multiply
+from .choice import Product, Regime, activation_bytes, activation_unit, matmul
+from .integer import Job, multiply
 from .linear import choice_for, linear, quantized, use_threads
 from .row_codes import FORMATS
 
@@ -85,43 +84,41 @@ class ExpertOutputs:
     def _add_integer(self, layer: ExpertWeights, slots: Mapping[int, int]) -> None:
         """Compute the rows of experts by integer products: those of all experts at once, as far as `_PAIRS` allows."""
         w1, v1, w2 = (weight.contiguous_matrices() for weight in (layer.w1, layer.v1, layer.w2) if isinstance(weight, QuantizedWeight))
-        pieces = []  # (bytes of an integer, slot, first and end among the pairs)
+        # Experts whose activations get integers of one size are computed together, so that a row's bits do not depend on other experts.
+        pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (slot, first and end among the pairs)
         for e, slot in slots.items():
             begin, stop = self._places[e]
-            halves = choice_for(stop - begin, self._x, w1).activation_bytes
-            pieces += [(halves, slot, first, min(stop, first + _PAIRS)) for first in range(begin, stop, _PAIRS)]
-        pieces.sort()
-        while pieces:
-            ends = np.cumsum([end - first for _, _, first, end in pieces])
-            count = max(1, int(np.searchsorted(ends, _PAIRS, side="right")))
-            self._add_pieces(w1, v1, w2, pieces[:count])
-            pieces = pieces[count:]
+            choice = choice_for(stop - begin, self._x, w1)
+            sizes = activation_bytes(Product.GATE_AND_UP, choice), activation_bytes(Product.DOWN, choice)
+            pieces.setdefault(sizes, []).extend((slot, first, min(stop, first + _PAIRS)) for first in range(begin, stop, _PAIRS))
+        for sizes, alike in pieces.items():
+            while alike:
+                ends = np.cumsum([end - first for _, first, end in alike])
+                count = max(1, int(np.searchsorted(ends, _PAIRS, side="right")))
+                self._add_pieces((w1, v1, w2), sizes, alike[:count])
+                alike = alike[count:]
 
-    def _add_pieces(self, w1: QuantizedWeight, v1: QuantizedWeight, w2: QuantizedWeight, pieces: list[tuple[int, int, int, int]]) -> None:
-        offsets = np.cumsum([0] + [end - first for _, _, first, end in pieces]).tolist()
-        pairs = torch.cat([torch.arange(first, end) for _, _, first, end in pieces])
+    def _add_pieces(self, weights: tuple[QuantizedWeight, ...], sizes: tuple[int, int], pieces: list[tuple[int, int, int]]) -> None:
+        (w1, v1, w2), slots = weights, [slot for slot, _, _ in pieces]
+        offsets = np.cumsum([0] + [end - first for _, first, end in pieces]).tolist()
+        pairs = torch.cat([torch.arange(first, end) for _, first, end in pieces])
         tokens, rows, places = self._tokens[pairs].numpy(), self._by_expert[pairs].numpy(), np.arange(len(pairs))
         gate, up = torch.empty(2, len(pairs), w1.shape[-2]).unbind()
-        first = 0
-        for halves, alike in itertools.groupby(pieces, key=lambda piece: piece[0]):
-            slots = [slot for _, slot, _, _ in alike]
-            ends = offsets[first : first + len(slots) + 1]
-            first += len(slots)
-            products = [Product(w1, slots, gate), Product(v1, slots, up)]
-            alike_weights = (w1.format, w1.group_size) == (v1.format, v1.group_size)
-            for together in [products] if alike_weights else [products[:1], products[1:]]:
-                activations = self._activations(together[0].weight, halves)
-                use_threads(len(slots) * len(together) * w1.shape[-2] * w1.shape[-1])
-                multiply(activations, together, ends, tokens, places)
-        h = quantize_gated(gate, up, unit=w2.group_size, halves=2, interleaved=FORMATS[w2.format].four_bits)
-        use_threads(len(pieces) * w2.shape[-2] * w2.shape[-1])
-        multiply(h, [Product(w2, [slot for _, slot, _, _ in pieces], self._rows)], offsets, places, rows)
+        jobs = [Job(w1, slots, gate), Job(v1, slots, up)]
+        for together in [jobs] if (w1.format, w1.group_size) == (v1.format, v1.group_size) else [jobs[:1], jobs[1:]]:
+            x = self._activations(together[0].weight, sizes[0])
+            use_threads(len(slots) * len(together) * w1.shape[-2] * w1.shape[-1])
+            multiply(x, together, offsets, tokens, places)
+        unit = activation_unit(Product.DOWN, sizes[1], w2.group_size)
+        h = quantize_gated(gate, up, unit=unit, halves=sizes[1], interleaved=FORMATS[w2.format].four_bits)
+        use_threads(len(slots) * w2.shape[-2] * w2.shape[-1])
+        multiply(h, [Job(w2, slots, self._rows)], offsets, places, rows)
 
     def _activations(self, weight: QuantizedWeight, halves: int) -> QuantizedActivations:
         """The tokens, quantized for integer products with such a weight."""
         key = (weight.format, weight.group_size, halves)
         if key not in self._quantized:
-            self._quantized[key] = quantized(self._x, weight, halves)
+            self._quantized[key] = quantized(self._x, weight, Product.GATE_AND_UP, halves)
         return self._quantized[key]
 
 

@@ -142,12 +142,12 @@ def reduce_add(b: Builder, value: Value) -> Value:
     return b.call(reduce, [ir.Constant(F32, 0.0), value], fastmath=_FAST)
 
 
-def prefetch(b: Builder, address: Value) -> None:
-    """Prefetch the cache line at `address`; never faults."""
+def prefetch(b: Builder, address: Value, *, level: int = 1) -> None:
+    """Prefetch the cache line at `address` into the cache of that level; never faults."""
     pointer = I8.as_pointer()
     hint = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]), "llvm.prefetch.p0")
-    read, keep, data = I32(0), I32(3), I32(1)
-    b.call(hint, [b.inttoptr(address, pointer), read, keep, data])
+    read, locality, data = I32(0), I32(4 - level), I32(1)
+    b.call(hint, [b.inttoptr(address, pointer), read, locality, data])
 
 
 def dot_bytes(b: Builder, total: Value, unsigned: Value, signed: Value, *, four_bits: bool) -> Value:
