@@ -13,6 +13,8 @@ from .backend import Backend, pick
 
 __all__ = ["choose_experts", "route"]
 
+_FEW_TOKENS = 16
+
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
     """The top k experts by logit, the lower index first among equals, weighted by a softmax over all experts; float32 throughout.
@@ -28,7 +30,11 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
         from dbrx_q.kernels.triton import router as triton_router
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
-    return choose_experts(x.float() @ router.float().T, top_k, norm_order)
+    x, matrix = x.float(), router.float().T
+    if 1 < len(x) <= _FEW_TOKENS:
+        # A library's product of several rows may have other bits than that of one; sequences that decode together get those of each alone.
+        return choose_experts(torch.cat([row @ matrix for row in x.split(1)]), top_k, norm_order)
+    return choose_experts(x @ matrix, top_k, norm_order)
 
 
 def choose_experts(logits: torch.Tensor, top_k: int, norm_order: float | None) -> Routing:

@@ -66,6 +66,11 @@ class ResidentExpertStore(ExpertStore):
         self._layers = tuple(layers)
         self._checks = checks
 
+    @property
+    def layers(self) -> tuple[ExpertWeights, ...]:
+        """The experts of every layer."""
+        return self._layers
+
     def layer(self, index: int, experts: torch.Tensor) -> ExpertWeights:
         if self._checks is not None:
             self._checks.before_use(index, experts)

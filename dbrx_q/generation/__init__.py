@@ -7,7 +7,7 @@ One request, step by step:
 
 1. `generate.py`, or `arguments.py` and `inputs.py`, check the request; `generate.py` sizes the KV cache of each sequence within the
    memory that is left.
-2. `decoding.py` chooses how sequences advance, one by one on a CPU or all together on a GPU, and prefills the prompts. A prefix that
+2. `decoding.py` chooses how sequences advance, together or one by one, and prefills the prompts. A prefix that
    prompts share is computed once. `forward_decoder.py` runs a whole batch through `forward` where caches or hidden states are asked for.
 3. `token_loop.py` is the loop. Its tokens are chosen by `sampling.py` (`SamplingParams`), or by `logits_processors.py` and, for beams,
    `beam_search.py`; `prompt_lookup.py` copies tokens that a step then verifies. `stopping.py` ends sequences.

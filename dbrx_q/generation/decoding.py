@@ -1,8 +1,7 @@
-"""How the sequences of a request advance: each by itself on the CPU, all together on a GPU.
+"""How the sequences of a request advance: all together on a GPU; on the CPU together where each keeps the bits that it gets alone.
 
-On the CPU every sequence has a cache and products of its own. Batching would gain nothing there, since the tokens of a step go to
-different experts: the experts of one DBRX layer take 23 ms for 1 token, 44 ms for 2, 96 ms for 4 and 183 ms for 8. On a GPU a step reads
-each expert once for all sequences that need it, and the whole step is one CUDA graph (`decode_graph.py`).
+Where sequences advance together, a step reads each expert once for all sequences that need it. On a GPU the whole step is one CUDA graph
+(`decode_graph.py`).
 
 A prefix that prompts of a request share is computed once: a later prompt copies its keys and values from an earlier one. On the CPU only
 whole prefill steps are copied, so that every product has the same rows, and hence the same bits, as if the prompt ran alone.
@@ -22,9 +21,14 @@ from functools import partial
 import torch
 
 from dbrx_q.errors import RequestError
+from dbrx_q.experts import ResidentExpertStore
+from dbrx_q.kernels.attention import Sequences
 from dbrx_q.kernels.backend import Backend, pick
+from dbrx_q.kernels.formats.weights import Weight
+from dbrx_q.model.batch import Batch
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.kv_cache_file import PromptCache, prefill_step
+from dbrx_q.model.layers import DbrxLinear, PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.model.overflow import all_finite, overflow_error, repeat_sequence
 
@@ -189,15 +193,42 @@ def decode_one_token(model: DbrxForCausalLM, token: int, cache: KVCache) -> torc
 def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> Iterator[Decoder]:
     """A decoder for sequences of at most `capacities` tokens each, with a KV cache in the format `kv_format`.
 
-    Sequences advance together only with the attention of the Triton kernels, which reads their lengths on the device.
+    Sequences advance together with the attention of the Triton kernels, which reads their lengths on the device, and on a CPU that
+    multiplies packed weights: an expert is then read once for all that chose it.
     """
     if not model.transformer.steps_together:
-        yield _Separate(model, capacities, kv_format)
+        rows = _independent_rows(model) if len(capacities) > 1 and _fits_one_cache(model, capacities, kv_format) else 1
+        yield _Shared(model, capacities, kv_format, rows) if rows > 1 else _Separate(model, capacities, kv_format)
         return
     with BatchDecoder.borrowed(model, len(capacities), max(capacities, default=1), kv_format) as batch:
         decoder = _Together(model, batch)
         yield decoder
         decoder.close()
+
+
+def _independent_rows(model: DbrxForCausalLM) -> int:
+    """How many sequences of a decode step on the CPU get the bits that each gets alone: several if all matrices but the routers are packed.
+
+    With experts in several memories it is one: so many sequences could need more experts at once than a budget holds.
+    """
+    store = model.transformer.store
+    if any(device.type != "cpu" for device in model.transformer.devices) or not isinstance(store, ResidentExpertStore):
+        return 1
+    from dbrx_q.kernels.cpu.linear import independent_rows
+
+    linears = (module.weight for module in model.modules() if isinstance(module, DbrxLinear))
+    weights: list[Weight] = [weight.value if isinstance(weight, PackedWeight) else weight.data for weight in linears]
+    weights += [matrix for layer in store.layers for matrix in (layer.w1, layer.v1, layer.w2)]
+    return min(independent_rows(weight, model.dtype) for weight in weights)
+
+
+def _fits_one_cache(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str) -> bool:
+    """Whether a cache with as much room for each sequence as for the longest stays within the budget, and is not mostly unused."""
+    tokens = len(capacities) * max(capacities)
+    if tokens > 2 * sum(capacities):
+        return False
+    limit = model.limits.kv_bytes
+    return limit is None or tokens * KVCache(model.config, 1, 1, dtype=model.dtype, device="meta", format=kv_format).nbytes <= limit
 
 
 def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -228,6 +259,53 @@ class _Separate(Decoder):
             self._steps[i].append(token)
             logits[i] = self._checked(i, decode_one_token(self._model, token, self._cache(i)))
         return logits
+
+
+class _Shared(Decoder):
+    """All sequences share one cache on the CPU; as many advance together as keep the bits that each gets alone."""
+
+    def __init__(self, model: DbrxForCausalLM, capacities: Sequence[int], kv_format: str, rows: int) -> None:
+        super().__init__(model)
+        self._most = rows
+        self._all = KVCache(
+            model.config, len(capacities), max(capacities), dtype=model.dtype, device=model.transformer.devices, format=kv_format
+        )
+
+    def _cache_at(self, place: int) -> KVCache:
+        return self._all.sequence(place)
+
+    def _set_length(self, place: int, tokens: int) -> None:
+        self._all.lengths[place] = tokens
+
+    def prefill(self, index: int, prompt: Sequence[int]) -> torch.Tensor:
+        logits = super().prefill(index, prompt)
+        self._all.lengths[self._place(index)] = len(self._sequence(index))
+        return logits
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        logits: dict[int, torch.Tensor] = {}
+        indices = list(tokens)
+        for first in range(0, len(indices), self._most):
+            logits |= self._step_of(indices[first : first + self._most], tokens)
+        return logits
+
+    def _step_of(self, indices: Sequence[int], tokens: Mapping[int, int]) -> dict[int, torch.Tensor]:
+        for i in indices:
+            self._steps[i].append(tokens[i])
+        places = [self._place(i) for i in indices]
+        lengths = [self._all.lengths[place] + 1 for place in places]
+        if max(lengths) > self._all.capacity:
+            raise RequestError(f"a sequence must fit {self._all.capacity} tokens, the room of its cache; found {max(lengths)}. Shorten it")
+        ends, rows = torch.tensor(lengths, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
+        starts = torch.arange(len(indices) + 1, dtype=torch.int32)
+        sequences = Sequences(starts, ends, (1,) * len(indices), tuple(lengths), rows)
+        ids = torch.tensor([tokens[i] for i in indices])
+        with torch.no_grad():
+            hidden, _ = self._model.transformer.run(ids, Batch(sequences, ends - 1, rows, self._all))
+            logits = self._model.lm_head(hidden).float()
+        for place, length in zip(places, lengths, strict=True):
+            self._all.lengths[place] = length
+        return {i: self._checked(i, row) for i, row in zip(indices, logits, strict=True)}
 
 
 class _Together(Decoder):

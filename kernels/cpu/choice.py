@@ -76,11 +76,18 @@ def choose(
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
         return CpuChoice(Regime.INTEGER if tokens <= _TOKENS_AMX else Regime.AMX, _TILE_ROWS, tile_dtype)
-    if tokens <= _TOKENS_WITHOUT_BYTES:
+    if tokens <= _FEW_TOKENS:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype)
     if narrow and byte_products:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, may_narrow=True)
     return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
+
+
+def independent_rows(K: int, dtype: torch.dtype, *, amx: bool, packed: bool) -> int:
+    """Most rows of `K` activations in `dtype` of which each gets the bits that it gets alone; arguments as for `choose`."""
+    if not packed or K % BLOCK:
+        return 1
+    return _TOKENS_AMX if amx and dtype == torch.bfloat16 else _FEW_TOKENS
 
 
 class Product(Enum):
@@ -119,7 +126,7 @@ def activation_unit(product: Product, halves: int, group_size: int) -> int:
 _TOKENS_AMX = 5
 # Most tokens on a chip without products of bytes, and most whose integers always have 16 bits: so many sequences decode together with the
 # bits that each gets alone.
-_TOKENS_WITHOUT_BYTES = 16
+_FEW_TOKENS = 16
 # 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
 _TILE_ROWS = 1024
 

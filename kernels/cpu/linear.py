@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import Weight
 
-from . import amx
+from . import amx, choice
 from .activations import QuantizedActivations, quantize_activations
 from .choice import BLOCK, CpuChoice, Product, Regime, activation_bytes, activation_unit, choose, padded
 from .float32 import product
@@ -31,7 +32,7 @@ from .integer import Job, multiply
 from .row_codes import FORMATS
 from .vector import has_bfloat16, has_byte_products
 
-__all__ = ["choice_for", "has_matrix_unit", "linear", "quantized", "use_threads", "warm_up"]
+__all__ = ["choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "use_threads", "warm_up"]
 
 # Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
 # scheduler, so small models stay on one thread.
@@ -43,14 +44,14 @@ _LEAST_TOKENS = 32  # ... unless they would be of fewer tokens, each of which de
 def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """y [T, N] = x [T, K] @ weight [N, K].T, in the dtype of the tile by TILES, otherwise in the dtype of `x`."""
     weight = weight.contiguous()
-    choice = choice_for(x.shape[0], x, weight)
-    if choice.regime is Regime.INTEGER:
-        return _integer(x, weight, activation_bytes(Product.OTHER, choice))
+    chosen = choice_for(x.shape[0], x, weight)
+    if chosen.regime is Regime.INTEGER:
+        return _integer(x, weight, activation_bytes(Product.OTHER, chosen))
     if weight.format not in TILE_KERNELS:
         with _threads_of_torch(weight.shape.numel() * (1 + x.shape[0] // 16)):
-            return _tiled(x.to(choice.tile_dtype), weight, choice)
-    if choice.regime is Regime.TILES:
-        return _tiled(_tile_order(x.to(choice.tile_dtype), weight), weight, choice)
+            return _tiled(x.to(chosen.tile_dtype), weight, chosen)
+    if chosen.regime is Regime.TILES:
+        return _tiled(_tile_order(x.to(chosen.tile_dtype), weight), weight, chosen)
     use_threads(weight.shape.numel())
     return amx.matmul(x, weight)
 
@@ -81,6 +82,15 @@ def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoi
     )
 
 
+def independent_rows(weight: Weight, dtype: torch.dtype) -> int:
+    """Most rows of activations in `dtype` whose products with `weight` [..., N, K] have the bits that each row gets alone."""
+    if isinstance(weight, torch.Tensor):
+        return 1
+    kernels = TILE_KERNELS.get(weight.format)
+    amx_serves = kernels is not None and kernels.amx and has_matrix_unit()
+    return choice.independent_rows(weight.shape[-1], dtype, amx=amx_serves, packed=weight.format in FORMATS)
+
+
 def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, halves: int) -> QuantizedActivations:
     """`x` [T, K], quantized for integer products with `weight`; `halves`: bytes of an integer."""
     use_threads(x.numel() * 4)
@@ -107,18 +117,18 @@ def _integer(x: torch.Tensor, weight: QuantizedWeight, halves: int) -> torch.Ten
     return out
 
 
-def _tiled(x: torch.Tensor, weight: QuantizedWeight, choice: CpuChoice) -> torch.Tensor:
+def _tiled(x: torch.Tensor, weight: QuantizedWeight, chosen: CpuChoice) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], whose columns are in the order of the tile."""
     N, K = weight.shape
     T = len(x)
     x, by = padded(x, N)
     out = torch.empty(len(x), N, dtype=x.dtype)
     kernels = None if K % BLOCK else TILE_KERNELS.get(weight.format)
-    buffer = torch.empty(0 if kernels is None else min(N, choice.tile_rows), K, dtype=choice.tile_dtype)
-    for first in range(0, N, choice.tile_rows):
-        rows = weight.rows(first, min(first + choice.tile_rows, N))
+    buffer = torch.empty(0 if kernels is None else min(N, chosen.tile_rows), K, dtype=chosen.tile_dtype)
+    for first in range(0, N, chosen.tile_rows):
+        rows = weight.rows(first, min(first + chosen.tile_rows, N))
         if kernels is None:
-            tile = dequantize_rows(rows, choice.tile_dtype)
+            tile = dequantize_rows(rows, chosen.tile_dtype)
         else:
             tile = buffer[: rows.shape[0]]
             use_threads(tile.numel())

@@ -87,9 +87,8 @@ def test_more_tokens_than_a_panel_and_many_rows() -> None:
     weight, x = packed("int4", 64, 4100, 128), torch.randn(600, 128)
     use_threads(1 << 30)
     quantized = activations(x, weight, 1)
-    torch.testing.assert_close(
-        product(quantized, weight).double(), values(quantized, "int4") @ dequantize(weight).double().T, rtol=1e-5, atol=1e-4
-    )
+    expected = values(quantized, "int4") @ dequantize(weight).double().T
+    torch.testing.assert_close(product(quantized, weight).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_linear_takes_many_tokens_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +102,7 @@ def test_linear_takes_many_tokens_some_at_a_time(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_silu_of_gated_activations() -> None:
-    gate = torch.linspace(-110, 110, 4096).view(4, 1024)
+    gate = torch.linspace(-60, 60, 4096).view(4, 1024)
     up = torch.ones_like(gate)
     up[:, ::64] = 110.0  # so that every unit has a large magnitude beside its small ones
     x = quantize_gated(gate, up, unit=64, halves=2, interleaved=False)
