@@ -1,9 +1,4 @@
-"""int4 grouped weights on the CPU: dot products against 16-bit activations, and rows dequantized into tiles.
-
-A row of weights is read 64 bytes at a time, as 32 words of four 4-bit codes: word `l` of a block holds elements 4l..4l+3, and a shift by 4s
-gives element 4l+s. Activations are stored so that lane `l` of vector `s` of a block is element 4l+s (`activations.py`); weights need no
-shuffle. Integer products are exact, and their sums are converted to float32 once per block.
-"""
+"""int4 grouped weights on the CPU: rows dequantized into tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""int8 grouped weights on the CPU: dot products against 16-bit activations, and rows dequantized into tiles."""
+"""int8 grouped weights on the CPU: rows dequantized into tiles."""
 
 from __future__ import annotations
 
