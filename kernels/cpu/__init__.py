@@ -4,8 +4,8 @@ Begin with `linear.py`, the product with a quantized weight, and `choice.py`, wh
 AMX tiles, or rows of the weight dequantized for a library's matmul. `format_kernels.py` lists the formats that have code.
 
 - `moe.py`: the experts of a layer, through the same products.
-- `integer.py`: exact products of packed codes and quantized activations; `integer_tiles.py`: their inner loops; `row_codes.py`: sixteen rows
-  decoded for them; `activations.py`: activations as integers of 8 and 16 bits; `addresses.py`: memory as addresses.
+- `integer.py`: exact products of packed codes and quantized activations. `integer_tiles.py`: their inner loops. `row_codes.py`: sixteen
+  rows decoded for them. `activations.py`: activations as integers of 8 or 16 bits. `addresses.py`: memory as addresses.
 - `int4.py`, `int8.py`: rows dequantized into a tile.
 - `float32.py`: plain float32 products by torch's matmul or by oneDNN, whichever is faster on this chip.
 - `attention.py`: few new tokens attend to a KV cache as it is stored; `attention_chunks.py`: the vector code for a part of the cache.
