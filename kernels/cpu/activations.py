@@ -1,8 +1,8 @@
-"""Activations for the CPU's integer products: 16-bit or 8-bit integers with one scale per unit of 32 to 128 neighbours along K.
+"""Activations for the CPU's integer products: integers of 8, 16 or 24 bits with one scale per unit of 32 to 128 neighbours along K.
 
-A 16-bit integer is stored as two bytes in two rows, since the chips multiply bytes: 256 times the first plus the second, both signed. The
-largest magnitude of a unit maps to 32639, the largest integer with two signed bytes, so a value within a factor of 127 of it keeps at least
-the 8 significant bits of bfloat16.
+An integer of several bytes is stored in as many rows, since the chips multiply bytes: 256 times the first plus the second, both signed, and
+so on. The largest magnitude of a unit maps to 32639, the largest integer with two signed bytes, so a value within a factor of 127 of it
+keeps at least the 8 significant bits of bfloat16. With three bytes products err as float32 products do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .compiled import compiled
 
 __all__ = ["QuantizedActivations", "quantize_activations", "quantize_gated"]
 
-_LARGEST = {1: 127, 2: 127 * 256 + 127}  # by the number of bytes
+# By the number of bytes; with three, rounding in float32 must not pass the largest integer, which is 127 more.
+_LARGEST = {1: 127, 2: 127 * 256 + 127, 3: (127 * 256 + 127) * 256}
 _SMALLEST = 1e-30  # units whose largest magnitude is less become zeros: the inverse of their scale could be infinite
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
@@ -33,12 +34,13 @@ class QuantizedActivations:
     """`T` rows of `K` activations."""
 
     codes: torch.Tensor
-    """int8 [T, H, K], rows at a distance (`_pitch`): H = 2, 256 times the first row plus the second, or H = 1. For int4 weights every eight
+    """int8 [T, H, K], H from 1 to 3, rows at a distance (`_pitch`): a row is 256 times as much as the next. For int4 weights every eight
     neighbours stand in the order 0, 2, 4, 6, 1, 3, 5, 7; for other formats in their own."""
     scales: torch.Tensor
     """float32 [T, K/U]."""
     sums: torch.Tensor
-    """int32 [T, K/U], the sum of the integers of each unit."""
+    """int32 [T, K/U], the sum of the integers of each unit; for H = 3 [T, 2 K/U], of each unit that of their first two bytes and that of
+    their last."""
 
     @property
     def pitch(self) -> int:
@@ -56,7 +58,7 @@ def quantize_activations(x: torch.Tensor, *, unit: int, halves: int, interleaved
 
     Args:
         unit: U, a power of two from 32 to 128; K is a multiple of it.
-        halves: bytes of an integer, 1 or 2.
+        halves: bytes of an integer, 1 to 3.
         interleaved: whether the weight is int4.
     """
     x = x.float().contiguous()
@@ -75,7 +77,8 @@ def quantize_gated(gate: torch.Tensor, up: torch.Tensor, *, unit: int, halves: i
 def _empty(x: torch.Tensor, unit: int, halves: int) -> QuantizedActivations:
     T, K = x.shape
     codes = torch.empty(T, halves, _pitch(K), dtype=torch.int8)[..., :K]
-    return QuantizedActivations(codes, torch.empty(T, K // unit), torch.empty(T, K // unit, dtype=torch.int32))
+    sums = torch.empty(T, K // unit * (2 if halves == 3 else 1), dtype=torch.int32)
+    return QuantizedActivations(codes, torch.empty(T, K // unit), sums)
 
 
 def _arguments(x: QuantizedActivations) -> tuple[int, ...]:
@@ -148,18 +151,22 @@ def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at,
         inverse = b.select(b.fcmp_ordered("==", largest, _floats(0.0)), _floats(0.0), b.fdiv(_floats(float(_LARGEST[H])), largest))
         scale = b.fmul(largest, _floats(1 / _LARGEST[H]))
         v.store(b, b.extract_element(scale, v.I32(0)), scale_at)
-        total = ir.Constant(v.V16I, None)
+        totals = [ir.Constant(v.V16I, None)] * (2 if H == 3 else 1)
         for i, value in enumerate(values):
             whole = _llvm(b, "llvm.rint.v16f32", v.V16F, b.fmul(value, inverse))
             code = _llvm(b, "llvm.fptosi.sat.v16i32.v16f32", v.V16I, whole)
-            total = b.add(total, code)
-            rows = [code] if H == 1 else [b.ashr(b.add(code, _ints(128)), _ints(8)), code]
+            rows = [code]
+            for _ in range(H - 1):
+                rows.insert(0, b.ashr(b.add(rows[0], _ints(128)), _ints(8)))
+            parts = [rows[1], b.sub(code, b.shl(rows[1], _ints(8)))] if H == 3 else [code]
+            totals = [b.add(total, part) for total, part in zip(totals, parts, strict=True)]
             for h, row in enumerate(rows):
                 octet = b.trunc(row, v.vector(v.I8, 16))
                 if int4:
                     octet = v.broadcast(b, octet, octets)
                 v.store(b, octet, b.add(b.add(codes, b.mul(pitch, v.I64(h))), v.I64(16 * i)))
-        v.store(b, _llvm(b, "llvm.vector.reduce.add.v16i32", v.I32, total), sum_at)
+        for i, total in enumerate(totals):
+            v.store(b, _llvm(b, "llvm.vector.reduce.add.v16i32", v.I32, total), b.add(sum_at, v.I64(4 * i)))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 7, unit, halves, interleaved), codegen
@@ -168,6 +175,7 @@ def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at,
 @cache
 def _quantizer(unit: int, halves: int, interleaved: int) -> Any:
     """The function that quantizes rows, compiled for one kind of result."""
+    sum_bytes = 8 if halves == 3 else 4
 
     @compiled(parallel=True)
     def quantize(x, up, gated, codes, scales, sums, T, K, pitch):
@@ -175,7 +183,7 @@ def _quantizer(unit: int, halves: int, interleaved: int) -> Any:
         for t in prange(T):
             for u in range(units):
                 at, to = (t * K + u * unit) * 4, codes + t * pitch * halves + u * unit
-                scale_at, sum_at = scales + (t * units + u) * 4, sums + (t * units + u) * 4
+                scale_at, sum_at = scales + (t * units + u) * 4, sums + (t * units + u) * sum_bytes
                 _quantize_unit(x + at, up + at, gated, to, pitch, scale_at, sum_at, unit, halves, interleaved)
 
     return quantize

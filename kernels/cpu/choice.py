@@ -57,10 +57,20 @@ class CpuChoice:
     """The dtype that TILES dequantizes them to."""
     may_narrow: bool = False
     """Whether INTEGER may make 8-bit integers of activations; see `activation_bytes`."""
+    wide: bool = False
+    """Whether INTEGER makes 24-bit integers of activations, whose products err as those of float32 do."""
 
 
 def choose(
-    tokens: int, K: int, dtype: torch.dtype, *, bfloat16_matmul: bool, amx: bool, byte_products: bool = False, packed: bool = True
+    tokens: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    bfloat16_matmul: bool,
+    amx: bool,
+    byte_products: bool = False,
+    wide_byte_products: bool = False,
+    packed: bool = True,
 ) -> CpuChoice:
     """The regime for `tokens` rows of `K` activations in `dtype`.
 
@@ -68,6 +78,7 @@ def choose(
         bfloat16_matmul: whether the chip has bfloat16 matrix instructions.
         amx: whether it has AMX tiles, and the weight's format has code for them.
         byte_products: whether it has instructions that multiply and add bytes (`vector.has_byte_products`).
+        wide_byte_products: whether these have 512 bits, so that three of them take less time than a float32 product.
         packed: whether the weight's format has integer products (`row_codes.FORMATS`).
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
@@ -80,6 +91,8 @@ def choose(
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype)
     if narrow and byte_products:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, may_narrow=True)
+    if dtype == torch.float32 and wide_byte_products:
+        return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, wide=True)
     return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
 
 
@@ -102,10 +115,10 @@ class Product(Enum):
 
 
 def activation_bytes(product: Product, choice: CpuChoice) -> int:
-    """Bytes, 1 or 2, of the integers that INTEGER makes of activations.
+    """Bytes, 1 to 3, of the integers that INTEGER makes of activations.
 
-    By default one for many tokens of `GATE_AND_UP`, whose error is small beside that of 4-bit weights (docs/cpu.md has the divergences).
-    DBRX_Q_ACTIVATION_BITS in the environment sets 8 or 16 for many tokens of all products.
+    Three for many tokens of float32. For many tokens of 16-bit types by default one in `GATE_AND_UP`, whose error is small beside that of
+    4-bit weights (docs/cpu.md has the divergences); DBRX_Q_ACTIVATION_BITS in the environment sets 8 or 16 for all products.
 
     Raises:
         DbrxError: another value of DBRX_Q_ACTIVATION_BITS.
@@ -113,12 +126,14 @@ def activation_bytes(product: Product, choice: CpuChoice) -> int:
     bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "auto")
     if bits not in ("auto", "8", "16"):
         raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8, 16 or auto; found {bits!r}")
+    if choice.wide:
+        return 3
     return 1 if choice.may_narrow and (bits == "8" or (bits == "auto" and product is Product.GATE_AND_UP)) else 2
 
 
 def activation_unit(product: Product, halves: int, group_size: int) -> int:
     """Activations that share a scale: those of a group; with 8 bits at most 64, or 32 where magnitudes differ more."""
-    return group_size if halves == 2 else min(group_size, 64 if product is Product.GATE_AND_UP else 32)
+    return group_size if halves > 1 else min(group_size, 64 if product is Product.GATE_AND_UP else 32)
 
 
 # Most tokens for which integer products win over AMX. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids), with the loop before

@@ -76,7 +76,7 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
             rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
     longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
-    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles()[0]) * 128
+    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles(halves)[0]) * 128
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
     span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), _ROWS)
@@ -152,7 +152,7 @@ def _few_rows(four_bits: int) -> int:
 @cache
 def _many_rows(four_bits: int, halves: int) -> int:
     """The address of the function that multiplies the rows of a task with several tokens, for a format and a kind of activations."""
-    tile_tokens = row_tiles()[0] // halves
+    tile_tokens, sum_bytes = row_tiles(halves)[0] // halves, 8 if halves == 3 else 4
     per_byte = 2 if four_bits else 1
     chunk_blocks = _CHUNK // BLOCK
 
@@ -201,10 +201,10 @@ def _many_rows(four_bits: int, halves: int) -> int:
                     for pair in range(begin, end, tile_tokens):
                         for i in range(tile_tokens):
                             x_row = integer(x_rows, min(pair + i, end - 1))
-                            x_unit = (x_row * units + first_unit) * 4
+                            x_unit = x_row * units + first_unit
                             store_integer(x + x_row * (x_pitch * halves) + chunk * BLOCK, x_at + 8 * i)
-                            store_integer(x_scales + x_unit, x_at + 128 + 8 * i)
-                            store_integer(x_sums + x_unit, x_at + 256 + 8 * i)
+                            store_integer(x_scales + x_unit * 4, x_at + 128 + 8 * i)
+                            store_integer(x_sums + x_unit * sum_bytes, x_at + 256 + 8 * i)
                         multiply_tile(
                             codes,
                             scales + group_at,

@@ -21,8 +21,10 @@ __all__ = ["multiply_one", "multiply_tile", "row_tiles"]
 _BLOCKS_AHEAD = 24  # blocks that a single token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
 
 
-def row_tiles() -> tuple[int, ...]:
-    """Rows of activations that are multiplied together, most first: as many as have registers for their sums."""
+def row_tiles(halves: int) -> tuple[int, ...]:
+    """Rows of activations that are multiplied together, most first: as many as have registers for their sums; whole tokens of `halves`."""
+    if halves == 3:
+        return (12, 6, 3) if "avx512f" in v.chip_features() else (3,)
     return (12, 8, 4) if "avx512f" in v.chip_features() else (2,)
 
 
@@ -80,10 +82,12 @@ def multiply_tile(
             places = [group_at, b.add(group_at, second)]
             excess = [b.sub(nothing, v.load(b, b.add(zeros, places[j]), v.V16I)) for j in range(2)]
             for t in range(tokens):
-                x_sum = _splat(b, b.add(x_sums[t], b.mul(unit.index, v.I64(4))), v.I32)
+                words = 2 if H == 3 else 1  # sums of a token's unit: of the last row, or of the first two rows and of the last
+                sum_at = b.add(x_sums[t], b.mul(unit.index, v.I64(4 * words)))
+                x_sum = [nothing] * (H - words) + [_splat(b, b.add(sum_at, v.I64(4 * i)), v.I32) for i in range(words)]
                 for j in range(2):
                     for h in range(H):
-                        b.store(nothing if h < H - 1 else b.mul(excess[j], x_sum), totals[t * H + h][j])
+                        b.store(b.mul(excess[j], x_sum[h]) if h >= H - words else nothing, totals[t * H + h][j])
             first = b.mul(unit.index, steps)
             with cgutils.for_range(b, steps) as step:
                 k = b.add(first, step.index)
@@ -100,11 +104,14 @@ def multiply_tile(
             for t in range(tokens):
                 x_scale = _splat(b, b.add(x_scales[t], b.mul(unit.index, v.I64(4))), v.F32)
                 for j in range(2):
-                    total = b.load(totals[t * H + H - 1][j])
-                    if H == 2:
-                        total = b.add(b.shl(b.load(totals[t * H][j]), v.constant(v.V16I, [8] * 16)), total)
+                    total = b.load(totals[t * H][j])
+                    if H > 1:
+                        total = b.add(b.shl(total, v.constant(v.V16I, [8] * 16)), b.load(totals[t * H + 1][j]))
+                    value = b.sitofp(total, v.V16F)
+                    if H == 3:  # more than 32 bits
+                        value = v.fused(b, value, v.constant(v.V16F, [256.0] * 16), b.sitofp(b.load(totals[t * H + 2][j]), v.V16F))
                     to = b.add(sums, v.I64(128 * t + 64 * j))
-                    scaled = b.fmul(b.sitofp(total, v.V16F), scale[j])
+                    scaled = b.fmul(value, scale[j])
                     v.store(b, v.fused(b, scaled, x_scale, v.load(b, to, v.V16F)), to)
 
     def codegen(context, b, signature, args):
@@ -118,7 +125,7 @@ def multiply_tile(
                 with smaller:
                     choose(tiles[1:])
 
-        choose(row_tiles())
+        choose(row_tiles(H))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 13, halves, four_bits), codegen

@@ -30,7 +30,7 @@ from .float32 import product
 from .format_kernels import TILE_KERNELS, dequantize_rows
 from .integer import Job, multiply
 from .row_codes import FORMATS
-from .vector import has_bfloat16, has_byte_products
+from .vector import chip_features, has_bfloat16, has_byte_products
 
 __all__ = ["choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "use_threads", "warm_up"]
 
@@ -78,6 +78,7 @@ def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoi
         bfloat16_matmul=has_bfloat16(),
         amx=kernels is not None and kernels.amx and has_matrix_unit(),
         byte_products=has_byte_products(),
+        wide_byte_products="avx512vnni" in chip_features(),
         packed=weight.format in FORMATS,
     )
 

@@ -99,17 +99,19 @@ def test_linear_agrees_with_the_reference(
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
-@pytest.mark.parametrize("regime", ["integer", "tiles"])
-def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, regime: str) -> None:
+@pytest.mark.parametrize("way", ["one_token", "many_tokens", "tiles"])
+def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, way: str) -> None:
     K = 256
     weight = packed_weight(fmt, group_size, 48, K)
-    step = 1 if regime == "integer" else K
-    rows = torch.eye(K).split(step)
-    out = torch.cat([linear(part, weight) for part in rows])
-    expected = dequantize(weight).T
-    if regime == "tiles":
+    identity, expected = torch.eye(K), dequantize(weight).T
+    if way == "tiles":
+        choice = choose(K, K, torch.float32, bfloat16_matmul=True, amx=False)
+        assert torch.equal(cpu._tiled(cpu._tile_order(identity, weight), weight, choice), expected)
+        return
+    out = torch.cat([linear(part, weight) for part in identity.split(1 if way == "one_token" else K)])
+    if way == "many_tokens" and cpu.choice_for(K, identity, weight).regime is Regime.TILES:
         assert torch.equal(out, expected)
-    else:  # 1 is 32767 steps of 1/32767, and zero-points are subtracted once per group: two float32 roundings
+    else:  # 1 is a whole number of steps, and zero-points are subtracted once per group: two float32 roundings
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -223,6 +225,8 @@ def test_many_tokens_of_bfloat16_use_amx() -> None:
     assert choose(512, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.AMX
     assert choose(1, 6144, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.INTEGER
     assert choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True).regime is Regime.TILES
+    wide = choose(512, 6144, torch.float32, bfloat16_matmul=True, amx=True, byte_products=True, wide_byte_products=True)
+    assert (wide.regime, wide.wide) == (Regime.INTEGER, True)
     assert choose(512, 96, torch.bfloat16, bfloat16_matmul=True, amx=True).regime is Regime.TILES
 
 
@@ -250,7 +254,7 @@ def test_dequantized_tiles_take_the_planned_memory() -> None:
     real = torch.empty
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty", lambda *shape, **options: (sizes.append(shape[0] * shape[1]), real(*shape, **options))[1])
-        cpu.linear(torch.zeros(100, 256), weight)
+        cpu._tiled(torch.zeros(100, 256), weight, choose(100, 256, torch.float32, bfloat16_matmul=True, amx=False))
     assert max(sizes[1:]) * 4 == tile_bytes(1500, 256)
 
 

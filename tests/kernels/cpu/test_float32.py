@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dbrx_q.kernels.cpu import float32
 from dbrx_q.kernels.cpu import linear as cpu
 from dbrx_q.kernels.cpu.choice import matmul, padded
 from dbrx_q.kernels.cpu.float32 import SWITCH, Library, library, library_for, product
-from dbrx_q.kernels.formats import int4
+from dbrx_q.kernels.formats import int4, int8, nf4
 from dbrx_q.kernels.formats.errors import FormatError
 from dbrx_q.kernels.formats.weights import dequantize
 
@@ -62,7 +63,7 @@ def test_large_products_go_to_the_named_library(monkeypatch: pytest.MonkeyPatch)
     assert library_for(33, 1024, 1024) is Library.ONEDNN
     assert len(padded(x, 1024)[0]) == 48
     assert torch.equal(matmul(x, weight), product(torch.nn.functional.pad(x, (0, 0, 0, 15)), weight, Library.ONEDNN)[:33])
-    packed = int4.quantize(weight, group_size=64)
+    packed = nf4.quantize(weight)
     tiles = cpu.linear(x, packed)
     reference = x.double() @ dequantize(packed).double().T
     torch.testing.assert_close(tiles.double(), reference, rtol=0, atol=3e-6 * float(reference.abs().max()))
@@ -70,6 +71,21 @@ def test_large_products_go_to_the_named_library(monkeypatch: pytest.MonkeyPatch)
     assert padded(x, 1024) == (x, Library.TORCH)
     assert torch.equal(matmul(x, weight), x @ weight.T)
     assert not torch.equal(cpu.linear(x, packed), tiles)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("kind", [int4, int8])
+def test_many_tokens_of_float32_err_as_float32_matrices_do(kind: ModuleType, group_size: int) -> None:
+    """With packed weights, whichever way they are multiplied; a token has the same bits among others."""
+    x, weight = matrices(100, 70, 1024)
+    x = x * torch.logspace(-3, 3, 1024)  # features of very different sizes
+    x[3], x[4, ::2] = 0.0, 1.0
+    packed = kind.quantize(weight / torch.logspace(-3, 3, 1024), group_size=group_size)
+    reference = x.double() @ dequantize(packed).double().T
+    theirs = x @ dequantize(packed).T
+    errors = [(y.double() - reference).norm() for y in (cpu.linear(x, packed), theirs)]
+    assert errors[0] <= 2 * errors[1] + 1e-7 * reference.norm()
+    assert torch.equal(cpu.linear(x[:50], packed), cpu.linear(x, packed)[:50])
 
 
 def test_small_products_are_not_measured(unmeasured: Path) -> None:
