@@ -28,7 +28,7 @@ from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.model.batch import Batch
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.kv_cache_file import PromptCache, prefill_step
-from dbrx_q.model.layers import DbrxLinear, PackedWeight
+from dbrx_q.model.layers import DbrxLinear, PackedWeight, hooked
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.model.overflow import all_finite, overflow_error, repeat_sequence
 
@@ -209,10 +209,13 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
 def _independent_rows(model: DbrxForCausalLM) -> int:
     """How many sequences of a decode step on the CPU get the bits that each gets alone: several if all matrices but the routers are packed.
 
-    With experts in several memories it is one: so many sequences could need more experts at once than a budget holds.
+    With experts in several memories it is one: so many sequences could need more experts at once than a budget holds. It is one, too, where
+    hooks watch the model, which see each sequence's own calls.
     """
     store = model.transformer.store
     if any(device.type != "cpu" for device in model.transformer.devices) or not isinstance(store, ResidentExpertStore):
+        return 1
+    if model.transformer.watched or any(hooked(module) for module in (model, model.transformer, model.lm_head)):
         return 1
     from dbrx_q.kernels.cpu.linear import independent_rows
 

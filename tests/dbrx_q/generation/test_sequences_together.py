@@ -83,3 +83,13 @@ def test_sequences_advance_alone_where_that_would_not_hold(packed: DbrxForCausal
     for model, capacities in ((plain, [20, 20]), (offloaded, [20, 20]), (packed, [2000, 3, 3, 3, 3, 3])):
         with decoder_for(model, capacities, "plain") as decoder:
             assert type(decoder).__name__ == "_Separate"
+
+
+def test_hooks_see_each_sequence(packed: DbrxForCausalLM) -> None:
+    seen: list[int] = []
+    handle = packed.transformer.blocks[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+    try:
+        generate(packed, [[1, 2], [3]], max_new_tokens=3, eos_token_ids=[])
+    finally:
+        handle.remove()
+    assert seen == [2, 1, 1, 1, 1, 1]
