@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from dbrx_q.kernels.cpu.choice import FEW_TOKENS
 from dbrx_q.kernels.formats.expert_weights import Routing
 
 from .backend import Backend, pick
 
 __all__ = ["choose_experts", "route"]
-
-_FEW_TOKENS = 16
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
@@ -31,7 +30,7 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
     x, matrix = x.float(), router.float().T
-    if 1 < len(x) <= _FEW_TOKENS:
+    if 1 < len(x) <= FEW_TOKENS:
         # A library's product of several rows may have other bits than that of one; sequences that decode together get those of each alone.
         return choose_experts(torch.cat([row @ matrix for row in x.split(1)]), top_k, norm_order)
     return choose_experts(x @ matrix, top_k, norm_order)

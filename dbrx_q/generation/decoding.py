@@ -198,6 +198,7 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
     """
     if not model.transformer.steps_together:
         rows = _independent_rows(model) if len(capacities) > 1 and _fits_one_cache(model, capacities, kv_format) else 1
+        rows = min(rows, model.limits.step_tokens or rows)
         yield _Shared(model, capacities, kv_format, rows) if rows > 1 else _Separate(model, capacities, kv_format)
         return
     with BatchDecoder.borrowed(model, len(capacities), max(capacities, default=1), kv_format) as batch:
@@ -207,10 +208,12 @@ def decoder_for(model: DbrxForCausalLM, capacities: Sequence[int], kv_format: st
 
 
 def _independent_rows(model: DbrxForCausalLM) -> int:
-    """How many sequences of a decode step on the CPU get the bits that each gets alone: several if all matrices but the routers are packed.
+    """How many sequences of a decode step on the CPU get the bits that each gets alone.
 
-    With experts in several memories it is one: so many sequences could need more experts at once than a budget holds. It is one, too, where
-    hooks watch the model, which see each sequence's own calls.
+    It is more than one if all linear layers and experts are int4 or int8 with a multiple of 128 inputs.
+
+    It is one for experts in several memories, where a step of one sequence is what caches and predictions are made for, and where hooks
+    watch the model, which see each sequence's own calls.
     """
     store = model.transformer.store
     if any(device.type != "cpu" for device in model.transformer.devices) or not isinstance(store, ResidentExpertStore):
@@ -303,7 +306,7 @@ class _Shared(Decoder):
         starts = torch.arange(len(indices) + 1, dtype=torch.int32)
         sequences = Sequences(starts, ends, (1,) * len(indices), tuple(lengths), rows)
         ids = torch.tensor([tokens[i] for i in indices])
-        with torch.no_grad():
+        with torch.inference_mode():
             hidden, _ = self._model.transformer.run(ids, Batch(sequences, ends - 1, rows, self._all))
             logits = self._model.lm_head(hidden).float()
         for place, length in zip(places, lengths, strict=True):

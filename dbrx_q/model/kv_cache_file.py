@@ -226,7 +226,12 @@ def model_fingerprint(model: DbrxForCausalLM) -> str:
 
 def _computed_by(model: DbrxForCausalLM) -> str:
     implementation = model.transformer.layers()[0].norm_attn_norm.attn.implementation
-    return f"{model.device.type}, {implementation}, steps of {prefill_step(model)}"
+    computed_by = f"{model.device.type}, {implementation}, steps of {prefill_step(model)}"
+    if model.device.type != "cpu":
+        return computed_by
+    from dbrx_q.kernels.cpu.linear import arithmetic
+
+    return f"{computed_by}, {arithmetic()}"
 
 
 def _blocks(layers: Sequence[KVLayer], tokens: int) -> Iterator[tuple[str, torch.Tensor, int, int]]:

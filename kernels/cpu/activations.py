@@ -53,31 +53,31 @@ class QuantizedActivations:
         return self.codes.shape[-1] // self.scales.shape[-1]
 
 
-def quantize_activations(x: torch.Tensor, *, unit: int, halves: int, interleaved: bool) -> QuantizedActivations:
+def quantize_activations(x: torch.Tensor, *, unit: int, code_bytes: int, interleaved: bool) -> QuantizedActivations:
     """Quantize `x` [T, K] on numba's current number of threads.
 
     Args:
         unit: U, a power of two from 32 to 128; K is a multiple of it.
-        halves: bytes of an integer, 1 to 3.
+        code_bytes: bytes of an integer, 1 to 3.
         interleaved: whether the weight is int4.
     """
     x = x.float().contiguous()
-    result = _empty(x, unit, halves)
-    _quantizer(unit, halves, int(interleaved))(x.data_ptr(), x.data_ptr(), 0, *_arguments(result))
+    result = _empty(x, unit, code_bytes)
+    _quantizer(unit, code_bytes, int(interleaved))(x.data_ptr(), x.data_ptr(), 0, *_arguments(result))
     return result
 
 
-def quantize_gated(gate: torch.Tensor, up: torch.Tensor, *, unit: int, halves: int, interleaved: bool) -> QuantizedActivations:
+def quantize_gated(gate: torch.Tensor, up: torch.Tensor, *, unit: int, code_bytes: int, interleaved: bool) -> QuantizedActivations:
     """Quantize silu(gate) * up, both float32 [T, K] and contiguous; otherwise as `quantize_activations`."""
-    result = _empty(gate, unit, halves)
-    _quantizer(unit, halves, int(interleaved))(gate.data_ptr(), up.data_ptr(), 1, *_arguments(result))
+    result = _empty(gate, unit, code_bytes)
+    _quantizer(unit, code_bytes, int(interleaved))(gate.data_ptr(), up.data_ptr(), 1, *_arguments(result))
     return result
 
 
-def _empty(x: torch.Tensor, unit: int, halves: int) -> QuantizedActivations:
+def _empty(x: torch.Tensor, unit: int, code_bytes: int) -> QuantizedActivations:
     T, K = x.shape
-    codes = torch.empty(T, halves, _pitch(K), dtype=torch.int8)[..., :K]
-    sums = torch.empty(T, K // unit * (2 if halves == 3 else 1), dtype=torch.int32)
+    codes = torch.empty(T, code_bytes, _pitch(K), dtype=torch.int8)[..., :K]
+    sums = torch.empty(T, K // unit * (2 if code_bytes == 3 else 1), dtype=torch.int32)
     return QuantizedActivations(codes, torch.empty(T, K // unit), sums)
 
 
@@ -106,7 +106,7 @@ def _llvm(b: Any, name: str, kind: Any, *values: Any) -> Any:
 
 
 def _silu(b: Any, x: Any) -> Any:
-    """x / (1 + exp(-x)) with a relative error of about 1e-7; exp(-x) = 2^n * 2^f, 2^f by its Taylor polynomial."""
+    """x / (1 + exp(-x)), exp(-x) = 2^n * 2^f, 2^f by its Taylor series; relative error about 1e-7, or absolute error below 1e-36."""
     power = b.fmul(x, _floats(-_LOG2_E))
     power = _llvm(b, "llvm.minnum.v16f32", v.V16F, _llvm(b, "llvm.maxnum.v16f32", v.V16F, power, _floats(-126.0)), _floats(127.0))
     whole = _llvm(b, "llvm.rint.v16f32", v.V16F, power)
@@ -126,11 +126,11 @@ def _larger(b: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at, unit, halves, interleaved):
+def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at, unit, code_bytes, interleaved):
     """Quantize one unit. Addresses, but `pitch`: bytes from the first to the second byte's row; three literals at the end."""
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in (unit, halves, interleaved)):
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (unit, code_bytes, interleaved)):
         return None
-    U, H, int4 = unit.literal_value, halves.literal_value, bool(interleaved.literal_value)
+    U, H, int4 = unit.literal_value, code_bytes.literal_value, bool(interleaved.literal_value)
     octets = [8 * (i // 8) + [0, 2, 4, 6, 1, 3, 5, 7][i % 8] for i in range(16)]
 
     def codegen(context, b, signature, args):
@@ -169,21 +169,21 @@ def _quantize_unit(typing_context, x, up, gated, codes, pitch, scale_at, sum_at,
             v.store(b, _llvm(b, "llvm.vector.reduce.add.v16i32", v.I32, total), b.add(sum_at, v.I64(4 * i)))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 7, unit, halves, interleaved), codegen
+    return types.void(*[types.intp] * 7, unit, code_bytes, interleaved), codegen
 
 
 @cache
-def _quantizer(unit: int, halves: int, interleaved: int) -> Any:
+def _quantizer(unit: int, code_bytes: int, interleaved: int) -> Any:
     """The function that quantizes rows, compiled for one kind of result."""
-    sum_bytes = 8 if halves == 3 else 4
+    sum_bytes = 8 if code_bytes == 3 else 4
 
     @compiled(parallel=True)
     def quantize(x, up, gated, codes, scales, sums, T, K, pitch):
         units = K // unit
         for t in prange(T):
             for u in range(units):
-                at, to = (t * K + u * unit) * 4, codes + t * pitch * halves + u * unit
+                at, to = (t * K + u * unit) * 4, codes + t * pitch * code_bytes + u * unit
                 scale_at, sum_at = scales + (t * units + u) * 4, sums + (t * units + u) * sum_bytes
-                _quantize_unit(x + at, up + at, gated, to, pitch, scale_at, sum_at, unit, halves, interleaved)
+                _quantize_unit(x + at, up + at, gated, to, pitch, scale_at, sum_at, unit, code_bytes, interleaved)
 
     return quantize

@@ -87,7 +87,7 @@ def choose(
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
         return CpuChoice(Regime.INTEGER if tokens <= _TOKENS_AMX else Regime.AMX, _TILE_ROWS, tile_dtype)
-    if tokens <= _FEW_TOKENS:
+    if tokens <= FEW_TOKENS:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype)
     if narrow and byte_products:
         return CpuChoice(Regime.INTEGER, _TILE_ROWS, tile_dtype, may_narrow=True)
@@ -100,7 +100,7 @@ def independent_rows(K: int, dtype: torch.dtype, *, amx: bool, packed: bool) -> 
     """Most rows of `K` activations in `dtype` of which each gets the bits that it gets alone; arguments as for `choose`."""
     if not packed or K % BLOCK:
         return 1
-    return _TOKENS_AMX if amx and dtype == torch.bfloat16 else _FEW_TOKENS
+    return _TOKENS_AMX if amx and dtype == torch.bfloat16 else FEW_TOKENS
 
 
 class Product(Enum):
@@ -125,23 +125,29 @@ def activation_bytes(product: Product, choice: CpuChoice) -> int:
     """
     bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "auto")
     if bits not in ("auto", "8", "16"):
-        raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8, 16 or auto; found {bits!r}")
+        raise DbrxError(f"DBRX_Q_ACTIVATION_BITS must be 8, 16 or auto; found {bits!r}. Set one of them, or unset it")
     if choice.wide:
         return 3
     return 1 if choice.may_narrow and (bits == "8" or (bits == "auto" and product is Product.GATE_AND_UP)) else 2
 
 
-def activation_unit(product: Product, halves: int, group_size: int) -> int:
+def arithmetic(*, byte_products: bool, amx: bool) -> str:
+    """What decides the bits of products on this chip beside the weights and the numbers of tokens."""
+    bits = os.environ.get("DBRX_Q_ACTIVATION_BITS", "auto")
+    return f"integers of {bits} bits, {'byte' if byte_products else 'no byte'} products, {'AMX' if amx else 'no AMX'}"
+
+
+def activation_unit(product: Product, code_bytes: int, group_size: int) -> int:
     """Activations that share a scale: those of a group; with 8 bits at most 64, or 32 where magnitudes differ more."""
-    return group_size if halves > 1 else min(group_size, 64 if product is Product.GATE_AND_UP else 32)
+    return group_size if code_bytes > 1 else min(group_size, 64 if product is Product.GATE_AND_UP else 32)
 
 
 # Most tokens for which integer products win over AMX. ms for int4 [10752, 6144] on a 2-core Xeon (Sapphire Rapids), with the loop before
 # `integer.py`: 5 tokens 8.2 against 8.3, 6 tokens 9.9 against 8.4.
 _TOKENS_AMX = 5
-# Most tokens on a chip without products of bytes, and most whose integers always have 16 bits: so many sequences decode together with the
-# bits that each gets alone.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
+"""Most tokens on a chip without products of bytes, and most whose integers always have 16 bits: so many sequences decode together with the
+bits that each gets alone."""
 # 256, 512, 1024, 2048 rows: 55.6, 51.7, 47.9, 51.3 ms for 128 tokens in bfloat16 and 131, 133, 138, 158 in float32; 59, 94, 68, 97 for 32.
 _TILE_ROWS = 1024
 

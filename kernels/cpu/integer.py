@@ -6,7 +6,7 @@
 For one token the rows are read as they lie: a lane holds neighbours along K, and sixteen rows are summed across lanes together. For more
 tokens, sixteen rows are decoded into vectors whose lanes are rows (`row_codes.py`), which every token multiplies from the cache: 32 rows by
 up to twelve rows of activations have their sums in registers. Both compute the formula above, so a token's result has the same bits alone,
-in any batch and on any number of threads. Threads take the next task when they are done with one: a busy core holds nobody up.
+in any batch and on any number of threads. Threads take the next task when they are done with one, so a thread on a busy core takes fewer.
 
 Dimension letters: `T` tokens, `N` output features, `K` input features, `G` group size, `U` unit.
 """
@@ -63,8 +63,8 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
     """
     weight = jobs[0].weight
     N, K = weight.shape[-2:]
-    group_size, halves, unit = weight.group_size, x.codes.shape[1], x.unit
-    four_bits, one_token = int(FORMATS[weight.format].four_bits), halves == 2 and unit == group_size
+    group_size, code_bytes, unit = weight.group_size, x.codes.shape[1], x.unit
+    four_bits, one_token = int(FORMATS[weight.format].four_bits), code_bytes == 2 and unit == group_size
     rows_of_table = []
     for job in jobs:
         parts, out = job.weight.parts, job.out.data_ptr()
@@ -72,17 +72,17 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
         zeros = parts.get("zeros", scales)
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
         for matrix, begin, end in zip(job.matrices, offsets[:-1], offsets[1:], strict=True):
-            function = _few_rows(four_bits) if one_token and end - begin == 1 else _many_rows(four_bits, halves)
+            function = _few_rows(four_bits) if one_token and end - begin == 1 else _many_rows(four_bits, code_bytes)
             rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
     longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
-    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles(halves)[0]) * 128
+    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles(code_bytes)[0]) * 128
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
     span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), _ROWS)
     rows = x_rows.ctypes.data, out_rows.ctypes.data
-    arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0])
-    table = np.array(rows_of_table)
+    arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0], np.int64)
+    table = np.array(rows_of_table, np.int64)
     assert table.strides[0] == _JOB_BYTES
     at = arguments.ctypes.data
     _run(at, table.ctypes.data, len(table), -(-N // span), base + threads * nbytes, base, nbytes, at + 88, threads)
@@ -150,9 +150,9 @@ def _few_rows(four_bits: int) -> int:
 
 
 @cache
-def _many_rows(four_bits: int, halves: int) -> int:
+def _many_rows(four_bits: int, code_bytes: int) -> int:
     """The address of the function that multiplies the rows of a task with several tokens, for a format and a kind of activations."""
-    tile_tokens, sum_bytes = row_tiles(halves)[0] // halves, 8 if halves == 3 else 4
+    tile_tokens, sum_bytes = row_tiles(code_bytes)[0] // code_bytes, 8 if code_bytes == 3 else 4
     per_byte = 2 if four_bits else 1
     chunk_blocks = _CHUNK // BLOCK
 
@@ -202,7 +202,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
                         for i in range(tile_tokens):
                             x_row = integer(x_rows, min(pair + i, end - 1))
                             x_unit = x_row * units + first_unit
-                            store_integer(x + x_row * (x_pitch * halves) + chunk * BLOCK, x_at + 8 * i)
+                            store_integer(x + x_row * (x_pitch * code_bytes) + chunk * BLOCK, x_at + 8 * i)
                             store_integer(x_scales + x_unit * 4, x_at + 128 + 8 * i)
                             store_integer(x_sums + x_unit * sum_bytes, x_at + 256 + 8 * i)
                         multiply_tile(
@@ -219,7 +219,7 @@ def _many_rows(four_bits: int, halves: int) -> int:
                             ahead_pitch,
                             unit,
                             group_size,
-                            halves,
+                            code_bytes,
                             four_bits,
                         )
                         ahead, ahead_pitch = codes, 0  # prefetched once

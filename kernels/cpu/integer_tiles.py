@@ -21,9 +21,9 @@ __all__ = ["multiply_one", "multiply_tile", "row_tiles"]
 _BLOCKS_AHEAD = 24  # blocks that a single token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
 
 
-def row_tiles(halves: int) -> tuple[int, ...]:
-    """Rows of activations that are multiplied together, most first: as many as have registers for their sums; whole tokens of `halves`."""
-    if halves == 3:
+def row_tiles(code_bytes: int) -> tuple[int, ...]:
+    """Rows of activations that are multiplied together, most first: as many as have registers for their sums, of whole tokens."""
+    if code_bytes == 3:
         return (12, 6, 3) if "avx512f" in v.chip_features() else (3,)
     return (12, 8, 4) if "avx512f" in v.chip_features() else (2,)
 
@@ -48,20 +48,20 @@ def multiply_tile(
     pitch,
     unit_size,
     group_size,
-    halves,
+    code_bytes,
     four_bits,
 ):
     """sums float32 [tokens, 2, 16] += the products of one chunk along K. The last two arguments are literals.
 
     codes: uint8 [units * U / 4, 2, 64]; scales, zeros: as `row_scales` writes those of the first sixteen rows, `second` bytes before those
     of the others; x_at: address of the addresses of each token's codes, 128 bytes before those of its scales and 256 before those of its
-    sums; x_pitch: bytes from the first to the second half of a token's codes. `tokens` is at most that of the largest tile; the addresses
+    sums; x_pitch: bytes from row to row of a token's codes. `tokens` is at most that of the largest tile; the addresses
     of tokens up to the next tile are valid. ahead: address of the chunk of the weight that
     is prefetched, `pitch` bytes from row to row: spread over the products, the reads do not wait for each other.
     """
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in (halves, four_bits)):
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (code_bytes, four_bits)):
         return None
-    H, small = halves.literal_value, bool(four_bits.literal_value)
+    H, small = code_bytes.literal_value, bool(four_bits.literal_value)
 
     def tile(b: Any, rows: int, args: Any) -> None:
         codes, scales, zeros, second, units, x_at, x_pitch, sums = args[:8]
@@ -128,7 +128,7 @@ def multiply_tile(
         choose(row_tiles(H))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 13, halves, four_bits), codegen
+    return types.void(*[types.intp] * 13, code_bytes, four_bits), codegen
 
 
 def _quarter_totals(b: Any, rows: list[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """`linear` on the CPU: the product with a quantized weight, in one of three regimes, which `choice.py` picks.
 
-- INTEGER, for few tokens on every chip and for any number on those that multiply bytes: exact integer products (`integer.py`).
+- INTEGER, for few tokens on every chip and for more on those that multiply bytes: exact integer products (`integer.py`).
 - AMX, for many tokens of bfloat16 on a chip with AMX: dequantization and multiplication in one kernel (`amx.py`).
 - TILES, for many tokens otherwise, and for any number of tokens in a format without integer products: some rows of the weight at a time
   are dequantized into a small buffer that stays in cache, and multiplied by torch's matmul.
@@ -32,13 +32,13 @@ from .integer import Job, multiply
 from .row_codes import FORMATS
 from .vector import chip_features, has_bfloat16, has_byte_products
 
-__all__ = ["choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "use_threads", "warm_up"]
+__all__ = ["arithmetic", "choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "use_threads", "warm_up"]
 
 # Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
 # scheduler, so small models stay on one thread.
 _THREAD_BYTES = 1 << 19
 _SUMS = 1 << 22  # float32 sums of integer products that are in memory at a time ...
-_LEAST_TOKENS = 32  # ... unless they would be of fewer tokens, each of which decodes the weight again
+_LEAST_TOKENS = 32  # ... unless they would be of fewer tokens: the weight is decoded once for each part
 
 
 def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
@@ -60,7 +60,12 @@ def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     """Compile, load from a cache or import the code for products with weights like `weight` [N, K], before the first token needs it."""
     few = weight.rows(0, 1)
     for tokens in (1, 64):
-        linear(torch.zeros(tokens, weight.shape[-1], dtype=dtype), few)
+        x = torch.zeros(tokens, weight.shape[-1], dtype=dtype)
+        linear(x, few)
+        chosen = choice_for(tokens, x, few)
+        if chosen.regime is Regime.INTEGER:
+            for product_kind in Product:
+                _integer_product(x, few, product_kind, activation_bytes(product_kind, chosen))
 
 
 def has_matrix_unit() -> bool:
@@ -92,25 +97,35 @@ def independent_rows(weight: Weight, dtype: torch.dtype) -> int:
     return choice.independent_rows(weight.shape[-1], dtype, amx=amx_serves, packed=weight.format in FORMATS)
 
 
-def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, halves: int) -> QuantizedActivations:
-    """`x` [T, K], quantized for integer products with `weight`; `halves`: bytes of an integer."""
+def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, code_bytes: int) -> QuantizedActivations:
+    """`x` [T, K], quantized for integer products with `weight`; `code_bytes`: bytes of an integer."""
     use_threads(x.numel() * 4)
-    unit = activation_unit(product, halves, weight.group_size)
-    return quantize_activations(x, unit=unit, halves=halves, interleaved=FORMATS[weight.format].four_bits)
+    unit = activation_unit(product, code_bytes, weight.group_size)
+    return quantize_activations(x, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].four_bits)
 
 
-def _integer(x: torch.Tensor, weight: QuantizedWeight, halves: int) -> torch.Tensor:
+def arithmetic() -> str:
+    """What decides the bits of products on this chip beside the weights and the numbers of tokens."""
+    return choice.arithmetic(byte_products=has_byte_products(), amx=has_matrix_unit())
+
+
+def _integer_product(x: torch.Tensor, weight: QuantizedWeight, product: Product, code_bytes: int) -> torch.Tensor:
+    """float32 [T, N] for `x` [T, K]."""
+    rows, sums = np.arange(len(x)), torch.empty(len(x), weight.shape[0])
+    if len(x):
+        activations = quantized(x, weight, product, code_bytes)
+        use_threads(weight.shape.numel())
+        multiply(activations, [Job(weight, (0,), sums)], (0, len(x)), rows, rows)
+    return sums
+
+
+def _integer(x: torch.Tensor, weight: QuantizedWeight, code_bytes: int) -> torch.Tensor:
     """[T, N] in the dtype of `x` [T, K], some tokens at a time: the float32 sums of all could be as large as the logits of a prompt."""
     T, N = len(x), weight.shape[0]
     step = max(_LEAST_TOKENS, _SUMS // N)
     out = torch.empty(T, N, dtype=x.dtype) if step < T else None
     for first in range(0, max(T, 1), step):
-        rows = np.arange(min(step, T - first))
-        sums = torch.empty(len(rows), N)
-        if len(rows):
-            activations = quantized(x[first : first + step], weight, Product.OTHER, halves)
-            use_threads(weight.shape.numel())
-            multiply(activations, [Job(weight, (0,), sums)], (0, len(rows)), rows, rows)
+        sums = _integer_product(x[first : first + step], weight, Product.OTHER, code_bytes)
         if out is None:
             return sums.to(x.dtype)
         out[first : first + step] = sums

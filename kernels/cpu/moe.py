@@ -110,15 +110,15 @@ class ExpertOutputs:
             use_threads(len(slots) * len(together) * w1.shape[-2] * w1.shape[-1])
             multiply(x, together, offsets, tokens, places)
         unit = activation_unit(Product.DOWN, sizes[1], w2.group_size)
-        h = quantize_gated(gate, up, unit=unit, halves=sizes[1], interleaved=FORMATS[w2.format].four_bits)
+        h = quantize_gated(gate, up, unit=unit, code_bytes=sizes[1], interleaved=FORMATS[w2.format].four_bits)
         use_threads(len(slots) * w2.shape[-2] * w2.shape[-1])
         multiply(h, [Job(w2, slots, self._rows)], offsets, places, rows)
 
-    def _activations(self, weight: QuantizedWeight, halves: int) -> QuantizedActivations:
+    def _activations(self, weight: QuantizedWeight, code_bytes: int) -> QuantizedActivations:
         """The tokens, quantized for integer products with such a weight."""
-        key = (weight.format, weight.group_size, halves)
+        key = (weight.format, weight.group_size, code_bytes)
         if key not in self._quantized:
-            self._quantized[key] = quantized(self._x, weight, Product.GATE_AND_UP, halves)
+            self._quantized[key] = quantized(self._x, weight, Product.GATE_AND_UP, code_bytes)
         return self._quantized[key]
 
 

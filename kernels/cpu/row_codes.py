@@ -21,18 +21,7 @@ __all__ = ["BLOCK", "FORMATS", "RowCodes", "int4_block", "int8_block", "row_scal
 
 BLOCK = 128
 """Elements along K that are decoded at a time."""
-_CHUNK = 16  # groups whose scales are transposed together
-
-
-def _copied(b: Any, source: Any, size: Any, limit: int) -> Any:
-    """The address of a zeroed buffer of `limit` bytes that begins with `size` bytes of `source`: no read passes the end of a row."""
-    buffer = cgutils.alloca_once(b, ir.ArrayType(v.I8, limit))
-    b.store(ir.Constant(ir.ArrayType(v.I8, limit), None), buffer)
-    address = b.ptrtoint(buffer, v.I64)
-    with cgutils.for_range(b, size) as loop:
-        byte = b.load(b.inttoptr(b.add(source, loop.index), v.I8.as_pointer()))
-        b.store(byte, b.inttoptr(b.add(address, loop.index), v.I8.as_pointer()))
-    return address
+_SCALE_GROUPS = 16  # groups whose scales are transposed together
 
 
 def _row(b: Any, base: Any, pitch: Any, row: int, last: Any) -> Any:
@@ -56,7 +45,7 @@ def row_scales(typing_context, scales, zeros, n_groups, row_groups, last, scales
     def codegen(context, b, signature, args):
         scales, zeros, n_groups, row_groups, last, scales_out, zeros_out, _ = args
         scale_pitch, zero_pitch = b.mul(row_groups, v.I64(2)), b.lshr(b.add(row_groups, v.I64(1)), v.I64(1))
-        halves, octet = v.vector(v.I16, _CHUNK), v.vector(v.I8, 8)
+        halves, octet = v.vector(v.I16, _SCALE_GROUPS), v.vector(v.I8, 8)
         # The zero-point of group g is nibble g of eight bytes: rotated to bit 16 of lane g, above the float16 scale.
         rotations = v.constant(v.V16I, [(4 * g + 16) % 32 for g in range(8)] * 2)
 
@@ -76,25 +65,25 @@ def row_scales(typing_context, scales, zeros, n_groups, row_groups, last, scales
                     zero = b.lshr(words, v.constant(v.V16I, [16] * 16)) if has_zeros else v.constant(v.V16I, [128] * 16)
                     v.store(b, zero, b.add(zeros_out, b.mul(at, v.I64(128))))
 
-        full = b.sdiv(n_groups, v.I64(_CHUNK))
+        full = b.sdiv(n_groups, v.I64(_SCALE_GROUPS))
         with cgutils.for_range(b, full) as chunk:
-            first = b.mul(chunk.index, v.I64(_CHUNK))
+            first = b.mul(chunk.index, v.I64(_SCALE_GROUPS))
             scale_base, zero_base = b.add(scales, b.mul(first, v.I64(2))), b.add(zeros, b.lshr(first, v.I64(1)))
             write(
                 first,
                 lambda row: _row(b, scale_base, scale_pitch, row, last),
                 lambda row: _row(b, zero_base, zero_pitch, row, last),
-                v.I64(_CHUNK),
+                v.I64(_SCALE_GROUPS),
             )
-        first = b.mul(full, v.I64(_CHUNK))
+        first = b.mul(full, v.I64(_SCALE_GROUPS))
         left = b.sub(n_groups, first)
         with b.if_then(b.icmp_signed(">", left, v.I64(0))):
             scale_base, zero_base = b.add(scales, b.mul(first, v.I64(2))), b.add(zeros, b.lshr(first, v.I64(1)))
             zero_bytes = b.lshr(b.add(left, v.I64(1)), v.I64(1))
             write(
                 first,
-                lambda row: _copied(b, _row(b, scale_base, scale_pitch, row, last), b.mul(left, v.I64(2)), 2 * _CHUNK),
-                lambda row: _copied(b, _row(b, zero_base, zero_pitch, row, last), zero_bytes, _CHUNK // 2),
+                lambda row: v.padded_copy(b, _row(b, scale_base, scale_pitch, row, last), b.mul(left, v.I64(2)), 2 * _SCALE_GROUPS),
+                lambda row: v.padded_copy(b, _row(b, zero_base, zero_pitch, row, last), zero_bytes, _SCALE_GROUPS // 2),
                 left,
             )
         return context.get_dummy_value()

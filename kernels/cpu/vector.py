@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "lookup",
     "new_accumulator",
+    "padded_copy",
     "prefetch",
     "reduce_add",
     "round_to_bfloat16",
@@ -140,6 +141,17 @@ def reduce_add(b: Builder, value: Value) -> Value:
     name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
     reduce = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32, value.type]), name)
     return b.call(reduce, [ir.Constant(F32, 0.0), value], fastmath=_FAST)
+
+
+def padded_copy(b: Builder, source: Value, size: Value, limit: int) -> Value:
+    """The address of a zeroed buffer of `limit` bytes that begins with `size` bytes of `source`: no read passes the end of a row."""
+    buffer = cgutils.alloca_once(b, ir.ArrayType(I8, limit))
+    b.store(ir.Constant(ir.ArrayType(I8, limit), None), buffer)
+    address = b.ptrtoint(buffer, I64)
+    with cgutils.for_range(b, size) as loop:
+        byte = b.load(b.inttoptr(b.add(source, loop.index), I8.as_pointer()))
+        b.store(byte, b.inttoptr(b.add(address, loop.index), I8.as_pointer()))
+    return address
 
 
 def prefetch(b: Builder, address: Value, *, level: int = 1) -> None:

@@ -85,6 +85,22 @@ def test_sequences_advance_alone_where_that_would_not_hold(packed: DbrxForCausal
             assert type(decoder).__name__ == "_Separate"
 
 
+def test_a_budget_limits_how_many_advance_together(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens_of_passes(step_tokens: int) -> tuple[list[int], list[list[int]]]:
+        budget = Budget(Machine(1 << 30), context=64, batch=5, step_tokens=step_tokens)
+        model, sizes = DbrxForCausalLM.from_pretrained(quantized_nano, budget=budget), []
+        run = type(model.transformer).run
+        monkeypatch.setattr(type(model.transformer), "run", lambda *args, **names: (sizes.append(len(args[1])), run(*args, **names))[1])
+        prompts = [[*range(20 + i)] for i in range(5)]  # prompts share whole steps of two tokens
+        results = generate(model, prompts, max_new_tokens=3, eos_token_ids=[])
+        return sizes, [result.token_ids for result in results]
+
+    sizes, tokens = tokens_of_passes(2)
+    assert set(sizes) == {2, 1}
+    monkeypatch.undo()
+    assert tokens == tokens_of_passes(64)[1]
+
+
 def test_hooks_see_each_sequence(packed: DbrxForCausalLM) -> None:
     seen: list[int] = []
     handle = packed.transformer.blocks[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))

@@ -29,8 +29,8 @@ def packed(format: str, group: int, *shape: int, seed: int = 0) -> QuantizedWeig
     return weight
 
 
-def activations(x: torch.Tensor, weight: QuantizedWeight, halves: int, unit: int = 0) -> QuantizedActivations:
-    return quantize_activations(x, unit=unit or weight.group_size, halves=halves, interleaved=weight.format == "int4")
+def activations(x: torch.Tensor, weight: QuantizedWeight, code_bytes: int, unit: int = 0) -> QuantizedActivations:
+    return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved=weight.format == "int4")
 
 
 def values(x: QuantizedActivations, format: str) -> torch.Tensor:
@@ -56,14 +56,14 @@ def product(x: QuantizedActivations, weight: QuantizedWeight, x_rows: np.ndarray
 @pytest.mark.parametrize(("N", "K"), [(70, 640), (5, 1408)])
 def test_products_are_exact_but_for_the_scaling(format: str, group: int, N: int, K: int) -> None:
     weight, x = packed(format, group, N, K), torch.randn(23, K)
-    for halves, unit in ((2, group), (1, min(64, group)), (1, 32)):
-        quantized = activations(x, weight, halves, unit)
+    for code_bytes, unit in ((2, group), (1, min(64, group)), (1, 32)):
+        quantized = activations(x, weight, code_bytes, unit)
         x_values = values(quantized, format)
         expected = x_values @ dequantize(weight).double().T
         for T in (1, 2, 5, 23):
             part = QuantizedActivations(quantized.codes[:T], quantized.scales[:T], quantized.sums[:T])
             torch.testing.assert_close(product(part, weight).double(), expected[:T], rtol=0, atol=1e-6 * float(expected.abs().max()))
-        assert (x_values - x).norm() / x.norm() < (4e-5 if halves == 2 else 1e-2)
+        assert (x_values - x).norm() / x.norm() < (4e-5 if code_bytes == 2 else 1e-2)
 
 
 @pytest.mark.parametrize(("format", "group"), FORMATS)
@@ -71,8 +71,8 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
     weight, x = packed(format, group, 300, 640), torch.randn(31, 640)
     before = numba.get_num_threads()
     try:
-        for halves in (1, 2):
-            quantized = activations(x, weight, halves)
+        for code_bytes in (1, 2):
+            quantized = activations(x, weight, code_bytes)
             numba.set_num_threads(1)
             together = product(quantized, weight)
             for rows in ([0], [30], [3, 4], [7, 0, 30, 30, 2], list(range(30, 3, -1))):
@@ -81,6 +81,20 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
                     assert torch.equal(product(quantized, weight, np.array(rows)), together[rows])
     finally:
         numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("code_bytes", [1, 2, 3])
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_the_largest_sums_do_not_overflow(format: str, code_bytes: int) -> None:
+    if code_bytes == 3 and "avx512vnni" not in vector.chip_features():
+        pytest.skip("three bytes are for chips with 512-bit products of bytes")
+    signs = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)).sign()
+    signs[:8] = 1
+    weight: QuantizedWeight = MODULES[format].quantize(signs, 128)  # all codes at the ends of their range
+    x = torch.ones(9, 256)
+    x[1:] *= signs[5:13]
+    y = product(activations(x, weight, code_bytes, min(128, 64) if code_bytes == 1 else 128), weight)
+    torch.testing.assert_close(y.double(), x.double() @ dequantize(weight).double().T, rtol=1e-6, atol=1e-3)
 
 
 def test_more_tokens_than_a_panel_and_many_rows() -> None:
@@ -105,7 +119,7 @@ def test_the_silu_of_gated_activations() -> None:
     gate = torch.linspace(-60, 60, 4096).view(4, 1024)
     up = torch.ones_like(gate)
     up[:, ::64] = 110.0  # so that every unit has a large magnitude beside its small ones
-    x = quantize_gated(gate, up, unit=64, halves=2, interleaved=False)
+    x = quantize_gated(gate, up, unit=64, code_bytes=2, interleaved=False)
     expected = torch.nn.functional.silu(gate.double()) * up
     error = (values(x, "int8") - expected).abs().view(4, -1, 64)
     assert bool((error <= 0.51 * x.scales.double()[..., None] + 1e-6 * expected.abs().view(4, -1, 64)).all())
@@ -115,8 +129,8 @@ def test_the_silu_of_gated_activations() -> None:
 def test_values_that_are_not_finite_reach_the_result(bad: float) -> None:
     weight, x = packed("int4", 64, 20, 256), torch.randn(3, 256)
     x[1, 100] = bad
-    for halves in (1, 2):
-        y = product(activations(x, weight, halves), weight)
+    for code_bytes in (1, 2):
+        y = product(activations(x, weight, code_bytes), weight)
         assert not torch.isfinite(y[1]).any()
         assert torch.isfinite(y[[0, 2]]).all()
 
@@ -157,7 +171,7 @@ def test_eight_bits_are_for_many_tokens_of_gate_and_up(monkeypatch: pytest.Monke
         assert tuple(activation_bytes(use, choice(17)) for use in Product) == expected
         assert [activation_bytes(use, choice(16)) for use in Product] == [2, 2, 2]
     assert choice(17, torch.float32).regime is Regime.TILES
-    assert [activation_unit(Product.GATE_AND_UP, halves, 128) for halves in (1, 2)] == [64, 128]
+    assert [activation_unit(Product.GATE_AND_UP, code_bytes, 128) for code_bytes in (1, 2)] == [64, 128]
     assert activation_unit(Product.DOWN, 1, 64) == 32
     monkeypatch.setenv("DBRX_Q_ACTIVATION_BITS", "12")
     with pytest.raises(DbrxError, match="must be 8, 16 or auto; found '12'"):
