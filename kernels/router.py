@@ -12,7 +12,7 @@ from dbrx_q.kernels.formats.expert_weights import Routing
 
 from .backend import Backend, pick
 
-__all__ = ["choose_experts", "route"]
+__all__ = ["choose_experts", "route", "router_logits"]
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
@@ -29,11 +29,16 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
         from dbrx_q.kernels.triton import router as triton_router
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
+    return choose_experts(router_logits(x, router), top_k, norm_order)
+
+
+def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """float32 [T, E], the product of x [T, D] and router [E, D] in torch."""
     x, matrix = x.float(), router.float().T
-    if 1 < len(x) <= FEW_TOKENS:
+    if x.device.type == "cpu" and 1 < len(x) <= FEW_TOKENS:
         # A library's product of several rows may have other bits than that of one; sequences that decode together get those of each alone.
-        return choose_experts(torch.cat([row @ matrix for row in x.split(1)]), top_k, norm_order)
-    return choose_experts(x @ matrix, top_k, norm_order)
+        return torch.cat([row @ matrix for row in x.split(1)])
+    return x @ matrix
 
 
 def choose_experts(logits: torch.Tensor, top_k: int, norm_order: float | None) -> Routing:

@@ -28,7 +28,7 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight, gather_rows
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.qkv import store_qkv
-from dbrx_q.kernels.router import choose_experts
+from dbrx_q.kernels.router import choose_experts, router_logits
 
 from .batch import ForwardPass
 from .block import attend, normed, routed
@@ -229,7 +229,7 @@ class DbrxRouterLinear(nn.Linear):
     """The router's matrix [E, D]; the product is float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float() @ self.weight.float().T
+        return router_logits(x, self.weight)
 
 
 class DbrxRouter(nn.Module):

@@ -49,7 +49,8 @@ def run(folder, ram, fallback, gpus=()):
     model.close()
     return tokens[0], stats
 
-run(warm, 1 << 30, False)  # compiled code and threads do not count
+for packed in {warm, warm.with_name("int4")} if fallback else {warm}:
+    run(packed, 1 << 30, False)  # compiled code and threads do not count
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # otherwise the model would reuse freed memory, and its growth would not show
 before = resident_bytes()
