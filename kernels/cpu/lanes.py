@@ -325,14 +325,7 @@ def _turn(typing_context, address, item, pitch, last, target):
         for lane in range(LANES):
             row = b.select(b.icmp_signed("<", v.I64(lane), last), v.I64(lane), last)
             rows.append(_widened(b, b.add(address, b.mul(row, pitch)), item, LANES))
-        for distance in (8, 4, 2, 1):
-            left = v.constant(v.V16I, [j if not j & distance else LANES + j - distance for j in range(LANES)])
-            right = v.constant(v.V16I, [j + distance if not j & distance else LANES + j for j in range(LANES)])
-            for i in range(LANES):
-                if not i & distance:
-                    x, y = rows[i], rows[i + distance]
-                    rows[i], rows[i + distance] = b.shuffle_vector(x, y, left), b.shuffle_vector(x, y, right)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(v.transposed(b, rows)):
             v.store(b, row, b.add(target, v.I64(i * VECTOR_BYTES)))
         return context.get_dummy_value()
 

@@ -24,7 +24,6 @@ __all__ = [
     "V16F",
     "V16I",
     "V64",
-    "add_into",
     "broadcast",
     "chip_features",
     "constant",
@@ -35,10 +34,8 @@ __all__ = [
     "has_byte_products",
     "load",
     "lookup",
-    "new_accumulator",
     "padded_copy",
     "prefetch",
-    "reduce_add",
     "round_to_bfloat16",
     "store",
     "store_rounded",
@@ -58,9 +55,6 @@ I64 = ir.IntType(64)
 V16F = ir.VectorType(F32, 16)
 V16I = ir.VectorType(I32, 16)
 V64 = ir.VectorType(I8, 64)
-
-# Reassociation within a row lets sums run 16 wide; NaN and infinity keep their meaning.
-_FAST = ("contract", "reassoc")
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc] # llvmlite ships no types
@@ -122,25 +116,6 @@ def broadcast(b: Builder, value: Value, lanes: list[int]) -> Value:
     if not isinstance(value.type, ir.VectorType):
         value = b.insert_element(ir.Constant(ir.VectorType(value.type, 1), ir.Undefined), value, I32(0))
     return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def new_accumulator(b: Builder) -> Value:
-    """A vector of 16 float32 zeros that a loop can add into."""
-    slot = cgutils.alloca_once(b, V16F)
-    b.store(ir.Constant(V16F, None), slot)
-    return slot
-
-
-def add_into(b: Builder, slot: Value, x: Value, y: Value) -> None:
-    """slot += x * y, fused where the chip can."""
-    b.store(b.fadd(b.fmul(x, y, flags=_FAST), b.load(slot), flags=_FAST), slot)
-
-
-def reduce_add(b: Builder, value: Value) -> Value:
-    """The sum of the lanes of a float32 vector."""
-    name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
-    reduce = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32, value.type]), name)
-    return b.call(reduce, [ir.Constant(F32, 0.0), value], fastmath=_FAST)
 
 
 def padded_copy(b: Builder, source: Value, size: Value, limit: int) -> Value:
