@@ -25,7 +25,7 @@ LEVELS = (
     ("kernels/formats", "quantize"),
     ("kernels/cpu", "kernels/triton", "dbrx_q"),
     ("kernels", "dbrx_q/checkpoint"),
-    ("dbrx_q/planning", "dbrx_q/tokenizer", "quantize/methods"),
+    ("dbrx_q/planning", "dbrx_q/tokenizer", "dbrx_q/sources/encodings", "quantize/methods"),
     ("dbrx_q/experts",),
     ("dbrx_q/model",),
     ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),

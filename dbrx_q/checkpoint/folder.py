@@ -6,18 +6,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
 from dbrx_q.json_file import read_json_object
+from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import dequantize
 
-from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, parts_of, tensor_formats
+from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
+from .shard_source import Shard, ShardSource
+from .stored_weights import StoredWeights
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "ShardSource", "check_finite", "converted", "open_shards"]
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "Checkpoint",
+    "check_finite",
+    "check_is_plain",
+    "converted",
+    "open_any_shards",
+    "open_shards",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -32,65 +45,10 @@ _INFINITY = {
 _FINITE_STEP = 1 << 18  # elements a step, which are read twice: half a MB of bfloat16 stays in cache
 
 
-class Shard(Protocol):
-    """A safetensors file of which the header is known, such as a `SafetensorsFile`; the file may be fetched when a tensor is read."""
-
-    path: Path
-    """The file, which need not exist yet."""
-    size: int
-    """Bytes of the file."""
-    tensors: dict[str, TensorInfo]
-    """The tensors by name, in the order of their bytes."""
-
-    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole tensor `name`."""
-
-    def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Rows first .. first+count-1 of the tensor `name`."""
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 _AnyShard = TypeVar("_AnyShard", bound=Shard)
 
 
-class ShardSource(Protocol):
-    """A checkpoint whose shards are fetched when they are read, such as a hub repository."""
-
-    folder: Path
-    """Holds the small files, config.json and the index among them."""
-    commit: str
-    """Identifies the version of the files."""
-    storage: Path
-    """The folder that shards are fetched to; it need not exist."""
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a file of this name."""
-
-    def open_all(self, names: Sequence[str]) -> Sequence[Shard]:
-        """Open the shards of these file names: fetch their headers, not their tensors."""
-
-    def expect(self, names: Sequence[str]) -> None:
-        """Announce the shard that each of the next pieces of work reads, in order."""
-
-    def done(self) -> None:
-        """End the first of the announced pieces of work; a shard that no later one reads may be deleted."""
-
-    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        """(bytes to fetch for work that reads these shards in this order, bytes of disk that fetched shards take at most meanwhile).
-
-        Shards that are on this machine already are not counted.
-        """
-
-    def stop(self) -> None:
-        """Start no more downloads and end all waits for them, until shards are opened again."""
-
-    def close(self, *, keep: bool) -> None:
-        """Stop, and delete the shards that are deleted after use, unless a later run shall find them (`keep`)."""
-
-
-class Checkpoint:
+class Checkpoint(StoredWeights):
     """An open checkpoint; use it as a context manager.
 
     Opening checks that exactly the tensors that the configuration calls for are stored, with their shapes and dtypes.
@@ -122,7 +80,7 @@ class Checkpoint:
 
     def __init__(self, location: Path | ShardSource, config: DbrxConfig | None = None, *, headless: bool = False) -> None:
         self.source = None if isinstance(location, Path) else location
-        self.folder = folder = location if isinstance(location, Path) else location.folder
+        self.folder = self.small_files = folder = location if isinstance(location, Path) else location.folder
         self.raw_config = read_json_object(folder / "config.json")
         quantization = self.raw_config.get("quantization_config")
         if quantization is not None and not isinstance(quantization, dict):
@@ -134,16 +92,10 @@ class Checkpoint:
         self.formats = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
-            self._file_of: Mapping[str, Shard] = open_shards(folder, stack) if self.source is None else _fetched_shards(self.source, stack)
+            self._file_of: Mapping[str, Shard] = open_any_shards(location, stack)
             self.infos = {name: file.tensors[name] for name, file in self._file_of.items()}
             self._check_tensors(headless)
             self._open_files = stack.pop_all()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files."""
@@ -160,38 +112,74 @@ class Checkpoint:
         return {file.path.name: file.size for file in self._file_of.values()}
 
     def expect(self, names: Sequence[str]) -> None:
-        """Announce the stored tensor that each of the next pieces of work reads, in order; see `ShardSource.expect`."""
         if self.source is not None:
-            self.source.expect([self._file_of[name].path.name for name in names])
+            self.source.expect([self._shards_of(name) for name in names])
 
     def done(self) -> None:
-        """End the first of the announced pieces of work; see `ShardSource.done`."""
         if self.source is not None:
             self.source.done()
 
     def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        """As `ShardSource.to_fetch`, for work that reads these stored tensors; (0, 0) for a folder."""
-        return (0, 0) if self.source is None else self.source.to_fetch([self._file_of[name].path.name for name in names])
+        return (0, 0) if self.source is None else self.source.to_fetch([self._shards_of(name) for name in names])
+
+    def label_of(self, name: str) -> str:
+        return str(self.formats[name]) if name in self.formats else self.infos[name].dtype_label
+
+    def nbytes_of(self, name: str) -> int:
+        return sum(self.infos[stored].nbytes for stored in self._stored_names(name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.config.dtype if name in self.formats else self.infos[name].dtype
+
+    def exact_format(self, name: str) -> TensorFormat | None:
+        return self.formats.get(name)
+
+    def packed(self, name: str, expert: int = -1) -> QuantizedWeight:
+        tensor, fmt = self.tensors[name], self.formats[name]
+        parts = list(parts_of(tensor, fmt))
+        step = len(parts) // max(1, tensor.experts)
+        return fmt.load({part_name(part): self.read(part.name) for part in parts[max(0, expert) * step :][:step]})
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """A stored tensor by its stored name, read into `into` where it is given.
+        """A tensor by its name; a stored one, which may be a part of a packed one, by its stored name.
+
+        Args:
+            name: as in `tensors` or `infos`.
+            into: the tensor that gets a stored one; None for a new one.
 
         Raises:
             CheckpointError: a read fails, or a floating-point value is NaN or infinite.
         """
+        if name in self.formats:
+            tensor = self.tensors[name]
+            rows = tensor.shape[0] // max(1, tensor.experts)
+            return torch.cat([self.read_rows(name, expert * rows, rows) for expert in range(max(1, tensor.experts))])
         out = self._file_of[name].read(name, into)
         check_finite(out, name, self._file_of[name].path)
         return out
 
     def read_rows(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Rows first .. first+count-1 of a stored tensor; errors as for `read`."""
+        """Rows first .. first+count-1 of a tensor, plain or packed; errors as for `read`."""
+        if name in self.formats:
+            tensor = self.tensors[name]
+            expert, row = divmod(first, tensor.shape[0] // max(1, tensor.experts))
+            weight = self.packed(name, expert if tensor.experts else -1)
+            if tensor.transposed:
+                return dequantize(weight, self.dtype_of(name)).T[row : row + count].contiguous()
+            return dequantize(weight.rows(row, row + count), self.dtype_of(name))
         out = self._file_of[name].read_rows(name, first, count)
         check_finite(out, name, self._file_of[name].path)
         return out
 
     def path_of(self, name: str) -> Path:
-        """The file that holds the stored tensor `name`."""
-        return self._file_of[name].path
+        """The file that holds a tensor, by its name or its stored name."""
+        return self._file_of[next(iter(self._stored_names(name)))].path
+
+    def _stored_names(self, name: str) -> list[str]:
+        return [part.name for part in parts_of(self.tensors[name], self.formats[name])] if name in self.formats else [name]
+
+    def _shards_of(self, name: str) -> set[str]:
+        return {self._file_of[stored].path.name for stored in self._stored_names(name)}
 
     def _stored_as(self, tensor: DenseTensor) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
         """(name, dtypes that it may have, shape) of every stored part of a tensor."""
@@ -229,6 +217,21 @@ class Checkpoint:
             if not info.has_dtype(*dtypes):
                 allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise CheckpointError(f"{file.path}: tensor {name} must be {allowed}; found {info.dtype_label}")
+
+
+def check_is_plain(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that dbrx_q has quantized.
+
+    Raises:
+        CheckpointError: the experts are packed.
+    """
+    if checkpoint.formats:
+        raise CheckpointError(f"{checkpoint.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
+
+
+def open_any_shards(location: Path | ShardSource, stack: ExitStack) -> Mapping[str, Shard]:
+    """The shard of every stored tensor, by the tensor's name, in a folder or fetched; as `open_shards`."""
+    return open_shards(location, stack) if isinstance(location, Path) else _fetched_shards(location, stack)
 
 
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, SafetensorsFile]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _MARKER_NAME = ".dbrx_q-fetched"  # marks a folder whose shards may be deleted
 
 
 class RemoteShards:
-    """The checkpoint of a hub repository, as a `folder.ShardSource`.
+    """The checkpoint of a hub repository, as a `shard_source.ShardSource`.
 
     Args:
         repository: the hub id, owner/name.
@@ -67,7 +67,7 @@ class RemoteShards:
         self.commit = self.folder.name
         self.storage = storage or self.folder
         self._shards: dict[str, RemoteShard] = {}
-        self._expected: list[str] = []
+        self._expected: list[list[str]] = []
         self._downloads: dict[str, _Download] = {}
         self._lock = threading.Lock()
 
@@ -102,27 +102,31 @@ class RemoteShards:
                 "is not. Connect to the network and unset HF_HUB_OFFLINE, or give a checkpoint's folder"
             )
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Announce the shard that each of the next pieces of work reads, in order."""
+    def expect(self, names: Sequence[Collection[str]]) -> None:
+        """Announce the shards that each of the next pieces of work reads, in order."""
         with self._lock:
-            self._expected = list(names)
+            self._expected = [sorted(shards) for shards in names]
 
     def done(self) -> None:
-        """End the first of the announced pieces of work; delete its shard if no later one reads it and shards are deleted after use."""
+        """End the first of the announced pieces of work; delete its shards that no later one reads if shards are deleted after use."""
         with self._lock:
-            name = self._expected.pop(0)
-            was_last_use = name not in self._expected
-        if was_last_use and self._deletable is not None:
-            self._shards[name].close()
-            self._downloads.pop(name, None)
-            (self._deletable / name).unlink(missing_ok=True)
+            read = self._expected.pop(0)
+            later = {name for shards in self._expected for name in shards}
+        if self._deletable is None:
+            return
+        for name in read:
+            if name not in later:
+                self._shards[name].close()
+                self._downloads.pop(name, None)
+                (self._deletable / name).unlink(missing_ok=True)
 
-    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
+    def to_fetch(self, names: Sequence[Collection[str]]) -> tuple[int, int]:
         """(bytes to fetch for work that reads these shards in this order, bytes of disk that fetched shards take at most meanwhile).
 
         Shards that are on this machine already are not counted.
         """
-        reads = [name for name in names if self.local_path(name) is None]
+        absent = {name for name in {name for shards in names for name in shards} if self.local_path(name) is None}
+        reads = [name for shards in names for name in sorted(shards) if name in absent]
         sizes = {name: self._shards[name].size for name in reads}
         total = sum(sizes.values())
         if self._deletable is None:
@@ -167,7 +171,7 @@ class RemoteShards:
             CheckpointError: the download fails.
         """
         with self._lock:
-            later = [expected for expected in self._expected if expected != name]
+            later = [expected for shards in self._expected for expected in shards if expected != name]
             needed = self._start_download(name)
             ahead = next((expected for expected in later if expected not in self._downloads), None)
         try:
@@ -201,7 +205,7 @@ class RemoteShards:
 
 
 class RemoteShard:
-    """A safetensors file on the hub, as a `folder.Shard`. Opening it fetches the header; the first read of a tensor fetches the file."""
+    """A safetensors file on the hub, as a `shard_source.Shard`. Opening it fetches the header; the first read fetches the file."""
 
     path: Path
     """Where the file will be stored; for messages."""

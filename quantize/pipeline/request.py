@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint, ShardSource
+from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
+from dbrx_q.checkpoint.shard_source import ShardSource
 from dbrx_q.checkpoint.shards import SHARD_BYTES
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError, FormatError, RequestError

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dbrx_q.checkpoint.folder import ShardSource
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest
 from dbrx_q.checkpoint.safetensors_file import read_tensor
+from dbrx_q.checkpoint.shard_source import ShardSource
 from dbrx_q.checkpoint.staging import MARKER_NAME, check_destination, partial_of, staged_folder
 from dbrx_q.errors import CheckpointError, FormatError, RequestError
 from dbrx_q.json_file import read_json_object
