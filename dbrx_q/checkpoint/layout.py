@@ -236,8 +236,8 @@ def may_have(name: str, fmt: TensorFormat) -> bool:
 
 
 def embedding_formats() -> str:
-    """The formats that the embedding may have, as error messages list them: "int8 or plain"."""
-    return " or ".join([name for name, record in FORMATS.items() if record.embedding] + [PLAIN])
+    """The formats that the embedding may have, as error messages list them: "int4, int8 or plain"."""
+    return f"{', '.join(name for name, record in FORMATS.items() if record.embedding)} or {PLAIN}"
 
 
 def unpacked_experts(config: DbrxConfig, formats: Mapping[str, TensorFormat]) -> list[str]:

@@ -64,7 +64,10 @@ def _or(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
 
 
-WEIGHT_FORMATS = Choice(("int4", "int8", "nf4", "nf4-double"), "dbrx_q.kernels.formats.registry:FORMATS")
+WEIGHT_FORMATS = Choice(
+    ("int4", "int8", "nf4", "nf4-double", "affine4", "affine8", "affine4-bf16", "affine8-bf16", "q4_0"),
+    "dbrx_q.kernels.formats.registry:FORMATS",
+)
 METHODS = Choice(("rtn", "clip", "hqq", "awq", "gptq", "best"), "dbrx_q.quantize.methods.choose:METHODS")
 ACTIVATIONS = Choice(("quantized", "original"), "dbrx_q.quantize.calibration.calibrated:ACTIVATIONS")
 DTYPES = Choice(("auto", "float32", "float16", "bfloat16"), "dbrx_q.config:DTYPES", also="auto")

@@ -126,7 +126,7 @@ GroupSize = Annotated[
     int | None,
     option(
         FORMATS,
-        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone.",
+        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone, q4_0 has 32.",
         metavar="N",
         default="64, or the format's own",
     ),

@@ -236,7 +236,7 @@ class _ModelWriter:
         return (
             isinstance(holder, nn.Parameter) and holder.is_meta
             if fmt is None
-            else fmt.in_memory != fmt or not isinstance(holder, PackedWeight)
+            else fmt.record.stored is not None or not isinstance(holder, PackedWeight)
         )
 
     def _read(self, part: Part) -> torch.Tensor:

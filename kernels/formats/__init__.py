@@ -5,6 +5,8 @@ the format of a weight (checkpoint layout, quantization methods, command line, k
 
 - `int4.py`: 4-bit codes with a scale and a zero-point per group.
 - `int8.py`: 8-bit codes with a scale per group.
+- `affine.py`: 4-bit or 8-bit codes with a scale and an offset per group, both float16 or both bfloat16.
+- `q4_0.py`: int4 with zero-points of 7 and 8, which llama.cpp's Q4_0 holds.
 - `nf4.py`: the NormalFloat4 of bitsandbytes, with and without double quantization.
 
 Shared by all:

@@ -41,9 +41,9 @@ class Part:
 
 @dataclass(frozen=True)
 class GridLevels:
-    """The values of a group in a format with a uniform grid: scale * u, u a whole number.
+    """The values of a group in a format with a uniform grid: scale * u, u a whole number, plus an offset if the format has offsets.
 
-    Symmetric: u from -levels to levels. Otherwise u = code - zero-point, code and zero-point from 0 to levels.
+    Symmetric: u from -levels to levels. With offsets: u = code, from 0 to levels. Otherwise u = code - zero-point, code from 0 to levels.
     """
 
     levels: int
@@ -51,7 +51,12 @@ class GridLevels:
     symmetric: bool
     """Whether codes are signed, without a zero-point."""
     pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], QuantizedWeight]
-    """Takes (u float32 [N, K], scales float16 [N, n], zero-points float32 [N, n] or None, G) and returns the weight."""
+    """Takes (u float32 [N, K], scales [N, n], shifts, G) and returns the weight. Shifts: None in a symmetric grid, offsets [N, n] in the
+    dtype of the scales, or zero-points float32 [N, n]."""
+    zeros: tuple[int, int] | None = None
+    """The least and the largest zero-point; None: 0 and levels, or no zero-points in a symmetric grid and one with offsets."""
+    offsets: torch.dtype | None = None
+    """The dtype of scales and offsets in a format with offsets; None: float16 scales and no offsets."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,6 @@ class StoredForm:
     """The form on disk of a format whose stored parts differ from those in memory. Rows depend on each other, so a matrix is stored as a
     whole."""
 
-    in_memory: str
-    """The name of the format that a loaded weight has."""
     store: Callable[[Any], dict[str, torch.Tensor]]
     """Takes the weight of one matrix, as `Format.quantize` makes it, and returns the parts to store."""
     load: Callable[[Mapping[str, torch.Tensor], int], QuantizedWeight]
@@ -85,7 +88,8 @@ class Format:
     group_sizes: tuple[int, ...]
     """The group sizes on offer."""
     weight: type[QuantizedWeight]
-    """The class of a weight in memory."""
+    """The class of a weight in memory. Its `format` is the format of a loaded weight, which kernels are chosen by; another name than this
+    record's where several formats on disk have one form in memory."""
     parts: Callable[[int, int, int], tuple[Part, ...]]
     """Takes (N, K, G) and returns the parts that are stored for one matrix, in their order in the file."""
     quantize: Callable[[torch.Tensor, int], QuantizedWeight]

@@ -32,9 +32,12 @@ def check_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_scales(scales: torch.Tensor) -> None:
-    """Refuse float16 `scales` with an infinite value: the range of its group is too wide."""
-    if scales.numel() and torch.isinf(scales.max()):
-        raise FormatError("a group's scale must stay below 65504, float16's largest value; found a wider range. Is this a DBRX checkpoint?")
+    """Refuse `scales` (or offsets) with an infinite value: the range of its group is too wide for their dtype."""
+    if scales.numel() and torch.isinf(scales).any():
+        dtype, largest = str(scales.dtype).removeprefix("torch."), f"{torch.finfo(scales.dtype).max:.5g}"
+        raise FormatError(
+            f"a group's scale must stay below {largest}, {dtype}'s largest value; found a wider range. Is this a DBRX checkpoint?"
+        )
 
 
 def steps_of(scales: torch.Tensor) -> torch.Tensor:

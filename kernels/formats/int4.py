@@ -25,6 +25,8 @@ _LEVELS = 15
 class Int4Weight(QuantizedWeight):
     """A weight [..., N, K] in 4 + 16/G + 4/G bits per element; value = scale * (code - zero-point).
 
+    Scales may be negative: `quantize` makes none, but files of other programs have them.
+
     Bit layout of one row (byte addresses grow to the right, the high nibble is drawn first):
 
         qweight  | e1 e0 | e3 e2 | e5 e4 | ...    uint8 [..., N, K/2]          codes 0..15 of elements 0..K-1
@@ -122,4 +124,5 @@ FORMAT = Format(
     quantize=quantize,
     dequantize=dequantize,
     grid=LEVELS,
+    embedding=True,
 )

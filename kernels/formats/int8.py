@@ -25,9 +25,11 @@ _LEVELS = 127
 class Int8Weight(QuantizedWeight):
     """A weight [..., N, K] in 8 + 16/G bits per element; value = scale * code.
 
+    Scales may be negative and a code may be -128: `quantize` makes neither, but files of other programs have them.
+
     Byte layout of one row:
 
-        qweight  | e0 | e1 | e2 | ...     int8 [..., N, K]        codes -127..127
+        qweight  | e0 | e1 | e2 | ...     int8 [..., N, K]        codes -128..127
         scales   |   s0    |   s1   |     float16 [..., N, K/G]   one per group of G neighbouring elements
 
     There is no `pack`: a code is a byte.

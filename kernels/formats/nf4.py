@@ -258,7 +258,7 @@ def _load(parts: Mapping[str, torch.Tensor], group_size: int) -> Nf4Weight:
 
 
 FORMAT = Format(name="nf4", bits=4, group_sizes=GROUP_SIZES, weight=Nf4Weight, parts=_parts, quantize=quantize, dequantize=dequantize)
-DOUBLE_FORMAT = replace(FORMAT, name="nf4-double", parts=_double_parts, stored=StoredForm("nf4", _store, _load))
+DOUBLE_FORMAT = replace(FORMAT, name="nf4-double", parts=_double_parts, stored=StoredForm(_store, _load))
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import int4, int8, nf4
+from . import affine, int4, int8, nf4, q4_0
 from .errors import FormatError
 from .format import PLAIN, Format, Part
 from .groups import check_group_size
@@ -15,7 +15,9 @@ from .quantized_weight import QuantizedWeight
 
 __all__ = ["FORMATS", "PLAIN", "TensorFormat", "offered_formats"]
 
-FORMATS: dict[str, Format] = {record.name: record for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT)}
+FORMATS: dict[str, Format] = {
+    record.name: record for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT, *affine.FORMATS, q4_0.FORMAT)
+}
 """The weight formats by their names. A new format is one more record here."""
 
 
@@ -59,8 +61,7 @@ class TensorFormat:
     @property
     def in_memory(self) -> TensorFormat:
         """The format that a loaded weight has."""
-        stored = self.record.stored
-        return self if stored is None else TensorFormat(stored.in_memory, self.group_size)
+        return TensorFormat(self.record.weight.format, self.group_size)
 
     def check(self, K: int) -> None:
         """Refuse a group size that the format does not offer or that does not divide K, the length of the reduction axis.

@@ -35,7 +35,7 @@ __all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_form
 EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
 """That `allocated_formats` chooses from for experts."""
 OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
-"""For attention, embedding and head, None for plain."""
+"""For attention, embedding (only those of 8 bits) and head, None for plain."""
 
 _INT8_KINDS = ("embedding", "attention", "head")
 _INT8_GROUP = 64  # the largest group of those kinds
@@ -173,7 +173,7 @@ def allocated_formats(
         sequences: int64 [B, S], ids of text like that which the model is for.
         target_bpw: stored bits over parameters, scales, zero-points, router and norms included.
         experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are skipped.
-        others: formats on offer for attention, embedding (only those that it may have) and head; None for plain.
+        others: formats on offer for attention, embedding (only those of 8 bits that it may have) and head; None for plain.
         rules: as `parse_rules` takes them; they fix the formats of the tensors that they name.
         sources: the number of each sequence's source; the errors are those of the source where they are largest.
         tokens: the most tokens to measure on, as `output_errors` takes them.
@@ -244,7 +244,8 @@ def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: in
 def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
     if fmt is None:
         return not tensor.experts
-    return tensor.matrix[1] % fmt.group_size == 0 and may_have(tensor.name, fmt)
+    embedding_of_4_bits = kind_of(tensor.name) == "embedding" and fmt.record.bits < 8
+    return tensor.matrix[1] % fmt.group_size == 0 and may_have(tensor.name, fmt) and not embedding_of_4_bits
 
 
 def _bits(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat | None) -> int:

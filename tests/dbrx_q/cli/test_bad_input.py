@@ -315,12 +315,12 @@ QUANTIZED_DAMAGES = [
     Case(
         "nf4 in groups of 32",
         lambda f: edit_formats(f, W1, {"format": "nf4", "group_size": 32}),
-        (W1, "nf4:64, nf4-double:64; found", "32"),
+        (W1, "nf4:64, nf4-double:64, affine4:32", "32"),
     ),
     Case(
         "nf4-double in groups of 32",
         lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 32}),
-        (W1, "nf4:64, nf4-double:64; found", "32"),
+        (W1, "nf4:64, nf4-double:64, affine4:32", "32"),
     ),
     Case(
         "scales of another format", lambda f: edit_formats(f, W1, {"format": "nf4-double", "group_size": 64}), (f"{W1}.0.absmax", "missing")
@@ -329,7 +329,11 @@ QUANTIZED_DAMAGES = [
     Case("format is a word", lambda f: edit_formats(f, W1, "int4"), (W1, "must be one of int4:32", "found 'int4'")),
     Case("unknown tensor", lambda f: edit_formats(f, "lm_head.bias", INT4), ("lm_head.bias", "packable matrices")),
     Case("router packed", lambda f: edit_formats(f, ROUTER, INT4), (ROUTER, "packable matrices")),
-    Case("embedding in int4", lambda f: edit_formats(f, "transformer.wte.weight", INT4), ("transformer.wte.weight", "must be int8")),
+    Case(
+        "embedding in nf4",
+        lambda f: edit_formats(f, "transformer.wte.weight", {"format": "nf4", "group_size": 64}),
+        ("transformer.wte.weight", "must be int4, int8"),
+    ),
 ]
 
 

@@ -175,7 +175,7 @@ def test_a_value_is_looked_up_when_it_is_parsed(monkeypatch: pytest.MonkeyPatch,
     module, _, name = choices.WEIGHT_FORMATS.registry.partition(":")
     registry = getattr(importlib.import_module(module), name)
     arguments = ("plan", quantized_small, "--format", "toy3")
-    assert "must be int4, int8, nf4 or nf4-double; found 'toy3'" in words(cli(*arguments).err)
+    assert f"must be {choices.WEIGHT_FORMATS}; found 'toy3'" in words(cli(*arguments).err)
     monkeypatch.setitem(registry, "toy3", registry["int4"])
     assert "--format is for a plain checkpoint" in words(cli(*arguments).err)
 

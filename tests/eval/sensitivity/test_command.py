@@ -115,9 +115,9 @@ def test_parts_without_figures_are_listed(cli: Callable[..., Any], monkeypatch: 
     from dbrx_q.eval.sensitivity import rounding, walk
 
     arguments = ["sensitivity", NANO, "--text", BOOK, "--by", "kind", "--context", 64, "--windows", 1]
-    outcome = cli(*arguments)
+    outcome = cli(*arguments, "--format", "nf4")
     assert outcome.code == 0
-    assert "not measured: embedding in int4:64: the embedding must be int8 or plain" in " ".join(outcome.err.split())
+    assert "not measured: embedding in nf4:64: the embedding must be int4, int8, affine4" in " ".join(outcome.err.split())
     calls: list[int] = []
 
     def fail_once(*arguments: Any) -> Any:
@@ -129,8 +129,8 @@ def test_parts_without_figures_are_listed(cli: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(walk, "rounded", fail_once)
     outcome = cli(*arguments)
     assert outcome.code == 2
-    assert "Wqkv.weight in int4: too wide" in outcome.err
-    assert "1 of 8 parts could not be measured" in " ".join(outcome.err.split())
+    assert "wte.weight in int4: too wide" in outcome.err
+    assert "1 of 9 parts could not be measured" in " ".join(outcome.err.split())
     assert "out_proj" in outcome.out
 
 

@@ -180,10 +180,8 @@ def test_order_and_progress(model: DbrxForCausalLM, ids: list[int], measure: Cal
     progress: list[tuple[int, int]] = []
     formats = [TensorFormat("int8", 64), TensorFormat("int4", 64)]
     result = measure(model, ids, alone(HEAD, W2, WTE), formats, lambda done, total: progress.append((done, total)))
-    assert [(unit.name, unit.format) for unit in result.units] == [(name, f) for name in (HEAD, W2) for f in ("int8", "int4")] + [
-        (WTE, "int8")
-    ]
-    assert progress == [(done, 5) for done in range(6)]
+    assert [(unit.name, unit.format) for unit in result.units] == [(name, f) for name in (HEAD, W2, WTE) for f in ("int8", "int4")]
+    assert progress == [(done, 6) for done in range(7)]
     assert result.complete
     assert Sensitivity.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     single = measure(model, ids, alone(W2), formats[1:]).units
@@ -277,12 +275,12 @@ def test_formats_that_a_checkpoint_may_not_have_are_skipped(
                 allowed = False
             parts, skipped = measurable([tensor], [fmt])
             assert (len(parts), len(skipped)) == ((1, 0) if allowed else (0, 1))
-    result = measure(model, ids, alone(WTE, W2), [formats[0]])
+    result = measure(model, ids, alone(WTE, W2), [formats[2]])
     assert [unit.name for unit in result.units] == [W2]
-    assert [(part.name, part.format) for part in result.skipped] == [(WTE, "int4")]
-    assert "not measured: wte in int4:64: the embedding must be int8 or plain" in markdown(result)
-    with pytest.raises(RequestError, match=r"embedding must be int8 or plain; found int4, nf4 .*int8"):
-        measure(model, ids, alone(WTE), [formats[0], formats[2]])
+    assert [(part.name, part.format) for part in result.skipped] == [(WTE, "nf4")]
+    assert "not measured: wte in nf4:64: the embedding must be int4, int8, affine4" in markdown(result)
+    with pytest.raises(RequestError, match=r"embedding must be int4, int8, .* or plain; found nf4, nf4-double .*int8"):
+        measure(model, ids, alone(WTE), [formats[2], TensorFormat("nf4-double", 64)])
 
 
 def test_bad_requests_are_refused(

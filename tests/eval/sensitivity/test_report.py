@@ -119,7 +119,7 @@ def test_plots_of_one_value(by_tensor: Sensitivity, tmp_path: Path, kl: float) -
 
 def test_markdown(by_tensor: Sensitivity) -> None:
     rows = [line.split(" | ") for line in markdown(by_tensor).splitlines() if ":64 | " in line]
-    assert len(rows) == 9
+    assert len(rows) == 10
     costs = [float(row[-1].rstrip(" |")) for row in rows]
     assert costs == sorted(costs, reverse=True)
     worst = max(by_tensor.units, key=lambda unit: unit.mean_kl / unit.saved_bytes)

@@ -29,7 +29,7 @@ def test_rules_choose_the_formats_of_tensors(small: Path, tmp_path: Path, cli: C
     assert formats["experts"] == "int4:64 + int8:32"
     assert (formats["head"], formats["attention"]) == ("bfloat16", "int4:32 + int8:64")
     assert cli("verify", tmp_path / "out").code == 0
-    for rule, message in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=int4", "embedding")):
+    for rule, message in (("w9=int8", "w9"), ("w2=int5", "int5"), ("w2=plain", "plain"), ("embedding=nf4", "the embedding must be")):
         outcome = cli("quantize", small, tmp_path / "bad", "--tensor", rule)
         assert (outcome.code, outcome.out) == (2, ""), rule
         assert message in outcome.err
