@@ -16,7 +16,7 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -330,6 +330,17 @@ class SafetensorsWriter:
         expected, dtype, shape = self._remaining.pop()
         assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape), f"got {name}; the next is {expected} {dtype} {shape}"
         self._append(_bytes_of(tensor.contiguous()))
+
+    def write_pieces(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Append the next tensor, which must be the one that was announced, as pieces of its rows in order."""
+        expected, dtype, shape = self._remaining.pop()
+        assert name == expected, f"got {name}; the next is {expected}"
+        rows = 0
+        for piece in pieces:
+            assert (piece.dtype, tuple(piece.shape[1:])) == (dtype, shape[1:]), f"{name}: got {piece.dtype} {list(piece.shape)}"
+            self._append(_bytes_of(piece.contiguous()))
+            rows += len(piece)
+        assert rows == shape[0], f"{name}: got {rows} of {shape[0]} rows"
 
     def close(self) -> str:
         """Flush to the disk; returns the SHA-256 of the file, in hexadecimal."""

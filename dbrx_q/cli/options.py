@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .choices import CACHE_POLICIES, DTYPES, KV_FORMATS, MISS_POLICIES, PROTOCOLS, Choice
+from .choices import ACTIVATIONS, CACHE_POLICIES, DTYPES, KV_FORMATS, METHODS, MISS_POLICIES, PROTOCOLS, Choice
 
 __all__ = [
     "CALIBRATION",
@@ -27,6 +27,10 @@ __all__ = [
     "TEXT",
     "TEXT_HELP",
     "WORK",
+    "Activations",
+    "AllExperts",
+    "Calibration",
+    "CheckText",
     "Checkpoint",
     "Device",
     "DiskBandwidth",
@@ -40,8 +44,10 @@ __all__ = [
     "Limit",
     "Measured",
     "MeasuredDtype",
+    "Method",
     "MissPolicy",
     "Mmap",
+    "NoWorse",
     "OutFile",
     "OutFolder",
     "PlannedContext",
@@ -53,6 +59,7 @@ __all__ = [
     "Protocol",
     "Ram",
     "Resume",
+    "RoundingDevice",
     "Stride",
     "Text",
     "Window",
@@ -193,6 +200,52 @@ HostBandwidth = Annotated[
 DiskBandwidth = Annotated[
     str | None, option(MACHINE, "Bytes a second that the disk reads.", metavar="SIZE", default="as `plan --measure` found, or 5GB")
 ]
+
+# How weights are rounded.
+Method = Annotated[
+    str,
+    option(
+        METHOD,
+        "Quantization method: {}; awq, gptq and best need --calibration.",
+        "--method",
+        "--recipe",
+        metavar="METHOD",
+        one_of=METHODS,
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    option(
+        CALIBRATION,
+        "Source to calibrate with: a text, JSON lines with 'text' or, for chats, 'messages', a data set, default (a mix for DBRX), self "
+        "(sampled from the model) or self=PATH (from a copy); may be given again, each with a weight as in wiki.txt:2, of which 0 only "
+        "measures.",
+        metavar="SOURCE[:WEIGHT]",
+        default=False,
+    ),
+]
+Activations = Annotated[
+    str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
+]
+AllExperts = Annotated[bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")]
+CheckText = Annotated[
+    list[str] | None,
+    option(
+        CALIBRATION,
+        "Text that decides nothing, on which KL from SRC is measured before DST is complete; may be given again.",
+        metavar="FILE",
+        default=False,
+    ),
+]
+NoWorse = Annotated[
+    bool,
+    option(
+        CALIBRATION,
+        "Store a matrix as rtn rounds it where that errs less on held-out tokens; exit code 1 if the result is still worse than rtn.",
+        "--no-worse-than-rtn",
+    ),
+]
+RoundingDevice = Annotated[str, option(MEMORY, "cpu, or cuda or cuda:N to quantize on a GPU what fits into it.", metavar="DEVICE")]
 
 # The text that is measured on, and how it is cut.
 TEXT_HELP = "Text: a UTF-8 file, JSON lines with a field 'text' (either may be gzipped), or wikitext2, wikitext2-tokenized or c4."

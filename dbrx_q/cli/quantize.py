@@ -11,7 +11,7 @@ from dbrx_q.planning.sizes import parse_size
 from . import options, quantize_report, terminal
 from .calibration import load_sequences, parse_sources
 from .check_texts import check_unseen, load_checks, note_unmeasured
-from .choices import ACTIVATIONS, METHODS, WEIGHT_FORMATS
+from .choices import WEIGHT_FORMATS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
 from .self_calibration import Sampling
@@ -46,51 +46,7 @@ _FallbackFormat = Annotated[
     str | None,
     option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
-_Method = Annotated[
-    str,
-    option(
-        METHOD,
-        "Quantization method: {}; awq, gptq and best need --calibration.",
-        "--method",
-        "--recipe",
-        metavar="METHOD",
-        one_of=METHODS,
-    ),
-]
-_Calibration = Annotated[
-    list[str] | None,
-    option(
-        CALIBRATION,
-        "Source to calibrate with: a text, JSON lines with 'text' or, for chats, 'messages', a data set, default (a mix for DBRX), self "
-        "(sampled from the model) or self=PATH (from a copy); may be given again, each with a weight as in wiki.txt:2, of which 0 only "
-        "measures.",
-        metavar="SOURCE[:WEIGHT]",
-        default=False,
-    ),
-]
-_Activations = Annotated[
-    str, option(CALIBRATION, "Model whose activations enter a calibrated layer: {}.", metavar="MODEL", one_of=ACTIVATIONS)
-]
-_AllExperts = Annotated[bool, option(CALIBRATION, "Calibrate every expert with all tokens, not those routed to it.", "--all-experts")]
-_CheckText = Annotated[
-    list[str] | None,
-    option(
-        CALIBRATION,
-        "Text that decides nothing, on which KL from SRC is measured before DST is complete; may be given again.",
-        metavar="FILE",
-        default=False,
-    ),
-]
-_NoWorse = Annotated[
-    bool,
-    option(
-        CALIBRATION,
-        "Store a matrix as rtn rounds it where that errs less on held-out tokens; exit code 1 if the result is still worse than rtn.",
-        "--no-worse-than-rtn",
-    ),
-]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
-_Device = Annotated[str, option(MEMORY, "cpu, or cuda or cuda:N to quantize on a GPU what fits into it.", metavar="DEVICE")]
 
 
 def command(
@@ -101,19 +57,19 @@ def command(
     tensor: _Rules = None,
     target_bpw: _TargetBpw = None,
     fallback_format: _FallbackFormat = None,
-    method: _Method = "rtn",
+    method: options.Method = "rtn",
     act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
-    calibration: _Calibration = None,
+    calibration: options.Calibration = None,
     sequences: Annotated[int, option(CALIBRATION, "Sequences to draw from all sources together.", metavar="N")] = 256,
     length: Annotated[int, option(CALIBRATION, "Tokens of a sequence.", metavar="N")] = 512,
     seed: Annotated[int, option(CALIBRATION, "Seed of the draw and, for self, of the sampling.", metavar="N")] = 0,
-    activations: _Activations = "quantized",
-    all_experts: _AllExperts = False,
-    check_text: _CheckText = None,
+    activations: options.Activations = "quantized",
+    all_experts: options.AllExperts = False,
+    check_text: options.CheckText = None,
     check_sequences: Annotated[int, option(CALIBRATION, "Most sequences of each check text.", metavar="N", least=1)] = 64,
-    no_worse_than_rtn: _NoWorse = False,
+    no_worse_than_rtn: options.NoWorse = False,
     memory: Annotated[str | None, option(MEMORY, "Host memory to use, as 24GiB.", metavar="SIZE", default="4/5 of what is free")] = None,
-    device: _Device = "cpu",
+    device: options.RoundingDevice = "cpu",
     device_memory: Annotated[str | None, option(MEMORY, "GPU memory to use, as 20GiB.", metavar="SIZE", default="9/10 of it")] = None,
     revision: Annotated[str | None, option(HUB, "Branch, tag or commit of SRC.", metavar="NAME")] = None,
     low_disk: _LowDisk = False,
