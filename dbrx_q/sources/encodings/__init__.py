@@ -4,6 +4,10 @@
 then either dequantizes a layer or, where a format holds its values exactly, repacks its codes without rounding. Begin with `base.py`.
 
 - `base.py`: `Encoding`, the interface, and `StoredLinear`, what headers say about a layer.
+- `choose.py`: which encodings a checkpoint may have, by its config.json; it refuses all others with advice.
+- `plain.py`: a float weight as it is.
+- `gptq.py`: AutoGPTQ and GPTQModel. `awq.py`: AutoAWQ's GEMM order. `mlx.py`: mlx-lm. `bitsandbytes.py`: its 4 bits.
+- `bit_stream.py`: codes of any number of bits that are packed without gaps.
 
 Formulas and layouts are in the modules' docstrings, so that another program can be written from them. GGUF files are read by
 `sources/gguf.py`.

@@ -1,0 +1,83 @@
+"""`encodings_of`: which encodings the layers of a checkpoint may have, by what config.json says about its quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dbrx_q.errors import CheckpointError
+
+from .awq import Awq
+from .base import Encoding
+from .bitsandbytes import Bitsandbytes
+from .gptq import Gptq
+from .mlx import Mlx
+from .plain import Plain
+
+__all__ = ["encodings_of"]
+
+_READ = "GPTQ, AWQ, bitsandbytes' 4 bits, MLX or GGUF"
+_ORIGINAL = f"Use the bfloat16 weights that it was made from, or a {_READ} file of them"
+_IN_TRANSFORMERS = "or load it with transformers, call model.dequantize() and save it"
+_ADVICE = {
+    "fp8": f"{_ORIGINAL}, {_IN_TRANSFORMERS}",
+    "fbgemm_fp8": _ORIGINAL,
+    "modelopt": _ORIGINAL,
+    "compressed-tensors": f"{_ORIGINAL}; llm-compressor's checkpoints load in vLLM",
+    "exl2": f"{_ORIGINAL}; only ExLlamaV2's CUDA kernels read it",
+    "exl3": f"{_ORIGINAL}; only ExLlamaV3's CUDA kernels read it",
+    "aqlm": _ORIGINAL,
+    "hqq": _ORIGINAL,
+    "torchao": _ORIGINAL,
+    "quanto": _ORIGINAL,
+    "auto-round": f"{_ORIGINAL}; AutoRound writes GPTQ with format=auto_gptq and AWQ with format=auto_awq",
+}
+_NAMES = {"fp8": "FP8", "exl2": "EXL2", "exl3": "EXL3", "aqlm": "AQLM", "hqq": "HQQ", "fbgemm_fp8": "FP8 (FBGEMM)", "modelopt": "ModelOpt"}
+
+
+def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None, source: str) -> tuple[Encoding, ...]:
+    """The encodings that the layers of a checkpoint may have; those that were left unquantized are plain, so `Plain` is always among them.
+
+    Args:
+        config: config.json.
+        quantize_config: AutoGPTQ's quantize_config.json; None where there is none. config.json comes first.
+        source: the path of config.json, for messages.
+
+    Raises:
+        CheckpointError: a quantization that dbrx_q does not read, with what to do instead.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        quantization = config.get("quantization")
+    if quantization is None and quantize_config is not None:
+        return Plain(), Gptq(quantize_config, source.replace("config.json", "quantize_config.json"))
+    if quantization is None:
+        return (Plain(),)
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(
+            f"{source}: quantization_config must be an object; found {quantization!r}. Fetch config.json again, or remove the key if the "
+            "weights are plain"
+        )
+    method = _method(quantization)
+    if method == "gptq":
+        return Plain(), Gptq(quantization, source)
+    if method == "awq":
+        return Plain(), Awq(quantization, source)
+    if method == "mlx":
+        return Plain(), Mlx()
+    if method == "bitsandbytes":
+        return Plain(), Bitsandbytes(quantization, source)
+    raise CheckpointError(
+        f"{source}: a quantized checkpoint must be {_READ}; found {_NAMES.get(method, method)}. {_ADVICE.get(method, _ORIGINAL)}"
+    )
+
+
+def _method(quantization: Mapping[str, Any]) -> str:
+    """The method in lower case; "mlx" for MLX's section, which names none."""
+    method = quantization.get("quant_method", quantization.get("method"))
+    if method is None and "bits" in quantization and "group_size" in quantization:
+        return "mlx"
+    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        return "bitsandbytes"  # transformers before 4.38
+    name = str(method).lower().replace("_", "-") if method is not None else "a quantization without a quant_method"
+    return {"intel/auto-round": "auto-round", "autoround": "auto-round", "fbgemm-fp8": "fbgemm_fp8"}.get(name, name)
