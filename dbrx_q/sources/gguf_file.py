@@ -1,4 +1,8 @@
-"""Opens GGUF files with the gguf package: one file or the parts of a split one, with errors that name the file."""
+"""Opens GGUF files with the gguf package: one file or the parts of a split one, with errors that name the file.
+
+The package reads the metadata and says where each tensor is stored. It maps the file for that and touches the header alone; the mapping
+ends when the file is open.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
     from gguf.gguf_reader import GGUFReader, ReaderTensor
 
-__all__ = ["GgufParts", "can_dequantize", "is_gguf", "open_parts"]
+__all__ = ["GgufParts", "GgufTensor", "can_dequantize", "is_gguf", "open_parts"]
 
 _MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -31,8 +35,26 @@ def is_gguf(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file: what the header says about it."""
+
+    name: str
+    """GGUF's name."""
+    kind: GGMLQuantizationType
+    """Its type, such as Q4_K."""
+    shape: tuple[int, ...]
+    """Sizes, outermost first; every matrix has its reduction axis last."""
+    path: Path
+    """The file that holds it."""
+    offset: int
+    """Its first byte, counted from the beginning of the file."""
+    nbytes: int
+    """Bytes of the tensor."""
+
+
+@dataclass(frozen=True)
 class GgufParts:
-    """An open GGUF file, or all parts of a split one; the tensors' data is mapped from the file.
+    """The metadata and the header of a GGUF file, or of all parts of a split one.
 
     The methods read values of the metadata; they raise CheckpointError where a value is missing or of another type.
     """
@@ -43,10 +65,8 @@ class GgufParts:
     """All files, in order."""
     metadata: dict[str, Any]
     """Metadata of the first file, by GGUF's keys."""
-    tensors: dict[str, ReaderTensor]
+    tensors: dict[str, GgufTensor]
     """Tensors of all files, by GGUF's names."""
-    path_of: dict[str, Path]
-    """The file that holds a tensor, by GGUF's names."""
 
     def text(self, key: str) -> str:
         """A string of the metadata."""
@@ -91,8 +111,7 @@ def open_parts(path: Path) -> GgufParts:
         UnsupportedError: the gguf package is not installed.
     """
     paths = _paths_of_parts(path)
-    tensors: dict[str, ReaderTensor] = {}
-    path_of: dict[str, Path] = {}
+    tensors: dict[str, GgufTensor] = {}
     metadata: dict[str, Any] = {}
     for number, part in enumerate(paths):
         reader = _read(part)
@@ -104,14 +123,15 @@ def open_parts(path: Path) -> GgufParts:
                 f"{count}. Give all parts the names that llama-gguf-split gave them"
             )
         metadata = metadata or part_metadata
-        for tensor in reader.tensors:
+        for tensor in (_tensor(stored, part) for stored in reader.tensors):
             if tensor.name in tensors:
-                raise CheckpointError(f"{part}: tensor {tensor.name} is in {path_of[tensor.name].name} too. Fetch the parts of one model")
-            tensors[tensor.name], path_of[tensor.name] = tensor, part
+                other = tensors[tensor.name].path.name
+                raise CheckpointError(f"{part}: tensor {tensor.name} is in {other} too. Fetch the parts of one model")
+            tensors[tensor.name] = tensor
     announced = metadata.get("split.tensors.count", len(tensors))
     if announced != len(tensors):
         raise CheckpointError(f"{paths[0]}: its parts must hold {announced} tensors; found {len(tensors)}. Fetch the parts of one model")
-    return GgufParts(paths[0], paths, metadata, tensors, path_of)
+    return GgufParts(paths[0], paths, metadata, tensors)
 
 
 def can_dequantize(kind: GGMLQuantizationType) -> bool:
@@ -152,7 +172,7 @@ def _read(path: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UnsupportedError(f"{path}: reading GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[eval]'") from None
+        raise UnsupportedError(f"{path}: reading GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[gguf]'") from None
     try:
         with np.errstate(all="ignore"):  # sizes from a damaged file overflow
             reader = _within_the_file(GGUFReader)(path)
@@ -176,6 +196,11 @@ def _within_the_file(reader: type[GGUFReader]) -> type[GGUFReader]:
             return super()._get(offset, dtype, count, *rest, **named)
 
     return Reader
+
+
+def _tensor(stored: ReaderTensor, path: Path) -> GgufTensor:
+    shape = tuple(reversed(stored.shape.tolist()))
+    return GgufTensor(stored.name, stored.tensor_type, shape, path, int(stored.data_offset), int(stored.n_bytes))
 
 
 def _metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import dense_tensors
-from dbrx_q.sources.gguf import gguf_name
+from dbrx_q.sources.gguf_names import gguf_name
 
 
 def make(source: Path, like: Path, destination: Path) -> None:

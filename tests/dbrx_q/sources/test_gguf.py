@@ -21,7 +21,7 @@ from dbrx_q.errors import CheckpointError, DbrxError, UnsupportedError
 from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.model.modeling import DbrxForCausalLM
-from dbrx_q.sources.gguf import _config
+from dbrx_q.sources.gguf_config import config_of
 from dbrx_q.sources.gguf_file import GgufParts, open_parts
 from dbrx_q.sources.gguf_tokenizer import tokenizer_of
 from dbrx_q.sources.open import open_source
@@ -316,7 +316,7 @@ def parts() -> GgufParts:
     ids=lambda value: "+".join(value),
 )
 def test_scalings_of_the_rotary_embedding_are_applied(keys: dict[str, Any], rope: dict[str, Any], parts: GgufParts) -> None:
-    assert _config(replace(parts, metadata=parts.metadata | keys)).rope_parameters == rope | {"rope_theta": 500000.0}
+    assert config_of(replace(parts, metadata=parts.metadata | keys)).rope_parameters == rope | {"rope_theta": 500000.0}
 
 
 @pytest.mark.parametrize("name", [None, "default", "llama-bpe"])
@@ -386,5 +386,5 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_gguf_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'dbrx_q\[eval\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'dbrx_q\[gguf\]'"):
         open_source(Q4_0)

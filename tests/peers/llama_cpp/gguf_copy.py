@@ -16,7 +16,7 @@ import torch
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, kind_of, oriented
 from dbrx_q.config import NORM_EPS, DbrxConfig
-from dbrx_q.sources.gguf import gguf_name
+from dbrx_q.sources.gguf_names import gguf_name
 
 __all__ = ["write_gguf"]
 

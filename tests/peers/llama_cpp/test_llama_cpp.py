@@ -14,7 +14,7 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import dense_tensors
 from dbrx_q.config import DbrxConfig
 from dbrx_q.eval.bench.synthetic import write_checkpoint
-from dbrx_q.sources.gguf import gguf_name
+from dbrx_q.sources.gguf_names import gguf_name
 
 
 def section(unit: str, figures: dict[str, dict[int, float]]) -> SectionResult:
