@@ -102,16 +102,15 @@ class GgufWeights(StoredWeights):
 
         if kind_of(name) in ("router", "norms"):
             return None
-        formats = REPACKED.get(self._stored(name).kind.name, ())
-        return next((fmt for fmt in formats if may_have(name, fmt)), None)
+        fmt = REPACKED.get(self._stored(name).kind.name)
+        return fmt if fmt is not None and may_have(name, fmt) else None
 
     def packed(self, name: str, expert: int = -1) -> QuantizedWeight:
         from dbrx_q.kernels.cpu.repack_gguf import repack
 
-        stored, fmt = self._stored(name), self.exact_format(name)
-        assert fmt is not None, f"{name} has no exact format"
+        stored = self._stored(name)
         N, K = self.tensors[name].matrix
-        weight = repack(self._rows(stored, max(0, expert) * N, N), stored.kind.name, fmt, K)
+        weight = repack(self._rows(stored, max(0, expert) * N, N), stored.kind.name, K)
         for part in weight.parts.values():
             check_finite(part, stored.name, stored.path)
         return weight

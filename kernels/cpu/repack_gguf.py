@@ -1,14 +1,20 @@
 """Blocks of GGUF's quantized types as weights of our formats: the same codes in another order, nothing rounded.
 
-| type | block of 32 elements | value | formats |
+| type | block of 32 elements | value | format |
 |---|---|---|---|
-| Q4_0 | float16 d, 16 bytes of nibbles | d * (q - 8) | int4:32 with zero-points 8, int8:32 |
-| IQ4_NL | float16 d, 16 bytes of nibbles | d * table[q] | int8:32 |
-| Q5_0 | float16 d, 32 high bits, 16 bytes of nibbles | d * (q - 16) | int8:32 |
+| Q4_0 | float16 d, nibbles | d * (q - 8) | int4:32, zero-points 8 |
+| Q4_1 | float16 d, float16 m, nibbles | d * q + m | affine4:32 |
+| Q5_0 | float16 d, high bits, nibbles | d * (q - 16) | int8:32 |
+| Q5_1 | float16 d, float16 m, high bits, nibbles | d * q + m | affine8:32 |
 | Q8_0 | float16 d, 32 int8 | d * q | int8:32 |
+| IQ4_NL | float16 d, nibbles | d * table[q] | int8:32 |
+| MXFP4 | exponent e in a byte, nibbles | 2^(e - 128) * table[q] | affine8-bf16:32 |
 
-Byte i of the nibbles holds element i in its low half and element i + 16 in its high half; high bit i belongs to element i, least
-significant bit first. Source: ggml-common.h and ggml-quants.c of llama.cpp. d may be negative.
+Byte i of the 16 bytes of nibbles holds element i in its low half and element i + 16 in its high half; high bit i of 32 belongs to element
+i, least significant bit first. d may be negative. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+
+MXFP4's scales reach beyond float16 at both ends, so that only bfloat16 holds all of them. The codes are the table's entries plus 12, the
+offset is -12 scales: every product and sum is exact.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis).
 """
@@ -21,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dbrx_q.kernels.formats.affine import Affine4Weight, Affine8Bf16Weight, Affine8Weight
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -33,6 +40,7 @@ __all__ = ["REPACKED", "repack"]
 
 _BLOCK = 32  # elements of a block
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values of e2m1
 # A byte of every lane of eight; pairs of nibbles; bytes, pairs of bytes and fours of bytes to keep.
 _LOW, _EVEN_1, _EVEN_2, _EVEN_4 = 0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF
 
@@ -70,8 +78,9 @@ class _Blocks:
     def looked_up(self, first: int, table: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """int8 or uint8 [N, K]: the entries of a table of 16 for the nibbles at byte `first` of each block."""
         out = torch.empty(self.N, self.K, dtype=dtype)
-        entries = torch.tensor(table, dtype=dtype).view(torch.uint8).numpy()
-        _look_up(self.data.view(-1).numpy(), self.nbytes, first, entries, out.view(-1).view(torch.uint8).numpy())
+        entries = np.array(table) & 255
+        pairs = (entries[None, :] | entries[:, None] << 8).reshape(-1)  # [256], by two nibbles, the first in the low half
+        _look_up(self.data.data_ptr() + first, self.nbytes, self.count, pairs, out.data_ptr())
         return out
 
     def five_bits(self, first: int, zero: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,43 +110,58 @@ def _q4_0(blocks: _Blocks) -> QuantizedWeight:
     return Int4Weight(blocks.nibbles(2), blocks.halves(0), zeros, _BLOCK)
 
 
-def _q4_0_in_bytes(blocks: _Blocks) -> QuantizedWeight:
-    return Int8Weight(blocks.looked_up(2, tuple(range(-8, 8)), torch.int8), blocks.halves(0), _BLOCK)
-
-
-def _iq4_nl(blocks: _Blocks) -> QuantizedWeight:
-    return Int8Weight(blocks.looked_up(2, _IQ4_NL, torch.int8), blocks.halves(0), _BLOCK)
+def _q4_1(blocks: _Blocks) -> QuantizedWeight:
+    return Affine4Weight(blocks.nibbles(4), blocks.halves(0), blocks.halves(2), _BLOCK)
 
 
 def _q5_0(blocks: _Blocks) -> QuantizedWeight:
     return Int8Weight(blocks.five_bits(2, 16, torch.int8), blocks.halves(0), _BLOCK)
 
 
+def _q5_1(blocks: _Blocks) -> QuantizedWeight:
+    return Affine8Weight(blocks.five_bits(4, 0, torch.uint8), blocks.halves(0), blocks.halves(2), _BLOCK)
+
+
 def _q8_0(blocks: _Blocks) -> QuantizedWeight:
     return Int8Weight(blocks.int8(2), blocks.halves(0), _BLOCK)
 
 
-_INT4, _INT8 = TensorFormat("int4", _BLOCK), TensorFormat("int8", _BLOCK)
-REPACKED: dict[str, dict[TensorFormat, Callable[[_Blocks], QuantizedWeight]]] = {
-    "Q4_0": {_INT4: _q4_0, _INT8: _q4_0_in_bytes},
-    "IQ4_NL": {_INT8: _iq4_nl},
-    "Q5_0": {_INT8: _q5_0},
-    "Q8_0": {_INT8: _q8_0},
+def _iq4_nl(blocks: _Blocks) -> QuantizedWeight:
+    return Int8Weight(blocks.looked_up(2, _IQ4_NL, torch.int8), blocks.halves(0), _BLOCK)
+
+
+def _mxfp4(blocks: _Blocks) -> QuantizedWeight:
+    largest = max(_MXFP4)
+    codes = blocks.looked_up(1, tuple(largest + value for value in _MXFP4), torch.uint8)
+    exponents = blocks.data.view(blocks.N, -1, blocks.nbytes)[..., 0]
+    scales = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - 128).to(torch.bfloat16)[exponents.int()]
+    return Affine8Bf16Weight(codes, scales, -largest * scales, _BLOCK)
+
+
+_Repack = Callable[[_Blocks], QuantizedWeight]
+_REPACKED: dict[str, tuple[str, _Repack]] = {
+    "Q4_0": ("int4", _q4_0),
+    "Q4_1": ("affine4", _q4_1),
+    "Q5_0": ("int8", _q5_0),
+    "Q5_1": ("affine8", _q5_1),
+    "Q8_0": ("int8", _q8_0),
+    "IQ4_NL": ("int8", _iq4_nl),
+    "MXFP4": ("affine8-bf16", _mxfp4),
 }
-"""The formats that hold the values of a GGUF type exactly, the smallest first, by GGUF's name of the type."""
+REPACKED = {kind: TensorFormat(name, _BLOCK) for kind, (name, _) in _REPACKED.items()}
+"""The format that holds the values of a GGUF type exactly, by GGUF's name of the type."""
 
 
-def repack(data: torch.Tensor, kind: str, fmt: TensorFormat, K: int) -> QuantizedWeight:
-    """A matrix in a format of `REPACKED`; its float32 values have the bits that llama.cpp's formula gives.
+def repack(data: torch.Tensor, kind: str, K: int) -> QuantizedWeight:
+    """A matrix in the format of `REPACKED`; its float32 values have the bits that llama.cpp's formula gives.
 
     Args:
         data: the blocks, uint8 [N, bytes of a row], contiguous, on the CPU.
         kind: GGUF's name of their type.
-        fmt: one of `REPACKED[kind]`.
         K: elements of a row.
     """
     N, row_bytes = data.shape
-    return REPACKED[kind][fmt](_Blocks(data, row_bytes * _BLOCK // K, N, K))
+    return _REPACKED[kind][1](_Blocks(data, row_bytes * _BLOCK // K, N, K))
 
 
 @compiled()
@@ -165,14 +189,21 @@ def _neighbours(codes):
 
 
 @compiled()
-def _look_up(data, block_bytes, first, table, out):
-    half = _BLOCK // 2
-    for block in range(len(out) // _BLOCK):
-        at, to = block * block_bytes + first, block * _BLOCK
-        for i in range(half):
-            nibbles = data[at + i]
-            out[to + i] = table[nibbles & 15]
-            out[to + half + i] = table[nibbles >> 4]
+def _look_up(source, block_bytes, blocks, pairs, out):
+    """pairs: int64 [256], the two bytes that two nibbles become."""
+    for block in range(blocks):
+        first, second = integer(source + block * block_bytes, 0), integer(source + block * block_bytes, 1)
+        to = out + block * _BLOCK
+        store_integer(_four_pairs(_neighbours(first & _LOW), pairs), to)
+        store_integer(_four_pairs(_neighbours(second & _LOW), pairs), to + 8)
+        store_integer(_four_pairs(_neighbours(first >> 4 & _LOW), pairs), to + 16)
+        store_integer(_four_pairs(_neighbours(second >> 4 & _LOW), pairs), to + 24)
+
+
+@compiled()
+def _four_pairs(codes, pairs):
+    """Eight bytes for eight nibbles."""
+    return pairs[codes & 255] | pairs[codes >> 8 & 255] << 16 | pairs[codes >> 16 & 255] << 32 | pairs[codes >> 24 & 255] << 48
 
 
 @compiled()

@@ -10,7 +10,7 @@ then either dequantizes a layer or, where a format holds its values exactly, rep
 - `bit_stream.py`: codes of any number of bits that are packed without gaps.
 
 Formulas and layouts are in the modules' docstrings, so that another program can be written from them. GGUF files are read by
-`sources/gguf.py`.
+`sources/gguf_weights.py`.
 
 To add the format of another program, write a subclass of `Encoding` and let `choose.py` recognize it by config.json.
 """
