@@ -54,9 +54,7 @@ def tensors() -> list[DenseTensor]:
     from dbrx_q.checkpoint.layout import dense_tensors
 
     sizes = {"ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": 2}
-    return dense_tensors(
-        DbrxConfig(d_model=D, n_heads=4, n_layers=1, vocab_size=V, attn_config={"kv_n_heads": 2}, ffn_config=sizes)
-    )
+    return dense_tensors(DbrxConfig(d_model=D, n_heads=4, n_layers=1, vocab_size=V, attn_config={"kv_n_heads": 2}, ffn_config=sizes))
 
 
 def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
