@@ -48,14 +48,14 @@ def quantize_measured(weight: torch.Tensor, fmt: TensorFormat) -> tuple[Quantize
 
 
 def quantize_to_grid(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: TensorFormat
+    weight: torch.Tensor, scales: torch.Tensor, shifts: torch.Tensor | None, fmt: TensorFormat
 ) -> tuple[QuantizedWeight, float, float]:
     """`weight` rounded to the nearest values of a grid, the sum of squared errors and the sum of squares of the weight.
 
     Args:
         weight: [N, K], finite.
-        scales: float16 [N, n].
-        zeros: float32 [N, n], zero-points; None in a symmetric grid.
+        scales: [N, n], in the format's dtype.
+        shifts: float32 [N, n], zero-points, or [N, n] in the dtype of the scales, offsets; None in a symmetric grid.
         fmt: a format with a uniform grid.
 
     Raises:
@@ -63,17 +63,23 @@ def quantize_to_grid(
     """
     kernels = cpu_quantize.KERNELS.get(fmt.format)
     if weight.device.type == "cpu" and kernels is not None:
-        return kernels.to_grid(weight, scales, zeros, fmt.group_size)
+        return kernels.to_grid(weight, scales, shifts, fmt.group_size)
     levels = fmt.record.grid
     if levels is None:
         raise FormatError(f"the format must have a uniform grid; found {fmt}")
     most = torch.full_like(scales, levels.levels, dtype=torch.float32)  # [N, n]
-    low, high = (-most, most) if zeros is None else (-zeros, most - zeros)
-    wide = weight.float()
-    u = (grouped(wide, fmt.group_size) / steps_of(scales).unsqueeze(-1)).round().clamp(low.unsqueeze(-1), high.unsqueeze(-1))
-    values = (u * scales.float().unsqueeze(-1)).flatten(-2)
+    offsets = torch.zeros_like(most)
+    if shifts is None:
+        low, high = -most, most
+    elif levels.offsets is None:
+        low, high = -shifts, most - shifts
+    else:
+        low, high, offsets = torch.zeros_like(most), most, shifts.float()
+    wide, offsets = weight.float(), offsets.unsqueeze(-1)
+    u = ((grouped(wide, fmt.group_size) - offsets) / steps_of(scales).unsqueeze(-1)).round().clamp(low.unsqueeze(-1), high.unsqueeze(-1))
+    values = (u * scales.float().unsqueeze(-1) + offsets).flatten(-2)
     error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
-    return levels.pack(u.flatten(-2), scales, zeros, fmt.group_size), error, square
+    return levels.pack(u.flatten(-2), scales, shifts, fmt.group_size), error, square
 
 
 def has_compiled_code(fmt: TensorFormat) -> bool:

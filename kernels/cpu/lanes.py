@@ -36,6 +36,7 @@ __all__ = [
     "splat",
     "store",
     "store_half",
+    "through_bfloat16",
     "through_half",
     "where_equal",
     "where_less",
@@ -166,6 +167,19 @@ def through_half(typing_context, value):
 
     def codegen(context, b, sig, args):
         return b.fpext(b.fptrunc(args[0], _HALVES), v.V16F)
+
+    return _lanes(_lanes), codegen
+
+
+@intrinsic
+def through_bfloat16(typing_context, value):
+    """Rounded to the nearest bfloat16, ties to even; not for NaN."""
+
+    def codegen(context, b, sig, args):
+        bits = b.bitcast(args[0], v.V16I)
+        odd = b.and_(b.lshr(bits, _ints(16)), _ints(1))
+        rounded = b.and_(b.add(bits, b.add(odd, _ints(0x7FFF))), _ints(-0x10000))
+        return b.bitcast(rounded, v.V16F)
 
     return _lanes(_lanes), codegen
 

@@ -1,4 +1,4 @@
-"""Quantization to int4 and int8 in one pass over memory: the bits of `int4.quantize` and `int8.quantize`, many times faster.
+"""Quantization to int4, q4_0 and int8 in one pass over memory: the bits of their `quantize` functions, many times faster.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from dbrx_q.kernels.formats import int4
+from dbrx_q.kernels.formats import int4, q4_0
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -22,7 +22,7 @@ from .lanes import LANES, fill_tile, fused, in_memory_order, larger, load, load_
 from .lanes import VECTOR_BYTES as _VECTOR
 from .search import group_ranges, range_scale_and_zero, step_of
 
-__all__ = ["KERNELS", "QuantizationKernels", "quantize_int4", "quantize_int8", "round_int4", "round_int8"]
+__all__ = ["KERNELS", "QuantizationKernels", "quantize_int4", "quantize_int8", "quantize_q4_0", "round_int4", "round_int8"]
 
 # Rows of a task: in a transposed weight, 32 neighbours in bfloat16 fill a cache line.
 _ROWS = 32
@@ -42,6 +42,11 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[Int4Weight, fl
 def quantize_int8(weight: torch.Tensor, group_size: int) -> tuple[Int8Weight, float, float]:
     """The packed weight, the sum of squared errors and the sum of squares; see `quantize_int4`."""
     return _int8(weight, group_size, None)
+
+
+def quantize_q4_0(weight: torch.Tensor, group_size: int) -> tuple[Int4Weight, float, float]:
+    """`quantize_int4` with zero-points of 7 and 8 alone."""
+    return _int4(weight, group_size, None, None, q4_0.ZERO_POINTS)
 
 
 def round_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> tuple[Int4Weight, float, float]:
@@ -79,58 +84,75 @@ def _int8_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
 KERNELS = {
     "int4": QuantizationKernels(quantize_int4, _int4_to_grid),
     "int8": QuantizationKernels(quantize_int8, _int8_to_grid),
+    "q4_0": QuantizationKernels(quantize_q4_0, _int4_to_grid),
 }
 """The compiled code, by format."""
 
 
 def _int4(
-    weight: torch.Tensor, group_size: int, scales: torch.Tensor | None, zeros: torch.Tensor | None
+    weight: torch.Tensor,
+    group_size: int,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    zero_points: tuple[int, int] = (0, 15),
 ) -> tuple[Int4Weight, float, float]:
     N, K = weight.shape
     packed_zeros = torch.zeros(N, (K // group_size + 1) // 2, dtype=torch.uint8) if zeros is None else int4.pack(zeros.to(torch.uint8))
     qweight = torch.empty(N, K // 2, dtype=torch.uint8)
-    rounded_scales, error, square = _rounded(weight, group_size, 15, qweight, scales, packed_zeros)
+    rounded_scales, error, square = _rounded(weight, group_size, 15, qweight, scales, packed_zeros, zero_points)
     return Int4Weight(qweight, rounded_scales, packed_zeros, group_size), error, square
 
 
 def _int8(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None) -> tuple[Int8Weight, float, float]:
     qweight = torch.empty(weight.shape, dtype=torch.int8)
-    rounded_scales, error, square = _rounded(weight, group_size, 127, qweight, scales, torch.empty(len(weight), 0, dtype=torch.uint8))
+    rounded_scales, error, square = _rounded(
+        weight, group_size, 127, qweight, scales, torch.empty(len(weight), 0, dtype=torch.uint8), (0, 127)
+    )
     return Int8Weight(qweight, rounded_scales, group_size), error, square
 
 
 def _rounded(
-    weight: torch.Tensor, group_size: int, levels: int, qweight: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor
+    weight: torch.Tensor,
+    group_size: int,
+    levels: int,
+    qweight: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor,
+    zero_points: tuple[int, int],
 ) -> tuple[torch.Tensor, float, float]:
-    """Fill `qweight` and, without given scales, `zeros`. Returns the scales, the sum of squared errors and the sum of squares."""
+    """Fill `qweight` and, without given scales, `zeros`. Returns the scales, the sum of squared errors and the sum of squares.
+
+    zero_points: the least and the largest.
+    """
     N, K = weight.shape
     weight, layout = in_memory_order(weight)
     grid_scales = torch.empty(N, K // group_size, dtype=torch.float16) if scales is None else scales.contiguous()
     sums = np.zeros((N, 2))  # one row for each row of the weight, added in order: the same sums on any number of threads
     words = qweight.view(torch.int32).numpy()
     run = _round if scales is None else _round_here
-    run(*layout, group_size, levels, scales is not None, words, grid_scales.view(torch.int16).numpy(), zeros.numpy(), sums)
+    run(*layout, group_size, levels, *zero_points, scales is not None, words, grid_scales.view(torch.int16).numpy(), zeros.numpy(), sums)
     error, square = sums.sum(axis=0).tolist()
     return grid_scales, error, square
 
 
 @compiled(parallel=True)
-def _round(address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
+def _round(address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums):
     for task in prange((len(sums) + _ROWS - 1) // _ROWS):
-        _round_rows(task * _ROWS, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums)
+        _round_rows(task * _ROWS, address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums)
 
 
 @compiled()
-def _round_here(address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
+def _round_here(address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums):
     for first in range(0, len(sums), _ROWS):
-        _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums)
+        _round_rows(first, address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums)
 
 
 @compiled()
-def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given, words, scales, zeros, sums):
+def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums):
     """Quantize rows first .. first+31.
 
-    words: int32 [N, K/8 or K/4], the packed codes. given: whether scales and zeros hold the grid; otherwise the grid is written to them.
+    min_zero, max_zero: the least and the largest zero-point. given: whether scales and zeros hold the grid; otherwise the grid is written
+    to them. words: int32 [N, K/8 or K/4], the packed codes.
     """
     N, n_groups = scales.shape
     bits = 4 if levels == 15 else 8
@@ -150,7 +172,7 @@ def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, given,
                 scale, zero = load_half(half.ctypes.data), load(single_at)
             else:
                 low, high = group_ranges(tile_at, G)
-                scale, zero = range_scale_and_zero(low, high, levels, levels == 127)
+                scale, zero = range_scale_and_zero(low, high, levels, levels == 127, min_zero, max_zero)
                 store_half(scale, half.ctypes.data)
                 store(zero, single_at)
                 for r in range(rows):

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from .format import Format, Part
+from .format import Format, GridLevels, Part
 from .groups import check_group_size, check_scales, check_weight, grouped, steps_of
 from .int4 import pack, unpack
 from .quantized_weight import QuantizedWeight
@@ -133,6 +133,7 @@ def dequantize(weight: Affine4Weight, dtype: torch.dtype = torch.float32) -> tor
 def _pack_codes(
     kind: type[Affine4Weight], codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, group_size: int
 ) -> Affine4Weight:
+    """See `GridLevels.pack`; u is the code."""
     assert offsets is not None
     unsigned = codes.to(torch.uint8)
     return kind(pack(unsigned) if kind.bits == 4 else unsigned, scales, offsets, group_size)
@@ -156,6 +157,7 @@ def _format(kind: type[Affine4Weight]) -> Format:
         parts=partial(_parts, kind=kind),
         quantize=partial(quantize, kind=kind),
         dequantize=dequantize,
+        grid=GridLevels(2**kind.bits - 1, symmetric=False, pack=partial(_pack_codes, kind), offsets=kind.dtype),
         embedding=True,
     )
 

@@ -54,7 +54,8 @@ class GridLevels:
     """Takes (u float32 [N, K], scales [N, n], shifts, G) and returns the weight. Shifts: None in a symmetric grid, offsets [N, n] in the
     dtype of the scales, or zero-points float32 [N, n]."""
     zeros: tuple[int, int] | None = None
-    """The least and the largest zero-point; None: 0 and levels, or no zero-points in a symmetric grid and one with offsets."""
+    """The least and the largest zero-point, if a format has fewer than there are codes; both lie between 0 and levels. None: 0 and levels,
+    or no zero-points in a symmetric grid and in one with offsets."""
     offsets: torch.dtype | None = None
     """The dtype of scales and offsets in a format with offsets; None: float16 scales and no offsets."""
 

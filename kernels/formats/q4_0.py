@@ -36,12 +36,13 @@ def quantize(weight: torch.Tensor, group_size: int = 32) -> Int4Weight:
     groups = grouped(check_weight(weight), group_size)  # [..., N, K/G, G]
     low = groups.amin(-1, keepdim=True).clamp(max=0)
     high = groups.amax(-1, keepdim=True).clamp(min=0)
-    zeros = torch.where(-low > high, 8.0, 7.0)  # the side of the largest magnitude has one level more
-    scales = torch.maximum(-low / zeros, high / (LEVELS.levels - zeros)).half()
+    with_7, with_8 = torch.maximum(-low / 7, high / 8), torch.maximum(-low / 8, high / 7)
+    zeros = torch.where(with_8 < with_7, 8.0, 7.0)  # the side of the larger magnitude gets the level more
+    scales = torch.minimum(with_7, with_8).half()
     check_scales(scales)
     u = (groups / steps_of(scales)).round().clamp(-zeros, LEVELS.levels - zeros)
     return LEVELS.pack(u.flatten(-2), scales.squeeze(-1), zeros.squeeze(-1), group_size)  # type: ignore[return-value]
 
 
 LEVELS = replace(int4.LEVELS, zeros=ZERO_POINTS)
-FORMAT = replace(int4.FORMAT, name="q4_0", group_sizes=GROUP_SIZES, quantize=quantize, grid=None)
+FORMAT = replace(int4.FORMAT, name="q4_0", group_sizes=GROUP_SIZES, quantize=quantize, grid=LEVELS)

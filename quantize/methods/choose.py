@@ -75,7 +75,7 @@ class Method:
             FormatError: names the method.
         """
         if fmt.format not in self.formats:
-            raise FormatError(f"{name} makes {' and '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
+            raise FormatError(f"{name} makes {', '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
 
 
 def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:

@@ -31,7 +31,7 @@ def gptq(weight: torch.Tensor, moments: Moments, grid: Grid) -> torch.Tensor:
     K = weight.shape[1]
     order, factor = moments.order, moments.factor
     groups, grids = order // grid.group_size, grid.transposed()
-    left = weight.T[order]
+    left = grid.without_offsets(weight).T[order]
     u = torch.empty_like(left)
     for first in range(0, K, _BLOCK):
         end = min(first + _BLOCK, K)

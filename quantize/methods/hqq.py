@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from dbrx_q.kernels.formats.groups import check_scales
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.grid_search import half_quadratic
 
@@ -25,8 +24,8 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
     Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
 
     Each iteration sets the part e of the error that counts as an outlier by the generalised soft threshold, then fits the grid to
-    weight - e by least squares. HQQ fits a zero-point of 16 bits; the formats here have a zero-point of four bits or none, so the scale
-    is fitted too, and the best grid of all iterations is returned.
+    weight - e by least squares. HQQ fits a zero-point of 16 bits; the formats here have an offset, a zero-point of four bits or none, so
+    the scale is fitted too, and the best grid of all iterations is returned.
 
     Args:
         weight: [N, K].
@@ -38,6 +37,4 @@ def hqq_grid(weight: torch.Tensor, fmt: TensorFormat) -> Grid:
     levels = levels_of(fmt)
     fmt.check(weight.shape[-1])
     betas = torch.tensor([_BETA * _GROWTH**n for n in range(_ITERATIONS)])
-    scales, zeros = half_quadratic(weight, fmt.group_size, levels, betas)
-    check_scales(scales)
-    return Grid(scales, None if levels.symmetric else zeros, fmt)
+    return Grid.of(*half_quadratic(weight, fmt.group_size, levels, betas), fmt)

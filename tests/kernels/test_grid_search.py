@@ -13,12 +13,14 @@ import torch
 
 from dbrx_q.kernels.cpu import quantize as cpu_quantize
 from dbrx_q.kernels.cpu.lanes import inverse_power, load, store
-from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.formats import int4, int8, q4_0
 from dbrx_q.kernels.formats.format import GridLevels
 from dbrx_q.kernels.formats.groups import grouped, steps_of
+from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.grid_search import half_quadratic, half_quadratic_reference, least_squares, least_squares_reference
 
-INT4, INT8 = int4.LEVELS, int8.LEVELS
+INT4, INT8, Q4_0 = int4.LEVELS, int8.LEVELS, q4_0.LEVELS
+AFFINE4, AFFINE8, AFFINE4_BF16 = (FORMATS[name].grid for name in ("affine4", "affine8", "affine4-bf16"))
 K = 384
 SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])
 BETAS = torch.tensor([10 * 1.01**n for n in range(20)])
@@ -39,6 +41,10 @@ def weight(rows: int, *, transposed: bool = False) -> torch.Tensor:
 
 def dequantized(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, G: int, levels: GridLevels) -> torch.Tensor:
     """x rounded to its grid and back, float32 [N, n, G]."""
+    if levels.offsets:
+        steps, offsets = steps_of(scales).unsqueeze(-1), zeros.float().unsqueeze(-1)
+        u = ((grouped(x.float(), G) - offsets) / steps).round().clamp(0, levels.levels)
+        return u * scales.float().unsqueeze(-1) + offsets
     most = torch.full_like(zeros, levels.levels)
     low, high = (-most, most) if levels.symmetric else (-zeros, most - zeros)
     u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round().clamp(low.unsqueeze(-1), high.unsqueeze(-1))
@@ -61,8 +67,8 @@ def check(
 
 CASES = pytest.mark.parametrize(
     ("G", "levels"),
-    [(64, INT4), (32, INT8), (128, INT4), (32, replace(INT4, levels=7)), (32, replace(INT8, levels=3))],
-    ids=["64-int4", "32-int8", "128-int4", "32-3-bit", "32-3-bit-symmetric"],
+    [(64, INT4), (32, INT8), (128, INT4), (32, replace(INT4, levels=7)), (32, replace(INT8, levels=3)), (32, Q4_0)],
+    ids=["64-int4", "32-int8", "128-int4", "32-3-bit", "32-3-bit-symmetric", "32-q4_0"],
 )
 SHAPES = pytest.mark.parametrize(("rows", "transposed"), [(48, False), (37, False), (32, True), (5, True)])
 
@@ -75,6 +81,40 @@ def test_least_squares_equals_the_search_on_whole_tensors(G: int, levels: GridLe
     importance = torch.rand(K, generator=torch.Generator().manual_seed(3)) ** 4 if weighted else torch.ones(K)
     grid = least_squares(x, G, levels, SHARES, importance if weighted else None)
     check(x, G, levels, grid, least_squares_reference(x, G, levels, SHARES, importance), 2, importance)
+
+
+@SHAPES
+@pytest.mark.parametrize(("G", "levels"), [(32, AFFINE4), (64, AFFINE8), (32, AFFINE4_BF16)], ids=["32-affine4", "64-affine8", "32-bf16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_least_squares_with_offsets_equals_the_search_on_whole_tensors(
+    G: int, levels: GridLevels, rows: int, transposed: bool, weighted: bool
+) -> None:
+    test_least_squares_equals_the_search_on_whole_tensors(G, levels, rows, transposed, weighted)
+
+
+def test_few_zero_points_are_all_tried_with_scales_of_their_own_ranges() -> None:
+    """No zero-point, and no share of the range that it covers, gives any group a smaller error."""
+    x = weight(40)
+    x[1::4] = x[1::4].abs()
+    groups = grouped(x, 32)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales, zeros = least_squares(x, 32, Q4_0, SHARES)
+    assert {7.0, 8.0} == set(zeros.unique().tolist())
+    least = (dequantized(x, scales, zeros, 32, Q4_0) - groups).square().sum(-1)
+    for zero in (7, 8):
+        for share in SHARES.tolist():
+            tried = (share * torch.maximum(-low / zero, high / (15 - zero))).half()
+            error = (dequantized(x, tried, torch.full_like(zeros, zero), 32, Q4_0) - groups).square().sum(-1)
+            assert (least <= error * (1 + 1e-4)).all()
+
+
+def test_half_quadratic_with_offsets_lowers_its_norm() -> None:
+    x, levels = weight(40), AFFINE4
+    assert levels is not None
+    grid, start = half_quadratic(x, 64, levels, BETAS), least_squares(x, 64, levels, SHARES[:0])
+    errors = [(dequantized(x, *of, 64, levels) - grouped(x, 64)).abs().pow(0.7).sum(-1) for of in (grid, start)]
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+    assert errors[0].sum() < 0.95 * errors[1].sum()
 
 
 @CASES
@@ -120,6 +160,9 @@ def test_bits_do_not_depend_on_layout_pieces_and_threads() -> None:
 def test_rounding_equals_that_of_the_formats(rows: int, transposed: bool, dtype: torch.dtype, G: int) -> None:
     x = weight(rows, transposed=transposed).to(dtype)
     four, eight = int4.quantize(x, G), int8.quantize(x, G)
+    if G == 32:
+        few, (fast, _, _) = q4_0.quantize(x, G), cpu_quantize.quantize_q4_0(x, G)
+        assert all(torch.equal(getattr(fast, part), getattr(few, part)) for part in ("qweight", "scales", "zeros"))
     zeros = int4.unpack(four.zeros, K // G)
     for expected, runs in (
         (four, (cpu_quantize.quantize_int4(x, G), cpu_quantize.round_int4(x, four.scales, zeros, G))),

@@ -23,7 +23,8 @@ from dbrx_q.quantize.methods.refine import descend, fit_scales
 from dbrx_q.quantize.methods.workers import Workers
 
 N, K = 24, 256
-INT4, INT8 = TensorFormat("int4", 64), TensorFormat("int8", 32)
+INT4, INT8, Q4_0 = TensorFormat("int4", 64), TensorFormat("int8", 32), TensorFormat("q4_0", 32)
+AFFINE4, AFFINE8_BF16 = TensorFormat("affine4", 64), TensorFormat("affine8-bf16", 32)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_range_grids_equal_those_of_the_formats(weight: torch.Tensor, fmt: Tenso
     assert torch.equal(grid.dequantize(grid.round(weight)), dequantize(expected))
 
 
-@pytest.mark.parametrize("fmt", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("fmt", [INT4, INT8, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
 def test_to_nearest_equals_rounding_and_packing(weight: torch.Tensor, fmt: TensorFormat) -> None:
     grid = searched_grid(weight, fmt)
     expected = packed(grid, grid.round(weight))
@@ -123,26 +124,29 @@ def test_hqq_lowers_its_norm_for_weights_with_outliers(weight: torch.Tensor) -> 
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Rounds column by column and inverts the Hessian of the remaining columns anew for each (OBQ's equations, fixed order)."""
     w, h = weight.double().clone(), hessian.double()
+    offsets = torch.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
     left = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     u = torch.zeros(N, K)
     while left:
         inverse = torch.linalg.inv(h[left][:, left])
         i = left[0]
         group = i // grid.group_size
-        u[:, i] = (w[:, i] / grid.steps[:, group]).round().clamp(grid.low[:, group], grid.high[:, group])
-        error = (w[:, i] - u[:, i].double() * grid.scales[:, group].double()) / inverse[0, 0]
+        wanted = w[:, i] - offsets[:, group].double()
+        u[:, i] = (wanted / grid.steps[:, group]).round().clamp(grid.low[:, group], grid.high[:, group])
+        error = (wanted - u[:, i].double() * grid.scales[:, group].double()) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0]
         left = left[1:]
     return u
 
 
-def test_gptq_equals_the_textbook_algorithm(weight: torch.Tensor, moments: Moments) -> None:
-    grid = range_grid(weight, INT4)
+@pytest.mark.parametrize(("fmt", "share"), [(INT4, 0.6), (AFFINE4, 0.65)], ids=str)
+def test_gptq_equals_the_textbook_algorithm(weight: torch.Tensor, moments: Moments, fmt: TensorFormat, share: float) -> None:
+    grid = range_grid(weight, fmt) if fmt is INT4 else searched_grid(weight, fmt)
     codes, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
     assert (codes == expected).float().mean() > 0.99  # a value halfway between two may go either way
     assert torch.allclose(*(loss(weight, grid.dequantize(u), moments.hessian).sum() for u in (codes, expected)), rtol=0.01)
     nearest = loss(weight, grid.dequantize(grid.round(weight)), moments.hessian).sum()
-    assert loss(weight, grid.dequantize(codes), moments.hessian).sum() < 0.6 * nearest
+    assert loss(weight, grid.dequantize(codes), moments.hessian).sum() < share * nearest
 
 
 def test_fitted_scales_solve_the_least_squares_problem(weight: torch.Tensor, moments: Moments) -> None:
@@ -165,18 +169,56 @@ def test_a_scale_that_would_change_too_much_is_kept(weight: torch.Tensor, moment
     assert not torch.equal(fitted[:, 1], grid.scales[:, 1])
 
 
-def test_descent_ends_where_no_single_change_lowers_the_error(weight: torch.Tensor, moments: Moments) -> None:
-    grid = range_grid(weight, INT4)
-    start = grid.round(weight)
+def test_fitted_offsets_solve_least_squares_with_the_scales(weight: torch.Tensor, moments: Moments) -> None:
+    """Their dtype is widened here, so that rounding does not hide an error of the solution."""
+    weight = weight + 0.05
+    grid = searched_grid(weight, AFFINE4)
+    u = grid.round(weight)
+    wide = Grid(grid.scales.float(), None, AFFINE4, grid.offsets.float() + 0.01)
+    fitted = fit_scales(weight, moments.hessian, wide, u)
+    root = torch.linalg.cholesky(moments.hessian.double()).T  # H = root^T root
+    for row in (0, 7, N - 1):
+        columns = [root[:, g * 64 : (g + 1) * 64] @ u[row, g * 64 : (g + 1) * 64].double() for g in range(K // 64)]
+        columns += [root[:, g * 64 : (g + 1) * 64].sum(1) for g in range(K // 64)]
+        expected = torch.linalg.lstsq(torch.stack(columns, 1), root @ weight[row].double()).solution
+        assert torch.allclose(fitted.scales[row].double(), expected[: K // 64], rtol=1e-3)
+        assert torch.allclose(fitted.offsets[row].double(), expected[K // 64 :], rtol=1e-3)
+    packed_grid = fit_scales(weight, moments.hessian, grid, u)
+    assert packed_grid.scales.dtype == packed_grid.offsets.dtype == torch.float16
+    before, after = (loss(weight, of.dequantize(u), moments.hessian) for of in (grid, packed_grid))
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() < 0.99 * before.sum()
+
+
+def test_a_group_that_a_fit_would_change_too_much_keeps_scale_and_offset(weight: torch.Tensor, moments: Moments) -> None:
+    grid = searched_grid(weight, AFFINE4)
+    u = grid.round(weight)
+    u[:, :64] = (u[:, :64] / 4).round()  # a fit would make these scales four times larger
+    fitted = fit_scales(weight, moments.hessian, grid, u)
+    assert torch.equal(fitted.scales[:, 0], grid.scales[:, 0])
+    assert torch.equal(fitted.offsets[:, 0], grid.offsets[:, 0])
+    assert not torch.equal(fitted.offsets[:, 1], grid.offsets[:, 1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_to_the_zero_points_of_q4_0(weight: torch.Tensor, moments: Moments, name: str) -> None:
+    zeros = int4.unpack(METHODS[name].run(weight, Q4_0, moments if METHODS[name].calibrated else None).packed.zeros, K // 32)
+    assert set(zeros.unique().tolist()) == {7, 8}
+
+
+@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4], ids=str)
+def test_descent_ends_where_no_single_change_lowers_the_error(weight: torch.Tensor, moments: Moments, fmt: TensorFormat) -> None:
+    grid = searched_grid(weight, fmt)
+    start, G = grid.round(weight), fmt.group_size
     once, often = (descend(weight, moments.hessian, grid, start, sweeps=sweeps) for sweeps in (1, 30))
     errors = [loss(weight, grid.dequantize(u), moments.hessian) for u in (start, once, often)]
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
     assert (errors[2] <= errors[1] * (1 + 1e-6)).all()
-    assert ((often >= grid.low.repeat_interleave(64, -1)) & (often <= grid.high.repeat_interleave(64, -1))).all()
+    assert ((often >= grid.low.repeat_interleave(G, -1)) & (often <= grid.high.repeat_interleave(G, -1))).all()
     for i in range(0, K, 13):
         for change in (-1, 1):
             other = often.clone()
-            other[:, i] = (other[:, i] + change).clamp(grid.low[:, i // 64], grid.high[:, i // 64])
+            other[:, i] = (other[:, i] + change).clamp(grid.low[:, i // G], grid.high[:, i // G])
             assert (loss(weight, grid.dequantize(other), moments.hessian) >= errors[2] * (1 - 1e-5)).all()
 
 
@@ -218,27 +260,30 @@ def test_damping_handles_singular_and_indefinite_hessians(weight: torch.Tensor, 
         assert (value - weight).norm() < 0.5 * weight.norm(), name
 
 
+@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_reported_errors_are_those_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str) -> None:
-    result = METHODS[name].run(weight.bfloat16(), INT4, moments if METHODS[name].calibrated else None)
+def test_reported_errors_are_those_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str, fmt: TensorFormat) -> None:
+    result = METHODS[name].run(weight.bfloat16(), fmt, moments if METHODS[name].calibrated else None)
     plain = weight.bfloat16().double()
     assert result.error == pytest.approx(float((dequantize(result.packed).double() - plain).square().sum()), rel=1e-4)
     assert result.square == pytest.approx(float(plain.square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4], ids=str)
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.calibrated])
-def test_rows_are_quantized_independently(weight: torch.Tensor, moments: Moments, name: str) -> None:
+def test_rows_are_quantized_independently(weight: torch.Tensor, moments: Moments, name: str, fmt: TensorFormat) -> None:
     run = METHODS[name].run
-    all_rows, four_rows = dequantize(run(weight, INT4, moments).packed), dequantize(run(weight[5:9], INT4, moments).packed)
+    all_rows, four_rows = dequantize(run(weight, fmt, moments).packed), dequantize(run(weight[5:9], fmt, moments).packed)
     assert (all_rows[5:9] == four_rows).float().mean() > 0.99
 
 
-def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Moments) -> None:
+@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4], ids=str)
+def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Moments, fmt: TensorFormat) -> None:
     """The target is the original's output on its own inputs: |W' X - W Y|^2, up to a constant."""
     hessian, cross = sums(moments)
 
     def objective(name: str) -> float:
-        value = dequantize(METHODS[name].run(weight, INT4, moments).packed).double()
+        value = dequantize(METHODS[name].run(weight, fmt, moments).packed).double()
         return float(((value @ hessian) * value).sum() - 2 * ((weight.double() @ cross) * value).sum())
 
     best, plain, nearest = objective("best"), objective("gptq"), objective("rtn")
@@ -247,7 +292,7 @@ def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Mo
 
 def test_a_method_refuses_formats_that_it_does_not_produce() -> None:
     METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
-    with pytest.raises(FormatError, match=r"best makes int4 and int8; found nf4\. Choose one of them"):
+    with pytest.raises(FormatError, match=r"best makes int4, int8, affine4, .*, q4_0; found nf4\. Choose one of them"):
         METHODS["best"].check("best", TensorFormat("nf4", 64))
 
 
