@@ -121,6 +121,7 @@ class Bitsandbytes(Encoding):
             statistics["nested_absmax"] = parts.rows("weight.nested_absmax", first_nested, nested)
         functional = bitsandbytes_functional()
         quant_state = functional.QuantState.from_dict(statistics, device=torch.device("cpu"))
+        # A single row: for others bitsandbytes 0.50 reads wrong scales on some CPUs where a row is no whole number of blocks.
         quant_state.shape = torch.Size((1, end - start))
         values = functional.dequantize_4bit(_bytes(linear, parts, start // 2, (end + 1) // 2).view(-1, 1), quant_state)
         return cast(torch.Tensor, values).view(-1)[first * K - start :][: count * K].view(count, K).float()
@@ -171,12 +172,12 @@ def _state(linear: StoredLinear, parts: Parts) -> dict[str, Any]:
     nested, kind = _is_nested(linear), _type(linear)
     try:
         state = json.loads(bytes(parts.whole(suffix).tolist()))
-        blocks = -(-math.prod(linear.shape) // int(state["blocksize"]))
+        blocks = -(-math.prod(linear.shape) // _block_size(state, "blocksize"))
         shape, dtype = list(state["shape"]), getattr(torch, state["dtype"])
-        nested_blocks = -(-blocks // int(state["nested_blocksize"])) if nested else 0
+        nested_blocks = -(-blocks // _block_size(state, "nested_blocksize")) if nested else 0
         if nested:
             float(state["nested_offset"])
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise linear.wrong("the quantization state must be bitsandbytes' JSON", f"{type(error).__name__}: {error}") from None
     if shape != list(linear.shape) or state.get("quant_type") != kind or dtype not in FLOATS:
         raise linear.wrong(
@@ -186,3 +187,10 @@ def _state(linear: StoredLinear, parts: Parts) -> dict[str, Any]:
     if nested:
         linear.expect("weight.nested_absmax", (nested_blocks,), torch.float32)
     return cast(dict[str, Any], state)
+
+
+def _block_size(state: Mapping[str, Any], name: str) -> int:
+    size = state[name]
+    if not isinstance(size, int) or size < 2 or size % 2:
+        raise ValueError(f"{name} {size}")
+    return size

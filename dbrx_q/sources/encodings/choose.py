@@ -18,21 +18,16 @@ __all__ = ["encodings_of"]
 
 _READ = "GPTQ, AWQ, bitsandbytes' 4 bits, MLX or GGUF"
 _ORIGINAL = f"Use the bfloat16 weights that it was made from, or a {_READ} file of them"
-_IN_TRANSFORMERS = "or load it with transformers, call model.dequantize() and save it"
+_DEQUANTIZED = f"{_ORIGINAL}; or load it with transformers, call model.dequantize() and save it"
 _ADVICE = {
-    "fp8": f"{_ORIGINAL}, {_IN_TRANSFORMERS}",
-    "fbgemm_fp8": _ORIGINAL,
-    "modelopt": _ORIGINAL,
-    "compressed-tensors": f"{_ORIGINAL}; llm-compressor's checkpoints load in vLLM",
+    "fp8": _DEQUANTIZED,
+    "compressed-tensors": _DEQUANTIZED,
     "exl2": f"{_ORIGINAL}; only ExLlamaV2's CUDA kernels read it",
     "exl3": f"{_ORIGINAL}; only ExLlamaV3's CUDA kernels read it",
-    "aqlm": _ORIGINAL,
-    "hqq": _ORIGINAL,
-    "torchao": _ORIGINAL,
-    "quanto": _ORIGINAL,
     "auto-round": f"{_ORIGINAL}; AutoRound writes GPTQ with format=auto_gptq and AWQ with format=auto_awq",
 }
-_NAMES = {"fp8": "FP8", "exl2": "EXL2", "exl3": "EXL3", "aqlm": "AQLM", "hqq": "HQQ", "fbgemm_fp8": "FP8 (FBGEMM)", "modelopt": "ModelOpt"}
+"""What to do about a quantization, by its quant_method; `_ORIGINAL` for all others."""
+_NAMES = {"fp8": "FP8", "exl2": "EXL2", "exl3": "EXL3", "aqlm": "AQLM", "hqq": "HQQ", "fbgemm-fp8": "FP8 (FBGEMM)", "modelopt": "ModelOpt"}
 
 
 def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None, source: str) -> tuple[Encoding, ...]:
@@ -50,7 +45,7 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
     if quantization is None:
         quantization = config.get("quantization")
     if quantization is None and quantize_config is not None:
-        return Plain(), Gptq(quantize_config, source.replace("config.json", "quantize_config.json"))
+        return Plain(), Gptq(quantize_config, source.removesuffix("config.json") + "quantize_config.json")
     if quantization is None:
         return (Plain(),)
     if not isinstance(quantization, Mapping):
@@ -80,4 +75,4 @@ def _method(quantization: Mapping[str, Any]) -> str:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return "bitsandbytes"  # transformers before 4.38
     name = str(method).lower().replace("_", "-") if method is not None else "a quantization without a quant_method"
-    return {"intel/auto-round": "auto-round", "autoround": "auto-round", "fbgemm-fp8": "fbgemm_fp8"}.get(name, name)
+    return {"intel/auto-round": "auto-round", "autoround": "auto-round"}.get(name, name)
