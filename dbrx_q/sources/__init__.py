@@ -9,8 +9,8 @@ interface, and `open.py`, which looks at the path and chooses the class.
 - `folder.py`: folders of safetensors files, quantized by dbrx_q (they stay packed in memory) or saved by transformers.
 - `bitsandbytes_state.py`: 4-bit tensors in such a folder, with the statistics that bitsandbytes saves beside them.
 - `gguf.py`: GGUF files of DBRX as a `Source`; `gguf_weights.py` reads their weights in pieces. `gguf_file.py` opens one file or the parts
-  of a split one, `gguf_names.py` maps the layout's tensor names to GGUF's, `gguf_config.py` and `gguf_tokenizer.py` build configuration and
-  tokenizer from the metadata, `gguf_keys.py` says which other keys are read, ignored and refused.
+  of a split one, `gguf_header.py` reads the header of one, `gguf_names.py` maps the layout's tensor names to GGUF's, `gguf_config.py` and
+  `gguf_tokenizer.py` build configuration and tokenizer from the metadata, `gguf_keys.py` says which other keys are read or refused.
 - `streamed.py`: `DequantizedSource`, the base of all whose weights are dequantized while they are loaded, by the library of the program
   that wrote them; a model that does not fit in memory dequantizes its experts layer by layer.
 - `tokenizers_agree.py`: refuses to compare checkpoints whose tokenizers differ.

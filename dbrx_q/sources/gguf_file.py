@@ -1,27 +1,19 @@
-"""Opens GGUF files with the gguf package: one file or the parts of a split one, with errors that name the file.
-
-The package reads the metadata and says where each tensor is stored. It maps the file for that and touches the header alone; the mapping
-ends when the file is open.
-"""
+"""Opens GGUF files: one file or the parts of a split one, with errors that name the file."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+from dbrx_q.errors import CheckpointError
 
-from dbrx_q.errors import CheckpointError, UnsupportedError
+from .gguf_header import GgufTensor, begins_as_gguf, read_header
 
-if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
-    from gguf.gguf_reader import GGUFReader, ReaderTensor
+__all__ = ["GgufParts", "is_gguf", "open_parts"]
 
-__all__ = ["GgufParts", "GgufTensor", "can_dequantize", "is_gguf", "open_parts"]
-
-_MAGIC = b"GGUF"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -31,25 +23,7 @@ def is_gguf(path: Path) -> bool:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    return path.suffix == ".gguf" or _begins_as_gguf(path)
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of a GGUF file: what the header says about it."""
-
-    name: str
-    """GGUF's name."""
-    kind: GGMLQuantizationType
-    """Its type, such as Q4_K."""
-    shape: tuple[int, ...]
-    """Sizes, outermost first; every matrix has its reduction axis last."""
-    path: Path
-    """The file that holds it."""
-    offset: int
-    """Its first byte, counted from the beginning of the file."""
-    nbytes: int
-    """Bytes of the tensor."""
+    return path.suffix == ".gguf" or begins_as_gguf(path)
 
 
 @dataclass(frozen=True)
@@ -103,19 +77,23 @@ class GgufParts:
         return list(value)
 
 
-def open_parts(path: Path) -> GgufParts:
+def open_parts(path: Path, available: Mapping[str, int] | None = None) -> GgufParts:
     """The GGUF file at `path`; all parts where its name is that of one part (`-00001-of-0000N.gguf`).
+
+    Args:
+        path: the file, or any part.
+        available: bytes of each file that are at hand, by its name, where the rest of it is a hole; None for all bytes.
 
     Raises:
         CheckpointError: the file is no GGUF file or is damaged, or a part is missing.
+        HeaderIncomplete: a header reaches beyond `available`.
         UnsupportedError: the gguf package is not installed.
     """
     paths = _paths_of_parts(path)
     tensors: dict[str, GgufTensor] = {}
     metadata: dict[str, Any] = {}
     for number, part in enumerate(paths):
-        reader = _read(part)
-        part_metadata = _metadata(reader, part)
+        part_metadata, part_tensors = read_header(part, None if available is None else available[part.name])
         count, stored_number = part_metadata.get("split.count", 1), part_metadata.get("split.no")
         if (count, stored_number or 0) != (len(paths), number) and not (len(paths) == 1 and count in (0, 1)):
             raise CheckpointError(
@@ -123,7 +101,7 @@ def open_parts(path: Path) -> GgufParts:
                 f"{count}. Give all parts the names that llama-gguf-split gave them"
             )
         metadata = metadata or part_metadata
-        for tensor in (_tensor(stored, part) for stored in reader.tensors):
+        for tensor in part_tensors:
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
                 raise CheckpointError(f"{part}: tensor {tensor.name} is in {other} too. Fetch the parts of one model")
@@ -132,27 +110,6 @@ def open_parts(path: Path) -> GgufParts:
     if announced != len(tensors):
         raise CheckpointError(f"{paths[0]}: its parts must hold {announced} tensors; found {len(tensors)}. Fetch the parts of one model")
     return GgufParts(paths[0], paths, metadata, tensors)
-
-
-def can_dequantize(kind: GGMLQuantizationType) -> bool:
-    """Whether the gguf package can dequantize tensors of a type."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-
-    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        return True
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
-    except OSError as error:
-        raise CheckpointError(f"{path}: a GGUF file must be readable; {error.strerror}") from None
 
 
 def _paths_of_parts(path: Path) -> list[Path]:
@@ -164,47 +121,3 @@ def _paths_of_parts(path: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{path}: all parts of a split GGUF file must be in one folder; {missing[0]} is not. Fetch it")
     return paths
-
-
-def _read(path: Path) -> GGUFReader:
-    if not _begins_as_gguf(path):
-        raise CheckpointError(f"{path}: a GGUF file must begin with 'GGUF'; it does not. Fetch it again, or give a checkpoint's folder")
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise UnsupportedError(f"{path}: reading GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[gguf]'") from None
-    try:
-        with np.errstate(all="ignore"):  # sizes from a damaged file overflow
-            reader = _within_the_file(GGUFReader)(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: must be a whole GGUF file of a version and of tensor types that the installed gguf package knows; reading it failed "
-            f"with {type(error).__name__}: {error}. Fetch it again, or install a newer gguf"
-        ) from None
-    if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: a GGUF file must have this machine's byte order; it has the other. Convert the model again")
-    return reader
-
-
-def _within_the_file(reader: type[GGUFReader]) -> type[GGUFReader]:
-    """`reader` with a check of every read against the file's end: without it, a damaged length lets the reader loop for ever."""
-
-    class Reader(reader):  # type: ignore[misc,valid-type] # a base class that is known at run time only
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError(f"the file ends at byte {len(self.data)}, and {int(count)} values were to follow byte {int(offset)}")
-            return super()._get(offset, dtype, count, *rest, **named)
-
-    return Reader
-
-
-def _tensor(stored: ReaderTensor, path: Path) -> GgufTensor:
-    shape = tuple(reversed(stored.shape.tolist()))
-    return GgufTensor(stored.name, stored.tensor_type, shape, path, int(stored.data_offset), int(stored.n_bytes))
-
-
-def _metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:
-    try:
-        return {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: its metadata must be readable; {error}. Fetch it again") from None

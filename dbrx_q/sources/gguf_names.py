@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dbrx_q.checkpoint.layout import DenseTensor, layer_of, role_of
 from dbrx_q.errors import CheckpointError
 
-from .gguf_file import GgufParts, can_dequantize
+from .gguf_file import GgufParts
+from .gguf_header import can_dequantize
 
 __all__ = ["check_tensors", "gguf_name", "gguf_shape"]
 

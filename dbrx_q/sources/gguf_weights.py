@@ -27,7 +27,8 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .gguf_config import config_of
-from .gguf_file import GgufParts, GgufTensor, open_parts
+from .gguf_file import GgufParts, open_parts
+from .gguf_header import GgufTensor
 from .gguf_names import check_tensors, gguf_name
 from .gguf_tokenizer import eos_ids_of, tokenizer_of
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from dbrx_q.checkpoint.layout import DenseTensor
+from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, oriented
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.cpu.repack_gguf import REPACKED, repack
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import eos_ids
-from dbrx_q.sources.gguf_file import can_dequantize
+from dbrx_q.sources.gguf_header import can_dequantize, read_header
 from dbrx_q.sources.gguf_names import gguf_name, gguf_shape
 from dbrx_q.sources.gguf_weights import GgufWeights
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -51,8 +51,6 @@ def metadata() -> dict[str, tuple[Any, Any]]:
 
 
 def tensors() -> list[DenseTensor]:
-    from dbrx_q.checkpoint.layout import dense_tensors
-
     sizes = {"ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": 2}
     return dense_tensors(DbrxConfig(d_model=D, n_heads=4, n_layers=1, vocab_size=V, attn_config={"kv_n_heads": 2}, ffn_config=sizes))
 
@@ -154,6 +152,31 @@ def test_repacked_blocks_have_the_bits_of_dequantized_ones(kind: str, groups: in
         values = torch.from_numpy(gguf.dequantize(data, GGMLQuantizationType[kind]))
         assert torch.isfinite(values).all()
         assert torch.equal(bits(dequantize(repack(torch.from_numpy(data), kind, K), torch.float32)), bits(values))
+
+
+@pytest.mark.parametrize("name", ["gguf-blocks-of-32", "gguf-blocks-of-256"])
+def test_files_of_llama_cpp_have_the_bits_that_ggml_dequantizes(name: str) -> None:
+    folder = DATA / "layouts" / name
+    rows = np.load(folder / "reference.npz")  # the last rows of each tensor, by ggml's C code
+    with GgufWeights(min(folder.glob("*.gguf"))) as weights:
+        names = {gguf_name(tensor): tensor for tensor in weights.tensors}
+        assert len(rows.files) >= 7
+        for stored in rows.files:
+            tensor = weights.tensors[names[stored]]
+            values = weights.read(tensor.name)
+            if tensor.experts:
+                values = oriented(values, tensor).flatten(0, 1)
+            assert torch.equal(bits(values[-len(rows[stored]) :]), bits(torch.from_numpy(rows[stored]))), stored
+            if weights.exact_format(tensor.name) is not None:
+                values = dequantize(weights.packed(tensor.name, tensor.experts - 1), torch.float32)
+                assert torch.equal(bits(values[-len(rows[stored]) :]), bits(torch.from_numpy(rows[stored]))), stored
+
+
+def test_metadata_are_what_the_package_reads() -> None:
+    fields = gguf.GGUFReader(Q4_0).fields
+    metadata, _ = read_header(Q4_0)
+    assert metadata == {name: field.contents() for name, field in fields.items()}
+    assert any(isinstance(value, list) for value in metadata.values())
 
 
 def test_a_damaged_scale_is_refused_by_every_way_to_read(tmp_path: Path) -> None:
