@@ -1,4 +1,4 @@
-"""Packs a converted checkpoint with AutoAWQ's Linear, and writes what its formula gives: `awq_folder.py SRC TOKENS OUT`.
+"""Packs a converted checkpoint with AutoAWQ's Linear, and writes what its formula gives: `awq_folder.py CONVERTED OUT --tokens FILE`.
 
 AutoAWQ's own pipeline knows no DBRX, so scales and zero-points are those of each group's range, as its search begins with them. Runs in an
 environment with `autoawq`; `make.py` makes one.
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from awq.models._config import AwqConfig
 from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.utils.packing_utils import dequantize_gemm
+from figures import Figures, figures_of_arguments
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 BITS, GROUP = 4, 64
 NOT_CONVERTED = ["router", "lm_head"]
-REFERENCE_ROWS = 16
 BLOCK = "transformer.blocks.1"
 WEIGHTS = (f"{BLOCK}.norm_attn_norm.attn.k_proj", f"{BLOCK}.ffn.experts.mlp.2.w1", f"{BLOCK}.ffn.experts.mlp.2.w2")
 
@@ -37,21 +35,23 @@ def pack(linear: torch.nn.Linear) -> WQLinear_GEMM:
     return WQLinear_GEMM.from_linear(linear, BITS, GROUP, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
 
 
-def main(source: Path, tokens: Path, out: Path) -> None:
-    """Write `awq-4bit-g64` in `out`."""
+def main(source: Path, out: Path, figures: Figures, only: list[str] | None) -> None:
+    """Write `awq-4bit-g64` in `out`, with its figures, unless it is there."""
+    folder = out / f"awq-{BITS}bit-g{GROUP}"
+    if (only is not None and folder.name not in only) or (folder / "reference.npz").exists():
+        return
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, trust_remote_code=True).float()
-    tensors, reference = {}, {}
+    tensors, weights = {}, {}
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not any(part in name for part in NOT_CONVERTED):
             packed = pack(module)
             tensors |= {f"{name}.{part}": value.contiguous() for part, value in packed.state_dict().items()}
             module.weight.data = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales.float(), BITS, GROUP).T.contiguous()
             if name in WEIGHTS:
-                reference[name] = module.weight.data[:REFERENCE_ROWS].numpy()
+                weights[name] = module.weight.data.numpy()
         elif getattr(module, "weight", None) is not None:
             tensors[f"{name}.weight"] = module.weight.data.half()
-    folder = out / f"awq-{BITS}bit-g{GROUP}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     settings = AwqConfig(w_bit=BITS, q_group_size=GROUP, modules_to_not_convert=NOT_CONVERTED)
@@ -61,9 +61,9 @@ def main(source: Path, tokens: Path, out: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(source / name, folder / name)
     with torch.no_grad():
-        reference["logits"] = model(torch.tensor([json.loads(tokens.read_text())])).logits[0].numpy()
-    np.savez_compressed(folder / "reference.npz", **reference)
+        figures.write(folder, lambda ids: model(torch.tensor([ids])).logits[0].numpy(), weights)
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]))
+    paths, wanted, names = figures_of_arguments("source", "out")
+    main(*paths, wanted, names)

@@ -1,22 +1,20 @@
-"""Quantizes a folder with mlx-lm, and writes what MLX computes with each result: `mlx_folders.py SRC TOKENS OUT`.
+"""Quantizes a folder with mlx-lm, and writes what MLX computes with each result: `mlx_folders.py SRC OUT --tokens FILE`.
 
 Runs in an environment with `mlx[cpu]` and `mlx-lm`; `make.py` makes one.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from figures import Figures, figures_of_arguments
 from mlx.utils import tree_map
 from mlx_lm.convert import convert
 from mlx_lm.utils import load_model
 
-REFERENCE_ROWS = 16
 BLOCK = "transformer.blocks.1"
 WEIGHTS = (f"{BLOCK}.norm_attn_norm.attn.Wqkv", f"{BLOCK}.ffn.experts.2.w2", f"{BLOCK}.ffn.router.layer", "transformer.wte")
 
@@ -40,34 +38,36 @@ FOLDERS: dict[str, dict[str, object]] = {
 """Name of a folder to the arguments of `mlx_lm.convert` beside quantize=True."""
 
 
-def reference(folder: Path, tokens: list[int]) -> dict[str, np.ndarray]:
-    """Logits [T, V] of `tokens` and the first rows of some dequantized weights, all computed in float32."""
+def write_figures(folder: Path, figures: Figures) -> None:
+    """What MLX computes in float32 with the folder's packed weights."""
     model, _ = load_model(folder)
     weights = {}
     for name, module in model.named_modules():
         if name in WEIGHTS:
-            rows = module.weight[:REFERENCE_ROWS]
+            rows = module.weight
             if "scales" in module:
-                scales, biases = (part if part is None else part[:REFERENCE_ROWS] for part in (module.scales, module.get("biases")))
+                scales, biases = module.scales, module.get("biases")
                 if biases is not None:
                     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
                 rows = mx.dequantize(rows, scales, biases, group_size=module.group_size, bits=module.bits, mode=module.mode)
             weights[name] = np.array(rows.astype(mx.float32))
     floating = tree_map(lambda part: part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part, model.parameters())
     model.update(floating)
-    return {"logits": np.array(model(mx.array([tokens]))[0]), **weights}
+    figures.write(folder, lambda ids: np.array(model(mx.array([ids]))[0]), weights)
 
 
-def main(source: Path, tokens: Path, out: Path) -> None:
-    """Write each folder of `FOLDERS` that is missing in `out`, with its reference.npz."""
+def main(source: Path, out: Path, figures: Figures, only: list[str] | None) -> None:
+    """Write each folder of `FOLDERS` that is missing in `out`, with its figures."""
     for name, arguments in FOLDERS.items():
         folder = out / name
-        if folder.exists():
+        if (only is not None and name not in only) or (folder / "reference.npz").exists():
             continue
-        convert(str(source), str(folder), quantize=True, **arguments)
-        (folder / "README.md").unlink(missing_ok=True)  # a model card of the hub
-        np.savez_compressed(folder / "reference.npz", **reference(folder, json.loads(tokens.read_text())))
+        if not folder.exists():
+            convert(str(source), str(folder), quantize=True, **arguments)
+            (folder / "README.md").unlink(missing_ok=True)  # a model card of the hub
+        write_figures(folder, figures)
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]))
+    paths, wanted, names = figures_of_arguments("source", "out")
+    main(*paths, wanted, names)

@@ -45,19 +45,25 @@ class Tools:
         return str(self.folder / name)
 
 
-def built_tools(work: Path, build: Path | None) -> Tools:
+def built_tools(work: Path, build: Path | None, *, more: Sequence[str] = ()) -> Tools:
     """The tools in `build`, a build folder of cmake; without it, those in `work`, which are built there once.
+
+    Args:
+        work: folder to write.
+        build: a build that is there, or None.
+        more: programs beside those that `_TARGETS` names.
 
     Raises:
         SystemExit: `build` lacks a tool, or does not use this machine's instructions.
         CalledProcessError: pip or cmake fails.
     """
+    targets = (*_TARGETS, *more)
     if build is None:
         build = _sources(work) / "build"
-        if not _is_complete(build):
-            _build(build, work)
-    if not _is_complete(build):
-        sys.exit(f"{build}: must hold bin/ with {', '.join(_TARGETS)}. Build them, or leave --build out")
+        if not _is_complete(build, targets):
+            _build(build, work, targets)
+    if not _is_complete(build, targets):
+        sys.exit(f"{build}: must hold bin/ with {', '.join(targets)}. Build them, or leave --build out")
     cache = (build / "CMakeCache.txt").read_text(encoding="utf-8")
     for option in _MUST_BE_ON:
         if f"{option}:BOOL=ON" not in cache:
@@ -65,8 +71,8 @@ def built_tools(work: Path, build: Path | None) -> Tools:
     return Tools(build / "bin", _compiler(cache))
 
 
-def _is_complete(build: Path) -> bool:
-    return all((build / "bin" / name).exists() for name in _TARGETS)
+def _is_complete(build: Path, targets: Sequence[str]) -> bool:
+    return all((build / "bin" / name).exists() for name in targets)
 
 
 def _sources(work: Path) -> Path:
@@ -89,7 +95,7 @@ def _sources(work: Path) -> Path:
     return folder
 
 
-def _build(build: Path, work: Path) -> None:
+def _build(build: Path, work: Path, targets: Sequence[str]) -> None:
     tools, environment = work / "cmake", dict(os.environ)
     environment.pop("SOURCE_DATE_EPOCH", None)  # with it, GGML_NATIVE is OFF by default
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
@@ -99,7 +105,7 @@ def _build(build: Path, work: Path) -> None:
     options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
     configure = ["cmake", "-S", str(build.parent), "-B", str(build), "-G", "Ninja", *options]
     _run(configure, environment)
-    _run(["cmake", "--build", str(build), "--target", *_TARGETS], environment)
+    _run(["cmake", "--build", str(build), "--target", *targets], environment)
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> None:
