@@ -40,6 +40,7 @@ from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import Budget, plan_within
 from dbrx_q.planning.cpu_quota import bound_threads
@@ -64,7 +65,7 @@ __all__ = [
     "eos_ids",
     "load_as",
     "load_model",
-    "load_plain_model",
+    "model_of_weights",
     "load_pretrained",
     "plan_loading",
 ]
@@ -172,9 +173,9 @@ def _load(
     return model
 
 
-def load_plain_model(
+def model_of_weights(
     config: DbrxConfig,
-    read: Callable[[DenseTensor], torch.Tensor],
+    read: Callable[[DenseTensor], Weight],
     *,
     dtype: torch.dtype,
     device: torch.device = _CPU,
@@ -182,12 +183,13 @@ def load_plain_model(
     expert_store: ExpertStore | None = None,
     source: str = "the checkpoint",
 ) -> DbrxForCausalLM:
-    """A model of plain weights from a checkpoint of any format.
+    """A model of weights from a checkpoint of any program.
 
     Args:
         config: of the model.
-        read: returns a tensor in the shape that a plain checkpoint has; called once for each tensor, in the order of the model.
-        dtype: of activations and weights; bfloat16 or float16 on a GPU.
+        read: returns a tensor, plain in the shape that a plain checkpoint has, or packed with its reduction axis last; called once for
+            each tensor, in the order of the model.
+        dtype: of activations and plain weights; bfloat16 or float16 on a GPU.
         device: where the model computes.
         eos_token_ids: token ids that end a generation; if empty, those of the configuration.
         expert_store: serves the experts, whose tensors are then not read; None to keep all experts in memory.
@@ -198,9 +200,22 @@ def load_plain_model(
     """
     bound_threads()
     model = _empty(DbrxForCausalLM, config, dtype, device)
+    multiplied: dict[tuple[str, int], QuantizedWeight] = {}
     for tensor in dense_tensors(config):
-        if expert_store is None or not tensor.experts:
-            _put(model, tensor.name, nn.Parameter(converted(read(tensor), dtype, tensor.name, source).to(device), requires_grad=False))
+        if expert_store is not None and tensor.experts:
+            continue
+        weight = read(tensor)
+        if isinstance(weight, QuantizedWeight):
+            packed = weight.to(device)
+            _put(model, tensor.name, PackedWeight(packed))
+            if kind_of(tensor.name) != "embedding":
+                multiplied[packed.format, packed.group_size] = (packed[0] if tensor.experts else packed).rows(0, 1)
+        else:
+            values = converted(weight, dtype, tensor.name, source).to(device)
+            _put(model, tensor.name, nn.Parameter(values, requires_grad=False))
+    if pick(device) is Backend.CPU:
+        for sample in multiplied.values():
+            warm_up(sample, dtype)
     set_implementation(model.base_model, choose_implementation(None, device))
     return _completed(model, device, eos_token_ids, expert_store)
 

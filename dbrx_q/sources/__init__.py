@@ -1,19 +1,19 @@
-"""Checkpoints of every program that a command can open: dbrx_q's own, transformers', bitsandbytes' and llama.cpp's.
+"""Checkpoints of every program that a command can open: dbrx_q's own, transformers', llama.cpp's, MLX's, and those of GPTQ, AWQ and
+bitsandbytes.
 
-A command that measures or compares calls `open_source` with a path or a hub id and gets a `Source`: the model's configuration, the
-format and size of its weights, their SHA-256, the tokenizer, and `load`, which makes a model of them. Begin with `base.py`, the
-interface, and `open.py`, which looks at the path and chooses the class.
+Two views of a checkpoint: `open_weights` gives `StoredWeights` to commands that read tensors in pieces (quantize, plan, inspect, export);
+`open_source` and `open_runnable` give a `Source` to commands that measure or run a model: configuration, format, size, tokenizer, and
+`load`, which makes a model. Begin with `base.py`, `open_weights.py` and `open.py`.
 
-- `base.py`: `Source`, the interface.
-- `open.py`: `open_source`.
-- `folder.py`: folders of safetensors files, quantized by dbrx_q (they stay packed in memory) or saved by transformers.
-- `bitsandbytes_state.py`: 4-bit tensors in such a folder, with the statistics that bitsandbytes saves beside them.
+- `base.py`: `Source`, the interface. `open.py`: `open_source`, `open_runnable`, and a location's tokenizer.
+- `open_weights.py`: `open_weights`, and what `plan` and `inspect` read without downloading weights.
+- `folder.py`: folders as a `Source`, of the published layout or of another program. `folder_weights.py` reads those of other programs:
+  `naming.py` has the names of their layers, `encodings/` how each layer is stored.
+- `kept_formats.py`: which tensors a format of ours holds exactly, and the name of a checkpoint's format.
 - `gguf.py`: GGUF files of DBRX as a `Source`; `gguf_weights.py` reads their weights in pieces. `gguf_file.py` opens one file or the parts
   of a split one, `gguf_header.py` reads the header of one, `gguf_names.py` maps the layout's tensor names to GGUF's, `gguf_config.py` and
   `gguf_tokenizer.py` build configuration and tokenizer from the metadata, `gguf_keys.py` says which other keys are read or refused.
-- `streamed.py`: `DequantizedSource`, the base of all whose weights are dequantized while they are loaded, by the library of the program
-  that wrote them; a model that does not fit in memory dequantizes its experts layer by layer.
+- `streamed.py`: `ConvertedSource`, the base of all of other programs: tensors that a format holds exactly stay packed, the others are
+  dequantized; a model that does not fit in memory reads its experts layer by layer.
 - `tokenizers_agree.py`: refuses to compare checkpoints whose tokenizers differ.
-
-To add a format of another program, write a subclass of `DequantizedSource` with a `reader`, and let `open.py` recognize its files.
 """

@@ -29,7 +29,7 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .base import Source
 from .bitsandbytes_state import PARTS, QUANT_STATE, check_packed, dequantize
-from .streamed import DequantizedSource, Reader
+from .streamed import ConvertedSource, Reader
 
 __all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
 
@@ -45,15 +45,7 @@ def open_folder(name: str, folder: Path) -> Source:
             not read.
     """
     raw = read_json_object(folder / "config.json")
-    quantization = raw.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if quantization is not None and method != "bitsandbytes":
-        return PackedFolder(name, folder)
-    if isinstance(quantization, Mapping) and quantization.get("load_in_8bit"):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: bitsandbytes' 4-bit formats are read; found load_in_8bit. Save the model with load_in_4bit"
-        )
-    return TransformersFolder(name, folder, raw)
+    return PackedFolder(name, folder) if is_packed_by_us(raw) else ConvertedFolder(name, folder)
 
 
 class PackedFolder(Source):
@@ -109,25 +101,23 @@ def _quantize_seconds(folder: Path) -> float | None:
         return None
 
 
-class TransformersFolder(DequantizedSource):
-    """A checkpoint that transformers saved: each tensor plain, or in 4 bits with bitsandbytes' statistics beside it."""
+class ConvertedFolder(ConvertedSource):
+    """A checkpoint that another program saved, in any layout that `FolderWeights` reads."""
 
-    def __init__(self, name: str, folder: Path, raw_config: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self.name, self.path = name, folder
-        source = str(folder / "config.json")
-        self.config = DbrxConfig.from_dict(_plain_config(raw_config), source=source)
         self.eos_token_ids = eos_ids(folder)
-        quantized = raw_config.get("quantization_config") is not None
-        self.stored_dtype = torch.float32 if quantized else self.config.dtype
-        tensors = dense_tensors(self.config)
-        with ExitStack() as stack:
-            file_of = open_shards(folder, stack)
-            infos = {stored: file.tensors[stored] for stored, file in file_of.items()}
-            self._states = _check_tensors(folder, tensors, file_of)
-            self._shards = sorted({file.path for file in file_of.values()})
-        self.nbytes = sum(info.nbytes for info in infos.values())
-        self.parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-        self.format = self._format(tensors, infos)
+        with self.open_weights() as weights:
+            self.config = weights.config
+            self.stored_dtype = self.config.dtype if weights.is_plain else torch.float32
+            self.formats = kept_formats(weights)
+            self.nbytes = sum(weights.nbytes_of(tensor) for tensor in weights.tensors)
+            self.parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
+            self.format = format_label(weights)
+            self._shards = weights.shards
+
+    def open_weights(self) -> FolderWeights:
+        return FolderWeights(self.path)
 
     def sha256(self) -> str:
         return weights_sha256(self._shards)
@@ -135,78 +125,8 @@ class TransformersFolder(DequantizedSource):
     def tokenizer(self) -> DbrxTokenizer:
         return DbrxTokenizer.from_pretrained(self.path)
 
-    @contextmanager
-    def reader(self) -> Iterator[Reader]:
-        with ExitStack() as stack:
-            file_of = open_shards(self.path, stack)
-            yield lambda tensor: self._read(tensor, file_of)
-
-    def _read(self, tensor: DenseTensor, file_of: Mapping[str, SafetensorsFile]) -> torch.Tensor:
-        file = file_of[tensor.name]
-        values = file.read(tensor.name)
-        state = self._states.get(tensor.name)
-        if state is not None:
-            parts = {part: file_of[f"{tensor.name}.{part}"].read(f"{tensor.name}.{part}") for part in state}
-            values = dequantize(values, parts)
-        check_finite(values, tensor.name, file.path)
-        return values
-
-    def _format(self, tensors: list[DenseTensor], infos: Mapping[str, TensorInfo]) -> str:
-        plain = [tensor for tensor in tensors if tensor.name not in self._states]
-        if not self._states:
-            return " + ".join(_dtypes(plain, infos))
-        packed = {part.removeprefix(QUANT_STATE) for state in self._states.values() for part in state if part.startswith(QUANT_STATE)}
-        experts = [f"{dtype} experts" for dtype in _dtypes([tensor for tensor in plain if tensor.experts], infos)]
-        return "bitsandbytes " + " + ".join(sorted(packed) + experts)
-
-
-def _plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without bitsandbytes' section, and without the theta that transformers 5 writes beside DBRX's own."""
-    return without_default_theta({key: value for key, value in raw.items() if key != "quantization_config"})
-
-
-def _check_tensors(folder: Path, tensors: list[DenseTensor], file_of: Mapping[str, SafetensorsFile]) -> dict[str, list[str]]:
-    """Check the names, shapes and dtypes of all tensors.
-
-    Returns:
-        The suffixes of the statistics that are stored beside each packed tensor, by the tensor's name.
-    """
-    states: dict[str, list[str]] = {}
-    known = {tensor.name: tensor for tensor in tensors}
-    for stored, file in file_of.items():
-        if stored in known:
-            continue
-        base = next((stored[: -len(part) - 1] for part in PARTS if stored.endswith(f".{part}")), None)
-        if base not in known:
-            raise CheckpointError(f"{file.path}: tensor {stored} is in no DBRX of this config.json; is config.json of another model?")
-        states.setdefault(base, []).append(next(part for part in PARTS if stored.endswith(f".{part}")))
-    missing = [name for name in known if name not in file_of]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: tensor {missing[0]}{more} is missing; config.json calls for it. Fetch the checkpoint again")
-    for name, tensor in known.items():
-        file, info = file_of[name], file_of[name].tensors[name]
-        if name in states:
-            check_packed(tensor, states[name], file_of)
-        elif info.shape != tensor.shape or not info.has_dtype(*_FLOATS):
-            raise CheckpointError(
-                f"{file.path}: tensor {name} must be a float {list(tensor.shape)} by config.json, or 4-bit values with bitsandbytes' "
-                f"statistics beside them; found {info.dtype_label} {list(info.shape)}. Fetch the checkpoint again"
-            )
-    return states
-
 
 def _matrices_format(inventory: Inventory) -> str:
     """Formats of the matrices that can be packed, experts first."""
     labels = [label for kind in ("experts", "attention", "embedding", "head") for label in inventory.kinds[kind].format.split(" + ")]
     return " + ".join(dict.fromkeys(labels))
-
-
-def _dtypes(tensors: list[DenseTensor], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Dtypes of `tensors`, by the number of parameters that have them, most first; norms and routers are not counted."""
-    counts: dict[str, int] = {}
-    for tensor in tensors:
-        if kind_of(tensor.name) not in ("norms", "router"):
-            dtype = infos[tensor.name].dtype_label
-            counts[dtype] = counts.get(dtype, 0) + math.prod(tensor.shape)
-    return sorted(counts, key=lambda dtype: -counts[dtype])

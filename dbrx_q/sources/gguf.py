@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,20 +13,22 @@ from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 from .gguf_file import GgufParts
 from .gguf_tokenizer import tokenizer_of
 from .gguf_weights import GgufWeights
-from .streamed import DequantizedSource, Reader
+from .kept_formats import kept_formats
+from .streamed import ConvertedSource
 
 __all__ = ["GgufSource"]
 
 _GUESSED = 1024  # flag in general.file_type: the writer guessed the type
 
 
-class GgufSource(DequantizedSource):
+class GgufSource(ConvertedSource):
     """A GGUF file, or all parts of a split one; errors as for `GgufWeights`."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         with GgufWeights(path) as weights:
             self._parts, self.config, self.eos_token_ids = weights.parts, weights.config, weights.eos_token_ids
+            self.formats = kept_formats(weights)
             self.parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
         self.stored_dtype = torch.float32
         self.nbytes = sum(tensor.nbytes for tensor in self._parts.tensors.values())
@@ -40,10 +40,8 @@ class GgufSource(DequantizedSource):
     def tokenizer(self) -> DbrxTokenizer:
         return tokenizer_of(self._parts)
 
-    @contextmanager
-    def reader(self) -> Iterator[Reader]:
-        with GgufWeights(self.path, self._parts) as weights:
-            yield lambda tensor: weights.read(tensor.name)
+    def open_weights(self) -> GgufWeights:
+        return GgufWeights(self.path, self._parts)
 
 
 def _file_type(parts: GgufParts) -> str:

@@ -65,6 +65,10 @@ class QuantizedWeight(ABC):
         """Rows first .. end-1 of a weight [N, K], without a copy."""
         return self._map(lambda part: part[first:end])
 
+    def to(self, device: torch.device) -> Self:
+        """The same weight on a device; no copy where it is there already."""
+        return self._map(lambda part: part.to(device))
+
     def contiguous(self) -> Self:
         """The same weight with contiguous parts, as the compiled kernels require; parts that are contiguous already are not copied."""
         return self._map(torch.Tensor.contiguous)

@@ -16,7 +16,7 @@ from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Machine
 from dbrx_q.planning.placement import place
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DequantizedSource
+from dbrx_q.sources.streamed import ConvertedSource
 
 NANO = Path(__file__).parent.parent / "data" / "dbrx-nano"
 
@@ -95,7 +95,7 @@ def test_batches_begin_where_runs_resume(measured: list[int]) -> None:
 
 def test_steps_are_longer_if_experts_are_dequantized_in_each_step() -> None:
     source = open_source(NANO)
-    assert isinstance(source, DequantizedSource)
+    assert isinstance(source, ConvertedSource)
     resident, streamed = (source.load(dtype=None, device=torch.device("cpu"), stream=stream) for stream in (False, True))
     assert step_tokens([resident]) == step_tokens([]) == 4096
     assert step_tokens([resident, streamed]) == 32_768

@@ -24,7 +24,7 @@ from dbrx_q.generation.decode_graph import BatchDecoder
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DequantizedSource
+from dbrx_q.sources.streamed import ConvertedSource
 
 THREADS = 6
 PROMPTS = [[(17 * thread + 3 * i) % 4000 + 5 for i in range(9 + thread)] for thread in range(THREADS)]
@@ -99,7 +99,7 @@ def test_six_threads_on_gpus_generate_what_one_does(
 
 def test_threads_take_turns_with_experts_that_are_dequantized_layer_by_layer(nano: Path) -> None:
     source = open_source(str(nano))
-    assert isinstance(source, DequantizedSource)
+    assert isinstance(source, ConvertedSource)
     streamed = source.load(dtype=torch.float32, device=torch.device("cpu"), stream=True)
     ids = [torch.tensor([prompt]) for prompt in PROMPTS[:3]]
     expected = [streamed(row).logits for row in ids]

@@ -25,7 +25,7 @@ from dbrx_q.sources.gguf_config import config_of
 from dbrx_q.sources.gguf_file import GgufParts, open_parts
 from dbrx_q.sources.gguf_tokenizer import tokenizer_of
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DequantizedSource, StreamedExpertStore
+from dbrx_q.sources.streamed import ConvertedSource, StreamedExpertStore
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
 from dbrx_q.tokenizer.bpe_file import TokenizerWarning
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -209,7 +209,7 @@ def test_properties_are_known_before_loading() -> None:
     assert source.bits_per_weight == stored / plain.parameters
     assert round(source.bits_per_weight, 2) == 4.81  # as llama.cpp prints it
     assert source.format == "GGUF Q4_0"
-    assert isinstance(source, DequantizedSource)
+    assert isinstance(source, ConvertedSource)
     assert source.load(dtype=torch.bfloat16, device=CPU, stream=True).eos_token_ids == (4092, 4094)
 
 

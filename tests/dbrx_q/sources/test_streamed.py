@@ -42,7 +42,7 @@ def test_experts_are_streamed_where_the_model_would_not_fit() -> None:
 
 def test_a_streamed_model_reserves_memory_for_its_layer_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(NANO)
-    assert isinstance(source, streamed.DequantizedSource)
+    assert isinstance(source, streamed.ConvertedSource)
     available_bytes: list[int] = []
 
     def record(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str, shares: int | None) -> bool:
@@ -76,7 +76,7 @@ def test_loading_chooses_by_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_layer_is_held_until_another_is_requested() -> None:
     source = open_source(NANO)
-    assert isinstance(source, streamed.DequantizedSource)
+    assert isinstance(source, streamed.ConvertedSource)
     read_names: list[str] = []
 
     class RecordedReader:

@@ -31,7 +31,7 @@ from dbrx_q.eval.windows import Protocol
 from dbrx_q.sources.base import Source
 from dbrx_q.sources.folder import PackedFolder
 from dbrx_q.sources.open import open_source
-from dbrx_q.sources.streamed import DequantizedSource
+from dbrx_q.sources.streamed import ConvertedSource
 
 CONTEXT = 256
 PROTOCOL = Protocol.of(CONTEXT)
@@ -381,7 +381,7 @@ def test_a_budget_is_that_of_the_whole_command(
 ) -> None:
     models: weakref.WeakSet[DbrxForCausalLM] = weakref.WeakSet()
     loads: list[tuple[int, int]] = []
-    for kind in (PackedFolder, DequantizedSource):
+    for kind in (PackedFolder, ConvertedSource):
         load = kind.load
 
         def recorded(source: Source, load: Callable[..., DbrxForCausalLM] = load, **options: object) -> DbrxForCausalLM:

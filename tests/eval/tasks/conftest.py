@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from dbrx_q import DbrxTokenizer
-from dbrx_q.sources.streamed import DequantizedSource
+from dbrx_q.sources.streamed import ConvertedSource
 
 DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "dbrx-nano"
@@ -136,7 +136,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a checkpoint was loaded")
 
-    monkeypatch.setattr(DequantizedSource, "load", load)
+    monkeypatch.setattr(ConvertedSource, "load", load)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import lm_eval.tasks
 import pytest
 
 from dbrx_q.eval.tasks import harness, shared_prefix
-from dbrx_q.sources.streamed import DequantizedSource
+from dbrx_q.sources.streamed import ConvertedSource
 
 DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "dbrx-nano"
@@ -194,7 +194,7 @@ def test_an_interruption_before_the_first_answer_cannot_be_resumed(
     def press(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DequantizedSource, "load", press)
+    monkeypatch.setattr(ConvertedSource, "load", press)
     shown = cli("tasks", NANO, "--tasks", "own_text", "--tasks-path", tasks_folder)
     assert (shown.code, shown.out) == (2, "")
     assert "interrupted; nothing was left half-written" in shown.err

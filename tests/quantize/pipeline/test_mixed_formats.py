@@ -17,7 +17,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, p
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import dequantize
-from dbrx_q.model.loading import load_plain_model
+from dbrx_q.model.loading import model_of_weights
 from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
@@ -64,7 +64,7 @@ def dequantized(folder: Path) -> DbrxForCausalLM:
             plain = [dequantize(fmt.load(parts)) for parts in matrices.values()]
             return torch.cat([matrix.T if tensor.name.endswith(".w2") else matrix for matrix in plain]).reshape(tensor.shape)
 
-        return load_plain_model(checkpoint.config, read, dtype=torch.float32)
+        return model_of_weights(checkpoint.config, read, dtype=torch.float32)
 
 
 def test_logits_of_mixed_formats_equal_those_of_the_dequantized_weights(checkpoint: Path) -> None:

@@ -1,0 +1,47 @@
+"""What can be said of the weights of any program before they are read: which stay packed, and how they are stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dbrx_q.checkpoint.layout import TensorFormat, kind_of
+from dbrx_q.checkpoint.stored_weights import StoredWeights
+
+__all__ = ["format_label", "is_packed_by_us", "kept_formats"]
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def is_packed_by_us(raw_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a checkpoint that dbrx_q quantized."""
+    quantization = raw_config.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == "dbrx_q"
+
+
+def kept_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
+    """The formats of the tensors whose values a format of ours holds exactly, by name; experts only where all matrices of their layer have
+    one, as kernels take the three of an expert together."""
+    formats = {name: fmt for name in weights.tensors if (fmt := weights.exact_format(name)) is not None}
+    rounded = {tensor.layer for tensor in weights.tensors.values() if tensor.experts and tensor.name not in formats}
+    return {name: fmt for name, fmt in formats.items() if not (weights.tensors[name].experts and weights.tensors[name].layer in rounded)}
+
+
+def format_label(weights: StoredWeights) -> str:
+    """The formats of all matrices but the routers, those of most parameters first, as "GPTQ int4:128 + bfloat16".
+
+    Plain experts among quantized weights are named, as in "bitsandbytes nf4 + bfloat16 experts"; other plain weights are then not.
+    """
+    counts: dict[str, int] = {}
+    plain_experts: dict[str, None] = {}
+    for tensor in weights.tensors.values():
+        if kind_of(tensor.name) not in ("norms", "router"):
+            label = weights.label_of(tensor.name)
+            counts[label] = counts.get(label, 0) + math.prod(tensor.shape)
+            if tensor.experts and label in _FLOATS:
+                plain_experts[f"{label} experts"] = None
+    quantized = [label for label in counts if label not in _FLOATS]
+    if not quantized:
+        return " + ".join(sorted(counts, key=lambda label: -counts[label]))
+    return " + ".join([*sorted(quantized), *plain_experts])

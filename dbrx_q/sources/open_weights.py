@@ -1,0 +1,55 @@
+"""`open_weights`: the weights of a checkpoint of any program, for commands that read them in pieces."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
+from dbrx_q.checkpoint.shard_source import ShardSource
+from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.json_file import read_json_object
+
+from .folder_weights import FolderWeights
+from .kept_formats import is_packed_by_us
+from .naming import is_published_expert
+
+__all__ = ["is_of_another_program", "open_weights"]
+
+_GPTQ_CONFIG = "quantize_config.json"
+
+
+def open_weights(location: Path | ShardSource) -> StoredWeights:
+    """The weights at a location: a `Checkpoint` of the published layout, plain or quantized by dbrx_q, or those of another program.
+
+    Args:
+        location: a folder, a GGUF file, or a source that fetches the shards.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or of a layout that is not read.
+        ConfigError: the model is no DBRX.
+        UnsupportedError: a GGUF file, where the gguf package is not installed.
+    """
+    return FolderWeights(location) if is_of_another_program(location) else Checkpoint(location)
+
+
+def is_of_another_program(location: Path | ShardSource) -> bool:
+    """Whether the weights have another layout than the published one and dbrx_q's own."""
+    folder = location if isinstance(location, Path) else location.folder
+    raw = read_json_object(folder / "config.json")
+    if is_packed_by_us(raw):
+        return False
+    if raw.get("quantization_config") is not None or raw.get("quantization") is not None or (folder / _GPTQ_CONFIG).is_file():
+        return True
+    return not any(map(is_published_expert, _stored_names(location, folder)))
+
+
+def _stored_names(location: Path | ShardSource, folder: Path) -> list[str]:
+    """The names of the stored tensors: by the index, or by the header of a single file."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = read_json_object(index).get("weight_map")
+        if isinstance(weight_map, dict):
+            return list(weight_map)
+    with ExitStack() as stack:
+        return list(open_any_shards(location, stack))
