@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .folder import Checkpoint
-from .layout import KINDS, kind_of, parts_of
+from .layout import KINDS, kind_of
+from .stored_weights import StoredWeights
 
 __all__ = ["Inventory", "KindTotal", "take_inventory"]
 
@@ -47,21 +47,18 @@ class Inventory:
         return {"parameters": total.parameters, "bytes": total.bytes, "bits_per_weight": total.bits_per_weight, "kinds": kinds}
 
 
-def take_inventory(checkpoint: Checkpoint) -> Inventory:
-    """Count every tensor of `checkpoint`."""
+def take_inventory(weights: StoredWeights) -> Inventory:
+    """Count every tensor of a checkpoint."""
     inventory = Inventory({kind: KindTotal() for kind in KINDS})
     formats: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for tensor in checkpoint.tensors.values():
-        fmt = checkpoint.formats.get(tensor.name)
-        kind = kind_of(tensor.name)
-        names = [tensor.name] if fmt is None else [part.name for part in parts_of(tensor, fmt)]
-        label = checkpoint.infos[tensor.name].dtype_label if fmt is None else str(fmt)
+    for tensor in weights.tensors.values():
+        kind, label = kind_of(tensor.name), weights.label_of(tensor.name)
         if label not in formats[kind]:
             formats[kind].append(label)
         for row in (inventory.kinds[kind], inventory.total):
             row.count += 1
             row.parameters += math.prod(tensor.shape)
-            row.bytes += sum(checkpoint.infos[name].nbytes for name in names)
+            row.bytes += weights.nbytes_of(tensor.name)
     for kind, labels in formats.items():
         inventory.kinds[kind].format = " + ".join(labels)
     return inventory

@@ -231,8 +231,9 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
 
 
 def may_have(name: str, fmt: TensorFormat) -> bool:
-    """Whether a tensor that can be packed may have a format: the embedding needs one whose rows can be looked up."""
-    return kind_of(name) != "embedding" or fmt.record.embedding
+    """Whether a tensor may have a format: routers and norms stay plain, and the embedding needs one whose rows can be looked up."""
+    kind = kind_of(name)
+    return kind in _PACKED_KINDS and (kind != "embedding" or fmt.record.embedding)
 
 
 def embedding_formats() -> str:

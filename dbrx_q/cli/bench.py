@@ -75,7 +75,7 @@ def model(
     from dbrx_q.eval.provenance import command_line
     from dbrx_q.eval.report_folder import check_report_folder
     from dbrx_q.model.devices import check_device
-    from dbrx_q.sources.folder import PackedFolder
+    from dbrx_q.sources.folder import NativeFolder
     from dbrx_q.sources.open import open_source
 
     tests = speed_tests(
@@ -95,7 +95,7 @@ def model(
     widest = max(test.batch for test in tests)
     source.budget = memory_budget.budget_of(ram, gpu, context=longest, batch=widest, kv_format=kv, fallback=fallback)
     source.use_mmap = mmap
-    if source.budget is not None and not isinstance(source, PackedFolder):
+    if source.budget is not None and not isinstance(source, NativeFolder):
         raise RequestError(f"{path}: --ram and --gpu measure what dbrx_q quantized; this is {source.format}. Leave them out")
     with terminal.progress("rows") as report:
         result = bench_model(

@@ -100,7 +100,7 @@ def load_sequences(
     """Draw the calibration sequences of the sources that `parse_sources` found.
 
     Args:
-        folder: of the checkpoint, whose tokenizer and chat template are used.
+        folder: of the checkpoint, or its file, whose tokenizer and chat template are used.
         named: the sources; none of them gives (None, None).
         count: sequences to draw.
         length: tokens of each.
@@ -117,13 +117,13 @@ def load_sequences(
     from dbrx_q.eval.chats import Chats
     from dbrx_q.quantize.calibration.sequence_file import StoredSequences
     from dbrx_q.quantize.calibration.sources import CalibrationSource, draw
-    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+    from dbrx_q.sources.open import tokenizer_at
 
     if not named:
         return None, None
     loaded = {source.name: _loaded(source.name) for source in named if not source.sampled}
     _check_distinct(loaded)
-    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_at(folder)
     if tokenizer.chat_template is None:
         named = _without_default_chats(named, loaded)
     ids: dict[str, Sequence[int] | torch.Tensor] = {}

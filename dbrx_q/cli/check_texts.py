@@ -29,7 +29,7 @@ def load_checks(folder: Path, names: Sequence[str], *, count: int, length: int) 
     """The sequences of check texts, by the SHA-256 of the text: windows at even distances from the first of a text to its last.
 
     Args:
-        folder: of the checkpoint, whose tokenizer is used.
+        folder: of the checkpoint, or its file, whose tokenizer is used.
         names: files or data sets.
         count: the most sequences of each text.
         length: tokens of each.
@@ -40,10 +40,10 @@ def load_checks(folder: Path, names: Sequence[str], *, count: int, length: int) 
     """
     from dbrx_q.eval.texts import load_text
     from dbrx_q.quantize.calibration.held_out import CheckSequences
-    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+    from dbrx_q.sources.open import tokenizer_at
 
     texts = [load_text(name) for name in names]
-    tokenizer = DbrxTokenizer.from_pretrained(folder) if texts else None
+    tokenizer = tokenizer_at(folder) if texts else None
     checks: dict[str, CheckSequences] = {}
     for text in texts:
         if text.sha256 in checks:

@@ -13,6 +13,7 @@ from . import memory_budget, options, terminal
 from .help import example
 from .measurement import named_dtype
 from .options import MEMORY, MODEL, SAMPLING, TEXT, option
+from .running import load_to_run
 
 if TYPE_CHECKING:
     from dbrx_q.config import DbrxConfig
@@ -67,24 +68,21 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
-    from dbrx_q.checkpoint.hub import resolve_folder
-    from dbrx_q.config import DbrxConfig
     from dbrx_q.generation.generate import check_request, end_token_ids, generate
     from dbrx_q.generation.sampling import SamplingParams
     from dbrx_q.model.devices import check_device
-    from dbrx_q.model.loading import load_pretrained
     from dbrx_q.planning.footprint import PREFILL_TOKENS
-    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+    from dbrx_q.sources.open import open_runnable
 
     _check_text(prompt, system, chat=chat)
     if prompt_cache is not None:
         _check_prompt_cache(prompt_cache)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     torch_device = check_device(device)
-    folder = resolve_folder(path, fallback=fallback)
-    tokenizer = DbrxTokenizer.from_pretrained(folder)
+    source = open_runnable(path, fallback=fallback)
+    tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, system, chat=chat)
-    config = DbrxConfig.from_pretrained(folder)
+    config = source.config
     check_request(config, [ids], max_new_tokens, stop or (), tokenizer)  # before minutes of loading
     if context is not None:
         _check_context(context, len(ids), config, has_budget=ram is not None or bool(gpu))
@@ -100,7 +98,8 @@ def command(
         miss_policy=miss_policy,
         fallback=fallback,
     )
-    model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype), use_mmap=mmap)
+    source.budget, source.use_mmap = budget, mmap
+    model = load_to_run(source, dtype=named_dtype(dtype), device=torch_device)
     loaded = model.expert_store.stats()
     saved = _saved_prompt(prompt_cache, model, ids, kv)
     [result] = generate(

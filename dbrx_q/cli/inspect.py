@@ -14,14 +14,12 @@ def command(
     path: options.Checkpoint,
     json: options.Json = False,
 ) -> None:
-    """List the tensors by kind: count, format, bits per weight and bytes."""
-    from dbrx_q.checkpoint.folder import Checkpoint
-    from dbrx_q.checkpoint.hub import resolve_folder
+    """List the tensors by kind: count, format, bits per weight and bytes; downloads no weights."""
     from dbrx_q.checkpoint.inventory import take_inventory
+    from dbrx_q.sources.open_weights import open_headers
 
-    folder = resolve_folder(path)
-    with Checkpoint(folder) as checkpoint:
-        inventory = take_inventory(checkpoint)
+    with open_headers(path) as weights:
+        inventory = take_inventory(weights)
     if json:
         terminal.print_json(inventory.to_dict())
         return

@@ -96,9 +96,9 @@ def give_budget(
     """
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.observe import LOGIT_TOKENS, STEP_TOKENS
-    from dbrx_q.sources.folder import PackedFolder
+    from dbrx_q.sources.folder import NativeFolder
 
-    if fallback and not isinstance(source, PackedFolder):
+    if fallback and not isinstance(source, NativeFolder):
         raise RequestError(f"{source.name}: --fallback is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out")
     batch = caches * max(1, STEP_TOKENS // context)
     step_tokens = max(context, STEP_TOKENS)

@@ -54,10 +54,8 @@ def command(
 ) -> None:
     """Print where a model's weights would be held on a machine and how fast it can run there, before any weight is downloaded.
 
-    Reads config.json alone.
+    Reads config.json alone, and of files of other programs the headers.
     """
-    from dbrx_q.checkpoint.layout import tensor_formats
-    from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.planning.advice import advice
     from dbrx_q.planning.bandwidths import measure_bandwidths
@@ -65,9 +63,10 @@ def command(
     from dbrx_q.planning.footprint import MemoryRequest
     from dbrx_q.planning.placement import place
     from dbrx_q.planning.speed import speed_bounds
+    from dbrx_q.sources.open_weights import planned_formats
 
-    config = DbrxConfig.from_pretrained(path)
-    formats = _planned_formats(config, path, tensor_formats(config, path), format, group_size)
+    config, stored = planned_formats(path)
+    formats = _planned_formats(config, path, stored, format, group_size)
     if fallback_format is not None and (format is None or not fallback):
         raise RequestError(f"--fallback-format needs --format and --fallback; found {fallback_format} without. Add them, or leave it out")
     fallback_formats = _fallback_formats(config, path, formats, fallback_format) if fallback else None
@@ -110,8 +109,8 @@ def _planned_formats(
         if group_size is not None:
             raise RequestError(f"--group-size needs --format; found {group_size} alone. Add --format {WEIGHT_FORMATS}")
         return stored
-    if stored:
-        raise RequestError(f"--format is for a plain checkpoint; {path} is quantized already. Leave it out")
+    if config.quantization_config is not None:
+        raise RequestError(f"--format is for a checkpoint that dbrx_q has not quantized; {path} is. Leave it out")
     return default_formats(config, TensorFormat.of(format, group_size))
 
 

@@ -17,9 +17,9 @@ from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument
 from .self_calibration import Sampling
 
 if TYPE_CHECKING:
-    from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.checkpoint.remote_shards import RemoteShards
+    from dbrx_q.checkpoint.stored_weights import StoredWeights
     from dbrx_q.quantize.calibration.sources import CalibrationSequences
     from dbrx_q.quantize.pipeline.records import RunRecord
     from dbrx_q.quantize.pipeline.run import QuantizationRequest
@@ -42,6 +42,15 @@ _Rules = Annotated[
 _TargetBpw = Annotated[
     float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
 ]
+_Keep = Annotated[
+    bool,
+    option(
+        FORMATS,
+        "Repack what another program quantized where a format holds it exactly, and leave plain matrices of attention, embedding and head "
+        "plain; only the rest becomes --format.",
+        "--keep",
+    ),
+]
 _FallbackFormat = Annotated[
     str | None,
     option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
@@ -50,12 +59,13 @@ _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; 
 
 
 def command(
-    source: Annotated[str, argument("SRC", "Checkpoint to quantize: a folder or a hub id.")],
+    source: Annotated[str, argument("SRC", "Checkpoint to quantize, of any program: a folder, a GGUF file or a hub id.")],
     destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
     format: _Format = "int4",
     group_size: options.GroupSize = None,
     tensor: _Rules = None,
     target_bpw: _TargetBpw = None,
+    keep: _Keep = False,
     fallback_format: _FallbackFormat = None,
     method: options.Method = "rtn",
     act_order: Annotated[bool, option(METHOD, "With gptq and best, quantize the columns with the largest inputs first.")] = True,
@@ -91,6 +101,7 @@ def command(
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint
 
     _check_method(method, calibration or [], target_bpw, activations)
+    _check_keep(keep=keep, target_bpw=target_bpw)
     sources = parse_sources(calibration or [])
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
@@ -101,7 +112,7 @@ def command(
     folder = opened if isinstance(opened, Path) else opened.folder
     checks = load_checks(folder, check_text or [], count=check_sequences, length=length)
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
-    sampling = Sampling(source, folder, destination, budget, revision, accelerator, resume=resume, low_disk=low_disk, dry_run=dry_run)
+    sampling = Sampling(source, opened, destination, budget, revision, accelerator, resume=resume, low_disk=low_disk, dry_run=dry_run)
     tokens, about = load_sequences(folder, sources, count=sequences, length=length, seed=seed, sampling=sampling)
     if dry_run and target_bpw is not None and sampling.plan is not None:
         raise RequestError(
@@ -110,10 +121,11 @@ def command(
         )
     check_unseen(checks, tokens, about)
     request = QuantizationRequest(
-        _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format),
+        _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format, keep=keep),
         method=method,
         source=source,
         name=push or "",
+        keep=keep,
         measured=None if target_bpw is None else {"target_bpw": target_bpw, "rules": tensor or [], "calibration": about},
         sequences=tokens,
         about=about,
@@ -155,6 +167,15 @@ def _check_method(method: str, calibration: Sequence[str], target_bpw: float | N
         )
 
 
+def _check_keep(*, keep: bool, target_bpw: float | None) -> None:
+    from dbrx_q.errors import RequestError
+
+    if keep and target_bpw is not None:
+        raise RequestError(
+            f"--keep takes the formats of SRC, and --target-bpw chooses others; found {target_bpw} beside --keep. Leave one of them out"
+        )
+
+
 def _with_fallback(destination: Path, request: QuantizationRequest, fallback_format: str | None) -> dict[Path, QuantizationRequest]:
     """Folder to what is written there: the checkpoint and, if it is wanted, the fallback copy, in this order."""
     from dataclasses import replace
@@ -166,7 +187,7 @@ def _with_fallback(destination: Path, request: QuantizationRequest, fallback_for
     if fallback_format is None:
         return {destination: request}
     formats = _formats(TensorFormat.of(fallback_format), [], None, None)
-    fallback = replace(request, assign_formats=formats, measured=None, name="", checks=())  # check texts are for the checkpoint
+    fallback = replace(request, assign_formats=formats, keep=False, measured=None, name="", checks=())  # check texts are for the checkpoint
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)
     return {destination: request, destination / FALLBACK_FOLDER: fallback}
@@ -222,7 +243,9 @@ def _formats(
     target: float | None,
     tokens: CalibrationSequences | None,
     fallback_format: str | None = None,
-) -> Callable[[Checkpoint], dict[str, TensorFormat]]:
+    *,
+    keep: bool = False,
+) -> Callable[[StoredWeights], dict[str, TensorFormat]]:
     """A function that gives every tensor of a checkpoint the format that the options name.
 
     Args:
@@ -231,6 +254,7 @@ def _formats(
         target: bits per weight of --target-bpw.
         tokens: the sequences to measure errors on for `target`.
         fallback_format: format of the fallback copy, which the function checks to be smaller.
+        keep: whether tensors keep the formats that hold them exactly, and plain matrices outside the experts stay plain.
 
     Raises:
         RequestError: a target without a text.
@@ -238,24 +262,29 @@ def _formats(
     from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
     from dbrx_q.experts.fallback import check_fallback
-    from dbrx_q.quantize.pipeline.format_assignment import allocated_formats, default_formats, override
+    from dbrx_q.quantize.pipeline.format_assignment import allocated_formats, default_formats, kept_or_default, override
 
-    def checked(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
+    def checked(checkpoint: StoredWeights, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
         if fallback_format is not None:
             check_fallback(
                 checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat.of(fallback_format)), "--fallback-format"
             )
         return formats
 
+    def assigned(checkpoint: StoredWeights) -> dict[str, TensorFormat]:
+        defaults = default_formats(checkpoint.config, experts)
+        defaults = kept_or_default(checkpoint, defaults) if keep else defaults
+        return checked(checkpoint, override(defaults, checkpoint.config, rules))
+
     if target is None:
-        return lambda checkpoint: checked(checkpoint, override(default_formats(checkpoint.config, experts), checkpoint.config, rules))
+        return assigned
     if tokens is None:
         raise RequestError("--target-bpw measures errors on a text; found none. Give --calibration SOURCE")
 
     ids, sources = tokens.interleaved
     measured = max(_MEASURED_TOKENS, sum(map(bool, tokens.counts)) * ids.shape[1])  # at least a sequence of each source
 
-    def allocated(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
+    def allocated(checkpoint: StoredWeights) -> dict[str, TensorFormat]:
         vocabulary, context = checkpoint.config.vocab_size, checkpoint.config.max_seq_len
         if int(ids.max()) >= vocabulary or ids.shape[1] > context:  # those that calibrate are checked later
             raise RequestError(

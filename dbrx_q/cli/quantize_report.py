@@ -133,6 +133,8 @@ def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
         "unreached_experts": run.unreached_experts,
         "held_out": [asdict(record) for record in run.held_out],
         "nearest_instead": run.nearest_instead,
+        "kept": run.kept,
+        "rounded_again": run.rounded_again,
         "parameters": run.parameters,
         "bytes_in": run.bytes_in,
         "bytes_out": run.bytes_out,
@@ -159,6 +161,11 @@ def _show_run(run: RunRecord, destination: Path) -> None:
     if calibration is not None:
         print(f"calibrated with {calibration['sequences']} sequences of {calibration['length']} tokens")
         _show_sources(run, calibration.get("sources", []))
+    if run.kept:
+        print(f"{run.kept:,} of {len(run.records):,} matrices repacked without rounding: {', '.join(run.options['kept'])}")
+    if run.rounded_again:
+        again = ", ".join(f"{count:,} of {label}" for label, count in run.rounded_again.items())
+        print(f"rounded again, as SRC had rounded them already: {again}")
     if undersampled:
         print(f"{len(undersampled)} expert(s) were reached by too few tokens, and took all of their layer's, weighted by the router")
     for line in _held_out_lines(run):

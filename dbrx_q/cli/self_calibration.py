@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from dbrx_q.checkpoint.layout import TensorFormat
+    from dbrx_q.checkpoint.remote_shards import RemoteShards
     from dbrx_q.config import DbrxConfig
     from dbrx_q.model.modeling import DbrxForCausalLM
     from dbrx_q.planning.machine import Machine
@@ -51,8 +52,8 @@ class Sampling:
 
     source: str
     """SRC, a folder or a hub id."""
-    folder: Path
-    """Holds its small files, and its weights if it is a folder."""
+    opened: Path | RemoteShards
+    """Its weights."""
     destination: Path
     """DST; the sequences are kept beside it."""
     memory: int
@@ -73,6 +74,11 @@ class Sampling:
     """Sentences that say what would take less time."""
     _machine: Machine | None = None
     """What the model may take, once it is planned."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of SRC's small files, or the file that holds all."""
+        return self.opened if isinstance(self.opened, Path) else self.opened.folder
 
     @property
     def path(self) -> Path:
@@ -153,15 +159,21 @@ class Sampling:
 
     def _check(self, name: str, model_folder: Path, config: DbrxConfig, length: int) -> None:
         """Refuse before hours of work what cannot be sampled, or not be written."""
-        from dbrx_q.checkpoint.layout import tensor_formats
+        from dbrx_q.checkpoint.folder import Checkpoint, check_is_plain
         from dbrx_q.checkpoint.staging import MARKER_NAME, check_destination, partial_of
-        from dbrx_q.config import DbrxConfig
+        from dbrx_q.sources.open import tokenizer_at
+        from dbrx_q.sources.open_weights import open_weights
         from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
-        from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
-        target = DbrxConfig.from_pretrained(self.folder)
-        if tensor_formats(target, str(self.folder)):
-            raise CheckpointError(f"{self.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
+        with open_weights(self.opened) as weights:
+            target = weights.config
+            if isinstance(weights, Checkpoint):
+                check_is_plain(weights)
+            elif name == SELF:
+                raise CheckpointError(
+                    f"{self.folder}: --calibration self samples from a checkpoint of the published layout; this one is of another program. "
+                    "Quantize it once without calibration, and sample from that copy: --calibration self=COPY"
+                )
         if name != SELF:
             if (config.vocab_size, config.n_layers, config.d_model) != (target.vocab_size, target.n_layers, target.d_model):
                 raise RequestError(
@@ -169,7 +181,7 @@ class Sampling:
                     f"{target.d_model} channels and {target.vocab_size:,} ids; found {config.n_layers}, {config.d_model} and "
                     f"{config.vocab_size:,}. Give a quantized copy of it"
                 )
-            ours, theirs = (DbrxTokenizer.from_pretrained(folder) for folder in (self.folder, model_folder))
+            ours, theirs = (tokenizer_at(location) for location in (self.folder, model_folder))
             check_same_tokenizer(ours, theirs, names=(str(self.folder), str(model_folder)))
         if length > config.context_length:
             raise RequestError(f"--length must be at most the model's context of {config.context_length:,} tokens; found {length:,}")
@@ -216,11 +228,11 @@ class Sampling:
 
         from dbrx_q.generation.sequence_sampler import TextTokens, sample_sequences
         from dbrx_q.quantize.calibration.sequence_file import StoredSequences, write_sequences
-        from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+        from dbrx_q.sources.open import tokenizer_at
 
         assert self.plan is not None
         count, length = int(options["count"]), int(options["length"])
-        tokens = TextTokens.of(DbrxTokenizer.from_pretrained(self.folder), config.vocab_size)
+        tokens = TextTokens.of(tokenizer_at(self.folder), config.vocab_size)
         batch = int(earlier.options.get("batch", self.plan.batch))  # the earlier batches, so that all tokens are as without interruption
         done = [earlier.ids]
         options = {**options, "batch": batch}

@@ -9,6 +9,7 @@ from . import memory_budget, options, terminal
 from .help import example
 from .measurement import named_dtype
 from .options import TEXT, option
+from .running import load_to_run
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -29,14 +30,11 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Record which experts every token of a text chooses, for `simulate` and for `generate --profile`."""
-    from dbrx_q.checkpoint.hub import resolve_folder
-    from dbrx_q.config import DbrxConfig
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.texts import load_text
     from dbrx_q.generation.tracing import record
     from dbrx_q.model.devices import check_device
-    from dbrx_q.model.loading import load_pretrained
-    from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+    from dbrx_q.sources.open import open_runnable
 
     torch_device = check_device(device)
     if out.suffix != ".npz":
@@ -48,14 +46,14 @@ def command(
     if step < 1:
         raise RequestError(f"--step must be at least 1; found {step}")
     loaded_text = load_text(text)
-    folder = resolve_folder(path)
-    config = DbrxConfig.from_pretrained(folder)
+    source = open_runnable(path)
+    config = source.config
     context = min(2048, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
-    ids = DbrxTokenizer.from_pretrained(folder).encode(loaded_text.text, split_special_tokens=True)[:tokens]
-    budget = memory_budget.budget_of(ram, gpu, context=context, step_tokens=min(step, context))
-    model = load_pretrained(folder, budget=budget, device=torch_device, dtype=named_dtype(dtype))
+    ids = source.tokenizer().encode(loaded_text.text, split_special_tokens=True)[:tokens]
+    source.budget = memory_budget.budget_of(ram, gpu, context=context, step_tokens=min(step, context))
+    model = load_to_run(source, dtype=named_dtype(dtype), device=torch_device)
     with terminal.progress("tokens") as on_tokens:
         trace = record(model, ids, context=context, step=step, on_tokens=on_tokens)
     trace.write(out)

@@ -65,8 +65,8 @@ __all__ = [
     "eos_ids",
     "load_as",
     "load_model",
-    "model_of_weights",
     "load_pretrained",
+    "model_of_weights",
     "plan_loading",
 ]
 

@@ -1,23 +1,16 @@
-"""Folders of safetensors files: written by dbrx_q, or by transformers, plain or in 4 bits through bitsandbytes."""
+"""Folders of safetensors files: of the published layout, plain or quantized by dbrx_q, or written by another program."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint, check_finite, open_shards
+from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.inventory import Inventory, take_inventory
-from dbrx_q.checkpoint.layout import DenseTensor, dense_tensors, kind_of
 from dbrx_q.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256_of
-from dbrx_q.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from dbrx_q.checkpoint.weights_hash import file_sha256, weights_sha256
-from dbrx_q.config import DbrxConfig
-from dbrx_q.config_rope import without_default_theta
 from dbrx_q.errors import CheckpointError, RequestError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.model.loading import eos_ids, load_pretrained
@@ -28,28 +21,29 @@ from dbrx_q.planning.placement import place
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .base import Source
-from .bitsandbytes_state import PARTS, QUANT_STATE, check_packed, dequantize
-from .streamed import ConvertedSource, Reader
+from .folder_weights import FolderWeights
+from .kept_formats import format_label, is_packed_by_us, kept_formats
+from .streamed import ConvertedSource
 
-__all__ = ["PackedFolder", "TransformersFolder", "open_folder"]
+__all__ = ["ConvertedFolder", "NativeFolder", "open_folder"]
 
 _REPORT_NAME = "quantization_report.json"
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def open_folder(name: str, folder: Path) -> Source:
-    """The checkpoint in `folder`.
+    """The checkpoint in `folder`, to be measured: plain weights are read as those of other programs are.
 
     Raises:
         CheckpointError, ConfigError: a file is missing, damaged or of another model, or the weights have a quantization that dbrx_q does
             not read.
     """
     raw = read_json_object(folder / "config.json")
-    return PackedFolder(name, folder) if is_packed_by_us(raw) else ConvertedFolder(name, folder)
+    return NativeFolder(name, folder) if is_packed_by_us(raw) else ConvertedFolder(name, folder)
 
 
-class PackedFolder(Source):
-    """A checkpoint that dbrx_q quantized; its weights stay packed in memory."""
+class NativeFolder(Source):
+    """A checkpoint of the published layout, plain or quantized by dbrx_q, loaded as `from_pretrained` loads it: packed weights stay packed,
+    and experts may be offloaded."""
 
     loaded_bytes: int
     """Bytes of the weights in memory."""
@@ -109,7 +103,8 @@ class ConvertedFolder(ConvertedSource):
         self.eos_token_ids = eos_ids(folder)
         with self.open_weights() as weights:
             self.config = weights.config
-            self.stored_dtype = self.config.dtype if weights.is_plain else torch.float32
+            self.is_quantized = not weights.is_plain
+            self.stored_dtype = torch.float32 if self.is_quantized else self.config.dtype
             self.formats = kept_formats(weights)
             self.nbytes = sum(weights.nbytes_of(tensor) for tensor in weights.tensors)
             self.parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())

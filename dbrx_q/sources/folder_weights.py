@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dbrx_q.checkpoint.folder import check_finite, open_any_shards
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, may_have
+from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors
 from dbrx_q.checkpoint.shard_source import Shard, ShardSource
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
@@ -116,8 +116,7 @@ class FolderWeights(StoredWeights):
         if tensor.experts and len(modules) != tensor.experts:
             return None
         formats = {None if stored.encoding is None else stored.encoding.exact_format(stored.linear) for stored in modules}
-        fmt = formats.pop() if len(formats) == 1 else None
-        return fmt if fmt is not None and may_have(name, fmt) else None
+        return formats.pop() if len(formats) == 1 else None
 
     def packed(self, name: str, expert: int = -1) -> QuantizedWeight:
         modules = self._stored[name] if expert < 0 else [self._stored[name][expert]]

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dbrx_q.checkpoint.layout import TensorFormat, kind_of
+from dbrx_q.checkpoint.layout import TensorFormat, kind_of, may_have
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 
-__all__ = ["format_label", "is_packed_by_us", "kept_formats"]
+__all__ = ["PLAIN_LABELS", "format_label", "is_packed_by_us", "kept_formats"]
 
-_FLOATS = ("bfloat16", "float16", "float32")
+PLAIN_LABELS = ("bfloat16", "float16", "float32", "GGUF BF16", "GGUF F16", "GGUF F32")
+"""What `StoredWeights.label_of` says of tensors that are not quantized."""
 
 
 def is_packed_by_us(raw_config: Mapping[str, Any]) -> bool:
@@ -23,7 +24,8 @@ def is_packed_by_us(raw_config: Mapping[str, Any]) -> bool:
 def kept_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
     """The formats of the tensors whose values a format of ours holds exactly, by name; experts only where all matrices of their layer have
     one, as kernels take the three of an expert together."""
-    formats = {name: fmt for name in weights.tensors if (fmt := weights.exact_format(name)) is not None}
+    exact = {name: weights.exact_format(name) for name in weights.tensors}
+    formats = {name: fmt for name, fmt in exact.items() if fmt is not None and may_have(name, fmt)}
     rounded = {tensor.layer for tensor in weights.tensors.values() if tensor.experts and tensor.name not in formats}
     return {name: fmt for name, fmt in formats.items() if not (weights.tensors[name].experts and weights.tensors[name].layer in rounded)}
 
@@ -39,9 +41,9 @@ def format_label(weights: StoredWeights) -> str:
         if kind_of(tensor.name) not in ("norms", "router"):
             label = weights.label_of(tensor.name)
             counts[label] = counts.get(label, 0) + math.prod(tensor.shape)
-            if tensor.experts and label in _FLOATS:
+            if tensor.experts and label in PLAIN_LABELS:
                 plain_experts[f"{label} experts"] = None
-    quantized = [label for label in counts if label not in _FLOATS]
+    quantized = [label for label in counts if label not in PLAIN_LABELS]
     if not quantized:
         return " + ".join(sorted(counts, key=lambda label: -counts[label]))
     return " + ".join([*sorted(quantized), *plain_experts])

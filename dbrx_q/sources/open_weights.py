@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
+from dbrx_q.checkpoint.hub import is_on_hub, resolve_file, resolve_folder
+from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
+from dbrx_q.checkpoint.remote_shards import RemoteShards
 from dbrx_q.checkpoint.shard_source import ShardSource
 from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.config import DbrxConfig
 from dbrx_q.json_file import read_json_object
 
 from .folder_weights import FolderWeights
-from .kept_formats import is_packed_by_us
+from .kept_formats import is_packed_by_us, kept_formats
 from .naming import is_published_expert
 
-__all__ = ["is_of_another_program", "open_weights"]
+__all__ = ["is_of_another_program", "open_headers", "open_weights", "planned_formats"]
 
 _GPTQ_CONFIG = "quantize_config.json"
 
@@ -31,6 +36,35 @@ def open_weights(location: Path | ShardSource) -> StoredWeights:
         UnsupportedError: a GGUF file, where the gguf package is not installed.
     """
     return FolderWeights(location) if is_of_another_program(location) else Checkpoint(location)
+
+
+@contextmanager
+def open_headers(path_or_hub_id: str) -> Iterator[StoredWeights]:
+    """The weights at a path or hub id, of which only what opening reads is fetched; raises what `open_weights` raises."""
+    if not is_on_hub(path_or_hub_id):
+        with open_weights(resolve_folder(path_or_hub_id)) as weights:
+            yield weights
+        return
+    shards = RemoteShards(path_or_hub_id)
+    try:
+        with open_weights(shards) as weights:
+            yield weights
+    finally:
+        shards.close(keep=True)
+
+
+def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFormat]]:
+    """(configuration, formats of the tensors that stay packed in memory) of a checkpoint of any program, before any weight is fetched.
+
+    config.json alone says it of a plain checkpoint and of one that dbrx_q quantized; headers say it of others.
+    """
+    if is_on_hub(path_or_hub_id) or Path(path_or_hub_id).expanduser().is_dir():
+        raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
+        if is_packed_by_us(raw) or not (raw.get("quantization_config") or raw.get("quantization")):
+            config = DbrxConfig.from_pretrained(path_or_hub_id)
+            return config, tensor_formats(config, path_or_hub_id)
+    with open_headers(path_or_hub_id) as weights:
+        return weights.config, kept_formats(weights)
 
 
 def is_of_another_program(location: Path | ShardSource) -> bool:

@@ -49,6 +49,8 @@ class ConvertedSource(Source):
     """The dtype that `load` chooses on a CPU for dtype=None."""
     formats: Mapping[str, TensorFormat]
     """The formats of the tensors that stay packed, by name."""
+    is_quantized: bool = True
+    """Whether the program stored some weights in fewer bits."""
 
     @abstractmethod
     def open_weights(self) -> StoredWeights:
@@ -83,9 +85,7 @@ class ConvertedSource(Source):
             promised = sum(store.promised_bytes(device) for store in _stores)  # by models that were loaded and have not run yet
             return available_memory(device) - promised
         if self.budget.machine.gpus:
-            raise RequestError(
-                f"{self.name}: weights of other programs go to one --device; found --gpu. Leave it out, or quantize them with `dbrx-q quantize`"
-            )
+            raise RequestError(f"{self.name}: weights of other programs go to one --device; found --gpu. Leave it out, or quantize a copy")
         return available_memory(device) if self.budget.machine.ram is None else self.budget.machine.ram
 
 

@@ -15,7 +15,7 @@ from dbrx_q.eval.texts import Text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.base import Source
-from dbrx_q.sources.folder import PackedFolder
+from dbrx_q.sources.folder import NativeFolder
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.streamed import ConvertedSource, available_memory, resident_bytes
 from dbrx_q.sources.tokenizers_agree import check_same_tokenizer
@@ -194,4 +194,4 @@ def _loaded_bytes(source: Source, dtype: torch.dtype | None) -> int:
     """Bytes of the model once it is loaded."""
     if isinstance(source, ConvertedSource):
         return resident_bytes(source.config, dtype or source.stored_dtype, stream=False)
-    return source.loaded_bytes if isinstance(source, PackedFolder) else source.nbytes
+    return source.loaded_bytes if isinstance(source, NativeFolder) else source.nbytes

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, layer_of, oriented, tensors_by_role
+from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.block import activate, normed, rotation_of, routed
 from dbrx_q.quantize.methods.products import Products
@@ -78,7 +78,7 @@ def _routers_before(name: str, layers: int) -> int:
 
 
 def output_errors(
-    checkpoint: Checkpoint,
+    checkpoint: StoredWeights,
     sequences: torch.Tensor,
     candidates: Mapping[str, Sequence[TensorFormat]],
     *,
@@ -119,7 +119,7 @@ class _Measurement:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: StoredWeights,
         ids: torch.Tensor,
         of_sources: Sequence[torch.Tensor],
         candidates: Mapping[str, Sequence[TensorFormat]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dbrx_q.checkpoint.shards import list_files, shard_name, write_index, write_
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
 from dbrx_q.quantize.calibration.held_out import HeldOutSequences, SourceDivergence
+from dbrx_q.sources.kept_formats import PLAIN_LABELS
 from dbrx_q.tokenizer.copying import copy_tokenizer
 
 from .journal import Journal
@@ -26,6 +28,7 @@ from .source_digest import digest_of_all, remember_digest
 __all__ = ["finish", "record_of"]
 
 _CARD_NAME = "README.md"
+_OF_OTHER_PROGRAMS = ("quantize_config.json", "quant_config.json", "quant_log.csv")  # what tools of GPTQ and AWQ say about their formats
 
 
 def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunRecord:
@@ -60,7 +63,19 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
         source_names=[] if run.request.sequences is None else list(run.request.sequences.names),
         held_out=_held_out(run.held_out, notes),
         falls_back=run.request.no_worse_than_rtn,
+        rounded_again=_rounded_again(run),
     )
+
+
+def _rounded_again(run: Run) -> dict[str, int]:
+    """How many matrices that are not kept the source stores in each of its quantized formats."""
+    labels = Counter(
+        label
+        for shard in run.shards
+        for job in shard
+        if job.fmt is not None and not job.kept and (label := run.checkpoint.label_of(job.tensor.name)) not in PLAIN_LABELS
+    )
+    return dict(sorted(labels.items()))
 
 
 def _held_out(sequences: HeldOutSequences | None, notes: Sequence[Mapping[str, Any]]) -> list[HeldOutRecord]:
@@ -97,7 +112,10 @@ def finish(run: Run, record: RunRecord, manifest: Manifest, journal: Journal, fo
     write_index(folder, weight_map, run.plan.bytes_out)
     write_json(folder / "config.json", guarded(run.checkpoint.raw_config | {"quantization_config": run.quantization_config}))
     write_code(folder)
-    _copy_other_files(run.checkpoint.folder, folder, manifest)
+    if run.checkpoint.small_files is None:
+        run.checkpoint.write_small_files(folder)
+    else:
+        _copy_other_files(run.checkpoint.small_files, folder, manifest)
     files = [path.name for path in folder.iterdir()]
     card = model_card(run.request.name or _default_name(run), record.source, run.checkpoint.config, record, files)
     (folder / _CARD_NAME).write_text(card, encoding="utf-8")
@@ -119,12 +137,13 @@ def _default_name(run: Run) -> str:
     """As "dbrx-instruct-int4-g64"; where experts have several formats, with the bits per weight of all tensors."""
     experts = sorted({job.format_name.replace(":", "-g") for shard in run.shards for job in shard if job.expert >= 0})
     bits = f"{8 * run.plan.bytes_out / run.plan.parameters:.2f}-bits"
-    return f"{Path(run.request.source or run.checkpoint.folder.name).name}-{experts[0] if len(experts) == 1 else bits}"
+    name = Path(run.request.source or run.checkpoint.folder.name).name.removesuffix(".gguf")
+    return f"{name}-{experts[0] if len(experts) == 1 else bits}"
 
 
 def _copy_other_files(source: Path, folder: Path, manifest: Manifest) -> None:
     """Copy the tokenizer, so that transformers reads the right ids from it too, generation settings and licence."""
-    written = {INDEX_NAME, "config.json", MANIFEST_NAME, *manifest.shards}
+    written = {INDEX_NAME, "config.json", MANIFEST_NAME, *manifest.shards, *_OF_OTHER_PROGRAMS}
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".jinja", ".tiktoken") or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and wanted and not path.name.endswith(".index.json") and path.name not in written:

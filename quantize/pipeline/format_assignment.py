@@ -23,14 +23,15 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
+from dbrx_q.sources.kept_formats import PLAIN_LABELS, kept_formats
 
 if TYPE_CHECKING:
     import torch
 
-    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.checkpoint.stored_weights import StoredWeights
     from dbrx_q.quantize.calibration.output_errors import OutputErrors
 
-__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "override", "parse_rules"]
+__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "kept_or_default", "override", "parse_rules"]
 
 EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
 """That `allocated_formats` chooses from for experts."""
@@ -64,6 +65,25 @@ def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, Tens
             except FormatError as error:
                 raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
     return formats
+
+
+def kept_or_default(checkpoint: StoredWeights, defaults: Mapping[str, TensorFormat]) -> dict[str, TensorFormat]:
+    """The formats that hold stored codes exactly; of the other tensors those in `defaults`, but none for plain matrices outside the
+    experts, which stay plain.
+
+    Raises:
+        RequestError: no tensor can be kept.
+    """
+    kept = kept_formats(checkpoint)
+    if not kept:
+        labels = ", ".join(sorted({checkpoint.label_of(tensor.name) for tensor in checkpoint.tensors.values() if tensor.experts}))
+        raise RequestError(
+            f"{checkpoint.folder}: --keep repacks weights whose codes a format holds exactly; found {labels}. Leave --keep out"
+        )
+    stays_plain = {
+        tensor.name for tensor in checkpoint.tensors.values() if not tensor.experts and checkpoint.label_of(tensor.name) in PLAIN_LABELS
+    }
+    return {name: fmt for name, fmt in {**defaults, **kept}.items() if name not in stays_plain}
 
 
 def override(formats: Mapping[str, TensorFormat], config: DbrxConfig, rules: Sequence[str]) -> dict[str, TensorFormat]:
@@ -155,7 +175,7 @@ def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> Tensor
 
 
 def allocated_formats(
-    checkpoint: Checkpoint,
+    checkpoint: StoredWeights,
     sequences: torch.Tensor,
     target_bpw: float,
     *,
@@ -248,8 +268,8 @@ def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
     return tensor.matrix[1] % fmt.group_size == 0 and may_have(tensor.name, fmt) and not embedding_of_4_bits
 
 
-def _bits(checkpoint: Checkpoint, tensor: DenseTensor, fmt: TensorFormat | None) -> int:
+def _bits(checkpoint: StoredWeights, tensor: DenseTensor, fmt: TensorFormat | None) -> int:
     """Bits of all stored parts of a tensor."""
     if fmt is None:
-        return 8 * checkpoint.infos[tensor.name].nbytes
+        return 8 * checkpoint.nbytes_of(tensor.name)
     return 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt))

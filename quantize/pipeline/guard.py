@@ -41,6 +41,11 @@ class Guard:
         assert nearest or not falls_back
         self.forward, self._workers, self._nearest, self.falls_back = forward, workers, nearest, falls_back
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is a model that is rounded to nearest beside the quantized one."""
+        return self._nearest
+
     def nearest(self, job: Job, blocks: list[torch.Tensor]) -> PartsAndSums | None:
         """The matrix of a job, rounded to nearest in its format; None where the quantization method does that already."""
         assert job.fmt is not None

@@ -69,6 +69,10 @@ def model_card(name: str, source: str, config: DbrxConfig, run: RunRecord, files
         formats = sorted({record.format for record in run.records if record.kind == kind})
         lines.append(f"| {kind} | {', '.join(formats)} | {bits_per_weight:.3f} |")
     lines += ["", "## How it was made", "", f"Quantization method `{run.method}`."]
+    if run.options.get("kept"):
+        lines[-1] += (
+            f" Matrices of the source that were quantized already ({', '.join(run.options['kept'])}) are repacked, not rounded again."
+        )
     calibration = run.options.get("calibration")
     if calibration:
         lines += [f"Calibration: {calibration_sentence(calibration)}.", *source_table(calibration)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
 from dbrx_q.quantize.calibration.divergence import DIVERGENCE_BYTES, Divergence
@@ -29,6 +30,7 @@ __all__ = ["RunPlan", "TokenCounts", "check_seconds", "plan_run", "product_flops
 
 _SLACK = 1.1  # for memory that the allocator holds
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
+_DEQUANTIZING = 2  # float32 copies of a matrix while it is dequantized from the format of another program
 _PASSES = 10  # copies in memory that take as long as reading, rounding to nearest, hashing and writing
 _UNEVEN = 1.5  # times the mean number of tokens of an expert
 _MARGIN_BYTES = 96 << 20  # Python's own objects, compiled code
@@ -117,7 +119,7 @@ class RunPlan:
 
 
 def plan_run(
-    checkpoint: Checkpoint,
+    checkpoint: StoredWeights,
     shards: list[list[Job]],
     method: Method,
     *,
@@ -151,7 +153,7 @@ def plan_run(
         kinds[job.kind] = parameters + job.parameters, nbytes + job.nbytes
     config = checkpoint.config
     activations = 2 * tokens.passes * config.d_model * 4
-    working = max(_working(config, job, method, tokens, threads) for job in jobs)
+    working = max(_working(checkpoint, job, method, tokens, threads) for job in jobs)
     working = int(_SLACK * working) + _MARGIN_BYTES
     if memory is not None and base + working > memory:
         raise RequestError(
@@ -170,7 +172,7 @@ def plan_run(
     fetch, fetch_disk = checkpoint.to_fetch([job.tensor.name for job in jobs])
     disk = bytes_out + (activations if in_files else 0) + (activations if snapshots else 0)
     return RunPlan(
-        bytes_in=sum(info.nbytes for info in checkpoint.infos.values()),
+        bytes_in=sum(checkpoint.nbytes_of(name) for name in checkpoint.tensors),
         bytes_out=bytes_out,
         parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         bits={kind: 8 * nbytes / parameters for kind, (parameters, nbytes) in kinds.items()},
@@ -220,10 +222,13 @@ def _least_seconds(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _working(config: DbrxConfig, job: Job, method: Method, tokens: TokenCounts, threads: int) -> int:
+def _working(checkpoint: StoredWeights, job: Job, method: Method, tokens: TokenCounts, threads: int) -> int:
     """Bytes while one matrix is rounded, the next one is read and the last one is written."""
+    config = checkpoint.config
     N, K = job.tensor.matrix if job.fmt is not None else (1, job.parameters)
-    matrix, packed = 2 * N * K, job.nbytes
+    matrix, packed = checkpoint.dtype_of(job.tensor.name).itemsize * N * K, job.nbytes
+    if not isinstance(checkpoint, Checkpoint):
+        matrix += _DEQUANTIZING * 4 * (N * K if job.expert >= 0 or job.fmt is None else min(N * K, STEP_BYTES // 2))
     rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
     if not tokens.passes:
         return 3 * matrix + 3 * packed + (rounding if method.in_pieces and job.fmt is not None else 0)

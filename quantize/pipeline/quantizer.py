@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import TensorFormat, expert_name
+from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.calibrated import Calibration, Fit
@@ -34,7 +34,7 @@ class Quantizer:
     """Quantizes one matrix after the other, in the order of the files.
 
     Args:
-        checkpoint: the plain one.
+        checkpoint: the source.
         formats: of the tensors that are packed.
         method: the quantization method.
         calibration: the data that a calibrated method fits matrices to; None for the other methods.
@@ -46,7 +46,7 @@ class Quantizer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: StoredWeights,
         formats: Mapping[str, TensorFormat],
         method: Method,
         calibration: Calibration | None,
@@ -64,7 +64,7 @@ class Quantizer:
         self._scales: torch.Tensor | None = None
 
     def read(self, job: Job) -> list[torch.Tensor]:
-        """The matrix of a job in blocks of rows; a tensor that is copied, whole."""
+        """As `jobs.read_blocks`."""
         return read_blocks(self._checkpoint, job)
 
     def run(self, job: Job, blocks: list[torch.Tensor]) -> tuple[TensorRecord, Mapping[str, Any], list[torch.Tensor]]:
@@ -79,6 +79,8 @@ class Quantizer:
             self._advance_plain(job, blocks[0], notes)
             square = float(blocks[0].float().square().mean(dtype=torch.float64))
             return self._record(job, math.sqrt(square), started), notes, blocks
+        if job.kept:
+            return self._keep(job, blocks, notes, started), notes, blocks
         to_round = self._folded(job, blocks)
         try:
             fit, parts, sums, device = self._quantize_matrix(job, to_round)
@@ -105,11 +107,28 @@ class Quantizer:
         }
         return self._record(job, math.sqrt(square / job.parameters), started, **figures), notes, parts
 
+    def _keep(self, job: Job, parts: list[torch.Tensor], notes: dict[str, Any], started: float) -> TensorRecord:
+        """Run the tokens through a matrix whose parts are kept; returns its record."""
+        root_mean_square = None
+        if self._forwards:
+            weight = dequantize(loaded(job, parts))
+            root_mean_square = math.sqrt(float(weight.square().mean(dtype=torch.float64)))
+            self._advance_kept(job, [weight], parts)
+            if job.kind == "head" and self._guard is not None:
+                self._note_divergence(notes, self._guard.divergence(job, [weight], parts, (parts if self._guard.compares else None))[0])
+        return self._record(job, root_mean_square, started, kept=True)
+
+    def _advance_kept(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        nearest = (parts, [0.0] * 4) if self._guard is not None and self._guard.compares else None
+        self._advance(job, blocks, parts, nearest)
+
     def replay(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         """Run the tokens through a matrix that an earlier run has quantized into `parts`."""
         notes = self._begin(job)
         if job.fmt is None:
             self._advance_plain(job, blocks[0], notes)
+        elif job.kept:
+            self._advance_kept(job, [dequantize(loaded(job, parts))], parts)
         else:
             nearest = None if self._guard is None else self._guard.nearest(job, blocks)
             self._advance(job, self._folded(job, blocks), parts, nearest)
@@ -296,7 +315,7 @@ class Quantizer:
             moments.prepare()
         return self._workers.map(lambda piece: self._method.run(piece, fmt, moments), rows.split(TASK_ROWS))
 
-    def _record(self, job: Job, root_mean_square: float, started: float, **figures: Any) -> TensorRecord:
+    def _record(self, job: Job, root_mean_square: float | None, started: float, **figures: Any) -> TensorRecord:
         name, layer = job.tensor.name, job.tensor.layer
         sizes = job.parameters, job.nbytes
         seconds = time.perf_counter() - started

@@ -29,10 +29,12 @@ class TensorRecord:
     """Weights of the matrix."""
     nbytes: int
     """Bytes written."""
-    root_mean_square: float
-    """Of the original weights."""
+    root_mean_square: float | None
+    """Of the original weights; None where they were repacked without being dequantized."""
     relative_error: float | None = None
-    """Root of the sum of squared errors over the sum of squares; None for a tensor that was copied."""
+    """Root of the sum of squared errors over the sum of squares; None for a tensor that was copied or kept."""
+    kept: bool = False
+    """Whether the source's codes were repacked without rounding."""
     output_error: float | None = None
     """The same for the outputs of a sample of rows on the calibration tokens; None without calibration."""
     tokens: int | None = None
@@ -59,7 +61,7 @@ class TensorRecord:
     @property
     def statistics(self) -> dict[str, float]:
         """The figures that the manifest holds: those that do not depend on the machine or the time."""
-        figures = {"root_mean_square": self.root_mean_square}
+        figures = {} if self.root_mean_square is None else {"root_mean_square": self.root_mean_square}
         return figures if self.relative_error is None else figures | {"relative_error": self.relative_error}
 
 
@@ -126,6 +128,13 @@ class RunRecord:
     """One for each source of which tokens were held out, then one for each check text."""
     falls_back: bool = False
     """Whether a matrix that errs more on held-out tokens than one that is rounded to nearest is stored as the latter."""
+    rounded_again: dict[str, int] = field(default_factory=dict)
+    """How many matrices were rounded that the source stores in each of its quantized formats, such as "GGUF Q6_K"."""
+
+    @property
+    def kept(self) -> int:
+        """How many matrices were repacked without rounding."""
+        return sum(record.kept for record in self.records)
 
     @property
     def nearest_instead(self) -> list[str]:

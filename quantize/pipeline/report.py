@@ -98,6 +98,11 @@ def _markdown(run: RunRecord, plots: Sequence[str], missing: str) -> str:
     calibration = run.options.get("calibration")
     if calibration:
         lines += ["", f"Calibrated with {calibration_sentence(calibration)}.", *source_table(calibration)]
+    if run.options.get("kept"):
+        lines += ["", f"{run.kept} of {len(run.records)} matrices were repacked without rounding: {', '.join(run.options['kept'])}."]
+    if run.rounded_again:
+        again = ", ".join(f"{count} of {label}" for label, count in run.rounded_again.items())
+        lines += ["", f"Matrices that the source had rounded already and that were rounded again: {again}."]
     earlier = f" after {run.resumed_seconds:,.1f} s of tensors that earlier runs had finished" if run.resumed_seconds else ""
     gpu = f", {run.peak_device_bytes:,} on {run.device}" if run.device != "cpu" else ""
     lines += ["", f"Took {run.seconds:,.1f} s{earlier}; peak memory {run.peak_memory_bytes:,} bytes{gpu}."]

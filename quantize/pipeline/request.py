@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.folder import Checkpoint, check_is_plain
 from dbrx_q.checkpoint.layout import TensorFormat, unpacked_experts
 from dbrx_q.checkpoint.shard_source import ShardSource
 from dbrx_q.checkpoint.shards import SHARD_BYTES
+from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import CheckpointError, FormatError, RequestError
+from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.quantize.calibration.calibrated import CalibrationOptions, random_sequences
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
 from dbrx_q.quantize.calibration.held_out import NEAREST, CheckSequences, HeldOutSequences, models_of
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS, Method
+from dbrx_q.sources.kept_formats import kept_formats
+from dbrx_q.sources.open_weights import open_weights
 
 from .accelerator import Accelerator
 from .jobs import Job, shards_of
@@ -37,7 +40,7 @@ __all__ = ["QuantizationRequest", "Run", "open_run"]
 class QuantizationRequest:
     """Everything that decides the bytes of a quantized checkpoint, beside the source."""
 
-    assign_formats: Callable[[Checkpoint], Mapping[str, TensorFormat]]
+    assign_formats: Callable[[StoredWeights], Mapping[str, TensorFormat]]
     """Gives the formats of the tensors to pack, by name, once the source is open; the other tensors are copied."""
     method: str = "rtn"
     """The quantization method, one of `methods.choose.METHODS`."""
@@ -45,6 +48,8 @@ class QuantizationRequest:
     """The tokens that a calibrated method fits weights to; the other methods need none."""
     about: Mapping[str, Any] | None = None
     """What quantization_config says about the sequences."""
+    keep: bool = False
+    """Whether tensors whose stored codes a format holds exactly are repacked, where `assign_formats` gives them that format."""
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     """How the tokens calibrate a matrix."""
     checks: tuple[CheckSequences, ...] = ()
@@ -67,14 +72,16 @@ class QuantizationRequest:
 class Run:
     """A request on an open source, checked and planned."""
 
-    checkpoint: Checkpoint
-    """The plain source."""
+    checkpoint: StoredWeights
+    """The source."""
     request: QuantizationRequest
     """As given."""
     method: Method
     """The method that the request names."""
     formats: dict[str, TensorFormat]
     """Formats of the tensors that are packed, by name."""
+    kept: frozenset[str]
+    """Those that are repacked without rounding."""
     shards: list[list[Job]]
     """The jobs of each shard."""
     models: tuple[str, ...]
@@ -94,6 +101,8 @@ class Run:
             defaults = CalibrationOptions()
             rounding["calibration"] |= {k: v for k, v in asdict(self.request.options).items() if v != getattr(defaults, k)}
             rounding["calibration"] |= {"no_worse_than_rtn": True} if self.request.no_worse_than_rtn else {}
+        if self.kept:
+            rounding["kept"] = sorted({self.checkpoint.label_of(name) for name in self.kept})
         return {"quant_method": "dbrx_q", "format_version": 1, **rounding, "tensors": tensors}
 
     @property
@@ -118,7 +127,7 @@ class Run:
 
     def bytes_in(self, job: Job) -> int:
         """Bytes of the source's weights that a job reads."""
-        return self.checkpoint.infos[job.tensor.name].nbytes // max(1, job.tensor.experts if job.expert >= 0 else 1)
+        return self.checkpoint.nbytes_of(job.tensor.name) // max(1, job.tensor.experts if job.expert >= 0 else 1)
 
 
 def open_run(
@@ -134,13 +143,13 @@ def open_run(
         journal: of an earlier run, whose measured formats are taken where they are of the same request; it need not exist.
 
     Raises:
-        CheckpointError: the source is damaged, or already quantized.
+        CheckpointError: the source is damaged, or quantized by dbrx_q already.
         FormatError: some experts have no format, or a tensor has a format that cannot hold it or that the method does not make.
         RequestError: no such method, a calibrated one without sequences, tokens that the model does not know, or too little memory.
     """
-    checkpoint = stack.enter_context(Checkpoint(source))
-    if checkpoint.formats:
-        raise CheckpointError(f"{checkpoint.folder}: the source must be a plain checkpoint; this one is quantized. Give the original")
+    checkpoint = stack.enter_context(open_weights(source))
+    if isinstance(checkpoint, Checkpoint):
+        check_is_plain(checkpoint)
     try:
         formats = _measured_formats(request, journal) or dict(request.assign_formats(checkpoint))
     except FormatError as error:
@@ -151,7 +160,9 @@ def open_run(
             f"{checkpoint.folder}: the experts of every layer must be packed; {unpacked[0]} and {len(unpacked) - 1} more have no format. "
             "Give them one"
         )
-    method = _method(request.method, formats)
+    exact = kept_formats(checkpoint) if request.keep else {}
+    kept = frozenset(name for name, fmt in formats.items() if exact.get(name) == fmt)
+    method = _method(request.method, {name: fmt for name, fmt in formats.items() if name not in kept})
     calibrating = _check_sequences(checkpoint, request) if method.calibrated else None
     _check_guard(checkpoint, request, calibrating)
     held_out = HeldOutSequences.of(calibrating, request.checks)
@@ -159,7 +170,7 @@ def open_run(
     if calibrating is not None and method.shrinks:
         noise = random_sequences(checkpoint.config, *calibrating.ids.shape).numel()
     models = (QUANTIZED, ORIGINAL) if method.compares else (request.options.activations,)
-    shards = shards_of(checkpoint, formats, request.shard_bytes)
+    shards = shards_of(checkpoint, formats, request.shard_bytes, kept)
     plan = plan_run(
         checkpoint,
         shards,
@@ -178,7 +189,7 @@ def open_run(
         memory=memory,
         accelerator=request.accelerator,
     )
-    return Run(checkpoint, request, method, formats, shards, models, held_out, plan)
+    return Run(checkpoint, request, method, formats, kept, shards, models, held_out, plan)
 
 
 def _measured_formats(request: QuantizationRequest, journal: Path | None) -> dict[str, TensorFormat]:
@@ -197,7 +208,7 @@ def _method(name: str, formats: Mapping[str, TensorFormat]) -> Method:
     return METHODS[name]
 
 
-def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> CalibrationSequences:
+def _check_sequences(checkpoint: StoredWeights, request: QuantizationRequest) -> CalibrationSequences:
     sequences = request.sequences
     if isinstance(sequences, torch.Tensor):  # as versions with one text took them
         raise RequestError(
@@ -212,7 +223,7 @@ def _check_sequences(checkpoint: Checkpoint, request: QuantizationRequest) -> Ca
     return sequences
 
 
-def _check_guard(checkpoint: Checkpoint, request: QuantizationRequest, calibrating: CalibrationSequences | None) -> None:
+def _check_guard(checkpoint: StoredWeights, request: QuantizationRequest, calibrating: CalibrationSequences | None) -> None:
     """Refuse check texts that the model cannot run, and a fallback to rounding to nearest without tokens that could decide it."""
     for check in request.checks:
         _check_ids(checkpoint.config, check.ids, f"the sequences of the check text {check.name}")

@@ -1,4 +1,4 @@
-"""From a plain checkpoint to a quantized one, tensor by tensor, in memory that does not depend on the size of the model.
+"""From a checkpoint of any program to a quantized one, tensor by tensor, in memory that does not depend on the size of the model.
 
 The result is built in `DST.partial` and renamed to `DST` when it is complete. A run that is killed at any moment can be resumed from the
 last finished tensor, and ends with the same bytes.
@@ -53,10 +53,10 @@ def quantize_checkpoint(
     memory: int | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunRecord:
-    """Quantize the plain checkpoint in `source`.
+    """Quantize the checkpoint in `source`.
 
     Args:
-        source: a folder with a plain checkpoint, or a remote source that fetches its shards; read lazily.
+        source: a folder, a GGUF file, or a remote source that fetches its shards, in any layout that `sources` reads; read lazily.
         destination: a folder that does not exist or is empty.
         request: what to make.
         resume: continue an unfinished run of the same request, if there is one.
@@ -64,7 +64,7 @@ def quantize_checkpoint(
         on_bytes: called with (bytes of weights that are done, bytes in all).
 
     Raises:
-        CheckpointError: the source is damaged, or already quantized.
+        CheckpointError: the source is damaged, or quantized by dbrx_q already.
         FormatError: some experts have no format, or a tensor has a format that cannot hold it or that the method does not make.
         RequestError: a calibrated method without sequences, tokens that the model does not know, too little memory, a destination that is
             not empty, cannot be written, or has too little room; an unfinished run without `resume`, or one of another request.

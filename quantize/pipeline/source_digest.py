@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
 
@@ -47,7 +47,7 @@ def digest_of_all(labels: Iterable[str], digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{label} {digest}\n" for label, digest in zip(labels, digests, strict=True)).encode()).hexdigest()
 
 
-def source_files(checkpoint: Checkpoint) -> dict[str, list[object]]:
+def source_files(checkpoint: StoredWeights) -> dict[str, list[object]]:
     """[real path, bytes, modification time in nanoseconds] of the shards of a folder, by name; empty for a hub repository."""
     if checkpoint.source is not None:
         return {}
@@ -56,7 +56,7 @@ def source_files(checkpoint: Checkpoint) -> dict[str, list[object]]:
 
 
 def check_source(
-    checkpoint: Checkpoint, jobs: Sequence[Job], entries: Sequence[Entry], files: Mapping[str, object], folder: Path, read: Read
+    checkpoint: StoredWeights, jobs: Sequence[Job], entries: Sequence[Entry], files: Mapping[str, object], folder: Path, read: Read
 ) -> None:
     """Refuse to continue a run with another source.
 
@@ -85,7 +85,7 @@ def check_source(
             )
 
 
-def source_digest(checkpoint: Checkpoint, jobs: Sequence[Job], read: Read) -> str:
+def source_digest(checkpoint: StoredWeights, jobs: Sequence[Job], read: Read) -> str:
     """`digest_of_all` of a whole source, which is read unless this machine has done so before."""
     entry = _cache_entry(checkpoint)
     if entry is not None:
@@ -98,14 +98,14 @@ def source_digest(checkpoint: Checkpoint, jobs: Sequence[Job], read: Read) -> st
     return digest
 
 
-def remember_digest(checkpoint: Checkpoint, digest: str) -> None:
+def remember_digest(checkpoint: StoredWeights, digest: str) -> None:
     """Keep the digest of a source in the user's cache, under the paths, sizes and times of its files."""
     entry = _cache_entry(checkpoint)
     if entry is not None and digest:
         write_to_cache(entry, json.dumps(digest).encode())
 
 
-def _cache_entry(checkpoint: Checkpoint) -> Path | None:
+def _cache_entry(checkpoint: StoredWeights) -> Path | None:
     """The file of a folder's digest; None for a hub repository, which its commit identifies."""
     if checkpoint.source is not None:
         return None

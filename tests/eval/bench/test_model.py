@@ -25,7 +25,7 @@ from dbrx_q.eval.bench.model import ModelBenchmark, SpeedTest, bench_model, spee
 from dbrx_q.eval.bench.report import markdown
 from dbrx_q.generation.decoding import decoder_for
 from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
-from dbrx_q.sources.folder import TransformersFolder
+from dbrx_q.sources.folder import ConvertedFolder
 from dbrx_q.sources.open import open_source
 
 CPU = torch.device("cpu")
@@ -259,7 +259,7 @@ def test_an_interruption_before_the_first_row_is_raised(small: Path) -> None:
 def test_bad_requests_are_refused_before_loading(
     arguments: list[str], message: str, small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TransformersFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(ConvertedFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
     file = tmp_path / "file"
     file.touch()
     outcome = cli("bench", small, *(argument.format(file=file) for argument in arguments))
@@ -271,7 +271,7 @@ def test_bad_requests_are_refused_before_loading(
 def test_a_plot_that_cannot_be_drawn_is_refused_before_loading(
     small: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TransformersFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(ConvertedFolder, "load", lambda *_, **__: pytest.fail("was loaded"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = cli("bench", small, "--out", tmp_path / "results")
     assert outcome.code == 2

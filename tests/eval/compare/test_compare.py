@@ -29,7 +29,7 @@ from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.texts import Text, load_text
 from dbrx_q.eval.windows import Protocol
 from dbrx_q.sources.base import Source
-from dbrx_q.sources.folder import PackedFolder
+from dbrx_q.sources.folder import NativeFolder
 from dbrx_q.sources.open import open_source
 from dbrx_q.sources.streamed import ConvertedSource
 
@@ -381,7 +381,7 @@ def test_a_budget_is_that_of_the_whole_command(
 ) -> None:
     models: weakref.WeakSet[DbrxForCausalLM] = weakref.WeakSet()
     loads: list[tuple[int, int]] = []
-    for kind in (PackedFolder, ConvertedSource):
+    for kind in (NativeFolder, ConvertedSource):
         load = kind.load
 
         def recorded(source: Source, load: Callable[..., DbrxForCausalLM] = load, **options: object) -> DbrxForCausalLM:

@@ -25,7 +25,7 @@ from dbrx_q.planning.placement import place
 from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
-from dbrx_q.sources.folder import PackedFolder
+from dbrx_q.sources.folder import NativeFolder
 
 DOUBLE = TensorFormat("nf4-double", 64)
 REQUEST = QuantizationRequest(
@@ -111,7 +111,7 @@ def test_inventory_counts_stored_bits_and_plan_counts_dequantized_scales(in_piec
     model = DbrxForCausalLM.from_pretrained(in_pieces)
     resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert plan.dense + plan.experts == resident
-    assert PackedFolder(in_pieces.name, in_pieces).loaded_bytes == resident
+    assert NativeFolder(in_pieces.name, in_pieces).loaded_bytes == resident
 
 
 def test_the_parts_of_an_expert_are_stored_contiguously(in_pieces: Path) -> None:
