@@ -200,7 +200,10 @@ class FolderWeights(StoredWeights):
             expected = " or ".join(", ".join(sorted(encoding.suffixes)) for encoding in encodings)
             raise linear.wrong(f"its stored parts must be {expected} by config.json", ", ".join(sorted(infos)))
         fitting[0].check(linear)
-        return _StoredModule(module, linear, fitting[0], names)
+        complete = _StoredModule(module, linear, fitting[0], names)
+        if self.source is None:
+            fitting[0].check_statistics(linear, _Parts(complete, self._file_of))
+        return complete
 
     def _check_unused(self, names: Names) -> None:
         used = {stored.module.name for modules in self._stored.values() for stored in modules}

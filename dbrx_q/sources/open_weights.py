@@ -16,6 +16,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.json_file import read_json_object
 
 from .folder_weights import FolderWeights
+from .gguf_weights import GgufWeights
 from .kept_formats import is_packed_by_us, kept_formats
 from .naming import is_published_expert
 
@@ -35,6 +36,8 @@ def open_weights(location: Path | ShardSource) -> StoredWeights:
         ConfigError: the model is no DBRX.
         UnsupportedError: a GGUF file, where the gguf package is not installed.
     """
+    if isinstance(location, Path) and location.is_file():
+        return GgufWeights(location)
     return FolderWeights(location) if is_of_another_program(location) else Checkpoint(location)
 
 

@@ -103,6 +103,13 @@ class Encoding(ABC):
             CheckpointError: names the file, the layer, the rule and what was found.
         """
 
+    def check_statistics(self, linear: StoredLinear, parts: Parts) -> None:  # noqa: B027 # most have nothing to check
+        """Refuse a small part whose contents contradict the headers; called where the files are on this machine.
+
+        Raises:
+            CheckpointError: names the file, the layer, the rule and what was found.
+        """
+
     @abstractmethod
     def label(self, linear: StoredLinear) -> str:
         """The program and its format, such as "GPTQ int4:128"."""

@@ -20,6 +20,8 @@ import transformers
 from dbrx_q.errors import CheckpointError, DbrxError, UnsupportedError
 from dbrx_q.eval.perplexity import perplexity
 from dbrx_q.eval.windows import Protocol
+from dbrx_q.kernels.formats import weights as packed_weights
+from dbrx_q.model.layers import PackedWeight
 from dbrx_q.model.modeling import DbrxForCausalLM
 from dbrx_q.sources.gguf_config import config_of
 from dbrx_q.sources.gguf_file import GgufParts, open_parts
@@ -166,11 +168,15 @@ def with_tensor(name: str, data: np.ndarray, kind: gguf.GGMLQuantizationType | N
 
 
 def test_every_weight_equals_the_dequantized_one(model: DbrxForCausalLM, dequantized: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == dequantized.keys()
+    loaded = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):  # its codes are those of the file
+            values = packed_weights.dequantize(module.value)
+            loaded[name] = (values.transpose(1, 2) if name.endswith("w2") else values).reshape(dequantized[name].shape)
+    assert loaded.keys() == dequantized.keys()
     for name, values in dequantized.items():
-        assert parameters[name].dtype == torch.float32
-        assert torch.equal(parameters[name], values), name
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], values), name
 
 
 def test_logits_and_perplexity_equal_transformers(model: DbrxForCausalLM, oracle: transformers.DbrxForCausalLM) -> None:

@@ -210,14 +210,17 @@ def setting(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
 
 
 BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "no absmax": (lambda tensors: tensors.pop(f"{ROUTER}.absmax"), "must have absmax, quant_map and one of"),
+    "no absmax": (lambda tensors: tensors.pop(f"{ROUTER}.absmax"), "its stored parts must be .*absmax.* by config.json; found weight, "),
     "half nested": (lambda tensors: tensors.pop(f"{ROUTER}.nested_absmax"), "must have absmax, quant_map and one of"),
-    "no values": (lambda tensors: tensors.pop(ROUTER), "router.layer.weight is missing"),
+    "no values": (lambda tensors: tensors.pop(ROUTER), r"its stored parts must be .*; found weight\.absmax"),
     "cut values": (
         setting(ROUTER, torch.zeros(1000, 1, dtype=torch.uint8)),
         "must take 1024 bytes by config.json; found 1000",
     ),
-    "cut absmax": (setting(f"{ROUTER}.absmax", torch.zeros(31, dtype=torch.uint8)), r"absmax must be torch.uint8 \[32\]; found .*31"),
+    "cut absmax": (
+        setting(f"{ROUTER}.absmax", torch.zeros(31, dtype=torch.uint8)),
+        r"absmax must be uint8 \[32\] for a weight \[16, 128\]; found .*31",
+    ),
     "other shape": (state(shape=[128, 16]), r"its quantization state must have the shape \[16, 128\]"),
     "other kind": (state(quant_type="fp4"), "and the type of its name"),
     "no block size": (state(blocksize=0), "the quantization state must be bitsandbytes' JSON; found ZeroDivisionError"),
@@ -228,10 +231,10 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "no bytes": (
         setting(f"{ROUTER}.quant_state.bitsandbytes__nf4", torch.tensor(1.0)),
-        r"bitsandbytes' JSON in bytes; found torch.float32 \[\]",
+        r"quant_state.bitsandbytes__nf4 must be uint8 .*; found float32 \[\]",
     ),
-    "stray statistics": (setting("transformer.norm_f.absmax", torch.zeros(1)), "transformer.norm_f.absmax is in no DBRX"),
-    "no float": (setting("transformer.norm_f.weight", torch.zeros(128, dtype=torch.int8)), r"must be a float \[128\] by.*found int8"),
+    "stray statistics": (setting("transformer.norm_f.absmax", torch.zeros(1)), r"norm_f must be a float \[128\]; found .*absmax"),
+    "no float": (setting("transformer.norm_f.weight", torch.zeros(128, dtype=torch.int8)), r"must be a float \[128\]; found .*int8"),
 }
 
 
@@ -249,7 +252,7 @@ def test_damaged_bitsandbytes_folders_are_refused(case: str, packed_folder: Path
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'dbrx_q' and format_version 1; found 'gptq'"),
+        ({"quant_method": "exl2"}, "must be GPTQ, AWQ, .*; found EXL2"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "found load_in_8bit"),
         ("nf4", "must be an object; found 'nf4'"),
     ],

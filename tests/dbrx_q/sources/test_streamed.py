@@ -36,7 +36,7 @@ def test_experts_are_streamed_where_the_model_would_not_fit() -> None:
     assert streams(config, torch.float32, all_weights * 5 // 4 - 8, source="x")
     assert streams(config, torch.float32, (least + largest) * 5 // 4 + 8, source="x")
     assert not streams(config, torch.bfloat16, all_weights * 5 // 8 + 8, source="x")
-    with pytest.raises(RequestError, match=r"x: the dequantized.*in 80% of the memory that is free;.* MB are free\. Free some"):
+    with pytest.raises(RequestError, match=r"x: the weights without experts.*in 80% of the memory that is free;.* MB are free\. Free some"):
         streams(config, torch.float32, (least + largest) * 5 // 4 - 8, source="x")
 
 
@@ -45,7 +45,7 @@ def test_a_streamed_model_reserves_memory_for_its_layer_before_it_runs(monkeypat
     assert isinstance(source, streamed.ConvertedSource)
     available_bytes: list[int] = []
 
-    def record(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str, shares: int | None) -> bool:
+    def record(config: DbrxConfig, dtype: torch.dtype, available: int, *, source: str, formats: object, shares: int | None) -> bool:
         available_bytes.append(available)
         return True
 
