@@ -29,10 +29,10 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import CheckpointError
-from dbrx_q.kernels.formats.nf4 import bitsandbytes_functional
+from dbrx_q.kernels.formats.nf4 import NESTED_BLOCK, VALUES, Nf4Weight, bitsandbytes_functional, dequantize_absmax, dynamic_map
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
-from .base import Encoding, LoadedParts, Parts, StoredLinear
+from .base import NO_KEEP, Encoding, LoadedParts, Parts, StoredLinear
 from .plain import FLOATS
 
 __all__ = ["Bitsandbytes"]
@@ -88,17 +88,20 @@ class Bitsandbytes(Encoding):
             linear.expect("weight.nested_quant_map", (256,), torch.float32)
         linear.expect(states[0], (stored[states[0]].nbytes,), torch.uint8)
 
+    def check_statistics(self, linear: StoredLinear, parts: Parts) -> None:
+        _state(linear, parts)
+
     def label(self, linear: StoredLinear) -> str:
-        return f"bitsandbytes {_type(linear)}"
+        return f"bitsandbytes {_type(linear)}{'-double' if _is_nested(linear) else ''}"
 
     def dtype(self, linear: StoredLinear) -> torch.dtype:
         return torch.float32
 
     def exact_format(self, linear: StoredLinear) -> TensorFormat | None:
-        return None  # bitsandbytes rounds the values to a dtype of 16 bits, which no format of 4 bits holds
-
-    def check_statistics(self, linear: StoredLinear, parts: Parts) -> None:
-        _state(linear, parts)
+        N, K = linear.shape
+        if _type(linear) != "nf4" or K % _BLOCK or linear.parts["weight.absmax"].shape[0] != N * K // _BLOCK:
+            return None
+        return TensorFormat("nf4", _BLOCK)
 
     def dequantize(self, linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.read_rows(linear, LoadedParts(parts), 0, linear.shape[0])
@@ -127,7 +130,22 @@ class Bitsandbytes(Encoding):
         return cast(torch.Tensor, values).view(-1)[first * K - start :][: count * K].view(count, K).float()
 
     def repack(self, linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        raise AssertionError(f"{linear.module}: bitsandbytes' values have no exact format")
+        """See `Encoding.repack`. Its values, rounded to the dtype that the state records, have the bits of `dequantize`."""
+        N, K = linear.shape
+        state = _state(linear, LoadedParts(parts))
+        if not torch.equal(parts["weight.quant_map"], torch.tensor(VALUES)):
+            raise linear.wrong("quant_map must hold NF4's values", parts["weight.quant_map"].tolist(), NO_KEEP)
+        absmax = parts["weight.absmax"].view(N, K // _BLOCK)
+        if _is_nested(linear):
+            if state["nested_blocksize"] != NESTED_BLOCK or not torch.equal(parts["weight.nested_quant_map"], dynamic_map()):
+                raise linear.wrong(
+                    f"double quantization must have blocks of {NESTED_BLOCK} and bitsandbytes' dynamic map",
+                    f"blocks of {state['nested_blocksize']}, or another map",
+                    NO_KEEP,
+                )
+            absmax = dequantize_absmax(absmax, parts["weight.nested_absmax"], torch.tensor([state["nested_offset"]], dtype=torch.float32))
+        linear.check_finite("absmax", absmax)
+        return Nf4Weight(parts["weight"].contiguous().view(-1).view(torch.uint8).view(N, K // 2), absmax, _BLOCK)
 
 
 def _type(linear: StoredLinear) -> str:

@@ -147,8 +147,8 @@ def dequantized_by_bitsandbytes(model: transformers.DbrxForCausalLM) -> transfor
 
 CASES = {
     "nf4": ("nf4", False, False, "bitsandbytes nf4 + bfloat16 experts"),
-    "double quantization": ("nf4", True, False, "bitsandbytes nf4 + bfloat16 experts"),
-    "packed experts": ("nf4", True, True, "bitsandbytes nf4"),
+    "double quantization": ("nf4", True, False, "bitsandbytes nf4-double + bfloat16 experts"),
+    "packed experts": ("nf4", True, True, "bitsandbytes nf4-double"),
     "fp4": ("fp4", False, True, "bitsandbytes fp4"),
 }
 
@@ -223,7 +223,7 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "other shape": (state(shape=[128, 16]), r"its quantization state must have the shape \[16, 128\]"),
     "other kind": (state(quant_type="fp4"), "and the type of its name"),
-    "no block size": (state(blocksize=0), "the quantization state must be bitsandbytes' JSON; found ZeroDivisionError"),
+    "no block size": (state(blocksize=0), "the quantization state must be bitsandbytes' JSON; found ValueError: blocksize 0"),
     "odd dtype": (state(dtype="save"), "a float dtype"),
     "no JSON": (
         setting(f"{ROUTER}.quant_state.bitsandbytes__nf4", torch.full((9,), 255, dtype=torch.uint8)),
