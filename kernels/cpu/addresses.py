@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from . import vector as v
 
-__all__ = ["call", "clear", "copy_vector", "integer", "next_task", "store_float", "store_integer"]
+__all__ = ["call", "clear", "copy_vector", "integer", "next_task", "store_float", "store_half_integer", "store_integer"]
 
 
 def _at(b: Any, address: Any, kind: Any) -> Any:
@@ -45,6 +45,17 @@ def store_integer(typing_context, value, address):
 
     def codegen(context, b, signature, args):
         b.store(args[0], _at(b, args[1], v.I64), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_half_integer(typing_context, value, address):
+    """Store the lower 4 bytes of an int64."""
+
+    def codegen(context, b, signature, args):
+        b.store(b.trunc(args[0], v.I32), _at(b, args[1], v.I32), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

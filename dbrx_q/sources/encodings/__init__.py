@@ -7,10 +7,10 @@ then either dequantizes a layer or, where a format holds its values exactly, rep
 - `choose.py`: which encodings a checkpoint may have, by its config.json; it refuses all others with advice.
 - `plain.py`: a float weight as it is.
 - `gptq.py`: AutoGPTQ and GPTQModel. `awq.py`: AutoAWQ's GEMM order. `mlx.py`: mlx-lm. `bitsandbytes.py`: its 4 bits.
-- `bit_stream.py`: codes of any number of bits that are packed without gaps.
+- `exact_groups.py`: the groups of ours that stored groups are divided into.
 
-Formulas and layouts are in the modules' docstrings, so that another program can be written from them. GGUF files are read by
-`sources/gguf_weights.py`.
+`kernels/cpu/repack_codes.py` reorders codes. Formulas and layouts are in the modules' docstrings, so that another program can be written
+from them. GGUF files are read by `sources/gguf.py`.
 
 To add the format of another program, write a subclass of `Encoding` and let `choose.py` recognize it by config.json.
 """

@@ -27,12 +27,13 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import CheckpointError
+from dbrx_q.kernels.cpu.repack_codes import rows_of_awq, unpack_codes
 from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from .base import Encoding, Parts, StoredLinear
-from .bit_stream import exact_group, group_index, unpack
+from .exact_groups import exact_group, group_index
 from .plain import FLOATS
 
 __all__ = ["Awq"]
@@ -71,6 +72,8 @@ class Awq(Encoding):
         groups = linear.parts["scales"].shape[0] if linear.parts["scales"].shape else 0
         if N % 8:
             raise linear.wrong("a layer in AWQ's order must have a multiple of 8 outputs", N)
+        if K % 8:
+            raise linear.wrong("a layer in AWQ's order must have a multiple of 8 inputs", K)
         if groups == 0 or K % groups:
             raise linear.wrong(f"scales must have a row for each group of the {K} inputs", list(linear.parts["scales"].shape))
         linear.expect("qweight", (K, N // 8), torch.int32)
@@ -100,9 +103,9 @@ class Awq(Encoding):
         linear.check_finite("scales", parts["scales"])
         index = group_index(linear.shape[1], _group(linear), fmt.group_size)
         return Int4Weight(
-            int4.pack(_in_order(parts["qweight"]).T.contiguous()),
+            rows_of_awq(parts["qweight"]),
             parts["scales"].T[:, index].contiguous(),
-            int4.pack(_in_order(parts["qzeros"]).T[:, index].contiguous()),
+            int4.pack(_zeros(parts["qzeros"]).T[:, index].contiguous()),
             fmt.group_size,
         )
 
@@ -114,15 +117,16 @@ def _rows(linear: StoredLinear, parts: Mapping[str, torch.Tensor], first: int, c
     within = slice(first % 8, first % 8 + count)
     scales = parts["scales"][:, first:end].T.float()
     linear.check_finite("scales", scales)
-    values = _in_order(parts["qweight"][:, words])[:, within].T.float().unflatten(-1, (-1, G))
-    values -= _in_order(parts["qzeros"][:, words])[:, within].T.float().unsqueeze(-1)
+    codes = unpack_codes(rows_of_awq(parts["qweight"][:, words])[within], 4)
+    values = codes.float().unflatten(-1, (-1, G))
+    values -= _zeros(parts["qzeros"][:, words])[:, within].T.float().unsqueeze(-1)
     values *= scales.unsqueeze(-1)
     return values.flatten(-2)
 
 
-def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """The codes uint8 [r, N] of words int32 [r, N/8]."""
-    nibbles = unpack(words.contiguous().view(torch.uint8), 4)
+def _zeros(words: torch.Tensor) -> torch.Tensor:
+    """The zero-points uint8 [n, N] of words int32 [n, N/8]."""
+    nibbles = unpack_codes(words.contiguous().view(torch.uint8), 4)
     return nibbles.unflatten(-1, (-1, 8))[..., _NIBBLE_OF].flatten(-2)
 
 

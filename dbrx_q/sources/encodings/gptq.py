@@ -40,13 +40,14 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import CheckpointError
+from dbrx_q.kernels.cpu.repack_codes import unpack_codes, unpack_nibbles
 from dbrx_q.kernels.formats import int4
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from .base import NO_KEEP, Encoding, Parts, StoredLinear
-from .bit_stream import exact_group, group_index, unpack
+from .exact_groups import exact_group, group_index
 from .plain import FLOATS
 
 __all__ = ["Gptq"]
@@ -146,22 +147,30 @@ class Gptq(Encoding):
                 raise linear.wrong(
                     "8-bit zero-points must be 128, because sym is true in the configuration", int(zeros[zeros != 128][0]), NO_KEEP
                 )
-            return Int8Weight((stream ^ 128).view(torch.int8), scales, fmt.group_size)
-        codes = stream if bits == 4 else int4.pack(unpack(stream, bits))
-        return Int4Weight(codes, scales, int4.pack(zeros.T[:, index].contiguous()), fmt.group_size)
+            return Int8Weight(stream.bitwise_xor_(128).view(torch.int8), scales, fmt.group_size)
+        return Int4Weight(
+            stream if bits == 4 else unpack_nibbles(stream, bits), scales, int4.pack(zeros.T[:, index].contiguous()), fmt.group_size
+        )
 
     def _rows(self, linear: StoredLinear, parts: Mapping[str, torch.Tensor], first: int, count: int) -> torch.Tensor:
         """Rows first .. first+count-1 in float32; every operation is exact where the scales are float16 or bfloat16."""
         _check_bias(linear, parts)
-        K, end, bits = linear.shape[1], first + count, _bits(linear)
+        K, G, end, bits = linear.shape[1], self._group(linear), first + count, _bits(linear)
         groups = linear.parts["scales"].shape[0]
-        index = parts["g_idx"].long() if "g_idx" in parts else torch.arange(K) // self._group(linear)
+        scales = parts["scales"][:, first:end].T.float()  # [count, n]
+        linear.check_finite("scales", scales)
+        zeros = self._zeros(linear, parts["qzeros"])[:, first:end].T.float()
+        values = unpack_codes(_stream(parts["qweight"][:, first:end]), bits).float()
+        in_order = torch.arange(K) // G
+        index = parts["g_idx"].long() if "g_idx" in parts else in_order
+        if K % G == 0 and torch.equal(index, in_order):
+            grouped = values.unflatten(-1, (-1, G))
+            grouped -= zeros.unsqueeze(-1)
+            grouped *= scales.unsqueeze(-1)
+            return values
         if int(index.min()) < 0 or int(index.max()) >= groups:
             raise linear.wrong(f"g_idx must be from 0 to {groups - 1}", [int(index.min()), int(index.max())])
-        scales = parts["scales"][:, first:end].T.float()
-        linear.check_finite("scales", scales)
-        values = unpack(_stream(parts["qweight"][:, first:end]), bits).float()
-        values -= self._zeros(linear, parts["qzeros"])[:, first:end].T.float()[:, index]
+        values -= zeros[:, index]
         values *= scales[:, index]
         return values
 
@@ -169,8 +178,8 @@ class Gptq(Encoding):
         """The zero-points, uint8 [n, N]."""
         bits = _bits(linear)
         if self._by_words and bits in _ONES:
-            return unpack((words + _ONES[bits]).view(torch.uint8), bits)
-        zeros = unpack(words.view(torch.uint8), bits)
+            return unpack_codes((words + _ONES[bits]).view(torch.uint8), bits)
+        zeros = unpack_codes(words.view(torch.uint8), bits)
         return (zeros + 1) & ((1 << bits) - 1) if self._minus_one else zeros
 
     def _group(self, linear: StoredLinear) -> int:

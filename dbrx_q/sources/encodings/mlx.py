@@ -32,11 +32,11 @@ from collections.abc import Mapping
 import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
-from dbrx_q.kernels.formats import int4
+from dbrx_q.kernels.cpu.repack_codes import unpack_codes, unpack_nibbles
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
 from .base import Encoding, Parts, StoredLinear
-from .bit_stream import exact_group, unpack
+from .exact_groups import exact_group
 from .plain import FLOATS
 
 __all__ = ["Mlx"]
@@ -86,7 +86,7 @@ class Mlx(Encoding):
 
     def dequantize(self, linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         bits, G = _bits(linear), _group(linear)
-        codes = unpack(parts["weight"].view(torch.uint8), bits)
+        codes = unpack_codes(parts["weight"].view(torch.uint8), bits)
         if "biases" in parts:
             scales, biases = _affine(linear, parts)
             values = codes.float().unflatten(-1, (-1, G))
@@ -108,9 +108,7 @@ class Mlx(Encoding):
         assert fmt is not None
         scales, biases = _affine(linear, parts)
         stream = parts["weight"].view(torch.uint8)
-        codes = stream if bits in (4, 8) else unpack(stream, bits)
-        if bits < 4:
-            codes = int4.pack(codes)
+        codes = stream if bits == 4 else unpack_nibbles(stream, bits) if bits < 4 else unpack_codes(stream, bits)
         return fmt.load({"qweight": codes, "scales": scales, "offsets": biases})
 
 

@@ -29,7 +29,7 @@ def _random(N: int, K: int, G: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize(
     ("N", "K", "G", "exact"),
-    [(8, 64, 32, 32), (24, 192, 64, 64), (16, 256, 128, 128), (16, 256, 256, 128), (40, 96, 96, 32), (16, 64, 16, None)],
+    [(8, 64, 32, 32), (24, 192, 64, 64), (16, 256, 128, 128), (16, 256, 256, 128), (40, 96, 96, 32), (16, 64, 16, None), (16, 40, 8, None)],
 )
 @pytest.mark.parametrize("scales_dtype", [torch.float16, torch.bfloat16])
 def test_values_and_repacked_values_are_those_of_the_formula(N: int, K: int, G: int, exact: int | None, scales_dtype: torch.dtype) -> None:
@@ -77,10 +77,12 @@ def test_parts_of_wrong_shapes_and_dtypes_are_refused(suffix: str, part: torch.T
         Awq(_CONFIG, "config.json").check(linear_of((16, 64), parts))
 
 
-def test_outputs_that_fill_no_word_are_refused() -> None:
+def test_layers_that_fill_no_word_are_refused() -> None:
     parts = awq_parts(*_random(16, 64, 32))
     with pytest.raises(CheckpointError, match="must have a multiple of 8 outputs; found 12"):
         Awq(_CONFIG, "config.json").check(linear_of((12, 64), parts))
+    with pytest.raises(CheckpointError, match="must have a multiple of 8 inputs; found 60"):
+        Awq(_CONFIG, "config.json").check(linear_of((16, 60), parts))
 
 
 def test_scales_that_are_not_finite_are_refused() -> None:
