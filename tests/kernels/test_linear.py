@@ -97,12 +97,24 @@ def test_linear_agrees_with_the_reference(
     assert error <= 2 * torch_error + floor
 
 
+def foreign(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight with every other scale negative and, in int8, with codes of -128, as files of other programs have them."""
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    parts["scales"][:, ::2] *= -1
+    if weight.format == "int8":
+        parts["qweight"][::3, ::5] = -128
+    return type(weight).of(parts, weight.group_size)
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["ours", "foreign"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])
 @pytest.mark.parametrize("way", ["one_token", "many_tokens", "tiles"])
-def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, way: str) -> None:
+def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, way: str, from_file: bool) -> None:
     K = 256
     weight = packed_weight(fmt, group_size, 48, K)
+    if from_file:
+        weight = foreign(weight)
     identity, expected = torch.eye(K), dequantize(weight).T
     if way == "tiles":
         choice = choose(K, K, torch.float32, bfloat16_matmul=True, amx=False)

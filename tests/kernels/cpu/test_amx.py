@@ -53,6 +53,17 @@ def test_matmul_agrees_with_the_reference(N: int, K: int, fmt: str, group_size: 
         assert error <= 2 * torch_error
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_negative_scales_and_codes_of_minus_128(fmt: str, group_size: int) -> None:
+    """Files of other programs have them."""
+    weight = packed_weight(fmt, group_size, 48, 256)
+    weight.scales[:, ::2] *= -1
+    if fmt == "int8":
+        weight.qweight[::3, ::5] = -128
+    assert torch.equal(amx.matmul(torch.eye(256, dtype=torch.bfloat16), weight), dequantize(weight, torch.bfloat16).T)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("fmt", ["int4", "int8"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import pytest
@@ -29,6 +31,19 @@ def packed(format: str, group: int, *shape: int, seed: int = 0) -> QuantizedWeig
     return weight
 
 
+def foreign(format: str, group: int, N: int, K: int) -> QuantizedWeight:
+    """A weight as files of other programs have them: scales of both signs, and codes and zero-points of the whole range."""
+    generator = torch.Generator().manual_seed(N)
+    scales = (torch.randn(N, K // group, generator=generator) * 0.1).half()
+    scales[0, 0] = -0.25
+    if format == "int8":
+        codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        codes[0] = -128
+        return int8.Int8Weight(codes, scales, group)
+    codes, zeros = (torch.randint(0, 256, (N, n), generator=generator, dtype=torch.uint8) for n in (K // 2, (K // group + 1) // 2))
+    return int4.Int4Weight(codes, scales, zeros, group)
+
+
 def activations(x: torch.Tensor, weight: QuantizedWeight, code_bytes: int, unit: int = 0) -> QuantizedActivations:
     return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved=weight.format == "int4")
 
@@ -52,10 +67,11 @@ def product(x: QuantizedActivations, weight: QuantizedWeight, x_rows: np.ndarray
     return out
 
 
+@pytest.mark.parametrize("make", [packed, foreign])
 @pytest.mark.parametrize(("format", "group"), FORMATS)
 @pytest.mark.parametrize(("N", "K"), [(70, 640), (5, 1408)])
-def test_products_are_exact_but_for_the_scaling(format: str, group: int, N: int, K: int) -> None:
-    weight, x = packed(format, group, N, K), torch.randn(23, K)
+def test_products_are_exact_but_for_the_scaling(format: str, group: int, N: int, K: int, make: Callable[..., QuantizedWeight]) -> None:
+    weight, x = make(format, group, N, K), torch.randn(23, K)
     for code_bytes, unit in ((2, group), (1, min(64, group)), (1, 32)):
         quantized = activations(x, weight, code_bytes, unit)
         x_values = values(quantized, format)
@@ -84,13 +100,16 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
 
 
 @pytest.mark.parametrize("code_bytes", [1, 2, 3])
-@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("format", ["int4", "int8", "int8 of -128"])
 def test_the_largest_sums_do_not_overflow(format: str, code_bytes: int) -> None:
     if code_bytes == 3 and "avx512vnni" not in vector.chip_features():
         pytest.skip("three bytes are for chips with 512-bit products of bytes")
     signs = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)).sign()
     signs[:8] = 1
-    weight: QuantizedWeight = MODULES[format].quantize(signs, 128)  # all codes at the ends of their range
+    if format == "int8 of -128":
+        weight: QuantizedWeight = int8.Int8Weight((signs * 127.5 - 0.5).to(torch.int8), torch.full((40, 2), 0.0078125).half(), 128)
+    else:
+        weight = MODULES[format].quantize(signs, 128)  # all codes at the ends of their range
     x = torch.ones(9, 256)
     x[1:] *= signs[5:13]
     y = product(activations(x, weight, code_bytes, min(128, 64) if code_bytes == 1 else 128), weight)

@@ -99,6 +99,18 @@ def test_the_cases_with_large_k_split_the_reduction() -> None:
     assert min(splits) > 1
 
 
+@pytest.mark.parametrize("T", [1, MATVEC_TOKENS, 192], ids=["one", "matvec", "matmul"])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_negative_scales_and_codes_of_minus_128(fmt: str, T: int) -> None:
+    """Files of other programs have them."""
+    weight = packed_weight(fmt, 32, 35, 192)
+    weight.parts["scales"][:, ::2] *= -1
+    if fmt == "int8":
+        weight.parts["qweight"][::3, ::5] = -128
+    out = torch.cat([linear(part, weight) for part in torch.eye(192, dtype=torch.float16)[: max(T, 8)].split(T)])
+    assert torch.equal(out, dequantize(weight, torch.float16).T[: max(T, 8)])
+
+
 @pytest.mark.parametrize("T", [MATVEC_TOKENS, 192], ids=["matvec", "matmul"])
 @pytest.mark.parametrize(("fmt", "group_size"), FORMATS)
 def test_identity_activations_give_the_dequantized_weight(fmt: str, group_size: int, T: int) -> None:
