@@ -9,7 +9,10 @@ from typing import Any
 from .config_values import shortened
 from .errors import ConfigError
 
-__all__ = ["ALIASES", "FOREIGN_KEYS", "REFUSED_KEYS", "check_arguments", "check_refused", "nearest"]
+__all__ = ["ALIASES", "CONVERTED_TYPE", "FOREIGN_KEYS", "REFUSED_KEYS", "check_arguments", "check_refused", "nearest"]
+
+CONVERTED_TYPE = "dbrx_converted"
+"""`model_type` of checkpoints whose experts were divided into linear layers, by which GPTQModel knows them."""
 
 ALIASES = {
     "hidden_size": "d_model",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .config_keys import FOREIGN_KEYS, check_refused
+from .config_keys import CONVERTED_TYPE, FOREIGN_KEYS, check_refused
 from .config_rope import without_default_theta
 from .config_sections import Section
 from .config_values import shortened
@@ -132,7 +132,7 @@ class ConfigMethods(Section):
             ConfigError: another model type, or a value that no DBRX model can have.
         """
         model_type = config_dict.get("model_type")
-        if model_type != cls.model_type:
+        if model_type not in (cls.model_type, CONVERTED_TYPE):
             raise ConfigError(f"{source}: model_type must be 'dbrx'; found {shortened(model_type)}. Point to a DBRX checkpoint")
         try:
             config = cls._of_file(config_dict)

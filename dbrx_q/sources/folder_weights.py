@@ -18,6 +18,7 @@ from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors
 from dbrx_q.checkpoint.shard_source import Shard, ShardSource
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
+from dbrx_q.config_keys import CONVERTED_TYPE
 from dbrx_q.config_rope import without_default_theta
 from dbrx_q.errors import CheckpointError
 from dbrx_q.json_file import read_json_object
@@ -228,6 +229,9 @@ class _Parts:
 
 
 def plain_config(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without what other programs write about their quantization and their code, and without the theta that transformers 5
-    writes beside DBRX's own."""
-    return without_default_theta({key: value for key, value in stored.items() if key not in _OF_OTHER_PROGRAMS})
+    """config.json as of a published checkpoint: without what other programs write about their quantization and their code, and without
+    the theta that transformers 5 writes beside DBRX's own."""
+    config = {key: value for key, value in stored.items() if key not in _OF_OTHER_PROGRAMS}
+    if config.get("model_type") == CONVERTED_TYPE:
+        config |= {"model_type": DbrxConfig.model_type, "architectures": ["DbrxForCausalLM"]}
+    return without_default_theta(config)
