@@ -15,6 +15,7 @@ stored, with their shapes and dtypes, and reads them one by one.
 - `staging.py`: a destination folder that appears only when it is complete, and can be resumed.
 - `hub.py`: hub ids become local folders; uploads. `hub_errors.py` turns failures of the hub into errors that state the next step.
 - `remote_shards.py`: a repository on the hub as a `ShardSource`, whose shards are fetched while `quantize` works on it.
+- `gguf_files.py`: GGUF models by the names of their files. `hub_gguf.py`: which one on the hub is meant, and its download.
 - `transformers_files.py`: what a quantized checkpoint says to transformers, so that it never loads random weights.
 - `weights_hash.py`: the SHA-256 of weights, kept in the user's cache.
 """

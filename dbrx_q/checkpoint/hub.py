@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dbrx_q.errors import CheckpointError, RequestError
 
@@ -16,11 +16,15 @@ from .hub_errors import first_line, hub_errors, is_hub_failure
 from .transformers_files import CODE_NAME
 
 __all__ = [
+    "ANY_GGUF",
     "SMALL_FILES",
     "Download",
+    "HubName",
+    "HubRevision",
     "call_in_thread",
     "check_push",
     "find_commit",
+    "find_revision",
     "is_on_hub",
     "push",
     "resolve_file",
@@ -31,8 +35,11 @@ __all__ = [
 _COMMIT_MESSAGE = "Quantized by dbrx_q"
 _UPLOAD_MESSAGE = "Saved by dbrx_q"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(rf"(?P<repository>{_HUB_ID.pattern})(?:/(?P<file>[^:]+\.gguf)|:(?P<label>[\w.-]+))?")
 SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md", CODE_NAME]
 """Patterns of the files of a repository that a checkpoint needs besides its weights."""
+ANY_GGUF = "*.gguf"
+"""Stands for any GGUF file in `find_revision`."""
 # Other files are never fetched, such as pictures, and weights in other containers (.bin is a pickle).
 _WANTED = ["*.safetensors", *SMALL_FILES]
 _FALLBACK = "fallback/*"  # see `fallback.py`
@@ -55,6 +62,41 @@ class Download:
 
 
 _BY_DEFAULT = Download()
+
+
+@dataclass(frozen=True)
+class HubName:
+    """What a user named on the hub: `owner/name`, or a GGUF file as `owner/name/path/to/file.gguf` or `owner/name:Q4_K_M`."""
+
+    repository: str
+    """The hub id, owner/name."""
+    file: str = ""
+    """The path of a GGUF file in the repository; empty where none was named."""
+    label: str = ""
+    """A part of the name of a GGUF file, such as its quantization type; empty where none was named."""
+
+    @classmethod
+    def parse(cls, text: str) -> HubName | None:
+        """What `text` names; None where it cannot name anything on the hub."""
+        match = _HUB_NAME.fullmatch(text)
+        return None if match is None else cls(match["repository"], match["file"] or "", match["label"] or "")
+
+    @property
+    def names_a_file(self) -> bool:
+        """Whether a GGUF file is named, and not the repository alone."""
+        return bool(self.file or self.label)
+
+
+@dataclass(frozen=True)
+class HubRevision:
+    """A commit of a hub repository."""
+
+    commit: str
+    """Its hash."""
+    online: bool
+    """Whether the hub gave it; else it is in the hub's cache."""
+    files: tuple[str, ...]
+    """The paths of its files; of a commit from the cache, of those that the cache holds."""
 
 
 def resolve_folder(
@@ -84,6 +126,7 @@ def resolve_folder(
         if not local.is_dir():
             raise CheckpointError(f"{local}: a checkpoint is a folder; found a file. Give the folder that holds config.json")
         return local
+    _refuse_gguf(path_or_hub_id)
     from huggingface_hub import snapshot_download
 
     repository, ignored = str(path_or_hub_id), None if fallback else [_FALLBACK]
@@ -119,6 +162,7 @@ def resolve_file(
     local = _local_path(path_or_hub_id)
     if local is not None:
         return resolve_folder(local) / name
+    _refuse_gguf(path_or_hub_id)
     from huggingface_hub import hf_hub_download
 
     repository = str(path_or_hub_id)
@@ -138,16 +182,29 @@ def find_commit(
     file: str = "config.json",
     download: Download = _BY_DEFAULT,
 ) -> tuple[str, bool]:
-    """(the commit that a revision of a hub repository stands for, whether the hub gave it).
+    """(the commit that a revision of a hub repository stands for, whether the hub gave it); as `find_revision`."""
+    known = find_revision(repository, revision=revision, token=token, file=file, download=download)
+    return known.commit, known.online
+
+
+def find_revision(
+    repository: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    file: str = "config.json",
+    download: Download = _BY_DEFAULT,
+) -> HubRevision:
+    """The commit that a revision of a hub repository stands for.
 
     The hub is asked once, without the client's repetitions, which take half a minute where there is no network. If it does not give the
-    repository, the commit is the one under which its cache holds `file`.
+    repository, the commit is the one under which its cache holds `file` or config.json.
 
     Args:
         repository: owner/name.
         revision: branch, tag or commit; None for the main branch.
         token: the hub's access token; None for the one of `hf auth login` or HF_TOKEN.
-        file: a file that a cached commit must hold.
+        file: a file that a cached commit must hold; `*.gguf` stands for any GGUF file.
         download: how files are fetched.
 
     Raises:
@@ -156,15 +213,15 @@ def find_commit(
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-    def ask() -> str:
+    def ask() -> HubRevision:
         if download.local_files_only:
             raise LocalEntryNotFoundError("local_files_only is set, and the cache does not hold it")
         info = HfApi(token=token).model_info(repository, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return str(info.sha)
+        return HubRevision(str(info.sha), True, tuple(sibling.rfilename for sibling in info.siblings or ()))
 
     with hub_errors(repository, revision=revision):
         try:
-            return call_in_thread(ask), True
+            return call_in_thread(ask)
         except RevisionNotFoundError:
             raise
         except Exception as error:
@@ -174,12 +231,16 @@ def find_commit(
             for name in dict.fromkeys(("config.json", file)):
                 cached = try_to_load_from_cache(repository, name, cache_dir=folder, revision=revision)
                 if isinstance(cached, str):
-                    return Path(cached).parents[len(Path(name).parents) - 1].name, False
-            raise
+                    snapshot = Path(cached).parents[len(Path(name).parents) - 1]
+                    return HubRevision(snapshot.name, False, _files_in(snapshot))
+            held = _cached_revision(repository, revision, folder) if file == ANY_GGUF else None
+            if held is None or not any(name.endswith(".gguf") for name in held.files):
+                raise
+            return held
 
 
 def is_on_hub(path_or_hub_id: str | os.PathLike[str]) -> bool:
-    """Whether `path_or_hub_id` names a repository on the hub and no local folder.
+    """Whether `path_or_hub_id` names a repository on the hub, or a GGUF file in one, and nothing on this machine.
 
     Raises:
         CheckpointError: it can name neither.
@@ -271,14 +332,43 @@ def _local_path(path_or_hub_id: str | os.PathLike[str]) -> Path | None:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    if isinstance(path_or_hub_id, os.PathLike) or not _HUB_ID.fullmatch(text):
+    if isinstance(path_or_hub_id, os.PathLike) or HubName.parse(text) is None:
         raise CheckpointError(f"{text}: no such folder; give a checkpoint's folder or a hub id such as owner/name")
     return None
 
 
-def call_in_thread(call: Callable[[], str]) -> str:
+def _refuse_gguf(path_or_hub_id: str | os.PathLike[str]) -> None:
+    name = HubName.parse(os.fspath(path_or_hub_id))
+    if name is not None and name.names_a_file:
+        raise CheckpointError(
+            f"{path_or_hub_id}: this needs a checkpoint's folder or a hub id such as owner/name; found the name of a GGUF file. "
+            "Quantize it with `dbrx-q quantize` and give the copy"
+        )
+
+
+def _cached_revision(repository: str, revision: str | None, cache: str | None) -> HubRevision | None:
+    """The commit in the hub's cache that a revision stood for when it was fetched; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return HubRevision(snapshot.name, False, _files_in(snapshot))
+
+
+def _files_in(snapshot: Path) -> tuple[str, ...]:
+    """The paths of the files in a folder of the hub's cache."""
+    return tuple(sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()))
+
+
+_Result = TypeVar("_Result")
+
+
+def call_in_thread(call: Callable[[], _Result]) -> _Result:
     """The result of `call`, which runs in a thread: in the main thread, the hub's client answers Ctrl-C only between two files."""
-    results: list[str] = []
+    results: list[_Result] = []
     errors: list[BaseException] = []
 
     def work() -> None:

@@ -21,7 +21,7 @@ from .hub import SMALL_FILES, call_in_thread, find_commit
 from .hub_errors import hub_errors
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
 
-__all__ = ["RemoteShard", "RemoteShards"]
+__all__ = ["RemoteShard", "RemoteShards", "remote_file"]
 
 _FIRST_REQUEST_BYTES = 100_000  # holds the header of a shard of this model
 _CONNECTIONS = 8
@@ -224,7 +224,7 @@ class RemoteShard:
                 self.size, self.tensors = file.size, file.tensors
         else:
             source.check_online(name)
-            self.size, read = _remote_file(source.repository, name, source.commit)
+            self.size, read = remote_file(source.repository, name, source.commit)
             self.tensors = parse_header(self.path, self.size, read)[0]
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -284,13 +284,17 @@ class _Download:
         self._ended.set()
 
 
-def _remote_file(repository: str, name: str, commit: str) -> tuple[int, Callable[[int, int], bytes]]:
-    """(bytes of a file on the hub, a function that returns its bytes at (first byte, count))."""
+def remote_file(repository: str, name: str, commit: str, *, token: str | bool | None = None) -> tuple[int, Callable[[int, int], bytes]]:
+    """(bytes of a file on the hub, a function that returns its bytes at (first byte, count)).
+
+    Raises:
+        CheckpointError: the hub does not tell the size of the file, or answers a range request otherwise than with the range.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # documented, but not marked as exported
 
-    url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
-    size = get_hf_file_metadata(url).size
+    url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers(token=token)
+    size = get_hf_file_metadata(url, token=token).size
     if size is None:
         raise CheckpointError(
             f"{repository}: the hub must tell the size of {name}; it does not. Download the repository and give its folder"

@@ -6,6 +6,7 @@ Two views of a checkpoint: `open_weights` gives `StoredWeights` to commands that
 `load`, which makes a model. Begin with `base.py`, `open_weights.py` and `open.py`.
 
 - `base.py`: `Source`, the interface. `open.py`: `open_source`, `open_runnable`, and a location's tokenizer.
+- `locations.py`: a path or a name on the hub becomes a folder or a GGUF file.
 - `open_weights.py`: `open_weights`, and what `plan` and `inspect` read without downloading weights.
 - `folder.py`: folders as a `Source`, of the published layout or of another program. `folder_weights.py` reads those of other programs:
   `naming.py` has the names of their layers, `encodings/` how each layer is stored.

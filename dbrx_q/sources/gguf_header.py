@@ -46,12 +46,13 @@ class HeaderIncomplete(Exception):  # noqa: N818 # not an error: more of the fil
     """The header reaches beyond the bytes that are at hand.
 
     Args:
-        end: bytes that are needed at least.
+        name: of the file.
+        end: bytes of it that are needed at least.
     """
 
-    def __init__(self, end: int) -> None:
-        super().__init__(end)
-        self.end = end
+    def __init__(self, name: str, end: int) -> None:
+        super().__init__(name, end)
+        self.name, self.end = name, end
 
 
 def read_header(path: Path, available: int | None = None) -> tuple[dict[str, Any], list[GgufTensor]]:
@@ -118,6 +119,7 @@ def _reader(base: type[GGUFReader], available: int | None) -> type[GGUFReader]:
         in_header = True
 
         def __init__(self, path: Path) -> None:
+            self.name = path.name
             self.lists: dict[int, list[Any]] = {}  # by the offset of the list's own type
             super().__init__(path)
 
@@ -126,7 +128,7 @@ def _reader(base: type[GGUFReader], available: int | None) -> type[GGUFReader]:
             if end > len(self.data):
                 raise ValueError(f"the file ends at byte {len(self.data)}, and {count} values were to follow byte {offset}")
             if available is not None and self.in_header and end > available:
-                raise HeaderIncomplete(end)
+                raise HeaderIncomplete(self.name, end)
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
             self._check(int(offset), int(count), np.dtype(dtype).itemsize)

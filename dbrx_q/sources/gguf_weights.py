@@ -215,6 +215,7 @@ class _Files:
             self._open_files = stack.pop_all()
 
     def close(self) -> None:
+        self._descriptors.clear()
         self._open_files.close()
 
     def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
@@ -224,6 +225,7 @@ class _Files:
             CheckpointError: a read fails, or the file has become shorter.
         """
         view = out.view(-1).numpy().data.cast("B") if out.numel() else memoryview(b"")
+        assert path in self._descriptors, f"{path} is closed"
         done = 0
         while done < len(view):
             try:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dbrx_q.checkpoint.hub import resolve_folder
-from dbrx_q.errors import CheckpointError
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 from .base import Source
@@ -20,7 +18,7 @@ def open_source(path_or_hub_id: str | os.PathLike[str], *, fallback: bool = Fals
 
     Args:
         path_or_hub_id: a folder that dbrx_q quantized; a folder that transformers saved, plain or in 4 bits through bitsandbytes; a GGUF
-            file, or any part of a split one; or the hub id of such a folder.
+            file, or any part of a split one; or the name of one of these on the hub, as `resolve_location` takes it.
         fallback: whether the fallback copy in a hub repository is fetched too.
 
     Raises:
@@ -57,18 +55,7 @@ def tokenizer_at(location: Path) -> DbrxTokenizer:
 
 def _open(path_or_hub_id: str | os.PathLike[str], open_folder: Callable[[str, Path], Source], *, fallback: bool) -> Source:
     from .gguf import GgufSource
-    from .gguf_file import is_gguf
+    from .locations import resolve_location
 
-    name = os.fspath(path_or_hub_id)
-    path = Path(name).expanduser()
-    if path.is_file():
-        if not is_gguf(path):
-            raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
-        return GgufSource(name, path)
-    folder = resolve_folder(path_or_hub_id, fallback=fallback)
-    gguf_names = sorted(entry.name for entry in folder.glob("*.gguf"))
-    if gguf_names and not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder}: a checkpoint's folder must hold config.json; found GGUF files. Name one, such as {folder / gguf_names[0]}"
-        )
-    return open_folder(name, folder)
+    name, location = os.fspath(path_or_hub_id), resolve_location(path_or_hub_id, fallback=fallback)
+    return open_folder(name, location) if location.is_dir() else GgufSource(name, location)

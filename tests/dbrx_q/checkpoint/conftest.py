@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from huggingface_hub import constants
 
 from dbrx_q import DbrxConfig
 from dbrx_q.eval.bench.synthetic import write_checkpoint
@@ -229,6 +230,26 @@ def hub(nano: Path) -> Iterator[type[Hub]]:
         yield OneHub
         OneHub.released.set()
         server.shutdown()
+
+
+@pytest.fixture
+def client(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Point the hub's client of this process to the hub and an empty cache; returns a function that makes the hub unreachable."""
+
+    def ask(address: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+
+    def disconnect(how: str) -> None:
+        ask("http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+
+    hub.busy_once = False
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    ask(hub.address)
+    return disconnect
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint.hub_errors import hub_errors
@@ -21,26 +20,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE, NO_NETWORK = "HF_HUB_OFFLINE", "no network"
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def client(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Point the hub's client of this process to the hub and an empty cache; returns a function that makes the hub unreachable."""
-
-    def ask(address: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-
-    def disconnect(how: str) -> None:
-        ask("http://127.0.0.1:9")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == OFFLINE)
-
-    hub.busy_once = False
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    ask(hub.address)
-    return disconnect
 
 
 @pytest.fixture
