@@ -221,20 +221,29 @@ def _run(opened: Path | RemoteShards, requests: dict[Path, QuantizationRequest],
 
 
 def _opened(source: str, revision: str | None, storage: Path | None) -> Path | RemoteShards:
-    """The source's folder, or its repository on the hub, of which no weights have been fetched yet.
+    """The source's folder or GGUF file, or its repository on the hub, of which no weights have been fetched yet.
+
+    A GGUF file on the hub is fetched into the hub's cache.
 
     Raises:
-        RequestError: --low-disk for a folder, whose files are not deleted.
+        RequestError: --low-disk for a folder, whose files are not deleted, or for a GGUF file, which is read many times.
     """
-    from dbrx_q.checkpoint.hub import is_on_hub, resolve_folder
+    from dbrx_q.checkpoint.hub import is_on_hub
+    from dbrx_q.checkpoint.hub_gguf import find_gguf
     from dbrx_q.checkpoint.remote_shards import RemoteShards
     from dbrx_q.errors import RequestError
+    from dbrx_q.sources.locations import resolve_location
 
+    model = find_gguf(source, revision=revision) if is_on_hub(source) else None
+    if model is not None:
+        if storage is not None:
+            raise RequestError(f"--low-disk deletes each shard after use; found the GGUF file {model.files[0]}. Leave it out")
+        return model.fetch()
     if is_on_hub(source):
         return RemoteShards(source, revision=revision, storage=storage)
     if storage is not None:
         raise RequestError(f"--low-disk deletes what was fetched from the hub; found the folder {source}, whose files stay. Leave it out")
-    return resolve_folder(source)
+    return resolve_location(source)
 
 
 def _formats(

@@ -155,6 +155,8 @@ class Sampling:
                 "--calibration self reads all of SRC for every token; found --low-disk, which deletes each shard after use. Leave it out, "
                 "or sample from a quantized checkpoint with --calibration self=PATH"
             )
+        if isinstance(self.opened, Path) and self.opened.is_file():
+            raise _of_another_program(self.opened)
         return resolve_folder(self.source, revision=self.revision, weights=not self.dry_run)
 
     def _check(self, name: str, model_folder: Path, config: DbrxConfig, length: int) -> None:
@@ -170,10 +172,7 @@ class Sampling:
             if isinstance(weights, Checkpoint):
                 check_is_plain(weights)
             elif name == SELF:
-                raise CheckpointError(
-                    f"{self.folder}: --calibration self samples from a checkpoint of the published layout; this one is of another program. "
-                    "Quantize it once without calibration, and sample from that copy: --calibration self=COPY"
-                )
+                raise _of_another_program(self.folder)
         if name != SELF:
             if (config.vocab_size, config.n_layers, config.d_model) != (target.vocab_size, target.n_layers, target.d_model):
                 raise RequestError(
@@ -368,6 +367,13 @@ def sampling_as_dict(sampling: Sampling) -> dict[str, Any] | None:
         "seconds": plan.seconds,
         "alternatives": list(sampling.alternatives),
     }
+
+
+def _of_another_program(location: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{location}: --calibration self samples from a checkpoint of the published layout; this one is of another program. "
+        "Quantize it once without calibration, and sample from that copy: --calibration self=COPY"
+    )
 
 
 def _identity(folder: Path) -> dict[str, int]:

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
-from dbrx_q.checkpoint.hub import is_on_hub, resolve_file, resolve_folder
+from dbrx_q.checkpoint.hub import is_on_hub, resolve_file
+from dbrx_q.checkpoint.hub_gguf import find_gguf
 from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
 from dbrx_q.checkpoint.remote_shards import RemoteShards
 from dbrx_q.checkpoint.shard_source import ShardSource
@@ -18,6 +19,7 @@ from dbrx_q.json_file import read_json_object
 from .folder_weights import FolderWeights
 from .gguf_weights import GgufWeights
 from .kept_formats import is_packed_by_us, kept_formats
+from .locations import open_gguf_header, resolve_location
 from .naming import is_published_expert
 
 __all__ = ["is_of_another_program", "open_headers", "open_weights", "planned_formats"]
@@ -45,8 +47,13 @@ def open_weights(location: Path | ShardSource) -> StoredWeights:
 def open_headers(path_or_hub_id: str) -> Iterator[StoredWeights]:
     """The weights at a path or hub id, of which only what opening reads is fetched; raises what `open_weights` raises."""
     if not is_on_hub(path_or_hub_id):
-        with open_weights(resolve_folder(path_or_hub_id)) as weights:
+        with open_weights(resolve_location(path_or_hub_id)) as weights:
             yield weights
+        return
+    model = find_gguf(path_or_hub_id)
+    if model is not None:
+        with open_gguf_header(model) as header:
+            yield header
         return
     shards = RemoteShards(path_or_hub_id)
     try:
@@ -61,7 +68,7 @@ def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFo
 
     config.json alone says it of a plain checkpoint and of one that dbrx_q quantized; headers say it of others.
     """
-    if is_on_hub(path_or_hub_id) or Path(path_or_hub_id).expanduser().is_dir():
+    if find_gguf(path_or_hub_id) is None if is_on_hub(path_or_hub_id) else resolve_location(path_or_hub_id).is_dir():
         raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
         if is_packed_by_us(raw) or not (raw.get("quantization_config") or raw.get("quantization")):
             config = DbrxConfig.from_pretrained(path_or_hub_id)

@@ -239,7 +239,9 @@ def _undersampled(run: RunRecord) -> list[tuple[int, int, str]]:
 
 
 def _drawings(run: RunRecord) -> dict[str, Callable[[RunRecord], bytes]]:
-    drawings: dict[str, Callable[[RunRecord], bytes]] = {"error": _draw_errors, "bits": _draw_bits}
+    drawings: dict[str, Callable[[RunRecord], bytes]] = {"bits": _draw_bits}
+    if any(record.relative_error is not None and record.layer >= 0 for record in run.records):
+        drawings = {"error": _draw_errors} | drawings
     if run.stream_errors or any(record.output_error is not None for record in run.records):
         drawings["outputs"] = _draw_outputs
     if run.expert_tokens:

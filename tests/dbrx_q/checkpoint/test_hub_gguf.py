@@ -170,3 +170,28 @@ def test_models_by_their_names() -> None:
     models = gguf_models(["x-Q4_K_M.gguf", "x.Q4_K.gguf", "Q4_K_S/x-00001-of-00002.gguf", "Q4_K_S/x-00002-of-00002.gguf"])
     assert list(with_label(models, "q4_k")) == ["x.Q4_K.gguf"]
     assert list(with_label(models, "Q4_K_S")) == ["Q4_K_S/x-00001-of-00002.gguf"]
+
+
+def test_commands_take_a_model_on_the_hub(
+    served: Path, hub: Any, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locations, "_FIRST_PART_BYTES", 4000)
+    put(served, "dbrx.Q4_0.gguf", "dbrx.other.gguf")
+    name = f"{REPOSITORY}:Q4_0"
+    for command in ("inspect", "plan"):
+        outcome, local = cli(command, name, "--json"), cli(command, served / "dbrx.Q4_0.gguf", "--json")
+        assert (outcome.code, outcome.out) == (local.code, local.out) == (0, outcome.out), outcome.err
+    assert not hub.sent_whole
+    outcome = cli("quantize", name, tmp_path / "out", "--low-disk")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--low-disk deletes each shard after use; found the GGUF file dbrx.Q4_0.gguf. Leave it out" in outcome.err
+    outcome = cli("quantize", name, tmp_path / "out", "--keep", "--revision", "main")
+    assert outcome.code == 0, outcome.err
+    assert hub.sent_whole == ["dbrx.Q4_0.gguf"]
+    outcome = cli("generate", name, "--prompt", "The war", "--max-new-tokens", 4)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == cli("generate", tmp_path / "out", "--prompt", "The war", "--max-new-tokens", 4).out
+    outcome = cli("quantize", name, tmp_path / "other", "--method", "best", "--calibration", "self")
+    assert outcome.code == 2
+    assert "--calibration self samples from a checkpoint of the published layout" in outcome.err
+    assert "dbrx.Q4_0.gguf" in outcome.err
