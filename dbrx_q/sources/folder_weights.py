@@ -29,7 +29,7 @@ from .encodings.base import Encoding, StoredLinear
 from .encodings.choose import encodings_of
 from .naming import Module, Names, modules_of
 
-__all__ = ["FolderWeights"]
+__all__ = ["FolderWeights", "plain_config"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _OF_OTHER_PROGRAMS = ("quantization_config", "quantization", "auto_map")  # keys of config.json that a plain checkpoint does not have

@@ -16,7 +16,7 @@ from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.json_file import read_json_object
 
-from .folder_weights import FolderWeights
+from .folder_weights import FolderWeights, plain_config
 from .gguf_weights import GgufWeights
 from .kept_formats import is_packed_by_us, kept_formats
 from .locations import open_gguf_header, resolve_location
@@ -71,7 +71,7 @@ def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFo
     if find_gguf(path_or_hub_id) is None if is_on_hub(path_or_hub_id) else resolve_location(path_or_hub_id).is_dir():
         raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
         if is_packed_by_us(raw) or not (raw.get("quantization_config") or raw.get("quantization")):
-            config = DbrxConfig.from_pretrained(path_or_hub_id)
+            config = DbrxConfig.from_dict(raw if is_packed_by_us(raw) else plain_config(raw), source=f"{path_or_hub_id}/config.json")
             return config, tensor_formats(config, path_or_hub_id)
     with open_headers(path_or_hub_id) as weights:
         return weights.config, kept_formats(weights)

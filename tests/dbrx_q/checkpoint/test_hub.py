@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dbrx_q import DbrxConfig
 from dbrx_q.checkpoint.layout import TensorFormat
@@ -22,6 +24,7 @@ from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
+LAYOUTS = Path(__file__).parents[2] / "data" / "layouts"
 SCRIPT = Path(sys.executable).with_name("dbrx-q")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY, PUSHED, TOKEN = "acme/dbrx-nano", "acme/dbrx-nano-int4", "hf_good"
@@ -213,3 +216,28 @@ def test_a_model_pushes_itself(call: str, hub: Any, small: Path, tmp_path: Path)
     assert hub.uploaded.keys() == names | {"model.safetensors.index.json"}
     shard = min(name for name in names if name.endswith(".safetensors"))
     assert hub.uploaded[shard] == (small / shard).read_bytes()
+
+
+def test_a_checkpoint_of_another_program_is_kept_while_its_shards_are_fetched(hub: Any, tmp_path: Path) -> None:
+    """The parts of a matrix lie in two shards, and both are deleted after their last use; plan and inspect fetch headers alone."""
+    hub.folder = tmp_path / "served"
+    shutil.copytree(LAYOUTS / "gptq-4bit-g32-asym", hub.folder)
+    tensors = load_file(hub.folder / "model.safetensors")
+    (hub.folder / "model.safetensors").unlink()
+    shard_of = {name: f"model-{1 + (not name.endswith('.qweight')):05}-of-00002.safetensors" for name in tensors}
+    for shard in set(shard_of.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if shard_of[name] == shard}, hub.folder / shard, {"format": "pt"})
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    for command in (["inspect"], ["plan", "--ram", "8GiB"]):
+        code, out, err = hub.run(tmp_path, *command, REPOSITORY)
+        assert code == 0, err
+        assert "GPTQ int4:32" in out or "fits" in out
+    assert not hub.weights_sent()
+    code, out, err = hub.run(tmp_path, "quantize", REPOSITORY, tmp_path / "out", "--keep", "--low-disk")
+    assert code == 0, err
+    assert "matrices repacked without rounding: GPTQ int4:32" in out
+    assert sorted(hub.weights_sent()) == sorted(set(shard_of.values()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "served"]
+    code, _, err = hub.run(tmp_path, "quantize", hub.folder, tmp_path / "local", "--keep")
+    assert code == 0, err
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
