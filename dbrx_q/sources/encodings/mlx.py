@@ -21,7 +21,8 @@ words. The first word of 4-bit codes, the highest nibble drawn first:
 | mxfp8 | 8 | 32 | E4M3(code) * 2^(scale - 127) |
 
 E2M1 and E4M3 are the elements of the OCP Microscaling Formats (MX) Specification 1.0. Bits and groups of each layer are told from its
-shapes, which hold for layers with settings of their own in config.json too. MLX's scales may be negative; the products of `scale * code`
+shapes, which hold for layers with settings of their own in config.json too. Affine codes of up to 4 bits are those of our affine4, wider
+ones those of affine8; mxfp4 is affine too, in 9 bits instead of 4.25. MLX's scales may be negative; the products of `scale * code`
 are exact in float32 for bfloat16 and float16 scales, the sum is rounded once.
 """
 
@@ -44,7 +45,9 @@ __all__ = ["Mlx"]
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUPS = (32, 64, 128)
 _SMALL_FLOATS = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}  # (bits, G) of the modes without biases
-_E2M1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
+# The element of code 8 is -0; that of an affine format is 0.
+_E2M1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
+_MOST = 12  # twice the largest element; elements are multiples of 1/2
 _E8M0 = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [torch.nan])
 
 
@@ -79,6 +82,8 @@ class Mlx(Encoding):
 
     def exact_format(self, linear: StoredLinear) -> TensorFormat | None:
         scales = linear.parts["scales"]
+        if self.label(linear) == "MLX mxfp4":
+            return TensorFormat("affine8-bf16", _group(linear))
         if not scales.has_dtype(torch.float16, torch.bfloat16):
             return None
         name = "affine4" if _bits(linear) <= 4 else "affine8"
@@ -106,6 +111,8 @@ class Mlx(Encoding):
     def repack(self, linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         fmt, bits = self.exact_format(linear), _bits(linear)
         assert fmt is not None
+        if "biases" not in parts:
+            return fmt.load(_affine_of_mxfp4(linear, parts))
         scales, biases = _affine(linear, parts)
         stream = parts["weight"].view(torch.uint8)
         codes = stream if bits == 4 else unpack_nibbles(stream, bits) if bits < 4 else unpack_codes(stream, bits)
@@ -118,8 +125,20 @@ def _small_floats(mode: str, codes: torch.Tensor, scales: torch.Tensor) -> tuple
     return elements, scales.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else _E8M0[scales.int()]
 
 
+def _affine_of_mxfp4(linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parts of affine8-bf16 with the same values: elements in halves, plus 12, so that codes are 0 to 24.
+
+    A scale is a power of two and the offset -12 of it, which bfloat16 holds up to 2^127; all products and sums are exact.
+    """
+    table = (_E2M1 * 2 + _MOST).to(torch.uint8)
+    scales = (_E8M0[parts["scales"].int()] / 2).bfloat16()
+    offsets = scales * -_MOST
+    linear.check_finite("scales", offsets)
+    return {"qweight": table[unpack_codes(parts["weight"].view(torch.uint8), 4).int()], "scales": scales, "offsets": offsets}
+
+
 def _affine(linear: StoredLinear, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and biases, finite."""
+    """Scales and biases, which are finite."""
     for suffix in ("scales", "biases"):
         linear.check_finite(suffix, parts[suffix])
     return parts["scales"], parts["biases"]
