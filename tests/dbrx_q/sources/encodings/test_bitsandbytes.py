@@ -64,6 +64,13 @@ def test_rows_of_values_stored_in_another_dtype() -> None:
     assert torch.equal(_encoding().read_rows(linear_of((40, 64), parts), LoadedParts(parts), 7, 5), values[7:12].float())
 
 
+def test_rows_of_values_stored_as_one_row() -> None:
+    """A transposed packed weight, as bitsandbytes also saves it."""
+    parts, values = _parts((40, 64))
+    parts["weight"] = parts["weight"].view(1, -1)
+    assert torch.equal(_encoding().read_rows(linear_of((40, 64), parts), LoadedParts(parts), 7, 5), values[7:12].float())
+
+
 def test_rows_of_a_stack_read_no_others() -> None:
     """Of a stack of experts only the blocks around the rows are read; with double quantization whole blocks of 256 scales."""
     for double, most in ((False, 5 * 192 // 2 + 64), (True, 5 * 192 // 2 + 2 * 256 * 32)):
