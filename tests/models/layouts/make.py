@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from convert import convert
@@ -54,7 +55,8 @@ def main() -> None:
 
 
 def _run(python: Path | str, script: str, *arguments: object) -> None:
-    subprocess.run([str(python), str(HERE / script), *map(str, arguments)], check=True)
+    with tempfile.TemporaryDirectory() as folder:  # GPTQModel writes logs into the working folder
+        subprocess.run([str(python), str(HERE / script), *map(str, arguments)], check=True, cwd=folder)
 
 
 def _tidy(folder: Path) -> None:

@@ -83,7 +83,7 @@ class Comparison:
         """Let a tool's script write its folders, each with the tool's perplexity."""
         options = ["--tokens", str(self.tokens), "--windows", str(self.windows)]
         command = [str(python), str(MODELS / script), *map(str, sources), str(self.files), *options]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        subprocess.run(command, check=True, stdout=sys.stderr, cwd=self.work)  # GPTQModel writes logs beside it
 
     def theirs(self, name: str) -> float:
         """The perplexity that a tool's script wrote."""
