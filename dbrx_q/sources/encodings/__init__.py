@@ -1,6 +1,6 @@
 """How other programs store the weight of one linear layer in safetensors files, and which format of ours holds the same values.
 
-`sources/folder_weights.py` finds the stored parts of every layer by their names, asks the `Encoding` of the checkpoint to check them, and
+`folder_weights.py` beside this folder finds the stored parts of every layer by their names, asks the `Encoding` of the checkpoint to check them, and
 then either dequantizes a layer or, where a format holds its values exactly, repacks its codes without rounding. Begin with `base.py`.
 
 - `base.py`: `Encoding`, the interface, and `StoredLinear`, what headers say about a layer.
@@ -10,7 +10,7 @@ then either dequantizes a layer or, where a format holds its values exactly, rep
 - `exact_groups.py`: the groups of ours that stored groups are divided into.
 
 `kernels/cpu/repack_codes.py` reorders codes. Formulas and layouts are in the modules' docstrings, so that another program can be written
-from them. GGUF files are read by `sources/gguf.py`.
+from them. GGUF files are read by `gguf_weights.py`, beside this folder.
 
 To add the format of another program, write a subclass of `Encoding` and let `choose.py` recognize it by config.json.
 """
