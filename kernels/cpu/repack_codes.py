@@ -33,11 +33,13 @@ def unpack_nibbles(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpacked(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
-    N, eights = len(packed), packed.shape[1] // bits
-    packed, out = packed.contiguous(), torch.empty(N, eights * width, dtype=torch.uint8)
-    last = torch.nn.functional.pad(packed[-1], (0, 8))  # the compiled code reads 8 bytes for each 8 codes
-    _unpack(packed.data_ptr(), (N - 1) * eights, bits, width, out.data_ptr())
-    _unpack(last.data_ptr(), eights, bits, width, out[-1].data_ptr())
+    eights = packed.numel() // bits  # 8 codes take `bits` bytes
+    packed, out = packed.contiguous(), torch.empty(len(packed), packed.shape[1] // bits * width, dtype=torch.uint8)
+    # The compiled code reads 8 bytes for each 8 codes: the last ones from a copy with zeros behind it.
+    whole = max(0, (packed.numel() - 8) // bits)
+    tail = torch.nn.functional.pad(packed.view(-1)[whole * bits :], (0, 8))
+    _unpack(packed.data_ptr(), whole, bits, width, out.data_ptr())
+    _unpack(tail.data_ptr(), eights - whole, bits, width, out.data_ptr() + whole * width)
     return out
 
 

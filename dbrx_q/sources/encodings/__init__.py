@@ -1,7 +1,8 @@
 """How other programs store the weight of one linear layer in safetensors files, and which format of ours holds the same values.
 
-`folder_weights.py` beside this folder finds the stored parts of every layer by their names, asks the `Encoding` of the checkpoint to check them, and
-then either dequantizes a layer or, where a format holds its values exactly, repacks its codes without rounding. Begin with `base.py`.
+`folder_weights.py`, beside this folder, finds the stored parts of every layer by their names, asks the `Encoding` of the checkpoint to
+check them, and then either dequantizes a layer or, where a format holds its values exactly, repacks its codes without rounding. Begin
+with `base.py`.
 
 - `base.py`: `Encoding`, the interface, and `StoredLinear`, what headers say about a layer.
 - `choose.py`: which encodings a checkpoint may have, by its config.json; it refuses all others with advice.
