@@ -2,7 +2,7 @@
 
 | type | block of 32 elements | value | format |
 |---|---|---|---|
-| Q4_0 | float16 d, nibbles | d * (q - 8) | int4:32, zero-points 8 |
+| Q4_0 | float16 d, nibbles | d * (q - 8) | q4_0:32, which is int4 with zero-points 8 |
 | Q4_1 | float16 d, float16 m, nibbles | d * q + m | affine4:32 |
 | Q5_0 | float16 d, high bits, nibbles | d * (q - 16) | int8:32 |
 | Q5_1 | float16 d, float16 m, high bits, nibbles | d * q + m | affine8:32 |
@@ -140,7 +140,7 @@ def _mxfp4(blocks: _Blocks) -> QuantizedWeight:
 
 _Repack = Callable[[_Blocks], QuantizedWeight]
 _REPACKED: dict[str, tuple[str, _Repack]] = {
-    "Q4_0": ("int4", _q4_0),
+    "Q4_0": ("q4_0", _q4_0),
     "Q4_1": ("affine4", _q4_1),
     "Q5_0": ("int8", _q5_0),
     "Q5_1": ("affine8", _q5_1),
