@@ -132,7 +132,7 @@ class GgufWeights(StoredWeights):
             N, K = tensor.matrix  # [D, F]; a plain checkpoint stores [F, D]
             expert, row = divmod(first, K)
             assert row + count <= K, "rows of one expert"
-            values = self._dequantized(stored, expert * N, N, row, count).T.contiguous()
+            values = self._dequantized(stored, expert * N, N, row, count, transposed=True)
         else:
             values = self._dequantized(stored, first, count, 0, tensor.shape[1])
         check_finite(values, stored.name, stored.path)
@@ -176,23 +176,31 @@ class GgufWeights(StoredWeights):
         self._files.read(stored.path, stored.offset + first * row_bytes, out)
         return out
 
-    def _dequantized(self, stored: GgufTensor, first: int, count: int, column: int, columns: int) -> torch.Tensor:
-        """[count, columns] of the stored rows, as `_rows` counts them, from a column on."""
+    def _dequantized(
+        self, stored: GgufTensor, first: int, count: int, column: int, columns: int, *, transposed: bool = False
+    ) -> torch.Tensor:
+        """[count, columns] of the stored rows, as `_rows` counts them, from a column on; [columns, count] where it is `transposed`.
+
+        Stored rows are read and dequantized in pieces, so that memory holds a few MB beside the result.
+        """
         from gguf import GGML_QUANT_SIZES, dequantize
 
         block, block_bytes = GGML_QUANT_SIZES[stored.kind]
         before = column // block  # blocks
         after = -(-(column + columns) // block)
         within = slice(column - before * block, column - before * block + columns)
-        data = self._rows(stored, first, count)[:, before * block_bytes : after * block_bytes]
-        if stored.kind.name in _FLOATS:
-            return data.contiguous().view(_FLOATS[stored.kind.name])
-        out = torch.empty(count, columns)
-        step = max(1, _PIECE_BYTES // ((after - before) * block * out.itemsize))
+        dtype = _FLOATS.get(stored.kind.name)
+        out = torch.empty((columns, count) if transposed else (count, columns), dtype=dtype or torch.float32)
+        rows = out.T if transposed else out
+        step = max(1, _PIECE_BYTES // (stored.shape[-1] * torch.float32.itemsize))
         for row in range(0, count, step):
-            with np.errstate(all="ignore"):  # a damaged scale; the caller refuses the values
-                piece = dequantize(data[row : row + step].contiguous().numpy(), stored.kind)
-            out[row : row + step] = torch.from_numpy(piece[:, within])
+            data = self._rows(stored, first + row, min(step, count - row))[:, before * block_bytes : after * block_bytes].contiguous()
+            if dtype is None:
+                with np.errstate(all="ignore"):  # a damaged scale; the caller refuses the values
+                    piece = torch.from_numpy(dequantize(data.numpy(), stored.kind))
+            else:
+                piece = data.view(dtype)
+            rows[row : row + step] = piece[:, within]
         return out
 
 
