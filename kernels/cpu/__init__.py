@@ -11,7 +11,7 @@ AMX tiles, or rows of the weight dequantized for a library's matmul. `format_ker
 - `attention.py`: few new tokens attend to a KV cache as it is stored; `attention_chunks.py`: the vector code for a part of the cache.
 - `amx.py`: bfloat16 products in the tiles of Intel's matrix unit.
 - `repack_gguf.py`: GGUF's blocks as weights of our formats. `repack_codes.py`: packed codes of other programs in other orders.
-- `quantize.py`: weights quantized to int4 and int8 in one pass.
+- `quantize.py`: weights quantized to int4, q4_0 and int8 in one pass.
 - `search.py`: the grid searches, with each group of a weight in the first-level cache.
 - `rounding.py`: the column loops of GPTQ and coordinate descent.
 - `compiled.py`: the decorator of all numba functions, which keeps compiled code on the disk where it can.

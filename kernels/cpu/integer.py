@@ -3,6 +3,10 @@
     y[t, n] = sum over the units u, in order, of (scale_w[n, u] * float32(D)) * scale_x[t, u], each step rounded once (fused multiply-add),
     D = sum over the unit of (code_w - zero-point) * code_x
 
+In a format with offsets the sum of the unit's code_x times the offset is added before scale_x:
+
+    fma(float32(sum of code_x), offset_w[n, u], scale_w[n, u] * float32(D)), D = sum over the unit of code_w * code_x
+
 For one token the rows are read as they lie: a lane holds neighbours along K, and sixteen rows are summed across lanes together. For more
 tokens, sixteen rows are decoded into vectors whose lanes are rows (`row_codes.py`), which every token multiplies from the cache: 32 rows by
 up to twelve rows of activations have their sums in registers. Both compute the formula above, so a token's result has the same bits alone,
@@ -29,7 +33,7 @@ from .activations import QuantizedActivations
 from .addresses import call, clear, copy_vector, integer, next_task, store_float, store_integer
 from .compiled import compiled, compiled_address
 from .integer_tiles import multiply_one, multiply_tile, row_tiles
-from .row_codes import BLOCK, FORMATS, int4_block, int8_block, row_scales
+from .row_codes import BLOCK, FORMATS, RowCodes, int4_block, int8_block, row_scales, uint8_block
 
 __all__ = ["Job", "multiply"]
 
@@ -64,15 +68,15 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
     weight = jobs[0].weight
     N, K = weight.shape[-2:]
     group_size, code_bytes, unit = weight.group_size, x.codes.shape[1], x.unit
-    four_bits, one_token = int(FORMATS[weight.format].four_bits), code_bytes == 2 and unit == group_size
+    kind, one_token = FORMATS[weight.format].kind, code_bytes == 2 and unit == group_size
     rows_of_table = []
     for job in jobs:
         parts, out = job.weight.parts, job.out.data_ptr()
         codes, scales = parts["qweight"], parts["scales"]
-        zeros = parts.get("zeros", scales)
+        zeros = parts.get("zeros", parts.get("offsets", scales))
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
         for matrix, begin, end in zip(job.matrices, offsets[:-1], offsets[1:], strict=True):
-            function = _few_rows(four_bits) if one_token and end - begin == 1 else _many_rows(four_bits, code_bytes)
+            function = _few_rows(kind) if one_token and end - begin == 1 else _many_rows(kind, code_bytes)
             rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
     longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
@@ -100,9 +104,9 @@ def _store_sums(sums, out, rows):
 
 
 @cache
-def _few_rows(four_bits: int) -> int:
-    """The address of the function that multiplies the rows of a task with one token, for a format."""
-    per_byte = 2 if four_bits else 1
+def _few_rows(kind: int) -> int:
+    """The address of the function that multiplies the rows of a task with one token, for a kind of `RowCodes`."""
+    per_byte, has_offsets = (2 if RowCodes.of_kind(kind).four_bits else 1), RowCodes.of_kind(kind).offsets is not None
 
     def few_rows(arguments, job, task):
         N, K, group_size, span = integer(arguments, 0), integer(arguments, 1), integer(arguments, 2), integer(arguments, 4)
@@ -110,7 +114,7 @@ def _few_rows(four_bits: int) -> int:
         pair = integer(job, 5)
         x_row, out = integer(integer(arguments, 8), pair), integer(job, 4) + integer(integer(arguments, 9), pair) * N * 4
         groups, row_blocks = K // group_size, K // BLOCK
-        code_pitch, zero_pitch = K // per_byte, (groups + 1) // 2
+        code_pitch, zero_pitch = K // per_byte, groups * 2 if has_offsets else (groups + 1) // 2
         x_pitch = integer(arguments, 10)
         x_codes, x_units = x + x_row * x_pitch * 2, x_row * groups * 4
         scales, sums, scale_blocks = scratch, scratch + 16 * 128, 16 * group_size // BLOCK
@@ -125,7 +129,8 @@ def _few_rows(four_bits: int) -> int:
                 for begin in range(0, row_blocks, scale_blocks):
                     blocks = min(scale_blocks, row_blocks - begin)
                     group, count = begin * BLOCK // group_size, blocks * BLOCK // group_size
-                    row_scales(scale_row + group * 2, zero_row + group // 2, count, groups, last, scales, scales + 64, four_bits)
+                    zeros = zero_row + (group * 2 if has_offsets else group // 2)
+                    row_scales(scale_row + group * 2, zeros, count, groups, last, scales, scales + 64, kind)
                     multiply_one(
                         codes,
                         code_pitch,
@@ -141,7 +146,7 @@ def _few_rows(four_bits: int) -> int:
                         x_sums + x_units,
                         sums + 64 * j,
                         group_size,
-                        four_bits,
+                        kind,
                     )
             _store_sums(sums, out + first * 4, N - first)
         return 0
@@ -150,9 +155,10 @@ def _few_rows(four_bits: int) -> int:
 
 
 @cache
-def _many_rows(four_bits: int, code_bytes: int) -> int:
-    """The address of the function that multiplies the rows of a task with several tokens, for a format and a kind of activations."""
+def _many_rows(kind: int, code_bytes: int) -> int:
+    """The address of the function that multiplies the rows of a task with several tokens, for kinds of `RowCodes` and of activations."""
     tile_tokens, sum_bytes = row_tiles(code_bytes)[0] // code_bytes, 8 if code_bytes == 3 else 4
+    four_bits, has_offsets = RowCodes.of_kind(kind).four_bits, RowCodes.of_kind(kind).offsets is not None
     per_byte = 2 if four_bits else 1
     chunk_blocks = _CHUNK // BLOCK
 
@@ -167,7 +173,7 @@ def _many_rows(four_bits: int, code_bytes: int) -> int:
         x, x_scales, x_sums, codes = integer(arguments, 5), integer(arguments, 6), integer(arguments, 7), integer(task, 1)
         x_rows, out_rows, x_pitch = integer(arguments, 8), integer(arguments, 9), integer(arguments, 10)
         groups, units, row_blocks = K // group_size, K // unit, K // BLOCK
-        code_pitch, zero_pitch = K // per_byte, (groups + 1) // 2
+        code_pitch, zero_pitch = K // per_byte, groups * 2 if has_offsets else (groups + 1) // 2
         scales = codes + _CHUNK * _ROWS
         zeros, x_at = scales + 64, scales + groups * 256
         sums = x_at + 384
@@ -178,7 +184,7 @@ def _many_rows(four_bits: int, code_bytes: int) -> int:
                 last = min(15, N - 1 - row)
                 scale_row, zero_row = integer(job, 2) + row * groups * 2, integer(job, 3) + row * zero_pitch
                 to = scales + groups * 128 * j
-                row_scales(scale_row, zero_row, groups, groups, last, to, to + 64, four_bits)
+                row_scales(scale_row, zero_row, groups, groups, last, to, to + 64, kind)
             for begin in range(integer(job, 5), integer(job, 6), _PANEL):
                 end = min(integer(job, 6), begin + _PANEL)
                 clear(sums, 2 * (end - begin))
@@ -192,6 +198,8 @@ def _many_rows(four_bits: int, code_bytes: int) -> int:
                             to = codes + i * (_ROWS * BLOCK) + 64 * j
                             if four_bits:
                                 int4_block(base, code_pitch, last, chunk + i, to)
+                            elif has_offsets:
+                                uint8_block(base, code_pitch, last, chunk + i, to)
                             else:
                                 int8_block(base, code_pitch, last, chunk + i, to)
                     # After the last chunk of these rows come the next 32 rows.
@@ -220,7 +228,7 @@ def _many_rows(four_bits: int, code_bytes: int) -> int:
                             unit,
                             group_size,
                             code_bytes,
-                            four_bits,
+                            kind,
                         )
                         ahead, ahead_pitch = codes, 0  # prefetched once
                 for pair in range(begin, end):

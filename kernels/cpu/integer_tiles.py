@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import vector as v
-from .row_codes import BLOCK
+from .row_codes import BLOCK, RowCodes
 
 __all__ = ["multiply_one", "multiply_tile", "row_tiles"]
 
@@ -49,7 +49,7 @@ def multiply_tile(
     unit_size,
     group_size,
     code_bytes,
-    four_bits,
+    kind,
 ):
     """sums float32 [tokens, 2, 16] += the products of one chunk along K. The last two arguments are literals.
 
@@ -59,9 +59,10 @@ def multiply_tile(
     of tokens up to the next tile are valid. ahead: address of the chunk of the weight that
     is prefetched, `pitch` bytes from row to row: spread over the products, the reads do not wait for each other.
     """
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in (code_bytes, four_bits)):
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in (code_bytes, kind)):
         return None
-    H, small = code_bytes.literal_value, bool(four_bits.literal_value)
+    H, codes_of_rows = code_bytes.literal_value, RowCodes.of_kind(kind.literal_value)
+    small, has_offsets = codes_of_rows.four_bits, codes_of_rows.offsets is not None
 
     def tile(b: Any, rows: int, args: Any) -> None:
         codes, scales, zeros, second, units, x_at, x_pitch, sums = args[:8]
@@ -77,17 +78,27 @@ def multiply_tile(
         totals = [[cgutils.alloca_once(b, v.V16I) for _ in range(2)] for _ in range(rows)]
         steps, units_of_group = b.lshr(unit_size, v.I64(2)), b.udiv(group_size, unit_size)
         nothing = ir.Constant(v.V16I, None)
+
+        def whole_sum(sums_at: Any, unit_index: Any) -> Any:
+            """float32: the sum of a unit's integers."""
+            at = b.add(sums_at, b.mul(unit_index, v.I64(8 if H == 3 else 4)))
+            total = b.sitofp(_splat(b, at, v.I32), v.V16F)
+            if H < 3:
+                return total
+            return v.fused(b, total, v.constant(v.V16F, [256.0] * 16), b.sitofp(_splat(b, b.add(at, v.I64(4)), v.I32), v.V16F))
+
         with cgutils.for_range(b, units) as unit:
             group_at = b.mul(b.udiv(unit.index, units_of_group), v.I64(128))
             places = [group_at, b.add(group_at, second)]
-            excess = [b.sub(nothing, v.load(b, b.add(zeros, places[j]), v.V16I)) for j in range(2)]
+            excess = [nothing if has_offsets else b.sub(nothing, v.load(b, b.add(zeros, places[j]), v.V16I)) for j in range(2)]
             for t in range(tokens):
                 words = 2 if H == 3 else 1  # sums of a token's unit: of the last row, or of the first two rows and of the last
                 sum_at = b.add(x_sums[t], b.mul(unit.index, v.I64(4 * words)))
                 x_sum = [nothing] * (H - words) + [_splat(b, b.add(sum_at, v.I64(4 * i)), v.I32) for i in range(words)]
                 for j in range(2):
                     for h in range(H):
-                        b.store(b.mul(excess[j], x_sum[h]) if h >= H - words else nothing, totals[t * H + h][j])
+                        counts = h >= H - words and not has_offsets
+                        b.store(b.mul(excess[j], x_sum[h]) if counts else nothing, totals[t * H + h][j])
             first = b.mul(unit.index, steps)
             with cgutils.for_range(b, steps) as step:
                 k = b.add(first, step.index)
@@ -112,6 +123,8 @@ def multiply_tile(
                         value = v.fused(b, value, v.constant(v.V16F, [256.0] * 16), b.sitofp(b.load(totals[t * H + 2][j]), v.V16F))
                     to = b.add(sums, v.I64(128 * t + 64 * j))
                     scaled = b.fmul(value, scale[j])
+                    if has_offsets:
+                        scaled = v.fused(b, whole_sum(x_sums[t], unit.index), v.load(b, b.add(zeros, places[j]), v.V16F), scaled)
                     v.store(b, v.fused(b, scaled, x_scale, v.load(b, to, v.V16F)), to)
 
     def codegen(context, b, signature, args):
@@ -128,7 +141,7 @@ def multiply_tile(
         choose(row_tiles(H))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 13, code_bytes, four_bits), codegen
+    return types.void(*[types.intp] * 13, code_bytes, kind), codegen
 
 
 def _quarter_totals(b: Any, rows: list[Any]) -> list[Any]:
@@ -154,7 +167,7 @@ def _quarter_totals(b: Any, rows: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def multiply_one(
-    typing_context, codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_pitch, x_scales, x_sums, sums, group_size, four_bits
+    typing_context, codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_pitch, x_scales, x_sums, sums, group_size, kind
 ):
     """sums float32 [16] += the products of sixteen rows with one token, over `blocks` blocks from the block `begin`; the last argument is a
     literal.
@@ -163,9 +176,10 @@ def multiply_one(
     zeros: as `row_scales` writes them, from the block `begin`; x: a token's codes in two halves, `x_pitch` bytes apart, quantized in
     units of a group.
     """
-    if not isinstance(four_bits, types.IntegerLiteral):
+    if not isinstance(kind, types.IntegerLiteral):
         return None
-    small = bool(four_bits.literal_value)
+    codes_of_rows = RowCodes.of_kind(kind.literal_value)
+    small, has_offsets = codes_of_rows.four_bits, codes_of_rows.offsets is not None
     lines = 1 if small else 2  # of 64 bytes in a block of 128 elements
 
     def codegen(context, b, signature, args):
@@ -200,7 +214,7 @@ def multiply_one(
                         low = v.constant(v.V64, [15] * 64)
                         values += [b.and_(loaded, low), b.and_(shifted, low)]
                     else:
-                        values.append(b.xor(loaded, v.constant(v.V64, [-128] * 64)))
+                        values.append(loaded if has_offsets else b.xor(loaded, v.constant(v.V64, [-128] * 64)))
                 for line, chain in enumerate([[0, 1]] if small else [[0], [1]]):
                     total = ir.Constant(v.V16I, None)
                     for h in range(2):
@@ -218,8 +232,12 @@ def multiply_one(
                 for g, total in enumerate(sums_of_groups):
                     at = b.mul(b.add(b.mul(loop.index, v.I64(groups)), v.I64(g)), v.I64(128))
                     x_at = b.mul(b.add(b.mul(block, v.I64(groups)), v.I64(g)), v.I64(4))
-                    excess = b.mul(v.load(b, b.add(zeros, at), v.V16I), _splat(b, b.add(x_sums, x_at), v.I32))
-                    scaled = b.fmul(b.sitofp(b.sub(total, excess), v.V16F), v.load(b, b.add(scales, at), v.V16F))
+                    x_sum = _splat(b, b.add(x_sums, x_at), v.I32)
+                    if not has_offsets:
+                        total = b.sub(total, b.mul(v.load(b, b.add(zeros, at), v.V16I), x_sum))
+                    scaled = b.fmul(b.sitofp(total, v.V16F), v.load(b, b.add(scales, at), v.V16F))
+                    if has_offsets:
+                        scaled = v.fused(b, b.sitofp(x_sum, v.V16F), v.load(b, b.add(zeros, at), v.V16F), scaled)
                     b.store(v.fused(b, scaled, _splat(b, b.add(x_scales, x_at), v.F32), b.load(product)), product)
 
             pairs = [b.add(*quarters[i : i + 2]) for i in (0, 2)]
@@ -234,4 +252,4 @@ def multiply_one(
         v.store(b, b.load(product), sums)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 14, four_bits), codegen
+    return types.void(*[types.intp] * 14, kind), codegen

@@ -2,7 +2,7 @@
 
 Unlike int4's zero-point, the offset is any number, so groups need not contain 0, and scales may be negative. llama.cpp's Q4_1 and Q5_1 and
 MLX's affine formats have such groups. There are four formats: `affine4` and `affine8` have float16 scales and offsets, `affine4-bf16` and
-`affine8-bf16` bfloat16 ones. No kernels serve them: products dequantize rows with `dequantize`.
+`affine8-bf16` bfloat16 ones. The CPU has integer products for them; Triton has no code, and a GPU dequantizes them.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size; `...` is any number of leading
 axes, such as the experts of a layer.

@@ -19,16 +19,15 @@ from dbrx_q.kernels.formats import int4, int8
 from dbrx_q.kernels.formats.errors import DbrxError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.registry import FORMATS as REGISTRY
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.moe import moe_experts_reference
 
-MODULES = {"int4": int4, "int8": int8}
-FORMATS = [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 64)]
+FORMATS = [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 64), ("affine4", 32), ("affine8-bf16", 64)]
 
 
 def packed(format: str, group: int, *shape: int, seed: int = 0) -> QuantizedWeight:
-    weight: QuantizedWeight = MODULES[format].quantize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), group)
-    return weight
+    return REGISTRY[format].quantize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), group)
 
 
 def foreign(format: str, group: int, N: int, K: int) -> QuantizedWeight:
@@ -36,6 +35,10 @@ def foreign(format: str, group: int, N: int, K: int) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(N)
     scales = (torch.randn(N, K // group, generator=generator) * 0.1).half()
     scales[0, 0] = -0.25
+    if format.startswith("affine"):
+        weight = packed(format, group, N, K)
+        parts = {**weight.parts, "scales": scales.to(weight.parts["scales"].dtype)}
+        return type(weight).of({**parts, "qweight": torch.randint(0, 256, parts["qweight"].shape, dtype=torch.uint8)}, group)
     if format == "int8":
         codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
         codes[0] = -128
@@ -45,7 +48,7 @@ def foreign(format: str, group: int, N: int, K: int) -> QuantizedWeight:
 
 
 def activations(x: torch.Tensor, weight: QuantizedWeight, code_bytes: int, unit: int = 0) -> QuantizedActivations:
-    return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved=weight.format == "int4")
+    return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved="4" in weight.format)
 
 
 def values(x: QuantizedActivations, format: str) -> torch.Tensor:
@@ -53,7 +56,7 @@ def values(x: QuantizedActivations, format: str) -> torch.Tensor:
     T, H, K = x.codes.shape
     codes = x.codes.double()
     whole = codes[:, 0] if H == 1 else 256 * codes[:, 0] + codes[:, 1]
-    if format == "int4":
+    if "4" in format:
         whole = whole.view(T, K // 8, 2, 4).transpose(-1, -2).reshape(T, K)
     units = whole.view(T, -1, x.unit)
     assert torch.equal(units.sum(-1).int(), x.sums)
@@ -100,7 +103,7 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
 
 
 @pytest.mark.parametrize("code_bytes", [1, 2, 3])
-@pytest.mark.parametrize("format", ["int4", "int8", "int8 of -128"])
+@pytest.mark.parametrize("format", ["int4", "int8", "int8 of -128", "affine4", "affine8-bf16"])
 def test_the_largest_sums_do_not_overflow(format: str, code_bytes: int) -> None:
     if code_bytes == 3 and "avx512vnni" not in vector.chip_features():
         pytest.skip("three bytes are for chips with 512-bit products of bytes")
@@ -109,7 +112,7 @@ def test_the_largest_sums_do_not_overflow(format: str, code_bytes: int) -> None:
     if format == "int8 of -128":
         weight: QuantizedWeight = int8.Int8Weight((signs * 127.5 - 0.5).to(torch.int8), torch.full((40, 2), 0.0078125).half(), 128)
     else:
-        weight = MODULES[format].quantize(signs, 128)  # all codes at the ends of their range
+        weight = REGISTRY[format].quantize(signs, 128)  # all codes at the ends of their range
     x = torch.ones(9, 256)
     x[1:] *= signs[5:13]
     y = product(activations(x, weight, code_bytes, min(128, 64) if code_bytes == 1 else 128), weight)
@@ -167,7 +170,14 @@ def layer(formats: tuple[tuple[str, int], ...]) -> ExpertWeights:
 
 
 @pytest.mark.parametrize(
-    "formats", [(("int4", 64),) * 3, (("int4", 32), ("int8", 64), ("int4", 128)), (("int8", 64),) * 3], ids=["int4", "mixed", "int8"]
+    "formats",
+    [
+        (("int4", 64),) * 3,
+        (("int4", 32), ("int8", 64), ("int4", 128)),
+        (("int8", 64),) * 3,
+        (("affine4", 32), ("affine4", 32), ("affine8-bf16", 64)),
+    ],
+    ids=["int4", "mixed", "int8", "affine"],
 )
 def test_experts_with_few_and_with_many_tokens(formats: tuple[tuple[str, int], ...]) -> None:
     weights = layer(formats)
