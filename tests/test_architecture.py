@@ -30,7 +30,7 @@ LEVELS = (
     ("dbrx_q/model",),
     ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),
     ("eval", "quantize/pipeline"),
-    ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks"),
+    ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks", "quantize/export"),
     ("dbrx_q/cli",),
 )
 _OVERVIEW_LINES = range(10, 31)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CODE_NAME", "GUARD", "guarded", "write_code"]
+__all__ = ["CODE_NAME", "GUARD", "GUARDED_KEYS", "guarded", "write_code"]
 
 CODE_NAME = "modeling_dbrx_q.py"
 """The file that transformers imports with `trust_remote_code=True`."""
@@ -20,6 +20,8 @@ GUARD = (
     "`import dbrx_q.transformers` before the model is loaded, or load it by AutoModelForCausalLM with trust_remote_code=True"
 )
 """The value of `transformers_weights` in config.json, which ends the error of transformers."""
+GUARDED_KEYS = ("auto_map", "transformers_weights")
+"""The keys that `guarded` adds."""
 _CODE = '''"""Loads this checkpoint into transformers with trust_remote_code=True; needs `pip install 'dbrx_q[transformers]'`."""
 
 from dbrx_q.transformers import DbrxForCausalLM, DbrxModel

@@ -5,9 +5,9 @@ found a difference, or `quantize --no-worse-than-rtn` a result that is worse, 2 
 Ctrl-C included.
 
 Each command has a file of its name with its options, an example and a function `command`. The function imports what it runs, so that
-`--help` never imports torch. The files are `quantize.py` (its output is in `quantize_report.py`), `inspect.py`, `verify.py`, `plan.py`,
-`generate.py`, `trace.py`, `simulate.py`, `perplexity.py`, `compare.py`, `reference.py`, `tasks.py`, `sensitivity.py` and `bench.py`, which
-has commands of its own.
+`--help` never imports torch. The files are `quantize.py` (its output is in `quantize_report.py`), `export.py`, `inspect.py`, `verify.py`,
+`plan.py`, `generate.py`, `trace.py`, `simulate.py`, `perplexity.py`, `compare.py`, `reference.py`, `tasks.py`, `sensitivity.py` and
+`bench.py`, which has commands of its own.
 
 What the commands share:
 `options.py`        the options that several commands have, and the panels of `--help`

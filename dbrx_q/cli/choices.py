@@ -19,7 +19,9 @@ __all__ = [
     "ALL",
     "CACHE_POLICIES",
     "DTYPES",
+    "GGUF_TYPES",
     "KV_FORMATS",
+    "LAYOUTS",
     "METHODS",
     "MISS_POLICIES",
     "PARTS",
@@ -76,4 +78,6 @@ CACHE_POLICIES = Choice(tuple(policy.value for policy in CachePolicyName), "dbrx
 MISS_POLICIES = Choice(tuple(policy.value for policy in MissPolicy), "dbrx_q.planning.policy_names:MissPolicy")
 PROTOCOLS = Choice(("non-overlapping", "half-window", "strided"), "dbrx_q.eval.windows:PROTOCOLS")
 PARTS = Choice(("kind", "layer", "tensor"), "dbrx_q.eval.sensitivity.measure:BY")
-ALL = (WEIGHT_FORMATS, METHODS, ACTIVATIONS, DTYPES, KV_FORMATS, CACHE_POLICIES, MISS_POLICIES, PROTOCOLS, PARTS)
+GGUF_TYPES = Choice(("q4_0", "q4_1", "q8_0", "f32", "f16", "bf16"), "dbrx_q.quantize.export.gguf_types:GGUF_TYPES")
+LAYOUTS = Choice(("gguf", "mlx", "transformers"), "dbrx_q.quantize.export.record:LAYOUTS")
+ALL = (WEIGHT_FORMATS, METHODS, ACTIVATIONS, DTYPES, KV_FORMATS, CACHE_POLICIES, MISS_POLICIES, PROTOCOLS, PARTS, GGUF_TYPES, LAYOUTS)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dbrx_q.quantize.pipeline.plan import RunPlan
     from dbrx_q.quantize.pipeline.records import RunRecord
 
-__all__ = ["check_no_worse", "show_plans", "show_runs"]
+__all__ = ["check_no_worse", "run_as_dict", "show_plans", "show_runs"]
 
 
 def show_plans(
@@ -97,7 +97,7 @@ def _show_plan(plan: RunPlan, accelerator: Accelerator | None, bits: float, seco
 def show_runs(runs: dict[Path, RunRecord], *, json: bool) -> None:
     """Print the result of every run: of the checkpoint and of its fallback copy."""
     if json and runs:
-        checkpoint, *fallback = (_as_dict(run, folder) for folder, run in runs.items())
+        checkpoint, *fallback = (run_as_dict(run, folder) for folder, run in runs.items())
         terminal.print_json(checkpoint | ({"fallback": fallback[0]} if fallback else {}))
         return
     for folder, run in runs.items():
@@ -121,7 +121,8 @@ def check_no_worse(runs: Mapping[Path, RunRecord], push: str | None) -> None:
         raise typer.Exit(1)
 
 
-def _as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
+def run_as_dict(run: RunRecord, destination: Path) -> dict[str, Any]:
+    """The JSON object of a run."""
     from dataclasses import asdict
 
     return {
