@@ -15,6 +15,7 @@ What the commands share:
 `values.py`         plain values of options, converted without pydantic
 `help.py`           how `--help` is laid out; a command's file is imported when the command runs
 `memory_budget.py`  --ram, --gpu and the like as a `Budget` or a `Machine`
+`quantization.py`   what `quantize` and `export` share: the method, the opened source, the runs of the quantizer
 `calibration.py`    the sources of `--calibration`, and the sequences that are drawn of them
 `self_calibration.py`  the sequences that the model samples, and the plan of that
 `check_texts.py`    the sequences of `--check-text`

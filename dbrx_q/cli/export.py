@@ -15,7 +15,7 @@ from .check_texts import check_unseen, load_checks
 from .choices import DTYPES, GGUF_TYPES, LAYOUTS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, argument, option
-from .quantize import _check_method, _opened, _run
+from .quantization import check_method, open_location, run_requests
 from .self_calibration import Sampling
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ EXAMPLE = example(
 _FREE_SHARE = 4  # fifths of the free memory
 _LAYOUT_OF = {"--type": "gguf", "--split-size": "gguf", "--dtype": "transformers"}
 """The layout that has an option."""
-_PART = re.compile(r"-\d{5}-of-\d{5}$")
-"""The end of the stem of a part of a split GGUF file."""
+_PART_AND_TYPE = re.compile(r"([-.](?i:i?q\d\w*|b?f16|f32|mxfp4\w*|nvfp4))?(-\d{5}-of-\d{5})?\.gguf$")
+"""The end of the name of a GGUF file: its type, and the number of a part."""
 
 _To = Annotated[str, option(FORMATS, "Layout to write: {}.", "--to", metavar="LAYOUT", one_of=LAYOUTS, default=False)]
 _Type = Annotated[
@@ -58,7 +58,7 @@ _SplitSize = Annotated[
 
 
 def command(
-    source: Annotated[str, argument("SRC", "Checkpoint to export: a folder or a hub id.")],
+    source: Annotated[str, argument("SRC", "Checkpoint to export, of any program: a folder, a GGUF file or a hub id.")],
     destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
     to: _To,
     type: _Type = None,
@@ -93,18 +93,19 @@ def command(
     from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
     from dbrx_q.quantize.pipeline.run import QuantizationRequest
+    from dbrx_q.sources.open_weights import open_weights
 
     _check_options(to, {"--type": type, "--split-size": split_size, "--dtype": dtype})
-    _check_method(method, calibration or [], None, activations)
+    check_method(method, calibration or [], None, activations)
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     check_destination(destination)
-    opened = _opened(source, revision, None)
+    opened = open_location(source, revision, None)
     folder = opened if isinstance(opened, Path) else opened.folder
     target = _target(to, _name_of(source, folder), folder, type=type, split_size=split_size, dtype=dtype)
     rounded = _rounded_folder(destination)
     runs: dict[Path, RunRecord] = {}
     try:
-        with Checkpoint(opened) as weights:
+        with open_weights(opened) as weights:
             plan = target.plan(weights)
             if not plan.to_round:
                 if calibration:
@@ -118,7 +119,7 @@ def command(
             formats = plan.formats(weights)
         accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
         checks = load_checks(folder, check_text or [], count=check_sequences, length=length)
-        sampling = Sampling(source, folder, rounded, budget, revision, accelerator, resume=resume, low_disk=False, dry_run=False)
+        sampling = Sampling(source, opened, rounded, budget, revision, accelerator, resume=resume, low_disk=False, dry_run=False)
         tokens, about = load_sequences(
             folder, parse_sources(calibration or []), count=sequences, length=length, seed=seed, sampling=sampling
         )
@@ -127,6 +128,7 @@ def command(
             lambda _: formats,
             method=method,
             source=source,
+            keep=True,
             sequences=tokens,
             about=about,
             options=CalibrationOptions(activations=activations, all_experts=all_experts, act_order=act_order),
@@ -134,7 +136,7 @@ def command(
             no_worse_than_rtn=no_worse_than_rtn,
             accelerator=accelerator,
         )
-        runs = _run(opened, {rounded: request}, budget, resume=resume)
+        runs = run_requests(opened, {rounded: request}, budget, resume=resume)
     finally:
         if not isinstance(opened, Path):
             opened.close(keep=partial_of(rounded).exists())
@@ -175,7 +177,7 @@ def _target(to: str, name: str, folder: Path, *, type: str | None, split_size: s
 def _name_of(source: str, folder: Path) -> str:
     """The model's name: the last part of a hub id, or of the path of a folder or file."""
     name = source.rsplit("/", 1)[-1] if not Path(source).exists() else folder.resolve().name
-    return _PART.sub("", name.removesuffix(".gguf")) if folder.is_file() else name
+    return _PART_AND_TYPE.sub("", name)
 
 
 def _rounded_folder(destination: Path) -> Path:

@@ -10,18 +10,17 @@ from dbrx_q.planning.sizes import parse_size
 
 from . import options, quantize_report, terminal
 from .calibration import load_sequences, parse_sources
-from .check_texts import check_unseen, load_checks, note_unmeasured
+from .check_texts import check_unseen, load_checks
 from .choices import WEIGHT_FORMATS
 from .help import example
 from .options import CALIBRATION, FORMATS, HUB, MEMORY, METHOD, OUTPUT, argument, option
+from .quantization import check_method, open_location, run_requests
 from .self_calibration import Sampling
 
 if TYPE_CHECKING:
     from dbrx_q.checkpoint.layout import TensorFormat
-    from dbrx_q.checkpoint.remote_shards import RemoteShards
     from dbrx_q.checkpoint.stored_weights import StoredWeights
     from dbrx_q.quantize.calibration.sources import CalibrationSequences
-    from dbrx_q.quantize.pipeline.records import RunRecord
     from dbrx_q.quantize.pipeline.run import QuantizationRequest
 
 __all__ = ["EXAMPLE", "command"]
@@ -100,13 +99,13 @@ def command(
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
     from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint
 
-    _check_method(method, calibration or [], target_bpw, activations)
+    check_method(method, calibration or [], target_bpw, activations)
     _check_keep(keep=keep, target_bpw=target_bpw)
     sources = parse_sources(calibration or [])
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
-    opened = _opened(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
+    opened = open_location(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
     if push is not None and not dry_run:
         check_push(push, private=not public)
     folder = opened if isinstance(opened, Path) else opened.folder
@@ -140,7 +139,7 @@ def command(
             plans = [plan_checkpoint(opened, request, memory=budget) for request in requests.values()]
             quantize_report.show_plans(plans, accelerator, sampling, tokens, json=json)
             return
-        runs = _run(opened, requests, budget, resume=resume)
+        runs = run_requests(opened, requests, budget, resume=resume)
     finally:
         if not isinstance(opened, Path):
             opened.close(keep=any(partial_of(folder).exists() for folder in requests))
@@ -149,22 +148,6 @@ def command(
     if push is not None:
         terminal.say(f"uploading {destination} to {push}")
         terminal.say(f"uploaded: {upload(destination, push)}")
-
-
-def _check_method(method: str, calibration: Sequence[str], target_bpw: float | None, activations: str) -> None:
-    """Refuse options that the method does not take."""
-    from dbrx_q.errors import RequestError
-    from dbrx_q.quantize.methods.choose import METHODS
-
-    if calibration and not METHODS[method].calibrated and target_bpw is None:
-        raise RequestError(
-            f"the method {method} takes no calibration; found {', '.join(calibration)}. Leave --calibration out, or add --method best"
-        )
-    if METHODS[method].compares and activations == "original":
-        raise RequestError(
-            f"the method {method} must see the quantized model's activations; found --activations original. Leave it out, or give "
-            "--method gptq"
-        )
 
 
 def _check_keep(*, keep: bool, target_bpw: float | None) -> None:
@@ -191,59 +174,6 @@ def _with_fallback(destination: Path, request: QuantizationRequest, fallback_for
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)
     return {destination: request, destination / FALLBACK_FOLDER: fallback}
-
-
-def _run(opened: Path | RemoteShards, requests: dict[Path, QuantizationRequest], budget: int, *, resume: bool) -> dict[Path, RunRecord]:
-    """Quantize into every folder that is not complete yet; folder to record of its run.
-
-    Raises:
-        typer.Exit: an interruption after which --resume can continue.
-    """
-    from dbrx_q.checkpoint.staging import partial_of
-    from dbrx_q.quantize.pipeline.run import already_there, quantize_checkpoint
-
-    runs: dict[Path, RunRecord] = {}
-    try:
-        for folder, request in requests.items():
-            if resume and already_there(opened, folder, request):
-                terminal.say(f"{folder} is complete already")
-                note_unmeasured(folder, request)
-                continue
-            with terminal.progress("quantizing", unit_bytes=True) as on_bytes:
-                runs[folder] = quantize_checkpoint(opened, folder, request, resume=resume, memory=budget, on_bytes=on_bytes)
-    except KeyboardInterrupt:
-        partial = [partial_of(folder) for folder in requests if partial_of(folder).exists()]
-        if not partial:
-            raise
-        message = f"interrupted; what is finished is kept in {partial[0]}, and the same command with --resume continues from there"
-        raise terminal.failed(message) from None
-    return runs
-
-
-def _opened(source: str, revision: str | None, storage: Path | None) -> Path | RemoteShards:
-    """The source's folder or GGUF file, or its repository on the hub, of which no weights have been fetched yet.
-
-    A GGUF file on the hub is fetched into the hub's cache.
-
-    Raises:
-        RequestError: --low-disk for a folder, whose files are not deleted, or for a GGUF file, which is read many times.
-    """
-    from dbrx_q.checkpoint.hub import is_on_hub
-    from dbrx_q.checkpoint.hub_gguf import find_gguf
-    from dbrx_q.checkpoint.remote_shards import RemoteShards
-    from dbrx_q.errors import RequestError
-    from dbrx_q.sources.locations import resolve_location
-
-    model = find_gguf(source, revision=revision) if is_on_hub(source) else None
-    if model is not None:
-        if storage is not None:
-            raise RequestError(f"--low-disk deletes each shard after use; found the GGUF file {model.files[0]}. Leave it out")
-        return model.fetch()
-    if is_on_hub(source):
-        return RemoteShards(source, revision=revision, storage=storage)
-    if storage is not None:
-        raise RequestError(f"--low-disk deletes what was fetched from the hub; found the folder {source}, whose files stay. Leave it out")
-    return resolve_location(source)
 
 
 def _formats(

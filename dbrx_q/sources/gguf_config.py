@@ -39,7 +39,7 @@ def config_of(parts: GgufParts) -> DbrxConfig:
             max_seq_len=parts.count("dbrx.context_length"),
             vocab_size=len(parts.strings("tokenizer.ggml.tokens")),
             attn_config={
-                "clip_qkv": parts.number("dbrx.attention.clamp_kqv"),
+                "clip_qkv": parts.number("dbrx.attention.clamp_kqv") or None,  # llama.cpp does not clamp with 0
                 "kv_n_heads": parts.count("dbrx.attention.head_count_kv"),
                 "rope_theta": parts.number("dbrx.rope.freq_base"),
             },

@@ -26,6 +26,7 @@ from dbrx_q.checkpoint.staging import staged_folder
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.sources.gguf_names import gguf_name, gguf_shape
+from dbrx_q.sources.kept_formats import kept_formats
 
 from .gguf_metadata import add_metadata
 from .gguf_types import BLOCK, GGUF_TYPES, GgufType, holds, type_of_dtype
@@ -60,8 +61,8 @@ class GgufPlan(ExportPlan):
         return {name: fmt for name, fmt in self._rounded().items() if name not in self.held}
 
     def formats(self, weights: StoredWeights) -> dict[str, TensorFormat]:
-        exact = {name: weights.exact_format(name) for name in self.held}
-        return {name: exact.get(name) or fmt for name, fmt in self._rounded().items()}
+        kept = {name: fmt for name, fmt in kept_formats(weights).items() if name in self.held}
+        return {name: kept.get(name, fmt) for name, fmt in self._rounded().items()}
 
     def _rounded(self) -> dict[str, TensorFormat]:
         records = {name: GGUF_TYPES[kind].rounded for name, kind in self.types.items()}

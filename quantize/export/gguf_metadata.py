@@ -117,7 +117,9 @@ def _add_tokenizer(writer: Any, weights: StoredWeights, folder: Path) -> None:
     writer.add_tokenizer_pre(_ARCHITECTURE)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
+    special.add_special_token = {"bos": False, "eos": False} | special.add_special_token  # DBRX adds no token to a text
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _tokens(path: Path, count: int) -> tuple[list[str], list[int]]:

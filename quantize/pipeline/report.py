@@ -283,7 +283,8 @@ def _lines_by_layer(run: RunRecord, what: str, label: str, stream: Mapping[int, 
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     _whole_numbers(axes)
-    axes.legend(frameon=False, ncols=3, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    if axes.get_legend_handles_labels()[0]:  # no matrix was rounded where all were kept
+        axes.legend(frameon=False, ncols=3, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return render(drawing, "png")
 
 

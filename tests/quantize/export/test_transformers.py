@@ -1,0 +1,71 @@
+"""Plain checkpoints that `export` writes: transformers loads them as they are, and computes our logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_q import DbrxForCausalLM
+from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.quantize.export.transformers import TransformersTarget
+from dbrx_q.sources.open_weights import open_weights
+from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
+
+IDS = torch.tensor([[5, 300, 17, 2048, 9, 64, 4000, 1]])
+
+
+def export(source: Path, destination: Path, **settings: Any) -> list[str]:
+    """The names of the files of weights."""
+    target = TransformersTarget(**settings)
+    with open_weights(source) as weights:
+        return list(target.write(weights, target.plan(weights), destination).files)
+
+
+@pytest.mark.usefixtures("transformers_alone")
+def test_transformers_computes_our_logits(nano: Path, tmp_path: Path) -> None:
+    """With the base of the rotary embedding that transformers ignores in the published file."""
+    from transformers import AutoModelForCausalLM
+
+    export(nano, tmp_path / "plain", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert theirs.config.rope_parameters["rope_theta"] == 500000
+    ours = DbrxForCausalLM.from_pretrained(nano, dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(IDS).logits
+        assert (theirs(IDS).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_plain_checkpoint_stays_as_it_is(small: Path, tmp_path: Path) -> None:
+    files = export(small, tmp_path / "out", shard_bytes=300_000)
+    assert files == [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    assert len(files) > 1
+    with Checkpoint(small) as before, Checkpoint(tmp_path / "out") as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
+        assert after.config.rope_theta == before.config.rope_theta
+    assert DbrxTokenizer.from_pretrained(tmp_path / "out").encode("A text") == DbrxTokenizer.from_pretrained(small).encode("A text")
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_auto_keeps_the_dtype_of_each_tensor(quantized_small: Path, tmp_path: Path) -> None:
+    export(quantized_small, tmp_path / "out", dtype=None)
+    with Checkpoint(quantized_small) as packed, Checkpoint(tmp_path / "out") as plain:
+        assert {plain.dtype_of(name) for name in plain.tensors} == {torch.bfloat16}
+        assert all(torch.equal(plain.read(name), packed.read(name)) for name in plain.tensors)
+
+
+def test_config_json_says_nothing_of_the_packed_weights(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    outcome = cli("export", quantized_small, tmp_path / "out", "--to", "transformers", "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert (result["layout"], result["files"], result["rounding"]) == ("transformers", ["model.safetensors"], None)
+    assert result["bits_per_weight"] == 16
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config.keys().isdisjoint({"quantization_config", "auto_map", "transformers_weights"})
+    assert config["torch_dtype"] == "bfloat16"
+    assert not (tmp_path / "out" / "modeling_dbrx_q.py").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
