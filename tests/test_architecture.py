@@ -29,8 +29,8 @@ LEVELS = (
     ("dbrx_q/experts",),
     ("dbrx_q/model",),
     ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),
-    ("eval", "quantize/pipeline"),
-    ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks", "quantize/export"),
+    ("eval", "quantize/export", "quantize/pipeline"),
+    ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks"),
     ("dbrx_q/cli",),
 )
 _OVERVIEW_LINES = range(10, 31)

@@ -109,7 +109,7 @@ def test_an_option_has_the_same_text_in_every_command() -> None:
         "--chat": 2,
         "--context": 5,
         "--device": 2,
-        "--dtype": 2,
+        "--dtype": 3,
         "--fallback": 3,
         "--fallback-format": 2,
         "--format": 3,
