@@ -136,7 +136,7 @@ def synthetic(
 
 @app.command(cls=Command, epilog=example("dbrx-q bench offload dbrx-int4 --share 25 --share 50 --out results"))
 def offload(
-    path: options.Checkpoint,
+    path: options.Folder,
     share: Annotated[
         list[float] | None,
         option(WORK, "Share of the experts that memory holds; may be given again.", metavar="PERCENT", default="25, 50, 75"),

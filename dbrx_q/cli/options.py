@@ -36,13 +36,13 @@ __all__ = [
     "DiskBandwidth",
     "Dtype",
     "Fallback",
+    "Folder",
     "GpuSizes",
     "GroupSize",
     "HostBandwidth",
     "Json",
     "Kv",
     "Limit",
-    "Measured",
     "MeasuredDtype",
     "Method",
     "MissPolicy",
@@ -115,8 +115,8 @@ def option(
 
 
 # What is loaded, and how.
-Checkpoint = Annotated[str, argument("PATH", "Checkpoint: a folder or a hub id, plain or quantized.")]
-Measured = Annotated[str, argument("PATH", "Checkpoint: a folder or hub id, plain or quantized by dbrx-q or bitsandbytes; or a GGUF file.")]
+Checkpoint = Annotated[str, argument("PATH", "Checkpoint of any program: a folder, a GGUF file or a hub id.")]
+Folder = Annotated[str, argument("PATH", "Checkpoint: a folder or a hub id, plain or quantized by dbrx-q.")]
 Device = Annotated[str, option(MODEL, "Where the model runs: cpu, or cuda or cuda:N for a GPU that holds all of it.", metavar="DEVICE")]
 Dtype = Annotated[str, option(MODEL, "Dtype of the activations: {}; auto is the checkpoint's.", metavar="DTYPE", one_of=DTYPES)]
 MeasuredDtype = Annotated[

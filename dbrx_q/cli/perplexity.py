@@ -16,7 +16,7 @@ EXAMPLE = example("dbrx-q perplexity dbrx-int4 --text wiki.test.txt --context 20
 
 
 def command(
-    path: options.Measured,
+    path: options.Checkpoint,
     text: options.Text,
     context: options.Window = None,
     protocol: options.Protocol = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,16 @@ def check_method(method: str, calibration: Sequence[str], target_bpw: float | No
         )
 
 
-def open_location(source: str, revision: str | None, storage: Path | None) -> Path | RemoteShards:
+def open_location(source: str, revision: str | None, storage: Path | None, plan_alone: ExitStack | None = None) -> Path | RemoteShards:
     """The source's folder or GGUF file, or its repository on the hub, of which no weights have been fetched yet.
 
-    A GGUF file on the hub is fetched into the hub's cache.
+    A GGUF file on the hub is fetched into the hub's cache; for a plan its header alone, into a temporary file.
+
+    Args:
+        source: the argument SRC.
+        revision: branch, tag or commit on the hub; None for the main branch.
+        storage: with --low-disk, the folder that shards are fetched to; else None.
+        plan_alone: removes the temporary file; None where weights are read.
 
     Raises:
         RequestError: --low-disk for a folder, whose files are not deleted, or for a GGUF file, which is read many times.
@@ -45,13 +52,17 @@ def open_location(source: str, revision: str | None, storage: Path | None) -> Pa
     from dbrx_q.checkpoint.hub_gguf import find_gguf
     from dbrx_q.checkpoint.remote_shards import RemoteShards
     from dbrx_q.errors import RequestError
-    from dbrx_q.sources.locations import resolve_location
+    from dbrx_q.sources.locations import gguf_header, resolve_location
 
     model = find_gguf(source, revision=revision) if is_on_hub(source) else None
     if model is not None:
         if storage is not None:
             raise RequestError(f"--low-disk deletes each shard after use; found the GGUF file {model.files[0]}. Leave it out")
-        return model.fetch()
+        if plan_alone is None:
+            return model.fetch()
+        if model.cached() is None:
+            terminal.say(f"{source}: the header is fetched for the plan; a run fetches all of {', '.join(model.files)}")
+        return plan_alone.enter_context(gguf_header(model))
     if is_on_hub(source):
         return RemoteShards(source, revision=revision, storage=storage)
     if storage is not None:

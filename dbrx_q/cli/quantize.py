@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,7 +106,9 @@ def command(
     accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
     if public and push is None:
         raise RequestError("--public says how a repository is made that --push names; found no --push. Add it, or leave --public out")
-    opened = open_location(source, revision, partial_of(destination).with_suffix(".source") if low_disk else None)
+    stack = ExitStack()  # holds what a plan alone needs, until it is printed
+    storage = partial_of(destination).with_suffix(".source") if low_disk else None
+    opened = open_location(source, revision, storage, stack if dry_run and target_bpw is None else None)
     if push is not None and not dry_run:
         check_push(push, private=not public)
     folder = opened if isinstance(opened, Path) else opened.folder
@@ -143,6 +146,7 @@ def command(
     finally:
         if not isinstance(opened, Path):
             opened.close(keep=any(partial_of(folder).exists() for folder in requests))
+        stack.close()
     quantize_report.show_runs(runs, json=json)
     quantize_report.check_no_worse(runs, push)
     if push is not None:

@@ -20,7 +20,7 @@ EXAMPLE = example(
 
 
 def command(
-    path: options.Measured,
+    path: options.Checkpoint,
     destination: Annotated[Path, argument("FILE", "The .safetensors file to write; must not exist.")],
     text: options.Text,
     context: options.Window = None,

@@ -25,7 +25,7 @@ EXAMPLE = example(
 
 
 def command(
-    path: options.Measured,
+    path: options.Checkpoint,
     tasks: Annotated[str, option(TASKS, "Tasks of lm-evaluation-harness, separated by commas.", metavar="NAMES", default=False)],
     tasks_path: Annotated[Path | None, option(TASKS, "Folder of your own task YAMLs, which take precedence.", metavar="DIR")] = None,
     num_fewshot: Annotated[

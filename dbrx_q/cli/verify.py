@@ -18,7 +18,7 @@ EXAMPLE = example("dbrx-q verify dbrx-int4")
 
 
 def command(
-    path: options.Checkpoint,
+    path: options.Folder,
     json: options.Json = False,
 ) -> None:
     """Recompute the SHA-256 of every file and compare it with the manifest.

@@ -17,7 +17,7 @@ from .gguf_file import is_gguf, open_parts
 from .gguf_header import HeaderIncomplete
 from .gguf_weights import GgufWeights
 
-__all__ = ["open_gguf_header", "resolve_location"]
+__all__ = ["gguf_header", "open_gguf_header", "resolve_location"]
 
 _BY_DEFAULT = Download()
 # Bytes that are fetched at first: the header of DBRX's first part takes 5 MB, of which its vocabulary and merges are all but 30 kB.
@@ -57,20 +57,32 @@ def open_gguf_header(model: HubGguf) -> Iterator[GgufWeights]:
     """A GGUF model on the hub of which only the header is fetched: its weights cannot be read. The cache serves files that it holds.
 
     Raises:
-        CheckpointError: as for `HubGguf.fetch_beginnings` and `GgufWeights`.
+        CheckpointError: as for `gguf_header` and `GgufWeights`.
         ConfigError: the metadata has a value that no DBRX can have.
+    """
+    with gguf_header(model) as path, GgufWeights(path) as weights:
+        if path != model.cached():
+            weights.close()  # the rest of the files is a hole: nothing may read zeros from it
+        yield weights
+
+
+@contextmanager
+def gguf_header(model: HubGguf) -> Iterator[Path]:
+    """A GGUF file of the hub's cache, or else a temporary one of the full size in which the header alone is stored.
+
+    Raises:
+        CheckpointError: as for `HubGguf.fetch_beginnings`, or the header is damaged.
     """
     cached = model.cached()
     if cached is not None:
-        with GgufWeights(cached) as weights:
-            yield weights
+        yield cached
         return
     lengths = {name: _OTHER_PART_BYTES if number else _FIRST_PART_BYTES for number, name in enumerate(model.files)}
     with tempfile.TemporaryDirectory(prefix="dbrx_q-header-") as folder:
         while True:
             path, fetched = model.fetch_beginnings(Path(folder), lengths)
             try:
-                parts = open_parts(path, fetched)
+                open_parts(path, fetched)
                 break
             except HeaderIncomplete as header:
                 if header.end > _LONGEST_HEADER:
@@ -80,9 +92,7 @@ def open_gguf_header(model: HubGguf) -> Iterator[GgufWeights]:
                     ) from None
                 [name] = [name for name in lengths if Path(name).name == header.name]
                 lengths[name] = max(2 * lengths[name], header.end)
-        with GgufWeights(path, parts) as weights:
-            weights.close()  # the rest of the files is a hole: nothing may read zeros from it
-            yield weights
+        yield path
 
 
 def _local(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,11 @@ def test_commands_take_a_model_on_the_hub(
     for command in ("inspect", "plan"):
         outcome, local = cli(command, name, "--json"), cli(command, served / "dbrx.Q4_0.gguf", "--json")
         assert (outcome.code, outcome.out) == (local.code, local.out) == (0, outcome.out), outcome.err
+    outcome, local = (cli("quantize", source, tmp_path / "out", "--dry-run", "--json") for source in (name, served / "dbrx.Q4_0.gguf"))
+    assert outcome.code == 0, outcome.err
+    assert f"{name}: the header is fetched for the plan; a run fetches all of dbrx.Q4_0.gguf" in outcome.err
+    plan, expected = json.loads(outcome.out), json.loads(local.out)
+    assert [plan[key] for key in ("bytes_in", "bytes_out", "bits")] == [expected[key] for key in ("bytes_in", "bytes_out", "bits")]
     assert not hub.sent_whole
     outcome = cli("quantize", name, tmp_path / "out", "--low-disk")
     assert (outcome.code, outcome.out) == (2, "")

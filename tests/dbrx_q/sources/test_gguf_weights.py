@@ -27,6 +27,10 @@ DATA = Path(__file__).parents[2] / "data"
 NANO = DATA / "dbrx-nano"
 Q4_0 = DATA / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf"
 KINDS = [kind.name for kind in GGMLQuantizationType if can_dequantize(kind)]
+HARD = "<|im_start|>user\nit's π≈3.14159, 1234567 \t\n\n  x\r\n<|im_end|>\n"
+# What llama-tokenize (build 0c1e570) prints for the bundled file and this text; the whole book has the same 92757 ids there as here.
+LLAMA_CPP_IDS = [4093, 415, 267, 198, 272, 405, 220, 139, 222, 158, 231, 230, 18, 13, 2789, 16, 20, 24, 11, 220, 1960, 18, 19, 20, 21, 22]
+LLAMA_CPP_IDS += [220, 197, 298, 220, 220, 87, 201, 198, 4094, 198]
 V, D, F, E = 8, 256, 512, 3
 NUMBERS = {
     "embedding_length": D,
@@ -203,6 +207,16 @@ def test_a_damaged_scale_is_refused_by_every_way_to_read(tmp_path: Path) -> None
             weights.read(name)
 
 
+def test_files_are_read_and_not_mapped(tmp_path: Path) -> None:
+    """Pages of a mapped file would count as memory of this process, which a file may exceed."""
+    write(tmp_path / "x.gguf", "Q4_0")
+    with GgufWeights(tmp_path / "x.gguf") as weights:
+        weights.read("lm_head.weight")
+        weights.packed("transformer.blocks.0.ffn.experts.mlp.w2", 0)
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or str(tmp_path) not in maps.read_text(encoding="utf-8")
+
+
 def test_a_copy_gets_the_same_configuration_and_tokenizer(tmp_path: Path) -> None:
     with GgufWeights(Q4_0) as weights:
         assert weights.small_files is None
@@ -212,7 +226,8 @@ def test_a_copy_gets_the_same_configuration_and_tokenizer(tmp_path: Path) -> Non
         ours = weights.tokenizer
     copy, original = DbrxTokenizer.from_pretrained(tmp_path), DbrxTokenizer.from_pretrained(NANO)
     book = (DATA / "war-of-the-worlds.txt").read_text(encoding="utf-8")
-    for text in (book, "<|im_start|>user\nπ ≈ 3.14159<|im_end|>\n\n  \t it's 1234567"):
+    assert copy.encode(HARD) == LLAMA_CPP_IDS
+    for text in (book, HARD):
         assert copy.encode(text) == ours.encode(text) == original.encode(text)
     assert copy.special_tokens == ours.special_tokens
     turns = [{"role": "user", "content": "Hello"}]
