@@ -1,0 +1,184 @@
+"""Files that other programs wrote (tests/data/layouts): weights and logits are those of the program, and every command takes every file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.sources.gguf_names import gguf_name
+from dbrx_q.sources.open import open_runnable
+from dbrx_q.sources.open_weights import open_weights, planned_formats
+
+TESTS = Path(__file__).parents[2]
+LAYOUTS = TESTS / "data" / "layouts"
+TEXT = TESTS / "data" / "war-of-the-worlds.txt"
+TOKENS = json.loads((LAYOUTS / "tokens.json").read_text(encoding="utf-8"))
+
+LABELS = {
+    "awq-4bit-g64": "AWQ int4:64",
+    "bitsandbytes-nf4-double-converted": "bitsandbytes nf4-double",
+    "gguf-blocks-of-256": "GGUF Q4_K + GGUF Q5_K + GGUF IQ4_XS",
+    "gguf-blocks-of-32": "GGUF Q4_0 + GGUF Q4_1 + GGUF IQ4_NL + GGUF MXFP4 + GGUF NVFP4",
+    "gptq-4bit-g128": "GPTQ int4:128",
+    "gptq-4bit-g32-asym": "GPTQ int4:32",
+    "gptq-4bit-g64-act-order": "GPTQ int4:64 act-order",
+    "gptq-8bit-g128": "GPTQ int8:128",
+    "gptq-v2-4bit-g32-asym": "GPTQ int4:32",
+    "mlx-3bit-g32": "MLX affine3:32",
+    "mlx-4bit-g64": "MLX affine4:64",
+    "mlx-6bit-g64-float16": "MLX affine6:64",
+    "mlx-mixed": "MLX affine4:64",
+    "mlx-mxfp4": "MLX mxfp4",
+    "published": "bfloat16",
+}
+"""What `inspect` says of the experts in each folder."""
+WHOLLY_KEPT = {
+    *("awq-4bit-g64", "gptq-4bit-g128", "gptq-4bit-g32-asym", "gptq-8bit-g128", "gptq-v2-4bit-g32-asym"),
+    *("mlx-3bit-g32", "mlx-4bit-g64", "mlx-6bit-g64-float16", "mlx-mixed"),
+}
+"""Folders of which `quantize --keep` rounds nothing."""
+PARTLY_KEPT = {"gguf-blocks-of-32", "bitsandbytes-nf4-double-converted"}
+WITH_LOGITS = [name for name in LABELS if not name.startswith(("gguf", "published"))]
+
+
+def location(name: str) -> Path:
+    """The folder, or the GGUF file, of which one is the first of three parts."""
+    folder = LAYOUTS / name
+    return min(folder.glob("*.gguf")) if name.startswith("gguf") else folder
+
+
+def logits(path: Path) -> torch.Tensor:
+    """The logits [T, V] of TOKENS."""
+    model = open_runnable(path).load(dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0]
+
+
+def all_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, dequantized."""
+    with open_weights(path) as weights:
+        return {name: weights.read(name) for name in weights.tensors}
+
+
+def script(name: str) -> ModuleType:
+    """A script of tests/models/layouts as a module."""
+    spec = importlib.util.spec_from_file_location(f"layouts_{name}", TESTS / "models" / "layouts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of_module(weights: StoredWeights, module: str) -> torch.Tensor:
+    """The matrix [N, K] that a program keeps in a module of this name, from the tensors of a plain checkpoint."""
+    config = weights.config
+    if expert := re.fullmatch(r"(.*experts)(?:\.mlp)?\.(\d+)\.(w1|v1|w2)", module):
+        stack = weights.read(f"{expert[1]}.mlp.{expert[3]}")
+        matrix = stack.view(config.ffn_config.moe_num_experts, -1, config.d_model)[int(expert[2])]
+        return matrix.T if expert[3] == "w2" else matrix
+    if module.endswith("k_proj"):
+        fused = weights.read(module.replace("k_proj", "Wqkv.weight"))
+        return fused[config.d_model : config.d_model + config.attn_config.kv_n_heads * config.head_dim]
+    return weights.read(f"{module}.weight")
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_logits_are_those_that_the_program_computes(name: str) -> None:
+    expected = np.load(LAYOUTS / name / "reference.npz")["logits"]
+    assert np.abs(expected).max() > 5
+    np.testing.assert_allclose(logits(location(name)).numpy(), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_weights_are_those_that_the_program_dequantizes(name: str) -> None:
+    reference = dict(np.load(LAYOUTS / name / "reference.npz"))
+    del reference["logits"]
+    assert len(reference) >= 2
+    with open_weights(location(name)) as weights:
+        for module, rows in reference.items():
+            np.testing.assert_array_equal(rows_of_module(weights, module)[: len(rows)].float().numpy(), rows, err_msg=module)
+
+
+@pytest.mark.parametrize("name", ["gguf-blocks-of-256", "gguf-blocks-of-32"])
+def test_weights_are_those_that_ggml_dequantizes(name: str) -> None:
+    reference = dict(np.load(LAYOUTS / name / "reference.npz"))
+    with open_weights(location(name)) as weights:
+        for tensor in weights.tensors.values():
+            rows = reference.pop(gguf_name(tensor.name), None)
+            if rows is None:
+                continue
+            matrix = weights.read(tensor.name)
+            if tensor.experts:
+                matrix = matrix.view(tensor.experts, -1, tensor.shape[1])[-1]
+                matrix = matrix.T if tensor.transposed else matrix
+            np.testing.assert_array_equal(matrix[-len(rows) :].numpy(), rows, err_msg=tensor.name)
+    assert not reference
+
+
+@pytest.mark.parametrize("kin", ["converted", "whole-qkv", "experts", "experts-mlp-experts"])
+def test_converted_names_are_the_same_model(kin: str, tmp_path: Path) -> None:
+    script("convert").convert(LAYOUTS / "published", tmp_path / kin, kin)
+    expected, actual = all_weights(LAYOUTS / "published"), all_weights(tmp_path / kin)
+    assert actual.keys() == expected.keys()
+    for tensor, weight in expected.items():
+        assert torch.equal(actual[tensor], weight), tensor
+    assert torch.equal(logits(tmp_path / kin), logits(LAYOUTS / "published"))
+
+
+def test_a_quantize_config_alone_says_it_all(tmp_path: Path) -> None:
+    """AutoGPTQ wrote no quantization_config into config.json."""
+    folder = tmp_path / "autogptq"
+    shutil.copytree(LAYOUTS / "gptq-4bit-g32-asym", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    settings = {"bits": 4, "group_size": 32, "desc_act": False, "sym": False, "true_sequential": True, "model_file_base_name": "model"}
+    (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    expected = all_weights(LAYOUTS / "gptq-4bit-g32-asym")
+    assert all(torch.equal(weight, expected[tensor]) for tensor, weight in all_weights(folder).items())
+    assert planned_formats(str(folder))[1] == planned_formats(str(LAYOUTS / "gptq-4bit-g32-asym"))[1]
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.filterwarnings("ignore:.*splits a text with GPT-2's pattern")  # as transformers 5 saves DBRX's tokenizer
+def test_every_command_takes_it(name: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, text = location(name), ["--text", TEXT, "--context", "64", "--limit", "1"]
+
+    def result(*arguments: object) -> dict[str, Any]:
+        outcome = cli(*arguments, "--json")
+        assert outcome.code == 0, outcome.err
+        return dict(json.loads(outcome.out))
+
+    assert result("inspect", path)["kinds"]["experts"]["format"] == LABELS[name]
+    assert result("plan", path, "--ram", "1GB")["fits"]
+    generated = result("generate", path, "--prompt", "The Martians", "--max-new-tokens", "2")
+    assert generated["new_tokens"] == 2
+
+    destination = tmp_path / "quantized"
+    keep = ["--keep"] if name in WHOLLY_KEPT | PARTLY_KEPT else []
+    written = result("quantize", path, destination, "--format", "int8", *keep)
+    assert (written.get("kept", 0) > 0) == bool(keep)
+    if not keep and name != "published":
+        assert cli("quantize", path, tmp_path / "kept", "--keep").code == 2
+    compared = result("compare", path, destination, *text)
+    assert compared["reference_perplexity"] == result("perplexity", path, *text)["perplexity"]
+    if name in WHOLLY_KEPT:
+        assert compared["results"][0]["max_kl"] == 0
+        expected, actual = all_weights(path), all_weights(destination)
+        assert all(torch.equal(actual[tensor].float(), weight.float()) for tensor, weight in expected.items())
+        assert result("generate", destination, "--prompt", "The Martians", "--max-new-tokens", "2")["text"] == generated["text"]
+    else:
+        assert 0 < compared["results"][0]["mean_kl"] < 0.05
