@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
-from dbrx_q.checkpoint.hub import is_on_hub, resolve_file
+from dbrx_q.checkpoint.hub import find_revision, is_on_hub, resolve_file
 from dbrx_q.checkpoint.hub_gguf import find_gguf
 from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
 from dbrx_q.checkpoint.remote_shards import RemoteShards
@@ -70,7 +71,7 @@ def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFo
     """
     if find_gguf(path_or_hub_id) is None if is_on_hub(path_or_hub_id) else resolve_location(path_or_hub_id).is_dir():
         raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
-        if is_packed_by_us(raw) or not (raw.get("quantization_config") or raw.get("quantization")):
+        if is_packed_by_us(raw) or not (_is_quantized(raw) or _has_gptq_config(path_or_hub_id)):
             config = DbrxConfig.from_dict(raw if is_packed_by_us(raw) else plain_config(raw), source=f"{path_or_hub_id}/config.json")
             return config, tensor_formats(config, path_or_hub_id)
     with open_headers(path_or_hub_id) as weights:
@@ -83,9 +84,20 @@ def is_of_another_program(location: Path | ShardSource) -> bool:
     raw = read_json_object(folder / "config.json")
     if is_packed_by_us(raw):
         return False
-    if raw.get("quantization_config") is not None or raw.get("quantization") is not None or (folder / _GPTQ_CONFIG).is_file():
+    if _is_quantized(raw) or (folder / _GPTQ_CONFIG).is_file():
         return True
     return not any(map(is_published_expert, _stored_names(location, folder)))
+
+
+def _is_quantized(raw: Mapping[str, Any]) -> bool:
+    return raw.get("quantization_config") is not None or raw.get("quantization") is not None
+
+
+def _has_gptq_config(path_or_hub_id: str) -> bool:
+    """Whether AutoGPTQ's file, which may stand for `quantization_config`, lies beside config.json."""
+    if is_on_hub(path_or_hub_id):
+        return _GPTQ_CONFIG in find_revision(path_or_hub_id).files
+    return (resolve_location(path_or_hub_id) / _GPTQ_CONFIG).is_file()
 
 
 def _stored_names(location: Path | ShardSource, folder: Path) -> list[str]:
