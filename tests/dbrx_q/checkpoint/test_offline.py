@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dbrx_q import DbrxConfig
+from dbrx_q.checkpoint.hub import resolve_folder
 from dbrx_q.checkpoint.hub_errors import hub_errors
 from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.errors import CheckpointError
@@ -34,11 +35,10 @@ def command(client: Callable[[str], None], cli: Callable[..., Any]) -> Command:
 
 
 @pytest.fixture
-def cached(small: Path, hub: Any, command: Command) -> list[str]:
+def cached(small: Path, hub: Any, client: Callable[[str], None]) -> list[str]:
     """Fills the hub's cache with the small checkpoint; the names of its shards."""
     hub.folder = small
-    code, _, err = command("inspect", REPOSITORY)
-    assert code == 0, err
+    resolve_folder(REPOSITORY)
     hub.requested.clear()
     return sorted(path.name for path in small.glob("*.safetensors"))
 
