@@ -12,7 +12,7 @@ The code, from the command line down to the kernels; a folder imports only folde
     eval/        perplexity, divergence from a reference, downstream tasks, benchmarks
     quantize/    quantization methods, calibration, and the pipeline that writes a quantized checkpoint
     generation/  from prompts to tokens: prefill, decode steps, sampling
-    sources/     other people's checkpoints: GGUF, bitsandbytes, transformers
+    sources/     checkpoints of other programs: GGUF, GPTQ, AWQ, MLX, bitsandbytes, transformers
     transformers/  packed checkpoints in transformers: `import dbrx_q.transformers`
     model/       the modules, the KV cache, and loading
     experts/     caches of experts that do not all fit into memory
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dbrx_q.model.modeling import DbrxForCausalLM, DbrxModel
     from dbrx_q.planning.budget import Budget
     from dbrx_q.planning.machine import Gpu, Machine
+    from dbrx_q.sources.open import load
     from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
     from .config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
@@ -70,6 +71,7 @@ _HOME = {
     "TextStreamer": "generation.streamers",
     "generate": "generation.generate",
     "generate_text": "generation.generate",
+    "load": "sources.open",
     "stream_text": "generation.generate",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "TextStreamer",
     "generate",
     "generate_text",
+    "load",
     "stream_text",
 ]
 

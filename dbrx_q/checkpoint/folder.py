@@ -16,7 +16,7 @@ from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 
-from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
+from .layout import OF_ANOTHER_PROGRAM, DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 from .shard_source import Shard, ShardSource
 from .stored_weights import StoredWeights
@@ -202,9 +202,9 @@ class Checkpoint(StoredWeights):
                     break
         if missing:
             more = f" and {missing - 1} more" if missing > 1 else ""
-            raise CheckpointError(
-                f"{self.folder}: tensor {first_missing}{more} is missing; config.json calls for it. Fetch the checkpoint again"
-            )
+            by_expert = any(".experts." in name and name not in self.tensors for name in self._file_of) and not self.formats
+            next_step = OF_ANOTHER_PROGRAM if by_expert else "Fetch the checkpoint again"
+            raise CheckpointError(f"{self.folder}: tensor {first_missing}{more} is missing; config.json calls for it. {next_step}")
         for name, file in self._file_of.items():
             if name not in expected:
                 raise CheckpointError(f"{file.path}: tensor {name} is in no DBRX of this config.json; is config.json of another model?")

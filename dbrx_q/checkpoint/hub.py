@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from dbrx_q.errors import CheckpointError, RequestError
 
 from .hub_errors import first_line, hub_errors, is_hub_failure
+from .layout import OF_ANOTHER_PROGRAM
 from .transformers_files import CODE_NAME
 
 __all__ = [
@@ -124,7 +125,8 @@ def resolve_folder(
     local = _local_path(path_or_hub_id)
     if local is not None:
         if not local.is_dir():
-            raise CheckpointError(f"{local}: a checkpoint is a folder; found a file. Give the folder that holds config.json")
+            next_step = OF_ANOTHER_PROGRAM if local.suffix == ".gguf" else "Give the folder that holds config.json"
+            raise CheckpointError(f"{local}: a checkpoint is a folder; found a file. {next_step}")
         return local
     _refuse_gguf(path_or_hub_id)
     from huggingface_hub import snapshot_download

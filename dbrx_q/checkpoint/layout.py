@@ -30,6 +30,7 @@ __all__ = [
     "EXPERT_MATRICES",
     "HEAD",
     "KINDS",
+    "OF_ANOTHER_PROGRAM",
     "DenseTensor",
     "Part",
     "TensorFormat",
@@ -63,6 +64,8 @@ EXPERT_MATRICES = ("w1", "v1", "w2")
 """The roles of the stacks of expert matrices: gate, up and down."""
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 """The kinds of tensors, by which formats are assigned and reported."""
+OF_ANOTHER_PROGRAM = "Load a checkpoint of another program with dbrx_q.load, or make a copy with `dbrx-q quantize SRC DST --keep`"
+"""What to do about a checkpoint that is not of the published layout and not dbrx_q's."""
 _TRANSFORMER = "transformer."  # all tensors but the head
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
@@ -202,8 +205,7 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
     if (method, version) != ("dbrx_q", 1):
         raise CheckpointError(
             f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {shortened(method)} and "
-            f"{shortened(version)}. "
-            "Quantize the original checkpoint with `dbrx-q quantize`"
+            f"{shortened(version)}. {OF_ANOTHER_PROGRAM}"
         )
     known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS}
     formats = {}

@@ -16,29 +16,10 @@ __all__ = ["load_to_run"]
 
 
 def load_to_run(source: Source, *, dtype: torch.dtype | None, device: torch.device) -> DbrxForCausalLM:
-    """The model of a checkpoint from `open_runnable`, within the budget that the source has.
+    """As `sources.open.load_runnable`; says where each token reads the experts again."""
+    from dbrx_q.sources.open import load_runnable
 
-    Args:
-        source: the checkpoint.
-        dtype: of activations; None for the checkpoint's own, and bfloat16 for one that another program quantized.
-        device: on which the model computes.
-
-    Raises:
-        RequestError: a fallback copy of a checkpoint that has none by its kind; otherwise as `Source.load`.
-    """
-    import torch
-
-    from dbrx_q.errors import RequestError
-    from dbrx_q.sources.streamed import ConvertedSource
-
-    if isinstance(source, ConvertedSource):
-        if source.budget is not None and source.budget.fallback:
-            raise RequestError(
-                f"{source.name}: --fallback is for checkpoints that dbrx_q quantized; this one is {source.format}. Leave it out"
-            )
-        if dtype is None and source.is_quantized:
-            dtype = torch.bfloat16
-    model = source.load(dtype=dtype, device=device)
+    model = load_runnable(source, dtype=dtype, device=device)
     if model.expert_store.reloads_each_step:
         terminal.say(
             f"dbrx-q: note: {source.name} ({source.format}) does not fit in memory as it is stored; its experts are read again for every "

@@ -25,18 +25,19 @@ def command(
 
     Exit code 1: a file differs or is missing. Exit code 2: the experts of some layer are not quantized.
 
-    A plain checkpoint has no manifest. Its headers are checked against config.json, shards in the hub's cache against the sums that
-    the cache records, and every sum is printed.
+    A plain checkpoint, and one of another program, has no manifest. Its headers are checked against config.json, files in the hub's
+    cache against the sums that the cache records, and every sum is printed.
     """
     import typer
 
-    from dbrx_q.checkpoint.hub import resolve_folder
     from dbrx_q.checkpoint.manifest import Manifest
     from dbrx_q.experts.fallback import FALLBACK_FOLDER
+    from dbrx_q.sources.locations import resolve_location
 
-    folder = resolve_folder(path, fallback=True)
-    manifest = Manifest.read(folder)
-    files = _hashed(folder, _sums_of_plain(folder) if manifest is None else _recorded_sums(folder, manifest))
+    location = resolve_location(path, fallback=True)
+    folder = location if location.is_dir() else location.parent
+    manifest = Manifest.read(folder) if location.is_dir() else None
+    files = _hashed(folder, _sums_of_plain(location) if manifest is None else _recorded_sums(folder, manifest))
     bad = [entry for entry in files if entry["state"] in ("missing", "differs")]
     if json:
         terminal.print_json({"path": str(folder), "ok": not bad, "files": files})
@@ -50,16 +51,19 @@ def command(
             _check_experts(folder / FALLBACK_FOLDER)
 
 
-def _sums_of_plain(folder: Path) -> dict[str, str | None]:
-    """File name to SHA-256 of the shards of a checkpoint without a manifest; None where nothing records one."""
+def _sums_of_plain(location: Path) -> dict[str, str | None]:
+    """File name to SHA-256 of the weights' files of a checkpoint without a manifest; None where nothing records one."""
     from dbrx_q.checkpoint.folder import Checkpoint
     from dbrx_q.checkpoint.manifest import MANIFEST_NAME
     from dbrx_q.errors import CheckpointError
+    from dbrx_q.sources.open_weights import open_weights
 
-    with Checkpoint(folder) as checkpoint:
-        if checkpoint.formats:
-            raise CheckpointError(f"{folder}: a quantized checkpoint must hold {MANIFEST_NAME}; it is missing. Fetch it or quantize again")
-        return {shard.name: _hub_sum(shard) for shard in checkpoint.shards}
+    with open_weights(location) as weights:
+        if isinstance(weights, Checkpoint) and weights.formats:
+            raise CheckpointError(
+                f"{location}: a quantized checkpoint must hold {MANIFEST_NAME}; it is missing. Fetch it or quantize again"
+            )
+        return {shard.name: _hub_sum(shard) for shard in weights.shards}
 
 
 def _recorded_sums(folder: Path, manifest: Manifest) -> dict[str, str | None]:
@@ -105,7 +109,7 @@ def _print(folder: Path, files: list[dict[str, Any]], bad: list[dict[str, Any]],
     if has_manifest:
         print(f"{len(files) - len(bad)} of {len(files)} files are as recorded")
     else:
-        print(f"{len(files)} shards; the folder has no manifest")
+        print(f"{len(files)} {'file' if len(files) == 1 else 'files'} with weights; there is no manifest")
 
 
 def _fallback_sums(folder: Path) -> dict[str, str]:
