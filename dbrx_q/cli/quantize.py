@@ -44,16 +44,11 @@ _TargetBpw = Annotated[
 ]
 _Keep = Annotated[
     bool,
-    option(
-        FORMATS,
-        "Repack what another program quantized where a format holds it exactly, and leave plain matrices of attention, embedding and head "
-        "plain; only the rest becomes --format.",
-        "--keep",
-    ),
+    option(FORMATS, "Repack what another program quantized, and keep plain matrices but experts; round the rest.", "--keep"),
 ]
 _FallbackFormat = Annotated[
     str | None,
-    option(FORMATS, "Write also a smaller fallback copy, for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
+    option(FORMATS, "Smaller copy for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 

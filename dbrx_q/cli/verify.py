@@ -18,7 +18,7 @@ EXAMPLE = example("dbrx-q verify dbrx-int4")
 
 
 def command(
-    path: options.Folder,
+    path: options.Checkpoint,
     json: options.Json = False,
 ) -> None:
     """Recompute the SHA-256 of every file and compare it with the manifest.
