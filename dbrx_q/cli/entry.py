@@ -36,7 +36,7 @@ _ONE_PRESS_SECONDS = 1.0  # further presses of Ctrl-C within it are ignored, whi
 _SUMMARIES = {
     "quantize": "Write a quantized copy of a checkpoint. An interrupted run keeps what is finished, and --resume continues it.",
     "export": "Write a checkpoint in the layout of another program: GGUF for llama.cpp, MLX, or plain weights for transformers.",
-    "inspect": "List the tensors by kind: count, format, bits per weight and bytes.",
+    "inspect": "List the tensors by kind: count, format, bits per weight and bytes; downloads no weights.",
     "verify": "Recompute the SHA-256 of every file and compare it with the manifest.",
     "plan": "Print where a model's weights would be held on a machine and how fast it can run there, before any weight is downloaded.",
     "generate": "Continue a prompt and stream the text to stdout.",

@@ -30,7 +30,7 @@ _MEASURED_TOKENS = 2048  # for --target-bpw
 _FREE_SHARE = 4  # fifths of the free memory
 EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
-_Format = Annotated[str, option(FORMATS, "Format of the experts: {}; other matrices become int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)]
+_Format = Annotated[str, option(FORMATS, "Format of the experts: {}; others get int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)]
 _Rules = Annotated[
     list[str] | None,
     option(
@@ -54,7 +54,7 @@ _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; 
 
 
 def command(
-    source: Annotated[str, argument("SRC", "Checkpoint to quantize, of any program: a folder, a GGUF file or a hub id.")],
+    source: Annotated[str, argument("SRC", "A checkpoint: folder, GGUF file or hub id.")],
     destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
     format: _Format = "int4",
     group_size: options.GroupSize = None,

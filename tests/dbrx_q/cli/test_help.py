@@ -177,7 +177,7 @@ def test_a_value_is_looked_up_when_it_is_parsed(monkeypatch: pytest.MonkeyPatch,
     arguments = ("plan", quantized_small, "--format", "toy3")
     assert f"must be {choices.WEIGHT_FORMATS}; found 'toy3'" in words(cli(*arguments).err)
     monkeypatch.setitem(registry, "toy3", registry["int4"])
-    assert "--format is for a plain checkpoint" in words(cli(*arguments).err)
+    assert "--format is for a checkpoint that dbrx_q has not quantized" in words(cli(*arguments).err)
 
 
 def test_a_panel_keeps_markup_and_the_order_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
