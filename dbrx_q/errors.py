@@ -14,6 +14,7 @@ Every message states the rule, the offending value and the next step. The comman
 from dbrx_q.kernels.formats.errors import DbrxError, FormatError
 
 __all__ = [
+    "OF_ANOTHER_PROGRAM",
     "CheckpointError",
     "ConfigError",
     "DbrxError",
@@ -22,6 +23,9 @@ __all__ = [
     "TokenizerError",
     "UnsupportedError",
 ]
+
+OF_ANOTHER_PROGRAM = "Load a checkpoint of another program with dbrx_q.load, or make a copy with `dbrx-q quantize SRC DST --keep`"
+"""What to do about a checkpoint that is not of the published layout and not dbrx_q's."""
 
 
 class ConfigError(DbrxError, ValueError):

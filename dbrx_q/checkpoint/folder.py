@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from dbrx_q.config import DbrxConfig
-from dbrx_q.errors import CheckpointError
+from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 
-from .layout import OF_ANOTHER_PROGRAM, DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
+from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 from .shard_source import Shard, ShardSource
 from .stored_weights import StoredWeights

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dbrx_q.errors import CheckpointError, RequestError
+from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError, RequestError
 
 from .hub_errors import first_line, hub_errors, is_hub_failure
-from .layout import OF_ANOTHER_PROGRAM
 from .transformers_files import CODE_NAME
 
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.config_values import shortened
-from dbrx_q.errors import CheckpointError
+from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.format import Part
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, TensorFormat, offered_formats
@@ -30,7 +30,6 @@ __all__ = [
     "EXPERT_MATRICES",
     "HEAD",
     "KINDS",
-    "OF_ANOTHER_PROGRAM",
     "DenseTensor",
     "Part",
     "TensorFormat",
@@ -64,8 +63,6 @@ EXPERT_MATRICES = ("w1", "v1", "w2")
 """The roles of the stacks of expert matrices: gate, up and down."""
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 """The kinds of tensors, by which formats are assigned and reported."""
-OF_ANOTHER_PROGRAM = "Load a checkpoint of another program with dbrx_q.load, or make a copy with `dbrx-q quantize SRC DST --keep`"
-"""What to do about a checkpoint that is not of the published layout and not dbrx_q's."""
 _TRANSFORMER = "transformer."  # all tensors but the head
 _PACKED_KINDS = ("experts", "attention", "embedding", "head")
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]

@@ -20,10 +20,11 @@ What the commands share:
 `self_calibration.py`  the sequences that the model samples, and the plan of that
 `check_texts.py`    the sequences of `--check-text`
 `measurement.py`    the protocol and the dtype of the commands that measure on a text
+`running.py`        what the commands that run a model share: a checkpoint of any program is loaded
 `limits.py`         the limits of the process (`ulimit`), and the words for a lack of memory or threads
 `terminal.py`       JSON on stdout; messages and progress bars on stderr
 
-A new command is a file here, a line in `entry.py` and a row in the README's table; a new option is a parameter of `command`.
+A new command is a file here, a line in `entry.py` and a row in the README's table.
 """
 
 from __future__ import annotations
