@@ -32,8 +32,14 @@ EXAMPLE = example(
 )
 
 _FREE_SHARE = 4  # fifths of the free memory
-_LAYOUT_OF = {"--type": "gguf", "--split-size": "gguf", "--dtype": "transformers"}
-"""The layout that has an option."""
+_LAYOUTS_OF = {
+    "--type": ("gguf",),
+    "--split-size": ("gguf",),
+    "--bits": ("mlx",),
+    "--group-size": ("mlx",),
+    "--dtype": ("transformers", "mlx"),
+}
+"""The layouts that have an option."""
 _PART_AND_TYPE = re.compile(r"([-.](?i:i?q\d\w*|b?f16|f32|mxfp4\w*|nvfp4))?(-\d{5}-of-\d{5})?\.gguf$")
 """The end of the name of a GGUF file: its type, and the number of a part."""
 
@@ -48,8 +54,24 @@ _Type = Annotated[
         default="as SRC holds each, without rounding",
     ),
 ]
+_Bits = Annotated[
+    int | None,
+    option(
+        FORMATS,
+        "For mlx, bits of a weight, 4 or 8; what SRC does not hold so is rounded by --method.",
+        metavar="N",
+        default="as SRC holds each, without rounding",
+    ),
+]
 _Dtype = Annotated[
-    str | None, option(FORMATS, "For transformers, dtype of the weights: {}.", metavar="DTYPE", one_of=DTYPES, default="bfloat16")
+    str | None,
+    option(
+        FORMATS,
+        "For transformers, dtype of the weights, for mlx of scales and plain weights: {}.",
+        metavar="DTYPE",
+        one_of=DTYPES,
+        default="bfloat16; for mlx the model's",
+    ),
 ]
 _SplitSize = Annotated[
     str | None,
@@ -62,6 +84,8 @@ def command(
     destination: Annotated[Path, argument("DST", "Folder to write; new or empty.")],
     to: _To,
     type: _Type = None,
+    bits: _Bits = None,
+    group_size: options.GroupSize = None,
     dtype: _Dtype = None,
     split_size: _SplitSize = None,
     method: options.Method = "rtn",
@@ -95,13 +119,13 @@ def command(
     from dbrx_q.quantize.pipeline.run import QuantizationRequest
     from dbrx_q.sources.open_weights import open_weights
 
-    _check_options(to, {"--type": type, "--split-size": split_size, "--dtype": dtype})
+    _check_options(to, {"--type": type, "--split-size": split_size, "--bits": bits, "--group-size": group_size, "--dtype": dtype})
     check_method(method, calibration or [], None, activations)
     budget = parse_size(memory) if memory is not None else _FREE_SHARE * available_bytes() // 5
     check_destination(destination)
     opened = open_location(source, revision, None)
     folder = opened if isinstance(opened, Path) else opened.folder
-    target = _target(to, _name_of(source, folder), folder, type=type, split_size=split_size, dtype=dtype)
+    target = _target(to, _name_of(source, folder), folder, type=type, split_size=split_size, bits=bits, group_size=group_size, dtype=dtype)
     rounded = _rounded_folder(destination)
     runs: dict[Path, RunRecord] = {}
     try:
@@ -147,7 +171,7 @@ def command(
     quantize_report.check_no_worse(runs, None)
 
 
-def _check_options(to: str, given: dict[str, str | None]) -> None:
+def _check_options(to: str, given: dict[str, str | int | None]) -> None:
     """Refuse options of another layout.
 
     Raises:
@@ -156,22 +180,47 @@ def _check_options(to: str, given: dict[str, str | None]) -> None:
     from dbrx_q.errors import RequestError
 
     for name, value in given.items():
-        layout = _LAYOUT_OF[name]
-        if value is not None and layout != to:
-            raise RequestError(f"{name} is an option of --to {layout}; found {value} with --to {to}. Leave it out")
+        if value is not None and to not in _LAYOUTS_OF[name]:
+            layouts = " and ".join(f"--to {layout}" for layout in _LAYOUTS_OF[name])
+            raise RequestError(f"{name} is an option of {layouts}; found {value} with --to {to}. Leave it out")
 
 
-def _target(to: str, name: str, folder: Path, *, type: str | None, split_size: str | None, dtype: str | None) -> Target:
-    """The layout with the options of the command line."""
+def _target(
+    to: str,
+    name: str,
+    folder: Path,
+    *,
+    type: str | None,
+    split_size: str | None,
+    bits: int | None,
+    group_size: int | None,
+    dtype: str | None,
+) -> Target:
+    """The layout with the options of the command line.
+
+    Raises:
+        RequestError: bits or a group size that MLX does not get.
+    """
+    import torch
+
+    from dbrx_q.errors import RequestError
+
     if to == "gguf":
         from dbrx_q.quantize.export.gguf import GgufTarget
 
         return GgufTarget(type, name, folder if folder.is_dir() else None, 0 if split_size is None else parse_size(split_size))
-    import torch
+    chosen = None if dtype in (None, "auto") else getattr(torch, dtype)
+    if to == "mlx":
+        from dbrx_q.quantize.export.mlx import BITS, GROUP_SIZES, MlxTarget
 
+        if bits is not None and bits not in BITS:
+            raise RequestError(f"--bits must be one of {', '.join(map(str, BITS))}; found {bits}")
+        if group_size is not None and (bits is None or group_size not in GROUP_SIZES):
+            raise RequestError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, beside --bits; found {group_size}")
+        return MlxTarget(bits, group_size or MlxTarget.group_size, chosen)
     from dbrx_q.quantize.export.transformers import TransformersTarget
 
-    return TransformersTarget(None if dtype == "auto" else getattr(torch, dtype or "bfloat16"))
+    return TransformersTarget(torch.bfloat16 if dtype is None else chosen)
 
 
 def _name_of(source: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.config import DbrxConfig
 
-__all__ = ["Module", "Names", "is_published_expert", "modules_of"]
+__all__ = ["Module", "Names", "is_published_expert", "mlx_module", "modules_of"]
 
 _EXPERTS = ("experts.mlp.{e}.", "experts.{e}.", "experts.mlp.experts.{e}.")
 _PUBLISHED = "experts.mlp."
@@ -86,6 +86,12 @@ def modules_of(tensor: DenseTensor, config: DbrxConfig, names: Names) -> list[Mo
         return published
     others = _of_attention(tensor, config) if tensor.role == "Wqkv" else _of_experts(tensor, names) if tensor.experts else []
     return others if any(module.name in names.modules for module in others) else published
+
+
+def mlx_module(tensor: DenseTensor, expert: int = -1) -> str:
+    """The name of the layer in which MLX holds a tensor, or one expert of a stack."""
+    name = tensor.name.removesuffix(f".{_WEIGHT}")
+    return name.replace(_PUBLISHED, _EXPERTS[1].format(e=expert)) if tensor.experts else name
 
 
 def _of_attention(tensor: DenseTensor, config: DbrxConfig) -> list[Module]:

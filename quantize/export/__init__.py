@@ -6,6 +6,7 @@ Begin with `target.py`: a `Target` plans what becomes of each tensor, and writes
 - `gguf.py`: a GGUF file, or the parts of a split one, tensor by tensor.
 - `gguf_types.py`: the types of GGUF that are written: the blocks of each, and the formats of ours that it holds exactly.
 - `gguf_metadata.py`: the metadata that llama.cpp's converter writes for DBRX, with the tokenizer.
+- `mlx.py`: what mlx-lm reads: experts as linear layers, in the affine mode.
 - `transformers.py`: plain weights under the published names, dequantized.
 - `pieces.py`: a tensor in pieces that bound the memory: an expert, or some rows.
 - `small_files.py`: tokenizer, generation settings and licence.
