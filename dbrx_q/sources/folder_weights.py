@@ -147,7 +147,7 @@ class FolderWeights(StoredWeights):
         first -= stored.module.first
         if stored.module.transposed:
             values = self._module_rows(stored, 0, stored.module.shape[0])
-            return values.T[first : first + count]
+            return values.T[first : first + count].contiguous()
         return self._module_rows(stored, first, count)
 
     def _module_rows(self, stored: _StoredModule, first: int, count: int) -> torch.Tensor:

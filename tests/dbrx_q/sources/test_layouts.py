@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.kernels.formats.weights import dequantize
@@ -177,6 +178,10 @@ def test_every_command_takes_it(name: str, cli: Callable[..., Any], tmp_path: Pa
     assert result("plan", path, "--ram", "1GB")["fits"]
     generated = result("generate", path, "--prompt", "The Martians", "--max-new-tokens", "2")
     assert generated["new_tokens"] == 2
+
+    result("export", path, tmp_path / "plain", "--to", "transformers", "--dtype", "float32")
+    with open_weights(path) as weights, Checkpoint(tmp_path / "plain") as plain:
+        assert [tensor for tensor in weights.tensors if not torch.equal(plain.read(tensor), weights.read(tensor).float())] == []
 
     destination = tmp_path / "quantized"
     keep = ["--keep"] if name in WHOLLY_KEPT | PARTLY_KEPT else []
