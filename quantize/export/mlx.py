@@ -113,7 +113,7 @@ class MlxTarget(Target):
     group_size: int = 64
     """Elements that share a scale."""
     dtype: torch.dtype | None = None
-    """Of scales, biases and plain tensors; None for the model's, or bfloat16 where that is float32."""
+    """Of scales, biases and plain tensors; None for the model's, or bfloat16 where that is float32, or of the scales that are kept."""
     shard_bytes: int = SHARD_BYTES
     """Bytes after which a shard is closed."""
 
@@ -141,6 +141,8 @@ class MlxTarget(Target):
                     f"{weights.folder}: {name} is {weights.label_of(name)}, which MLX's affine mode does not hold exactly. Give --bits 4 "
                     "to round it again, or quantize the original checkpoint with --format affine4-bf16"
                 )
+        if self.bits is None and self.dtype is None and quantized:  # MLX is slow where the dtypes of scales and activations differ
+            dtype = next(fmt.parts(1, fmt.group_size)[1].dtype for fmt in quantized.values())
         return MlxPlan(quantized, frozenset(held), dtype)
 
     def write(

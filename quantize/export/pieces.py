@@ -57,7 +57,7 @@ def published_rows(weights: StoredWeights, tensor: DenseTensor, piece: Piece) ->
     if piece.expert < 0:
         return weights.read_rows(tensor.name, piece.first, piece.rows)
     count = tensor.shape[0] // tensor.experts
-    return weights.read_rows(tensor.name, piece.expert * count, count)
+    return weights.read_rows(tensor.name, piece.expert * count, count).contiguous()
 
 
 def matrix_of(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:

@@ -31,15 +31,21 @@ TEXT = ROOT / "tests" / "data" / "wikitext2-test.txt"
 DOCUMENT = ROOT / "docs" / "export.md"
 PARAMETERS = 7_545_984
 CONTEXT = 512
-THEIRS = ("Q4_0", "IQ4_NL", "Q4_1", "Q4_K_M", "Q8_0")
-"""Types that `llama-quantize` makes, all but the last also with an importance matrix."""
-OURS = (("q4_0", "rtn"), ("q4_0", "clip"), ("q4_0", "best"), ("q4_1", "rtn"), ("q4_1", "best"), ("q8_0", "rtn"), ("bf16", "rtn"))
+THEIRS = ("Q4_0", "Q4_1", "IQ4_NL", "Q8_0", "Q4_K_M")
+"""Types that `llama-quantize` makes, all but Q8_0 also with an importance matrix."""
+OURS = (("q4_0", "best"), ("q4_1", "best"), ("q4_0", "rtn"), ("q4_1", "rtn"), ("q8_0", "rtn"), ("bf16", "rtn"))
 """Types and methods of `dbrx-q export`."""
 CALIBRATED = ("gptq", "best")
 TOLERANCE = 1e-3
 """The greatest relative difference between mlx-lm's perplexity of an MLX folder and ours."""
 MLX_WINDOWS = 8
 """Windows on which the two are compared: mlx-lm runs the tokens of a DBRX one by one."""
+
+_TRIES = 3  # of a program whose log now and then ends before its statistics
+_SUMMARY = re.compile(
+    r"Mean\s+PPL\(Q\)/PPL\(base\)\s*:\s*([\d.]+).*Mean\s+KLD:\s*([-\d.]+).*99\.9%\s+KLD:\s*([\d.]+).*Same top p:\s*([\d.]+)", re.DOTALL
+)
+"""Ratio of perplexities, mean divergence, its 99.9th percentile and the share of equal tokens, as llama-perplexity prints them."""
 
 
 @dataclass(frozen=True)
@@ -93,33 +99,42 @@ class Files:
         return path
 
     def measured(self, kind: str, writer: str, path: Path) -> GgufRow:
-        """A row, by `llama-perplexity --kl-divergence`."""
+        """A row, by `llama-perplexity --kl-divergence`; kept for the next run of as many windows."""
+        kept = self.work / f"measured-{path.stem if path.parent == self.work else path.parent.name}-{self.limit}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self._figures(path)))
+        return GgufRow(kind, writer, path.stat().st_size, *json.loads(kept.read_text()))
+
+    def _figures(self, path: Path) -> list[float]:
+        """The figures of a row."""
         program = self.tools.path("llama-perplexity")
         # The repacked CPU kernels of the measured build of llama.cpp crash on rows of 128.
         options = ["--no-repack", "-c", CONTEXT, "--chunks", self.limit, "-t", 2, "--kl-divergence-base", self.base]
         if not self.base.exists():
             output(program, "-m", self.float32, "-f", TEXT, *options)
-        printed = output(program, "-m", path, *options, "--kl-divergence")
-        figures = (r"Mean PPL\(Q\)/PPL\(base\)", r"Mean\s+KLD", r"99\.9%\s+KLD", "Same top p")
-        values = [number(printed, rf"{figure}\s*:\s*([-\d.]+)") for figure in figures]
-        return GgufRow(kind, writer, path.stat().st_size, *values)
+        for _ in range(_TRIES):
+            printed = output(program, "-m", path, *options, "--kl-divergence")
+            summary = _SUMMARY.search(printed)
+            if summary is not None:
+                return [float(value) for value in summary.groups()]
+        sys.exit(f"llama-perplexity must end with its statistics; found {printed[-500:]!r}")
 
 
 def gguf(files: Files) -> Iterator[GgufRow]:
-    """Files of llama.cpp and ours."""
+    """Ours, and files of llama.cpp."""
+    for kind, method in OURS:
+        yield files.measured(kind.upper(), f"dbrx-q, `{method}`", files.exported("gguf", kind, method))
     for kind in THEIRS:
         yield files.measured(kind, "llama.cpp", files.quantized(kind, imatrix=False))
         if kind != "Q8_0":
             yield files.measured(kind, "llama.cpp, importance matrix", files.quantized(kind, imatrix=True))
-    for kind, method in OURS:
-        yield files.measured(kind.upper(), f"dbrx-q, `{method}`", files.exported("gguf", kind, method))
 
 
 def gguf_table(rows: Sequence[GgufRow]) -> str:
     """Markdown, by type."""
     lines = ["| type | rounded by | bytes | bits per weight | perplexity / float32's | mean KL | 99.9 % KL | same top token |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: row.kind):
+    for row in sorted(rows, key=lambda row: (row.kind, row.writer)):
         sizes = f"{row.nbytes:,} | {8 * row.nbytes / PARAMETERS:.2f}"
         lines.append(f"| {row.kind} | {row.writer} | {sizes} | {row.ratio:.5f} | {row.mean_kl:.5f} | {row.p999_kl:.3f} | {row.top:.1f} % |")
     return "\n".join(lines)
@@ -171,14 +186,6 @@ def output(*command: object) -> str:
     if run.returncode:
         sys.exit(f"{command[0]} must succeed; found exit code {run.returncode}:\n{run.stdout[-2000:]}")
     return run.stdout
-
-
-def number(text: str, pattern: str) -> float:
-    """The number that a pattern's group matches."""
-    match = re.search(pattern, text)
-    if match is None:
-        sys.exit(f"llama-perplexity must print {pattern}; found {text[-500:]!r}")
-    return float(match[1])
 
 
 def main() -> None:

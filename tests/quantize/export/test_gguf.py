@@ -25,6 +25,7 @@ from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 from dbrx_q.sources.gguf_names import gguf_name
 from dbrx_q.sources.open_weights import open_weights
+from dbrx_q.tokenizer.bpe_file import TokenizerWarning
 
 BUNDLED = Path(__file__).parents[2] / "data" / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf"
 HELD = [
@@ -156,6 +157,17 @@ def test_what_gguf_holds_is_repacked_and_dequantizes_alike(small: Path, tmp_path
             assert torch.equal(theirs, ours), name
         assert written.label_of("transformer.blocks.0.ffn.experts.mlp.w1") == "GGUF Q4_0"
         assert written.label_of("transformer.blocks.0.norm_attn_norm.attn.out_proj.weight") == "GGUF BF16"
+
+
+@pytest.mark.parametrize(("layout", "label"), [("gptq-4bit-g128", "GGUF Q4_0"), ("gptq-8bit-g128", "GGUF Q8_0")])
+def test_symmetric_gptq_is_not_rounded_again(layout: str, label: str, tmp_path: Path) -> None:
+    source = BUNDLED.parents[1] / "layouts" / layout
+    with pytest.warns(TokenizerWarning, match=r"GPT-2's pattern.*llama\.cpp splits texts by DBRX's"):  # as transformers 5 saved it
+        path = export(source, tmp_path / "out", None)
+    with open_weights(source) as before, open_weights(path) as after:
+        for name, tensor in before.tensors.items():
+            assert torch.equal(after.read(name).float(), before.read(name).float()), name
+            assert not tensor.experts or after.label_of(name) == label
 
 
 def test_a_format_that_no_type_holds_needs_a_type(quantized_small: Path, tmp_path: Path) -> None:

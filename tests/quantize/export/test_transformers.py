@@ -16,6 +16,7 @@ from dbrx_q.quantize.export.transformers import TransformersTarget
 from dbrx_q.sources.open_weights import open_weights
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
+LAYOUTS = Path(__file__).parents[2] / "data" / "layouts"
 IDS = torch.tensor([[5, 300, 17, 2048, 9, 64, 4000, 1]])
 
 
@@ -69,3 +70,10 @@ def test_config_json_says_nothing_of_the_packed_weights(quantized_small: Path, t
     assert config["torch_dtype"] == "bfloat16"
     assert not (tmp_path / "out" / "modeling_dbrx_q.py").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("layout", ["gptq-4bit-g64-act-order", "awq-4bit-g64", "mlx-3bit-g32", "gguf-blocks-of-256/dbrx-tiny.gguf"])
+def test_weights_of_other_programs_are_dequantized(layout: str, tmp_path: Path) -> None:
+    export(LAYOUTS / layout, tmp_path / "out")
+    with open_weights(LAYOUTS / layout) as packed, Checkpoint(tmp_path / "out") as plain:
+        assert all(torch.equal(plain.read(name), packed.read(name).bfloat16()) for name in plain.tensors)
