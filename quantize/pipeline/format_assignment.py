@@ -269,7 +269,7 @@ def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:
 
 
 def _bits(checkpoint: StoredWeights, tensor: DenseTensor, fmt: TensorFormat | None) -> int:
-    """Bits of all stored parts of a tensor."""
+    """Bits of all parts of a tensor as they are written: of one that another program packed, plain means dequantized."""
     if fmt is None:
-        return 8 * checkpoint.nbytes_of(tensor.name)
+        return 8 * math.prod(tensor.shape) * checkpoint.dtype_of(tensor.name).itemsize
     return 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts_of(tensor, fmt))

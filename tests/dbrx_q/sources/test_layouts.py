@@ -163,6 +163,15 @@ def test_a_quantize_config_alone_says_it_all(tmp_path: Path) -> None:
     assert planned_formats(str(folder))[1] == planned_formats(str(LAYOUTS / "gptq-4bit-g32-asym"))[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*splits a text with GPT-2's pattern")
+def test_a_target_counts_bits_as_they_are_written(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """A matrix that stays plain is written dequantized, in more bits than it has in the file."""
+    calibration = ["--calibration", TEXT, "--sequences", "2", "--length", "64"]
+    outcome = cli("quantize", location("mlx-4bit-g64"), tmp_path / "quantized", "--target-bpw", "6", *calibration, "--json")
+    assert outcome.code == 0, outcome.err
+    assert 5.5 < json.loads(outcome.out)["bits_per_weight_out"] <= 6
+
+
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.filterwarnings("ignore:.*splits a text with GPT-2's pattern")  # as transformers 5 saves DBRX's tokenizer
 def test_every_command_takes_it(name: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
