@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dbrx_q.config import DbrxConfig
     from dbrx_q.planning.machine import DevicePlan, Placement
     from dbrx_q.planning.speed import SpeedBounds, Term
+    from dbrx_q.sources.open_weights import PlannedWeights
 
 __all__ = ["EXAMPLE", "command"]
 
@@ -63,9 +64,10 @@ def command(
     from dbrx_q.planning.footprint import MemoryRequest
     from dbrx_q.planning.placement import place
     from dbrx_q.planning.speed import speed_bounds
-    from dbrx_q.sources.open_weights import planned_formats
+    from dbrx_q.sources.open_weights import planned_weights
 
-    config, stored = planned_formats(path)
+    planned = planned_weights(path)
+    config, stored = planned.config, planned.formats
     formats = _planned_formats(config, path, stored, format, group_size)
     if fallback_format is not None and (format is None or not fallback):
         raise RequestError(f"--fallback-format needs --format and --fallback; found {fallback_format} without. Add them, or leave it out")
@@ -84,9 +86,10 @@ def command(
     ffn = config.ffn_config
     bounds = speed_bounds(placement, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
     sentence = advice(config, formats, machine, request)
+    note = _note(path, planned) if planned.label and format is None else ""
     if json:
         rates = {"host": machine.host_bandwidth, "disk": machine.disk_bandwidth, "measured": machine.measured or None}
-        terminal.print_json(_as_dict(placement, bounds) | {"bandwidths": rates, "advice": sentence})
+        terminal.print_json(_as_dict(placement, bounds) | {"bandwidths": rates, "advice": sentence} | ({"note": note} if note else {}))
         return
     _print(placement, bounds)
     print(
@@ -95,6 +98,24 @@ def command(
         else "bandwidths are assumed where no option names them; --measure measures those of this machine"
     )
     print(sentence)
+    if note:
+        print(note)
+
+
+def _note(path: str, planned: PlannedWeights) -> str:
+    """What the plan is of, where the weights are of another program: the copy that can be made of them."""
+    import torch
+
+    from dbrx_q.checkpoint.layout import dense_tensors
+    from dbrx_q.sources.streamed import resident_bytes
+
+    size = format_size(resident_bytes(planned.config, torch.bfloat16, stream=False, formats=planned.formats))
+    experts = [tensor.name for tensor in dense_tensors(planned.config) if tensor.experts]
+    rest = f"{size} of one device's memory; experts that do not fit are read from the file for every token."
+    if all(name in planned.formats for name in experts):
+        copy = f"This is the plan of the copy that `dbrx-q quantize {path} DST --keep` makes."
+        return f"{copy} {path} itself ({planned.label}) is loaded whole: {rest}"
+    return f"{path} is {planned.label}, whose experts are dequantized: {rest} --format int4 plans a quantized copy."
 
 
 def _planned_formats(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
 from dbrx_q.checkpoint.hub import find_revision, is_on_hub, resolve_file
@@ -19,11 +19,11 @@ from dbrx_q.json_file import read_json_object
 
 from .folder_weights import FolderWeights, plain_config
 from .gguf_weights import GgufWeights
-from .kept_formats import is_packed_by_us, kept_formats
+from .kept_formats import format_label, is_packed_by_us, kept_formats
 from .locations import open_gguf_header, resolve_location
 from .naming import is_published_expert
 
-__all__ = ["is_of_another_program", "open_headers", "open_weights", "planned_formats"]
+__all__ = ["PlannedWeights", "is_of_another_program", "open_headers", "open_weights", "planned_weights"]
 
 _GPTQ_CONFIG = "quantize_config.json"
 
@@ -64,8 +64,19 @@ def open_headers(path_or_hub_id: str) -> Iterator[StoredWeights]:
         shards.close(keep=True)
 
 
-def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFormat]]:
-    """(configuration, formats of the tensors that stay packed in memory) of a checkpoint of any program, before any weight is fetched.
+class PlannedWeights(NamedTuple):
+    """What a plan must know of a checkpoint before any weight is fetched."""
+
+    config: DbrxConfig
+    """The model's configuration."""
+    formats: dict[str, TensorFormat]
+    """Formats of the tensors that stay packed in memory, by name."""
+    label: str
+    """The format that another program stored the weights in; "" for a plain checkpoint, and for one that dbrx_q quantized."""
+
+
+def planned_weights(path_or_hub_id: str) -> PlannedWeights:
+    """What a plan must know of a checkpoint of any program.
 
     config.json alone says it of a plain checkpoint and of one that dbrx_q quantized; headers say it of others.
     """
@@ -73,9 +84,9 @@ def planned_formats(path_or_hub_id: str) -> tuple[DbrxConfig, dict[str, TensorFo
         raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
         if is_packed_by_us(raw) or not (_is_quantized(raw) or _has_gptq_config(path_or_hub_id)):
             config = DbrxConfig.from_dict(raw if is_packed_by_us(raw) else plain_config(raw), source=f"{path_or_hub_id}/config.json")
-            return config, tensor_formats(config, path_or_hub_id)
+            return PlannedWeights(config, tensor_formats(config, path_or_hub_id), "")
     with open_headers(path_or_hub_id) as weights:
-        return weights.config, kept_formats(weights)
+        return PlannedWeights(weights.config, kept_formats(weights), format_label(weights))
 
 
 def is_of_another_program(location: Path | ShardSource) -> bool:

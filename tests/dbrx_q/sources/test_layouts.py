@@ -21,7 +21,7 @@ from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.sources.gguf_names import gguf_name
 from dbrx_q.sources.open import open_runnable
-from dbrx_q.sources.open_weights import open_weights, planned_formats
+from dbrx_q.sources.open_weights import open_weights, planned_weights
 
 TESTS = Path(__file__).parents[2]
 LAYOUTS = TESTS / "data" / "layouts"
@@ -160,7 +160,7 @@ def test_a_quantize_config_alone_says_it_all(tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
     expected = all_weights(LAYOUTS / "gptq-4bit-g32-asym")
     assert all(torch.equal(weight, expected[tensor]) for tensor, weight in all_weights(folder).items())
-    assert planned_formats(str(folder))[1] == planned_formats(str(LAYOUTS / "gptq-4bit-g32-asym"))[1]
+    assert planned_weights(str(folder)).formats == planned_weights(str(LAYOUTS / "gptq-4bit-g32-asym")).formats
 
 
 @pytest.mark.filterwarnings("ignore:.*splits a text with GPT-2's pattern")
@@ -208,3 +208,14 @@ def test_every_command_takes_it(name: str, cli: Callable[..., Any], tmp_path: Pa
         assert result("generate", destination, "--prompt", "The Martians", "--max-new-tokens", "2")["text"] == generated["text"]
     else:
         assert 0 < compared["results"][0]["mean_kl"] < 0.05
+
+
+def test_the_plan_says_what_it_is_of(cli: Callable[..., Any]) -> None:
+    kept = cli("plan", LAYOUTS / "gptq-4bit-g128", "--ram", "64MB").out
+    assert "the plan of the copy that `dbrx-q quantize" in kept
+    assert "(GPTQ int4:128) is loaded whole" in kept
+    rounded = cli("plan", LAYOUTS / "gptq-4bit-g64-act-order", "--ram", "64MB").out
+    assert "is GPTQ int4:64 act-order, whose experts are dequantized" in rounded
+    assert "--format int4 plans a quantized copy" in rounded
+    for arguments in ((LAYOUTS / "published",), (LAYOUTS / "gptq-4bit-g128", "--format", "int4")):
+        assert "plan of the copy" not in cli("plan", *arguments, "--ram", "64MB").out
