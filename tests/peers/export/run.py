@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "tests" / "peers" / "llama_cpp"), str(ROOT / "tests" / "models" / "layouts")]
 
 from environments import environment  # noqa: E402
+from gguf import GGUFReader  # noqa: E402
 from tools import built_tools  # noqa: E402
 
 from dbrx_q.eval.document import check_section, replace_section  # noqa: E402
@@ -58,6 +60,8 @@ class GgufRow:
     """What rounded it."""
     nbytes: int
     """Of the file."""
+    bits: float
+    """Bits per weight of its tensors."""
     ratio: float
     """Its perplexity, divided by that of the float32 file."""
     mean_kl: float
@@ -103,7 +107,8 @@ class Files:
         kept = self.work / f"measured-{path.stem if path.parent == self.work else path.parent.name}-{self.limit}.json"
         if not kept.exists():
             kept.write_text(json.dumps(self._figures(path)))
-        return GgufRow(kind, writer, path.stat().st_size, *json.loads(kept.read_text()))
+        bits = 8 * sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors) / PARAMETERS
+        return GgufRow(kind, writer, path.stat().st_size, bits, *json.loads(kept.read_text()))
 
     def _figures(self, path: Path) -> list[float]:
         """The figures of a row."""
@@ -135,7 +140,7 @@ def gguf_table(rows: Sequence[GgufRow]) -> str:
     lines = ["| type | rounded by | bytes | bits per weight | perplexity / float32's | mean KL | 99.9 % KL | same top token |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (row.kind, row.writer)):
-        sizes = f"{row.nbytes:,} | {8 * row.nbytes / PARAMETERS:.2f}"
+        sizes = f"{row.nbytes:,} | {row.bits:.2f}"
         lines.append(f"| {row.kind} | {row.writer} | {sizes} | {row.ratio:.5f} | {row.mean_kl:.5f} | {row.p999_kl:.3f} | {row.top:.1f} % |")
     return "\n".join(lines)
 
@@ -150,6 +155,8 @@ def mlx_table(files: Files) -> str:
     theirs = files.work / "mlx-lm-4bit"
     if not theirs.exists():
         output(python, "-m", "mlx_lm", "convert", "--hf-path", NANO, "-q", "--mlx-path", theirs)
+        # transformers 5 saves DBRX's tokenizer with GPT-2's pattern, which gives other ids.
+        shutil.copyfile(NANO / "tokenizer.json", theirs / "tokenizer.json")
     writers = {theirs: "`mlx_lm.convert -q`"}
     writers |= {files.exported("mlx", "4", method): f"dbrx-q, `{method}`" for method in ("rtn", "best")}
     protocol = ["--text", TEXT, "--protocol", "half-window", "--context", CONTEXT, "--json", "--limit"]
