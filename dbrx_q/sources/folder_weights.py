@@ -32,8 +32,10 @@ from .naming import Module, Names, modules_of
 __all__ = ["FolderWeights", "plain_config"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_OF_OTHER_PROGRAMS = ("quantization_config", "quantization", "auto_map")  # keys of config.json that a plain checkpoint does not have
+_QUANTIZATIONS = ("quantization_config", "quantization")
+_OF_OTHER_PROGRAMS = (*_QUANTIZATIONS, "auto_map")  # keys of config.json that a plain checkpoint does not have
 _GPTQ_CONFIG = "quantize_config.json"
+_QUANTIZED = (".qweight", ".qzeros", ".scales", ".absmax")  # parts of a weight that no plain checkpoint has
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,15 @@ class FolderWeights(StoredWeights):
         self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
             self._file_of: Mapping[str, Shard] = open_any_shards(location, stack)
-            names = Names(self._file_of, {suffix for encoding in encodings for suffix in encoding.suffixes | encoding.optional})
+            names = Names(self._file_of, {suffix for encoding in encodings for suffix in encoding.suffixes | encoding.optional}, folder)
             self._stored = {tensor.name: self._find(tensor, names, encodings) for tensor in self.tensors.values()}
             self._check_unused(names)
+            if len(encodings) > 1 and self.is_plain:
+                where = path.name if any(stored_config.get(key) for key in _QUANTIZATIONS) else _GPTQ_CONFIG
+                raise CheckpointError(
+                    f"{folder / where}: says that weights are quantized, so some must be; found none. Remove the quantization from it if "
+                    "the weights are plain, or fetch them again"
+                )
             self._open_files = stack.pop_all()
 
     def close(self) -> None:
@@ -182,6 +190,12 @@ class FolderWeights(StoredWeights):
         missing = [module.name for module in modules if module.name not in names.modules]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            packed = next((stored for stored in self._file_of if stored.endswith(_QUANTIZED)), None)
+            if packed is not None and len(encodings) == 1:
+                raise CheckpointError(
+                    f"{self.folder}: config.json must have the quantization_config of quantized weights, or {_GPTQ_CONFIG} lie beside it; "
+                    f"found the tensor {packed} and neither. Fetch these files again"
+                )
             raise CheckpointError(
                 f"{self.folder}: tensor {missing[0]}{more} is missing; config.json calls for it. Fetch the checkpoint again"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from dbrx_q.checkpoint.layout import TensorFormat, kind_of, may_have
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 
-__all__ = ["PLAIN_LABELS", "format_label", "is_packed_by_us", "kept_formats"]
+__all__ = ["PLAIN_LABELS", "exact_formats", "format_label", "is_packed_by_us", "kept_formats"]
 
 PLAIN_LABELS = ("bfloat16", "float16", "float32", "GGUF BF16", "GGUF F16", "GGUF F32")
 """What `StoredWeights.label_of` says of tensors that are not quantized."""
@@ -21,11 +21,16 @@ def is_packed_by_us(raw_config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == "dbrx_q"
 
 
-def kept_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
-    """The formats of the tensors whose values a format of ours holds exactly, by name; experts only where all matrices of their layer have
-    one, as kernels take the three of an expert together."""
+def exact_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
+    """The formats of the tensors whose values a format of ours holds exactly, by name."""
     exact = {name: weights.exact_format(name) for name in weights.tensors}
-    formats = {name: fmt for name, fmt in exact.items() if fmt is not None and may_have(name, fmt)}
+    return {name: fmt for name, fmt in exact.items() if fmt is not None and may_have(name, fmt)}
+
+
+def kept_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
+    """Of `exact_formats` those of the tensors that stay packed in memory: experts only where all matrices of their layer have one, as
+    kernels take the three of an expert together."""
+    formats = exact_formats(weights)
     rounded = {tensor.layer for tensor in weights.tensors.values() if tensor.experts and tensor.name not in formats}
     return {name: fmt for name, fmt in formats.items() if not (weights.tensors[name].experts and weights.tensors[name].layer in rounded)}
 

@@ -99,7 +99,10 @@ def _local(path: Path) -> Path:
     """See `resolve_location`."""
     if path.is_file():
         if not is_gguf(path):
-            raise CheckpointError(f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file")
+            raise CheckpointError(
+                f"{path}: a checkpoint must be a folder with config.json or a GGUF file; found another kind of file. Give the folder that "
+                "holds it"
+            )
         return path
     files = [entry.name for entry in path.iterdir() if entry.is_file()]
     if not holds_only_gguf(files):

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.config import DbrxConfig
+from dbrx_q.errors import CheckpointError
 
-__all__ = ["Module", "Names", "is_published_expert", "mlx_module", "modules_of"]
+__all__ = ["Module", "Names", "are_published", "mlx_module", "modules_of"]
 
 _EXPERTS = ("experts.mlp.{e}.", "experts.{e}.", "experts.mlp.experts.{e}.")
 _PUBLISHED = "experts.mlp."
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _IGNORED = ("rotary_emb.inv_freq",)  # computed from config.json
 _WEIGHT = "weight"
 
@@ -48,16 +51,26 @@ class Names:
     Args:
         names: of the stored tensors.
         suffixes: that parts of a module may have, such as "weight" and "qweight".
+        folder: that holds them, for messages.
+
+    Raises:
+        CheckpointError: two names are of one part.
     """
 
-    def __init__(self, names: Iterable[str], suffixes: Collection[str]) -> None:
+    def __init__(self, names: Iterable[str], suffixes: Collection[str], folder: Path) -> None:
         longest_first = sorted(suffixes, key=len, reverse=True)
         self.modules: dict[str, dict[str, str]] = {}
         """Module to suffix to stored name."""
         for stored in names:
             if not stored.endswith(_IGNORED):
                 module, suffix = _split(stored, longest_first)
-                self.modules.setdefault(module, {})[suffix] = stored
+                parts = self.modules.setdefault(module, {})
+                if suffix in parts:
+                    raise CheckpointError(
+                        f"{folder}: a weight must be stored once; found the tensors {parts[suffix]} and {stored}. Remove the one that is "
+                        "not the model's, or fetch the checkpoint again"
+                    )
+                parts[suffix] = stored
 
     def unused(self, used: Collection[str]) -> Iterator[str]:
         """Stored names that belong to none of the used modules."""
@@ -98,7 +111,7 @@ def _of_attention(tensor: DenseTensor, config: DbrxConfig) -> list[Module]:
     D, kv = config.d_model, config.attn_config.kv_n_heads * config.head_dim
     prefix = tensor.name.rsplit(".", 2)[0]
     modules, first = [], 0
-    for projection, rows in (("q_proj", D), ("k_proj", kv), ("v_proj", kv)):
+    for projection, rows in zip(_PROJECTIONS, (D, kv, kv), strict=True):
         modules.append(Module(f"{prefix}.{projection}", (rows, D), first, rows))
         first += rows
     return modules
@@ -116,6 +129,7 @@ def _of_experts(tensor: DenseTensor, names: Names) -> list[Module]:
     return []
 
 
-def is_published_expert(name: str) -> bool:
-    """Whether a stored name is that of a published stack of experts."""
-    return name.rpartition(".")[0].endswith(f".{_PUBLISHED[:-1]}")
+def are_published(names: Collection[str]) -> bool:
+    """Whether stored names are those of the published layout: stacks of experts, and no attention that is divided."""
+    stacks = any(name.rpartition(".")[0].endswith(f".{_PUBLISHED[:-1]}") for name in names)
+    return stacks and not any(name.endswith(f".{_PROJECTIONS[0]}.{_WEIGHT}") for name in names)

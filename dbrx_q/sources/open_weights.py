@@ -21,7 +21,7 @@ from .folder_weights import FolderWeights, plain_config
 from .gguf_weights import GgufWeights
 from .kept_formats import format_label, is_packed_by_us, kept_formats
 from .locations import open_gguf_header, resolve_location
-from .naming import is_published_expert
+from .naming import are_published
 
 __all__ = ["PlannedWeights", "is_of_another_program", "open_headers", "open_weights", "planned_weights"]
 
@@ -97,7 +97,7 @@ def is_of_another_program(location: Path | ShardSource) -> bool:
         return False
     if _is_quantized(raw) or (folder / _GPTQ_CONFIG).is_file():
         return True
-    return not any(map(is_published_expert, _stored_names(location, folder)))
+    return not are_published(_stored_names(location, folder))
 
 
 def _is_quantized(raw: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from dbrx_q.checkpoint.staging import staged_folder
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError, UnsupportedError
 from dbrx_q.sources.gguf_names import gguf_name, gguf_shape
-from dbrx_q.sources.kept_formats import kept_formats
+from dbrx_q.sources.kept_formats import exact_formats
 
 from .gguf_metadata import add_metadata
 from .gguf_types import BLOCK, GGUF_TYPES, GgufType, holds, type_of_dtype
@@ -61,7 +61,7 @@ class GgufPlan(ExportPlan):
         return {name: fmt for name, fmt in self._rounded().items() if name not in self.held}
 
     def formats(self, weights: StoredWeights) -> dict[str, TensorFormat]:
-        kept = {name: fmt for name, fmt in kept_formats(weights).items() if name in self.held}
+        kept = {name: fmt for name, fmt in exact_formats(weights).items() if name in self.held}
         return {name: kept.get(name, fmt) for name, fmt in self._rounded().items()}
 
     def _rounded(self) -> dict[str, TensorFormat]:

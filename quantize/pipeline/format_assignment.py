@@ -23,7 +23,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
-from dbrx_q.sources.kept_formats import PLAIN_LABELS, kept_formats
+from dbrx_q.sources.kept_formats import PLAIN_LABELS, exact_formats
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def kept_or_default(checkpoint: StoredWeights, defaults: Mapping[str, TensorForm
     Raises:
         RequestError: no tensor can be kept.
     """
-    kept = kept_formats(checkpoint)
+    kept = exact_formats(checkpoint)
     if not kept:
         labels = ", ".join(sorted({checkpoint.label_of(tensor.name) for tensor in checkpoint.tensors.values() if tensor.experts}))
         raise RequestError(

@@ -25,7 +25,7 @@ from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
 from dbrx_q.quantize.calibration.held_out import NEAREST, CheckSequences, HeldOutSequences, models_of
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.choose import METHODS, Method
-from dbrx_q.sources.kept_formats import kept_formats
+from dbrx_q.sources.kept_formats import exact_formats
 from dbrx_q.sources.open_weights import open_weights
 
 from .accelerator import Accelerator
@@ -160,7 +160,7 @@ def open_run(
             f"{checkpoint.folder}: the experts of every layer must be packed; {unpacked[0]} and {len(unpacked) - 1} more have no format. "
             "Give them one"
         )
-    exact = kept_formats(checkpoint) if request.keep else {}
+    exact = exact_formats(checkpoint) if request.keep else {}
     kept = frozenset(name for name, fmt in formats.items() if exact.get(name) == fmt)
     method = _method(request.method, {name: fmt for name, fmt in formats.items() if name not in kept})
     calibrating = _check_sequences(checkpoint, request) if method.calibrated else None

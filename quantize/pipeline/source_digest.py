@@ -2,7 +2,7 @@
 
 A run that resumes compares the matrices that were finished with those of its own source, so that no checkpoint is made of two models. A
 shard that was damaged and fetched again stays welcome: none of its damaged matrices was finished. Files whose size and modification time
-are those that the journal noted are not read again.
+are those that the journal noted are not read again, unless config.json, which says how they are read, has changed.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def digest_of_all(labels: Iterable[str], digests: Sequence[str]) -> str:
 
 
 def source_files(checkpoint: StoredWeights) -> dict[str, list[object]]:
-    """[real path, bytes, modification time in nanoseconds] of the shards of a folder, by name; empty for a hub repository."""
+    """[real path, bytes, modification time in nanoseconds], by name, of the shards of a folder and of the files that say how they are to
+    be read; empty for a hub repository."""
     if checkpoint.source is not None:
         return {}
-    status = {path: path.stat() for path in checkpoint.shards}
+    status = {path: path.stat() for path in (*checkpoint.shards, *_configurations(checkpoint))}
     return {path.name: [os.path.realpath(path), stat.st_size, stat.st_mtime_ns] for path, stat in status.items()}
 
 
@@ -74,9 +75,10 @@ def check_source(
     if checkpoint.source is not None:  # its commit is among the options that are compared
         return
     now = source_files(checkpoint)
+    read_alike = all(files.get(path.name) == now[path.name] for path in _configurations(checkpoint))
     for job, entry in zip(jobs, entries, strict=True):
         shard = checkpoint.path_of(job.tensor.name).name
-        if not entry.source or files.get(shard) == now[shard]:
+        if not entry.source or (read_alike and files.get(shard) == now[shard]):
             continue
         if digest_of_blocks(read(job)) != entry.source:
             raise RequestError(
@@ -103,6 +105,12 @@ def remember_digest(checkpoint: StoredWeights, digest: str) -> None:
     entry = _cache_entry(checkpoint)
     if entry is not None and digest:
         write_to_cache(entry, json.dumps(digest).encode())
+
+
+def _configurations(checkpoint: StoredWeights) -> list[Path]:
+    """The files that say how the source's weights are quantized; none of a GGUF file, which holds all."""
+    folder = checkpoint.small_files
+    return [] if folder is None else [path for name in ("config.json", "quantize_config.json") if (path := folder / name).is_file()]
 
 
 def _cache_entry(checkpoint: StoredWeights) -> Path | None:

@@ -10,7 +10,7 @@ from dbrx_q.errors import CheckpointError
 from .awq import Awq
 from .base import Encoding
 from .bitsandbytes import Bitsandbytes
-from .gptq import Gptq
+from .gptq import Gptq, named_layout
 from .mlx import Mlx
 from .plain import Plain
 
@@ -55,6 +55,7 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
         )
     method = _method(quantization)
     if method == "gptq":
+        _check_one_layout(quantization, quantize_config or {}, source)
         return Plain(), Gptq(quantization, source)
     if method == "awq":
         return Plain(), Awq(quantization, source)
@@ -65,6 +66,16 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
     raise CheckpointError(
         f"{source}: a quantized checkpoint must be {_READ}; found {_NAMES.get(method, method)}. {_ADVICE.get(method, _ORIGINAL)}"
     )
+
+
+def _check_one_layout(quantization: Mapping[str, Any], quantize_config: Mapping[str, Any], source: str) -> None:
+    """Refuse GPTQ files of which one says that zero-points are stored minus 1 and the other that they are not."""
+    named, other = named_layout(quantization), named_layout(quantize_config)
+    if named is not None and other is not None and named != other:
+        raise CheckpointError(
+            f"{source}: checkpoint_format must be that of quantize_config.json beside it; found {named!r} and {other!r}, which store "
+            "zero-points differently. Fetch both files again"
+        )
 
 
 def _method(quantization: Mapping[str, Any]) -> str:

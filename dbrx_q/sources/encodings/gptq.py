@@ -50,7 +50,7 @@ from .base import NO_KEEP, Encoding, Parts, StoredLinear
 from .exact_groups import exact_group, group_index
 from .plain import FLOATS
 
-__all__ = ["Gptq"]
+__all__ = ["Gptq", "named_layout"]
 
 _BITS = (2, 3, 4, 8)
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # 1 in every field of a word
@@ -73,9 +73,7 @@ class Gptq(Encoding):
     optional = frozenset({"g_idx", "bias"})
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
-        if config.get("is_marlin_format"):
-            layout = "marlin"
+        layout = named_layout(config) or "gptq"
         if layout not in _FORMATS:
             raise CheckpointError(
                 f"{source}: a GPTQ checkpoint must have the checkpoint_format {' or '.join(_FORMATS)}; found {layout!r}. "
@@ -105,10 +103,16 @@ class Gptq(Encoding):
             raise linear.wrong(f"scales must have a row for each group of the {K} inputs", list(linear.parts["scales"].shape))
         linear.expect("scales", (groups, N), *FLOATS)
         linear.expect("qzeros", (groups, N * bits // 32), torch.int32)
+        if not self._in_order and groups > 1 and "g_idx" not in linear.parts:
+            raise linear.wrong("act-order (desc_act) must have g_idx, which says the group of each input", "none")
         if "g_idx" in linear.parts:
             linear.expect("g_idx", (K,), torch.int32, torch.int64)
         if "bias" in linear.parts:
             linear.expect("bias", (N,), *FLOATS)
+
+    def check_statistics(self, linear: StoredLinear, parts: Parts) -> None:
+        if "bias" in linear.parts:
+            _check_bias(linear, {"bias": parts.whole("bias")})
 
     def label(self, linear: StoredLinear) -> str:
         order = "" if self._in_order else " act-order"
@@ -189,6 +193,11 @@ class Gptq(Encoding):
         if isinstance(size, int) and size > 0 and -(-K // size) == groups:
             return min(size, K)
         return 0 if K % groups else K // groups
+
+
+def named_layout(config: Mapping[str, Any]) -> object:
+    """The layout that a configuration names, such as "gptq_v2"; None where it names none."""
+    return "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or config.get("format")
 
 
 def _bits(linear: StoredLinear) -> int:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.sources.gguf_names import gguf_name
 from dbrx_q.sources.open import open_runnable
@@ -147,6 +149,45 @@ def test_converted_names_are_the_same_model(kin: str, tmp_path: Path) -> None:
     for tensor, weight in expected.items():
         assert torch.equal(actual[tensor], weight), tensor
     assert torch.equal(logits(tmp_path / kin), logits(LAYOUTS / "published"))
+
+
+def _changed(name: str, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a folder, with other tensors."""
+    shutil.copytree(LAYOUTS / name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_divided_attention_beside_fused_experts_is_the_same_model(tmp_path: Path) -> None:
+    def divide(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("Wqkv.weight")]:
+            for projection, rows in zip("qkv", tensors.pop(name).split([128, 64, 64]), strict=True):
+                tensors[name.replace("Wqkv", f"{projection}_proj")] = rows.contiguous()
+
+    expected, actual = all_weights(LAYOUTS / "published"), all_weights(_changed("published", tmp_path / "divided", divide))
+    assert all(torch.equal(actual[tensor], weight) for tensor, weight in expected.items())
+
+
+def test_a_weight_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
+    """One of the two would be ignored."""
+    folder = _changed("gptq-4bit-g128", tmp_path / "twice", lambda tensors: tensors.update({"lm_head": torch.zeros(320, 128)}))
+    with pytest.raises(CheckpointError, match=r"twice: a weight must be stored once; found the tensors lm_head(\.weight)? and lm_head"):
+        open_weights(folder)
+
+
+def test_configurations_that_contradict_the_tensors_are_refused(tmp_path: Path) -> None:
+    for name, quantization, message in (
+        ("gptq-4bit-g128", None, r"must have the quantization_config of quantized weights, .*found the tensor .*\. Fetch"),
+        ("published", {"quant_method": "gptq"}, r"config.json: says that weights are quantized, .*found none\. Remove"),
+    ):
+        folder = shutil.copytree(LAYOUTS / name, tmp_path / name)
+        (folder / "quantize_config.json").unlink(missing_ok=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message):
+            open_weights(folder)
 
 
 def test_a_quantize_config_alone_says_it_all(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,38 @@ def test_what_no_format_holds_is_rounded(tmp_path: Path) -> None:
     formats = {(r.name.rsplit(".", 1)[-1], r.format, r.kept) for r in record.records if r.expert >= 0}
     assert formats == {("w1", "int4:128", True), ("v1", "int4:128", True), ("w2", "int8:64", False)}
     assert record.rounded_again == {"GPTQ int4:128": 6}
+
+
+def test_a_matrix_is_kept_beside_others_of_its_layer_that_are_not(tmp_path: Path) -> None:
+    """In memory the three matrices of an expert are packed or none is; a copy packs them all, so each is kept by itself."""
+    source = shutil.copytree(LAYOUTS / "gptq-4bit-g128", tmp_path / "source")
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors |= {name: scales.float() for name, scales in tensors.items() if name.endswith("mlp.1.w2.scales")}
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+    record = quantize_checkpoint(source, tmp_path / "out", keep())
+    assert {(r.name.rsplit(".", 1)[-1], r.format, r.kept) for r in record.records if r.expert >= 0} == {
+        ("w1", "int4:128", True),
+        ("v1", "int4:128", True),
+        ("w2", "int4:32", False),
+    }
+    assert open_runnable(source).load(dtype=None, device=torch.device("cpu")) is not None
+
+
+def test_a_run_does_not_continue_where_config_json_reads_the_source_otherwise(tmp_path: Path) -> None:
+    """Version 2 of GPTQ's layout gives the same codes other zero-points."""
+    source = shutil.copytree(LAYOUTS / "gptq-4bit-g128", tmp_path / "source")
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "out", keep(), on_bytes=stop)
+    for name in ("config.json", "quantize_config.json"):
+        text = (source / name).read_text(encoding="utf-8")
+        (source / name).write_text(re.sub(r'format": "gptq"', 'format": "gptq_v2"', text), encoding="utf-8")
+    with pytest.raises(RequestError, match="--resume continues with the checkpoint that the run began with"):
+        quantize_checkpoint(source, tmp_path / "out", keep(), resume=True)
 
 
 def test_a_source_without_exact_codes_cannot_be_kept(tmp_path: Path) -> None:

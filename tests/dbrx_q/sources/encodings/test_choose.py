@@ -83,3 +83,10 @@ def test_the_programs_own_configurations_are_read(folder: str) -> None:
 def test_other_quantizations_are_refused_with_advice(config: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"^folder/config.json: .*{message}"):
         _names({"quantization_config": config})
+
+
+def test_files_that_store_zero_points_differently_are_refused() -> None:
+    config = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq"}}
+    assert _names(config, {"bits": 4, "checkpoint_format": "gptq"}) == _names(config, {"bits": 4}) == ["Plain", "Gptq"]
+    with pytest.raises(CheckpointError, match=r"that of quantize_config.json beside it; found 'gptq' and 'gptq_v2', .*Fetch both"):
+        _names(config, {"bits": 4, "checkpoint_format": "gptq_v2"})

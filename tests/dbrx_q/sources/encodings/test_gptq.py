@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_act_order_is_dequantized_and_has_no_exact_format() -> None:
     assert static.exact_format(linear) == TensorFormat("int4", 32)
     with pytest.raises(CheckpointError, match=r"groups of neighbours, because desc_act is false .* Quantize it without --keep"):
         static.repack(linear, parts)
+
+
+def test_act_order_without_g_idx_is_refused() -> None:
+    """Without it the groups of the inputs are unknown; only a single group has none to tell apart."""
+    for G, refused in ((32, True), (128, False)):
+        linear = linear_of((32, 128), gptq_parts(*_random(32, 128, G, 4), 4))
+        _encoding(group_size=G).check(linear)
+        with pytest.raises(CheckpointError, match=r"must have g_idx, .*found none") if refused else nullcontext():
+            _encoding(group_size=G, desc_act=True).check(linear)
 
 
 def test_groups_are_those_of_the_shapes_without_g_idx() -> None:
@@ -209,6 +219,8 @@ def test_broken_data_are_refused(suffix: str, part: torch.Tensor, message: str) 
         encoding.dequantize(linear, parts)
     with pytest.raises(CheckpointError, match="without --keep" if suffix == "g_idx" else message):
         encoding.repack(linear, parts)
+    with pytest.raises(CheckpointError, match=message) if suffix == "bias" else nullcontext():  # before anything is written
+        encoding.check_statistics(linear, LoadedParts(parts))
 
 
 def test_a_symmetric_file_with_other_zero_points_is_not_repacked() -> None:
