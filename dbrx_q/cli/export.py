@@ -116,7 +116,7 @@ def command(
     from dbrx_q.planning.host_memory import available_bytes
     from dbrx_q.quantize.calibration.calibrated import CalibrationOptions
     from dbrx_q.quantize.pipeline.accelerator import open_accelerator
-    from dbrx_q.quantize.pipeline.run import QuantizationRequest
+    from dbrx_q.quantize.pipeline.run import QuantizationRequest, check_places
     from dbrx_q.sources.open_weights import open_weights
 
     _check_options(to, {"--type": type, "--split-size": split_size, "--bits": bits, "--group-size": group_size, "--dtype": dtype})
@@ -129,6 +129,7 @@ def command(
     rounded = _rounded_folder(destination)
     runs: dict[Path, RunRecord] = {}
     try:
+        check_places(opened, destination)
         with open_weights(opened) as weights:
             plan = target.plan(weights)
             if not plan.to_round:

@@ -68,11 +68,13 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Continue a prompt and stream the text to stdout."""
+    from dbrx_q.errors import RequestError
     from dbrx_q.generation.generate import check_request, end_token_ids, generate
     from dbrx_q.generation.sampling import SamplingParams
     from dbrx_q.model.devices import check_device
     from dbrx_q.planning.footprint import PREFILL_TOKENS
     from dbrx_q.sources.open import open_runnable
+    from dbrx_q.sources.streamed import ConvertedSource
 
     _check_text(prompt, system, chat=chat)
     if prompt_cache is not None:
@@ -80,6 +82,11 @@ def command(
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     torch_device = check_device(device)
     source = open_runnable(path, fallback=fallback)
+    if prompt_cache is not None and isinstance(source, ConvertedSource):
+        raise RequestError(
+            f"--prompt-cache belongs to a checkpoint of the published layout, plain or quantized by dbrx-q; {path} is {source.format}. "
+            "Leave it out, or make a copy with dbrx-q quantize"
+        )
     tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, system, chat=chat)
     config = source.config

@@ -39,7 +39,7 @@ from .request import QuantizationRequest, Run, open_run
 from .shards import ShardFiles, part_locations
 from .source_digest import check_source, digest_of_blocks, source_digest, source_files
 
-__all__ = ["QuantizationRequest", "already_there", "plan_checkpoint", "quantize_checkpoint"]
+__all__ = ["QuantizationRequest", "already_there", "check_places", "plan_checkpoint", "quantize_checkpoint"]
 
 _ACTIVATIONS_NAME = ".calibration"
 
@@ -72,7 +72,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     bound_threads()
     check_destination(destination)
-    _check_places(source, destination)
+    check_places(source, destination)
     with ExitStack() as stack:
         run = open_run(source, request, memory, stack, partial_of(destination) / MARKER_NAME if resume else None)
         journal: list[Journal] = []
@@ -138,7 +138,12 @@ def _check_made_of(run: Run, destination: Path) -> None:
         )
 
 
-def _check_places(source: Path | ShardSource, destination: Path) -> None:
+def check_places(source: Path | ShardSource, destination: Path) -> None:
+    """Refuse a destination within the source, and a source within the folder in which the result is built.
+
+    Raises:
+        RequestError: names both.
+    """
     folder = source if isinstance(source, Path) else source.storage
     if destination.resolve().is_relative_to(folder.resolve()):
         raise RequestError(f"{destination}: the destination must be outside the source {folder}. Give another name")

@@ -260,3 +260,17 @@ def test_the_plan_says_what_it_is_of(cli: Callable[..., Any]) -> None:
     assert "--format int4 plans a quantized copy" in rounded
     for arguments in ((LAYOUTS / "published",), (LAYOUTS / "gptq-4bit-g128", "--format", "int4")):
         assert "plan of the copy" not in cli("plan", *arguments, "--ram", "64MB").out
+
+
+def test_what_another_programs_files_do_not_take_is_refused_before_they_are_read(cli: Callable[..., Any], tmp_path: Path) -> None:
+    source = shutil.copytree(LAYOUTS / "gptq-4bit-g128", tmp_path / "source")
+    before = sorted(source.iterdir())
+    for arguments, message in (
+        (("generate", source, "--prompt", "a", "--prompt-cache", tmp_path / "saved"), "source is GPTQ int4:128. Leave it out, or make"),
+        (("export", source, source / "out", "--to", "transformers"), "out: the destination must be outside the source"),
+        (("quantize", source, source / "out"), "out: the destination must be outside the source"),
+    ):
+        outcome = cli(*arguments)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+    assert sorted(source.iterdir()) == before
