@@ -137,6 +137,21 @@ def test_a_run_does_not_continue_where_config_json_reads_the_source_otherwise(tm
         quantize_checkpoint(source, tmp_path / "out", keep(), resume=True)
 
 
+def test_a_matrix_is_kept_though_another_of_its_expert_is_rounded(tmp_path: Path) -> None:
+    """The second layer of the file has w1 in MXFP4, v1 in NVFP4, which no format holds, and w2 in Q4_0."""
+    [location] = (LAYOUTS / "gguf-blocks-of-32").glob("*-00001-of-*.gguf")
+    record = quantize_checkpoint(location, tmp_path / "out", keep())
+    assert {(r.name, r.kept) for r in record.records if r.expert == 0 and r.layer == 1} == {
+        (f"transformer.blocks.1.ffn.experts.mlp.{role}", role != "v1") for role in ("w1", "v1", "w2")
+    }
+    with open_weights(location) as source, Checkpoint(tmp_path / "out") as result:
+        exact = [name for name in source.tensors if source.exact_format(name) is not None]
+        assert len(exact) == 11
+        for name in exact:
+            assert torch.equal(_dequantized(result, name), source.read(name)), name
+    assert record.rounded_again == {"GGUF NVFP4": 3}
+
+
 def test_a_source_without_exact_codes_cannot_be_kept(tmp_path: Path) -> None:
     for name, label in (("published", "bfloat16"), ("gptq-4bit-g64-act-order", "GPTQ int4:64 act-order")):
         with pytest.raises(RequestError, match=rf"{name}: --keep repacks weights whose codes a format holds exactly; found {label}. Leave"):
