@@ -129,7 +129,7 @@ class Checkpoint(StoredWeights):
         return sum(self.infos[stored].nbytes for stored in self._stored_names(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.config.dtype if name in self.formats else self.infos[name].dtype
+        return torch.float32 if name in self.formats else self.infos[name].dtype
 
     def exact_format(self, name: str) -> TensorFormat | None:
         return self.formats.get(name)
@@ -165,8 +165,8 @@ class Checkpoint(StoredWeights):
             expert, row = divmod(first, tensor.shape[0] // max(1, tensor.experts))
             weight = self.packed(name, expert if tensor.experts else -1)
             if tensor.transposed:
-                return dequantize(weight, self.dtype_of(name)).T[row : row + count].contiguous()
-            return dequantize(weight.rows(row, row + count), self.dtype_of(name))
+                return dequantize(weight).T[row : row + count].contiguous()
+            return dequantize(weight.rows(row, row + count))
         out = self._file_of[name].read_rows(name, first, count)
         check_finite(out, name, self._file_of[name].path)
         return out

@@ -180,7 +180,7 @@ def _write_tensors(writer: Any, parts: list[list[str]], weights: StoredWeights, 
     Args:
         writer: after `write_ti_data_to_file`.
         parts: GGUF's names of the tensors of each file, in order.
-        weights, plan, on_bytes: as for `export_gguf`.
+        weights, plan, on_bytes: as for `Target.write`.
         total: bytes in all.
     """
     done = 0
@@ -248,4 +248,4 @@ def _writer_class() -> Any:
         from gguf import GGUFWriter
 
         return GGUFWriter
-    raise UnsupportedError("writing GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[eval]'")
+    raise UnsupportedError("writing GGUF files needs the gguf package. Install it with: pip install 'dbrx_q[gguf]'")

@@ -21,7 +21,7 @@ from dbrx_q.checkpoint.transformers_files import GUARDED_KEYS
 from dbrx_q.config import DbrxConfig
 from dbrx_q.model.saving import abandoning
 
-from .pieces import check_memory, pieces_of, published_rows
+from .pieces import check_memory, is_plain, pieces_of, published_rows
 from .record import ExportRecord
 from .small_files import copy_small_files
 from .target import ExportPlan, OnBytes, Target
@@ -62,12 +62,12 @@ class TransformersTarget(Target):
     """A plain checkpoint: config.json, shards with their index, tokenizer, generation settings and licence."""
 
     dtype: torch.dtype | None = torch.bfloat16
-    """Of all tensors; packed ones are dequantized. None leaves plain tensors in their dtypes, and gives packed ones the model's."""
+    """Of all tensors; packed ones are dequantized. None leaves plain tensors in their dtypes, and gives quantized ones the model's."""
     shard_bytes: int = SHARD_BYTES
     """Bytes after which a shard is closed."""
 
     def plan(self, weights: StoredWeights) -> PlainPlan:
-        return PlainPlan({name: self.dtype or weights.dtype_of(name) for name in weights.tensors})
+        return PlainPlan({name: self.dtype or _kept_dtype(weights, tensor) for name, tensor in weights.tensors.items()})
 
     def write(
         self,
@@ -102,6 +102,11 @@ class TransformersTarget(Target):
             copy_small_files(weights, partial)
         parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
         return ExportRecord("transformers", tuple(names), total, parameters, plan.by_dtype(weights), time.perf_counter() - started)
+
+
+def _kept_dtype(weights: StoredWeights, tensor: DenseTensor) -> torch.dtype:
+    """The dtype of a tensor for which none was asked."""
+    return weights.dtype_of(tensor.name) if is_plain(weights, tensor) else weights.config.dtype
 
 
 def plain_config(raw: Mapping[str, Any], config: DbrxConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from dbrx_q import DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.export.transformers import TransformersTarget
 from dbrx_q.sources.open_weights import open_weights
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
@@ -56,7 +57,22 @@ def test_auto_keeps_the_dtype_of_each_tensor(quantized_small: Path, tmp_path: Pa
     export(quantized_small, tmp_path / "out", dtype=None)
     with Checkpoint(quantized_small) as packed, Checkpoint(tmp_path / "out") as plain:
         assert {plain.dtype_of(name) for name in plain.tensors} == {torch.bfloat16}
-        assert all(torch.equal(plain.read(name), packed.read(name)) for name in plain.tensors)
+        assert all(torch.equal(plain.read(name), packed.read(name).bfloat16()) for name in plain.tensors)
+
+
+def test_auto_gives_weights_that_another_program_quantized_the_dtype_of_the_model(tmp_path: Path) -> None:
+    export(LAYOUTS / "gptq-4bit-g128", tmp_path / "out", dtype=None)
+    with Checkpoint(tmp_path / "out") as plain:
+        assert {plain.dtype_of(name) for name in plain.tensors} == {torch.bfloat16}
+
+
+def test_float32_holds_the_dequantized_weights_exactly(quantized_small: Path, tmp_path: Path) -> None:
+    export(quantized_small, tmp_path / "out", dtype=torch.float32)
+    with Checkpoint(quantized_small) as packed, Checkpoint(tmp_path / "out") as plain:
+        for name in packed.formats:
+            tensor = packed.tensors[name]
+            matrices = [dequantize(packed.packed(name, e)) for e in range(tensor.experts)] or [dequantize(packed.packed(name))]
+            assert torch.equal(plain.read(name), torch.cat([m.T if tensor.transposed else m for m in matrices])), name
 
 
 def test_config_json_says_nothing_of_the_packed_weights(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -69,7 +69,7 @@ def _labels(location: Path) -> set[str]:
 
 
 def _dequantized(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """In float32: `Checkpoint.read` gives the model's dtype."""
+    """From the parts, not by `Checkpoint.read`."""
     from dbrx_q.kernels.formats.weights import dequantize
 
     tensor = checkpoint.tensors[name]
