@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-__all__ = ["gguf_models", "holds_only_gguf", "with_label"]
+__all__ = ["GGUF_PART", "gguf_models", "holds_only_gguf", "with_label"]
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""The name of a part of a split file, as llama-gguf-split names it."""
 # Files that llama.cpp's tools put beside models: statistics of activations, and the encoders of images.
 _NO_MODEL = re.compile(r"(^|/)mmproj|imatrix", re.IGNORECASE)
 
@@ -24,7 +25,7 @@ def gguf_models(files: Iterable[str]) -> dict[str, list[str]]:
     parts: dict[tuple[str, str], dict[int, str]] = {}
     for file in sorted(files):
         if file.endswith(".gguf") and not _NO_MODEL.search(file):
-            match = _PART.fullmatch(file)
+            match = GGUF_PART.fullmatch(file)
             stem, count, number = (match["stem"], match["count"], int(match["number"])) if match else (file, "00001", 1)
             parts.setdefault((stem, count), {})[number] = file
     models = ([named[number] for number in sorted(named)] for named in parts.values() if 1 in named)

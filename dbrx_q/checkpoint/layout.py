@@ -30,6 +30,7 @@ __all__ = [
     "EXPERT_MATRICES",
     "HEAD",
     "KINDS",
+    "PLAIN_KINDS",
     "DenseTensor",
     "Part",
     "TensorFormat",
@@ -63,8 +64,9 @@ EXPERT_MATRICES = ("w1", "v1", "w2")
 """The roles of the stacks of expert matrices: gate, up and down."""
 KINDS = ("experts", "attention", "embedding", "head", "router", "norms")
 """The kinds of tensors, by which formats are assigned and reported."""
+PLAIN_KINDS = ("router", "norms")
+"""The kinds that are never packed."""
 _TRANSFORMER = "transformer."  # all tensors but the head
-_PACKED_KINDS = ("experts", "attention", "embedding", "head")
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
 _CODES = re.compile(r"\.(weight|(w1|v1|w2)\.\d+)\.qweight$")
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
@@ -204,7 +206,7 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
             f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {shortened(method)} and "
             f"{shortened(version)}. {OF_ANOTHER_PROGRAM}"
         )
-    known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) in _PACKED_KINDS}
+    known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) not in PLAIN_KINDS}
     formats = {}
     entries = config.quantization_config.get("tensors")
     for name, entry in (entries if isinstance(entries, Mapping) else {}).items():
@@ -232,7 +234,7 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
 def may_have(name: str, fmt: TensorFormat) -> bool:
     """Whether a tensor may have a format: routers and norms stay plain, and the embedding needs one whose rows can be looked up."""
     kind = kind_of(name)
-    return kind in _PACKED_KINDS and (kind != "embedding" or fmt.record.embedding)
+    return kind not in PLAIN_KINDS and (kind != "embedding" or fmt.record.embedding)
 
 
 def embedding_formats() -> str:

@@ -140,6 +140,7 @@ def command(
                     )
                 _show(_written(target, weights, plan, destination, budget), destination, runs, json=json)
                 return
+            _check_not_ours(weights, plan)
             _check_disk(destination, plan.nbytes(weights), rounded)
             formats = plan.formats(weights)
         accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))
@@ -186,6 +187,23 @@ def _check_options(to: str, given: dict[str, str | int | None]) -> None:
             raise RequestError(f"{name} is an option of {layouts}; found {value} with --to {to}. Leave it out")
 
 
+def _check_not_ours(weights: StoredWeights, plan: ExportPlan) -> None:
+    """Refuse to round weights that dbrx_q has quantized.
+
+    Raises:
+        RequestError: names a tensor that would be rounded, and how it is stored.
+    """
+    from dbrx_q.checkpoint.folder import Checkpoint
+    from dbrx_q.errors import RequestError
+
+    if isinstance(weights, Checkpoint) and weights.formats:
+        name, fmt = next(iter(plan.to_round.items()))
+        raise RequestError(
+            f"{weights.folder}: weights that dbrx-q has quantized are not rounded again; {name} is {weights.label_of(name)} and would become "
+            f"{fmt}. Leave --type or --bits out, so that each tensor keeps its codes, or give the original"
+        )
+
+
 def _target(
     to: str,
     name: str,
@@ -215,9 +233,11 @@ def _target(
         from dbrx_q.quantize.export.mlx import BITS, GROUP_SIZES, MlxTarget
 
         if bits is not None and bits not in BITS:
-            raise RequestError(f"--bits must be one of {', '.join(map(str, BITS))}; found {bits}")
+            raise RequestError(f"--bits must be one of {', '.join(map(str, BITS))}; found {bits}. Give one of them")
         if group_size is not None and (bits is None or group_size not in GROUP_SIZES):
-            raise RequestError(f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, beside --bits; found {group_size}")
+            raise RequestError(
+                f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, beside --bits; found {group_size}. Give both, or leave it out"
+            )
         return MlxTarget(bits, group_size or MlxTarget.group_size, chosen)
     from dbrx_q.quantize.export.transformers import TransformersTarget
 

@@ -26,15 +26,13 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.quantize import concatenate_rows
 
 from .encodings.base import Encoding, StoredLinear
-from .encodings.choose import encodings_of
+from .encodings.choose import GPTQ_CONFIG_NAME, encodings_of, quantization_of
+from .encodings.plain import FLOATS
 from .naming import Module, Names, modules_of
 
 __all__ = ["FolderWeights", "plain_config"]
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_QUANTIZATIONS = ("quantization_config", "quantization")
-_OF_OTHER_PROGRAMS = (*_QUANTIZATIONS, "auto_map")  # keys of config.json that a plain checkpoint does not have
-_GPTQ_CONFIG = "quantize_config.json"
+_OF_OTHER_PROGRAMS = ("quantization_config", "quantization", "auto_map")  # keys of config.json that a plain checkpoint does not have
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".absmax")  # parts of a weight that no plain checkpoint has
 
 
@@ -69,7 +67,7 @@ class FolderWeights(StoredWeights):
         self.folder = self.small_files = folder = location if isinstance(location, Path) else location.folder
         path = folder / "config.json"
         stored_config = read_json_object(path)
-        gptq_config = read_json_object(folder / _GPTQ_CONFIG) if (folder / _GPTQ_CONFIG).is_file() else None
+        gptq_config = read_json_object(folder / GPTQ_CONFIG_NAME) if (folder / GPTQ_CONFIG_NAME).is_file() else None
         self.raw_config = plain_config(stored_config)
         self.config = DbrxConfig.from_dict(self.raw_config, source=str(path))
         encodings = encodings_of(stored_config, gptq_config, str(path))
@@ -80,7 +78,7 @@ class FolderWeights(StoredWeights):
             self._stored = {tensor.name: self._find(tensor, names, encodings) for tensor in self.tensors.values()}
             self._check_unused(names)
             if len(encodings) > 1 and self.is_plain:
-                where = path.name if any(stored_config.get(key) for key in _QUANTIZATIONS) else _GPTQ_CONFIG
+                where = GPTQ_CONFIG_NAME if quantization_of(stored_config) is None else path.name
                 raise CheckpointError(
                     f"{folder / where}: says that weights are quantized, so some must be; found none. Remove the quantization from it if "
                     "the weights are plain, or fetch them again"
@@ -193,7 +191,7 @@ class FolderWeights(StoredWeights):
             packed = next((stored for stored in self._file_of if stored.endswith(_QUANTIZED)), None)
             if packed is not None and len(encodings) == 1:
                 raise CheckpointError(
-                    f"{self.folder}: config.json must have the quantization_config of quantized weights, or {_GPTQ_CONFIG} lie beside it; "
+                    f"{self.folder}: config.json must have the quantization_config of quantized weights, or {GPTQ_CONFIG_NAME} lie beside it; "
                     f"found the tensor {packed} and neither. Fetch these files again"
                 )
             raise CheckpointError(
@@ -205,7 +203,7 @@ class FolderWeights(StoredWeights):
         infos = {suffix: self._file_of[stored].tensors[stored] for suffix, stored in names.items()}
         path = self._file_of[next(iter(names.values()))].path
         if len(module.shape) == 1:
-            if infos.keys() != {"weight"} or infos["weight"].shape != module.shape or not infos["weight"].has_dtype(*_FLOATS):
+            if infos.keys() != {"weight"} or infos["weight"].shape != module.shape or not infos["weight"].has_dtype(*FLOATS):
                 stored = {suffix: f"{info.dtype_label} {list(info.shape)}" for suffix, info in infos.items()}
                 raise CheckpointError(f"{path}: {module.name} must be a float {list(module.shape)}; found {stored}. Fetch it again")
             return _StoredModule(module, StoredLinear(module.name, (1, module.shape[0]), infos, path), None, names)

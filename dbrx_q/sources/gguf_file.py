@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dbrx_q.checkpoint.gguf_files import GGUF_PART
 from dbrx_q.errors import CheckpointError
 
 from .gguf_header import GgufTensor, begins_as_gguf, read_header
 
 __all__ = ["GgufParts", "is_gguf", "open_parts"]
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def is_gguf(path: Path) -> bool:
@@ -113,7 +111,7 @@ def open_parts(path: Path, available: Mapping[str, int] | None = None) -> GgufPa
 
 
 def _paths_of_parts(path: Path) -> list[Path]:
-    match = _PART.fullmatch(path.name)
+    match = GGUF_PART.fullmatch(path.name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
         return [path]
     paths = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, int(match["count"]) + 1)]

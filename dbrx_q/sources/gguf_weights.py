@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dbrx_q.checkpoint.folder import check_finite
-from dbrx_q.checkpoint.layout import TensorFormat, dense_tensors, kind_of, may_have
+from dbrx_q.checkpoint.layout import TensorFormat, dense_tensors, may_have
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
@@ -101,8 +101,6 @@ class GgufWeights(StoredWeights):
     def exact_format(self, name: str) -> TensorFormat | None:
         from dbrx_q.kernels.cpu.repack_gguf import REPACKED
 
-        if kind_of(name) in ("router", "norms"):
-            return None
         fmt = REPACKED.get(self._stored(name).kind.name)
         return fmt if fmt is not None and may_have(name, fmt) else None
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dbrx_q.checkpoint.layout import TensorFormat, kind_of, may_have
+from dbrx_q.checkpoint.layout import PLAIN_KINDS, TensorFormat, kind_of, may_have
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 
 __all__ = ["PLAIN_LABELS", "exact_formats", "format_label", "is_packed_by_us", "kept_formats"]
@@ -43,7 +43,7 @@ def format_label(weights: StoredWeights) -> str:
     counts: dict[str, int] = {}
     plain_experts: dict[str, None] = {}
     for tensor in weights.tensors.values():
-        if kind_of(tensor.name) not in ("norms", "router"):
+        if kind_of(tensor.name) not in PLAIN_KINDS:
             label = weights.label_of(tensor.name)
             counts[label] = counts.get(label, 0) + math.prod(tensor.shape)
             if tensor.experts and label in PLAIN_LABELS:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dbrx_q.checkpoint.folder import INDEX_NAME, Checkpoint, open_any_shards
 from dbrx_q.checkpoint.hub import find_revision, is_on_hub, resolve_file
@@ -17,6 +17,7 @@ from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.json_file import read_json_object
 
+from .encodings.choose import GPTQ_CONFIG_NAME, quantization_of
 from .folder_weights import FolderWeights, plain_config
 from .gguf_weights import GgufWeights
 from .kept_formats import format_label, is_packed_by_us, kept_formats
@@ -24,8 +25,6 @@ from .locations import open_gguf_header, resolve_location
 from .naming import are_published
 
 __all__ = ["PlannedWeights", "is_of_another_program", "open_headers", "open_weights", "planned_weights"]
-
-_GPTQ_CONFIG = "quantize_config.json"
 
 
 def open_weights(location: Path | ShardSource) -> StoredWeights:
@@ -82,7 +81,7 @@ def planned_weights(path_or_hub_id: str) -> PlannedWeights:
     """
     if find_gguf(path_or_hub_id) is None if is_on_hub(path_or_hub_id) else resolve_location(path_or_hub_id).is_dir():
         raw = read_json_object(resolve_file(path_or_hub_id, "config.json"))
-        if is_packed_by_us(raw) or not (_is_quantized(raw) or _has_gptq_config(path_or_hub_id)):
+        if is_packed_by_us(raw) or (quantization_of(raw) is None and not _has_gptq_config(path_or_hub_id)):
             config = DbrxConfig.from_dict(raw if is_packed_by_us(raw) else plain_config(raw), source=f"{path_or_hub_id}/config.json")
             return PlannedWeights(config, tensor_formats(config, path_or_hub_id), "")
     with open_headers(path_or_hub_id) as weights:
@@ -95,20 +94,16 @@ def is_of_another_program(location: Path | ShardSource) -> bool:
     raw = read_json_object(folder / "config.json")
     if is_packed_by_us(raw):
         return False
-    if _is_quantized(raw) or (folder / _GPTQ_CONFIG).is_file():
+    if quantization_of(raw) is not None or (folder / GPTQ_CONFIG_NAME).is_file():
         return True
     return not are_published(_stored_names(location, folder))
-
-
-def _is_quantized(raw: Mapping[str, Any]) -> bool:
-    return raw.get("quantization_config") is not None or raw.get("quantization") is not None
 
 
 def _has_gptq_config(path_or_hub_id: str) -> bool:
     """Whether AutoGPTQ's file, which may stand for `quantization_config`, lies beside config.json."""
     if is_on_hub(path_or_hub_id):
-        return _GPTQ_CONFIG in find_revision(path_or_hub_id).files
-    return (resolve_location(path_or_hub_id) / _GPTQ_CONFIG).is_file()
+        return GPTQ_CONFIG_NAME in find_revision(path_or_hub_id).files
+    return (resolve_location(path_or_hub_id) / GPTQ_CONFIG_NAME).is_file()
 
 
 def _stored_names(location: Path | ShardSource, folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ from .activations import QuantizedActivations
 from .addresses import call, clear, copy_vector, integer, next_task, store_float, store_integer
 from .compiled import compiled, compiled_address
 from .integer_tiles import multiply_one, multiply_tile, row_tiles
-from .row_codes import BLOCK, FORMATS, RowCodes, int4_block, int8_block, row_scales, uint8_block
+from .row_codes import BLOCK, KINDS, RowCodes, int4_block, int8_block, row_scales, uint8_block
 
 __all__ = ["Job", "multiply"]
 
@@ -68,7 +68,7 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
     weight = jobs[0].weight
     N, K = weight.shape[-2:]
     group_size, code_bytes, unit = weight.group_size, x.codes.shape[1], x.unit
-    kind, one_token = FORMATS[weight.format].kind, code_bytes == 2 and unit == group_size
+    kind, one_token = KINDS[weight.format], code_bytes == 2 and unit == group_size
     rows_of_table = []
     for job in jobs:
         parts, out = job.weight.parts, job.out.data_ptr()

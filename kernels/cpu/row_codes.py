@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from . import vector as v
 
-__all__ = ["BLOCK", "FORMATS", "RowCodes", "int4_block", "int8_block", "row_scales", "uint8_block"]
+__all__ = ["BLOCK", "FORMATS", "KINDS", "RowCodes", "int4_block", "int8_block", "row_scales", "uint8_block"]
 
 BLOCK = 128
 """Elements along K that are decoded at a time."""
@@ -207,3 +207,5 @@ FORMATS = {
     "affine8-bf16": RowCodes(four_bits=False, offsets=torch.bfloat16),
 }
 """By format."""
+KINDS = {name: codes.kind for name, codes in FORMATS.items()}
+"""`RowCodes.kind` by format, since every product asks for it."""

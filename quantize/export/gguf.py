@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, kind_of
+from dbrx_q.checkpoint.layout import PLAIN_KINDS, DenseTensor, TensorFormat, kind_of
 from dbrx_q.checkpoint.staging import staged_folder
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError, UnsupportedError
@@ -39,7 +39,6 @@ __all__ = ["GgufPlan", "GgufTarget"]
 
 _ARCHITECTURE = "dbrx"
 _METADATA_BYTES = 64 << 20  # for tokens and merges, of which the published tokenizer has 4 MB
-_PLAIN_KINDS = ("norms", "router")
 _FOUR_BITS = ("q4_0", "q4_1")
 _HEAD_OF_FOUR_BITS = "q8_0"  # llama.cpp takes Q6_K where K divides by 256, and Q8_0 elsewhere
 
@@ -87,7 +86,7 @@ class GgufTarget(Target):
         held: set[str] = set()
         for name, tensor in weights.tensors.items():
             stored = _held_type(weights, tensor)
-            if kind_of(name) in _PLAIN_KINDS:
+            if kind_of(name) in PLAIN_KINDS:
                 types[name] = "f32"
             elif self.kind is not None:
                 types[name] = _wanted_type(tensor, self.kind)

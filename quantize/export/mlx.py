@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dbrx_q.checkpoint.folder import SINGLE_NAME
-from dbrx_q.checkpoint.layout import DenseTensor, Part, TensorFormat, kind_of
+from dbrx_q.checkpoint.layout import PLAIN_KINDS, DenseTensor, Part, TensorFormat, kind_of
 from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.shards import SHARD_BYTES, shard_name, write_index, write_json
 from dbrx_q.checkpoint.staging import staged_folder
@@ -42,7 +42,6 @@ __all__ = ["BITS", "GROUP_SIZES", "MlxPlan", "MlxTarget"]
 BITS = (4, 8)
 """The bits of a code into which weights are rounded."""
 _METADATA = {"format": "mlx"}  # by which mlx-lm knows that names and shapes are its own
-_PLAIN_KINDS = ("norms", "router")
 _HELD = {"affine4": 4, "affine4-bf16": 4, "affine8": 8, "affine8-bf16": 8}
 """The formats that MLX's affine mode holds exactly, with the bits of a code."""
 
@@ -125,7 +124,7 @@ class MlxTarget(Target):
         held: set[str] = set()
         for name, tensor in weights.tensors.items():
             exact = weights.exact_format(name)
-            if kind_of(name) in _PLAIN_KINDS:
+            if kind_of(name) in PLAIN_KINDS:
                 continue
             if self.bits is not None:
                 fmt = TensorFormat(f"affine{self.bits}{'-bf16' if dtype == torch.bfloat16 else ''}", self.group_size)

@@ -14,7 +14,10 @@ from .gptq import Gptq, named_layout
 from .mlx import Mlx
 from .plain import Plain
 
-__all__ = ["encodings_of"]
+__all__ = ["GPTQ_CONFIG_NAME", "encodings_of", "quantization_of"]
+
+GPTQ_CONFIG_NAME = "quantize_config.json"
+"""AutoGPTQ's file beside config.json, which may stand for `quantization_config`."""
 
 _READ = "GPTQ, AWQ, bitsandbytes' 4 bits, MLX or GGUF"
 _ORIGINAL = f"Use the bfloat16 weights that it was made from, or a {_READ} file of them"
@@ -41,11 +44,10 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
     Raises:
         CheckpointError: a quantization that dbrx_q does not read, with what to do instead.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        quantization = config.get("quantization")
+    quantization = quantization_of(config)
     if quantization is None and quantize_config is not None:
-        return Plain(), Gptq(quantize_config, source.removesuffix("config.json") + "quantize_config.json")
+        path = source.removesuffix("config.json") + GPTQ_CONFIG_NAME
+        return encodings_of({"quantization_config": {"quant_method": "gptq", **quantize_config}}, None, path)
     if quantization is None:
         return (Plain(),)
     if not isinstance(quantization, Mapping):
@@ -78,11 +80,17 @@ def _check_one_layout(quantization: Mapping[str, Any], quantize_config: Mapping[
         )
 
 
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """What config.json says about a quantization, under MLX's key where the usual one is absent; None for plain weights."""
+    quantization = config.get("quantization_config")
+    return config.get("quantization") if quantization is None else quantization
+
+
 def _method(quantization: Mapping[str, Any]) -> str:
-    """The method in lower case; "mlx" for MLX's section, which names none."""
+    """The method in lower case; where none is named, MLX's section is known by `bits` and `group_size`, GPTQ's by `desc_act` or `sym` too."""
     method = quantization.get("quant_method", quantization.get("method"))
     if method is None and "bits" in quantization and "group_size" in quantization:
-        return "mlx"
+        return "gptq" if "desc_act" in quantization or "sym" in quantization else "mlx"
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return "bitsandbytes"  # transformers before 4.38
     name = str(method).lower().replace("_", "-") if method is not None else "a quantization without a quant_method"

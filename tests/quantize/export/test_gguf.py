@@ -301,5 +301,6 @@ def test_weights_of_ours_that_must_be_rounded_again_are_refused_with_the_way(
 ) -> None:
     outcome = cli("export", quantized_small, tmp_path / "out", "--to", "gguf", "--type", "q4_0")
     assert outcome.code == 2
-    assert "Give the original" in outcome.err
+    assert "transformer.wte.weight is int8:64 and would become q4_0:32. Leave --type or --bits out" in outcome.err
+    assert "or give the original" in outcome.err
     assert list(tmp_path.iterdir()) == []

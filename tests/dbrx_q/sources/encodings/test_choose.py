@@ -28,6 +28,8 @@ def _names(config: dict[str, Any], quantize_config: dict[str, Any] | None = None
         ({"quantization_config": {"method": "gptq", "bits": 4}}, ["Plain", "Gptq"]),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["Plain", "Awq"]),
         ({"quantization": _MLX}, ["Plain", "Mlx"]),
+        ({"quantization_config": {"bits": 4, "group_size": 128, "desc_act": False}}, ["Plain", "Gptq"]),
+        ({"quantization_config": {"bits": 4, "group_size": 128, "sym": True}}, ["Plain", "Gptq"]),
         ({"quantization": _MLX, "quantization_config": _MLX}, ["Plain", "Mlx"]),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ["Plain", "Bitsandbytes"]),
         ({"quantization_config": {"load_in_4bit": True}}, ["Plain", "Bitsandbytes"]),
@@ -41,6 +43,7 @@ def test_quantize_config_json_is_read_where_config_json_says_nothing() -> None:
     """As early AutoGPTQ wrote it."""
     assert _names({}, {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}) == ["Plain", "Gptq"]
     assert _names({"quantization_config": {"quant_method": "awq"}}, {"bits": 4}) == ["Plain", "Awq"]
+    assert _names({}, {"bits": 4, "quant_method": "awq"}) == ["Plain", "Awq"]
     with pytest.raises(CheckpointError, match=r"folder/quantize_config.json: a GPTQ checkpoint must have the checkpoint_format"):
         _names({}, {"bits": 4, "checkpoint_format": "marlin"})
 
