@@ -199,8 +199,8 @@ def _check_not_ours(weights: StoredWeights, plan: ExportPlan) -> None:
     if isinstance(weights, Checkpoint) and weights.formats:
         name, fmt = next(iter(plan.to_round.items()))
         raise RequestError(
-            f"{weights.folder}: weights that dbrx-q has quantized are not rounded again; {name} is {weights.label_of(name)} and would become "
-            f"{fmt}. Leave --type or --bits out, so that each tensor keeps its codes, or give the original"
+            f"{weights.folder}: weights that dbrx-q has quantized are not rounded again; {name} is {weights.label_of(name)} and would "
+            f"become {fmt}. Leave --type or --bits out, so that each tensor keeps its codes, or give the original"
         )
 
 
@@ -236,7 +236,8 @@ def _target(
             raise RequestError(f"--bits must be one of {', '.join(map(str, BITS))}; found {bits}. Give one of them")
         if group_size is not None and (bits is None or group_size not in GROUP_SIZES):
             raise RequestError(
-                f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, beside --bits; found {group_size}. Give both, or leave it out"
+                f"--group-size must be one of {', '.join(map(str, GROUP_SIZES))}, beside --bits; found {group_size}. "
+                "Give both, or leave it out"
             )
         return MlxTarget(bits, group_size or MlxTarget.group_size, chosen)
     from dbrx_q.quantize.export.transformers import TransformersTarget

@@ -191,8 +191,8 @@ class FolderWeights(StoredWeights):
             packed = next((stored for stored in self._file_of if stored.endswith(_QUANTIZED)), None)
             if packed is not None and len(encodings) == 1:
                 raise CheckpointError(
-                    f"{self.folder}: config.json must have the quantization_config of quantized weights, or {GPTQ_CONFIG_NAME} lie beside it; "
-                    f"found the tensor {packed} and neither. Fetch these files again"
+                    f"{self.folder}: config.json must have the quantization_config of quantized weights, or {GPTQ_CONFIG_NAME} lie beside "
+                    f"it; found the tensor {packed} and neither. Fetch these files again"
                 )
             raise CheckpointError(
                 f"{self.folder}: tensor {missing[0]}{more} is missing; config.json calls for it. Fetch the checkpoint again"

@@ -87,7 +87,7 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
 
 
 def _method(quantization: Mapping[str, Any]) -> str:
-    """The method in lower case; where none is named, MLX's section is known by `bits` and `group_size`, GPTQ's by `desc_act` or `sym` too."""
+    """The method in lower case; of a section that names none, MLX's, or GPTQ's where it has `desc_act` or `sym`."""
     method = quantization.get("quant_method", quantization.get("method"))
     if method is None and "bits" in quantization and "group_size" in quantization:
         return "gptq" if "desc_act" in quantization or "sym" in quantization else "mlx"
