@@ -35,7 +35,7 @@ from .pieces import check_memory, is_plain, matrix_of, pieces_of
 from .record import ExportRecord
 from .small_files import copy_small_files
 from .target import ExportPlan, OnBytes, Target
-from .transformers import plain_config
+from .transformers import published_config
 
 __all__ = ["BITS", "GROUP_SIZES", "MlxPlan", "MlxTarget"]
 
@@ -225,7 +225,7 @@ def _write_layer(file: SafetensorsWriter, weights: StoredWeights, layer: _Layer,
 
 def _config(weights: StoredWeights, plan: MlxPlan) -> dict[str, Any]:
     """config.json as `mlx_lm.convert` writes it: the settings that most layers have, and by its name each layer that has others."""
-    config = plain_config(weights.raw_config, weights.config, plan.dtype)
+    config = published_config(weights.raw_config, weights.config, plan.dtype)
     if not plan.quantized:
         return config
     formats = list(plan.quantized.values())

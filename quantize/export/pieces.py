@@ -21,7 +21,8 @@ from dbrx_q.planning.sizes import format_size
 __all__ = ["Piece", "check_memory", "is_plain", "matrix_of", "pieces_of", "published_rows"]
 
 _ROWS = 8192  # of a piece of the embedding or the head: 100 MB of a DBRX in bfloat16
-# Bytes that a piece takes for each of its elements: read in two bytes, converted to float32, transposed, and the blocks that are written.
+# Bytes that a piece takes for each of its elements, at most: three float32 copies, of the values as they are dequantized, converted and
+# transposed.
 _BYTES_PER_ELEMENT = 12
 
 

@@ -26,7 +26,7 @@ from .record import ExportRecord
 from .small_files import copy_small_files
 from .target import ExportPlan, OnBytes, Target
 
-__all__ = ["PlainPlan", "TransformersTarget", "plain_config"]
+__all__ = ["PlainPlan", "TransformersTarget", "published_config"]
 
 _FORMAT = {"format": "pt"}  # which transformers wants in the metadata of every safetensors file
 
@@ -98,7 +98,7 @@ class TransformersTarget(Target):
                     file.close()
             if len(shards) > 1:
                 write_index(partial, {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}, total)
-            write_json(partial / "config.json", plain_config(weights.raw_config, weights.config, self.dtype or weights.config.dtype))
+            write_json(partial / "config.json", published_config(weights.raw_config, weights.config, self.dtype or weights.config.dtype))
             copy_small_files(weights, partial)
         parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
         return ExportRecord("transformers", tuple(names), total, parameters, plan.by_dtype(weights), time.perf_counter() - started)
@@ -109,7 +109,7 @@ def _kept_dtype(weights: StoredWeights, tensor: DenseTensor) -> torch.dtype:
     return weights.dtype_of(tensor.name) if is_plain(weights, tensor) else weights.config.dtype
 
 
-def plain_config(raw: Mapping[str, Any], config: DbrxConfig, dtype: torch.dtype) -> dict[str, Any]:
+def published_config(raw: Mapping[str, Any], config: DbrxConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a plain checkpoint in a dtype.
 
     `rope_parameters` names the base of the rotary embedding, because transformers 5 ignores `attn_config.rope_theta` and computes with
