@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,7 +114,7 @@ def _note(path: str, planned: PlannedWeights) -> str:
     experts = [tensor.name for tensor in dense_tensors(planned.config) if tensor.experts]
     rest = f"{size} of one device's memory; experts that do not fit are read from the file for every token."
     if all(name in planned.formats for name in experts):
-        copy = f"This is the plan of the copy that `dbrx-q quantize {path} DST --keep` makes."
+        copy = f"This is the plan of the copy that `dbrx-q quantize {shlex.quote(path)} DST --keep` makes."
         return f"{copy} {path} itself ({planned.label}) is loaded whole: {rest}"
     return f"{path} is {planned.label}, whose experts are dequantized: {rest} --format int4 plans a quantized copy."
 

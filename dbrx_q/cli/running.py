@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from . import terminal
@@ -23,6 +24,6 @@ def load_to_run(source: Source, *, dtype: torch.dtype | None, device: torch.devi
     if model.expert_store.reloads_each_step:
         terminal.say(
             f"dbrx-q: note: {source.name} ({source.format}) does not fit in memory as it is stored; its experts are read again for every "
-            f"token. `dbrx-q quantize {source.name} DST --keep` makes a copy that keeps experts in memory and runs faster"
+            f"token. `dbrx-q quantize {shlex.quote(source.name)} DST --keep` makes a copy that keeps experts in memory and runs faster"
         )
     return model

@@ -15,6 +15,7 @@ from dbrx_q.checkpoint.folder import converted
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.planning.sizes import format_size
 
@@ -53,12 +54,23 @@ def is_plain(weights: StoredWeights, tensor: DenseTensor) -> bool:
     return weights.exact_format(tensor.name) is None and weights.nbytes_of(tensor.name) == size
 
 
-def published_rows(weights: StoredWeights, tensor: DenseTensor, piece: Piece) -> torch.Tensor:
-    """The rows of a piece as a plain checkpoint has them: of an expert [F, D], for every matrix."""
-    if piece.expert < 0:
-        return weights.read_rows(tensor.name, piece.first, piece.rows)
-    count = tensor.shape[0] // tensor.experts
-    return weights.read_rows(tensor.name, piece.expert * count, count).contiguous()
+def published_rows(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+    """The rows of a piece as a plain checkpoint has them, of an expert [F, D], in a dtype.
+
+    Packed weights are dequantized in float32 for it: `read_rows` of a checkpoint of ours rounds them to the dtype of the model.
+
+    Raises:
+        CheckpointError: a value that `dtype` cannot hold, or as `StoredWeights.read_rows`.
+    """
+    name, count = tensor.name, tensor.shape[0] // max(1, tensor.experts)
+    first, rows = (piece.first, piece.rows) if piece.expert < 0 else (piece.expert * count, count)
+    if weights.exact_format(name) is None or weights.dtype_of(name) in (dtype, torch.float32):
+        values = weights.read_rows(name, first, rows)
+    else:
+        weight = weights.packed(name, piece.expert)
+        values = dequantize(weight if piece.expert >= 0 else weight.rows(first, first + rows), torch.float32)
+        values = values.T if tensor.transposed else values
+    return converted(values.contiguous(), dtype, name, weights.path_of(name))
 
 
 def matrix_of(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
@@ -67,7 +79,7 @@ def matrix_of(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dtype: 
     Raises:
         CheckpointError: a value that `dtype` cannot hold, or as `StoredWeights.read_rows`.
     """
-    rows = converted(published_rows(weights, tensor, piece), dtype, tensor.name, weights.path_of(tensor.name))
+    rows = published_rows(weights, tensor, piece, dtype)
     return rows.T.contiguous() if tensor.transposed else rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dbrx_q.checkpoint.folder import SINGLE_NAME, converted
+from dbrx_q.checkpoint.folder import SINGLE_NAME
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat
 from dbrx_q.checkpoint.safetensors_file import SafetensorsWriter
 from dbrx_q.checkpoint.shards import SHARD_BYTES, in_shards, shard_name, stored_matrices, write_index, write_json
@@ -130,4 +130,4 @@ def published_config(raw: Mapping[str, Any], config: DbrxConfig, dtype: torch.dt
 def _converted(weights: StoredWeights, tensor: DenseTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The rows of a tensor, piece by piece, in a dtype."""
     for piece in pieces_of(tensor):
-        yield converted(published_rows(weights, tensor, piece), dtype, tensor.name, weights.path_of(tensor.name))
+        yield published_rows(weights, tensor, piece, dtype)

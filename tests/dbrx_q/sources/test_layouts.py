@@ -274,3 +274,8 @@ def test_what_another_programs_files_do_not_take_is_refused_before_they_are_read
         assert (outcome.code, outcome.out) == (2, "")
         assert message in outcome.err
     assert sorted(source.iterdir()) == before
+
+
+def test_a_command_that_is_advised_can_be_copied_into_a_shell(cli: Callable[..., Any], tmp_path: Path) -> None:
+    source = shutil.copytree(LAYOUTS / "gptq-4bit-g128", tmp_path / "with a space")
+    assert f"`dbrx-q quantize '{source}' DST --keep`" in cli("plan", source, "--ram", "1GB").out

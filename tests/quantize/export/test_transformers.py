@@ -75,6 +75,20 @@ def test_float32_holds_the_dequantized_weights_exactly(quantized_small: Path, tm
             assert torch.equal(plain.read(name), torch.cat([m.T if tensor.transposed else m for m in matrices])), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_weights_are_rounded_once(dtype: torch.dtype, quantized_small: Path, tmp_path: Path) -> None:
+    """Not to the model's bfloat16 before the dtype that is asked for."""
+    export(quantized_small, tmp_path / "out", dtype=dtype)
+    with Checkpoint(quantized_small) as packed, Checkpoint(tmp_path / "out") as plain:
+        assert packed.formats
+        for name in packed.formats:
+            tensor = packed.tensors[name]
+            experts = range(tensor.experts) if tensor.experts else [-1]
+            matrices = [dequantize(packed.packed(name, expert), torch.float32) for expert in experts]
+            expected = torch.cat([matrix.T if tensor.transposed else matrix for matrix in matrices]).to(dtype)
+            assert torch.equal(plain.read(name), expected), name
+
+
 def test_config_json_says_nothing_of_the_packed_weights(quantized_small: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     outcome = cli("export", quantized_small, tmp_path / "out", "--to", "transformers", "--json")
     assert outcome.code == 0, outcome.err
