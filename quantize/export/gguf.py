@@ -94,8 +94,9 @@ class GgufTarget(Target):
                 types[name] = stored
             else:
                 raise RequestError(
-                    f"{weights.folder}: {name} is {weights.label_of(name)}, which no type of GGUF holds exactly. Give --type, such as "
-                    "q4_0, to round it again, or quantize the original checkpoint with --format q4_0"
+                    f"{weights.folder}: without --type a tensor must be of a format that {', '.join(GGUF_TYPES)} hold exactly; {name} is "
+                    f"{weights.label_of(name)}. Give --type, such as q4_0, to round what another program quantized; of a copy that "
+                    "dbrx-q quantized, export the original with --type"
                 )
             if stored == types[name]:
                 held.add(name)

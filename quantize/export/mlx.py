@@ -137,8 +137,9 @@ class MlxTarget(Target):
                 held.add(name)
             elif not is_plain(weights, tensor):
                 raise RequestError(
-                    f"{weights.folder}: {name} is {weights.label_of(name)}, which MLX's affine mode does not hold exactly. Give --bits 4 "
-                    "to round it again, or quantize the original checkpoint with --format affine4-bf16"
+                    f"{weights.folder}: without --bits a tensor must be of a format that MLX's affine mode holds exactly; {name} is "
+                    f"{weights.label_of(name)}. Give --bits 4 to round what another program quantized; of a copy that dbrx-q quantized, "
+                    "export the original with --bits"
                 )
         if self.bits is None and self.dtype is None and quantized:  # MLX is slow where the dtypes of scales and activations differ
             dtype = next(fmt.parts(1, fmt.group_size)[1].dtype for fmt in quantized.values())
