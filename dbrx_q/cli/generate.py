@@ -128,7 +128,8 @@ def command(
         return
     print(flush=True)
     _print_speed(result)
-    for line in cache_stats.lines() if stats else ():
+    streamed = ["experts: none kept in memory; those of one layer are read at a time"]
+    for line in (streamed if model.expert_store.reloads_each_step else cache_stats.lines()) if stats else ():
         terminal.say(line)
 
 

@@ -105,8 +105,7 @@ class ConvertedFolder(ConvertedSource):
             self.config = weights.config
             self.is_quantized = not weights.is_plain
             self.stored_dtype = torch.float32 if self.is_quantized else self.config.dtype
-            # bitsandbytes rounds nf4's values to the dtype that it records: they are measured and run as it computes them.
-            self.formats = {name: fmt for name, fmt in kept_formats(weights).items() if fmt.format != "nf4"}
+            self.formats = kept_formats(weights)
             self.nbytes = sum(weights.nbytes_of(tensor) for tensor in weights.tensors)
             self.parameters = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
             self.format = format_label(weights)

@@ -29,8 +29,11 @@ def exact_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
 
 def kept_formats(weights: StoredWeights) -> dict[str, TensorFormat]:
     """Of `exact_formats` those of the tensors that stay packed in memory: experts only where all matrices of their layer have one, as
-    kernels take the three of an expert together."""
-    formats = exact_formats(weights)
+    kernels take the three of an expert together.
+
+    bitsandbytes rounds nf4's values to the dtype that it records. They are measured and run as it computes them, dequantized.
+    """
+    formats = {name: fmt for name, fmt in exact_formats(weights).items() if fmt.format != "nf4"}
     rounded = {tensor.layer for tensor in weights.tensors.values() if tensor.experts and tensor.name not in formats}
     return {name: fmt for name, fmt in formats.items() if not (weights.tensors[name].experts and weights.tensors[name].layer in rounded)}
 

@@ -82,6 +82,7 @@ class GgufTarget(Target):
     """Bytes of tensors after which another part is begun; 0 for one file."""
 
     def plan(self, weights: StoredWeights) -> GgufPlan:
+        _writer_class()  # an error before hours of rounding
         types: dict[str, str] = {}
         held: set[str] = set()
         for name, tensor in weights.tensors.items():
