@@ -71,7 +71,7 @@ def logits(path: Path) -> torch.Tensor:
 
 
 def all_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint in float32, of packed matrices too: `read` of a checkpoint of ours rounds them to its dtype."""
+    """Every tensor of a checkpoint in float32; packed matrices by their parts, not by `read`."""
     with open_weights(path) as weights:
         return {name: _values(weights, tensor) for name, tensor in weights.tensors.items()}
 
