@@ -19,12 +19,13 @@ from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.planning.sizes import format_size
 
-__all__ = ["Piece", "check_memory", "is_plain", "matrix_of", "pieces_of", "published_rows"]
+__all__ = ["Piece", "check_memory", "is_plain", "matrix_of", "pieces_of", "published_rows", "working_bytes"]
 
 _ROWS = 8192  # of a piece of the embedding or the head: 100 MB of a DBRX in bfloat16
-# Bytes that a piece takes for each of its elements, at most: three float32 copies, of the values as they are dequantized, converted and
-# transposed.
-_BYTES_PER_ELEMENT = 12
+# Bytes that a piece takes for each of its elements, at most: 17 were measured of GPTQ with act-order, whose codes, values, zero-points and
+# transposed copy are there together.
+_BYTES_PER_ELEMENT = 20
+_MARGIN_BYTES = 48 << 20  # the gguf package, the tokenizer, compiled code
 
 
 class Piece(NamedTuple):
@@ -95,14 +96,19 @@ def check_memory(weights: StoredWeights, memory: int | None) -> None:
     """
     if memory is None:
         return
-    largest = max(_elements(tensor) for tensor in weights.tensors.values()) * _BYTES_PER_ELEMENT
-    whole = max((weights.nbytes_of(tensor.name) for tensor in weights.tensors.values() if not tensor.experts), default=0)
-    needed = resident_bytes() + largest + whole
+    needed = resident_bytes() + working_bytes(weights)
     if needed > memory:
         raise RequestError(
             f"the export takes {format_size(needed)} of memory, for one expert or some rows of the embedding at a time; found a limit of "
             f"{format_size(memory)}. Give a larger --memory"
         )
+
+
+def working_bytes(weights: StoredWeights) -> int:
+    """Bytes that an export takes beside what the process holds already."""
+    largest = max(_elements(tensor) for tensor in weights.tensors.values()) * _BYTES_PER_ELEMENT
+    whole = max((weights.nbytes_of(tensor.name) for tensor in weights.tensors.values() if not tensor.experts), default=0)
+    return largest + whole + _MARGIN_BYTES
 
 
 def _elements(tensor: DenseTensor) -> int:
