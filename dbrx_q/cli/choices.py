@@ -54,8 +54,9 @@ class Choice:
         Raises:
             typer.BadParameter: a value that is not registered.
         """
-        if text in self.names or text in self.registered():
-            return str(getattr(text, "value", text))
+        for spelling in (text, text.lower()):  # llama.cpp's users spell Q4_0
+            if spelling in self.names or spelling in self.registered():
+                return str(getattr(spelling, "value", spelling))
         raise typer.BadParameter(f"must be {_or(self.registered())}; found {text!r}")
 
     def __str__(self) -> str:

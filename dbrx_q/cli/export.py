@@ -141,6 +141,10 @@ def command(
                 _show(_written(target, weights, plan, destination, budget), destination, runs, json=json)
                 return
             _check_not_ours(weights, plan)
+            if rounded.exists() and not resume:
+                raise RequestError(
+                    f"{rounded}: must not exist, unless --resume takes what an earlier run has rounded there. Add --resume, or remove it"
+                )
             _check_disk(destination, plan.nbytes(weights), rounded)
             formats = plan.formats(weights)
         accelerator = open_accelerator(device, None if device_memory is None else parse_size(device_memory))

@@ -27,6 +27,8 @@ from dbrx_q.sources.gguf_names import gguf_name
 from dbrx_q.sources.open_weights import open_weights
 from dbrx_q.tokenizer.bpe_file import TokenizerWarning
 
+LAYOUTS = Path(__file__).parents[2] / "data" / "layouts"
+
 BUNDLED = Path(__file__).parents[2] / "data" / "dbrx-nano-gguf" / "dbrx-nano.Q4_0.gguf"
 HELD = [
     *(("q4_0", fmt) for fmt in ("q4_0:32",)),
@@ -307,3 +309,10 @@ def test_weights_of_ours_that_must_be_rounded_again_are_refused_with_the_way(
     assert "transformer.wte.weight is int8:64 and would become q4_0:32. Leave --type or --bits out" in outcome.err
     assert "or give the original" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_run_rounded_is_taken_or_named(cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out.rounded").mkdir()
+    outcome = cli("export", LAYOUTS / "published", tmp_path / "out", "--to", "gguf", "--type", "Q4_0")
+    assert outcome.code == 2
+    assert "unless --resume takes what an earlier run has rounded there. Add --resume, or remove it" in " ".join(outcome.err.split())
