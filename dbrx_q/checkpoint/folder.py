@@ -125,6 +125,9 @@ class Checkpoint(StoredWeights):
     def label_of(self, name: str) -> str:
         return str(self.formats[name]) if name in self.formats else self.infos[name].dtype_label
 
+    def is_plain(self, name: str) -> bool:
+        return name not in self.formats
+
     def nbytes_of(self, name: str) -> int:
         return sum(self.infos[stored].nbytes for stored in self._stored_names(name))
 

@@ -68,6 +68,10 @@ class StoredWeights(ABC):
         """How a tensor is stored, such as "bfloat16", "int4:64", "GPTQ int4:128" or "GGUF Q4_K"."""
 
     @abstractmethod
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor is stored as floating-point numbers of 16 or 32 bits."""
+
+    @abstractmethod
     def nbytes_of(self, name: str) -> int:
         """Bytes of a tensor as stored, with scales and zero-points."""
 

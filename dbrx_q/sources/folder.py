@@ -103,7 +103,7 @@ class ConvertedFolder(ConvertedSource):
         self.eos_token_ids = eos_ids(folder)
         with self.open_weights() as weights:
             self.config = weights.config
-            self.is_quantized = not weights.is_plain
+            self.is_quantized = not all(map(weights.is_plain, weights.tensors))
             self.stored_dtype = torch.float32 if self.is_quantized else self.config.dtype
             self.formats = kept_formats(weights)
             self.nbytes = sum(weights.nbytes_of(tensor) for tensor in weights.tensors)

@@ -77,7 +77,7 @@ class FolderWeights(StoredWeights):
             names = Names(self._file_of, {suffix for encoding in encodings for suffix in encoding.suffixes | encoding.optional}, folder)
             self._stored = {tensor.name: self._find(tensor, names, encodings) for tensor in self.tensors.values()}
             self._check_unused(names)
-            if len(encodings) > 1 and self.is_plain:
+            if len(encodings) > 1 and all(map(self.is_plain, self.tensors)):
                 where = GPTQ_CONFIG_NAME if quantization_of(stored_config) is None else path.name
                 raise CheckpointError(
                     f"{folder / where}: says that weights are quantized, so some must be; found none. Remove the quantization from it if "
@@ -96,17 +96,15 @@ class FolderWeights(StoredWeights):
     def sizes(self) -> dict[str, int]:
         return {file.path.name: file.size for file in self._file_of.values()}
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether no tensor is quantized."""
-        return all(stored.linear.parts.keys() == {"weight"} for modules in self._stored.values() for stored in modules)
-
     def label_of(self, name: str) -> str:
         labels = [
             stored.linear.parts["weight"].dtype_label if stored.encoding is None else stored.encoding.label(stored.linear)
             for stored in self._stored[name]
         ]
         return " + ".join(dict.fromkeys(labels))
+
+    def is_plain(self, name: str) -> bool:
+        return all(stored.linear.parts.keys() == {"weight"} for stored in self._stored[name])
 
     def nbytes_of(self, name: str) -> int:
         return sum(info.nbytes for stored in self._stored[name] for info in stored.linear.parts.values())

@@ -92,6 +92,9 @@ class GgufWeights(StoredWeights):
     def label_of(self, name: str) -> str:
         return f"GGUF {self._stored(name).kind.name}"
 
+    def is_plain(self, name: str) -> bool:
+        return self._stored(name).kind.name in _FLOATS
+
     def nbytes_of(self, name: str) -> int:
         return self._stored(name).nbytes
 

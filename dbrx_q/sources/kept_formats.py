@@ -9,10 +9,7 @@ from typing import Any
 from dbrx_q.checkpoint.layout import PLAIN_KINDS, TensorFormat, kind_of, may_have
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 
-__all__ = ["PLAIN_LABELS", "exact_formats", "format_label", "is_packed_by_us", "kept_formats"]
-
-PLAIN_LABELS = ("bfloat16", "float16", "float32", "GGUF BF16", "GGUF F16", "GGUF F32")
-"""What `StoredWeights.label_of` says of tensors that are not quantized."""
+__all__ = ["exact_formats", "format_label", "is_packed_by_us", "kept_formats"]
 
 
 def is_packed_by_us(raw_config: Mapping[str, Any]) -> bool:
@@ -43,15 +40,19 @@ def format_label(weights: StoredWeights) -> str:
 
     Plain experts among quantized weights are named, as in "bitsandbytes nf4 + bfloat16 experts"; other plain weights are then not.
     """
-    counts: dict[str, int] = {}
+    plain: dict[str, int] = {}
+    quantized: set[str] = set()
     plain_experts: dict[str, None] = {}
     for tensor in weights.tensors.values():
-        if kind_of(tensor.name) not in PLAIN_KINDS:
-            label = weights.label_of(tensor.name)
-            counts[label] = counts.get(label, 0) + math.prod(tensor.shape)
-            if tensor.experts and label in PLAIN_LABELS:
-                plain_experts[f"{label} experts"] = None
-    quantized = [label for label in counts if label not in PLAIN_LABELS]
+        if kind_of(tensor.name) in PLAIN_KINDS:
+            continue
+        label = weights.label_of(tensor.name)
+        if not weights.is_plain(tensor.name):
+            quantized.add(label)
+            continue
+        plain[label] = plain.get(label, 0) + math.prod(tensor.shape)
+        if tensor.experts:
+            plain_experts[f"{label} experts"] = None
     if not quantized:
-        return " + ".join(sorted(counts, key=lambda label: -counts[label]))
+        return " + ".join(sorted(plain, key=lambda label: -plain[label]))
     return " + ".join([*sorted(quantized), *plain_experts])

@@ -30,7 +30,7 @@ from dbrx_q.sources.kept_formats import exact_formats
 
 from .gguf_metadata import add_metadata
 from .gguf_types import BLOCK, GGUF_TYPES, GgufType, holds, type_of_dtype
-from .pieces import check_memory, is_plain, matrix_of, pieces_of
+from .pieces import check_memory, matrix_of, pieces_of
 from .record import ExportRecord
 from .small_files import copy_licence
 from .target import ExportPlan, OnBytes, Target
@@ -145,7 +145,7 @@ def _held_type(weights: StoredWeights, tensor: DenseTensor) -> str | None:
     """The type that holds a tensor as it is stored; None where there is none."""
     fmt = weights.exact_format(tensor.name)
     if fmt is None:
-        return type_of_dtype(weights.dtype_of(tensor.name)) if is_plain(weights, tensor) else None
+        return type_of_dtype(weights.dtype_of(tensor.name)) if weights.is_plain(tensor.name) else None
     experts = range(tensor.experts) if tensor.experts else [-1]
     for name, kind in GGUF_TYPES.items():
         # int4 alone is read for this: of a tensor that the type does not hold, usually one matrix.

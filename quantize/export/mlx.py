@@ -31,7 +31,7 @@ from dbrx_q.kernels.formats.affine import GROUP_SIZES
 from dbrx_q.model.saving import abandoning
 from dbrx_q.sources.naming import mlx_module
 
-from .pieces import check_memory, is_plain, matrix_of, pieces_of
+from .pieces import check_memory, matrix_of, pieces_of
 from .record import ExportRecord
 from .small_files import copy_small_files
 from .target import ExportPlan, OnBytes, Target
@@ -135,7 +135,7 @@ class MlxTarget(Target):
             elif exact is not None and exact.format in _HELD:
                 quantized[name] = exact
                 held.add(name)
-            elif not is_plain(weights, tensor):
+            elif not weights.is_plain(tensor.name):
                 raise RequestError(
                     f"{weights.folder}: without --bits a tensor must be of a format that MLX's affine mode holds exactly; {name} is "
                     f"{weights.label_of(name)}. Give --bits 4 to round what another program quantized; of a copy that dbrx-q quantized, "

@@ -5,7 +5,6 @@ Dimension letters: `N` rows, `K` the reduction axis.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.planning.sizes import format_size
 
-__all__ = ["Piece", "check_memory", "is_plain", "matrix_of", "pieces_of", "published_rows", "working_bytes"]
+__all__ = ["Piece", "check_memory", "matrix_of", "pieces_of", "published_rows", "working_bytes"]
 
 _ROWS = 8192  # of a piece of the embedding or the head: 100 MB of a DBRX in bfloat16
 # Bytes that a piece takes for each of its elements, at most: 17 were measured of GPTQ with act-order, whose codes, values, zero-points and
@@ -47,12 +46,6 @@ def pieces_of(tensor: DenseTensor) -> Iterator[Piece]:
         return
     rows = tensor.shape[0]
     yield from (Piece(-1, first, min(_ROWS, rows - first)) for first in range(0, rows, _ROWS))
-
-
-def is_plain(weights: StoredWeights, tensor: DenseTensor) -> bool:
-    """Whether a tensor is stored unquantized."""
-    size = weights.dtype_of(tensor.name).itemsize * math.prod(tensor.shape)
-    return weights.exact_format(tensor.name) is None and weights.nbytes_of(tensor.name) == size
 
 
 def published_rows(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ from dbrx_q.checkpoint.transformers_files import GUARDED_KEYS
 from dbrx_q.config import DbrxConfig
 from dbrx_q.model.saving import abandoning
 
-from .pieces import check_memory, is_plain, pieces_of, published_rows
+from .pieces import check_memory, pieces_of, published_rows
 from .record import ExportRecord
 from .small_files import copy_small_files
 from .target import ExportPlan, OnBytes, Target
@@ -106,7 +106,7 @@ class TransformersTarget(Target):
 
 def _kept_dtype(weights: StoredWeights, tensor: DenseTensor) -> torch.dtype:
     """The dtype of a tensor for which none was asked."""
-    return weights.dtype_of(tensor.name) if is_plain(weights, tensor) else weights.config.dtype
+    return weights.dtype_of(tensor.name) if weights.is_plain(tensor.name) else weights.config.dtype
 
 
 def published_config(raw: Mapping[str, Any], config: DbrxConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dbrx_q.checkpoint.shards import list_files, shard_name, write_index, write_
 from dbrx_q.checkpoint.transformers_files import guarded, write_code
 from dbrx_q.planning.host_memory import peak_memory_bytes
 from dbrx_q.quantize.calibration.held_out import HeldOutSequences, SourceDivergence
-from dbrx_q.sources.kept_formats import PLAIN_LABELS
 from dbrx_q.tokenizer.copying import copy_tokenizer
 
 from .journal import Journal
@@ -70,10 +69,10 @@ def record_of(run: Run, journal: Journal, finished: int, seconds: float) -> RunR
 def _rounded_again(run: Run) -> dict[str, int]:
     """How many matrices that are not kept the source stores in each of its quantized formats."""
     labels = Counter(
-        label
+        run.checkpoint.label_of(job.tensor.name)
         for shard in run.shards
         for job in shard
-        if job.fmt is not None and not job.kept and (label := run.checkpoint.label_of(job.tensor.name)) not in PLAIN_LABELS
+        if job.fmt is not None and not job.kept and not run.checkpoint.is_plain(job.tensor.name)
     )
     return dict(sorted(labels.items()))
 

@@ -23,7 +23,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
-from dbrx_q.sources.kept_formats import PLAIN_LABELS, exact_formats
+from dbrx_q.sources.kept_formats import exact_formats
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +80,7 @@ def kept_or_default(checkpoint: StoredWeights, defaults: Mapping[str, TensorForm
         raise RequestError(
             f"{checkpoint.folder}: --keep repacks weights whose codes a format holds exactly; found {labels}. Leave --keep out"
         )
-    stays_plain = {
-        tensor.name for tensor in checkpoint.tensors.values() if not tensor.experts and checkpoint.label_of(tensor.name) in PLAIN_LABELS
-    }
+    stays_plain = {tensor.name for tensor in checkpoint.tensors.values() if not tensor.experts and checkpoint.is_plain(tensor.name)}
     return {name: fmt for name, fmt in {**defaults, **kept}.items() if name not in stays_plain}
 
 

@@ -18,7 +18,6 @@ from dbrx_q.errors import RequestError
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.pipeline.format_assignment import default_formats, kept_or_default, override
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
-from dbrx_q.sources.kept_formats import PLAIN_LABELS
 from dbrx_q.sources.open import open_runnable, open_source
 from dbrx_q.sources.open_weights import open_weights
 
@@ -59,13 +58,13 @@ def test_every_value_of_the_source_is_kept(name: str, tmp_path: Path) -> None:
             assert torch.equal(ours.float(), stored.float()), tensor.name
     assert record.kept == sum(r.kept for r in record.records) == sum(r.format == str(r.format) and ":" in r.format for r in record.records)
     assert record.rounded_again == {}
-    assert record.options["kept"] == sorted({label for label in _labels(LAYOUTS / name) if label not in PLAIN_LABELS})
+    assert record.options["kept"] == sorted(_quantized_labels(LAYOUTS / name))
     assert "repacked without rounding" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
-def _labels(location: Path) -> set[str]:
+def _quantized_labels(location: Path) -> set[str]:
     with open_weights(location) as weights:
-        return {weights.label_of(t.name) for t in weights.tensors.values() if ".router." not in t.name and len(t.shape) == 2}
+        return {weights.label_of(t.name) for t in weights.tensors.values() if ".router." not in t.name and not weights.is_plain(t.name)}
 
 
 def _dequantized(checkpoint: Checkpoint, name: str) -> torch.Tensor:
