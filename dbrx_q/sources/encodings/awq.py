@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.cpu.repack_codes import rows_of_awq, unpack_codes
 from dbrx_q.kernels.formats import int4
@@ -61,9 +62,9 @@ class Awq(Encoding):
         bits = config.get("bits", config.get("w_bit", 4))
         again = "Quantize the original weights again with AutoAWQ's version GEMM, 4 bits and zero_point"
         if str(version).lower() != "gemm":
-            raise CheckpointError(f"{source}: an AWQ checkpoint must have the version gemm; found {version!r}. {again}")
+            raise CheckpointError(f"{source}: an AWQ checkpoint must have the version gemm; found {shortened(version)}. {again}")
         if bits != 4:
-            raise CheckpointError(f"{source}: an AWQ checkpoint must have 4 bits; found {bits!r}. {again}")
+            raise CheckpointError(f"{source}: an AWQ checkpoint must have 4 bits; found {shortened(bits)}. {again}")
         if config.get("zero_point", True) is not True:
             raise CheckpointError(f"{source}: an AWQ checkpoint must have zero_point; found {config['zero_point']!r}. {again}")
 

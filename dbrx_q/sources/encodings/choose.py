@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import CheckpointError
 
 from .awq import Awq
@@ -20,6 +21,7 @@ GPTQ_CONFIG_NAME = "quantize_config.json"
 """AutoGPTQ's file beside config.json, which may stand for `quantization_config`."""
 
 _READ = "GPTQ, AWQ, bitsandbytes' 4 bits, MLX or GGUF"
+_LONGEST_NAME = 80  # characters of an unknown quantization that are shown as they are
 _ORIGINAL = f"Use the bfloat16 weights that it was made from, or a {_READ} file of them"
 _DEQUANTIZED = f"{_ORIGINAL}; or load it with transformers, call model.dequantize() and save it"
 _ADVICE = {
@@ -52,8 +54,8 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
         return (Plain(),)
     if not isinstance(quantization, Mapping):
         raise CheckpointError(
-            f"{source}: quantization_config must be an object; found {quantization!r}. Fetch config.json again, or remove the key if the "
-            "weights are plain"
+            f"{source}: quantization_config must be an object; found {shortened(quantization)}. Fetch config.json again, or remove the key "
+            "if the weights are plain"
         )
     method = _method(quantization)
     if method == "gptq":
@@ -65,9 +67,9 @@ def encodings_of(config: Mapping[str, Any], quantize_config: Mapping[str, Any] |
         return Plain(), Mlx()
     if method == "bitsandbytes":
         return Plain(), Bitsandbytes(quantization, source)
-    raise CheckpointError(
-        f"{source}: a quantized checkpoint must be {_READ}; found {_NAMES.get(method, method)}. {_ADVICE.get(method, _ORIGINAL)}"
-    )
+    name = _NAMES.get(method, method)
+    stated = name if len(name) < _LONGEST_NAME else shortened(name)
+    raise CheckpointError(f"{source}: a quantized checkpoint must be {_READ}; found {stated}. {_ADVICE.get(method, _ORIGINAL)}")
 
 
 def _check_one_layout(quantization: Mapping[str, Any], quantize_config: Mapping[str, Any], source: str) -> None:
@@ -75,8 +77,8 @@ def _check_one_layout(quantization: Mapping[str, Any], quantize_config: Mapping[
     named, other = named_layout(quantization), named_layout(quantize_config)
     if named is not None and other is not None and named != other:
         raise CheckpointError(
-            f"{source}: checkpoint_format must be that of quantize_config.json beside it; found {named!r} and {other!r}, which store "
-            "zero-points differently. Fetch both files again"
+            f"{source}: checkpoint_format must be that of quantize_config.json beside it; found {shortened(named)} and {shortened(other)}, "
+            "which store zero-points differently. Fetch both files again"
         )
 
 

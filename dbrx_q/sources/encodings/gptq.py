@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
+from dbrx_q.config_values import shortened
 from dbrx_q.errors import CheckpointError
 from dbrx_q.kernels.cpu.repack_codes import unpack_codes, unpack_nibbles
 from dbrx_q.kernels.formats import int4
@@ -76,7 +77,7 @@ class Gptq(Encoding):
         layout = named_layout(config) or "gptq"
         if layout not in _FORMATS:
             raise CheckpointError(
-                f"{source}: a GPTQ checkpoint must have the checkpoint_format {' or '.join(_FORMATS)}; found {layout!r}. "
+                f"{source}: a GPTQ checkpoint must have the checkpoint_format {' or '.join(_FORMATS)}; found {shortened(layout)}. "
                 "Quantize the original weights again and save them with GPTQModel's format=gptq"
             )
         dynamic = config.get("dynamic")

@@ -141,12 +141,13 @@ def test_a_write_that_fails_leaves_nothing(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate", "perplexity"])
-@pytest.mark.parametrize(("place", "message"), [("absent", "no such folder"), ("file", "is a folder; found a file")])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("absent", "no such folder"), ("file", "must be a folder with config.json or a GGUF file; found another kind of file")],
+)
 def test_the_checkpoint_must_be_a_folder(place: str, message: str, command: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
     (tmp_path / "file").write_text("mine")
     more: dict[str, list[object]] = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "The"], "perplexity": ["--text", BOOK]}
-    if (command, place) == ("perplexity", "file"):
-        message = "or a GGUF file; found another kind of file"
     check_refused(cli(command, tmp_path / place, *more.get(command, [])), str(tmp_path / place), message)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -285,7 +286,7 @@ def test_the_script_explains_errors_and_exits_with_2(small: Path, tmp_path: Path
     (tmp_path / "file").write_text("mine")
     for arguments, message in (
         (["inspect", str(small), "--nope"], "--nope"),
-        (["inspect", str(tmp_path / "file")], f"{tmp_path}/file: a checkpoint is a folder; found a file"),
+        (["inspect", str(tmp_path / "file")], f"{tmp_path}/file: a checkpoint must be a folder with config.json or a GGUF file; found"),
     ):
         process = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
         assert (process.returncode, process.stdout) == (2, "")

@@ -32,7 +32,7 @@ def check_refused(outcome: Any, *message: str) -> None:
         ({"attn_config": {"clip_qkv": 10**400}}, "clip_qkv must be at most 1e+15"),
         ({"n_layers": "9" * 100_000}, "n_layers must be a whole number"),
         ({"model_type": "m" * 100_000}, "model_type must be 'dbrx'"),
-        ({"quantization_config": {"quant_method": "q" * 100_000}}, "quant_method 'dbrx_q' and format_version 1"),
+        ({"quantization_config": {"quant_method": "q" * 100_000}}, "a quantized checkpoint must be GPTQ, AWQ"),
         (
             {"quantization_config": {"quant_method": "dbrx_q", "format_version": 1, "tensors": {"t" * 100_000: {"format": "f" * 100_000}}}},
             "format and group_size must be one of",
