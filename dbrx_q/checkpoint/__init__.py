@@ -4,7 +4,8 @@ Begin with `folder.py`: `Checkpoint` opens a folder or a `ShardSource`, checks t
 stored, with their shapes and dtypes, and reads them one by one.
 
 - `layout.py`: the names, shapes, kinds and orientations of DBRX's tensors, and the stored parts of a packed one.
-- `stored_weights.py`: `StoredWeights`, the interface of a checkpoint of any program, which `sources/` has for those of others.
+- `stored_weights.py`: `StoredWeights`, the interface of a checkpoint of any program, which `sources/` has for those of others;
+  `sharded_weights.py`: its part for shards of any layout.
 - `folder.py`: `Checkpoint`, the index of its shards, and the check for NaN and infinity. `shard_source.py`: what fetches shards.
 - `safetensors_file.py`: one shard. The safetensors package judges the header; tensors are read in place, and a shard is written tensor by
   tensor.

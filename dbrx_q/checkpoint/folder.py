@@ -19,7 +19,7 @@ from dbrx_q.kernels.formats.weights import dequantize
 from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
 from .shard_source import Shard, ShardSource
-from .stored_weights import StoredWeights
+from .sharded_weights import ShardedWeights
 
 __all__ = [
     "INDEX_NAME",
@@ -48,7 +48,7 @@ _FINITE_STEP = 1 << 18  # elements a step, which are read twice: half a MB of bf
 _AnyShard = TypeVar("_AnyShard", bound=Shard)
 
 
-class Checkpoint(StoredWeights):
+class Checkpoint(ShardedWeights):
     """An open checkpoint; use it as a context manager.
 
     Opening checks that exactly the tensors that the configuration calls for are stored, with their shapes and dtypes.
@@ -92,35 +92,10 @@ class Checkpoint(StoredWeights):
         self.formats = tensor_formats(self.config, str(folder / "config.json"))
         self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
-            self._file_of: Mapping[str, Shard] = open_any_shards(location, stack)
+            self._file_of = open_any_shards(location, stack)
             self.infos = {name: file.tensors[name] for name, file in self._file_of.items()}
             self._check_tensors(headless)
             self._open_files = stack.pop_all()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._open_files.close()
-
-    @property
-    def shards(self) -> list[Path]:
-        """The safetensors files, by name."""
-        return sorted({file.path for file in self._file_of.values()})
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the safetensors files, by their names."""
-        return {file.path.name: file.size for file in self._file_of.values()}
-
-    def expect(self, names: Sequence[str]) -> None:
-        if self.source is not None:
-            self.source.expect([self._shards_of(name) for name in names])
-
-    def done(self) -> None:
-        if self.source is not None:
-            self.source.done()
-
-    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        return (0, 0) if self.source is None else self.source.to_fetch([self._shards_of(name) for name in names])
 
     def label_of(self, name: str) -> str:
         return str(self.formats[name]) if name in self.formats else self.infos[name].dtype_label
@@ -180,9 +155,6 @@ class Checkpoint(StoredWeights):
 
     def _stored_names(self, name: str) -> list[str]:
         return [part.name for part in parts_of(self.tensors[name], self.formats[name])] if name in self.formats else [name]
-
-    def _shards_of(self, name: str) -> set[str]:
-        return {self._file_of[stored].path.name for stored in self._stored_names(name)}
 
     def _stored_as(self, tensor: DenseTensor) -> Iterator[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
         """(name, dtypes that it may have, shape) of every stored part of a tensor."""

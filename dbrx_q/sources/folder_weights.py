@@ -16,7 +16,7 @@ import torch
 from dbrx_q.checkpoint.folder import check_finite, open_any_shards
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors
 from dbrx_q.checkpoint.shard_source import Shard, ShardSource
-from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.checkpoint.sharded_weights import ShardedWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.config_keys import CONVERTED_TYPE
 from dbrx_q.config_rope import without_default_theta
@@ -50,7 +50,7 @@ class _StoredModule:
     """Stored names by suffix."""
 
 
-class FolderWeights(StoredWeights):
+class FolderWeights(ShardedWeights):
     """A folder of safetensors files, or a repository on the hub, in a layout that is not dbrx_q's.
 
     Args:
@@ -73,7 +73,7 @@ class FolderWeights(StoredWeights):
         encodings = encodings_of(stored_config, gptq_config, str(path))
         self.tensors = {tensor.name: tensor for tensor in dense_tensors(self.config)}
         with ExitStack() as stack:
-            self._file_of: Mapping[str, Shard] = open_any_shards(location, stack)
+            self._file_of = open_any_shards(location, stack)
             names = Names(self._file_of, {suffix for encoding in encodings for suffix in encoding.suffixes | encoding.optional}, folder)
             self._stored = {tensor.name: self._find(tensor, names, encodings) for tensor in self.tensors.values()}
             self._check_unused(names)
@@ -84,17 +84,6 @@ class FolderWeights(StoredWeights):
                     "the weights are plain, or fetch them again"
                 )
             self._open_files = stack.pop_all()
-
-    def close(self) -> None:
-        self._open_files.close()
-
-    @property
-    def shards(self) -> list[Path]:
-        return sorted({file.path for file in self._file_of.values()})
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {file.path.name: file.size for file in self._file_of.values()}
 
     def label_of(self, name: str) -> str:
         labels = [
@@ -166,19 +155,8 @@ class FolderWeights(StoredWeights):
     def path_of(self, name: str) -> Path:
         return self._stored[name][0].linear.path
 
-    def expect(self, names: Sequence[str]) -> None:
-        if self.source is not None:
-            self.source.expect([self._shards_of(name) for name in names])
-
-    def done(self) -> None:
-        if self.source is not None:
-            self.source.done()
-
-    def to_fetch(self, names: Sequence[str]) -> tuple[int, int]:
-        return (0, 0) if self.source is None else self.source.to_fetch([self._shards_of(name) for name in names])
-
-    def _shards_of(self, name: str) -> set[str]:
-        return {self._file_of[part].path.name for stored in self._stored[name] for part in stored.names.values()}
+    def _stored_names(self, name: str) -> list[str]:
+        return [part for stored in self._stored[name] for part in stored.names.values()]
 
     def _find(self, tensor: DenseTensor, names: Names, encodings: Sequence[Encoding]) -> list[_StoredModule]:
         """How a tensor is stored, checked."""

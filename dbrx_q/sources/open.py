@@ -18,6 +18,8 @@ from .base import Source
 
 __all__ = ["load", "load_runnable", "open_runnable", "open_source", "tokenizer_at"]
 
+_CACHE_OPTIONS = {"cache_policy": "--policy", "profile": "--profile", "prefetch": "--no-prefetch"}
+
 
 def open_source(path_or_hub_id: str | os.PathLike[str], *, fallback: bool = False) -> Source:
     """The checkpoint at a path or hub id.
@@ -86,9 +88,24 @@ def load_runnable(source: Source, *, dtype: torch.dtype | None, device: torch.de
                 f"{source.name}: a fallback copy is carried by checkpoints that dbrx_q quantized; this one is {source.format}. Leave "
                 "--fallback out"
             )
+        _check_no_cache(source)
         if dtype is None and source.is_quantized:
             dtype = torch.bfloat16
     return source.load(dtype=dtype, device=device)
+
+
+def _check_no_cache(source: Source) -> None:
+    """Refuse options of the expert cache, which files of other programs do not have."""
+    if source.budget is None:
+        return
+    plain = Budget(source.budget.machine)
+    for name, option in _CACHE_OPTIONS.items():
+        value = getattr(source.budget, name)
+        if value != getattr(plain, name):
+            raise RequestError(
+                f"{source.name}: {option} is for experts in a cache, which files of other programs do not have; found {name} {value}. "
+                "Leave it out, or make a copy with `dbrx-q quantize`"
+            )
 
 
 def tokenizer_at(location: Path) -> DbrxTokenizer:

@@ -281,3 +281,10 @@ def test_what_another_programs_files_do_not_take_is_refused_before_they_are_read
 def test_a_command_that_is_advised_can_be_copied_into_a_shell(cli: Callable[..., Any], tmp_path: Path) -> None:
     source = shutil.copytree(LAYOUTS / "gptq-4bit-g128", tmp_path / "with a space")
     assert f"`dbrx-q quantize '{source}' DST --keep`" in cli("plan", source, "--ram", "1GB").out
+
+
+@pytest.mark.parametrize("option", [("--policy", "lru"), ("--no-prefetch",)], ids=" ".join)
+def test_options_of_the_expert_cache_are_refused(option: tuple[str, ...], cli: Callable[..., Any]) -> None:
+    outcome = cli("generate", LAYOUTS / "awq-4bit-g64", "--prompt", "a", "--ram", "1GiB", *option)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"{option[0]} is for experts in a cache, which files of other programs do not have" in " ".join(outcome.err.split())

@@ -56,7 +56,7 @@ def test_every_value_of_the_source_is_kept(name: str, tmp_path: Path) -> None:
             if name.startswith("bitsandbytes"):  # which rounds its values to bfloat16
                 stored, ours = stored.bfloat16(), ours.bfloat16()
             assert torch.equal(ours.float(), stored.float()), tensor.name
-    assert record.kept == sum(r.kept for r in record.records) == sum(r.format == str(r.format) and ":" in r.format for r in record.records)
+    assert record.kept == sum(":" in matrix.format for matrix in record.records) > 0
     assert record.rounded_again == {}
     assert record.options["kept"] == sorted(_quantized_labels(LAYOUTS / name))
     assert "repacked without rounding" in (tmp_path / "out" / "quantization_report.md").read_text()
