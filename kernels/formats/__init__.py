@@ -8,6 +8,8 @@ the format of a weight (checkpoint layout, quantization methods, command line, k
 - `affine.py`: 4-bit or 8-bit codes with a scale and an offset per group, both float16 or both bfloat16.
 - `q4_0.py`: int4 with zero-points of 7 and 8, which llama.cpp's Q4_0 holds.
 - `nf4.py`: the NormalFloat4 of bitsandbytes, with and without double quantization.
+- `trellis.py`: 2, 3 or 4 bits by trellis codes, of a weight whose inputs are rotated. `trellis_codes.py` has the codes, `rotation.py` the
+  rotation, `viterbi.py` the search for the best stream.
 
 Shared by all:
 

@@ -15,6 +15,7 @@ import torch
 
 from .errors import FormatError
 from .quantized_weight import QuantizedWeight
+from .trellis_codes import TrellisCode
 
 __all__ = ["PLAIN", "Format", "GridLevels", "Part", "StoredForm"]
 
@@ -99,10 +100,17 @@ class Format:
     """Takes (weight, dtype) and returns the plain weight [..., N, K] on the same device."""
     grid: GridLevels | None = None
     """The uniform grid that methods other than rtn choose scales for; None: only rtn makes the format."""
+    trellis: TrellisCode | None = None
+    """The code of a format whose rows are streams, which methods search; None for all others."""
     embedding: bool = False
     """Whether the embedding may have the format."""
     stored: StoredForm | None = None
     """The form on disk; None: the same as in memory."""
+
+    @property
+    def default_group_size(self) -> int:
+        """The group size where none is named: 64 if it is offered and no larger one is the format's own first choice."""
+        return 64 if 64 in self.group_sizes and self.trellis is None else self.group_sizes[0]
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name) or self.name == PLAIN:

@@ -22,13 +22,16 @@ class QuantizedWeight(ABC):
     """A quantized weight [..., N, K].
 
     Subclasses are frozen dataclasses. Their fields are the parts, tensors in the order of `part_names`, followed by `group_size`. Every
-    part has the leading axes of the weight, N included, so an index or a range of rows selects the same rows of each part.
+    part has the leading axes of the weight and then an axis of rows, so an index selects the same matrices and a range of rows the same
+    rows of each part. An entry of the axis of rows holds one row, or as many as `row_units` says.
     """
 
     format: ClassVar[str]
     """The name of its record in `registry.FORMATS`."""
     part_names: ClassVar[tuple[str, ...]]
     """The names of its tensors; the codes are first."""
+    row_units: ClassVar[Mapping[str, int]] = {}
+    """Rows that an entry of a part holds together, by the part's name, where they are more than one."""
     group_size: int
     """Elements along the reduction axis that share a scale."""
 
@@ -62,8 +65,20 @@ class QuantizedWeight(ABC):
         return self._map(lambda part: part[index])
 
     def rows(self, first: int, end: int) -> Self:
-        """Rows first .. end-1 of a weight [N, K], without a copy."""
-        return self._map(lambda part: part[first:end])
+        """Rows first .. end-1 of a weight [N, K], without a copy; `first` is a multiple of `row_unit`."""
+        return cast(Any, type(self))(*(part[self.entries(name, first, end)] for name, part in self.parts.items()), self.group_size)
+
+    @classmethod
+    def row_unit(cls) -> int:
+        """Rows that can be selected together: the largest of `row_units`, or 1."""
+        return max(cls.row_units.values(), default=1)
+
+    @classmethod
+    def entries(cls, part: str, first: int, end: int) -> slice:
+        """The entries of a part that hold rows first .. end-1; `first` is a multiple of `row_unit`."""
+        unit = cls.row_units.get(part, 1)
+        assert first % unit == 0, f"rows must begin at a multiple of {unit}; found {first}"
+        return slice(first // unit, -(-end // unit))
 
     def to(self, device: torch.device) -> Self:
         """The same weight on a device; no copy where it is there already."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import affine, int4, int8, nf4, q4_0
+from . import affine, int4, int8, nf4, q4_0, trellis
 from .errors import FormatError
 from .format import PLAIN, Format, Part
 from .groups import check_group_size
@@ -16,7 +16,8 @@ from .quantized_weight import QuantizedWeight
 __all__ = ["FORMATS", "PLAIN", "TensorFormat", "offered_formats"]
 
 FORMATS: dict[str, Format] = {
-    record.name: record for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT, *affine.FORMATS, q4_0.FORMAT)
+    record.name: record
+    for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT, *affine.FORMATS, q4_0.FORMAT, *trellis.FORMATS)
 }
 """The weight formats by their names. A new format is one more record here."""
 
@@ -32,14 +33,15 @@ class TensorFormat:
 
     @classmethod
     def parse(cls, text: str) -> TensorFormat:
-        """The format that `text` spells: `int4:64`, or the bare name of a format with a single group size.
+        """The format that `text` spells: `int4:64`, or the bare name of a format with a single group size or of a trellis format.
 
         Raises:
             FormatError: an unknown format or group size.
         """
         name, colon, group = text.partition(":")
         sizes = FORMATS[name].group_sizes if name in FORMATS else ()
-        size = int(group) if group.isdecimal() else sizes[0] if not colon and len(sizes) == 1 else 0
+        bare = not colon and (len(sizes) == 1 or (name in FORMATS and FORMATS[name].trellis is not None))
+        size = int(group) if group.isdecimal() else sizes[0] if bare else 0
         if size not in sizes:
             raise FormatError(f"a format must be one of {', '.join(map(str, offered_formats()))}; found {text!r}")
         return cls(name, size)
@@ -49,9 +51,8 @@ class TensorFormat:
 
     @classmethod
     def of(cls, name: str, group_size: int | None = None) -> TensorFormat:
-        """The format with groups of `group_size`; None picks 64, or the format's first group size if it does not offer 64."""
-        sizes = FORMATS[name].group_sizes
-        return cls(name, group_size if group_size is not None else 64 if 64 in sizes else sizes[0])
+        """The format with groups of `group_size`; None picks the format's default."""
+        return cls(name, FORMATS[name].default_group_size if group_size is None else group_size)
 
     @property
     def record(self) -> Format:

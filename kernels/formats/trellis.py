@@ -1,0 +1,195 @@
+"""Trellis-coded weights: 2, 3 or 4 bits per element and one float16 scale per row, after a rotation of the inputs.
+
+An element is not rounded by itself. The codes of 128 rows of one input form a circular stream of 128 k bits, and the level of a row is a
+function of the 14 bits that begin at its place, so neighbours share bits; `viterbi.py` searches the stream of least error. This is trellis
+coded quantization (Marcellin and Fischer 1990) on a bit-shift trellis (QTIP, Tseng et al. 2024), with streams along the rows instead of in
+tiles of 16 x 16, so that GPTQ can round one input after the other.
+
+    W V^T = scale[row] * level,  level = LEVELS[index(state)],  state = bits k p .. k p + 13 of the stream, the first bit lowest
+
+V is the rotation of `rotation.py`; `trellis_codes.py` has the levels and the index map. Row 16 v + i of a tile of 128 rows has position
+p = 8 i + v, so byte j of lane i, below, begins the states of lane i. Four neighbouring inputs, c = 0..3, lie together:
+
+    qweight  uint8 [..., N/128, K/4 * 64 k]: by tile of 128 rows (the last is filled up), then by four inputs, then
+             | byte 0 of lanes 0..15 | byte 1 of lanes 0..15 | ... byte k - 1 |     each of the 16 lanes is | c0 c1 c2 c3 |
+             byte j of lane i holds bits 8 (k i + j) .. 8 (k i + j) + 7 of the streams
+    scales   float16 [..., N, 1]: of a row; levels are whole numbers up to 127
+
+    bits per element: k + 16/K
+
+The `-fast` formats have states of 10 bits and levels of their own; their layout is the same, and the search takes a sixteenth of the time.
+
+Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` inputs of one Hadamard matrix, `k` bits per
+element; `...` is any number of leading axes, such as the experts of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from .format import Format, Part
+from .groups import check_group_size, check_scales, check_weight, steps_of
+from .quantized_weight import QuantizedWeight
+from .rotation import rotate, rotate_back
+from .trellis_codes import CODES, TrellisCode
+from .viterbi import COST_UNIT, ROWS, encode_reference
+
+__all__ = ["FORMATS", "GROUP_SIZES", "TrellisWeight", "cost_units", "dequantize", "first_scales", "levels_of", "pack", "quantize"]
+
+GROUP_SIZES = (128, 64)
+LANES = 16
+"""Lanes of a tile; a lane has eight rows."""
+_TURNS = ROWS // LANES
+
+
+@dataclass(frozen=True)
+class TrellisWeight(QuantizedWeight):
+    """A weight [..., N, K] in k bits per element and 16 bits per row; the module draws its layout."""
+
+    part_names: ClassVar[tuple[str, ...]] = ("qweight", "scales")
+    row_units: ClassVar[dict[str, int]] = {"qweight": ROWS}
+    code: ClassVar[TrellisCode]
+    """The code of the streams."""
+
+    qweight: torch.Tensor
+    """The streams."""
+    scales: torch.Tensor
+    """The scale of each row."""
+    group_size: int
+    """G, inputs that are rotated together."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, K] of the weight that the parts represent."""
+        return torch.Size((*self.scales.shape[:-1], self.qweight.shape[-1] // (LANES * self.code.bits)))
+
+
+def quantize(weight: torch.Tensor, group_size: int = 128, *, kind: type[TrellisWeight]) -> TrellisWeight:
+    """`weight` with the streams of least squared error, every input by itself, and a scale fitted to each row.
+
+    Args:
+        weight: [..., N, K], bfloat16, float16 or float32.
+        group_size: 128 or 64; divides K.
+        kind: the class of the result, which has the code.
+
+    Raises:
+        FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a row too large for float16 scales.
+    """
+    check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
+    wide = rotate(check_weight(weight), group_size)
+    flat = wide.reshape(-1, *wide.shape[-2:])
+    packed = [_quantize_matrix(matrix, group_size, kind) for matrix in flat]
+    parts = {name: torch.stack([one.parts[name] for one in packed]) for name in kind.part_names}
+    return kind.of({name: part.view(*weight.shape[:-2], *part.shape[1:]) for name, part in parts.items()}, group_size)
+
+
+def dequantize(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The plain weight [..., N, K]: scale * level, exact in float32, rotated back in float32, then rounded to `dtype`."""
+    values = levels_of(weight).float() * weight.scales.float()
+    return rotate_back(values, weight.group_size).to(dtype)
+
+
+def levels_of(weight: TrellisWeight) -> torch.Tensor:
+    """int8 [..., N, K]: the levels of a weight, in the rotated basis."""
+    code, (N, K) = weight.code, weight.shape[-2:]
+    k, lead = code.bits, weight.qweight.shape[:-1]  # lead: [..., tiles]
+    octets = weight.qweight.view(*lead, K // 4, k, LANES, 4).long()
+    shifts = 8 * torch.arange(k, device=weight.device)
+    words = (octets << shifts[:, None, None]).sum(-3)  # [..., tiles, K/4, lanes, 4], 8 k bits
+    words |= words.roll(-1, -2) << 8 * k
+    windows = torch.stack([words >> k * turn for turn in range(_TURNS)], -4) & (code.states - 1)  # [..., tiles, turns, K/4, lanes, 4]
+    levels = code.level_table(weight.device)[code.index_table(weight.device)[windows].long()]
+    return levels.movedim(-2, -3).reshape(*lead[:-1], -1, K)[..., :N, :].contiguous()
+
+
+def pack(symbols: torch.Tensor, scales: torch.Tensor, group_size: int, kind: type[TrellisWeight]) -> TrellisWeight:
+    """A weight [N, K] from its streams.
+
+    Args:
+        symbols: uint8 [ceil(N/128), K, 128]: the k bits of each position.
+        scales: float16 [N].
+        group_size: G.
+        kind: the class of the result.
+    """
+    k, (tiles, K) = kind.code.bits, symbols.shape[:2]
+    shifts = k * torch.arange(_TURNS, device=symbols.device)
+    words = (symbols.view(tiles, K // 4, 4, LANES, _TURNS).long() << shifts).sum(-1)  # [tiles, K/4, 4, lanes]
+    octets = torch.stack([words >> 8 * j & 255 for j in range(k)], 2)  # [tiles, K/4, k, 4, lanes]
+    qweight = octets.transpose(-1, -2).to(torch.uint8).reshape(tiles, -1)
+    return kind(qweight, scales[:, None].contiguous(), group_size)
+
+
+def by_position(rows: torch.Tensor) -> torch.Tensor:
+    """[..., 128] in the order of positions, from the order of rows within a tile."""
+    return rows.unflatten(-1, (_TURNS, LANES)).transpose(-1, -2).flatten(-2)
+
+
+def first_scales(rotated: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+    """float16 [N]: the scales with which the levels have the mean square of each row of a rotated weight [N, K].
+
+    Raises:
+        FormatError: a scale above 65504, float16's largest value.
+    """
+    scales = (rotated.square().mean(-1).sqrt() * code.step).half()
+    check_scales(scales)
+    return scales
+
+
+def cost_units(scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+    """float32 [tiles, 128]: what a squared error of one level costs in each row, from the scales float16 [N] of the rows.
+
+    A tile's rows weigh as the squares of their scales, in the mean as one error of the mean square that costs `COST_UNIT`. Rows that fill
+    up the last tile cost nothing.
+    """
+    wide = torch.nn.functional.pad(scales.float(), (0, -len(scales) % ROWS)).view(-1, ROWS)
+    weights = wide.square()
+    means = weights.sum(-1, keepdim=True) / (wide > 0).sum(-1, keepdim=True).clamp(min=1)
+    return weights / torch.where(means == 0, 1.0, means) * (COST_UNIT * code.step**2)
+
+
+def _quantize_matrix(rotated: torch.Tensor, group_size: int, kind: type[TrellisWeight]) -> TrellisWeight:
+    N = len(rotated)
+    scales = first_scales(rotated, kind.code)
+    units = by_position(cost_units(scales, kind.code))
+    x = torch.nn.functional.pad(rotated / steps_of(scales)[:, None], (0, 0, 0, -N % ROWS))
+    symbols = torch.stack(
+        [
+            encode_reference(by_position(tile.T), unit.expand(tile.shape[1], -1), kind.code)
+            for tile, unit in zip(x.split(ROWS), units, strict=True)
+        ]
+    )
+    levels = levels_of(pack(symbols, scales, group_size, kind)).float()
+    fitted = (levels * rotated).sum(-1) / levels.square().sum(-1).clamp(min=1)
+    fitted = torch.where(fitted > 0, fitted, scales.float()).half()
+    check_scales(fitted)
+    return pack(symbols, fitted, group_size, kind)
+
+
+def _parts(N: int, K: int, group_size: int, *, kind: type[TrellisWeight]) -> tuple[Part, ...]:
+    tiles = -(-N // ROWS)
+    return Part("qweight", torch.uint8, (tiles, K * LANES * kind.code.bits)), Part("scales", torch.float16, (N, 1))
+
+
+def _kind(name: str, code: TrellisCode) -> type[TrellisWeight]:
+    members = {"format": name, "code": code, "__doc__": f"A weight in the format {name}.", "__module__": __name__}
+    return type(f"{name.title().replace('-', '')}Weight", (TrellisWeight,), members)
+
+
+def _format(kind: type[TrellisWeight]) -> Format:
+    return Format(
+        name=kind.format,
+        bits=kind.code.bits,
+        group_sizes=GROUP_SIZES,
+        weight=kind,
+        parts=partial(_parts, kind=kind),
+        quantize=partial(quantize, kind=kind),
+        dequantize=dequantize,
+        trellis=kind.code,
+    )
+
+
+FORMATS = tuple(_format(_kind(name, code)) for name, code in CODES.items())
