@@ -21,6 +21,8 @@ from dbrx_q.kernels.grid_search import half_quadratic, half_quadratic_reference,
 
 INT4, INT8, Q4_0 = int4.LEVELS, int8.LEVELS, q4_0.LEVELS
 AFFINE4, AFFINE8, AFFINE4_BF16 = (FORMATS[name].grid for name in ("affine4", "affine8", "affine4-bf16"))
+assert AFFINE4 is not None
+AFFINE2 = replace(AFFINE4, levels=3)
 K = 384
 SHARES = torch.tensor([1.0, 0.9, 0.8, 0.7])
 BETAS = torch.tensor([10 * 1.01**n for n in range(20)])
@@ -65,10 +67,18 @@ def check(
     assert errors(grid).sum() <= errors(expected).sum() * (1 + 1e-4)
 
 
+# Asymmetric grids of every number of levels that a format of 2 to 8 bits may have, symmetric ones and one of few zero-points.
 CASES = pytest.mark.parametrize(
     ("G", "levels"),
-    [(64, INT4), (32, INT8), (128, INT4), (32, replace(INT4, levels=7)), (32, replace(INT8, levels=3)), (32, Q4_0)],
-    ids=["64-int4", "32-int8", "128-int4", "32-3-bit", "32-3-bit-symmetric", "32-q4_0"],
+    [
+        *((32, replace(INT4, levels=levels)) for levels in (3, 7, 31, 255)),
+        (64, INT4),
+        (128, INT4),
+        (32, INT8),
+        (32, replace(INT8, levels=3)),
+        (32, Q4_0),
+    ],
+    ids=["32-3", "32-7", "32-31", "32-255", "64-int4", "128-int4", "32-int8", "32-symmetric-3", "32-q4_0"],
 )
 SHAPES = pytest.mark.parametrize(("rows", "transposed"), [(48, False), (37, False), (32, True), (5, True)])
 
@@ -84,7 +94,9 @@ def test_least_squares_equals_the_search_on_whole_tensors(G: int, levels: GridLe
 
 
 @SHAPES
-@pytest.mark.parametrize(("G", "levels"), [(32, AFFINE4), (64, AFFINE8), (32, AFFINE4_BF16)], ids=["32-affine4", "64-affine8", "32-bf16"])
+@pytest.mark.parametrize(
+    ("G", "levels"), [(32, AFFINE4), (64, AFFINE8), (32, AFFINE4_BF16), (32, AFFINE2)], ids=["32-affine4", "64-affine8", "32-bf16", "32-3"]
+)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_least_squares_with_offsets_equals_the_search_on_whole_tensors(
     G: int, levels: GridLevels, rows: int, transposed: bool, weighted: bool
