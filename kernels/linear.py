@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dbrx_q.kernels.cpu.choice import matmul
 from dbrx_q.kernels.formats.errors import FormatError
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
-from dbrx_q.kernels.formats.weights import Weight, dequantize
+from dbrx_q.kernels.formats.weights import Weight, dequantize, dequantize_range
 
 from .backend import Backend, pick
 
@@ -79,7 +79,7 @@ def dequantized_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     y = x.new_empty(*x.shape[:-1], N)
     for first in range(0, N, step):
         end = min(first + step, N)
-        y[..., first:end] = F.linear(x, dequantize(weight.rows(first, end), x.dtype))
+        y[..., first:end] = F.linear(x, dequantize_range(weight, first, end, x.dtype))
     return y
 
 

@@ -14,7 +14,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError
 from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
-from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.formats.weights import dequantize, dequantize_range
 
 from .layout import DenseTensor, TensorFormat, dense_tensors, inner_name, part_name, parts_of, tensor_formats
 from .safetensors_file import SafetensorsFile, TensorInfo
@@ -144,7 +144,7 @@ class Checkpoint(ShardedWeights):
             weight = self.packed(name, expert if tensor.experts else -1)
             if tensor.transposed:
                 return dequantize(weight).T[row : row + count].contiguous()
-            return dequantize(weight.rows(row, row + count))
+            return dequantize_range(weight, row, row + count)
         out = self._file_of[name].read_rows(name, first, count)
         check_finite(out, name, self._file_of[name].path)
         return out

@@ -68,6 +68,7 @@ PLAIN_KINDS = ("router", "norms")
 """The kinds that are never packed."""
 _TRANSFORMER = "transformer."  # all tensors but the head
 _TRANSPOSED = ("w2",)  # roles whose matrices a plain checkpoint stores [K, N]: w2 as [F, D]
+_NEWER = "A format of a newer version needs that version: pip install -U dbrx_q; otherwise fetch config.json again"
 _CODES = re.compile(r"\.(weight|(w1|v1|w2)\.\d+)\.qweight$")
 _ROLES = {"wte": "embedding", "layer": "router", "lm_head": "head"}  # the role of any other tensor is the last part of its name
 
@@ -227,7 +228,7 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
     fmt = next((fmt for fmt in offered_formats() if (fmt.format, fmt.group_size) == name_and_size), None)
     if fmt is None or not isinstance(name_and_size[1], int):
         rule = f"format and group_size must be one of {', '.join(map(str, offered_formats()))}"
-        raise CheckpointError(f"{source}: {shortened(name)}: {rule}; found {shortened(entry)}")
+        raise CheckpointError(f"{source}: {shortened(name)}: {rule}; found {shortened(entry)}. {_NEWER}")
     return fmt
 
 

@@ -41,6 +41,8 @@ class Choice:
     """`module:name` of an enumeration, a dictionary or a tuple, which has the names; it is imported for other values than `names`."""
     also: str | None = None
     """A value that the option has besides, as `auto`; None for none."""
+    variants: tuple[str, ...] = ()
+    """Names of the registry that `--help` leaves out, since they differ from others by a suffix."""
 
     def registered(self) -> tuple[str, ...]:
         """The names as the registry has them now; imports it."""
@@ -55,7 +57,7 @@ class Choice:
             typer.BadParameter: a value that is not registered.
         """
         for spelling in (text, text.lower()):  # llama.cpp's users spell Q4_0
-            if spelling in self.names or spelling in self.registered():
+            if spelling in self.names + self.variants or spelling in self.registered():
                 return str(getattr(spelling, "value", spelling))
         raise typer.BadParameter(f"must be {_or(self.registered())}; found {text!r}")
 
@@ -68,8 +70,12 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 WEIGHT_FORMATS = Choice(
-    ("int4", "int8", "nf4", "nf4-double", "affine4", "affine8", "affine4-bf16", "affine8-bf16", "q4_0"),
+    (
+        *("int4", "int8", "nf4", "nf4-double", "affine4", "affine8", "affine4-bf16", "affine8-bf16", "q4_0"),
+        *("trellis2", "trellis3", "trellis4"),
+    ),
     "dbrx_q.kernels.formats.registry:FORMATS",
+    variants=("trellis2-fast", "trellis3-fast", "trellis4-fast"),
 )
 METHODS = Choice(("rtn", "clip", "hqq", "awq", "gptq", "best"), "dbrx_q.quantize.methods.choose:METHODS")
 ACTIVATIONS = Choice(("quantized", "original"), "dbrx_q.quantize.calibration.calibrated:ACTIVATIONS")

@@ -133,9 +133,9 @@ GroupSize = Annotated[
     int | None,
     option(
         FORMATS,
-        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone, q4_0 has 32.",
+        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone, q4_0 has 32; trellis rotates 64 or 128.",
         metavar="N",
-        default="64, or the format's own",
+        default="64, trellis 128, or the only one",
     ),
 ]
 Kv = Annotated[str, option(MODEL, "Format of the KV cache: {}; plain is the activations' dtype.", metavar="FORMAT", one_of=KV_FORMATS)]
@@ -277,4 +277,4 @@ Limit = Annotated[int | None, option(TEXT, "Measure only so many windows from th
 OutFolder = Annotated[Path | None, option(OUTPUT, "Folder for the report.", "--out", metavar="DIR", default=False)]
 OutFile = Annotated[Path, option(OUTPUT, "File to write.", "--out", metavar="FILE", default=False)]
 Resume = Annotated[bool, option(OUTPUT, "Continue an interrupted run of the same command.", "--resume")]
-Json = Annotated[bool, option(OUTPUT, "Print one JSON object on stdout and nothing else.", "--json")]
+Json = Annotated[bool, option(OUTPUT, "Print one JSON object on stdout, nothing else.", "--json")]

@@ -30,7 +30,9 @@ _MEASURED_TOKENS = 2048  # for --target-bpw
 _FREE_SHARE = 4  # fifths of the free memory
 EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
-_Format = Annotated[str, option(FORMATS, "Format of the experts: {}; others get int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)]
+_Format = Annotated[
+    str, option(FORMATS, "Format of the experts: {} (trellis also with -fast); others get int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
+]
 _Rules = Annotated[
     list[str] | None,
     option(
@@ -48,7 +50,7 @@ _Keep = Annotated[
 ]
 _FallbackFormat = Annotated[
     str | None,
-    option(FORMATS, "Smaller copy for `generate --fallback`: {}.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
+    option(FORMATS, "Smaller copy for `generate --fallback`.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 
@@ -81,7 +83,7 @@ def command(
     push: Annotated[str | None, option(HUB, "Upload the result to this repository.", metavar="OWNER/NAME")] = None,
     public: Annotated[bool, option(HUB, "Make that repository public if it is new.", "--public")] = False,
     resume: options.Resume = False,
-    dry_run: Annotated[bool, option(OUTPUT, "Print what would be written and what it would take, then stop.", "--dry-run")] = False,
+    dry_run: Annotated[bool, option(OUTPUT, "Print the plan of the run, then stop.", "--dry-run")] = False,
     json: options.Json = False,
 ) -> None:
     """Write a quantized copy of a checkpoint. An interrupted run keeps what is finished, and --resume continues it."""

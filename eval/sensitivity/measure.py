@@ -104,7 +104,7 @@ def check_formats(config: DbrxConfig, units: Sequence[Unit], formats: Sequence[T
             try:
                 fmt.check(tensors[name].matrix[1])
             except FormatError as error:
-                raise FormatError(f"{name} in {fmt.format}: {error}. Choose another --group-size") from None
+                raise FormatError(f"{name} in {fmt.format}: {error}. Choose another --group-size or --format") from None
 
 
 @torch.inference_mode()

@@ -46,7 +46,8 @@ def rounded(weight: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, Roun
     out = torch.empty_like(weight)
     N, K = weight.shape[-2:]
     nbytes, error, square = 0, 0.0, 0.0
-    step = max(1, _PIECE // K)
+    unit = fmt.record.weight.row_unit()
+    step = max(1, _PIECE // (K * unit)) * unit
     for matrix, target in zip(weight.view(-1, N, K), out.view(-1, N, K), strict=True):
         pieces = matrix.split(step)
         for piece, out_rows, (values, packed_bytes) in zip(pieces, target.split(step), _dequantized(pieces, fmt), strict=True):

@@ -44,6 +44,7 @@ GROUP_SIZES = (128, 64)
 LANES = 16
 """Lanes of a tile; a lane has eight rows."""
 _TURNS = ROWS // LANES
+_PIECE_ELEMENTS = 1 << 22  # dequantized together: temporaries of 30 bytes for each
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,19 @@ def quantize(weight: torch.Tensor, group_size: int = 128, *, kind: type[TrellisW
 
 
 def dequantize(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The plain weight [..., N, K]: scale * level, exact in float32, rotated back in float32, then rounded to `dtype`."""
-    values = levels_of(weight).float() * weight.scales.float()
-    return rotate_back(values, weight.group_size).to(dtype)
+    """The plain weight [..., N, K]: scale * level, exact in float32, rotated back in float32, then rounded to `dtype`.
+
+    Some tiles are decoded at a time, so that the temporaries take little beside the result.
+    """
+    N, K = weight.shape[-2:]
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    matrices = weight._map(lambda part: part.reshape(-1, *part.shape[-2:]))
+    step = ROWS * max(1, _PIECE_ELEMENTS // (ROWS * K))
+    for matrix, target in enumerate(out.view(-1, N, K)):
+        for first in range(0, N, step):
+            rows = matrices[matrix].rows(first, min(first + step, N))
+            target[first : first + step] = rotate_back(levels_of(rows).float() * rows.scales.float(), weight.group_size)
+    return out
 
 
 def levels_of(weight: TrellisWeight) -> torch.Tensor:

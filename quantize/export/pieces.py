@@ -14,7 +14,7 @@ from dbrx_q.checkpoint.folder import converted
 from dbrx_q.checkpoint.layout import DenseTensor
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.errors import RequestError
-from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.formats.weights import dequantize, dequantize_range
 from dbrx_q.planning.host_memory import resident_bytes
 from dbrx_q.planning.sizes import format_size
 
@@ -62,7 +62,7 @@ def published_rows(weights: StoredWeights, tensor: DenseTensor, piece: Piece, dt
         values = weights.read_rows(name, first, rows)
     else:
         weight = weights.packed(name, piece.expert)
-        values = dequantize(weight if piece.expert >= 0 else weight.rows(first, first + rows), torch.float32)
+        values = dequantize(weight) if piece.expert >= 0 else dequantize_range(weight, first, first + rows)
         values = values.T if tensor.transposed else values
     return converted(values.contiguous(), dtype, name, weights.path_of(name))
 

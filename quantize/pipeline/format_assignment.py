@@ -63,7 +63,7 @@ def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, Tens
             try:
                 fmt.check(tensor.matrix[1])
             except FormatError as error:
-                raise FormatError(f"{tensor.name}: {error}. Choose another --group-size") from None
+                raise FormatError(f"{tensor.name}: {error}. Choose another --group-size or --format") from None
     return formats
 
 
@@ -168,7 +168,7 @@ def _checked(rule: str, tensor: DenseTensor, fmt: TensorFormat | None) -> Tensor
     try:
         fmt.check(tensor.matrix[1])
     except FormatError as error:
-        raise RequestError(f"{tensor.name}: {error}, by the rule {rule!r}. Choose another group size") from None
+        raise RequestError(f"{tensor.name}: {error}, by the rule {rule!r}. Choose another group size or format") from None
     return fmt
 
 

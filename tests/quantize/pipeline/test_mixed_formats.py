@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, parts_of
-from dbrx_q.errors import RequestError
+from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.loading import model_of_weights
@@ -123,7 +124,9 @@ def test_the_last_rule_for_a_tensor_applies(nano: Path) -> None:
         ("blocks.0-3.embedding=plain", "matches none"),
         ("experts=plain", "experts must be packed"),
         ("embedding=nf4:64", "q4_0 or plain"),
-        ("w2=q4_0:64", "q4_0:32 or plain; found 'q4_0:64'"),
+        ("w2=q4_0:64", "or plain; found 'q4_0:64'"),
+        ("w2=trellis2:32", "trellis2:128, trellis2:64, "),
+        ("embedding=trellis4", "the embedding must be int4, int8"),
     ],
 )
 def test_invalid_rules_are_refused(nano: Path, rule: str, message: str) -> None:
@@ -150,3 +153,33 @@ def test_a_group_size_that_does_not_divide_is_refused_and_names_the_tensor() -> 
     assert override(formats, config, ["w1=int8:128"])["transformer.blocks.0.ffn.experts.mlp.w1"] == TensorFormat("int8", 128)
     with pytest.raises(RequestError, match=r"mlp\.w2: the group size must divide .* 128 and 192"):
         override(formats, config, ["experts=int8:128"])
+
+
+@pytest.mark.parametrize(
+    ("size", "experts", "fitting"),
+    [
+        (192, "trellis2:128", "192 elements (trellis2:64 fits)"),
+        (96, "trellis3:64", "96 elements (int4:32, int8:32, affine4:32, "),
+        (144, "trellis3:64", "144 elements (no format fits)"),
+    ],
+)
+def test_the_formats_that_fit_a_dimension_are_named(size: int, experts: str, fitting: str) -> None:
+    config = DbrxConfig(
+        d_model=128, n_heads=2, n_layers=1, vocab_size=64, attn_config={"kv_n_heads": 1}, ffn_config={"ffn_hidden_size": size}
+    )
+    with pytest.raises(FormatError) as refused:
+        default_formats(config, TensorFormat.parse(experts))
+    assert str(refused.value).startswith("transformer.blocks.0.ffn.experts.mlp.w2: the group size must divide the reduction axis; ")
+    assert fitting in str(refused.value)
+    assert str(refused.value).endswith("Choose another --group-size or --format")
+    with pytest.raises(RequestError, match=re.escape(fitting)):
+        override({}, config, [f"w2={experts}"])
+
+
+def test_trellis_formats_of_rules_rotate_128_inputs_where_none_are_named() -> None:
+    config = DbrxConfig(
+        d_model=128, n_heads=2, n_layers=1, vocab_size=64, attn_config={"kv_n_heads": 1}, ffn_config={"ffn_hidden_size": 192}
+    )
+    formats = override(default_formats(config, TensorFormat.of("trellis2", 64)), config, ["attention=trellis4", "head=trellis3:64"])
+    assert {str(fmt) for fmt in formats.values()} == {"trellis2:64", "trellis4:128", "trellis3:64", "int8:64"}
+    assert TensorFormat.of("trellis2") == TensorFormat.parse("trellis2") == TensorFormat("trellis2", 128)
