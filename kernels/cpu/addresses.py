@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 from . import vector as v
 
-__all__ = ["call", "clear", "copy_vector", "integer", "next_task", "store_float", "store_half_integer", "store_integer"]
+__all__ = ["call", "clear", "copy_vector", "half_to_float", "integer", "next_task", "store_float", "store_half_integer", "store_integer"]
 
 
 def _at(b: Any, address: Any, kind: Any) -> Any:
@@ -67,6 +67,17 @@ def store_float(typing_context, source, address):
 
     def codegen(context, b, signature, args):
         b.store(b.load(_at(b, args[0], v.F32), align=4), _at(b, args[1], v.F32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def half_to_float(typing_context, source, address):
+    """Store a float16 as float32."""
+
+    def codegen(context, b, signature, args):
+        b.store(b.fpext(b.load(_at(b, args[0], v.F16), align=2), v.F32), _at(b, args[1], v.F32), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

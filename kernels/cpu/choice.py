@@ -71,6 +71,7 @@ def choose(
     byte_products: bool = False,
     wide_byte_products: bool = False,
     packed: bool = True,
+    block: int = BLOCK,
 ) -> CpuChoice:
     """The regime for `tokens` rows of `K` activations in `dtype`.
 
@@ -79,11 +80,12 @@ def choose(
         amx: whether it has AMX tiles, and the weight's format has code for them.
         byte_products: whether it has instructions that multiply and add bytes (`vector.has_byte_products`).
         wide_byte_products: whether these have 512 bits, so that three of them take less time than a float32 product.
-        packed: whether the weight's format has integer products (`row_codes.FORMATS`).
+        packed: whether the weight's format has integer products (`row_codes.FORMATS`, `trellis.KINDS`).
+        block: what they need `K` to be a multiple of.
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
     tile_dtype = torch.bfloat16 if dtype == torch.bfloat16 and bfloat16_matmul else torch.float32
-    if not packed or K % BLOCK:
+    if not packed or K % block:
         return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
     if amx and dtype == torch.bfloat16:
         return CpuChoice(Regime.INTEGER if tokens <= _TOKENS_AMX else Regime.AMX, _TILE_ROWS, tile_dtype)
@@ -96,9 +98,9 @@ def choose(
     return CpuChoice(Regime.TILES, _TILE_ROWS, tile_dtype)
 
 
-def independent_rows(K: int, dtype: torch.dtype, *, amx: bool, packed: bool) -> int:
+def independent_rows(K: int, dtype: torch.dtype, *, amx: bool, packed: bool, block: int = BLOCK) -> int:
     """Most rows of `K` activations in `dtype` of which each gets the bits that it gets alone; arguments as for `choose`."""
-    if not packed or K % BLOCK:
+    if not packed or K % block:
         return 1
     return _TOKENS_AMX if amx and dtype == torch.bfloat16 else FEW_TOKENS
 

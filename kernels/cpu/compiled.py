@@ -20,6 +20,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an extension module without stubs
 
+from dbrx_q.kernels.formats import trellis_codes
 from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
 __all__ = ["compiled", "compiled_address"]
@@ -88,8 +89,8 @@ class _Cache(FunctionCache):
 
 @cache
 def _stamp(folder: Path) -> tuple[tuple[str, float, int], ...]:
-    """Name, time of the last change and size of every source file of a folder."""
-    stats = ((path.name, path.stat()) for path in sorted(folder.glob("*.py")))
+    """Name, time of the last change and size of every source file of a folder, and of the codes of the trellis formats."""
+    stats = ((path.name, path.stat()) for path in [*sorted(folder.glob("*.py")), Path(trellis_codes.__file__)])
     return tuple((name, stat.st_mtime, stat.st_size) for name, stat in stats)
 
 

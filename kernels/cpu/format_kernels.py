@@ -17,19 +17,22 @@ from dbrx_q.kernels.formats.nf4 import dequantize_on_cpu
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 
-from . import int4, int8
+from . import int4, int8, trellis
 
 __all__ = ["DEQUANTIZERS", "TILE_KERNELS", "TileKernels", "dequantize_rows"]
 
 
 @dataclass(frozen=True)
 class TileKernels:
-    """Compiled code that dequantizes the weights of one format, for K a multiple of 128."""
+    """Compiled code that dequantizes the weights of one format, for K a multiple of 128; for trellis formats of the
+    group size."""
 
     dequantize_rows: Callable[[Any, torch.Tensor], None]
     """Takes (contiguous weight [N, K], tile [N, K] of bfloat16 or float32) and dequantizes the weight into the tile."""
     interleaved: bool
     """Whether `dequantize_rows` writes position 16 k + l of a block of 128 from element 8 l + k."""
+    rotated: bool = False
+    """Whether `dequantize_rows` writes the weight of rotated activations."""
     amx: bool = False
     """Whether `amx.py` has code for the format, too."""
 
@@ -47,10 +50,14 @@ def _int8_rows(weight: Int8Weight, tile: torch.Tensor) -> None:
 TILE_KERNELS = {
     "int4": TileKernels(_int4_rows, interleaved=True, amx=True),
     "int8": TileKernels(_int8_rows, interleaved=False, amx=True),
+    **{name: TileKernels(trellis.dequantize_rows, interleaved=False, rotated=True) for name in trellis.KINDS},
 }
 """By format: rows dequantized into a tile."""
 
-DEQUANTIZERS: dict[str, Callable[[Any, torch.dtype], torch.Tensor]] = {"nf4": dequantize_on_cpu}
+DEQUANTIZERS: dict[str, Callable[[Any, torch.dtype], torch.Tensor]] = {
+    "nf4": dequantize_on_cpu,
+    **dict.fromkeys(trellis.KINDS, trellis.dequantize),
+}
 """By format: a faster function than the record's `dequantize`, with the same float32 bits, for contiguous weights on the CPU."""
 
 

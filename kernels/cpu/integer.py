@@ -18,9 +18,9 @@ Dimension letters: `T` tokens, `N` output features, `K` input features, `G` grou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numba
 import numpy as np
@@ -29,6 +29,7 @@ from numba import prange
 
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 
+from . import trellis
 from .activations import QuantizedActivations
 from .addresses import call, clear, copy_vector, integer, next_task, store_float, store_integer
 from .compiled import compiled, compiled_address
@@ -49,7 +50,7 @@ class Job:
     """What `multiply` computes for some matrices of one weight: those of experts, or the only one."""
 
     weight: QuantizedWeight
-    """[E, N, K] or [N, K] with contiguous matrices, in a format of `row_codes.FORMATS`."""
+    """[E, N, K] or [N, K] with contiguous matrices, in a format of `row_codes.FORMATS` or of `trellis.KINDS`."""
     matrices: Sequence[int]
     """Which of the E."""
     out: torch.Tensor
@@ -60,7 +61,7 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
     """Multiply pairs of a token and a matrix: out[out_rows[p]] = x[x_rows[p]] @ matrix.T, on numba's current number of threads.
 
     Args:
-        x: quantized in units that divide the weights' groups.
+        x: quantized in units that divide the weights' groups; for trellis weights rotated, and quantized with one scale per token.
         jobs: of weights of one format, shape and group size, with equally many matrices.
         offsets: the pairs of matrix i are those from offsets[i] to offsets[i + 1], the same for each job.
         x_rows, out_rows: int64 [P].
@@ -68,7 +69,7 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
     weight = jobs[0].weight
     N, K = weight.shape[-2:]
     group_size, code_bytes, unit = weight.group_size, x.codes.shape[1], x.unit
-    kind, one_token = KINDS[weight.format], code_bytes == 2 and unit == group_size
+    few, many, one_token = _functions(weight, x)
     rows_of_table = []
     for job in jobs:
         parts, out = job.weight.parts, job.out.data_ptr()
@@ -76,20 +77,33 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
         zeros = parts.get("zeros", parts.get("offsets", scales))
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
         for matrix, begin, end in zip(job.matrices, offsets[:-1], offsets[1:], strict=True):
-            function = _few_rows(kind) if one_token and end - begin == 1 else _many_rows(kind, code_bytes)
+            function = few() if one_token and end - begin == 1 else many()
             rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
-    longest = min(_PANEL, max(end - begin for begin, end in itertools.pairwise(offsets)))
-    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (longest + row_tiles(code_bytes)[0]) * 128
+    longest = max(end - begin for begin, end in itertools.pairwise(offsets))
+    nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (min(_PANEL, longest) + row_tiles(code_bytes)[0]) * 128
+    least = _ROWS
+    if weight.format in trellis.KINDS:
+        nbytes, least = trellis.scratch_bytes(longest, code_bytes), trellis.ROWS
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
-    span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), _ROWS)
+    span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), least)
+    span = max(span, least)
     rows = x_rows.ctypes.data, out_rows.ctypes.data
     arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0], np.int64)
     table = np.array(rows_of_table, np.int64)
     assert table.strides[0] == _JOB_BYTES
     at = arguments.ctypes.data
     _run(at, table.ctypes.data, len(table), -(-N // span), base + threads * nbytes, base, nbytes, at + 88, threads)
+
+
+def _functions(weight: QuantizedWeight, x: QuantizedActivations) -> tuple[Callable[[], int], Callable[[], int], bool]:
+    """What multiplies one token and several tokens, as functions that return addresses, and whether the first takes such activations."""
+    code_bytes = x.codes.shape[1]
+    if weight.format in trellis.KINDS:
+        return partial(trellis.few_rows, weight.format), partial(trellis.many_rows, weight.format, code_bytes), code_bytes == 2
+    kind = KINDS[weight.format]
+    return partial(_few_rows, kind), partial(_many_rows, kind, code_bytes), code_bytes == 2 and x.unit == weight.group_size
 
 
 @compiled()

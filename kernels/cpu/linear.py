@@ -23,16 +23,17 @@ import torch
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight
 
-from . import amx, choice
-from .activations import QuantizedActivations, quantize_activations
+from . import amx, choice, trellis
+from .activations import QuantizedActivations, quantize_activations, quantize_gated
 from .choice import BLOCK, CpuChoice, Product, Regime, activation_bytes, activation_unit, choose, padded
 from .float32 import product
 from .format_kernels import TILE_KERNELS, dequantize_rows
 from .integer import Job, multiply
+from .rotation import quantize_rotated, rotate
 from .row_codes import FORMATS
 from .vector import chip_features, has_bfloat16, has_byte_products
 
-__all__ = ["arithmetic", "choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "use_threads", "warm_up"]
+__all__ = ["arithmetic", "choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "quantized_gated", "use_threads", "warm_up"]
 
 # Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
 # scheduler, so small models stay on one thread.
@@ -84,7 +85,8 @@ def choice_for(tokens: int, x: torch.Tensor, weight: QuantizedWeight) -> CpuChoi
         amx=kernels is not None and kernels.amx and has_matrix_unit(),
         byte_products=has_byte_products(),
         wide_byte_products="avx512vnni" in chip_features(),
-        packed=weight.format in FORMATS,
+        packed=_has_integer_products(weight),
+        block=_block(weight),
     )
 
 
@@ -94,14 +96,35 @@ def independent_rows(weight: Weight, dtype: torch.dtype) -> int:
         return 1
     kernels = TILE_KERNELS.get(weight.format)
     amx_serves = kernels is not None and kernels.amx and has_matrix_unit()
-    return choice.independent_rows(weight.shape[-1], dtype, amx=amx_serves, packed=weight.format in FORMATS)
+    packed = _has_integer_products(weight)
+    return choice.independent_rows(weight.shape[-1], dtype, amx=amx_serves, packed=packed, block=_block(weight))
+
+
+def _has_integer_products(weight: QuantizedWeight) -> bool:
+    return weight.format in FORMATS or (weight.format in trellis.KINDS and weight.shape[-1] <= trellis.LARGEST_K)
+
+
+def _block(weight: QuantizedWeight) -> int:
+    """What the compiled code for the weight's format needs K to be a multiple of."""
+    return weight.group_size if weight.format in trellis.KINDS else BLOCK
 
 
 def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, code_bytes: int) -> QuantizedActivations:
     """`x` [T, K], quantized for integer products with `weight`; `code_bytes`: bytes of an integer."""
     use_threads(x.numel() * 4)
+    if weight.format in trellis.KINDS:
+        return quantize_rotated(x, group_size=weight.group_size, code_bytes=code_bytes)
     unit = activation_unit(product, code_bytes, weight.group_size)
     return quantize_activations(x, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].four_bits)
+
+
+def quantized_gated(gate: torch.Tensor, up: torch.Tensor, weight: QuantizedWeight, code_bytes: int) -> QuantizedActivations:
+    """silu(gate) * up, both float32 [T, K] and contiguous, quantized for integer products with an expert's w2."""
+    use_threads(gate.numel() * 4)
+    if weight.format in trellis.KINDS:
+        return quantize_rotated(gate, up, group_size=weight.group_size, code_bytes=code_bytes)
+    unit = activation_unit(Product.DOWN, code_bytes, weight.group_size)
+    return quantize_gated(gate, up, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].four_bits)
 
 
 def arithmetic() -> str:
@@ -139,7 +162,7 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, chosen: CpuChoice) -> torch
     T = len(x)
     x, by = padded(x, N)
     out = torch.empty(len(x), N, dtype=x.dtype)
-    kernels = None if K % BLOCK else TILE_KERNELS.get(weight.format)
+    kernels = None if K % _block(weight) else TILE_KERNELS.get(weight.format)
     buffer = torch.empty(0 if kernels is None else min(N, chosen.tile_rows), K, dtype=chosen.tile_dtype)
     for first in range(0, N, chosen.tile_rows):
         rows = weight.rows(first, min(first + chosen.tile_rows, N))
@@ -154,7 +177,9 @@ def _tiled(x: torch.Tensor, weight: QuantizedWeight, chosen: CpuChoice) -> torch
 
 
 def _tile_order(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """`x` [T, K] with its columns in the order in which rows of the weight are dequantized."""
+    """`x` [T, K] with its columns in the order, or in the basis, in which rows of the weight are dequantized."""
+    if TILE_KERNELS[weight.format].rotated:
+        return rotate(x, weight.group_size).to(x.dtype)
     if TILE_KERNELS[weight.format].interleaved and x.shape[-1] % BLOCK == 0:
         return x.unflatten(-1, (-1, 16, 8)).transpose(-1, -2).reshape(x.shape)
     return x

@@ -16,11 +16,10 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight
 
-from .activations import QuantizedActivations, quantize_gated
-from .choice import Product, Regime, activation_bytes, activation_unit, matmul
+from .activations import QuantizedActivations
+from .choice import Product, Regime, activation_bytes, matmul
 from .integer import Job, multiply
-from .linear import choice_for, linear, quantized, use_threads
-from .row_codes import FORMATS
+from .linear import choice_for, linear, quantized, quantized_gated, use_threads
 
 __all__ = ["ExpertOutputs", "moe_experts"]
 
@@ -109,8 +108,7 @@ class ExpertOutputs:
             x = self._activations(together[0].weight, sizes[0])
             use_threads(len(slots) * len(together) * w1.shape[-2] * w1.shape[-1])
             multiply(x, together, offsets, tokens, places)
-        unit = activation_unit(Product.DOWN, sizes[1], w2.group_size)
-        h = quantize_gated(gate, up, unit=unit, code_bytes=sizes[1], interleaved=FORMATS[w2.format].four_bits)
+        h = quantized_gated(gate, up, w2, sizes[1])
         use_threads(len(slots) * w2.shape[-2] * w2.shape[-1])
         multiply(h, [Job(w2, slots, self._rows)], offsets, places, rows)
 

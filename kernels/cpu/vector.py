@@ -28,6 +28,7 @@ __all__ = [
     "chip_features",
     "constant",
     "dot_bytes",
+    "dot_signed_bytes",
     "fused",
     "half_to_float",
     "has_bfloat16",
@@ -41,6 +42,7 @@ __all__ = [
     "store_rounded",
     "transposed",
     "vector",
+    "x86",
 ]
 
 Value = Any  # llvmlite's values carry no static types
@@ -145,18 +147,18 @@ def dot_bytes(b: Builder, total: Value, unsigned: Value, signed: Value, *, four_
     """
     features = chip_features()
     if "avx512vnni" in features:
-        return _x86(b, "avx512.vpdpbusd.512", V16I, total, b.bitcast(unsigned, V16I), b.bitcast(signed, V16I))
+        return x86(b, "avx512.vpdpbusd.512", V16I, total, b.bitcast(unsigned, V16I), b.bitcast(signed, V16I))
     eight = vector(I32, 8)
     if "avxvnni" in features:
         return _halves(
-            b, total, unsigned, signed, lambda t, u, s: _x86(b, "avx512.vpdpbusd.256", eight, t, b.bitcast(u, eight), b.bitcast(s, eight))
+            b, total, unsigned, signed, lambda t, u, s: x86(b, "avx512.vpdpbusd.256", eight, t, b.bitcast(u, eight), b.bitcast(s, eight))
         )
     if "avx2" in features and four_bits:
         words = vector(I16, 16)
         ones = constant(words, [1] * 16)
 
         def sums(part: Value, u: Value, s: Value) -> Value:
-            return b.add(part, _x86(b, "avx2.pmadd.wd", eight, _x86(b, "avx2.pmadd.ub.sw", words, u, s), ones))
+            return b.add(part, x86(b, "avx2.pmadd.wd", eight, x86(b, "avx2.pmadd.ub.sw", words, u, s), ones))
 
         return _halves(b, total, unsigned, signed, sums)
     wide, half = vector(I16, 64), vector(I32, 32)
@@ -172,6 +174,26 @@ def dot_bytes(b: Builder, total: Value, unsigned: Value, signed: Value, *, four_
     return total
 
 
+def dot_signed_bytes(b: Builder, total: Value, x: Value, y: Value) -> Value:
+    """total <16 x i32> + the sums of four neighbouring products of signed <64 x i8>; exact where no element of `y` is -128."""
+    if "avx2" in chip_features():
+        eight, words, octets = vector(I32, 8), vector(I16, 16), vector(I8, 32)
+        ones = constant(words, [1] * 16)
+
+        def sums(part: Value, x: Value, y: Value) -> Value:
+            # Factors of at most 128 and 127, so that 16-bit sums of two products cannot overflow.
+            size = b.select(b.icmp_signed("<", x, ir.Constant(octets, None)), b.neg(x), x)
+            turned = x86(b, "avx2.psign.b", octets, y, x)
+            return b.add(part, x86(b, "avx2.pmadd.wd", eight, x86(b, "avx2.pmadd.ub.sw", words, size, turned), ones))
+
+        return _halves(b, total, x, y, sums)
+    wide = vector(I16, 64)
+    product = b.mul(b.sext(x, wide), b.sext(y, wide))
+    pairs = b.add(*(broadcast(b, product, list(range(first, 64, 2))) for first in range(2)))
+    pairs = b.sext(pairs, vector(I32, 32))
+    return b.add(total, b.add(*(broadcast(b, pairs, list(range(first, 32, 2))) for first in range(2))))
+
+
 def _halves(b: Builder, total: Value, x: Value, y: Value, function: Callable[[Value, Value, Value], Value]) -> Value:
     """`function` of the lower and of the upper halves, side by side."""
     parts = []
@@ -181,7 +203,8 @@ def _halves(b: Builder, total: Value, x: Value, y: Value, function: Callable[[Va
     return b.shuffle_vector(*parts, constant(V16I, list(range(16))))
 
 
-def _x86(b: Builder, name: str, result: Any, *arguments: Value) -> Value:
+def x86(b: Builder, name: str, result: Any, *arguments: Value) -> Value:
+    """An instruction of x86 chips by LLVM's name for it; `result` is its type."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), arguments)
 
