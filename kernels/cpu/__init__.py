@@ -6,6 +6,8 @@ AMX tiles, or rows of the weight dequantized for a library's matmul. `format_ker
 - `moe.py`: the experts of a layer, through the same products.
 - `integer.py`: exact products of packed codes and quantized activations. `integer_tiles.py`: their inner loops. `row_codes.py`: sixteen
   rows decoded for them. `activations.py`: activations as integers of 8 or 16 bits. `addresses.py`: memory as addresses.
+- `trellis.py`: products with trellis weights, through `integer.py`. `trellis_tiles.py`: their inner loops. `trellis_decode.py`: streams
+  decoded in registers. `rotation.py`: activations rotated and quantized for them.
 - `int4.py`, `int8.py`: rows dequantized into a tile.
 - `float32.py`: plain float32 products by torch's matmul or by oneDNN, whichever is faster on this chip.
 - `attention.py`: few new tokens attend to a KV cache as it is stored; `attention_chunks.py`: the vector code for a part of the cache.

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LARGEST = {1: 127, 2: 127 * 256 + 127, 3: (127 * 256 + 127) * 256}
-"""What the largest magnitude maps to, by the number of bytes; with three, rounding in float32 must not pass the largest integer, 127 more."""
+"""What the largest magnitude maps to, by the number of bytes; with three, float32 rounding must not pass the largest integer, 127 more."""
 SMALLEST = 1e-30
 """Units whose largest magnitude is less become zeros: the inverse of their scale could be infinite."""
 _LOG2_E = 1.4426950408889634
@@ -124,7 +124,8 @@ def llvm_function(b: Any, name: str, kind: Any, *values: Any) -> Any:
 def silu(b: Any, x: Any) -> Any:
     """x / (1 + exp(-x)), exp(-x) = 2^n * 2^f, 2^f by its Taylor series; relative error about 1e-7, or absolute error below 1e-36."""
     power = b.fmul(x, floats(-_LOG2_E))
-    power = llvm_function(b, "llvm.minnum.v16f32", v.V16F, llvm_function(b, "llvm.maxnum.v16f32", v.V16F, power, floats(-126.0)), floats(127.0))
+    power = llvm_function(b, "llvm.maxnum.v16f32", v.V16F, power, floats(-126.0))
+    power = llvm_function(b, "llvm.minnum.v16f32", v.V16F, power, floats(127.0))
     whole = llvm_function(b, "llvm.rint.v16f32", v.V16F, power)
     fraction = b.fmul(b.fsub(power, whole), floats(_LN_2))
     result, factor = floats(1 / 5040), 5040.0

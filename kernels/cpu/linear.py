@@ -33,7 +33,17 @@ from .rotation import quantize_rotated, rotate
 from .row_codes import FORMATS
 from .vector import chip_features, has_bfloat16, has_byte_products
 
-__all__ = ["arithmetic", "choice_for", "has_matrix_unit", "independent_rows", "linear", "quantized", "quantized_gated", "use_threads", "warm_up"]
+__all__ = [
+    "arithmetic",
+    "choice_for",
+    "has_matrix_unit",
+    "independent_rows",
+    "linear",
+    "quantized",
+    "quantized_gated",
+    "use_threads",
+    "warm_up",
+]
 
 # Waking a second thread takes 5 to 10 us, in which one core reads 100 KB. While other programs hold the cores it takes a time slice of the
 # scheduler, so small models stay on one thread.

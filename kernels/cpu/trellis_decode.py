@@ -57,17 +57,14 @@ def decoded(b: Any, code: TrellisCode, lines: list[Any], offset: int) -> list[An
 
 
 def _factors(code: TrellisCode, begin: int) -> list[tuple[int, tuple[int, ...]]]:
-    """For a state that begins at bit `begin` of a lane: (bit at which a byte begins, by bit of that byte what the bit adds to the index)."""
+    """For a state that begins at bit `begin` of a lane: where bytes of the stream begin, and what their bits add to the index."""
     end, columns = begin + code.state_bits, code.columns()
     first = begin // 8 * 8
     half = (begin + 4) // 8 * 8 - 4
     if end > first + 16 and begin >= half >= 0 and end <= half + 16:  # two bytes that begin at bit 4 instead of three
         first = half
     places = range(first, end, 8)
-    return [
-        (place, tuple(columns[bit - begin] if begin <= bit < end else 0 for bit in range(place, place + 8)))
-        for place in places
-    ]
+    return [(place, tuple(columns[bit - begin] if begin <= bit < end else 0 for bit in range(place, place + 8))) for place in places]
 
 
 class _Stream:

@@ -73,7 +73,7 @@ def multiply_stream(typing_context, streams, steps, x, x_pitch, sums, code):
 
 @intrinsic(prefer_literal=True)
 def decode_steps(typing_context, streams, steps, out, pitch, code):
-    """Write the levels of 128 rows: those of rows 32 i to 32 i + 31, 128 bytes for each four inputs, are `pitch` bytes after the ones before.
+    """Write the levels of 128 rows: for each 32 rows, `pitch` bytes apart, uint8 [steps, 2, 64].
 
     code: a literal of `trellis_decode.KINDS`.
     """
@@ -145,8 +145,9 @@ def multiply_levels(typing_context, levels, steps, x_at, x_pitch, sums, tokens, 
 
 @intrinsic(prefer_literal=True)
 def scaled_sums(typing_context, sums, x_sums, x_scale, scales, out, code_bytes):
-    """float32 [128] at `out`: the sums int32 [H, 128], less the offset of levels, times the scales float32 [128] of the rows and that of the
-    token. x_sums: int32 [H], the sums of the token's bytes; code_bytes: H, a literal.
+    """float32 [128] at `out`: the sums int32 [H, 128], less the offset of levels, times the scales of the rows and of the token.
+
+    x_sums: int32 [H], the sums of the token's bytes; scales: float32 [128]; code_bytes: H, a literal.
 
     With more than 32 bits a sum is 256 times that of the first bytes plus that of the next ones, each step rounded once.
     """
