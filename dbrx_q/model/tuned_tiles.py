@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,7 +118,7 @@ def _tuning(data: Any) -> Tuning:
 def _choice(data: Any) -> TileChoice:
     values = _values(TileChoice, data)
     problem, tiles = _values(Problem, values["problem"]), _values(Tiles, values["tiles"])
-    _check_types(problem, {field.name: str if field.name == "op" else int for field in fields(Problem)})
+    _check_types(problem, {field.name: str if field.name == "op" else int for field in fields(Problem) if field.name in problem})
     _check_types(tiles, {field.name: int for field in fields(Tiles)})
     _check_types(values, {"seconds": float, "default_seconds": float, "candidates": int})
     choice = TileChoice(Problem(**problem), Tiles(**tiles), values["seconds"], values["default_seconds"], values["candidates"])
@@ -128,11 +128,13 @@ def _choice(data: Any) -> TileChoice:
 
 def _check_tiles(problem: Problem, tiles: Tiles) -> None:
     """Refuse tiles with which a kernel would compute a wrong result or none."""
-    if any(value < 1 for value in (*vars(tiles).values(), problem.tokens, problem.N, problem.K, problem.group)):
+    if any(value < 1 for value in (*vars(tiles).values(), problem.tokens, problem.N, problem.K, problem.group, problem.row_unit)):
         raise ValueError(f"every number of {tiles} and {problem} must be at least 1")
     powers = tiles.rows, tiles.tokens, tiles.depth, tiles.warps
     if any(value & (value - 1) for value in powers):
         raise ValueError(f"rows, tokens, depth and warps must be powers of two; found {powers}")
+    if tiles.rows % problem.row_unit:
+        raise ValueError(f"rows must be a multiple of {problem.row_unit}, which are dequantized together; found {tiles.rows}")
     if tiles.depth % problem.group:
         raise ValueError(f"depth must be a multiple of the group size {problem.group}; found {tiles.depth}")
     if problem.decode and tiles.tokens < problem.tokens:
@@ -147,8 +149,9 @@ _T = TypeVar("_T")
 def _values(kind: type[_T], data: Any) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be an object; found {type(data).__name__}")
-    expected = {field.name for field in fields(kind)}  # type: ignore[arg-type] # every kind that is passed is a dataclass
-    if set(data) != expected:
+    known = fields(kind)  # type: ignore[arg-type] # every kind that is passed is a dataclass
+    expected = {field.name for field in known}
+    if not {field.name for field in known if field.default is MISSING} <= set(data) <= expected:
         raise ValueError(f"{kind.__name__} must have {', '.join(sorted(expected))}; found {', '.join(sorted(map(str, data)))}")
     return dict(data)
 

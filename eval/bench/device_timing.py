@@ -86,6 +86,8 @@ def random_weight(fmt: TensorFormat, *shape: int, device: torch.device) -> Quant
     codes.random_(0, 256) if codes.dtype == torch.uint8 else codes.random_(-127, 128)
     levels = fmt.record.grid
     largest = 1 if levels is None else levels.levels if levels.symmetric else (levels.levels + 1) / 2
+    if fmt.record.trellis is not None:
+        largest = max(fmt.record.trellis.levels)
     for part in others:
         if part.dtype.is_floating_point:  # scales
             part.uniform_(0.015 / largest, 0.03 / largest)

@@ -99,15 +99,16 @@ def launch_key(launch: Launch) -> tuple[Any, ...]:
 def packed_parameters(launch: Launch) -> frozenset[int]:
     """Indices of the compiled kernel's parameters, constants not counted, that point to packed codes of weights, keys or values.
 
-    Codes are 8-bit tensors; zero-points are too, but have at most a thirty-second of the size of the codes.
+    Codes are 8-bit tensors, or words of 32 bits in trellis formats. Zero-points are 8-bit tensors too, and lists of experts and slots
+    have 32 bits, but both are small beside the codes.
     """
     signature, _, _ = _signature(launch, hip=False)
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     sizes = {
-        index: values[name].numel()
+        index: values[name].nbytes
         for index, name in enumerate(names)
-        if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8)
+        if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8, torch.int32)
     }
     return frozenset(index for index, size in sizes.items() if 16 * size > max(sizes.values()))
 

@@ -137,12 +137,12 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
     return list(kept.values())
 
 
-_USUAL = (TensorFormat("int4", 64), TensorFormat("int8", 64))
+_USUAL = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
 _EVERY_FORMAT_ON = "sm_86"
 
 
 def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
-    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, every KV format.
+    """The essential launches in bfloat16: int4 and int8 weights in groups of 64, trellis formats, every KV format.
 
     On sm_86 also plain experts, and every other weight format that the kernels have code for, in its usual groups.
     """

@@ -19,15 +19,16 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton.launch import Chip, chip_of
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, trying
+from dbrx_q.kernels.triton.weights import bits_of, group_of, row_unit_of
 from dbrx_q.model.tuned_tiles import TileChoice, Tuning
 
 from .device_timing import copies, environment, random_weight, turns
-from .kernel_shapes import DBRX, FORMATS, Shapes
+from .kernel_shapes import DBRX, FORMATS, Shapes, empty_weight
 
 __all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
 
-DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64))
-"""Formats to tune. NF4 in groups of 64 uses the tiles of int4."""
+DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
+"""Formats to tune. NF4 in groups of 64 uses the tiles of int4, and a trellis format those of its bits, whatever its code and rotation."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
 _CLOSE = 2**-5  # of the largest value: tiles change only the order of sums, a wrong kernel changes much more
@@ -53,14 +54,20 @@ def dbrx_problems(formats: Sequence[TensorFormat] = DEFAULT_FORMATS, shapes: Sha
     E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
     problems = []
     for fmt in formats:
-        bits = fmt.record.bits
+        bits, group, unit = _distinguished(fmt)
         for T in _TOKENS:
-            problems += [Problem("linear", T, N, D, bits, fmt.group_size) for N in (shapes.qkv, D, shapes.vocabulary)]
+            problems += [Problem("linear", T, N, D, bits, group, row_unit=unit) for N in (shapes.qkv, D, shapes.vocabulary)]
             tokens = T if T <= MATVEC_TOKENS else T * A
             parallel = min(E, tokens * A)
-            problems.append(Problem("gate_up", tokens, F, D, bits, fmt.group_size, parallel))
-            problems.append(Problem("down", tokens, D, F, bits, fmt.group_size, parallel))
+            problems.append(Problem("gate_up", tokens, F, D, bits, group, parallel, unit))
+            problems.append(Problem("down", tokens, D, F, bits, group, parallel, unit))
     return problems
+
+
+def _distinguished(fmt: TensorFormat) -> tuple[int, int, int]:
+    """(bits, group, row unit), by which a problem tells formats apart; those that share all three share tiles."""
+    weight = empty_weight(fmt, 128, 128)
+    return bits_of(weight), group_of(weight), row_unit_of(weight)
 
 
 def sweep(
@@ -171,7 +178,7 @@ class DeviceTimer:
             return turns({"": self._calls}, repeats=_REPEATS)[""].seconds
 
     def _prepare(self, problem: Problem) -> list[Callable[[], torch.Tensor]]:
-        fmt = next(fmt for fmt in FORMATS if (fmt.record.bits, fmt.group_size) == (problem.bits, problem.group))
+        fmt = next(fmt for fmt in FORMATS if _distinguished(fmt) == (problem.bits, problem.group, problem.row_unit))
         torch.manual_seed(0)
         random = partial(random_weight, fmt, device=self._device)
         if problem.op == "linear":

@@ -11,6 +11,7 @@ Shared by the kernels:
 
 - `codes.py`: the numbers of the formats that have code.
 - `weights.py`: quantized weights, dequantized in registers, and the product with a tile of activations.
+- `trellis.py`: the levels of trellis-coded weights in registers, and the rotation of activations.
 - `group_dot.py`: the product of int4 weights with few tokens, scaled once per group.
 - `kv.py`: the codes of a quantized KV cache, converted in registers.
 

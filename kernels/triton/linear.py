@@ -13,7 +13,8 @@ from dbrx_q.kernels.formats.weights import Weight
 
 from .launch import chip_of, launch
 from .tiles import Problem, choose
-from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of
+from .trellis import rotated, rotation_of
+from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of, row_unit_of, scaled
 
 __all__ = ["linear", "linear_kernel"]
 
@@ -25,7 +26,7 @@ def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual:
     (T, K), N = x.shape, weight.shape[0]
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     chip = chip_of(x.device)
-    tiles = choose(Problem("linear", T, N, K, bits_of(weight), group_of(weight)), chip)
+    tiles = choose(Problem("linear", T, N, K, bits_of(weight), group_of(weight), row_unit=row_unit_of(weight)), chip)
     grid = triton.cdiv(T, tiles.tokens) * triton.cdiv(N, tiles.rows), tiles.splits
     partial, arrived = y, y
     if tiles.splits > 1:
@@ -34,8 +35,8 @@ def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual:
     launch(
         linear_kernel,
         grid,
-        x.contiguous(),
-        *pointers_of(weight),
+        rotated(x.contiguous(), rotation_of(weight)),
+        *pointers_of(weight, x.dtype),
         y if residual is None else residual.contiguous(),
         y,
         partial,
@@ -83,6 +84,7 @@ def linear_kernel(
     STRIDE_N: tl.constexpr,
     STRIDE_K: tl.constexpr,
     WARPGROUP: tl.constexpr,
+    CODE: tl.constexpr,
 ):
     program, split = tl.program_id(0), tl.program_id(1)
     # Programs that share rows of the weight or tokens run close in time, so that both stay in the L2 cache.
@@ -101,7 +103,7 @@ def linear_kernel(
         columns = k + tl.arange(0, BK)
         inside = (tokens < T)[:, None] & (columns < K)[None, :]
         tile = tl.load(x + tokens[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0)
-        acc = dot_step(acc, tile, q, s, z, rows, k, N, K, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+        acc = dot_step(acc, tile, q, s, z, rows, k, N, K, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
 
     if SPLITS > 1:
         place = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
@@ -112,6 +114,7 @@ def linear_kernel(
         acc = tl.zeros((BN, BT), tl.float32)
         for other in range(SPLITS):
             acc += tl.load(mine + other * BN * BT, cache_modifier=".cg")
+    acc = scaled(acc, s, rows, N, FORMAT)
     if CLIP:
         acc = tl.clamp(acc, -clip, clip, tl.PropagateNan.ALL)
     place = tokens[None, :].to(tl.int64) * N + rows[:, None]

@@ -18,13 +18,14 @@ import triton.language as tl
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.weights import Weight
 
-from .codes import INT8, PLAIN
+from .codes import INT8, PLAIN, TRELLIS
 from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
 from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
-from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of
+from .trellis import rotated, rotation_of
+from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of, row_unit_of, scaled
 
-__all__ = ["decode", "down_decode_kernel", "gate_up_decode_kernel", "matrices", "matrix_of", "packed", "problems", "slot_of"]
+__all__ = ["activations", "decode", "down_decode_kernel", "gate_up_decode_kernel", "matrices", "matrix_of", "packed", "problems", "slot_of"]
 
 
 def decode(
@@ -47,21 +48,24 @@ def decode(
         "SLOTS": layer.slots is not None,
     }
 
+    x1, x2 = activations(x.contiguous(), layer)
     h = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
     grouped = grouped_tokens((layer.w1, layer.v1), T, gate_up, chip)
     gate = matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps)
     launch(
         gate_up_decode_kernel,
         (triton.cdiv(F, gate_up.rows), active),
-        x.contiguous(),
+        x1,
+        x2,
         experts,
         slots,
         experts if missing is None else missing,
-        *pointers_of(packed(layer.w1)),
-        *pointers_of(packed(layer.v1)),
+        *pointers_of(packed(layer.w1), x.dtype),
+        *pointers_of(packed(layer.v1), x.dtype),
         h,
         T,
         MISSING=missing is not None,
+        SHARED=x1 is x2,
         GROUPED=grouped > 0,
         BN=gate_up.rows,
         BT=grouped or gate_up.tokens,
@@ -78,11 +82,11 @@ def decode(
     launch(
         down_decode_kernel,
         (row_tiles, programs),
-        h,
+        rotated(h, rotation_of(layer.w2)),
         experts,
         weights,
         slots,
-        *pointers_of(packed(layer.w2)),
+        *pointers_of(packed(layer.w2), x.dtype),
         y,
         torch.empty(down.splits, T * A, D, dtype=torch.float32, device=x.device),
         counters(x.device, row_tiles),
@@ -106,11 +110,19 @@ def problems(layer: ExpertWeights, tokens: int, A: int) -> tuple[Problem, Proble
     F, D = layer.w1.shape[-2:]
     bits = max(bits_of(layer.w1), bits_of(layer.v1))
     group = max(group_of(layer.w1), group_of(layer.v1))
+    unit = max(row_unit_of(layer.w1), row_unit_of(layer.v1))
     parallel = min(layer.n_experts, tokens * A)
     return (
-        Problem("gate_up", tokens, F, D, bits, group, parallel),
-        Problem("down", tokens, D, F, bits_of(layer.w2), group_of(layer.w2), parallel),
+        Problem("gate_up", tokens, F, D, bits, group, parallel, unit),
+        Problem("down", tokens, D, F, bits_of(layer.w2), group_of(layer.w2), parallel, row_unit_of(layer.w2)),
     )
+
+
+def activations(x: torch.Tensor, layer: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """What w1 and v1 are multiplied by: `x` [T, D], or its rotation, which they share where both have the same."""
+    G1, G2 = rotation_of(layer.w1), rotation_of(layer.v1)
+    x1 = rotated(x, G1)
+    return x1, x1 if G1 == G2 else rotated(x, G2)
 
 
 def matrices(weights: dict[str, Weight], chip: Chip, warps: int) -> dict[str, Any]:
@@ -132,7 +144,8 @@ def packed(weight: Weight) -> Weight:
 
 @triton.jit(do_not_specialize=["T"])
 def gate_up_decode_kernel(
-    x,  # [T, D]
+    x1,  # [T, D], of the gate
+    x2,  # [T, D], of up; unused if SHARED
     experts,  # int64 [T, A]
     slots,  # int32 [E]
     missing,  # int32 [E]
@@ -152,6 +165,7 @@ def gate_up_decode_kernel(
     E_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     MISSING: tl.constexpr,
+    SHARED: tl.constexpr,
     GROUPED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -163,6 +177,7 @@ def gate_up_decode_kernel(
     STRIDE_K1: tl.constexpr,
     FAST1: tl.constexpr,
     WARPGROUP1: tl.constexpr,
+    CODE1: tl.constexpr,
     FORMAT2: tl.constexpr,
     GROUP2: tl.constexpr,
     STRIDE_S2: tl.constexpr,
@@ -170,6 +185,7 @@ def gate_up_decode_kernel(
     STRIDE_K2: tl.constexpr,
     FAST2: tl.constexpr,
     WARPGROUP2: tl.constexpr,
+    CODE2: tl.constexpr,
 ):
     """h = silu(gate) * up of every pair whose expert has a slot; program (i, j) takes row tile i of the j-th active expert."""
     rank = tl.program_id(1)
@@ -180,8 +196,8 @@ def gate_up_decode_kernel(
         tl.atomic_add(missing + expert, tl.sum(chose.to(tl.int32), 0), mask=first)
     if (rank >= active) | (slot < 0):
         return
-    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1)
-    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2)
+    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1, CODE1)
+    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2, CODE2)
 
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BT)
@@ -190,7 +206,7 @@ def gate_up_decode_kernel(
         groups: tl.constexpr = BK // GROUP1
         gate = tl.zeros((BN, groups * BT), tl.float32)
         up = tl.zeros((BN, groups * BT), tl.float32)
-        vectors, inside = x + group_columns(tokens * D, groups), group_columns(chose, groups)
+        vectors, inside = x1 + group_columns(tokens * D, groups), group_columns(chose, groups)
         for step in range((D + BK - 1) // BK):
             k = step * BK
             tile = load_columns(vectors, inside, k, D, BK, GROUP1, BT)
@@ -203,9 +219,12 @@ def gate_up_decode_kernel(
         for step in range((D + BK - 1) // BK):
             k = step * BK
             columns = k + tl.arange(0, BK)
-            tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
-            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
-            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
+            place, wanted = tokens[:, None] * D + columns[None, :], chose[:, None] & (columns < D)[None, :]
+            tile = tl.load(x1 + place, mask=wanted, other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
+            tile = tile if SHARED else tl.load(x2 + place, mask=wanted, other=0.0)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
+    gate, up = scaled(gate, s1, rows, F, FORMAT1), scaled(up, s2, rows, F, FORMAT2)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(h + pair[None, :] * F + rows[:, None], value.to(h.dtype.element_ty), mask=(rows < F)[:, None] & chose[None, :])
 
@@ -243,6 +262,7 @@ def down_decode_kernel(
     STRIDE_K: tl.constexpr,
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
+    CODE: tl.constexpr,
 ):
     """y = the sum over a token's experts of weight * down @ h; the last program of a row tile adds up in a fixed order."""
     rank, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
@@ -250,7 +270,7 @@ def down_decode_kernel(
     slot = slot_of(slots, expert, SLOTS)
     works = (rank < active) & (slot >= 0)
     chose = tl.where(works, chose, False)
-    q, s, z = matrix_of(q, s, z, tl.maximum(slot, 0), D, F, FORMAT, GROUP, STRIDE_S)
+    q, s, z = matrix_of(q, s, z, tl.maximum(slot, 0), D, F, FORMAT, GROUP, STRIDE_S, CODE)
 
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BT)
@@ -272,7 +292,8 @@ def down_decode_kernel(
             k = step * BK
             columns = k + tl.arange(0, BK)
             tile = tl.load(h + pair[:, None] * F + columns[None, :], mask=chose[:, None] & (columns < F)[None, :], other=0.0)
-            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
+    acc = scaled(acc, s, rows, D, FORMAT)
     acc *= tl.load(weights + pair, mask=chose, other=0.0)[None, :]
     place = (split * T * A + pair)[None, :] * D + rows[:, None]
     tl.store(partial + place, acc, mask=(rows < D)[:, None] & chose[None, :])
@@ -302,10 +323,14 @@ def slot_of(slots, expert, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def matrix_of(q, s, z, slot, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, STRIDE_S: tl.constexpr):
+def matrix_of(
+    q, s, z, slot, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, STRIDE_S: tl.constexpr, CODE: tl.constexpr
+):
     """(q, s, z) of the matrix [N, K] in `slot` of a stack."""
     if FORMAT == PLAIN:
         return q + slot * STRIDE_S, s, z
+    if FORMAT == TRELLIS:
+        return q + slot * ((N + 127) // 128 * (K // 4) * (16 * CODE[0])), s + slot * N, z
     groups: tl.constexpr = K // GROUP
     if FORMAT == INT8:
         return q + slot * (N * K), s + slot * (N * groups), z

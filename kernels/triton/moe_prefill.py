@@ -19,10 +19,12 @@ import triton.language as tl
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 
+from .codes import INT4, NF4, TRELLIS, code_of
 from .launch import Chip, chip_of, launch
-from .moe_decode import matrices, matrix_of, packed, problems, slot_of
+from .moe_decode import activations, matrices, matrix_of, packed, problems, slot_of
 from .tiles import choose
-from .weights import _halves, bits_of, dot_step, pointers_of
+from .trellis import rotated, rotation_of
+from .weights import _halves, dot_step, pointers_of, scaled
 
 __all__ = ["combine_kernel", "down_prefill_kernel", "gate_up_prefill_kernel", "prefill"]
 
@@ -63,21 +65,26 @@ def _prefill(
     shape = {"D": D, "F": F, "A": A, "E": E, "SLOTS": layer.slots is not None}
     e_pad = triton.next_power_of_2(E)
     in_halves = _halves_serve(chip)
-    x_halves, h_halves = in_halves and bits_of(layer.w1) == bits_of(layer.v1) == 4, in_halves and bits_of(layer.w2) == 4
+    four_bits, c1, c2, c = (INT4.value, NF4.value), code_of(layer.w1), code_of(layer.v1), code_of(layer.w2)
+    x_halves = in_halves and c1 in four_bits and c2 in four_bits
+    h_halves = in_halves and c in four_bits and TRELLIS.value not in (c1, c2)  # rows of a trellis format are not reordered
+    x1, x2 = activations(x, layer)
     if x_halves:
-        x = x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()  # [T, 2, D / 2]
+        x1 = x2 = x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()  # [T, 2, D / 2]
 
     h = torch.empty(P, F, dtype=x.dtype, device=x.device)
     launch(
         gate_up_prefill_kernel,
         ((triton.cdiv(P, gate_up.tokens) + E) * triton.cdiv(F, gate_up.rows),),
-        x,
+        x1,
+        x2,
         order,
         bounds,
         slots,
-        *pointers_of(packed(layer.w1)),
-        *pointers_of(packed(layer.v1)),
+        *pointers_of(packed(layer.w1), x.dtype),
+        *pointers_of(packed(layer.v1), x.dtype),
         h,
+        SHARED=x1 is x2,
         X_HALVES=x_halves,
         H_HALVES=h_halves,
         E_PAD=e_pad,
@@ -94,12 +101,12 @@ def _prefill(
     launch(
         down_prefill_kernel,
         ((triton.cdiv(P, down.tokens) + E) * triton.cdiv(D, down.rows),),
-        h,
+        rotated(h, rotation_of(layer.w2)),
         order,
         bounds,
         weights,
         slots,
-        *pointers_of(packed(layer.w2)),
+        *pointers_of(packed(layer.w2), x.dtype),
         pairs,
         H_HALVES=h_halves,
         E_PAD=e_pad,
@@ -126,7 +133,8 @@ def _halves_serve(chip: Chip) -> bool:
 
 @triton.jit
 def gate_up_prefill_kernel(
-    x,  # [T, D], or [T, 2, D / 2] for X_HALVES
+    x1,  # [T, D], of the gate; [T, 2, D / 2] for X_HALVES
+    x2,  # the same, of up; unused if SHARED
     order,  # int64 [P], the pairs t * A + a by expert
     bounds,  # int32 [E + 1], where every expert's pairs begin in that order
     slots,  # int32 [E]
@@ -143,6 +151,7 @@ def gate_up_prefill_kernel(
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
     X_HALVES: tl.constexpr,
     H_HALVES: tl.constexpr,
     BN: tl.constexpr,
@@ -155,6 +164,7 @@ def gate_up_prefill_kernel(
     STRIDE_K1: tl.constexpr,
     FAST1: tl.constexpr,
     WARPGROUP1: tl.constexpr,
+    CODE1: tl.constexpr,
     FORMAT2: tl.constexpr,
     GROUP2: tl.constexpr,
     STRIDE_S2: tl.constexpr,
@@ -162,14 +172,15 @@ def gate_up_prefill_kernel(
     STRIDE_K2: tl.constexpr,
     FAST2: tl.constexpr,
     WARPGROUP2: tl.constexpr,
+    CODE2: tl.constexpr,
 ):
     """h = silu(gate) * up of every pair whose expert has a slot."""
     expert, row, first, end = _tile_of(bounds, slots, (F + BN - 1) // BN, E, E_PAD, BT, SLOTS)
     if expert == E_PAD:
         return
     slot = slot_of(slots, expert, SLOTS)
-    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1)
-    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2)
+    q1, s1, z1 = matrix_of(q1, s1, z1, slot, F, D, FORMAT1, GROUP1, STRIDE_S1, CODE1)
+    q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2, CODE2)
 
     h_columns = row * BN + tl.arange(0, BN)
     rows = h_columns % (F // 2) * 2 + h_columns // (F // 2) if H_HALVES else h_columns
@@ -181,14 +192,17 @@ def gate_up_prefill_kernel(
     for step in range((D + BK - 1) // BK):
         k = step * BK
         if X_HALVES:
-            even, odd = _load_halves(x + tokens * D, inside, k, D, BK)
+            even, odd = _load_halves(x1 + tokens * D, inside, k, D, BK)
             gate = _halves_step(gate, even, odd, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, FAST1, WARPGROUP1)
             up = _halves_step(up, even, odd, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, FAST2, WARPGROUP2)
         else:
             columns = k + tl.arange(0, BK)
-            tile = tl.load(x + tokens[:, None] * D + columns[None, :], mask=inside[:, None] & (columns < D)[None, :], other=0.0)
-            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1)
-            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2)
+            place, wanted = tokens[:, None] * D + columns[None, :], inside[:, None] & (columns < D)[None, :]
+            tile = tl.load(x1 + place, mask=wanted, other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
+            tile = tile if SHARED else tl.load(x2 + place, mask=wanted, other=0.0)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
+    gate, up = scaled(gate, s1, rows, F, FORMAT1), scaled(up, s2, rows, F, FORMAT2)
     value = gate / (1.0 + tl.exp(-gate)) * up
     place = places.to(tl.int64)[None, :] * F + h_columns[:, None]
     tl.store(h + place, value.to(h.dtype.element_ty), mask=(h_columns < F)[:, None] & inside[None, :])
@@ -222,12 +236,13 @@ def down_prefill_kernel(
     STRIDE_K: tl.constexpr,
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
+    CODE: tl.constexpr,
 ):
     """weight * down @ h of every pair whose expert has a slot."""
     expert, row, first, end = _tile_of(bounds, slots, (D + BN - 1) // BN, E, E_PAD, BT, SLOTS)
     if expert == E_PAD:
         return
-    q, s, z = matrix_of(q, s, z, slot_of(slots, expert, SLOTS), D, F, FORMAT, GROUP, STRIDE_S)
+    q, s, z = matrix_of(q, s, z, slot_of(slots, expert, SLOTS), D, F, FORMAT, GROUP, STRIDE_S, CODE)
 
     rows = row * BN + tl.arange(0, BN)
     places = first + tl.arange(0, BT)
@@ -242,8 +257,9 @@ def down_prefill_kernel(
             columns = k + tl.arange(0, BK)
             address = h + places.to(tl.int64)[:, None] * F + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < F)[None, :], other=0.0)
-            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP)
+            acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
     pair = tl.load(order + places, mask=inside, other=0)  # int64 [BT]
+    acc = scaled(acc, s, rows, D, FORMAT)
     acc *= tl.load(weights + pair, mask=inside, other=0.0)[None, :]
     place = pair[None, :] * D + rows[:, None]
     tl.store(pairs + place, acc.to(pairs.dtype.element_ty), mask=(rows < D)[:, None] & inside[None, :])

@@ -35,6 +35,8 @@ class Problem:
     """Elements that share a scale; 1 for a plain weight."""
     parallel: int = 1
     """Matrices that are multiplied at the same time, the active experts of a decode step; 1 for `linear`."""
+    row_unit: int = 1
+    """Rows that can only be dequantized together: 128 in a trellis format."""
 
     @property
     def decode(self) -> bool:
@@ -102,7 +104,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     tilings = [default]
     tokens = {default.tokens} if problem.decode else {64, 128, 256}
     depths = {max(depth, problem.group) for depth in ((128, 256) if problem.decode else (64, 128))}
-    for rows, warps in ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8)):
+    for rows, warps in _rows_and_warps(problem):
         for depth in sorted(depths):
             for token in sorted(tokens):
                 for stages in (2, 3, 4, 5):
@@ -113,7 +115,15 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     return tilings
 
 
+def _rows_and_warps(problem: Problem) -> tuple[tuple[int, int], ...]:
+    if problem.row_unit > 1:
+        return ((problem.row_unit, 2), (problem.row_unit, 4), (problem.row_unit, 8))
+    return ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8))
+
+
 def _default(problem: Problem, chip: Chip) -> Tiles:
+    if problem.row_unit > 1:
+        return _streams(problem, chip)
     return _matvec(problem, chip) if problem.decode else _matmul(problem, chip)
 
 
@@ -136,6 +146,17 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
     while splits < 16 and programs * splits < resident and steps >= 4 * splits and problem.op != "gate_up":
         splits *= 2
     return Tiles(rows, tokens, depth, splits, warps, stages)
+
+
+def _streams(problem: Problem, chip: Chip) -> Tiles:
+    """Tiles of whole streams, which hold `row_unit` rows of an input."""
+    rows = problem.row_unit
+    if not problem.decode:
+        return Tiles(rows, 64, 64, 1, 8, 2)
+    splits = 1
+    while splits < 16 and -(-problem.N // rows) * problem.parallel * splits < 4 * chip.multiprocessors and problem.K >= 256 * splits:
+        splits *= 2
+    return Tiles(rows, max(chip.smallest_dot, _power_of_two(problem.tokens)), 64, 1 if problem.op == "gate_up" else splits, 4, 3)
 
 
 def _matmul(problem: Problem, chip: Chip) -> Tiles:

@@ -15,17 +15,23 @@ import triton.language as tl
 from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import Weight
 
-from .codes import INT4, INT8, NF4, PLAIN, code_of
+from .codes import INT4, INT8, NF4, PLAIN, TRELLIS, code_of
 from .launch import Chip
+from .trellis import code_constant, level_table, trellis_code, trellis_tile
 
-__all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of"]
+__all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of", "row_unit_of", "scaled"]
 
 
-def pointers_of(weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors that a kernel takes for `weight`: codes, scales, zero-points; the codes again in place of tensors that it lacks."""
+def pointers_of(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three tensors that a kernel takes for `weight`: codes, scales, zero-points; the codes again in place of tensors that it lacks.
+
+    Of a trellis format the streams in words of 32 bits, the scales, and the levels in `dtype`, which is that of the activations.
+    """
     if isinstance(weight, torch.Tensor):
         return weight, weight, weight
     codes, scales, *zeros = weight.parts.values()
+    if (code := trellis_code(weight)) is not None:
+        return codes.view(torch.int32), scales, level_table(code, dtype, codes.device)
     return codes, scales, zeros[0] if zeros else codes
 
 
@@ -33,19 +39,33 @@ def constants_of(weight: Weight, chip: Chip, warps: int) -> dict[str, Any]:
     """The compile-time constants that every kernel over weights takes.
 
     FORMAT, GROUP: of the weight. STRIDE_N, STRIDE_K: of a plain weight, else 0. FAST: whether the kernel may use inline PTX. WARPGROUP:
-    whether the matrix instructions are those of Hopper's warpgroups, of four warps each.
+    whether the matrix instructions are those of Hopper's warpgroups, of four warps each. CODE: of a trellis format, from `code_constant`.
     """
     warpgroup = chip.name == "sm_90" and warps % 4 == 0
     if isinstance(weight, torch.Tensor):
         strides = {"STRIDE_N": weight.stride(-2), "STRIDE_K": weight.stride(-1)}
-        return {"FORMAT": code_of(weight), "GROUP": 1, **strides, "FAST": False, "WARPGROUP": warpgroup}
+        return {"FORMAT": code_of(weight), "GROUP": 1, **strides, "FAST": False, "WARPGROUP": warpgroup, "CODE": ()}
     fast, fmt = chip.vendor == "cuda", code_of(weight)
-    return {"FORMAT": fmt, "GROUP": weight.group_size, "STRIDE_N": 0, "STRIDE_K": 0, "FAST": fast, "WARPGROUP": fast and warpgroup}
+    code = trellis_code(weight)
+    return {
+        "FORMAT": fmt,
+        "GROUP": group_of(weight),
+        "STRIDE_N": 0,
+        "STRIDE_K": 0,
+        "FAST": fast,
+        "WARPGROUP": fast and warpgroup,
+        "CODE": () if code is None else code_constant(code),
+    }
 
 
 def group_of(weight: Weight) -> int:
-    """Elements that share a scale; 1 for a plain weight."""
-    return 1 if isinstance(weight, torch.Tensor) else weight.group_size
+    """Neighbouring elements that share a scale; 1 for a plain weight and for one with a scale per row."""
+    return 1 if isinstance(weight, torch.Tensor) or trellis_code(weight) is not None else weight.group_size
+
+
+def row_unit_of(weight: Weight) -> int:
+    """Rows that can only be dequantized together."""
+    return 1 if isinstance(weight, torch.Tensor) else weight.row_unit()
 
 
 def bits_of(weight: Weight) -> int:
@@ -85,9 +105,13 @@ def dot_step(
     STRIDE_K: tl.constexpr,
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
+    CODE: tl.constexpr,
 ):
-    """acc + weight[rows, k : k + BK] @ x.T; elements past N or K count as 0."""
-    known: tl.constexpr = (FORMAT == PLAIN) | (FORMAT == INT8) | (FORMAT == INT4) | (FORMAT == NF4)
+    """acc + weight[rows, k : k + BK] @ x.T; elements past K count as 0, and sums of rows past N mean nothing.
+
+    Of a trellis format, `x` is rotated, `z` has the levels, and the sums are of levels, which `scaled` multiplies.
+    """
+    known: tl.constexpr = (FORMAT == PLAIN) | (FORMAT == INT8) | (FORMAT == INT4) | (FORMAT == NF4) | (FORMAT == TRELLIS)
     tl.static_assert(known, "a format in CODES needs a branch in dot_step or _halves")
     if FORMAT == PLAIN:
         columns = k + tl.arange(0, BK)
@@ -104,11 +128,22 @@ def dot_step(
         else:
             w = (codes.to(tl.float32) * scales).to(x.dtype)
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    elif FORMAT == TRELLIS:
+        return tl.dot(trellis_tile(q, z, rows, k, N, K, BK, CODE), tl.trans(x), acc, input_precision="ieee")
     else:
         even, odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, x.dtype, FAST, WARPGROUP)
         x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], BK // 2, 2)))
         acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
         return tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+
+
+@triton.jit
+def scaled(acc, s, rows, N, FORMAT: tl.constexpr):
+    """The sums [BN, BT] of `dot_step` times what scales it left out: those of the rows of a trellis format."""
+    if FORMAT == TRELLIS:
+        return acc * tl.load(s + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    else:
+        return acc
 
 
 @triton.jit

@@ -74,6 +74,8 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
         (change(depth=32), "depth must be a multiple of the group size 64; found 32"),
         (change(rows=24), "must be powers of two"),
         (change(tokens=2), "must hold the 4 tokens"),
+        (lambda data: data["choices"][0]["problem"].update(row_unit=128), "rows must be a multiple of 128"),
+        (lambda data: data["choices"][0]["problem"].pop("group"), "Problem must have"),
         (change(splits=0), "must be at least 1"),
         (change(warps=True), "'warps' must be of type int"),
         (lambda data: data["choices"][0]["problem"].update(tokens=64), "splits must be 1"),
@@ -102,3 +104,13 @@ def test_a_file_that_is_no_tuning_is_refused(content: str) -> None:
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(RequestError, match="Remove it or run the sweep again"):
         load_tuning(CHIP)
+
+
+def test_a_problem_may_lack_what_has_a_default() -> None:
+    """As a file does that an earlier version wrote."""
+    path = tuning_path("sm_90")
+    write_tuning(TUNING, path)
+    data = json.loads(path.read_text())
+    del data["choices"][0]["problem"]["row_unit"]
+    path.write_text(json.dumps(data))
+    assert read_tuning(path) == TUNING

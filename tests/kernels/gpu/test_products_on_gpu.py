@@ -20,6 +20,7 @@ from dbrx_q.kernels.moe import moe_experts, moe_experts_reference
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Replayed = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 SLACK = 64 << 20  # bytes of partial sums and of the allocator's rounding
+CAPTURED = (TensorFormat("int4", 64), TensorFormat("trellis2", 128))
 
 
 @pytest.mark.parametrize("T", [0, 1, 3, 16, 17, 300])
@@ -35,7 +36,7 @@ def test_linear_agrees_with_the_reference(fmt: TensorFormat, T: int, place: Any,
 
 
 @pytest.mark.parametrize("tokens", [16, 256], ids=["matvec", "tiles"])
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.record.trellis is None], ids=str)  # a trellis format rotates activations
 def test_identity_activations_give_the_dequantized_weight(fmt: TensorFormat, tokens: int, place: Any) -> None:
     N, K = place.shapes.qkv if place.real else 64, place.shapes.width
     weight = random_weight(fmt, N, K, device=place.device)
@@ -112,9 +113,10 @@ def test_all_tokens_on_the_same_experts(T: int, resident: bool, place: Any, asse
 
 
 @pytest.mark.parametrize("T", [1, 8])
-def test_a_captured_linear_replays_with_other_inputs(T: int, place: Any, replayed: Replayed) -> None:
+@pytest.mark.parametrize("fmt", CAPTURED, ids=str)
+def test_a_captured_linear_replays_with_other_inputs(fmt: TensorFormat, T: int, place: Any, replayed: Replayed) -> None:
     weight, x = (
-        random_weight(TensorFormat("int4", 64), place.shapes.qkv, place.shapes.width, device=place.device),
+        random_weight(fmt, place.shapes.qkv, place.shapes.width, device=place.device),
         place.randn(T, place.shapes.width),
     )
     replay = replayed(lambda: linear(x, weight, clip=8.0))
@@ -124,10 +126,11 @@ def test_a_captured_linear_replays_with_other_inputs(T: int, place: Any, replaye
 
 
 @pytest.mark.parametrize("T", [1, 8])
-def test_captured_experts_replay_with_other_inputs(T: int, place: Any, replayed: Replayed) -> None:
+@pytest.mark.parametrize("fmt", CAPTURED, ids=str)
+def test_captured_experts_replay_with_other_inputs(fmt: TensorFormat, T: int, place: Any, replayed: Replayed) -> None:
     E = place.shapes.experts
     slots, missing = place.ints(range(E)), torch.zeros(E, dtype=torch.int32, device=place.device)
-    layer, x = layer_of(TensorFormat("int4", 64), place, slots=slots), place.randn(T, place.shapes.width)
+    layer, x = layer_of(fmt, place, slots=slots), place.randn(T, place.shapes.width)
     experts, weights = routed(T, place)
     replay = replayed(lambda: moe_experts(x, experts, weights, layer, missing=missing))
     for turn in range(3):
@@ -158,7 +161,7 @@ def nbytes_in_16_bits(weight: Weight) -> int:
 
 
 @pytest.mark.parametrize("T", [1, 16, 64])
-@pytest.mark.parametrize("fmt", [TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)], ids=str)
+@pytest.mark.parametrize("fmt", [TensorFormat(*pair) for pair in (("int4", 64), ("int8", 64), ("nf4", 64), ("trellis3", 128))], ids=str)
 def test_no_dequantized_copy_of_a_weight_is_made(fmt: TensorFormat, T: int, place: Any) -> None:
     if not place.real:
         return

@@ -9,10 +9,10 @@ from dbrx_q.kernels.triton.launch import CHIPS, Chip
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, choose, trying, use_measured
 
 PROBLEMS = [
-    Problem(op, tokens, N, K, bits, 64, parallel)
+    Problem(op, tokens, N, K, bits, group, parallel, unit)
     for op, N, K, parallel in (("linear", 8192, 6144, 1), ("gate_up", 10752, 6144, 4), ("down", 6144, 10752, 4))
     for tokens in (1, 8, 16, 17, 4096)
-    for bits in (4, 8)
+    for bits, group, unit in ((4, 64, 1), (8, 64, 1), (2, 1, 128), (4, 1, 128))
 ]
 
 
@@ -26,6 +26,7 @@ def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None
         assert choice.tokens >= chip.smallest_dot
         assert not problem.decode or choice.tokens >= problem.tokens
         assert choice.depth % problem.group == 0
+        assert choice.rows % problem.row_unit == 0
         assert choice.splits == 1 or problem.decode
         assert choice.splits * choice.depth <= problem.K
         for size in (choice.rows, choice.tokens, choice.depth, choice.warps):
