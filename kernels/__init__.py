@@ -17,4 +17,5 @@ For the quantizer:
 - `quantize.py`: quantizes a weight to any format, to nearest or on a given grid.
 - `grid_search.py`: the scales and zero-points of least error.
 - `rounding.py`: the column loops of GPTQ and of coordinate descent.
+- `trellis.py`: the streams of trellis formats, alone or with GPTQ's feedback.
 """

@@ -11,11 +11,13 @@ import torch
 
 from dbrx_q.kernels.cpu import quantize as cpu_quantize
 from dbrx_q.kernels.cpu.format_kernels import dequantize_rows
+from dbrx_q.kernels.formats import trellis as trellis_format
 from dbrx_q.kernels.formats.errors import FormatError
 from dbrx_q.kernels.formats.groups import check_scales, grouped, steps_of
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.trellis import encode
 
 __all__ = ["concatenate_rows", "has_compiled_code", "quantize", "quantize_measured", "quantize_to_grid", "squared_errors"]
 
@@ -32,6 +34,8 @@ def quantize(weight: torch.Tensor, fmt: TensorFormat) -> QuantizedWeight:
     """
     fmt.check(weight.shape[-1])
     kernels = cpu_quantize.KERNELS.get(fmt.format)
+    if fmt.record.trellis is not None:
+        return trellis_format.quantize(weight, fmt.group_size, kind=trellis_format.WEIGHTS[fmt.format], search=encode)
     if kernels is None:
         return fmt.record.quantize(weight, fmt.group_size)
     return _checked(kernels.to_nearest(weight, fmt.group_size))[0]

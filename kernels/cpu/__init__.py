@@ -16,6 +16,7 @@ AMX tiles, or rows of the weight dequantized for a library's matmul. `format_ker
 - `quantize.py`: weights quantized to int4, q4_0 and int8 in one pass.
 - `search.py`: the grid searches, with each group of a weight in the first-level cache.
 - `rounding.py`: the column loops of GPTQ and coordinate descent.
+- `viterbi.py`: the search of trellis streams, alone or with GPTQ's feedback; `viterbi_steps.py`: the vector code of one position.
 - `compiled.py`: the decorator of all numba functions, which keeps compiled code on the disk where it can.
 - `vector.py`: building blocks in LLVM IR, and what this chip can do.
 - `lanes.py`: sixteen float32 values as one value of a numba function.

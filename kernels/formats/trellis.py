@@ -25,6 +25,7 @@ element; `...` is any number of leading axes, such as the experts of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -38,7 +39,20 @@ from .rotation import rotate, rotate_back
 from .trellis_codes import CODES, TrellisCode
 from .viterbi import COST_UNIT, ROWS, encode_reference
 
-__all__ = ["FORMATS", "GROUP_SIZES", "TrellisWeight", "cost_units", "dequantize", "first_scales", "levels_of", "pack", "quantize"]
+__all__ = [
+    "FORMATS",
+    "GROUP_SIZES",
+    "WEIGHTS",
+    "TrellisWeight",
+    "by_position",
+    "cost_units",
+    "dequantize",
+    "encode",
+    "first_scales",
+    "levels_of",
+    "pack",
+    "quantize",
+]
 
 GROUP_SIZES = (128, 64)
 LANES = 16
@@ -69,13 +83,28 @@ class TrellisWeight(QuantizedWeight):
         return torch.Size((*self.scales.shape[:-1], self.qweight.shape[-1] // (LANES * self.code.bits)))
 
 
-def quantize(weight: torch.Tensor, group_size: int = 128, *, kind: type[TrellisWeight]) -> TrellisWeight:
+def encode(rotated: torch.Tensor, scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+    """`dbrx_q.kernels.trellis.encode` in plain torch."""
+    units = by_position(cost_units(scales, code))
+    x = torch.nn.functional.pad(rotated / steps_of(scales)[:, None], (0, 0, 0, -len(rotated) % ROWS))
+    tiles = zip(x.split(ROWS), units, strict=True)
+    return torch.stack([encode_reference(by_position(tile.T), unit.expand(tile.shape[1], -1), code) for tile, unit in tiles])
+
+
+def quantize(
+    weight: torch.Tensor,
+    group_size: int = 128,
+    *,
+    kind: type[TrellisWeight],
+    search: Callable[[torch.Tensor, torch.Tensor, TrellisCode], torch.Tensor] = encode,
+) -> TrellisWeight:
     """`weight` with the streams of least squared error, every input by itself, and a scale fitted to each row.
 
     Args:
         weight: [..., N, K], bfloat16, float16 or float32.
         group_size: 128 or 64; divides K.
         kind: the class of the result, which has the code.
+        search: gives the streams of a rotated weight [N, K], its scales and a code, as `dbrx_q.kernels.trellis.encode`.
 
     Raises:
         FormatError: a group size that is not offered or does not divide K, NaN or infinity, or a row too large for float16 scales.
@@ -83,7 +112,7 @@ def quantize(weight: torch.Tensor, group_size: int = 128, *, kind: type[TrellisW
     check_group_size(weight.shape[-1], group_size, GROUP_SIZES)
     wide = rotate(check_weight(weight), group_size)
     flat = wide.reshape(-1, *wide.shape[-2:])
-    packed = [_quantize_matrix(matrix, group_size, kind) for matrix in flat]
+    packed = [_quantize_matrix(matrix, group_size, kind, search) for matrix in flat]
     parts = {name: torch.stack([one.parts[name] for one in packed]) for name in kind.part_names}
     return kind.of({name: part.view(*weight.shape[:-2], *part.shape[1:]) for name, part in parts.items()}, group_size)
 
@@ -157,22 +186,19 @@ def cost_units(scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
     up the last tile cost nothing.
     """
     wide = torch.nn.functional.pad(scales.float(), (0, -len(scales) % ROWS)).view(-1, ROWS)
-    weights = wide.square()
+    weights = wide.double().square()  # whose sums are the same in any order
     means = weights.sum(-1, keepdim=True) / (wide > 0).sum(-1, keepdim=True).clamp(min=1)
-    return weights / torch.where(means == 0, 1.0, means) * (COST_UNIT * code.step**2)
+    return (weights / torch.where(means == 0, 1.0, means) * (COST_UNIT * code.step**2)).float()
 
 
-def _quantize_matrix(rotated: torch.Tensor, group_size: int, kind: type[TrellisWeight]) -> TrellisWeight:
-    N = len(rotated)
+def _quantize_matrix(
+    rotated: torch.Tensor,
+    group_size: int,
+    kind: type[TrellisWeight],
+    search: Callable[[torch.Tensor, torch.Tensor, TrellisCode], torch.Tensor],
+) -> TrellisWeight:
     scales = first_scales(rotated, kind.code)
-    units = by_position(cost_units(scales, kind.code))
-    x = torch.nn.functional.pad(rotated / steps_of(scales)[:, None], (0, 0, 0, -N % ROWS))
-    symbols = torch.stack(
-        [
-            encode_reference(by_position(tile.T), unit.expand(tile.shape[1], -1), kind.code)
-            for tile, unit in zip(x.split(ROWS), units, strict=True)
-        ]
-    )
+    symbols = search(rotated, scales, kind.code)
     levels = levels_of(pack(symbols, scales, group_size, kind)).float()
     fitted = (levels * rotated).sum(-1) / levels.square().sum(-1).clamp(min=1)
     fitted = torch.where(fitted > 0, fitted, scales.float()).half()
@@ -203,4 +229,6 @@ def _format(kind: type[TrellisWeight]) -> Format:
     )
 
 
-FORMATS = tuple(_format(_kind(name, code)) for name, code in CODES.items())
+WEIGHTS = {name: _kind(name, code) for name, code in CODES.items()}
+"""The classes of the weights, by format."""
+FORMATS = tuple(_format(kind) for kind in WEIGHTS.values())

@@ -5,11 +5,13 @@ p - 1 is (state of p << k | the k bits of position p - 1) mod 2^L. Positions are
 keeps for each of the Q = 2^(L-k) ends that states share the path of least cost.
 
 Costs are whole numbers. Level l of a row costs min(CAP, floor(unit (x - l)^2 + 1/2) - the least of these), in float32, x the element in
-units of the row's scale. Sums saturate at 65535, and after every fourth position the least sum is subtracted. Of equal costs the state with
-the lower predecessor wins.
+units of the row's scale. Sums have 16 bits and saturate; after every eighth position the least sum is subtracted. Of equal costs the state
+with the lower predecessor wins.
 
 The stream is circular: the bits above the last position's are those of the first. A first pass begins at the middle of the column with all
-states alike, goes around once, and its bits at position 0 are taken for good; the second pass begins and ends with them.
+states alike, goes around once, and its bits at position 0 are taken for good; the second pass begins and ends with them. The first pass
+needs no accuracy, so its costs and sums are bytes: a cost c becomes min(NARROW_CAP, floor((c + 32) / 64)), and the least sum is subtracted
+after every second position.
 
 Dimension letters: `B` columns of 128 rows, `S` states, `Q` states without their last k bits, `n` levels.
 """
@@ -20,7 +22,7 @@ import torch
 
 from .trellis_codes import TrellisCode
 
-__all__ = ["CAP", "COST_UNIT", "ROWS", "encode_reference", "level_costs"]
+__all__ = ["CAP", "COST_UNIT", "NARROW_CAP", "NARROW_RENEW", "NARROW_SHIFT", "RENEW", "ROWS", "encode_reference", "level_costs"]
 
 ROWS = 128
 """Positions of a stream."""
@@ -28,8 +30,14 @@ COST_UNIT = 4096
 """The cost of an error whose square is the mean square of a row."""
 CAP = 8191
 """The largest cost of one element."""
-_MOST = 65535
-_RENEW = 4
+RENEW = 8
+"""Positions after which the least sum is subtracted; so many costs fit a sum."""
+NARROW_SHIFT = 6
+"""Bits that costs lose in the first pass."""
+NARROW_CAP = 127
+"""The largest cost of one element in the first pass."""
+NARROW_RENEW = 2
+"""`RENEW` of the first pass."""
 
 
 def level_costs(x: torch.Tensor, unit: torch.Tensor, code: TrellisCode) -> torch.Tensor:
@@ -50,14 +58,19 @@ def encode_reference(x: torch.Tensor, unit: torch.Tensor, code: TrellisCode) -> 
     costs = level_costs(x, unit, code)
     middle = ROWS // 2
     first = torch.cat((torch.arange(middle - 1, -1, -1), torch.arange(ROWS - 1, middle - 1, -1)))
-    states = _pass(costs[:, first], code, None)
+    narrow = ((costs[:, first] + (1 << NARROW_SHIFT - 1)) >> NARROW_SHIFT).clamp(max=NARROW_CAP)
+    states = _pass(narrow, code, None, 255, NARROW_RENEW)
     ends = states[:, middle - 1] & (code.ends - 1)
-    states = _pass(costs.flip(1), code, ends)
+    states = _pass(costs.flip(1), code, ends, 65535, RENEW)
     return (states.flip(1) & (2**code.bits - 1)).to(torch.uint8)
 
 
-def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None) -> torch.Tensor:
-    """int64 [B, T]: the states of the cheapest path, in the order of `costs` [B, T, n]; it begins and ends with the bits `ends`, [B]."""
+def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None, most: int, renew: int) -> torch.Tensor:
+    """int64 [B, T]: the states of the cheapest path, in the order of `costs` [B, T, n].
+
+    ends: the bits [B] with which the path begins and ends; None for the best of all, of equals the lowest. most: the largest sum. renew:
+    positions after which the least sum is subtracted.
+    """
     B, T = costs.shape[:2]
     Q, choices = code.ends, 2**code.bits
     index = code.index_table(costs.device).long()
@@ -65,23 +78,17 @@ def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None) -> 
     if ends is None:
         sums = torch.zeros(B, Q, dtype=torch.int32)
     else:
-        sums = torch.full((B, Q), _MOST, dtype=torch.int32).scatter_(1, ends[:, None], 0)
+        sums = torch.full((B, Q), most, dtype=torch.int32).scatter_(1, ends[:, None], 0)
     chosen = torch.empty(T, B, Q, dtype=torch.uint8)
-    totals = torch.empty(B, 0)
     for t in range(T):
-        totals = (sums.repeat_interleave(choices, 1) + costs[:, t][:, index]).clamp_(max=_MOST)
+        totals = (sums.repeat_interleave(choices, 1) + costs[:, t][:, index]).clamp_(max=most)
         least = (totals.view(B, choices, Q) * choices + lower).amin(1)
         sums, chosen[t] = least // choices, least % choices
-        if t % _RENEW == _RENEW - 1:
+        if t % renew == renew - 1:
             sums -= sums.amin(1, keepdim=True)
-    if ends is None:
-        state = (totals.long() * totals.shape[1] + torch.arange(totals.shape[1])).amin(1) % totals.shape[1]
-    else:
-        state = chosen[T - 1].gather(1, ends[:, None])[:, 0].long() * Q + ends
+    end = (sums * Q + torch.arange(Q, dtype=torch.int32)).amin(1).long() % Q if ends is None else ends
     states = torch.empty(B, T, dtype=torch.int64)
     for t in range(T - 1, -1, -1):
-        states[:, t] = state
-        if t:
-            end = state >> code.bits
-            state = chosen[t - 1].gather(1, end[:, None])[:, 0].long() * Q + end
+        states[:, t] = chosen[t].gather(1, end[:, None])[:, 0].long() * Q + end
+        end = states[:, t] >> code.bits
     return states

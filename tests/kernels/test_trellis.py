@@ -1,0 +1,37 @@
+"""The compiled search of trellis streams against its definition in plain torch, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dbrx_q.kernels.formats.trellis import first_scales
+from dbrx_q.kernels.formats.trellis_codes import CODES, TrellisCode
+from dbrx_q.kernels.trellis import encode, trellis_block, trellis_block_reference
+
+
+def weight_of(N: int, K: int, seed: int = 0) -> torch.Tensor:
+    """Normal values in rows of different scales, with a constant row, a row of zeros and a huge outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=generator) * torch.randn(N, 1, generator=generator).exp()
+    weight[1], weight[2], weight[3, 0] = 0.0, 0.5, 1000.0
+    return weight
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+def test_streams_equal_those_of_the_definition(code: TrellisCode) -> None:
+    weight = weight_of(150, 3)
+    scales = first_scales(weight, code)
+    expected = trellis_block_reference(weight.T.contiguous(), None, scales, code)
+    assert torch.equal(encode(weight, scales, code), expected)
+
+
+@pytest.mark.parametrize("name", ["trellis2-fast", "trellis3-fast", "trellis4-fast"])
+def test_feedback_equals_a_loop_over_columns(name: str) -> None:
+    code, weight = CODES[name], weight_of(150, 6)
+    factor = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).triu() / 4 + torch.eye(6)
+    scales = first_scales(weight, code)
+    columns, expected = weight.T.contiguous(), weight.T.contiguous()
+    symbols = trellis_block(columns, factor, scales, code)
+    assert torch.equal(symbols, trellis_block_reference(expected, factor, scales, code))
+    assert torch.equal(columns, expected)
