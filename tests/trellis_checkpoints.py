@@ -27,7 +27,7 @@ SMALL = DbrxConfig(
     max_seq_len=128,
     vocab_size=4096,
     attn_config={"kv_n_heads": 1, "rope_theta": 500000.0, "clip_qkv": 8.0},
-    ffn_config={"ffn_hidden_size": 192, "moe_num_experts": 4, "moe_top_k": 2},
+    ffn_config={"ffn_hidden_size": 192, "moe_num_experts": 16, "moe_top_k": 2},
     initializer_range=0.1,
     torch_dtype="bfloat16",
 )
