@@ -151,46 +151,85 @@ def step(typing_context, sums, costs, new_sums, masks, table, sum_bytes, bits, s
     if not all(isinstance(number, types.IntegerLiteral) for number in numbers):
         return None
     width, *members = (number.literal_value for number in numbers)
-    shape, lanes, element = SearchShape(*members), _VECTOR_BYTES // width, ir.IntType(8 * width)
-    k, Q, order = shape.bits, shape.ends, shape.level_order
-    places = {index: divmod(place, lanes) for place, index in enumerate(order)}  # the base vector and the constant that permutes its lanes
-    tabled = len(order) < (1 << shape.state_bits) // lanes  # whether permuted vectors are used more than once
-    kind, expanded = v.vector(element, lanes), [lane >> k for lane in range(lanes)]
+    code = _StepCode(SearchShape(*members), width)
 
     def codegen(context, b, signature, args):
-        sums, costs, new_sums, masks, table = args[:5]
-        base = [v.load(b, b.add(costs, v.I64(_VECTOR_BYTES * h)), kind) for h in range(len(order) // lanes)]
-
-        def permuted(vector: int, constant: int) -> Any:
-            return v.broadcast(b, base[vector], [lane ^ constant for lane in range(lanes)])
-
-        def costs_from(state: int) -> Any:
-            vector, constant = places[shape.index(state)]
-            if not tabled:
-                return permuted(vector, constant)
-            return v.load(b, b.add(table, v.I64(_VECTOR_BYTES * (vector * lanes + constant))), kind)
-
-        if tabled:
-            for place in range(len(order)):
-                v.store(b, permuted(*divmod(place, lanes)), b.add(table, v.I64(_VECTOR_BYTES * place)))
-        mask = 0
-        for q in range(0, Q, lanes):
-            totals = []
-            for state in range(q, q + (Q << k), Q):
-                before = v.load(b, b.add(sums, v.I64(width * (state >> k))), v.vector(element, lanes >> k))
-                totals.append(_on_lanes(b, "uadd.sat", v.broadcast(b, before, expanded), costs_from(state)))
-            while len(totals) > 1:
-                winners = []
-                for low, high in zip(totals[::2], totals[1::2], strict=True):
-                    least = _on_lanes(b, "umin", low, high)
-                    v.store(b, b.bitcast(b.icmp_unsigned("==", least, low), ir.IntType(lanes)), b.add(masks, v.I64(mask * lanes // 8)))
-                    winners.append(least)
-                    mask += 1
-                totals = winners
-            v.store(b, totals[0], b.add(new_sums, v.I64(width * q)))
+        code.generate(b, *args[:5])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5, *numbers), codegen
+
+
+class _StepCode:
+    """Generates `step` for sums of `width` bytes.
+
+    The ends of a vector are group g of l, the states that lead to them are [j, g] for each choice j of the highest k bits. Vectors of costs
+    are numbered by `place`, which is linear in j and in g. So where place[0, g] = place[j, 0] for some j, groups g' and g' ^ g have the
+    same vectors of costs in another order: a turn of the loop serves all such groups from 2^k registers.
+    """
+
+    def __init__(self, shape: SearchShape, width: int) -> None:
+        self._k, self._Q, self._width = shape.bits, shape.ends, width
+        self._lanes = lanes = _VECTOR_BYTES // width
+        self._kind = v.vector(ir.IntType(8 * width), lanes)
+        order = {index: place for place, index in enumerate(shape.level_order)}
+        self._choices = [order[shape.index(j * shape.ends)] for j in range(1 << shape.bits)]
+        self._groups = [order[shape.index(g * lanes)] for g in range(shape.ends // lanes)]
+        self._vectors = len(order)
+
+    def generate(self, b: Any, sums: Any, costs: Any, new_sums: Any, masks: Any, table: Any) -> None:
+        """Emit the code; all arguments are addresses."""
+        if self._vectors >= len(self._choices) * len(self._groups):  # each vector of costs is used once, or not at all
+            base = [v.load(b, b.add(costs, v.I64(_VECTOR_BYTES * h)), self._kind) for h in range(self._vectors // self._lanes)]
+            for group, place in enumerate(self._groups):
+                vectors = [self._permuted(b, base[(place ^ choice) // self._lanes], place ^ choice) for choice in self._choices]
+                self._group(b, v.I64(group), vectors, sums, new_sums, masks)
+            return
+        with cgutils.for_range(b, v.I64(self._vectors // self._lanes)) as loop:
+            base_vector = v.load(b, b.add(costs, b.mul(loop.index, v.I64(_VECTOR_BYTES))), self._kind)
+            rows = b.add(table, b.mul(loop.index, v.I64(_VECTOR_BYTES * self._lanes)))
+            for lane in range(self._lanes):
+                v.store(b, self._permuted(b, base_vector, lane), b.add(rows, v.I64(_VECTOR_BYTES * lane)))
+        alike = {group: self._choices.index(place) for group, place in enumerate(self._groups) if place in self._choices}
+        firsts: list[int] = []
+        served: set[int] = set()
+        for group in range(len(self._groups)):
+            if group not in served:
+                firsts.append(group)
+                served.update(group ^ other for other in alike)
+        numbers = [number for first in firsts for number in (first, self._groups[first] * _VECTOR_BYTES)]
+        constants = cgutils.global_constant(b, "trellis_groups", ir.Constant(ir.ArrayType(v.I64, len(numbers)), numbers))
+        with cgutils.for_range(b, v.I64(len(firsts))) as loop:
+            at = b.add(b.ptrtoint(constants, v.I64), b.mul(loop.index, v.I64(16)))
+            first, place = (b.load(b.inttoptr(b.add(at, v.I64(8 * i)), v.I64.as_pointer())) for i in range(2))
+            vectors = [v.load(b, b.add(table, b.xor(place, v.I64(choice * _VECTOR_BYTES))), self._kind) for choice in self._choices]
+            for other, moved in alike.items():
+                swapped = [vectors[j ^ moved] for j in range(len(vectors))]
+                self._group(b, b.xor(first, v.I64(other)), swapped, sums, new_sums, masks)
+
+    def _permuted(self, b: Any, base_vector: Any, place: int) -> Any:
+        return v.broadcast(b, base_vector, [lane ^ place % self._lanes for lane in range(self._lanes)])
+
+    def _group(self, b: Any, group: Any, vectors: list[Any], sums: Any, new_sums: Any, masks: Any) -> None:
+        """The new sums of a group of ends and its masks; vectors: the costs by choice."""
+        k, lanes, choices = self._k, self._lanes, len(vectors)
+        piece = v.vector(self._kind.element, lanes >> k)
+        sums_at = b.add(sums, b.mul(group, v.I64(_VECTOR_BYTES >> k)))
+        masks_at = b.add(masks, b.mul(group, v.I64((choices - 1) * lanes // 8)))
+
+        def winner(first: int, count: int) -> Any:
+            """The least total of `count` choices."""
+            if count == 1:
+                before = v.load(b, b.add(sums_at, v.I64(self._width * first * (self._Q >> k))), piece)
+                return _on_lanes(b, "uadd.sat", v.broadcast(b, before, [lane >> k for lane in range(lanes)]), vectors[first])
+            low, high = winner(first, count // 2), winner(first + count // 2, count // 2)
+            least = _on_lanes(b, "umin", low, high)
+            mask = choices - 2 * choices // count + first // count
+            wins = b.bitcast(b.icmp_unsigned("==", least, low), ir.IntType(lanes))
+            v.store(b, wins, b.add(masks_at, v.I64(mask * lanes // 8)))
+            return least
+
+        v.store(b, winner(0, choices), b.add(new_sums, b.mul(group, v.I64(_VECTOR_BYTES))))
 
 
 @intrinsic(prefer_literal=True)
