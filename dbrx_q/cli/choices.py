@@ -71,7 +71,7 @@ def _or(names: tuple[str, ...]) -> str:
 
 WEIGHT_FORMATS = Choice(
     (
-        *("int4", "int8", "nf4", "nf4-double", "affine4", "affine8", "affine4-bf16", "affine8-bf16", "q4_0"),
+        *("int4", "int8", "nf4", "nf4-double", "affine4", "affine8", "affine4-bf16", "affine8-bf16", "q4_0", "int3", "int2"),
         *("trellis2", "trellis3", "trellis4"),
     ),
     "dbrx_q.kernels.formats.registry:FORMATS",

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from dbrx_q.kernels.formats.int4 import Int4Weight
+from dbrx_q.kernels.formats import int2_int3
+from dbrx_q.kernels.formats.int2_int3 import Int3Weight
+from dbrx_q.kernels.formats.int4 import Int4Weight, pack
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.nf4 import dequantize_on_cpu
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -47,7 +49,15 @@ def _int8_rows(weight: Int8Weight, tile: torch.Tensor) -> None:
     int8.dequantize_rows(w, s, len(tile), weight.scales.shape[-1], out, weight.group_size, int(tile.dtype == torch.bfloat16))
 
 
+def _few_bits_rows(weight: Int3Weight, tile: torch.Tensor) -> None:
+    """Rows of int3 or int2, as rows of int4 with the same codes and zero-points."""
+    zeros = pack(int2_int3.unpack_bits(weight.zeros, weight.bits, weight.scales.shape[-1]))
+    _int4_rows(Int4Weight(int2_int3.nibbles(weight.qweight, weight.bits), weight.scales, zeros, weight.group_size), tile)
+
+
 TILE_KERNELS = {
+    "int2": TileKernels(_few_bits_rows, interleaved=True),
+    "int3": TileKernels(_few_bits_rows, interleaved=True),
     "int4": TileKernels(_int4_rows, interleaved=True, amx=True),
     "int8": TileKernels(_int8_rows, interleaved=False, amx=True),
     **{name: TileKernels(trellis.dequantize_rows, interleaved=False, rotated=True) for name in trellis.KINDS},

@@ -34,7 +34,7 @@ from .activations import QuantizedActivations
 from .addresses import call, clear, copy_vector, integer, next_task, store_float, store_integer
 from .compiled import compiled, compiled_address
 from .integer_tiles import multiply_one, multiply_tile, row_tiles
-from .row_codes import BLOCK, KINDS, RowCodes, int4_block, int8_block, row_scales, uint8_block
+from .row_codes import BLOCK, KINDS, RowCodes, int8_block, nibble_block, row_scales, uint8_block
 
 __all__ = ["Job", "multiply"]
 
@@ -120,7 +120,8 @@ def _store_sums(sums, out, rows):
 @cache
 def _few_rows(kind: int) -> int:
     """The address of the function that multiplies the rows of a task with one token, for a kind of `RowCodes`."""
-    per_byte, has_offsets = (2 if RowCodes.of_kind(kind).four_bits else 1), RowCodes.of_kind(kind).offsets is not None
+    codes_of_rows = RowCodes.of_kind(kind)
+    block_bytes, zero_bits = codes_of_rows.block_bytes, codes_of_rows.zero_bits
 
     def few_rows(arguments, job, task):
         N, K, group_size, span = integer(arguments, 0), integer(arguments, 1), integer(arguments, 2), integer(arguments, 4)
@@ -128,7 +129,7 @@ def _few_rows(kind: int) -> int:
         pair = integer(job, 5)
         x_row, out = integer(integer(arguments, 8), pair), integer(job, 4) + integer(integer(arguments, 9), pair) * N * 4
         groups, row_blocks = K // group_size, K // BLOCK
-        code_pitch, zero_pitch = K // per_byte, groups * 2 if has_offsets else (groups + 1) // 2
+        code_pitch, zero_pitch = row_blocks * block_bytes, (groups * zero_bits + 7) // 8
         x_pitch = integer(arguments, 10)
         x_codes, x_units = x + x_row * x_pitch * 2, x_row * groups * 4
         scales, sums, scale_blocks = scratch, scratch + 16 * 128, 16 * group_size // BLOCK
@@ -143,7 +144,7 @@ def _few_rows(kind: int) -> int:
                 for begin in range(0, row_blocks, scale_blocks):
                     blocks = min(scale_blocks, row_blocks - begin)
                     group, count = begin * BLOCK // group_size, blocks * BLOCK // group_size
-                    zeros = zero_row + (group * 2 if has_offsets else group // 2)
+                    zeros = zero_row + group * zero_bits // 8
                     row_scales(scale_row + group * 2, zeros, count, groups, last, scales, scales + 64, kind)
                     multiply_one(
                         codes,
@@ -172,8 +173,9 @@ def _few_rows(kind: int) -> int:
 def _many_rows(kind: int, code_bytes: int) -> int:
     """The address of the function that multiplies the rows of a task with several tokens, for kinds of `RowCodes` and of activations."""
     tile_tokens, sum_bytes = row_tiles(code_bytes)[0] // code_bytes, 8 if code_bytes == 3 else 4
-    four_bits, has_offsets = RowCodes.of_kind(kind).four_bits, RowCodes.of_kind(kind).offsets is not None
-    per_byte = 2 if four_bits else 1
+    codes_of_rows = RowCodes.of_kind(kind)
+    nibbles, bits, has_offsets = codes_of_rows.nibbles, codes_of_rows.bits, codes_of_rows.offsets is not None
+    block_bytes, zero_bits = codes_of_rows.block_bytes, codes_of_rows.zero_bits
     chunk_blocks = _CHUNK // BLOCK
 
     def many_rows(arguments, job, task):
@@ -187,7 +189,7 @@ def _many_rows(kind: int, code_bytes: int) -> int:
         x, x_scales, x_sums, codes = integer(arguments, 5), integer(arguments, 6), integer(arguments, 7), integer(task, 1)
         x_rows, out_rows, x_pitch = integer(arguments, 8), integer(arguments, 9), integer(arguments, 10)
         groups, units, row_blocks = K // group_size, K // unit, K // BLOCK
-        code_pitch, zero_pitch = K // per_byte, groups * 2 if has_offsets else (groups + 1) // 2
+        code_pitch, zero_pitch = row_blocks * block_bytes, (groups * zero_bits + 7) // 8
         scales = codes + _CHUNK * _ROWS
         zeros, x_at = scales + 64, scales + groups * 256
         sums = x_at + 384
@@ -210,15 +212,15 @@ def _many_rows(kind: int, code_bytes: int) -> int:
                         base = integer(job, 1) + row * code_pitch
                         for i in range(blocks):
                             to = codes + i * (_ROWS * BLOCK) + 64 * j
-                            if four_bits:
-                                int4_block(base, code_pitch, last, chunk + i, to)
+                            if nibbles:
+                                nibble_block(base, code_pitch, last, chunk + i, to, bits)
                             elif has_offsets:
                                 uint8_block(base, code_pitch, last, chunk + i, to)
                             else:
                                 int8_block(base, code_pitch, last, chunk + i, to)
                     # After the last chunk of these rows come the next 32 rows.
                     following = chunk + blocks if chunk + blocks < row_blocks else _ROWS * row_blocks
-                    ahead, ahead_pitch = integer(job, 1) + first * code_pitch + following * (BLOCK // per_byte), code_pitch
+                    ahead, ahead_pitch = integer(job, 1) + first * code_pitch + following * block_bytes, code_pitch
                     group_at, first_unit = chunk * BLOCK // group_size * 128, chunk * BLOCK // unit
                     for pair in range(begin, end, tile_tokens):
                         for i in range(tile_tokens):

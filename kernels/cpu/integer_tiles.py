@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import vector as v
-from .row_codes import BLOCK, RowCodes
+from .row_codes import BLOCK, RowCodes, nibble_line, nibble_values
 
 __all__ = ["multiply_one", "multiply_tile", "row_tiles"]
 
@@ -62,7 +62,7 @@ def multiply_tile(
     if not all(isinstance(literal, types.IntegerLiteral) for literal in (code_bytes, kind)):
         return None
     H, codes_of_rows = code_bytes.literal_value, RowCodes.of_kind(kind.literal_value)
-    small, has_offsets = codes_of_rows.four_bits, codes_of_rows.offsets is not None
+    small, has_offsets, block_bytes = codes_of_rows.nibbles, codes_of_rows.offsets is not None, codes_of_rows.block_bytes
 
     def tile(b: Any, rows: int, args: Any) -> None:
         codes, scales, zeros, second, units, x_at, x_pitch, sums = args[:8]
@@ -71,7 +71,7 @@ def multiply_tile(
             return b.load(b.inttoptr(b.add(table, v.I64(8 * token)), v.I64.as_pointer()))
 
         ahead, pitch, unit_size, group_size = args[9:13]
-        lines = 1 if small else 2  # of 64 bytes to prefetch in a step: a row's share of a chunk has four times as many
+        lines = -(-block_bytes // 64)  # to prefetch in a step: a row's share of a chunk has four times as many, or fewer
         tokens = rows // H
         x_rows = [b.add(address(x_at, r // H), b.mul(x_pitch, v.I64(r % H))) for r in range(rows)]
         x_scales, x_sums = ([address(b.add(x_at, v.I64(offset)), t) for t in range(tokens)] for offset in (128, 256))
@@ -102,7 +102,7 @@ def multiply_tile(
             first = b.mul(unit.index, steps)
             with cgutils.for_range(b, steps) as step:
                 k = b.add(first, step.index)
-                line_at = b.add(b.mul(b.lshr(k, v.I64(2)), pitch), b.mul(b.and_(k, v.I64(3)), v.I64(64 * lines)))
+                line_at = b.add(b.mul(b.lshr(k, v.I64(2)), pitch), b.mul(b.and_(k, v.I64(3)), v.I64(block_bytes)))
                 for line in range(lines):
                     v.prefetch(b, b.add(b.add(ahead, line_at), v.I64(64 * line)))
                 code_at = b.add(codes, b.mul(k, v.I64(128)))
@@ -179,8 +179,8 @@ def multiply_one(
     if not isinstance(kind, types.IntegerLiteral):
         return None
     codes_of_rows = RowCodes.of_kind(kind.literal_value)
-    small, has_offsets = codes_of_rows.four_bits, codes_of_rows.offsets is not None
-    lines = 1 if small else 2  # of 64 bytes in a block of 128 elements
+    small, has_offsets, block_bytes = codes_of_rows.nibbles, codes_of_rows.offsets is not None, codes_of_rows.block_bytes
+    lines = -(-block_bytes // 64)  # that a block of 128 elements takes
 
     def codegen(context, b, signature, args):
         codes, pitch, last, begin, blocks, row_blocks, scales, zeros, x, x_pitch, x_scales, x_sums, sums, group_size, _ = args
@@ -197,23 +197,22 @@ def multiply_one(
                 if small:
                     words = [b.shuffle_vector(*words, v.constant(v.V16I, list(range(i, 32, 2)))) for i in range(2)]
                 halves.append([b.bitcast(word, v.V64) for word in words])
-            line_at = b.mul(block, v.I64(64 * lines))
+            line_at = b.mul(block, v.I64(block_bytes))
             # After the last block of these rows come the next sixteen rows.
             ahead = b.add(block, v.I64(_BLOCKS_AHEAD))
             over = b.icmp_signed(">=", ahead, row_blocks)
-            ahead = b.mul(b.select(over, b.sub(ahead, row_blocks), ahead), v.I64(64 * lines))
+            ahead = b.mul(b.select(over, b.sub(ahead, row_blocks), ahead), v.I64(block_bytes))
             ahead = b.add(ahead, b.select(over, next_rows, v.I64(0)))
             totals: list[list[Any]] = [[] for _ in range(lines)]
             for row in range(16):
                 values = []
                 for line in range(lines):
                     v.prefetch(b, b.add(b.add(rows[row], ahead), v.I64(64 * line)), level=2)
-                    loaded = v.load(b, b.add(b.add(rows[row], line_at), v.I64(64 * line)), v.V64)
+                    at = b.add(b.add(rows[row], line_at), v.I64(64 * line))
                     if small:
-                        shifted = b.bitcast(b.lshr(b.bitcast(loaded, v.V16I), v.constant(v.V16I, [4] * 16)), v.V64)
-                        low = v.constant(v.V64, [15] * 64)
-                        values += [b.and_(loaded, low), b.and_(shifted, low)]
+                        values += nibble_values(b, nibble_line(b, at, codes_of_rows.bits), codes_of_rows.bits)
                     else:
+                        loaded = v.load(b, at, v.V64)
                         values.append(loaded if has_offsets else b.xor(loaded, v.constant(v.V64, [-128] * 64)))
                 for line, chain in enumerate([[0, 1]] if small else [[0], [1]]):
                     total = ir.Constant(v.V16I, None)

@@ -125,7 +125,7 @@ def quantized(x: torch.Tensor, weight: QuantizedWeight, product: Product, code_b
     if weight.format in trellis.KINDS:
         return quantize_rotated(x, group_size=weight.group_size, code_bytes=code_bytes)
     unit = activation_unit(product, code_bytes, weight.group_size)
-    return quantize_activations(x, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].four_bits)
+    return quantize_activations(x, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].nibbles)
 
 
 def quantized_gated(gate: torch.Tensor, up: torch.Tensor, weight: QuantizedWeight, code_bytes: int) -> QuantizedActivations:
@@ -134,7 +134,7 @@ def quantized_gated(gate: torch.Tensor, up: torch.Tensor, weight: QuantizedWeigh
     if weight.format in trellis.KINDS:
         return quantize_rotated(gate, up, group_size=weight.group_size, code_bytes=code_bytes)
     unit = activation_unit(Product.DOWN, code_bytes, weight.group_size)
-    return quantize_gated(gate, up, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].four_bits)
+    return quantize_gated(gate, up, unit=unit, code_bytes=code_bytes, interleaved=FORMATS[weight.format].nibbles)
 
 
 def arithmetic() -> str:

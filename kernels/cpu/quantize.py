@@ -1,4 +1,4 @@
-"""Quantization to int4, q4_0 and int8 in one pass over memory: the bits of their `quantize` functions, many times faster.
+"""Quantization to int2, int3, int4, q4_0 and int8 in one pass over memory: the bits of their `quantize` functions, many times faster.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` group size, `n` = K/G groups of a row.
 """
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numba import prange
 
-from dbrx_q.kernels.formats import int4, q4_0
+from dbrx_q.kernels.formats import int2_int3, int4, q4_0
+from dbrx_q.kernels.formats.int2_int3 import Int2Weight, Int3Weight
 from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.kernels.formats.int8 import Int8Weight
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -81,7 +82,28 @@ def _int8_to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
     return round_int8(weight, scales, group_size)
 
 
+def _few_bits(kind: type[Int3Weight]) -> QuantizationKernels:
+    """The code for int3 or int2: int4's on fewer levels, whose codes and zero-points are packed again."""
+    levels = 2**kind.bits - 1
+
+    def pack(result: tuple[Int4Weight, float, float]) -> _Result:
+        weight, error, square = result
+        zeros = int2_int3.pack_bits(int4.unpack(weight.zeros, weight.scales.shape[1]), kind.bits)
+        return kind(int2_int3.planes(weight.qweight, kind.bits), weight.scales, zeros, weight.group_size), error, square
+
+    def to_nearest(weight: torch.Tensor, group_size: int) -> _Result:
+        return pack(_int4(weight, group_size, None, None, (0, levels), levels))
+
+    def to_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> _Result:
+        assert zeros is not None
+        return pack(_int4(weight, group_size, scales, zeros, (0, levels), levels))
+
+    return QuantizationKernels(to_nearest, to_grid)
+
+
 KERNELS = {
+    "int2": _few_bits(Int2Weight),
+    "int3": _few_bits(Int3Weight),
     "int4": QuantizationKernels(quantize_int4, _int4_to_grid),
     "int8": QuantizationKernels(quantize_int8, _int8_to_grid),
     "q4_0": QuantizationKernels(quantize_q4_0, _int4_to_grid),
@@ -95,11 +117,13 @@ def _int4(
     scales: torch.Tensor | None,
     zeros: torch.Tensor | None,
     zero_points: tuple[int, int] = (0, 15),
+    levels: int = 15,
 ) -> tuple[Int4Weight, float, float]:
+    """The result of int4 with codes 0 .. `levels`; zero_points: the least and the largest."""
     N, K = weight.shape
     packed_zeros = torch.zeros(N, (K // group_size + 1) // 2, dtype=torch.uint8) if zeros is None else int4.pack(zeros.to(torch.uint8))
     qweight = torch.empty(N, K // 2, dtype=torch.uint8)
-    rounded_scales, error, square = _rounded(weight, group_size, 15, qweight, scales, packed_zeros, zero_points)
+    rounded_scales, error, square = _rounded(weight, group_size, levels, qweight, scales, packed_zeros, zero_points)
     return Int4Weight(qweight, rounded_scales, packed_zeros, group_size), error, square
 
 
@@ -151,16 +175,18 @@ def _round_here(address, item, row_pitch, column_pitch, G, levels, min_zero, max
 def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, min_zero, max_zero, given, words, scales, zeros, sums):
     """Quantize rows first .. first+31.
 
-    min_zero, max_zero: the least and the largest zero-point. given: whether scales and zeros hold the grid; otherwise the grid is written
-    to them. words: int32 [N, K/8 or K/4], the packed codes.
+    levels: 127 for signed codes of 8 bits, at most 15 for unsigned ones of 4 bits. min_zero, max_zero: the least and the largest
+    zero-point. given: whether scales and zeros hold the grid; otherwise the grid is written to them. words: int32 [N, K/8 or K/4], the
+    packed codes.
     """
     N, n_groups = scales.shape
-    bits = 4 if levels == 15 else 8
+    symmetric = levels > 15
+    bits = 8 if symmetric else 4
     per_word = 32 // bits
     tile, packed = np.empty((G, LANES), np.float32), np.empty((G // per_word, LANES), np.int32)
     half, single = np.empty(LANES, np.int16), np.empty((4, LANES), np.float32)
     tile_at, packed_at, single_at = tile.ctypes.data, packed.ctypes.data, single.ctypes.data
-    least, most = splat(np.float32(0 if levels == 15 else -127)), splat(np.float32(levels))
+    least, most = splat(np.float32(-levels if symmetric else 0)), splat(np.float32(levels))
     for g in range(n_groups):
         for n in range(first, min(first + _ROWS, N), LANES):
             rows = min(LANES, N - n)
@@ -168,16 +194,16 @@ def _round_rows(first, address, item, row_pitch, column_pitch, G, levels, min_ze
             if given:
                 for r in range(rows):
                     half[r] = scales[n + r, g]
-                    single[0, r] = 0 if levels == 127 else zeros[n + r, g // 2] >> (g % 2 * 4) & 15
+                    single[0, r] = 0 if symmetric else zeros[n + r, g // 2] >> (g % 2 * 4) & 15
                 scale, zero = load_half(half.ctypes.data), load(single_at)
             else:
                 low, high = group_ranges(tile_at, G)
-                scale, zero = range_scale_and_zero(low, high, levels, levels == 127, min_zero, max_zero)
+                scale, zero = range_scale_and_zero(low, high, levels, symmetric, min_zero, max_zero)
                 store_half(scale, half.ctypes.data)
                 store(zero, single_at)
                 for r in range(rows):
                     scales[n + r, g] = half[r]
-                    if levels == 15:
+                    if not symmetric:
                         zeros[n + r, g // 2] |= np.uint8(single[0, r]) << np.uint8(g % 2 * 4)
             step = step_of(scale)
             error = square = splat(np.float32(0))

@@ -4,6 +4,7 @@ Begin with `format.py`, the record that describes a weight format, and `registry
 the format of a weight (checkpoint layout, quantization methods, command line, kernels) reads the record. Each weight format has a file:
 
 - `int4.py`: 4-bit codes with a scale and a zero-point per group.
+- `int2_int3.py`: 3-bit or 2-bit codes with a scale and a zero-point per group.
 - `int8.py`: 8-bit codes with a scale per group.
 - `affine.py`: 4-bit or 8-bit codes with a scale and an offset per group, both float16 or both bfloat16.
 - `q4_0.py`: int4 with zero-points of 7 and 8, which llama.cpp's Q4_0 holds.

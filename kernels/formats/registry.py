@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import affine, int4, int8, nf4, q4_0, trellis
+from . import affine, int2_int3, int4, int8, nf4, q4_0, trellis
 from .errors import FormatError
 from .format import PLAIN, Format, Part
 from .groups import check_group_size
@@ -17,7 +17,16 @@ __all__ = ["FORMATS", "PLAIN", "TensorFormat", "offered_formats"]
 
 FORMATS: dict[str, Format] = {
     record.name: record
-    for record in (int4.FORMAT, int8.FORMAT, nf4.FORMAT, nf4.DOUBLE_FORMAT, *affine.FORMATS, q4_0.FORMAT, *trellis.FORMATS)
+    for record in (
+        int4.FORMAT,
+        int8.FORMAT,
+        nf4.FORMAT,
+        nf4.DOUBLE_FORMAT,
+        *affine.FORMATS,
+        q4_0.FORMAT,
+        *int2_int3.FORMATS,
+        *trellis.FORMATS,
+    )
 }
 """The weight formats by their names. A new format is one more record here."""
 

@@ -189,6 +189,28 @@ def test_rounding_equals_that_of_the_formats(rows: int, transposed: bool, dtype:
             assert square == pytest.approx(float(x.double().square().sum()), rel=1e-5)
 
 
+@SHAPES
+@pytest.mark.parametrize("name", ["int3", "int2"])
+@pytest.mark.parametrize(("dtype", "G"), [(torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 128)])
+def test_rounding_to_few_bits_equals_that_of_the_formats(rows: int, transposed: bool, name: str, dtype: torch.dtype, G: int) -> None:
+    """To the grid of each group's range, and to a grid of any zero-points, which is rounded with whole tensors on other devices."""
+    x, record = weight(rows, transposed=transposed).to(dtype), FORMATS[name]
+    assert record.grid is not None
+    expected, kernels = record.quantize(x, G), cpu_quantize.KERNELS[name]
+    generator = torch.Generator().manual_seed(1)
+    scales, top = torch.rand(rows, K // G, generator=generator).mul(0.04).half(), record.grid.levels
+    zeros = torch.randint(0, top + 1, (rows, K // G), generator=generator).float()
+    u = (grouped(x.float(), G) / steps_of(scales).unsqueeze(-1)).round()
+    u = torch.minimum(torch.maximum(u, -zeros.unsqueeze(-1)), (top - zeros).unsqueeze(-1)).flatten(-2)
+    for wanted, (result, error, square) in (
+        (expected, kernels.to_nearest(x, G)),
+        (record.grid.pack(u, scales, zeros, G), kernels.to_grid(x, scales, zeros, G)),
+    ):
+        assert all(torch.equal(part, wanted.parts[part_name]) for part_name, part in result.parts.items())
+        assert error == pytest.approx(float((record.dequantize(wanted, torch.float32).double() - x.double()).square().sum()), rel=1e-4)
+        assert square == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+
+
 def test_inverse_power() -> None:
     x = torch.logspace(-30, 30, 16 * 4000, base=2)
     powers = torch.empty_like(x)

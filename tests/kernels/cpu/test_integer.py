@@ -15,7 +15,8 @@ from dbrx_q.kernels.cpu.choice import CpuChoice, Product, Regime, activation_byt
 from dbrx_q.kernels.cpu.integer import Job, multiply
 from dbrx_q.kernels.cpu.linear import linear, use_threads
 from dbrx_q.kernels.cpu.moe import moe_experts
-from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.cpu.row_codes import FORMATS as ROW_CODES
+from dbrx_q.kernels.formats import int8
 from dbrx_q.kernels.formats.errors import DbrxError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -23,7 +24,14 @@ from dbrx_q.kernels.formats.registry import FORMATS as REGISTRY
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.moe import moe_experts_reference
 
-FORMATS = [("int4", 32), ("int4", 64), ("int4", 128), ("int8", 64), ("affine4", 32), ("affine8-bf16", 64)]
+FORMATS = [
+    *(("int2", G) for G in (32, 128)),
+    *(("int3", G) for G in (32, 64)),
+    *(("int4", G) for G in (32, 64, 128)),
+    ("int8", 64),
+    ("affine4", 32),
+    ("affine8-bf16", 64),
+]
 
 
 def packed(format: str, group: int, *shape: int, seed: int = 0) -> QuantizedWeight:
@@ -43,12 +51,16 @@ def foreign(format: str, group: int, N: int, K: int) -> QuantizedWeight:
         codes = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
         codes[0] = -128
         return int8.Int8Weight(codes, scales, group)
-    codes, zeros = (torch.randint(0, 256, (N, n), generator=generator, dtype=torch.uint8) for n in (K // 2, (K // group + 1) // 2))
-    return int4.Int4Weight(codes, scales, zeros, group)
+    random = {
+        part.name: torch.randint(0, 256, part.shape, generator=generator, dtype=torch.uint8)
+        for part in REGISTRY[format].parts(N, K, group)
+        if part.dtype == torch.uint8
+    }
+    return REGISTRY[format].weight.of({**random, "scales": scales}, group)
 
 
 def activations(x: torch.Tensor, weight: QuantizedWeight, code_bytes: int, unit: int = 0) -> QuantizedActivations:
-    return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved="4" in weight.format)
+    return quantize_activations(x, unit=unit or weight.group_size, code_bytes=code_bytes, interleaved=ROW_CODES[weight.format].nibbles)
 
 
 def values(x: QuantizedActivations, format: str) -> torch.Tensor:
@@ -56,7 +68,7 @@ def values(x: QuantizedActivations, format: str) -> torch.Tensor:
     T, H, K = x.codes.shape
     codes = x.codes.double()
     whole = codes[:, 0] if H == 1 else 256 * codes[:, 0] + codes[:, 1]
-    if "4" in format:
+    if ROW_CODES[format].nibbles:
         whole = whole.view(T, K // 8, 2, 4).transpose(-1, -2).reshape(T, K)
     units = whole.view(T, -1, x.unit)
     assert torch.equal(units.sum(-1).int(), x.sums)
@@ -103,7 +115,7 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
 
 
 @pytest.mark.parametrize("code_bytes", [1, 2, 3])
-@pytest.mark.parametrize("format", ["int4", "int8", "int8 of -128", "affine4", "affine8-bf16"])
+@pytest.mark.parametrize("format", ["int2", "int3", "int4", "int8", "int8 of -128", "affine4", "affine8-bf16"])
 def test_the_largest_sums_do_not_overflow(format: str, code_bytes: int) -> None:
     if code_bytes == 3 and "avx512vnni" not in vector.chip_features():
         pytest.skip("three bytes are for chips with 512-bit products of bytes")
@@ -175,9 +187,10 @@ def layer(formats: tuple[tuple[str, int], ...]) -> ExpertWeights:
         (("int4", 64),) * 3,
         (("int4", 32), ("int8", 64), ("int4", 128)),
         (("int8", 64),) * 3,
+        (("int3", 64), ("int3", 64), ("int2", 32)),
         (("affine4", 32), ("affine4", 32), ("affine8-bf16", 64)),
     ],
-    ids=["int4", "mixed", "int8", "affine"],
+    ids=["int4", "mixed", "int8", "int3 and int2", "affine"],
 )
 def test_experts_with_few_and_with_many_tokens(formats: tuple[tuple[str, int], ...]) -> None:
     weights = layer(formats)
