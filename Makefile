@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
-.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization clean
+.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization bits clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -87,6 +87,14 @@ quantization: .venv/installed-dev
 		--plot docs/methods.png --document docs/quantization.md --section methods
 	$(BIN)/python tests/methods/protocol.py tests/data/dbrx-micro $(METHODS) --texts $(TEXTS) --set final --only 'int4 g64' \
 		--document docs/quantization.md --section second-model
+
+# The tables and the plot of docs/quantization.md on formats of all sizes; a second call continues. BESIDE: the model in files and folders
+# of other programs, such as those of tests/methods/ggml_types.py and tests/dbrx_q/sources/make_bitsandbytes.py.
+BESIDE := tests/data/dbrx-nano-gguf/dbrx-nano.Q4_0.gguf
+bits: .venv/installed-dev
+	@test -d "$(TEXTS)/final" || { echo "Name the folder that tests/methods/texts.py wrote: make bits TEXTS=FOLDER"; exit 2; }
+	$(BIN)/python tests/methods/bits.py $(MODEL) $(OUT)/bits --texts $(TEXTS) --beside $(BESIDE) \
+		--plot docs/bits.svg --document docs/quantization.md
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
