@@ -102,6 +102,8 @@ class Format:
     """The uniform grid that methods other than rtn choose scales for; None: only rtn makes the format."""
     trellis: TrellisCode | None = None
     """The code of a format whose rows are streams, which methods search; None for all others."""
+    fast: str | None = None
+    """The name of the format of the same layout with a quicker search; None where there is none."""
     embedding: bool = False
     """Whether the embedding may have the format."""
     stored: StoredForm | None = None

@@ -69,6 +69,11 @@ class TensorFormat:
         return FORMATS[self.format]
 
     @property
+    def fast(self) -> TensorFormat:
+        """The format of the same layout with a quicker search; this one where there is none."""
+        return TensorFormat(self.record.fast or self.format, self.group_size)
+
+    @property
     def in_memory(self) -> TensorFormat:
         """The format that a loaded weight has."""
         return TensorFormat(self.record.weight.format, self.group_size)

@@ -226,6 +226,7 @@ def _format(kind: type[TrellisWeight]) -> Format:
         quantize=partial(quantize, kind=kind),
         dequantize=dequantize,
         trellis=kind.code,
+        fast=f"{kind.format}-fast" if f"{kind.format}-fast" in CODES else None,
     )
 
 

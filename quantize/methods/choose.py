@@ -10,6 +10,7 @@ import torch
 from dbrx_q.errors import FormatError
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import FORMATS, TensorFormat
+from dbrx_q.kernels.formats.rotation import rotate
 
 from .gptq import gptq
 from .grid import Grid, packed, searched_grid, to_nearest
@@ -17,6 +18,7 @@ from .hqq import hqq_grid
 from .moments import Moments
 from .refine import descend, fit_scales
 from .rtn import rtn
+from .trellis import trellis_gptq, trellis_nearest
 
 __all__ = ["METHODS", "Method", "Rounded"]
 
@@ -51,7 +53,9 @@ class Method:
     summary: str
     """A description of one line."""
     needs_grid: bool = True
-    """Whether it makes only formats with a uniform grid."""
+    """Whether it makes only formats with a uniform grid and, where `trellis` says so, trellis formats."""
+    trellis: bool = False
+    """Whether it makes trellis formats."""
     compares: bool = False
     """Whether it needs the activations of the original model beside those of the quantized one."""
     folds: bool = False
@@ -61,12 +65,20 @@ class Method:
     shrinks: bool = False
     """Whether damping and the weights of sources are chosen for each matrix (`shrinkage.py`), in place of the usual damping."""
     in_pieces: bool = True
-    """Whether several threads each take some rows at a time; rtn has threads of its own."""
+    """Whether several threads each take some rows at a time; rtn has threads of its own, except for trellis formats (`takes_pieces`)."""
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The names of the formats that it makes."""
-        return tuple(name for name, record in FORMATS.items() if record.grid is not None or not self.needs_grid)
+        return tuple(
+            name
+            for name, record in FORMATS.items()
+            if record.grid is not None or not self.needs_grid or (self.trellis and record.trellis is not None)
+        )
+
+    def takes_pieces(self, fmt: TensorFormat) -> bool:
+        """Whether several threads each take some rows of a matrix in this format at a time."""
+        return self.in_pieces or fmt.record.trellis is not None
 
     def check(self, name: str, fmt: TensorFormat) -> None:
         """Refuse a format that the method does not make.
@@ -89,9 +101,13 @@ def _nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
 
 def _fitted(weight: torch.Tensor, target: torch.Tensor, grid: Grid, u: torch.Tensor, hessian: torch.Tensor) -> Rounded:
     """The result for whole numbers u that were chosen for a target, which may differ from the weight itself."""
-    wide, values = weight.float(), grid.dequantize(u)
-    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - wide, wide))
-    return Rounded(packed(grid, u), error, square, *_energies(values, target, hessian))
+    return _measured(packed(grid, u), grid.dequantize(u), weight.float(), target, hessian)
+
+
+def _measured(packed: QuantizedWeight, values: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor) -> Rounded:
+    """The result with these values, float32 [N, K], in the basis of weight, target and Hessian."""
+    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - weight, weight))
+    return Rounded(packed, error, square, *_energies(values, target, hessian))
 
 
 def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
@@ -104,6 +120,8 @@ def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) ->
 
 
 def _clip(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
+    if fmt.record.trellis is not None:
+        return Rounded(*trellis_nearest(weight, fmt))
     return _nearest(weight, searched_grid(weight, fmt))
 
 
@@ -119,6 +137,8 @@ def _awq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Ro
 def _gptq(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:
     if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
+    if fmt.record.trellis is not None:
+        return _trellis(weight, fmt, moments)
     wide = weight.float()
     grid = searched_grid(wide, fmt, moments.inverse_hessian_cost)
     return _fitted(weight, wide, grid, gptq(wide, moments, grid), moments.hessian)
@@ -128,6 +148,8 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
     """GPTQ of the matrix that compensates earlier errors, then scales fitted to its codes and codes fitted to those scales."""
     if moments is None or moments.hessian is None:
         return _clip(weight, fmt, None)
+    if fmt.record.trellis is not None:
+        return _trellis(weight, fmt, moments)
     target = moments.corrected_target(weight.float())
     grid = searched_grid(target, fmt, moments.inverse_hessian_cost)
     u = gptq(target, moments, grid)
@@ -135,14 +157,28 @@ def _best(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> R
     return _fitted(weight, target, grid, descend(target, moments.hessian, grid, u, sweeps=2), moments.hessian)
 
 
+def _trellis(weight: torch.Tensor, fmt: TensorFormat, moments: Moments) -> Rounded:
+    """GPTQ with streams in the rotated basis; of the matrix that compensates earlier errors, where the moments have a cross term."""
+    rotated = moments.rotated(fmt.group_size)
+    assert rotated.hessian is not None
+    wide = rotate(weight, fmt.group_size)
+    target = rotated.corrected_target(wide)
+    return _measured(*trellis_gptq(target, fmt, rotated), wide, target, rotated.hessian)
+
+
 METHODS = {
-    "rtn": Method(_rtn, False, "round to nearest", needs_grid=False, in_pieces=False),
-    "clip": Method(_clip, False, "round to nearest in ranges searched for the least squared error"),
+    "rtn": Method(_rtn, False, "round to nearest", needs_grid=False, trellis=True, in_pieces=False),
+    "clip": Method(_clip, False, "round to nearest in ranges searched for the least squared error", trellis=True),
     "hqq": Method(_hqq, False, "half-quadratic: ranges fitted to most elements, not to outliers"),
     "awq": Method(_awq, True, "ranges searched for the least error, weighted by the size of inputs; w2's columns scaled", folds=True),
-    "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router"),
+    "gptq": Method(_gptq, True, "GPTQ with act-order and Hessians weighted by the router", trellis=True),
     "best": Method(
-        _best, True, "GPTQ of weights that compensate earlier errors, then refined scales and codes", compares=True, shrinks=True
+        _best,
+        True,
+        "GPTQ of weights that compensate earlier errors, then refined scales and codes",
+        trellis=True,
+        compares=True,
+        shrinks=True,
     ),
 }
 """The methods, by their names on the command line."""

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from dbrx_q.kernels.formats.rotation import rotate
+
 from .factor import inverse_factor
 from .products import Products
 
@@ -19,6 +21,7 @@ DAMPING = 0.01
 """The usual damping (Frantar et al. 2022, "GPTQ"), relative to the mean of a Hessian's diagonal."""
 
 _MOST_DAMPING = 1e3
+_ROTATED_ROWS = 512  # of a Hessian, rotated by one thread at a time
 
 
 class Moments:
@@ -54,6 +57,7 @@ class Moments:
         """float32 [K], sum of g^2 x^2."""
         self._mean = float(self.importance.double().mean()) or 1.0
         self._added = torch.where(self.importance == 0, self._mean, 0.0).double()
+        self._rotated: dict[int, Moments] = {}
         if self.hessian is not None:
             self._damp(self.hessian, damping)
 
@@ -85,10 +89,28 @@ class Moments:
         cost[self.order] = self.factor.diagonal().square().reciprocal()
         return cost
 
-    def prepare(self) -> None:
-        """Compute the cached properties, so that worker threads do not wait for each other."""
+    def prepare(self, rotation: int | None = None) -> None:
+        """Compute the cached properties, so that worker threads do not wait for each other.
+
+        Args:
+            rotation: prepare the moments that are rotated in groups of so many inputs; None for these moments themselves.
+        """
         if self.hessian is not None:
-            _ = self.inverse_hessian_cost
+            _ = (self if rotation is None else self.rotated(rotation)).inverse_hessian_cost
+
+    def rotated(self, G: int) -> Moments:
+        """The moments of rotated inputs, V x and V y with the rotation V of `kernels/formats/rotation.py` in groups of G; kept for later.
+
+        The Hessian is V H V^T, the cross term V D V^T, and the damping is as much as here. The columns are ordered by the rotated diagonal.
+        """
+        assert self.hessian is not None
+        if G not in self._rotated:
+            hessian = self.hessian.clone()
+            hessian.diagonal().copy_((self.importance.double() + self._added).float())
+            hessian = self._rotate_both(hessian, G)
+            cross_term = None if self.cross_term is None else self._rotate_both(self.cross_term.clone(), G)
+            self._rotated[G] = Moments(hessian, cross_term, self._products, act_order=self.act_order, damping=self.damping)
+        return self._rotated[G]
 
     def corrected_target(self, weight: torch.Tensor) -> torch.Tensor:
         """float32 [N, K]: the weight that compensates the errors of earlier layers.
@@ -103,6 +125,16 @@ class Moments:
         target = weight.clone()
         target[:, self.order] += change
         return target
+
+    def _rotate_both(self, matrix: torch.Tensor, G: int) -> torch.Tensor:
+        """V M V^T in place of M [K, K]; every element is computed alike, whatever the number of threads."""
+        for part in (matrix, matrix.T):
+
+            def rotate_rows(rows: torch.Tensor) -> None:
+                rows.copy_(rotate(rows, G))
+
+            self._products.workers.map(rotate_rows, part.split(_ROTATED_ROWS))
+        return matrix
 
     def _damp(self, hessian: torch.Tensor, damping: float) -> None:
         hessian.diagonal().copy_((self.importance.double() + self._added + damping * self._mean).float())

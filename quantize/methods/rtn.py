@@ -1,4 +1,4 @@
-"""Round to nearest, on the grid of each group's range. It needs no calibration data."""
+"""Round to nearest, on the grid of each group's range; in trellis formats the streams of least error. It needs no calibration data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.quantize import concatenate_rows, has_compiled_code, quantize, quantize_measured, squared_errors
 
+from .trellis import trellis_nearest
+
 __all__ = ["rtn", "rtn_whole"]
 
 _PIECE_ELEMENTS = 1 << 20  # elements quantized at a time without compiled code, in several copies of 4 bytes each
@@ -20,7 +22,7 @@ def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float
 
     Args:
         weight: [N, K], finite; a transposed view costs no copy. Rows are independent of each other, except in a format with a `StoredForm`:
-            there they are taken for a whole matrix.
+            there they are taken for a whole matrix, and in trellis formats, where those of a tile of 128 weigh by their scales.
         fmt: the format.
 
     Raises:
@@ -29,6 +31,8 @@ def rtn(weight: torch.Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, float
     if fmt.record.stored is not None:
         parts, error, square = rtn_whole([weight], fmt)
         return fmt.load(parts), error, square
+    if fmt.record.trellis is not None:
+        return trellis_nearest(weight, fmt)
     if has_compiled_code(fmt):
         return quantize_measured(weight, fmt)
     pieces, sums = [], [0.0, 0.0]

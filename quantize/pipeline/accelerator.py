@@ -19,6 +19,7 @@ __all__ = ["Accelerator", "open_accelerator"]
 
 _DEFAULT_SHARE = 0.9
 _TEMPORARIES = 16  # float32 copies of the rows that are rounded together
+_ROTATED = 8  # bytes per element of a Hessian for itself and the cross term in the rotated basis
 _FEWEST_ROWS = 512  # rows from which the GPU is faster
 _SQUARES = 36  # bytes per element of a Hessian: itself, cross term and factor, and three times the factor in float64 while it is computed
 
@@ -44,13 +45,16 @@ class Accelerator:
 
         0 where the memory suffices for too few rows, and for a method that keeps up with the disk on the CPU.
         """
-        if job.fmt is None or not method.in_pieces:
+        if job.fmt is None or not method.takes_pieces(job.fmt):
             return 0
         N, K = job.tensor.matrix
         taken = 0
         if method.calibrated:
-            taken = (0 if method.squares else _SQUARES * K * K) + 4 * models * 3 * N * K
-        rows = min(N, (self.memory - taken) // (4 * _TEMPORARIES * K))
+            rotated = 0 if job.fmt.record.trellis is None else _ROTATED
+            taken = (0 if method.squares else (_SQUARES + rotated) * K * K) + 4 * models * 3 * N * K
+        rows = (self.memory - taken) // (4 * _TEMPORARIES * K)
+        unit = job.fmt.record.weight.row_unit()
+        rows = min(N, rows - rows % unit)
         return rows if rows >= min(N, _FEWEST_ROWS) else 0
 
 

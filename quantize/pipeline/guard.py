@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from dbrx_q.checkpoint.layout import part_name
+from dbrx_q.checkpoint.layout import TensorFormat, part_name
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize, gather_rows
 from dbrx_q.quantize.calibration.forward import ORIGINAL, QUANTIZED
@@ -16,10 +16,10 @@ from dbrx_q.quantize.methods.workers import Workers
 
 from .jobs import Job
 
-__all__ = ["TASK_ROWS", "Guard", "PartsAndSums", "dequantized", "loaded", "place", "rounded_whole"]
+__all__ = ["TASK_ROWS", "Guard", "PartsAndSums", "dequantized", "loaded", "place", "rounded_whole", "task_rows"]
 
 TASK_ROWS = 512
-"""Rows that one thread rounds at a time."""
+"""Rows that one thread rounds at a time; of a trellis format one tile of 128 (`task_rows`)."""
 
 PartsAndSums = tuple[list[torch.Tensor], list[float]]
 """The stored parts of a matrix, and the sums of error, square, output_error and output_square of `Rounded` over its rows."""
@@ -46,19 +46,41 @@ class Guard:
         """Whether there is a model that is rounded to nearest beside the quantized one."""
         return self._nearest
 
-    def nearest(self, job: Job, blocks: list[torch.Tensor]) -> PartsAndSums | None:
-        """The matrix of a job, rounded to nearest in its format; None where the quantization method does that already."""
+    @staticmethod
+    def nearest_format(job: Job) -> TensorFormat:
+        """The format in which the matrix of a job is rounded to nearest for comparison.
+
+        That is its own format, but for experts in a trellis format, whose search would take all its time twice: they are compared in the
+        `fast` format of the same layout.
+        """
         assert job.fmt is not None
-        if not self._nearest:
-            return None
-        if job.fmt.record.stored is not None:
+        return job.fmt.fast if job.expert >= 0 else job.fmt
+
+    def nearest(self, job: Job, blocks: list[torch.Tensor]) -> PartsAndSums | None:
+        """The matrix of a job, rounded to nearest in `nearest_format`; None where the quantization method does that already."""
+        return self._rounded(job, blocks, self.nearest_format(job)) if self._nearest else None
+
+    def to_store(self, job: Job, blocks: list[torch.Tensor], nearest: PartsAndSums) -> PartsAndSums:
+        """The matrix of a job, rounded to nearest in its own format.
+
+        Args:
+            job: of the matrix.
+            blocks: its rows.
+            nearest: these, rounded to nearest in `nearest_format`.
+        """
+        assert job.fmt is not None
+        return nearest if self.nearest_format(job) == job.fmt else self._rounded(job, blocks, job.fmt)
+
+    def _rounded(self, job: Job, blocks: list[torch.Tensor], fmt: TensorFormat) -> PartsAndSums:
+        if fmt.record.stored is not None:
             return rounded_whole(job, blocks)
         parts = [torch.empty(part.shape, dtype=part.dtype) for part in job.parts]
         sums, first = [0.0] * 4, 0
         for rows in blocks:
-            packed, error, square = rtn(rows, job.fmt)
-            place(job, parts, packed, first)
-            sums[0], sums[1], first = sums[0] + error, sums[1] + square, first + len(rows)
+            pieces = rows.split(task_rows(fmt)) if fmt.record.trellis is not None else [rows]
+            for packed, error, square in self._workers.map(lambda piece: rtn(piece, fmt), pieces):
+                place(job, parts, packed, first)
+                sums[0], sums[1], first = sums[0] + error, sums[1] + square, first + packed.shape[0]
         return parts, sums
 
     def prefers_nearest(self, job: Job, blocks: list[torch.Tensor], parts: list[torch.Tensor], nearest: list[torch.Tensor]) -> bool:
@@ -68,9 +90,9 @@ class Guard:
             job: of the matrix.
             blocks: its rows.
             parts: of the quantized matrix.
-            nearest: of the one that is rounded to nearest.
+            nearest: of the one that is rounded to nearest, in `nearest_format`.
         """
-        packed = [loaded(job, stored) for stored in (parts, nearest)]
+        packed = [loaded(job, parts), loaded(job, nearest, self.nearest_format(job))]
         if job.kind == "embedding":
             ids = self.forward.deciding_ids
             return self.forward.prefers_nearest_embedding(
@@ -122,10 +144,19 @@ def _rows_of(blocks: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def loaded(job: Job, parts: list[torch.Tensor]) -> QuantizedWeight:
-    """The packed matrix of a job from its stored parts."""
-    assert job.fmt is not None
-    return job.fmt.load({part_name(part): tensor for part, tensor in zip(job.parts, parts, strict=True)})
+def task_rows(fmt: TensorFormat) -> int:
+    """Rows that one thread rounds at a time, a multiple of the format's `row_unit`.
+
+    A tile of a trellis format takes long to search, so tiles are shared out singly.
+    """
+    return TASK_ROWS if fmt.record.trellis is None else fmt.record.weight.row_unit()
+
+
+def loaded(job: Job, parts: list[torch.Tensor], fmt: TensorFormat | None = None) -> QuantizedWeight:
+    """The packed matrix of a job from its stored parts, in its own format or in another one of the same layout."""
+    fmt = fmt or job.fmt
+    assert fmt is not None
+    return fmt.load({part_name(part): tensor for part, tensor in zip(job.parts, parts, strict=True)})
 
 
 def dequantized(packed: QuantizedWeight, workers: Workers) -> torch.Tensor:
@@ -140,10 +171,11 @@ def dequantized(packed: QuantizedWeight, workers: Workers) -> torch.Tensor:
 
 
 def place(job: Job, parts: list[torch.Tensor], packed: QuantizedWeight, first: int) -> None:
-    """Copy packed rows to rows first .. of the parts."""
+    """Copy packed rows to rows first .. of the parts; `first` is a multiple of the format's `row_unit`."""
+    end = first + packed.shape[0]
     for part, stored in zip(job.parts, parts, strict=True):
-        packed_rows = packed.parts[part_name(part)]
-        stored[first : first + len(packed_rows)] = packed_rows
+        name = part_name(part)
+        stored[packed.entries(name, first, end)] = packed.parts[name]
 
 
 def rounded_whole(job: Job, blocks: list[torch.Tensor]) -> PartsAndSums:

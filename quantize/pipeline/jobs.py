@@ -37,7 +37,8 @@ def shards_of(checkpoint: StoredWeights, formats: Mapping[str, TensorFormat], li
 def read_rows(checkpoint: StoredWeights, job: Job) -> Iterator[torch.Tensor]:
     """The matrix [N, K] of a job: whole for an expert, otherwise some rows at a time."""
     name, (N, K) = job.tensor.name, job.tensor.matrix
-    step = max(1, STEP_BYTES // (2 * K))
+    unit = 1 if job.fmt is None else job.fmt.record.weight.row_unit()
+    step = max(1, STEP_BYTES // (2 * K * unit)) * unit
     if job.expert < 0:
         for first in range(0, N, step):
             yield checkpoint.read_rows(name, first, min(step, N - first))

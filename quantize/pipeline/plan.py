@@ -23,13 +23,14 @@ from dbrx_q.quantize.methods.products import fastest_dtype
 from dbrx_q.quantize.methods.shrinkage import BLOCK
 
 from .accelerator import Accelerator
-from .guard import TASK_ROWS
+from .guard import task_rows
 from .jobs import STEP_BYTES, Job
 
 __all__ = ["RunPlan", "TokenCounts", "check_seconds", "plan_run", "product_flops", "seconds_of"]
 
 _SLACK = 1.1  # for memory that the allocator holds
 _TEMPORARIES = 16  # float32 copies of the rows that one thread rounds
+_SEARCH_BYTES = 4 << 20  # of the search for streams in one thread: the decisions of all states for a stream, tables of costs
 _DEQUANTIZING = 2  # float32 copies of a matrix while it is dequantized from the format of another program
 _PASSES = 10  # copies in memory that take as long as reading, rounding to nearest, hashing and writing
 _UNEVEN = 1.5  # times the mean number of tokens of an expert
@@ -229,9 +230,11 @@ def _working(checkpoint: StoredWeights, job: Job, method: Method, tokens: TokenC
     matrix, packed = checkpoint.dtype_of(job.tensor.name).itemsize * N * K, job.nbytes
     if not isinstance(checkpoint, Checkpoint):
         matrix += _DEQUANTIZING * 4 * (N * K if job.expert >= 0 or job.fmt is None else min(N * K, STEP_BYTES // 2))
-    rounding = threads * TASK_ROWS * K * 4 * _TEMPORARIES
+    rounding = 0
+    if job.fmt is not None and method.takes_pieces(job.fmt):
+        rounding = threads * (task_rows(job.fmt) * K * 4 * _TEMPORARIES + (0 if job.fmt.record.trellis is None else _SEARCH_BYTES))
     if not tokens.passes:
-        return 3 * matrix + 3 * packed + (rounding if method.in_pieces and job.fmt is not None else 0)
+        return 3 * matrix + 3 * packed + rounding
     D, F, models = config.d_model, config.ffn_config.ffn_hidden_size, tokens.most_models
     piece = min(tokens.most, PIECE_TOKENS)
     weights = matrix + packed + (6 if job.expert >= 0 else 1) * 4 * N * K * models // 2 + 4 * N * K
@@ -241,10 +244,12 @@ def _working(checkpoint: StoredWeights, job: Job, method: Method, tokens: TokenC
     if tokens.held_out:
         fixed += _guarding(job, tokens, threads)
     if job.fmt is None or not method.calibrated or job.kind == "embedding":
-        return fixed + max(passing, rounding if method.in_pieces and job.fmt is not None else 0)
-    # Hessian, cross term and factor of K x K, and twice the factor while it is computed in float64; copies of a piece of
-    # inputs, four for each model.
-    squares = 0 if method.squares else K * K * (8 + (4 if tokens.models == 2 else 0) + 12)
+        return fixed + max(passing, rounding)
+    # Hessian, cross term and factor of K x K, and twice the factor while it is computed in float64; of a trellis format the first two
+    # once more, rotated; copies of a piece of inputs, four for each model.
+    cross_term = 4 if tokens.models == 2 else 0
+    squares = 0 if method.squares else K * K * (8 + cross_term + 12)
+    squares += 0 if job.fmt.record.trellis is None else K * K * (4 + cross_term)
     # For each fold a Hessian of the columns that are compared and, where those are all, a cross term; a few more to compare them.
     block, sums = min(K, BLOCK), tokens.models if K <= BLOCK else 1
     squares += 4 * block * block * (tokens.folds * sums + 8) if tokens.folds else 0

@@ -23,7 +23,7 @@ from dbrx_q.quantize.methods.moments import Moments
 from dbrx_q.quantize.methods.workers import Workers
 
 from .accelerator import Accelerator
-from .guard import TASK_ROWS, Guard, PartsAndSums, dequantized, loaded, place, rounded_whole
+from .guard import Guard, PartsAndSums, dequantized, loaded, place, rounded_whole, task_rows
 from .jobs import Job, read_blocks, read_rows
 from .records import TensorRecord
 
@@ -220,7 +220,9 @@ class Quantizer:
             return None
         candidate = nearest if to_round is blocks else self._guard.nearest(job, to_round)
         assert candidate is not None
-        return candidate if self._guard.prefers_nearest(job, to_round, parts, candidate[0]) else None
+        if not self._guard.prefers_nearest(job, to_round, parts, candidate[0]):
+            return None
+        return self._guard.to_store(job, to_round, candidate)
 
     def _measured_head(
         self, job: Job, blocks: list[torch.Tensor], quantized: PartsAndSums, nearest: PartsAndSums | None, notes: dict[str, Any]
@@ -246,7 +248,9 @@ class Quantizer:
         """
         if not self._forwards or job.kind == "head":
             return
-        packed = {QUANTIZED: loaded(job, parts)} | ({} if nearest is None else {NEAREST: loaded(job, nearest[0])})
+        packed = {QUANTIZED: loaded(job, parts)}
+        if nearest is not None:
+            packed[NEAREST] = loaded(job, nearest[0], Guard.nearest_format(job))
         if job.kind != "embedding":
             assert self._workers is not None
             weights = {name: dequantized(matrix, self._workers) for name, matrix in packed.items()}
@@ -267,7 +271,7 @@ class Quantizer:
         """(data that the matrix is fitted to, its parts, sums as in `PartsAndSums`, the device that rounded it)."""
         accelerator, device = self._accelerator, "cpu"
         where: AbstractContextManager[None] = nullcontext()
-        if accelerator is not None and self._method.in_pieces:
+        if accelerator is not None and job.fmt is not None and self._method.takes_pieces(job.fmt):
             rows = accelerator.rows(job, self._method, models=max(1, len(self._models)))
             if rows:
                 try:
@@ -309,11 +313,11 @@ class Quantizer:
         if on_accelerator and self._accelerator is not None:
             device = self._accelerator.device
             return (self._method.run(piece.to(device), fmt, moments) for piece in rows.split(on_accelerator))
-        if self._workers is None or not self._method.in_pieces:
+        if self._workers is None or not self._method.takes_pieces(fmt):
             return [self._method.run(rows, fmt, moments)]
         if moments is not None:
-            moments.prepare()
-        return self._workers.map(lambda piece: self._method.run(piece, fmt, moments), rows.split(TASK_ROWS))
+            moments.prepare(None if fmt.record.trellis is None else fmt.group_size)
+        return self._workers.map(lambda piece: self._method.run(piece, fmt, moments), rows.split(task_rows(fmt)))
 
     def _record(self, job: Job, root_mean_square: float | None, started: float, **figures: Any) -> TensorRecord:
         name, layer = job.tensor.name, job.tensor.layer

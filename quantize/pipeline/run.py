@@ -188,7 +188,8 @@ def _write_shards(run: Run, journal: Journal, partial: Path, on_bytes: Callable[
 
 
 def _quantizer(run: Run, partial: Path, stack: ExitStack) -> Quantizer:
-    workers = stack.enter_context(Workers()) if run.method.in_pieces or run.held_out is not None else None
+    in_pieces = run.method.in_pieces or any(map(run.method.takes_pieces, run.formats.values()))
+    workers = stack.enter_context(Workers()) if in_pieces or run.held_out is not None else None
     accelerator = run.request.accelerator
     calibration, guard, config, folder = None, None, run.checkpoint.config, partial / _ACTIVATIONS_NAME
     if workers is not None and (run.method.calibrated or run.held_out is not None):
