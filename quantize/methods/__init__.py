@@ -7,6 +7,7 @@ Begin with `choose.py`, the methods by name: each takes a matrix, a format and, 
 - `awq.py`: column scales by the size of the inputs.
 - `gptq.py`: GPTQ, block by block of columns; the loop over columns, whose errors the following ones compensate, is the op
   `dbrx_q.kernels.rounding`.
+- `trellis.py`: trellis formats: the search for streams, within GPTQ or without data.
 - `refine.py`: better scales and codes for a quantized matrix.
 
 Shared by the methods:

@@ -292,8 +292,10 @@ def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Mo
 
 def test_a_method_refuses_formats_that_it_does_not_produce() -> None:
     METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
-    with pytest.raises(FormatError, match=r"best makes int4, int8, affine4, .*, q4_0; found nf4\. Choose one of them"):
+    with pytest.raises(FormatError, match=r"best makes int4, int8, affine4, .*, q4_0, trellis2, .*; found nf4\. Choose one of them"):
         METHODS["best"].check("best", TensorFormat("nf4", 64))
+    with pytest.raises(FormatError, match=r"awq makes .*, q4_0; found trellis2\. Choose one of them"):
+        METHODS["awq"].check("awq", TensorFormat("trellis2", 64))
 
 
 def test_workers_keep_the_order_and_restore_the_thread_count() -> None:
