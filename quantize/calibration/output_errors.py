@@ -22,6 +22,7 @@ import torch
 
 from dbrx_q.checkpoint.layout import DenseTensor, TensorFormat, dense_tensors, kind_of, layer_of, oriented, tensors_by_role
 from dbrx_q.checkpoint.stored_weights import StoredWeights
+from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.model.block import activate, normed, rotation_of, routed
 from dbrx_q.quantize.methods.products import Products
@@ -30,7 +31,7 @@ from dbrx_q.quantize.methods.workers import Workers
 
 from .attention import attention_heads
 
-__all__ = ["OutputErrors", "output_errors"]
+__all__ = ["OutputErrors", "expected_change", "output_errors"]
 
 _STEP_BYTES = 64 << 20  # rows of embedding and head that are read together
 # Relative energy of the disturbance that measures a router. It reroutes a sixth of the bundled model's tokens and gives r = 0.017, 0.011,
@@ -88,6 +89,8 @@ def output_errors(
 ) -> OutputErrors:
     """Round each tensor alone, to nearest, in each of its candidate formats, and measure the change of its layer's output.
 
+    In trellis formats no stream is searched: the change is the one that is expected of the code (`expected_change`).
+
     Memory holds the weights of one expert at a time, or one matrix of another kind, and about 12 numbers per token and channel. The
     figures do not depend on the number of threads.
 
@@ -111,6 +114,22 @@ def output_errors(
         return _Measurement(checkpoint, ids, of_sources, candidates, products).run(on_layer)
 
 
+def expected_change(weight: torch.Tensor, code: TrellisCode, noise: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: a change like that of `weight` by a trellis code, without the search, which would take hours for a large model.
+
+    Streams are searched for rotated weights, which are close to normal, so that the relative error r is a constant of the code. Each level
+    is the mean of the values that it stands for; an error e of a value v therefore has E[e^2] = r E[v^2] and E[e v] = -r E[v^2], which
+    e = -r v + sqrt(r - r^2) * noise has, and the rotation changes neither.
+
+    Args:
+        weight: [N, K].
+        code: of the format.
+        noise: float32 [N, K], normal, with the mean square of each row of the weight.
+    """
+    r = code.relative_error
+    return noise * math.sqrt(r - r * r) - weight.float() * r
+
+
 class _Measurement:
     """Runs tokens through the plain model and measures one layer after the other.
 
@@ -129,7 +148,7 @@ class _Measurement:
         self._of_sources = of_sources
         self._candidates = {tensor.name: tuple(candidates.get(tensor.name, ())) for tensor in dense_tensors(self._config)}
         self._rotation = rotation_of(torch.arange(ids.shape[1], dtype=torch.int32), self._config)
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator, self._noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
         self._stream = torch.zeros(ids.numel(), self._config.d_model)  # [T, D]
         self._errors: dict[str, list[float]] = {}
 
@@ -264,8 +283,15 @@ class _Measurement:
 
     def _changes(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         """float32 [N, K] for each candidate of a tensor: its rows, rounded, minus `weight`."""
+        noise: torch.Tensor | None = None
         for fmt in self._candidates[name]:
-            yield dequantize(rtn(weight, fmt)[0]).sub_(weight)
+            code = fmt.record.trellis
+            if code is None:
+                yield dequantize(rtn(weight, fmt)[0]).sub_(weight)
+                continue
+            if noise is None:
+                noise = torch.randn(weight.shape, generator=self._noise) * weight.float().square().mean(-1, keepdim=True).sqrt()
+            yield expected_change(weight, code, noise)
 
     def _record(self, name: str, energies: Sequence[torch.Tensor] | torch.Tensor) -> None:
         self._errors[name] = [self._relative(energy) for energy in energies]

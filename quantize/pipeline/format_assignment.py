@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "kept_or_default", "override", "parse_rules"]
 
-EXPERT_FORMATS = (TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128))
-"""That `allocated_formats` chooses from for experts."""
+EXPERT_FORMATS = (
+    *(TensorFormat(name, size) for name in ("trellis2", "trellis3", "trellis4") for size in FORMATS[name].group_sizes),
+    *(TensorFormat("int4", 128), TensorFormat("int4", 64), TensorFormat("int4", 32), TensorFormat("int8", 128)),
+)
+"""That `allocated_formats` chooses from for experts; of a trellis format the largest group size that divides a matrix."""
 OTHER_FORMATS = (*EXPERT_FORMATS, TensorFormat("int8", 64), None)
 """For attention, embedding (only those of 8 bits) and head, None for plain."""
 
@@ -212,7 +215,7 @@ def allocated_formats(
         elif kind in ("router", "norms"):
             offered[name] = (None,)
         else:
-            offered[name] = tuple(fmt for fmt in (experts if kind == "experts" else others) if _fits(tensor, fmt))
+            offered[name] = _fitting(tensor, experts if kind == "experts" else others)
             if not offered[name]:
                 names = ", ".join(map(str, experts))
                 raise FormatError(f"{name}: one of the formats on offer must divide its {tensor.matrix[1]} inputs; found {names}")
@@ -257,6 +260,16 @@ def _target(target_bpw: float, bits: Mapping[str, Sequence[int]], parameters: in
         reach = f"from {math.ceil(1000 * least) / 1000:.3f} to {math.floor(1000 * most) / 1000:.3f} bits per weight"
         raise RequestError(f"the target must be one that a mix of formats reaches, {reach} for this checkpoint; found {target_bpw}")
     return math.floor(target_bpw * parameters)
+
+
+def _fitting(tensor: DenseTensor, formats: Sequence[TensorFormat | None]) -> tuple[TensorFormat | None, ...]:
+    """The formats that a tensor can have; of a trellis format the first group size, since all of them take the same bits."""
+    fitting: list[TensorFormat | None] = []
+    for fmt in formats:
+        repeated = fmt is not None and fmt.record.trellis is not None and any(other and other.format == fmt.format for other in fitting)
+        if _fits(tensor, fmt) and not repeated:
+            fitting.append(fmt)
+    return tuple(fitting)
 
 
 def _fits(tensor: DenseTensor, fmt: TensorFormat | None) -> bool:

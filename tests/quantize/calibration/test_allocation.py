@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbrx_q import DbrxForCausalLM
+from dbrx_q import DbrxConfig, DbrxForCausalLM
 from dbrx_q.checkpoint.folder import Checkpoint
-from dbrx_q.checkpoint.layout import TensorFormat, kind_of, oriented, parts_of
+from dbrx_q.checkpoint.layout import TensorFormat, dense_tensors, kind_of, oriented, parts_of
 from dbrx_q.errors import FormatError, RequestError
+from dbrx_q.kernels.formats.registry import FORMATS
 from dbrx_q.kernels.formats.weights import dequantize
+from dbrx_q.kernels.quantize import quantize
+from dbrx_q.quantize.calibration import output_errors as output_errors_module
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
-from dbrx_q.quantize.calibration.output_errors import OutputErrors, output_errors
+from dbrx_q.quantize.calibration.output_errors import OutputErrors, expected_change, output_errors
 from dbrx_q.quantize.calibration.sequences import sequences_of
 from dbrx_q.quantize.methods.rtn import rtn
-from dbrx_q.quantize.pipeline.format_assignment import allocated_formats
+from dbrx_q.quantize.pipeline.format_assignment import EXPERT_FORMATS, _fitting, allocated_formats
 from dbrx_q.tokenizer.tokenizer import DbrxTokenizer
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
@@ -160,6 +163,40 @@ def test_measured_errors_equal_those_of_a_model_with_one_rounded_tensor(
             assert error == pytest.approx(truth, rel=0.05), fmt
 
 
+@pytest.mark.parametrize("which", ["attn.out_proj.weight", "mlp.w1", "mlp.v1", "mlp.w2"])
+def test_the_error_of_a_trellis_code_is_expected_without_a_search(
+    nano: Path, sequences: torch.Tensor, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = [TensorFormat(f"trellis{bits}-fast", 128) for bits in (2, 3, 4)]
+
+    def searched(self: output_errors_module._Measurement, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        for fmt in self._candidates[name]:
+            yield dequantize(quantize(weight, fmt)) - weight
+
+    with Checkpoint(nano) as checkpoint:
+        name = next(name for name in checkpoint.tensors if ".2." in name and name.endswith(which))
+        expected = output_errors(checkpoint, sequences, {name: formats}).errors[name]
+        monkeypatch.setattr(output_errors_module._Measurement, "_changes", searched)
+        truth = output_errors(checkpoint, sequences, {name: formats}).errors[name]
+    assert expected == pytest.approx(truth, rel=0.12)
+    assert expected[0] > 3 * expected[1] > 9 * expected[2]
+
+
+@pytest.mark.parametrize("name", [name for name, record in FORMATS.items() if record.trellis])
+def test_the_relative_error_of_a_code_is_that_of_normal_values(name: str) -> None:
+    code = FORMATS[name].trellis
+    assert code is not None
+    weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(5))
+    error = dequantize(quantize(weight, TensorFormat(name, 128))) - weight
+    square = weight.square().sum()
+    assert float(error.square().sum() / square) == pytest.approx(code.relative_error, rel=0.03)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6)) * weight.square().mean(-1, keepdim=True).sqrt()
+    expected = expected_change(weight, code, noise)
+    for change in (error, expected):
+        assert float((change * weight).sum() / square) == pytest.approx(-code.relative_error, rel=0.15)
+    assert float(expected.square().sum() / square) == pytest.approx(code.relative_error, rel=0.03)
+
+
 def test_an_error_grows_at_the_routers_after_it() -> None:
     block = "transformer.blocks.{}.ffn.experts.mlp.w1"
     attention = "transformer.blocks.1.norm_attn_norm.attn.Wqkv.weight"
@@ -213,7 +250,7 @@ def bits_per_weight(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) ->
     return 8 * nbytes / parameters
 
 
-@pytest.mark.parametrize("target", [4.5, 5.0, 6.0, 8.0])
+@pytest.mark.parametrize("target", [2.6, 3.5, 5.0, 8.0])
 def test_allocated_formats_meet_their_target(nano: Path, sequences: torch.Tensor, target: float) -> None:
     with Checkpoint(nano) as checkpoint:
         formats = allocated_formats(checkpoint, sequences[:2], target)
@@ -233,14 +270,25 @@ def test_allocated_formats_respect_rules_and_offered_formats(nano: Path, sequenc
             assert str(formats.get(name, "plain")) in offered.get(name, allowed), name
 
 
-@pytest.mark.parametrize("target", [4.0, 17.0])
+@pytest.mark.parametrize("target", [2.5, 17.0])
 def test_an_unreachable_target_names_the_reachable_range(nano: Path, sequences: torch.Tensor, target: float) -> None:
     with Checkpoint(nano) as checkpoint:
-        with pytest.raises(RequestError, match=r"from 4\.468 to 9\.434 bits per weight") as refused:
+        with pytest.raises(RequestError, match=r"from 2\.542 to 9\.434 bits per weight") as refused:
             allocated_formats(checkpoint, sequences, target)
         assert str(target) in str(refused.value)
-        for end in (4.468, 9.434):  # the ends of the range in the message
+        for end in (2.542, 9.434):  # the ends of the range in the message
             assert allocated_formats(checkpoint, sequences[:1, :8], end)
+
+
+def test_of_a_trellis_format_one_group_size_is_measured() -> None:
+    config = DbrxConfig(
+        d_model=128, n_heads=2, n_layers=1, vocab_size=64, attn_config={"kv_n_heads": 1}, ffn_config={"ffn_hidden_size": 192}
+    )
+    tensors = {tensor.role: tensor for tensor in dense_tensors(config)}
+    for role, size in (("w1", 128), ("w2", 64), ("Wqkv", 128)):
+        fitting = [str(fmt) for fmt in _fitting(tensors[role], EXPERT_FORMATS)]
+        assert fitting[:3] == [f"trellis{bits}:{size}" for bits in (2, 3, 4)]
+        assert not any("trellis" in fmt for fmt in fitting[3:])
 
 
 def test_formats_that_fit_no_shape_are_refused(small: Path) -> None:
