@@ -17,10 +17,10 @@ import torch
 
 from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import NARROW_RENEW, RENEW, ROWS
+from dbrx_q.kernels.formats.viterbi import RENEW, ROWS, most_word
 
 from .compiled import compiled
-from .viterbi_steps import SearchShape, level_costs, narrow_costs, renew, step
+from .viterbi_steps import LANES, SearchShape, level_costs, renew, step
 
 __all__ = ["search_bytes", "trellis_block"]
 
@@ -59,17 +59,15 @@ def search_bytes(code: TrellisCode, columns: int) -> int:
 
 
 def _scratch_parts(shape: SearchShape, columns: int) -> tuple[tuple[Any, int], ...]:
-    """(dtype, bytes) of each array: a tile, one element of each row, costs, costs of the first pass, permuted costs, sums, masks."""
+    """(dtype, bytes) of each array: a tile, one element of each row, costs, permuted costs, words before and after a position, masks."""
     n, Q = 1 << shape.index_bits, shape.ends
-    mask_bytes = ROWS * Q // 8 * ((1 << shape.bits) - 1)
     return (
         (np.float32, columns * ROWS * 4),
         (np.float32, ROWS * 4),
-        (np.uint8, ROWS * n * 2),
-        (np.uint8, ROWS * n),
-        (np.uint8, n * _LINE),
+        (np.uint16, ROWS * n * 2),
+        (np.uint16, n * _LINE),
         (np.uint16, 2 * Q * 2),
-        (np.uint32, mask_bytes),
+        (np.uint32, ROWS * Q // 8 * shape.bits),
     )
 
 
@@ -94,15 +92,15 @@ def _block(shape: SearchShape) -> Callable[..., None]:
     """The compiled loop over tiles and columns for codes of a shape."""
     bits, state_bits, index_bits = shape.bits, shape.state_bits, shape.index_bits
     low_columns, high_columns = shape.low_columns, shape.high_columns
-    n, Q, choices = 1 << index_bits, shape.ends, 1 << bits
-    row_bytes = Q // 8 * (choices - 1)
+    n, Q = 1 << index_bits, shape.ends
+    mask_bytes, most = Q // 8 * bits, most_word(bits)
 
     @compiled()
-    def block(columns, factor, scales, units, levels, state_levels, symbols, tile, x, wide, narrow, table, sums, masks):
-        """Fill `symbols`; the last seven arguments are scratch memory."""
+    def block(columns, factor, scales, units, levels, state_levels, symbols, tile, x, costs, table, words, masks):
+        """Fill `symbols`; the last six arguments are scratch memory."""
         B, N = columns.shape
-        levels_at, wide_at, narrow_at, table_at = levels.ctypes.data, wide.ctypes.data, narrow.ctypes.data, table.ctypes.data
-        sums_at, masks_at = sums.ctypes.data, masks.ctypes.data
+        levels_at, costs_at, table_at = np.int64(levels.ctypes.data), np.int64(costs.ctypes.data), np.int64(table.ctypes.data)
+        masks_at, words_at = np.int64(masks.ctypes.data), np.int64(words.ctypes.data)
         for number in range(len(symbols)):
             first = number * ROWS
             rows = min(ROWS, N - first)
@@ -110,32 +108,42 @@ def _block(shape: SearchShape) -> Callable[..., None]:
             for column in range(B):
                 _divide(tile, column, scales, first, rows, x)
                 for p in range(ROWS):
-                    level_costs(x[p], units[number, p], levels_at, wide_at + p * (2 * n), n)
-                narrow_costs(wide_at, narrow_at, ROWS * n // 64)
-                old_at, new_at = sums_at, sums_at + 2 * Q
-                sums[:] = 0
+                    level_costs(x[p], units[number, p], levels_at, costs_at + p * (2 * n), bits, index_bits)
+                old_at, new_at = words_at, words_at + 2 * Q
+                _begin(words, -1, most, bits, state_bits)
                 for t in range(ROWS):
                     p = (_HALF - 1 - t) & (ROWS - 1)
-                    masks_of = masks_at + t * row_bytes
-                    step(old_at, narrow_at + p * n, new_at, masks_of, table_at, 1, bits, state_bits, index_bits, low_columns, high_columns)
-                    old_at, new_at = new_at, old_at
-                    if t % NARROW_RENEW == NARROW_RENEW - 1:
-                        renew(old_at, Q // 64, 1)
-                ends = _seam(sums, masks, bits, Q)
-                sums[:] = 65535
-                sums[ends] = 0
-                for t in range(ROWS):
-                    masks_of = masks_at + t * row_bytes
-                    costs_at = wide_at + (ROWS - 1 - t) * (2 * n)
-                    step(old_at, costs_at, new_at, masks_of, table_at, 2, bits, state_bits, index_bits, low_columns, high_columns)
+                    before, masks_of = costs_at + p * (2 * n), masks_at + t * mask_bytes
+                    if t < _HALF - 1:
+                        step(old_at, before, new_at, masks_of, table_at, 0, bits, state_bits, index_bits, low_columns, high_columns)
+                    else:
+                        step(old_at, before, new_at, masks_of, table_at, 1, bits, state_bits, index_bits, low_columns, high_columns)
                     old_at, new_at = new_at, old_at
                     if t % RENEW == RENEW - 1:
-                        renew(old_at, Q // 32, 2)
+                        renew(old_at, bits, state_bits)
+                ends = _seam(words, masks, bits, Q)
+                _begin(words, ends, most, bits, state_bits)
+                for t in range(ROWS):
+                    before, masks_of = costs_at + (ROWS - 1 - t) * (2 * n), masks_at + t * mask_bytes
+                    step(old_at, before, new_at, masks_of, table_at, 1, bits, state_bits, index_bits, low_columns, high_columns)
+                    old_at, new_at = new_at, old_at
+                    if t % RENEW == RENEW - 1:
+                        renew(old_at, bits, state_bits)
                 _trace(masks, ends, bits, Q, symbols[number, column])
                 if len(factor):
                     _feed_back(tile, column, factor, scales, first, rows, symbols[number, column], state_levels, bits, columns)
 
     return block
+
+
+@compiled()
+def _begin(words, ends, most, bits, state_bits):
+    """Set the words before the first position, with sums of 0 for `ends`, for all if that is -1, and else of `most`; and the choices."""
+    shift, sums = state_bits - 2 * bits, 0 if ends < 0 else most >> bits << bits
+    for choice in range(1 << bits):
+        words[choice << shift : (choice + 1) << shift] = sums | choice
+    if ends >= 0:
+        words[ends] = ends >> shift
 
 
 @compiled()
@@ -157,31 +165,26 @@ def _divide(tile, column, scales, first, rows, x):
 
 
 @compiled()
-def _winner(masks, t, end, lanes_log, bits, Q):
-    """The highest k bits of the state that wins at an end; the masks have 2^lanes_log bits."""
-    choices = 1 << bits
-    words = 1 << (lanes_log - 5)  # of 32 bits in a mask
-    first = (t * (Q >> lanes_log) + (end >> lanes_log)) * (choices - 1)
-    lane = end & ((1 << lanes_log) - 1)
-    winner, distance = 0, choices >> 1
-    while distance:
-        mask = first + choices - choices // distance + winner // (2 * distance)
-        if not masks[mask * words + (lane >> 5)] >> (lane & 31) & 1:
-            winner += distance
-        distance >>= 1
-    return winner
+def _choice(masks, t, end, bits, Q):
+    """The highest k bits of the state that wins at an end."""
+    first = (t * (Q // LANES) + end // LANES) * bits
+    lane, choice = end % LANES, 0
+    for bit in range(bits):
+        choice |= (masks[first + bit] >> lane & 1) << bit
+    return choice
 
 
 @compiled()
-def _seam(sums, masks, bits, Q):
+def _seam(words, masks, bits, Q):
     """The state's bits at position 0 on the best path of the first pass, without the last k."""
-    octets = sums.view(np.uint8)
+    least = np.uint16(65535)
+    for q in range(Q):
+        least = min(least, words[q])
     end = 0
-    for q in range(1, Q):
-        if octets[q] < octets[end]:
-            end = q
+    while words[end] >> bits != least >> bits:
+        end += 1
     for t in range(ROWS - 1, _HALF - 1, -1):
-        end = (_winner(masks, t, end, 6, bits, Q) * Q + end) >> bits
+        end = (_choice(masks, t, end, bits, Q) * Q + end) >> bits
     return end
 
 
@@ -190,7 +193,7 @@ def _trace(masks, end, bits, Q, symbols):
     """Write the bits of all positions, from the path that ends with `end` at position 0."""
     for t in range(ROWS - 1, -1, -1):
         symbols[ROWS - 1 - t] = end & ((1 << bits) - 1)
-        end = (_winner(masks, t, end, 5, bits, Q) * Q + end) >> bits
+        end = (_choice(masks, t, end, bits, Q) * Q + end) >> bits
 
 
 @compiled()

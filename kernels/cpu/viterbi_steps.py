@@ -1,12 +1,10 @@
 """One position of the Viterbi search of a trellis code (`formats/viterbi.py`) as vector code that is generated for the code.
 
-The sums of neighbouring ends are lanes of a vector, 64 bytes or 32 words of 16 bits. States of such ends that have the same highest k bits
-are neighbours too: their predecessors are lanes / 2^k neighbouring ends, and since the index map is linear, their costs are those of as
-many levels in the order of the lanes, but for an exclusive or of the lanes with a constant. So a vector of costs is one of a few base
-vectors with its lanes permuted by a constant, and no cost is gathered.
-
-The 2^k states that lead to the same end compete in pairs, in rounds. A comparison leaves a mask; the traceback follows the masks of the
-winners.
+The words of 32 neighbouring ends fill a vector. Their states that have the same highest k bits are neighbours too: the predecessors are
+32 / 2^k neighbouring ends, and since the index map is linear, the costs are those of 32 levels in the order of the lanes, but for an
+exclusive or of the lanes with a constant. So a vector of costs is one of 2^i / 32 base vectors with its lanes permuted by a constant, and
+no cost is gathered. A word's choice comes along in its lowest bits, so the least word names its predecessor, and the choices of 32 ends
+are stored as k masks.
 
 Dimension letters: `S` = 2^L states, `Q` = 2^(L-k) ends, `n` = 2^i levels.
 """
@@ -23,13 +21,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import CAP, NARROW_CAP, NARROW_SHIFT
+from dbrx_q.kernels.formats.viterbi import cost_cap, most_word
 
 from . import vector as v
 
-__all__ = ["SearchShape", "level_costs", "narrow_costs", "renew", "step"]
+__all__ = ["LANES", "SearchShape", "level_costs", "renew", "step"]
 
-_VECTOR_BYTES = 64
+LANES = 32
+"""Words in a vector."""
+_VECTOR_BYTES = 2 * LANES
+_WORDS = v.vector(v.I16, LANES)
 _COLUMN_BITS = 8  # of a column of the index map in a number; an index has at most eight bits
 _PER_NUMBER = 7
 
@@ -74,14 +75,14 @@ class SearchShape:
 
     @cached_property
     def level_order(self) -> tuple[int, ...]:
-        """The indices of the levels in the order of the base vectors: place 64 h + l has index A(l) ^ rest[h].
+        """The indices of the levels in the order of the base vectors: place 32 h + l has index A(l) ^ rest[h].
 
         Raises:
             ValueError: an index map that base vectors cannot serve.
         """
-        lanes = [self.index(lane) for lane in range(_VECTOR_BYTES)]
-        if len(set(lanes)) != _VECTOR_BYTES:
-            raise ValueError(f"the lowest six bits of a state must give 64 indices; found {len(set(lanes))}. Choose other shifts")
+        lanes = [self.index(lane) for lane in range(LANES)]
+        if len(set(lanes)) != LANES:
+            raise ValueError(f"the lowest five bits of a state must give 32 indices; found {len(set(lanes))}. Choose other shifts")
         rests: list[int] = []
         seen: set[int] = set()
         for rest in range(1 << self.index_bits):
@@ -92,15 +93,18 @@ class SearchShape:
 
 
 @intrinsic(prefer_literal=True)
-def level_costs(typing_context, x, unit, levels, to, count):
-    """The costs of all levels for one element, as 16-bit words at `to`; levels: address of float32 [count]; `count` is a literal."""
-    if not isinstance(count, types.IntegerLiteral):
+def level_costs(typing_context, x, unit, levels, to, bits, index_bits):
+    """Write the costs of all levels for one element, times 2^k, as words at `to`.
+
+    levels: address of float32 [n]. The last two arguments are literals.
+    """
+    if not all(isinstance(number, types.IntegerLiteral) for number in (bits, index_bits)):
         return None
-    vectors = count.literal_value // 16
+    k, vectors = bits.literal_value, (1 << index_bits.literal_value) // 16
 
     def codegen(context, b, signature, args):
         x, unit = (v.broadcast(b, value, [0] * 16) for value in args[:2])
-        half, cap = (v.constant(v.V16F, [value] * 16) for value in (0.5, float(CAP)))
+        half, cap = (v.constant(v.V16F, [value] * 16) for value in (0.5, float(cost_cap(k))))
         costs = []
         for i in range(vectors):
             away = b.fsub(x, v.load(b, b.add(args[2], v.I64(64 * i)), v.V16F))
@@ -111,47 +115,26 @@ def level_costs(typing_context, x, unit, levels, to, count):
         for distance in (8, 4, 2, 1):
             least = _smaller(b, v.broadcast(b, least, [lane ^ distance for lane in range(16)]), least)
         for i, cost in enumerate(costs):
-            whole = b.fptoui(_smaller(b, b.fsub(cost, least), cap), v.V16I)
+            whole = b.shl(b.fptoui(_smaller(b, b.fsub(cost, least), cap), v.V16I), v.constant(v.V16I, [k] * 16))
             v.store(b, b.trunc(whole, v.vector(v.I16, 16)), b.add(args[3], v.I64(32 * i)))
         return context.get_dummy_value()
 
-    return types.void(types.float32, types.float32, types.int64, types.int64, count), codegen
-
-
-@intrinsic
-def narrow_costs(typing_context, words, octets, vectors):
-    """Write the costs of the first pass: words over 64, rounded, as bytes of at most `NARROW_CAP`; `vectors` of 64 bytes."""
-
-    def codegen(context, b, signature, args):
-        words, octets, vectors = args
-        wide = v.vector(v.I16, _VECTOR_BYTES)
-
-        def splat(value: int) -> Any:
-            return v.constant(wide, [value] * _VECTOR_BYTES)
-
-        with cgutils.for_range(b, vectors) as loop:
-            cost = v.load(b, b.add(words, b.mul(loop.index, v.I64(2 * _VECTOR_BYTES))), wide)
-            cost = b.lshr(b.add(cost, splat(1 << NARROW_SHIFT - 1)), splat(NARROW_SHIFT))
-            narrow = b.trunc(_on_lanes(b, "umin", cost, splat(NARROW_CAP)), v.V64)
-            v.store(b, narrow, b.add(octets, b.mul(loop.index, v.I64(_VECTOR_BYTES))))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
+    return types.void(types.float32, types.float32, types.int64, types.int64, bits, index_bits), codegen
 
 
 @intrinsic(prefer_literal=True)
-def step(typing_context, sums, costs, new_sums, masks, table, sum_bytes, bits, state_bits, index_bits, low_columns, high_columns):
-    """Go from one position to the one before: fill `new_sums` and the masks of all comparisons.
+def step(typing_context, words, costs, new_words, masks, table, keep, bits, state_bits, index_bits, low_columns, high_columns):
+    """Go from one position to the one before: fill `new_words` and, where `keep` is not 0, the masks of all choices.
 
-    The arguments from `sum_bytes` on are literals, the last five a `SearchShape`; the others are addresses. Ends and costs have `sum_bytes`
-    bytes, 1 or 2. sums, new_sums: [Q]. costs: [n] in `SearchShape.level_order`. masks: [Q/l, 2^k - 1] of l bits, l = 64 / `sum_bytes`, by
-    rounds; a bit is set where the state with the lower number wins. table: scratch memory of n vectors.
+    The arguments from `keep` on are literals, the last five a `SearchShape`; the others are addresses. words, new_words: 16-bit words [Q].
+    costs: 16-bit words [n], in `SearchShape.level_order`. masks: 32-bit words [Q/32, k], by bits of the choice. table: scratch memory of n
+    vectors.
     """
-    numbers = (sum_bytes, bits, state_bits, index_bits, low_columns, high_columns)
+    numbers = (keep, bits, state_bits, index_bits, low_columns, high_columns)
     if not all(isinstance(number, types.IntegerLiteral) for number in numbers):
         return None
-    width, *members = (number.literal_value for number in numbers)
-    code = _StepCode(SearchShape(*members), width)
+    kept, *members = (number.literal_value for number in numbers)
+    code = _StepCode(SearchShape(*members), keeps=bool(kept))
 
     def codegen(context, b, signature, args):
         code.generate(b, *args[:5])
@@ -161,35 +144,34 @@ def step(typing_context, sums, costs, new_sums, masks, table, sum_bytes, bits, s
 
 
 class _StepCode:
-    """Generates `step` for sums of `width` bytes.
+    """Generates `step`.
 
-    The ends of a vector are group g of l, the states that lead to them are [j, g] for each choice j of the highest k bits. Vectors of costs
-    are numbered by `place`, which is linear in j and in g. So where place[0, g] = place[j, 0] for some j, groups g' and g' ^ g have the
-    same vectors of costs in another order: a turn of the loop serves all such groups from 2^k registers.
+    The ends of a vector are group g of 32, the states that lead to them are [j, g] for each choice j of the highest k bits. Vectors of
+    costs are numbered by `place`, which is linear in j and in g. So where place[0, g] = place[j, 0] for some j, groups g' and g' ^ g have
+    the same vectors of costs in another order: a turn of the loop serves all such groups from 2^k registers.
     """
 
-    def __init__(self, shape: SearchShape, width: int) -> None:
-        self._k, self._Q, self._width = shape.bits, shape.ends, width
-        self._lanes = lanes = _VECTOR_BYTES // width
-        self._kind = v.vector(ir.IntType(8 * width), lanes)
+    def __init__(self, shape: SearchShape, *, keeps: bool) -> None:
+        self._k, self._L, self._Q, self._keeps = shape.bits, shape.state_bits, shape.ends, keeps
         order = {index: place for place, index in enumerate(shape.level_order)}
         self._choices = [order[shape.index(j * shape.ends)] for j in range(1 << shape.bits)]
-        self._groups = [order[shape.index(g * lanes)] for g in range(shape.ends // lanes)]
+        self._groups = [order[shape.index(g * LANES)] for g in range(shape.ends // LANES)]
         self._vectors = len(order)
 
-    def generate(self, b: Any, sums: Any, costs: Any, new_sums: Any, masks: Any, table: Any) -> None:
-        """Emit the code; all arguments are addresses."""
+    def generate(self, b: Any, *addresses: Any) -> None:
+        """Emit the code for the addresses of words, costs, new words, masks and the table."""
+        words, costs, new_words, masks, table = addresses
         if self._vectors >= len(self._choices) * len(self._groups):  # each vector of costs is used once, or not at all
-            base = [v.load(b, b.add(costs, v.I64(_VECTOR_BYTES * h)), self._kind) for h in range(self._vectors // self._lanes)]
+            base = [v.load(b, b.add(costs, v.I64(_VECTOR_BYTES * h)), _WORDS) for h in range(self._vectors // LANES)]
             for group, place in enumerate(self._groups):
-                vectors = [self._permuted(b, base[(place ^ choice) // self._lanes], place ^ choice) for choice in self._choices]
-                self._group(b, v.I64(group), vectors, sums, new_sums, masks)
+                vectors = [_permuted(b, base[(place ^ choice) // LANES], place ^ choice) for choice in self._choices]
+                self._group(b, v.I64(group), self._next_choice(group), vectors, words, new_words, masks)
             return
-        with cgutils.for_range(b, v.I64(self._vectors // self._lanes)) as loop:
-            base_vector = v.load(b, b.add(costs, b.mul(loop.index, v.I64(_VECTOR_BYTES))), self._kind)
-            rows = b.add(table, b.mul(loop.index, v.I64(_VECTOR_BYTES * self._lanes)))
-            for lane in range(self._lanes):
-                v.store(b, self._permuted(b, base_vector, lane), b.add(rows, v.I64(_VECTOR_BYTES * lane)))
+        with cgutils.for_range(b, v.I64(self._vectors // LANES)) as loop:
+            base_vector = v.load(b, b.add(costs, b.mul(loop.index, v.I64(_VECTOR_BYTES))), _WORDS)
+            rows = b.add(table, b.mul(loop.index, v.I64(_VECTOR_BYTES * LANES)))
+            for lane in range(LANES):
+                v.store(b, _permuted(b, base_vector, lane), b.add(rows, v.I64(_VECTOR_BYTES * lane)))
         alike = {group: self._choices.index(place) for group, place in enumerate(self._groups) if place in self._choices}
         firsts: list[int] = []
         served: set[int] = set()
@@ -202,61 +184,72 @@ class _StepCode:
         with cgutils.for_range(b, v.I64(len(firsts))) as loop:
             at = b.add(b.ptrtoint(constants, v.I64), b.mul(loop.index, v.I64(16)))
             first, place = (b.load(b.inttoptr(b.add(at, v.I64(8 * i)), v.I64.as_pointer())) for i in range(2))
-            vectors = [v.load(b, b.add(table, b.xor(place, v.I64(choice * _VECTOR_BYTES))), self._kind) for choice in self._choices]
+            vectors = [v.load(b, b.add(table, b.xor(place, v.I64(choice * _VECTOR_BYTES))), _WORDS) for choice in self._choices]
+            first_choice = b.lshr(first, v.I64(self._L - 2 * self._k - (LANES.bit_length() - 1)))
+            first_choices = v.broadcast(b, b.trunc(first_choice, v.I16), [0] * LANES)
             for other, moved in alike.items():
                 swapped = [vectors[j ^ moved] for j in range(len(vectors))]
-                self._group(b, b.xor(first, v.I64(other)), swapped, sums, new_sums, masks)
+                next_choice = b.xor(first_choices, self._next_choice(other))
+                self._group(b, b.xor(first, v.I64(other)), next_choice, swapped, words, new_words, masks)
 
-    def _permuted(self, b: Any, base_vector: Any, place: int) -> Any:
-        return v.broadcast(b, base_vector, [lane ^ place % self._lanes for lane in range(self._lanes)])
+    def _next_choice(self, group: int) -> Any:
+        """The choices with which the ends of a group go on, their highest k bits."""
+        return v.constant(_WORDS, [(group * LANES + lane) >> self._L - 2 * self._k for lane in range(LANES)])
 
-    def _group(self, b: Any, group: Any, vectors: list[Any], sums: Any, new_sums: Any, masks: Any) -> None:
-        """The new sums of a group of ends and its masks; vectors: the costs by choice."""
-        k, lanes, choices = self._k, self._lanes, len(vectors)
-        piece = v.vector(self._kind.element, lanes >> k)
-        sums_at = b.add(sums, b.mul(group, v.I64(_VECTOR_BYTES >> k)))
-        masks_at = b.add(masks, b.mul(group, v.I64((choices - 1) * lanes // 8)))
+    def _group(self, b: Any, group: Any, next_choice: Any, vectors: list[Any], words: Any, new_words: Any, masks: Any) -> None:
+        """The new words of a group of ends and its masks; vectors: the costs by choice."""
+        k, choices = self._k, len(vectors)
+        words_at = b.add(words, b.mul(group, v.I64(_VECTOR_BYTES >> k)))
 
-        def winner(first: int, count: int) -> Any:
+        def least(first: int, count: int) -> Any:
             """The least total of `count` choices."""
-            if count == 1:
-                before = v.load(b, b.add(sums_at, v.I64(self._width * first * (self._Q >> k))), piece)
-                return _on_lanes(b, "uadd.sat", v.broadcast(b, before, [lane >> k for lane in range(lanes)]), vectors[first])
-            low, high = winner(first, count // 2), winner(first + count // 2, count // 2)
-            least = _on_lanes(b, "umin", low, high)
-            mask = choices - 2 * choices // count + first // count
-            wins = b.bitcast(b.icmp_unsigned("==", least, low), ir.IntType(lanes))
-            v.store(b, wins, b.add(masks_at, v.I64(mask * lanes // 8)))
-            return least
+            if count > 1:
+                return _on_words(b, "umin", least(first, count // 2), least(first + count // 2, count // 2))
+            before = v.load(b, b.add(words_at, v.I64(2 * first * (self._Q >> k))), v.vector(v.I16, LANES >> k))
+            return b.add(v.broadcast(b, before, [lane >> k for lane in range(LANES)]), vectors[first])
 
-        v.store(b, winner(0, choices), b.add(new_sums, b.mul(group, v.I64(_VECTOR_BYTES))))
+        winner = _on_words(b, "umin", least(0, choices), _splat(most_word(k)))
+        if self._keeps:
+            masks_at = b.add(masks, b.mul(group, v.I64(4 * k)))
+            for bit in range(k):
+                chosen = b.icmp_unsigned("!=", b.and_(winner, _splat(1 << bit)), _splat(0))
+                v.store(b, b.bitcast(chosen, v.I32), b.add(masks_at, v.I64(4 * bit)))
+        v.store(b, b.or_(b.and_(winner, _splat(-choices)), next_choice), b.add(new_words, b.mul(group, v.I64(_VECTOR_BYTES))))
 
 
 @intrinsic(prefer_literal=True)
-def renew(typing_context, sums, vectors, sum_bytes):
-    """Subtract the least of the sums from all of them: `vectors` vectors of elements of `sum_bytes` bytes, a literal."""
-    if not isinstance(sum_bytes, types.IntegerLiteral):
+def renew(typing_context, words, bits, state_bits):
+    """Subtract the least of the Q sums from all of them; the last two arguments are literals."""
+    if not all(isinstance(number, types.IntegerLiteral) for number in (bits, state_bits)):
         return None
-    lanes = _VECTOR_BYTES // sum_bytes.literal_value
-    kind = v.vector(ir.IntType(8 * sum_bytes.literal_value), lanes)
+    k = bits.literal_value
+    vectors = v.I64((1 << state_bits.literal_value - k) // LANES)
 
     def codegen(context, b, signature, args):
-        sums, vectors = args[:2]
-        slot = cgutils.alloca_once(b, kind)
-        b.store(v.constant(kind, [-1] * lanes), slot)
+        words = args[0]
+        slot = cgutils.alloca_once(b, _WORDS)
+        b.store(_splat(-1), slot)
         with cgutils.for_range(b, vectors) as loop:
-            more = v.load(b, b.add(sums, b.mul(loop.index, v.I64(_VECTOR_BYTES))), kind)
-            b.store(_on_lanes(b, "umin", b.load(slot), more), slot)
-        least, distance = b.load(slot), lanes // 2
-        while distance:
-            least = _on_lanes(b, "umin", least, v.broadcast(b, least, [lane ^ distance for lane in range(lanes)]))
-            distance //= 2
+            b.store(_on_words(b, "umin", b.load(slot), v.load(b, b.add(words, b.mul(loop.index, v.I64(_VECTOR_BYTES))), _WORDS)), slot)
+        least = b.load(slot)
+        for distance in (16, 8, 4, 2, 1):
+            least = _on_words(b, "umin", least, v.broadcast(b, least, [lane ^ distance for lane in range(LANES)]))
+        least = b.and_(least, _splat(-(1 << k)))
         with cgutils.for_range(b, vectors) as loop:
-            at = b.add(sums, b.mul(loop.index, v.I64(_VECTOR_BYTES)))
-            v.store(b, b.sub(v.load(b, at, kind), least), at)
+            at = b.add(words, b.mul(loop.index, v.I64(_VECTOR_BYTES)))
+            v.store(b, b.sub(v.load(b, at, _WORDS), least), at)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, sum_bytes), codegen
+    return types.void(types.int64, bits, state_bits), codegen
+
+
+def _permuted(b: Any, base_vector: Any, place: int) -> Any:
+    """A vector of costs from its base vector."""
+    return v.broadcast(b, base_vector, [lane ^ place % LANES for lane in range(LANES)])
+
+
+def _splat(value: int) -> Any:
+    return v.constant(_WORDS, [value] * LANES)
 
 
 def _smaller(b: Any, x: Any, y: Any) -> Any:
@@ -268,7 +261,7 @@ def _floats(b: Any, name: str, value: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v16f32"), [value])
 
 
-def _on_lanes(b: Any, name: str, x: Any, y: Any) -> Any:
-    """LLVM's function of that name on two vectors of whole numbers."""
-    kind = ir.FunctionType(x.type, [x.type] * 2)
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{x.type.count}i{x.type.element.width}"), [x, y])
+def _on_words(b: Any, name: str, x: Any, y: Any) -> Any:
+    """LLVM's function of that name on two vectors of words."""
+    kind = ir.FunctionType(_WORDS, [_WORDS] * 2)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}i16"), [x, y])
