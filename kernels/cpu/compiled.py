@@ -23,7 +23,9 @@ from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an ex
 from dbrx_q.kernels.formats import trellis_codes
 from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
-__all__ = ["compiled", "compiled_address"]
+from .addresses import call
+
+__all__ = ["compiled", "compiled_address", "for_each"]
 
 _COST = "compiling them takes every command 10 seconds or more"
 _CALLBACKS: list[Any] = []  # keeps their machine code in memory
@@ -124,3 +126,10 @@ def _cache_of(function: Callable[..., Any]) -> _Cache | None:
     finally:
         config.CACHE_DIR = before
     return None
+
+
+@compiled(parallel=True)
+def for_each(function, arguments, count):
+    """Call a function of `compiled_address` with (arguments, i, 0) for i from 0 to count - 1, on numba's current number of threads."""
+    for i in numba.prange(count):
+        call(function, arguments, i, 0)

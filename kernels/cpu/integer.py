@@ -28,6 +28,7 @@ import torch
 from numba import prange
 
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
+from dbrx_q.kernels.formats.trellis import TrellisWeight
 
 from . import trellis
 from .activations import QuantizedActivations
@@ -76,21 +77,25 @@ def multiply(x: QuantizedActivations, jobs: Sequence[Job], offsets: Sequence[int
         codes, scales = parts["qweight"], parts["scales"]
         zeros = parts.get("zeros", parts.get("offsets", scales))
         bases = [(part.data_ptr(), part.stride(0) * part.element_size() if part.dim() == 3 else 0) for part in (codes, scales, zeros)]
+        if isinstance(job.weight, TrellisWeight):
+            bases[2] = trellis.decoder(job.weight.format), 0
         for matrix, begin, end in zip(job.matrices, offsets[:-1], offsets[1:], strict=True):
             function = few() if one_token and end - begin == 1 else many()
             rows_of_table.append((function, *(base + matrix * pitch for base, pitch in bases), out, begin, end))
     threads = numba.get_num_threads()
     longest = max(end - begin for begin, end in itertools.pairwise(offsets))
     nbytes = _CHUNK * _ROWS + K // group_size * 256 + 384 + (min(_PANEL, longest) + row_tiles(code_bytes)[0]) * 128
-    least = _ROWS
-    if weight.format in trellis.KINDS:
-        nbytes, least = trellis.scratch_bytes(longest, code_bytes), trellis.ROWS
+    least, bits = _ROWS, 0
+    if isinstance(weight, TrellisWeight):
+        nbytes, least, bits = trellis.scratch_bytes(longest, code_bytes), trellis.ROWS, weight.code.bits
     scratch = torch.empty(threads * (nbytes + 16) + 64, dtype=torch.uint8)
     base = -(-scratch.data_ptr() // 64) * 64
     span = next((span for span in _SPANS if len(rows_of_table) * N >= 8 * span * threads), least)
     span = max(span, least)
     rows = x_rows.ctypes.data, out_rows.ctypes.data
-    arguments = np.array([N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0], np.int64)
+    arguments = np.array(
+        [N, K, group_size, unit, span, *(t.data_ptr() for t in (x.codes, x.scales, x.sums)), *rows, x.pitch, 0, bits], np.int64
+    )
     table = np.array(rows_of_table, np.int64)
     assert table.strides[0] == _JOB_BYTES
     at = arguments.ctypes.data
@@ -101,7 +106,7 @@ def _functions(weight: QuantizedWeight, x: QuantizedActivations) -> tuple[Callab
     """What multiplies one token and several tokens, as functions that return addresses, and whether the first takes such activations."""
     code_bytes = x.codes.shape[1]
     if weight.format in trellis.KINDS:
-        return partial(trellis.few_rows, weight.format), partial(trellis.many_rows, weight.format, code_bytes), code_bytes == 2
+        return partial(trellis.few_rows, weight.format), partial(trellis.many_rows, code_bytes), code_bytes == 2
     kind = KINDS[weight.format]
     return partial(_few_rows, kind), partial(_many_rows, kind, code_bytes), code_bytes == 2 and x.unit == weight.group_size
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -20,7 +21,8 @@ from dbrx_q.kernels.formats.rotation import signs
 
 from . import vector as v
 from .activations import LARGEST, SMALLEST, QuantizedActivations, floats, ints, larger, llvm_function, pitch_of, silu
-from .compiled import compiled
+from .addresses import integer
+from .compiled import compiled_address, for_each
 
 __all__ = ["quantize_rotated", "rotate", "rotate_back"]
 
@@ -38,10 +40,9 @@ def quantize_rotated(x: torch.Tensor, up: torch.Tensor | None = None, *, group_s
     T, K = x.shape
     codes = torch.empty(T, code_bytes, pitch_of(K), dtype=torch.int8)[..., :K]
     result = QuantizedActivations(codes, torch.empty(T, 1), torch.empty(T, code_bytes, dtype=torch.int32))
-    rotated = torch.empty(T, K)
-    addresses = x.data_ptr(), x.data_ptr() if up is None else up.data_ptr(), rotated.data_ptr(), signs(K).data_ptr()
-    targets = result.codes.data_ptr(), result.scales.data_ptr(), result.sums.data_ptr()
-    _quantizer(group_size, code_bytes)(*addresses, int(up is not None), *targets, T, K, result.pitch)
+    tensors = x, x if up is None else up, torch.empty(T, K), signs(K), result.codes, result.scales, result.sums
+    arguments = np.array([*(tensor.data_ptr() for tensor in tensors), K, result.pitch], np.int64)
+    for_each(_quantizer(group_size, code_bytes), arguments.ctypes.data, T)
     return result
 
 
@@ -49,13 +50,19 @@ def rotate(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """float32 [T, K]: x [T, K] in the basis of a weight's levels."""
     x = x.float().contiguous()
     out = torch.empty_like(x)
-    _rotator(group_size, 0)(x.data_ptr(), signs(x.shape[-1]).data_ptr(), out.data_ptr(), *x.shape)
+    _rotate_rows(x, out, _rotator(group_size, 0))
     return out
 
 
 def rotate_back(values: torch.Tensor, group_size: int) -> None:
     """Rotate rows back, contiguous float32 [N, K], in place."""
-    _rotator(group_size, 1)(values.data_ptr(), signs(values.shape[-1]).data_ptr(), values.data_ptr(), *values.shape)
+    _rotate_rows(values, values, _rotator(group_size, 1))
+
+
+def _rotate_rows(x: torch.Tensor, out: torch.Tensor, function: int) -> None:
+    T, K = x.shape
+    arguments = np.array([x.data_ptr(), signs(K).data_ptr(), out.data_ptr(), K], np.int64)
+    for_each(function, arguments.ctypes.data, T)
 
 
 def _hadamard(b: Any, values: list[Any]) -> list[Any]:
@@ -156,33 +163,35 @@ def _quantize_row(typing_context, x, vectors, codes, pitch, scale_at, sums, code
 
 
 @cache
-def _quantizer(group_size: int, code_bytes: int) -> Any:
-    """The function that rotates and quantizes rows, compiled for one rotation and one size of integers."""
+def _quantizer(group_size: int, code_bytes: int) -> int:
+    """The address of the function that rotates and quantizes a row, compiled for one rotation and one size of integers, for `for_each`."""
 
-    @compiled(parallel=True)
-    def quantize(x, up, rotated, signs_at, gated, codes, scales, sums, T, K, pitch):
-        for t in prange(T):
-            row, to = 4 * t * K, rotated + 4 * t * K
-            for k in range(0, K, group_size):
-                at = x + row + 4 * k
-                if gated:
-                    for i in range(0, group_size, 16):
-                        _gate(at + 4 * i, up + row + 4 * (k + i), to + 4 * (k + i))
-                    at = to + 4 * k
-                _rotate_group(at, signs_at + 4 * k, to + 4 * k, group_size, 0)
-            _quantize_row(to, K // 16, codes + t * pitch * code_bytes, pitch, scales + 4 * t, sums + 4 * code_bytes * t, code_bytes)
+    def quantize_row(arguments, t, _):
+        K, pitch = integer(arguments, 7), integer(arguments, 8)
+        x, up = integer(arguments, 0) + 4 * t * K, integer(arguments, 1) + 4 * t * K
+        rotated, signs_at = integer(arguments, 2) + 4 * t * K, integer(arguments, 3)
+        if up != x:
+            for k in range(0, 4 * K, 64):
+                _gate(x + k, up + k, rotated + k)
+            x = rotated
+        for k in range(0, 4 * K, 4 * group_size):
+            _rotate_group(x + k, signs_at + k, rotated + k, group_size, 0)
+        codes, scale, sums = integer(arguments, 4) + t * pitch * code_bytes, integer(arguments, 5) + 4 * t, integer(arguments, 6)
+        _quantize_row(rotated, K // 16, codes, pitch, scale, sums + 4 * code_bytes * t, code_bytes)
+        return 0
 
-    return quantize
+    return compiled_address(quantize_row, 3)
 
 
 @cache
-def _rotator(group_size: int, back: int) -> Any:
-    """The function that rotates rows, or rotates them back, compiled for one rotation."""
+def _rotator(group_size: int, back: int) -> int:
+    """The address of the function that rotates a row, or rotates it back, compiled for one rotation, for `for_each`."""
 
-    @compiled(parallel=True)
-    def rotate(x, signs_at, out, rows, K):
-        for n in prange(rows):
-            for k in range(0, K, group_size):
-                _rotate_group(x + 4 * (n * K + k), signs_at + 4 * k, out + 4 * (n * K + k), group_size, back)
+    def rotate_row(arguments, n, _):
+        K = integer(arguments, 3)
+        x, signs_at, out = integer(arguments, 0) + 4 * n * K, integer(arguments, 1), integer(arguments, 2) + 4 * n * K
+        for k in range(0, 4 * K, 4 * group_size):
+            _rotate_group(x + k, signs_at + k, out + k, group_size, back)
+        return 0
 
-    return rotate
+    return compiled_address(rotate_row, 3)

@@ -12,22 +12,21 @@ Dimension letters: `T` tokens, `N` output features, `K` input features, `H` byte
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
+import numpy as np
 import torch
-from numba import prange
 
 from dbrx_q.kernels.formats.trellis import TrellisWeight
 from dbrx_q.kernels.formats.trellis_codes import CODES
 
 from . import rotation
-from .addresses import clear, copy_vector, half_to_float, integer, store_float, store_integer
-from .compiled import compiled, compiled_address
+from .addresses import call, clear, copy_vector, half_to_float, integer, store_float, store_integer
+from .compiled import compiled, compiled_address, for_each
 from .integer_tiles import row_tiles
 from .trellis_decode import KINDS
 from .trellis_tiles import decode_steps, multiply_levels, multiply_stream, scaled_sums, write_rows
 
-__all__ = ["KINDS", "LARGEST_K", "PANEL", "ROWS", "dequantize", "dequantize_rows", "few_rows", "many_rows", "scratch_bytes"]
+__all__ = ["KINDS", "LARGEST_K", "PANEL", "ROWS", "decoder", "dequantize", "dequantize_rows", "few_rows", "many_rows", "scratch_bytes"]
 
 ROWS = 128
 """Rows of a tile."""
@@ -37,7 +36,7 @@ PANEL = 256
 """Tokens whose sums a thread keeps while it goes along K."""
 _CHUNK_STEPS = 128  # of four inputs, whose levels of 32 rows, and twelve rows of activations, fit the first-level cache together
 _PAIR_BYTES = 128 * _CHUNK_STEPS
-_TILE_BYTES = 8192 + 512  # of the levels of 64 inputs and 128 rows, and of the rows' scales
+_TILE_BYTES = 512 + 4 * _PAIR_BYTES  # of the scales of 128 rows, and of the levels of a chunk
 
 
 def scratch_bytes(tokens: int, code_bytes: int) -> int:
@@ -65,9 +64,21 @@ def _store_outputs(values, out, rows):
 
 
 @cache
+def decoder(format: str) -> int:
+    """The address of a function of (streams, steps, levels): `decode_steps` with panels of a chunk for each 32 rows."""
+    kind = KINDS[format]
+
+    def decode(streams, steps, levels):
+        decode_steps(streams, steps, levels, _PAIR_BYTES, kind)
+        return 0
+
+    return compiled_address(decode, 3)
+
+
+@cache
 def few_rows(format: str) -> int:
     """The address of the function that multiplies the rows of a task with one token, for `integer.multiply`."""
-    kind, tile_bytes = KINDS[format], 16 * _bits(format)
+    kind, tile_bytes = KINDS[format], 16 * CODES[format].bits
 
     def few_rows(arguments, job, task):
         N, K, span = integer(arguments, 0), integer(arguments, 1), integer(arguments, 4)
@@ -88,21 +99,20 @@ def few_rows(format: str) -> int:
 
 
 @cache
-def many_rows(format: str, code_bytes: int) -> int:
-    """The address of the function that multiplies the rows of a task with several tokens, for `integer.multiply`."""
-    kind, bits = KINDS[format], _bits(format)
-    tile_bytes, tile_tokens, sum_bytes = 16 * bits, row_tiles(code_bytes)[0] // code_bytes, 512 * code_bytes
+def many_rows(code_bytes: int) -> int:
+    """The address of the function that multiplies the rows of a task with several tokens, for `integer.multiply`; a job has a `decoder`."""
+    tile_tokens, sum_bytes = row_tiles(code_bytes)[0] // code_bytes, 512 * code_bytes
 
     def many_rows(arguments, job, task):
         N, K, span = integer(arguments, 0), integer(arguments, 1), integer(arguments, 4)
         x, x_scales, x_sums, levels = integer(arguments, 5), integer(arguments, 6), integer(arguments, 7), integer(task, 1)
-        x_rows, out_rows, x_pitch = integer(arguments, 8), integer(arguments, 9), integer(arguments, 10)
+        x_rows, out_rows, x_pitch, bits = integer(arguments, 8), integer(arguments, 9), integer(arguments, 10), integer(arguments, 12)
         scales = levels + 4 * _PAIR_BYTES
         values, x_at = scales + 512, scales + 1024
         sums = x_at + 128
         top = integer(task, 0) * span
         for first in range(top, min(N, top + span), 128):
-            streams = integer(job, 1) + first // 128 * (K * tile_bytes)
+            streams = integer(job, 1) + first // 128 * (K * 16 * bits)
             _load_scales(integer(job, 2) + first * 2, N - first, scales)
             for begin in range(integer(job, 5), integer(job, 6), PANEL):
                 end = min(integer(job, 6), begin + PANEL)
@@ -110,7 +120,7 @@ def many_rows(format: str, code_bytes: int) -> int:
                 for chunk in range(0, K // 4, _CHUNK_STEPS):
                     steps = min(_CHUNK_STEPS, K // 4 - chunk)
                     chunk_streams = streams + chunk * (64 * bits)
-                    decode_steps(chunk_streams, steps, levels, _PAIR_BYTES, kind)
+                    call(integer(job, 3), chunk_streams, steps, levels)
                     ahead, ahead_pitch = chunk_streams + steps * (64 * bits), 16 * bits  # a quarter of the next chunk with each 32 rows
                     for token in range(begin, end, tile_tokens):
                         for i in range(tile_tokens):
@@ -143,9 +153,11 @@ def many_rows(format: str, code_bytes: int) -> int:
 def dequantize_rows(weight: TrellisWeight, tile: torch.Tensor) -> None:
     """Dequantize a contiguous weight [N, K] into a tile [N, K] of bfloat16 or float32, in the basis of rotated activations."""
     N, K = weight.shape
-    scratch = torch.empty(-(-N // ROWS) * _TILE_BYTES, dtype=torch.uint8)
+    tiles = -(-N // ROWS)
+    scratch = torch.empty(tiles * _TILE_BYTES, dtype=torch.uint8)
     addresses = (tensor.data_ptr() for tensor in (weight.qweight, weight.scales, tile, scratch))
-    _dequantizer(weight.format, int(tile.dtype == torch.bfloat16))(*addresses, N, K)
+    arguments = np.array([*addresses, N, K, weight.code.bits, decoder(weight.format)], np.int64)
+    for_each(_dequantizer(int(tile.dtype == torch.bfloat16)), arguments.ctypes.data, tiles)
 
 
 def dequantize(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -156,23 +168,22 @@ def dequantize(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> tor
     return values.to(dtype)
 
 
-def _bits(format: str) -> int:
-    return CODES[format].bits
-
-
 @cache
-def _dequantizer(format: str, bfloat16: int) -> Any:
-    """The function that dequantizes rows, compiled for one format and dtype."""
-    kind, bits, size = KINDS[format], _bits(format), 2 if bfloat16 else 4
+def _dequantizer(bfloat16: int) -> int:
+    """The address of the function that dequantizes a tile to one dtype, for `for_each`."""
+    size = 2 if bfloat16 else 4
 
-    @compiled(parallel=True)
-    def dequantize(streams, scales, out, scratch, N, K):
-        tiles, blocks = (N + 127) // 128, K // 64
-        for tile in prange(tiles):
-            own = scratch + tile * _TILE_BYTES
-            _load_scales(scales + tile * 256, N - tile * 128, own + 8192)
-            for block in range(blocks):
-                decode_steps(streams + (tile * K + block * 64) * 16 * bits, 16, own, 2048, kind)
-                write_rows(own, own + 8192, out + (tile * 128 * K + block * 64) * size, K * size, N - tile * 128, bfloat16)
+    def dequantize_tile(arguments, tile, _):
+        streams, scales, out = integer(arguments, 0), integer(arguments, 1), integer(arguments, 2)
+        N, K, bits = integer(arguments, 4), integer(arguments, 5), integer(arguments, 6)
+        own = integer(arguments, 3) + tile * _TILE_BYTES
+        _load_scales(scales + tile * 256, N - tile * 128, own)
+        for chunk in range(0, K // 4, _CHUNK_STEPS):
+            steps = min(_CHUNK_STEPS, K // 4 - chunk)
+            call(integer(arguments, 7), streams + (tile * K + chunk * 4) * 16 * bits, steps, own + 512)
+            for step in range(0, steps, 16):
+                to = out + (tile * 128 * K + (chunk + step) * 4) * size
+                write_rows(own + 512 + 128 * step, _PAIR_BYTES, own, to, K * size, N - tile * 128, bfloat16)
+        return 0
 
-    return dequantize
+    return compiled_address(dequantize_tile, 3)

@@ -174,11 +174,11 @@ def scaled_sums(typing_context, sums, x_sums, x_scale, scales, out, code_bytes):
 
 
 @intrinsic(prefer_literal=True)
-def write_rows(typing_context, levels, scales, out, pitch, rows, bfloat16):
+def write_rows(typing_context, levels, panel, scales, out, pitch, rows, bfloat16):
     """Write 64 inputs of 128 rows in the order of rows: level times scale as float32, or rounded to bfloat16.
 
-    levels: as `decode_steps` writes those of 16 steps, a pitch of 2048 bytes; scales: float32 [128]; out: address of the first row, `pitch`
-    bytes from row to row; rows: at most 128; bfloat16: a literal.
+    levels: as `decode_steps` writes those of 16 steps, `panel` bytes after each other; scales: float32 [128]; out: of the first row,
+    `pitch` bytes from row to row; rows after the first `rows` are left out; bfloat16: a literal.
     """
     if not isinstance(bfloat16, types.IntegerLiteral):
         return None
@@ -186,10 +186,10 @@ def write_rows(typing_context, levels, scales, out, pitch, rows, bfloat16):
     size = 2 if narrow else 4
 
     def codegen(context, b, signature, args):
-        levels, scales, out, pitch, rows, _ = args
+        levels, panel, scales, out, pitch, rows, _ = args
         with cgutils.for_range(b, v.I64(TURNS)) as loop:
             first = b.mul(loop.index, v.I64(16))
-            at = b.add(b.mul(b.lshr(loop.index, v.I64(1)), v.I64(2048)), b.mul(b.and_(loop.index, v.I64(1)), v.I64(64)))
+            at = b.add(b.mul(b.lshr(loop.index, v.I64(1)), panel), b.mul(b.and_(loop.index, v.I64(1)), v.I64(64)))
             vectors = [v.load(b, b.add(b.add(levels, at), v.I64(128 * step)), v.V16I) for step in range(16)]
             for row, words in enumerate(v.transposed(b, vectors)):
                 n = b.add(first, v.I64(row))
@@ -204,4 +204,4 @@ def write_rows(typing_context, levels, scales, out, pitch, rows, bfloat16):
                         v.store_rounded(b, b.fmul(b.sitofp(whole, v.V16F), scale), b.add(to, v.I64(i * size)), bfloat16=narrow)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5, bfloat16), codegen
+    return types.void(*[types.intp] * 6, bfloat16), codegen
