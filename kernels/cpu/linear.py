@@ -31,6 +31,7 @@ from .format_kernels import TILE_KERNELS, dequantize_rows
 from .integer import Job, multiply
 from .rotation import quantize_rotated, rotate
 from .row_codes import FORMATS
+from .trellis_decode import warn_of_slow_decoding
 from .vector import chip_features, has_bfloat16, has_byte_products
 
 __all__ = [
@@ -69,6 +70,8 @@ def linear(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 
 def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     """Compile, load from a cache or import the code for products with weights like `weight` [N, K], before the first token needs it."""
+    if weight.format in trellis.KINDS:
+        warn_of_slow_decoding()
     few = weight.rows(0, 1)
     for tokens in (1, 64):
         x = torch.zeros(tokens, weight.shape[-1], dtype=dtype)

@@ -9,6 +9,8 @@ Dimension letters: `k` bits per element.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -18,7 +20,17 @@ from dbrx_q.kernels.formats.trellis_codes import CODES, TrellisCode
 
 from . import vector as v
 
-__all__ = ["KINDS", "TURNS", "code_of", "decoded", "has_fast_decoding", "level_offset"]
+__all__ = [
+    "KINDS",
+    "TURNS",
+    "SlowDecodingWarning",
+    "code_of",
+    "decoded",
+    "has_byte_shuffles",
+    "has_fast_decoding",
+    "level_offset",
+    "warn_of_slow_decoding",
+]
 
 KINDS = {name: kind for kind, name in enumerate(CODES)}
 """The number by which compiled code knows a format."""
@@ -35,6 +47,18 @@ def code_of(kind: int) -> TrellisCode:
 def has_fast_decoding() -> bool:
     """Whether the chip multiplies bytes by bit matrices and looks up levels in 512-bit registers (AVX-512 VBMI, GFNI)."""
     return {"avx512vbmi", "avx512bw", "gfni"} <= v.chip_features()
+
+
+class SlowDecodingWarning(UserWarning):
+    """This chip lacks instructions that trellis weights are decoded fastest with."""
+
+
+@cache
+def warn_of_slow_decoding() -> None:
+    """Say once in a process that this chip lacks `has_fast_decoding`."""
+    if not has_fast_decoding():
+        text = "trellis weights decode slowly on this CPU, which lacks AVX-512 VBMI or GFNI; results are the same (docs/cpu.md)"
+        warnings.warn(text, SlowDecodingWarning, stacklevel=3)
 
 
 def level_offset() -> int:

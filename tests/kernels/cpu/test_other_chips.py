@@ -20,9 +20,8 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     check = "from dbrx_q.kernels.cpu import amx, vector; assert not vector.has_bfloat16(); assert not amx.available()"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pytest_script = Path(sys.executable).parent / "pytest"
-    selection = (
-        "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX or same_bits or exact"
-    )
+    cases = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX"
+    selection = f"{cases} or same_bits or exact or streams"
     command = [
         str(pytest_script),
         "-q",
@@ -30,7 +29,10 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
         "no:cacheprovider",
         "-k",
         selection,
-        *(str(KERNEL_TESTS / name) for name in ("test_linear.py", "test_moe.py", "cpu/test_attention.py", "cpu/test_integer.py")),
+        *(
+            str(KERNEL_TESTS / name)
+            for name in ("test_linear.py", "test_moe.py", "cpu/test_attention.py", "cpu/test_integer.py", "cpu/test_trellis.py")
+        ),
     ]
     run = subprocess.run(command, env=environment, cwd=KERNEL_TESTS.parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numba
 import numpy as np
 import pytest
 import torch
 
-from dbrx_q.kernels.cpu import rotation, trellis, vector
+from dbrx_q.kernels.cpu import rotation, trellis, trellis_decode
 from dbrx_q.kernels.cpu.activations import QuantizedActivations
 from dbrx_q.kernels.cpu.format_kernels import dequantize_rows
 from dbrx_q.kernels.cpu.integer import Job, multiply
-from dbrx_q.kernels.cpu.linear import linear, use_threads
+from dbrx_q.kernels.cpu.linear import use_threads, warm_up
 from dbrx_q.kernels.cpu.moe import ExpertOutputs, moe_experts
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -19,11 +21,11 @@ from dbrx_q.kernels.formats.registry import FORMATS, TensorFormat
 from dbrx_q.kernels.formats.rotation import rotate, rotate_back
 from dbrx_q.kernels.formats.trellis import TrellisWeight, levels_of
 from dbrx_q.kernels.formats.weights import dequantize
-from dbrx_q.kernels.linear import linear_reference
+from dbrx_q.kernels.linear import linear, linear_reference
 from dbrx_q.kernels.moe import moe_experts_reference
 
 NAMES = list(trellis.KINDS)
-SHAPES = [(128, 128, 128), (300, 192, 64), (5, 640, 128), (260, 1408, 128)]
+SHAPES = [(128, 128, 128), (300, 192, 64), (5, 1408, 128)]
 
 
 def random_weight(name: str, group_size: int, *shape: int, seed: int = 0) -> QuantizedWeight:
@@ -70,15 +72,16 @@ def test_products_are_exact_but_for_the_scaling(name: str, N: int, K: int, group
             torch.testing.assert_close(product(part, weight).double(), expected[:T], rtol=3e-7, atol=2e-7 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-def test_linear_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in NAMES), ("trellis2", torch.bfloat16), ("trellis3", torch.float16)]
+)
+def test_linear_with_streams_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
     for N, K, group_size in SHAPES:
         weight = random_weight(name, group_size, N, K)
         for T in (0, 1, 3, 40):
             x = torch.randn(T, K, generator=torch.Generator().manual_seed(T)).to(dtype)
             y, expected = linear(x, weight), linear_reference(x, weight)
-            assert y.dtype == (dtype if T < 17 or vector.has_byte_products() or dtype != torch.float16 else torch.float32)
+            assert y.dtype == dtype
             if T:
                 # 16-bit integers of few tokens, 24-bit ones or float32 of many.
                 limit = 6e-3 if dtype != torch.float32 else 2e-4 if T < 17 else 2e-6
@@ -105,7 +108,7 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_dequantization_has_the_bits_of_the_format(name: str) -> None:
+def test_dequantized_streams_have_the_bits_of_the_format(name: str) -> None:
     for N, K, group_size in SHAPES:
         weight = random_weight(name, group_size, N, K)
         for dtype in (torch.float32, torch.bfloat16):
@@ -204,3 +207,14 @@ def test_experts_with_few_and_with_many_tokens(formats: tuple[str, str, str]) ->
 def test_inputs_beyond_the_largest_sums_are_dequantized() -> None:
     weight, x = random_weight("trellis2", 128, 8, trellis.LARGEST_K + 128), torch.randn(2, trellis.LARGEST_K + 128)
     torch.testing.assert_close(linear(x, weight), linear_reference(x, weight), rtol=1e-4, atol=1e-3)
+
+
+def test_a_chip_without_the_fast_instructions_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight("trellis2", 64, 40, 64)
+    monkeypatch.setattr(trellis_decode, "has_fast_decoding", lambda: False)
+    trellis_decode.warn_of_slow_decoding.cache_clear()
+    with pytest.warns(trellis_decode.SlowDecodingWarning, match="lacks AVX-512 VBMI or GFNI"):
+        warm_up(weight, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warm_up(weight, torch.bfloat16)
