@@ -24,6 +24,7 @@ from dbrx_q.quantize.methods.workers import Workers
 
 N, K = 24, 256
 INT4, INT8, Q4_0 = TensorFormat("int4", 64), TensorFormat("int8", 32), TensorFormat("q4_0", 32)
+INT3, INT2 = TensorFormat("int3", 64), TensorFormat("int2", 32)
 AFFINE4, AFFINE8_BF16 = TensorFormat("affine4", 64), TensorFormat("affine8-bf16", 32)
 
 
@@ -86,7 +87,7 @@ def test_range_grids_equal_those_of_the_formats(weight: torch.Tensor, fmt: Tenso
     assert torch.equal(grid.dequantize(grid.round(weight)), dequantize(expected))
 
 
-@pytest.mark.parametrize("fmt", [INT4, INT8, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
+@pytest.mark.parametrize("fmt", [INT4, INT3, INT2, INT8, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
 def test_to_nearest_equals_rounding_and_packing(weight: torch.Tensor, fmt: TensorFormat) -> None:
     grid = searched_grid(weight, fmt)
     expected = packed(grid, grid.round(weight))
@@ -139,7 +140,7 @@ def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> to
     return u
 
 
-@pytest.mark.parametrize(("fmt", "share"), [(INT4, 0.6), (AFFINE4, 0.65)], ids=str)
+@pytest.mark.parametrize(("fmt", "share"), [(INT4, 0.6), (AFFINE4, 0.65), (INT3, 0.65), (INT2, 0.7)], ids=str)
 def test_gptq_equals_the_textbook_algorithm(weight: torch.Tensor, moments: Moments, fmt: TensorFormat, share: float) -> None:
     grid = range_grid(weight, fmt) if fmt is INT4 else searched_grid(weight, fmt)
     codes, expected = gptq(weight, moments, grid), textbook_gptq(weight, moments.hessian, grid)
@@ -206,7 +207,7 @@ def test_every_method_keeps_to_the_zero_points_of_q4_0(weight: torch.Tensor, mom
     assert set(zeros.unique().tolist()) == {7, 8}
 
 
-@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4], ids=str)
+@pytest.mark.parametrize("fmt", [INT4, INT2, Q4_0, AFFINE4], ids=str)
 def test_descent_ends_where_no_single_change_lowers_the_error(weight: torch.Tensor, moments: Moments, fmt: TensorFormat) -> None:
     grid = searched_grid(weight, fmt)
     start, G = grid.round(weight), fmt.group_size
@@ -260,7 +261,7 @@ def test_damping_handles_singular_and_indefinite_hessians(weight: torch.Tensor, 
         assert (value - weight).norm() < 0.5 * weight.norm(), name
 
 
-@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
+@pytest.mark.parametrize("fmt", [INT4, INT3, INT2, Q4_0, AFFINE4, AFFINE8_BF16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_reported_errors_are_those_of_the_packed_weight(weight: torch.Tensor, moments: Moments, name: str, fmt: TensorFormat) -> None:
     result = METHODS[name].run(weight.bfloat16(), fmt, moments if METHODS[name].calibrated else None)
@@ -277,7 +278,7 @@ def test_rows_are_quantized_independently(weight: torch.Tensor, moments: Moments
     assert (all_rows[5:9] == four_rows).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("fmt", [INT4, Q4_0, AFFINE4], ids=str)
+@pytest.mark.parametrize("fmt", [INT4, INT3, INT2, Q4_0, AFFINE4], ids=str)
 def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Moments, fmt: TensorFormat) -> None:
     """The target is the original's output on its own inputs: |W' X - W Y|^2, up to a constant."""
     hessian, cross = sums(moments)
@@ -292,9 +293,9 @@ def test_better_methods_have_less_output_error(weight: torch.Tensor, moments: Mo
 
 def test_a_method_refuses_formats_that_it_does_not_produce() -> None:
     METHODS["rtn"].check("rtn", TensorFormat("nf4", 64))
-    with pytest.raises(FormatError, match=r"best makes int4, int8, affine4, .*, q4_0, trellis2, .*; found nf4\. Choose one of them"):
+    with pytest.raises(FormatError, match=r"best makes int4, int8, .*, q4_0, int3, int2, trellis2, .*; found nf4\. Choose one of them"):
         METHODS["best"].check("best", TensorFormat("nf4", 64))
-    with pytest.raises(FormatError, match=r"awq makes .*, q4_0; found trellis2\. Choose one of them"):
+    with pytest.raises(FormatError, match=r"awq makes .*, int3, int2; found trellis2\. Choose one of them"):
         METHODS["awq"].check("awq", TensorFormat("trellis2", 64))
 
 

@@ -17,7 +17,7 @@ from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
 
-@pytest.fixture(scope="module", params=["affine4:32", "affine8-bf16:64", "q4_0:32", "int4:64"])
+@pytest.fixture(scope="module", params=["affine4:32", "affine8-bf16:64", "q4_0:32", "int4:64", "int3:64", "int2:32"])
 def fmt(request: pytest.FixtureRequest) -> TensorFormat:
     return TensorFormat.parse(request.param)
 
@@ -32,8 +32,9 @@ def folder(small: Path, fmt: TensorFormat, tmp_path_factory: pytest.TempPathFact
 
 
 def test_inspect_counts_the_bits(folder: Path, fmt: TensorFormat, cli: Callable[..., Any]) -> None:
+    """Of matrices with K = 64, which int3 and int2 pad to 128."""
     kinds = json.loads(cli("inspect", folder, "--json").out)["kinds"]
-    bits = {"affine4": 5, "affine8-bf16": 8.5, "q4_0": 4.625, "int4": 4.375}[fmt.format]
+    bits = {"affine4": 5, "affine8-bf16": 8.5, "q4_0": 4.625, "int4": 4.375, "int3": 6.375, "int2": 4.625}[fmt.format]
     for kind in ("experts", "attention", "embedding", "head"):
         assert (kinds[kind]["format"], kinds[kind]["bits_per_weight"]) == (str(fmt), bits)
 
