@@ -27,6 +27,9 @@ from .moments import Moments
 __all__ = ["trellis_gptq", "trellis_nearest"]
 
 _BLOCK = 128  # columns between two updates of all later columns
+# Columns grow by the errors that they compensate, so the search wants larger steps: at 2 bits 1.06 and 1.1 times the step take 1.4 % off
+# the output error of the bundled model; at 3 and 4 bits, where errors are a quarter and a sixteenth, 1.06 gains nothing.
+_GROWTH = 1.28  # times 4^-bits
 
 
 def trellis_nearest(weight: torch.Tensor, fmt: TensorFormat) -> tuple[TrellisWeight, float, float]:
@@ -69,7 +72,8 @@ def trellis_gptq(target: torch.Tensor, fmt: TensorFormat, moments: Moments) -> t
         FormatError: a row too large for float16 scales.
     """
     assert moments.hessian is not None
-    scales = first_scales(target, _code(fmt))
+    code = _code(fmt)
+    scales = first_scales(target * (1 + _GROWTH / 4**code.bits), code)
     symbols = _symbols(target, scales, fmt, moments)
     levels = _levels(symbols, scales, fmt)
     scales = _fitted_scales(levels, levels @ moments.hessian, target, scales)
