@@ -15,7 +15,7 @@ from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.viterbi import ROWS, encode_reference
 
-__all__ = ["encode", "trellis_block", "trellis_block_reference"]
+__all__ = ["encode", "stream_levels", "stream_states", "trellis_block", "trellis_block_reference"]
 
 _COLUMNS = 64  # columns of a weight that are transposed together
 
@@ -67,8 +67,13 @@ def trellis_block_reference(columns: torch.Tensor, factor: torch.Tensor | None, 
 
 def stream_levels(symbols: torch.Tensor, code: TrellisCode) -> torch.Tensor:
     """int8 [..., 128]: the levels of the rows of a tile, from the bits of each position, uint8 [..., 128]."""
+    levels = code.level_table(symbols.device)[code.index_table(symbols.device)[stream_states(symbols, code)].long()]
+    return levels.unflatten(-1, (16, 8)).transpose(-1, -2).flatten(-2)
+
+
+def stream_states(symbols: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+    """int64 [..., 128]: the states of all positions, from the bits of each position, uint8 [..., 128]."""
     states = torch.zeros_like(symbols, dtype=torch.int64)
     for place in range(-(-code.state_bits // code.bits)):
         states |= symbols.long().roll(-place, -1) << code.bits * place
-    levels = code.level_table(symbols.device)[code.index_table(symbols.device)[states & (code.states - 1)].long()]
-    return levels.unflatten(-1, (16, 8)).transpose(-1, -2).flatten(-2)
+    return states & (code.states - 1)
