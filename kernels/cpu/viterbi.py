@@ -17,10 +17,10 @@ import torch
 
 from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import RENEW, ROWS, most_word
+from dbrx_q.kernels.formats.viterbi import NARROW_BITS, NARROW_RENEW, NARROW_SHIFT, RENEW, ROWS, most_word
 
 from .compiled import compiled
-from .viterbi_steps import LANES, SearchShape, level_costs, renew, step
+from .viterbi_steps import SearchShape, level_costs, narrow_costs, renew, step
 
 __all__ = ["search_bytes", "trellis_block"]
 
@@ -59,15 +59,16 @@ def search_bytes(code: TrellisCode, columns: int) -> int:
 
 
 def _scratch_parts(shape: SearchShape, columns: int) -> tuple[tuple[Any, int], ...]:
-    """(dtype, bytes) of each array: a tile, one element of each row, costs, permuted costs, words before and after a position, masks."""
+    """(dtype, bytes) of each array: a tile, one element of each row, costs, the same in bytes, permuted costs, two times words, masks."""
     n, Q = 1 << shape.index_bits, shape.ends
     return (
         (np.float32, columns * ROWS * 4),
         (np.float32, ROWS * 4),
         (np.uint16, ROWS * n * 2),
+        (np.uint8, ROWS * n),
         (np.uint16, n * _LINE),
         (np.uint16, 2 * Q * 2),
-        (np.uint32, ROWS * Q // 8 * shape.bits),
+        (np.uint32, ROWS * Q // 8 * max(shape.bits, (1 << shape.bits) - 1 if shape.bits == NARROW_BITS else 0)),
     )
 
 
@@ -94,13 +95,17 @@ def _block(shape: SearchShape) -> Callable[..., None]:
     low_columns, high_columns = shape.low_columns, shape.high_columns
     n, Q = 1 << index_bits, shape.ends
     mask_bytes, most = Q // 8 * bits, most_word(bits)
+    narrow = bits == NARROW_BITS
+    first_width, first_renew = (1, NARROW_RENEW) if narrow else (2, RENEW)
+    first_mask_bytes = Q // 8 * ((1 << bits) - 1) if narrow else mask_bytes
 
     @compiled()
-    def block(columns, factor, scales, units, levels, state_levels, symbols, tile, x, costs, table, words, masks):
-        """Fill `symbols`; the last six arguments are scratch memory."""
+    def block(columns, factor, scales, units, levels, state_levels, symbols, tile, x, costs, octets, table, words, masks):
+        """Fill `symbols`; the last seven arguments are scratch memory."""
         B, N = columns.shape
         levels_at, costs_at, table_at = np.int64(levels.ctypes.data), np.int64(costs.ctypes.data), np.int64(table.ctypes.data)
-        masks_at, words_at = np.int64(masks.ctypes.data), np.int64(words.ctypes.data)
+        masks_at, words_at, octets_at = np.int64(masks.ctypes.data), np.int64(words.ctypes.data), np.int64(octets.ctypes.data)
+        first_costs_at = octets_at if narrow else costs_at
         for number in range(len(symbols)):
             first = number * ROWS
             rows = min(ROWS, N - first)
@@ -110,25 +115,34 @@ def _block(shape: SearchShape) -> Callable[..., None]:
                 for p in range(ROWS):
                     level_costs(x[p], units[number, p], levels_at, costs_at + p * (2 * n), bits, index_bits)
                 old_at, new_at = words_at, words_at + 2 * Q
-                _begin(words, -1, most, bits, state_bits)
+                if narrow:
+                    narrow_costs(costs_at, octets_at, ROWS * n // 64, bits + NARROW_SHIFT)
+                    words[:] = 0
+                else:
+                    _begin(words, -1, most, bits, state_bits)
                 for t in range(ROWS):
-                    p = (_HALF - 1 - t) & (ROWS - 1)
-                    before, masks_of = costs_at + p * (2 * n), masks_at + t * mask_bytes
+                    before = first_costs_at + ((_HALF - 1 - t) & (ROWS - 1)) * (first_width * n)
                     if t < _HALF - 1:
-                        step(old_at, before, new_at, masks_of, table_at, 0, bits, state_bits, index_bits, low_columns, high_columns)
+                        step(
+                            old_at, before, new_at, masks_at, table_at,
+                            first_width, 0, bits, state_bits, index_bits, low_columns, high_columns,
+                        )  # fmt: skip
                     else:
-                        step(old_at, before, new_at, masks_of, table_at, 1, bits, state_bits, index_bits, low_columns, high_columns)
+                        step(
+                            old_at, before, new_at, masks_at + t * first_mask_bytes, table_at,
+                            first_width, 1, bits, state_bits, index_bits, low_columns, high_columns,
+                        )  # fmt: skip
                     old_at, new_at = new_at, old_at
-                    if t % RENEW == RENEW - 1:
-                        renew(old_at, bits, state_bits)
-                ends = _seam(words, masks, bits, Q)
+                    if t % first_renew == first_renew - 1:
+                        renew(old_at, first_width, bits, state_bits)
+                ends = _seam_of_bytes(words.view(np.uint8), masks, bits, Q) if narrow else _seam(words, masks, bits, Q)
                 _begin(words, ends, most, bits, state_bits)
                 for t in range(ROWS):
                     before, masks_of = costs_at + (ROWS - 1 - t) * (2 * n), masks_at + t * mask_bytes
-                    step(old_at, before, new_at, masks_of, table_at, 1, bits, state_bits, index_bits, low_columns, high_columns)
+                    step(old_at, before, new_at, masks_of, table_at, 2, 1, bits, state_bits, index_bits, low_columns, high_columns)
                     old_at, new_at = new_at, old_at
                     if t % RENEW == RENEW - 1:
-                        renew(old_at, bits, state_bits)
+                        renew(old_at, 2, bits, state_bits)
                 _trace(masks, ends, bits, Q, symbols[number, column])
                 if len(factor):
                     _feed_back(tile, column, factor, scales, first, rows, symbols[number, column], state_levels, bits, columns)
@@ -167,8 +181,8 @@ def _divide(tile, column, scales, first, rows, x):
 @compiled()
 def _choice(masks, t, end, bits, Q):
     """The highest k bits of the state that wins at an end."""
-    first = (t * (Q // LANES) + end // LANES) * bits
-    lane, choice = end % LANES, 0
+    first = (t * (Q // 32) + end // 32) * bits
+    lane, choice = end % 32, 0
     for bit in range(bits):
         choice |= (masks[first + bit] >> lane & 1) << bit
     return choice
@@ -185,6 +199,28 @@ def _seam(words, masks, bits, Q):
         end += 1
     for t in range(ROWS - 1, _HALF - 1, -1):
         end = (_choice(masks, t, end, bits, Q) * Q + end) >> bits
+    return end
+
+
+@compiled()
+def _seam_of_bytes(sums, masks, bits, Q):
+    """`_seam` of a first pass in bytes."""
+    least = np.uint8(255)
+    for q in range(Q):
+        least = min(least, sums[q])
+    end = 0
+    while sums[end] != least:
+        end += 1
+    choices = 1 << bits
+    for t in range(ROWS - 1, _HALF - 1, -1):
+        first, lane = (t * (Q // 64) + end // 64) * (choices - 1), end % 64
+        winner, distance = 0, choices >> 1
+        while distance:
+            mask = first + choices - choices // distance + winner // (2 * distance)
+            if not masks[2 * mask + lane // 32] >> (lane % 32) & 1:
+                winner += distance
+            distance >>= 1
+        end = (winner * Q + end) >> bits
     return end
 
 

@@ -10,7 +10,9 @@ choice. The least word of the states that lead to an end wins, so of equal sums 
 becomes that, choice and all. After every fourth position the least sum is subtracted from all. The cap is a fifth of the largest sum.
 
 The stream is circular: the bits above the last position's are those of the first. A first pass begins at the middle of the column with all
-states alike, goes around once, and its bits at position 0 are taken for good; the second pass begins and ends with them.
+states alike, goes around once, and its bits at position 0 are taken for good; the second pass begins and ends with them. With 2 bits per
+element the first pass works in bytes, which is as good there: a cost c becomes min(127, floor((c + 16) / 32)), sums saturate at 255, the
+lowest choice of the least sum wins, and the least sum is subtracted after every second position.
 
 Dimension letters: `B` columns of 128 rows, `S` states, `Q` states without their last k bits, `n` levels.
 """
@@ -21,7 +23,19 @@ import torch
 
 from .trellis_codes import TrellisCode
 
-__all__ = ["COST_UNIT", "RENEW", "ROWS", "cost_cap", "encode_reference", "level_costs", "most_word"]
+__all__ = [
+    "COST_UNIT",
+    "NARROW_BITS",
+    "NARROW_CAP",
+    "NARROW_RENEW",
+    "NARROW_SHIFT",
+    "RENEW",
+    "ROWS",
+    "cost_cap",
+    "encode_reference",
+    "level_costs",
+    "most_word",
+]
 
 ROWS = 128
 """Positions of a stream."""
@@ -29,6 +43,17 @@ COST_UNIT = 2048
 """The cost of an error whose square is the mean square of a row."""
 RENEW = 4
 """Positions after which the least sum is subtracted."""
+
+
+NARROW_BITS = 2
+"""Bits per element of the codes whose first pass works in bytes."""
+NARROW_SHIFT = 5
+"""Bits that costs lose there."""
+NARROW_CAP = 127
+"""The largest cost there."""
+NARROW_RENEW = 2
+"""`RENEW` there."""
+_NARROW_MOST = 255
 
 
 def cost_cap(bits: int) -> int:
@@ -59,19 +84,24 @@ def encode_reference(x: torch.Tensor, unit: torch.Tensor, code: TrellisCode) -> 
     costs = level_costs(x, unit, code)
     middle = ROWS // 2
     first = torch.cat((torch.arange(middle - 1, -1, -1), torch.arange(ROWS - 1, middle - 1, -1)))
-    states = _pass(costs[:, first], code, None)
+    if code.bits == NARROW_BITS:
+        narrow = (costs[:, first] + (1 << NARROW_SHIFT - 1)) >> NARROW_SHIFT
+        states = _pass(narrow.clamp(max=NARROW_CAP), code, None, narrow=True)
+    else:
+        states = _pass(costs[:, first], code, None)
     ends = states[:, middle - 1] & (code.ends - 1)
     states = _pass(costs.flip(1), code, ends)
     return (states.flip(1) & (2**code.bits - 1)).to(torch.uint8)
 
 
-def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None) -> torch.Tensor:
+def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None, *, narrow: bool = False) -> torch.Tensor:
     """int64 [B, T]: the states of the cheapest path, in the order of `costs` [B, T, n].
 
-    ends: the bits [B] with which the path begins and ends; None for those of the least sum, of equals the lowest.
+    ends: the bits [B] with which the path begins and ends; None for those of the least sum, of equals the lowest. narrow: in
+    bytes.
     """
     B, T = costs.shape[:2]
-    Q, choices, most = code.ends, 2**code.bits, most_word(code.bits)
+    Q, choices, most, renew = code.ends, 2**code.bits, most_word(code.bits), NARROW_RENEW if narrow else RENEW
     index = code.index_table(costs.device).long()
     choice = torch.arange(choices, dtype=torch.int32, device=costs.device)[:, None]
     if ends is None:
@@ -81,9 +111,13 @@ def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None) -> 
     chosen = torch.empty(T, B, Q, dtype=torch.uint8, device=costs.device)
     for t in range(T):
         totals = (sums.repeat_interleave(choices, 1) + costs[:, t][:, index]).view(B, choices, Q)
-        words = (totals * choices + choice).amin(1).clamp_(max=most)
+        if narrow:
+            totals.clamp_(max=_NARROW_MOST)
+        words = (totals * choices + choice).amin(1)
+        if not narrow:
+            words.clamp_(max=most)
         sums, chosen[t] = words // choices, words % choices
-        if t % RENEW == RENEW - 1:
+        if t % renew == renew - 1:
             sums -= sums.amin(1, keepdim=True)
     numbers = torch.arange(Q, dtype=torch.int32, device=costs.device)
     end = (sums * Q + numbers).amin(1).long() % Q if ends is None else ends
