@@ -6,6 +6,7 @@ Their streams are random; `tests/quantize` quantizes real ones.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -31,6 +32,7 @@ from dbrx_q.planning.offloading import PINNED_BYTES
 
 from .trellis_checkpoints import mixed, random_streams, write_plain
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 PROMPT = [5, 17, 200, 3, 901, 44, 7]
 IDS = torch.tensor([PROMPT])
 TRELLIS = [name for name, record in FORMATS.items() if record.trellis]
@@ -98,6 +100,53 @@ def test_bits_per_weight_are_those_of_the_code_and_16_per_row(name: str, group_s
     assert bits(10752, 6144) == record.bits + 16 / 6144  # DBRX's w1 and v1
     assert bits(6144, 10752) == record.bits + 16 / 10752
     assert bits(192, 128) == record.bits * 256 / 192 + 16 / 128  # the last tile is filled up
+
+
+def documented_indices() -> dict[str, Any]:
+    """The formulas of the table in docs/formats.md, by format."""
+    rows = re.findall(r"^\| (trellis\S+) \| (\d+) \| (\d+) \| `(.+)` \|$", DOCUMENT.read_text(encoding="utf-8"), re.M)
+    return {name: (int(bits), int(levels), compile(formula, name, "eval")) for name, bits, levels, formula in rows}
+
+
+@pytest.mark.parametrize("name", TRELLIS)
+def test_a_reader_of_the_document_decodes_the_same_weight(name: str) -> None:
+    """In whole numbers, by the words of docs/formats.md alone."""
+    record, (state_bits, n_levels, formula) = FORMATS[name], documented_indices()[name]
+    assert record.trellis is not None
+    levels, k, (N, K, G) = record.trellis.levels, record.bits, (140, 128, 64)
+    assert len(levels) == n_levels
+    generator = torch.Generator().manual_seed(2)
+    qweight = torch.randint(0, 256, (2, 16 * k * K), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(N, 1, generator=generator).half()
+    rotated = torch.empty(N, K, dtype=torch.float64)
+    for column in range(K):
+        q, c = divmod(column, 4)
+        for tile in range(2):
+            stream = 0
+            for i in range(16):
+                for j in range(k):
+                    stream |= int(qweight[tile, 64 * k * q + 64 * j + 4 * i + c]) << 8 * (k * i + j)
+            stream |= stream << 128 * k  # circular
+            for row in range(128 * tile, min(N, 128 * tile + 128)):
+                v, i = divmod(row - 128 * tile, 16)
+                state = stream >> k * (8 * i + v) & (1 << state_bits) - 1
+                rotated[row, column] = levels[eval(formula, {"s": state})]
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < G:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    expected = (rotated * scales.double()).view(N, -1, G) @ hadamard / G**0.5
+    signs = torch.tensor([-1.0 if lowbias32(j) & 1 else 1.0 for j in range(K)], dtype=torch.float64)
+    weight = dequantize(record.weight.of({"qweight": qweight, "scales": scales}, G))
+    torch.testing.assert_close(weight.double(), expected.reshape(N, K) * signs, rtol=1e-5, atol=1e-5)
+
+
+def lowbias32(j: int) -> int:
+    """As docs/formats.md has it."""
+    j ^= j >> 16
+    j = j * 0x7FEB352D % 2**32
+    j ^= j >> 15
+    j = j * 0x846CA68B % 2**32
+    return j ^ j >> 16
 
 
 def test_mapped_and_read_weights_generate_the_same(packed: Path) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLE", "command"]
 
+_DECODING = (
+    " alone; a trellis format takes more instructions for each byte than int4, so that a CPU with few cores, or without AVX-512, and a GPU "
+    "may be slower than that"
+)
 EXAMPLE = example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
 
 _KINDS = ("dense", "experts", "fallback", "kv_cache", "workspace", "reserve")
@@ -88,9 +92,11 @@ def command(
     bounds = speed_bounds(placement, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
     sentence = advice(config, formats, machine, request)
     note = _note(path, planned) if planned.label and format is None else ""
+    assumption = "tokens/s count bytes over bandwidths" + (_DECODING if any(fmt.record.trellis for fmt in formats.values()) else "")
     if json:
         rates = {"host": machine.host_bandwidth, "disk": machine.disk_bandwidth, "measured": machine.measured or None}
-        terminal.print_json(_as_dict(placement, bounds) | {"bandwidths": rates, "advice": sentence} | ({"note": note} if note else {}))
+        notes = {"assumption": assumption} | ({"note": note} if note else {})
+        terminal.print_json(_as_dict(placement, bounds) | {"bandwidths": rates, "advice": sentence} | notes)
         return
     _print(placement, bounds)
     print(
@@ -98,6 +104,8 @@ def command(
         if machine.measured
         else "bandwidths are assumed where no option names them; --measure measures those of this machine"
     )
+    if any(fmt.record.trellis for fmt in formats.values()):
+        print(assumption)
     print(sentence)
     if note:
         print(note)
