@@ -11,9 +11,10 @@ import torch
 
 from dbrx_q.kernels.cpu import rotation, trellis, trellis_decode
 from dbrx_q.kernels.cpu.activations import QuantizedActivations
+from dbrx_q.kernels.cpu.choice import Regime
 from dbrx_q.kernels.cpu.format_kernels import dequantize_rows
 from dbrx_q.kernels.cpu.integer import Job, multiply
-from dbrx_q.kernels.cpu.linear import use_threads, warm_up
+from dbrx_q.kernels.cpu.linear import choice_for, use_threads, warm_up
 from dbrx_q.kernels.cpu.moe import ExpertOutputs, moe_experts
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
@@ -206,6 +207,8 @@ def test_experts_with_few_and_with_many_tokens(formats: tuple[str, str, str]) ->
 
 def test_inputs_beyond_the_largest_sums_are_dequantized() -> None:
     weight, x = random_weight("trellis2", 128, 8, trellis.LARGEST_K + 128), torch.randn(2, trellis.LARGEST_K + 128)
+    assert choice_for(2, x, weight).regime is Regime.TILES
+    assert choice_for(2, x[:, 128:], random_weight("trellis2", 128, 8, trellis.LARGEST_K)).regime is Regime.INTEGER
     torch.testing.assert_close(linear(x, weight), linear_reference(x, weight), rtol=1e-4, atol=1e-3)
 
 
