@@ -20,7 +20,7 @@ __all__ = ["STEP_BYTES", "decode_steps", "multiply_levels", "multiply_stream", "
 
 STEP_BYTES = 64 * TURNS
 """Bytes of the levels of 128 rows and four inputs, and of the sums of 128 rows."""
-_BYTES_AHEAD = 4096  # that the streams of one token's rows are prefetched ahead; see docs/notes/cpu-kernels.md
+_BYTES_AHEAD = 4096  # that the streams of one token's rows are prefetched ahead
 
 
 def _splat(b: Any, address: Any, kind: Any) -> Any:

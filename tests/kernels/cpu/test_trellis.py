@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
 import torch
+from llvmlite import ir
 
-from dbrx_q.kernels.cpu import rotation, trellis, trellis_decode
+from dbrx_q.kernels.cpu import rotation, trellis, trellis_decode, vector
 from dbrx_q.kernels.cpu.activations import QuantizedActivations
 from dbrx_q.kernels.cpu.choice import Regime
 from dbrx_q.kernels.cpu.format_kernels import dequantize_rows
@@ -21,6 +23,7 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import FORMATS, TensorFormat
 from dbrx_q.kernels.formats.rotation import rotate, rotate_back
 from dbrx_q.kernels.formats.trellis import TrellisWeight, levels_of
+from dbrx_q.kernels.formats.trellis_codes import CODES
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear, linear_reference
 from dbrx_q.kernels.moe import moe_experts_reference
@@ -221,3 +224,24 @@ def test_a_chip_without_the_fast_instructions_is_named_once(monkeypatch: pytest.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warm_up(weight, torch.bfloat16)
+
+
+def test_neon_looks_bits_and_levels_up_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple("aarch64-linux-gnu")
+    except RuntimeError:
+        pytest.skip("this LLVM compiles for one architecture alone")
+    monkeypatch.setattr(vector, "chip_features", lambda: frozenset({"neon"}))
+    function = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), [vector.I64, vector.I64]), "decode")
+    b = ir.IRBuilder(function.append_basic_block())
+    lines = [vector.load(b, b.add(function.args[0], vector.I64(64 * j)), vector.V64) for j in range(2)]
+    for turn, levels in enumerate(trellis_decode.decoded(b, CODES["trellis2"], lines, 0)):
+        vector.store(b, levels, b.add(function.args[1], vector.I64(64 * turn)))
+    b.ret_void()
+    module = llvm.parse_assembly(str(function.module))
+    module.triple = "aarch64-linux-gnu"
+    assembly = target.create_target_machine(features="+neon", opt=3).emit_assembly(module)
+    # Of 512 weights: four tables of bits and four of levels for each 16.
+    assert assembly.count("\ttbl\t") == 256
