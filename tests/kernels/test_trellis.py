@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -35,3 +37,12 @@ def test_feedback_equals_a_loop_over_columns(name: str) -> None:
     symbols = trellis_block(columns, factor, scales, code)
     assert torch.equal(symbols, trellis_block_reference(expected, factor, scales, code))
     assert torch.equal(columns, expected)
+
+
+def test_streams_are_the_same_on_several_threads() -> None:
+    code = CODES["trellis3-fast"]
+    weights = [weight_of(128, 8, seed) for seed in range(6)]
+    expected = [encode(weight, first_scales(weight, code), code) for weight in weights]
+    with ThreadPoolExecutor(3) as pool:
+        symbols = list(pool.map(lambda weight: encode(weight, first_scales(weight, code), code), weights))
+    assert all(torch.equal(*pair) for pair in zip(symbols, expected, strict=True))

@@ -20,7 +20,7 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     check = "from dbrx_q.kernels.cpu import amx, vector; assert not vector.has_bfloat16(); assert not amx.available()"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pytest_script = Path(sys.executable).parent / "pytest"
-    cases = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX"
+    cases = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX or trellis2-fast"
     selection = f"{cases} or same_bits or exact or streams"
     command = [
         str(pytest_script),
