@@ -82,7 +82,19 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
         (lambda data: data["choices"].append(None), "Choice must be an object"),
     ],
     ids=[
-        *("missing", "unknown", "no list", "text for a number", "depth", "rows", "tokens", "splits", "truth for a number"),
+        *(
+            "missing",
+            "unknown",
+            "no list",
+            "text for a number",
+            "depth",
+            "rows",
+            "tokens",
+            "row unit",
+            "no group",
+            "splits",
+            "truth for a number",
+        ),
         *("splits in prefill", "no object"),
     ],
 )
