@@ -65,7 +65,6 @@ def decode(
         h,
         T,
         MISSING=missing is not None,
-        SHARED=x1 is x2,
         GROUPED=grouped > 0,
         BN=gate_up.rows,
         BT=grouped or gate_up.tokens,
@@ -145,7 +144,7 @@ def packed(weight: Weight) -> Weight:
 @triton.jit(do_not_specialize=["T"])
 def gate_up_decode_kernel(
     x1,  # [T, D], of the gate
-    x2,  # [T, D], of up; unused if SHARED
+    x2,  # [T, D], of up; the same unless one of the formats is a trellis
     experts,  # int64 [T, A]
     slots,  # int32 [E]
     missing,  # int32 [E]
@@ -165,7 +164,6 @@ def gate_up_decode_kernel(
     E_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     MISSING: tl.constexpr,
-    SHARED: tl.constexpr,
     GROUPED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -213,18 +211,30 @@ def gate_up_decode_kernel(
             gate = group_dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, GROUP1, FAST1, WARPGROUP1)
             up = group_dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, GROUP1, FAST2, WARPGROUP2)
         gate, up = over_groups(gate, groups), over_groups(up, groups)
+    elif (FORMAT1 == TRELLIS) | (FORMAT2 == TRELLIS):
+        # One matrix after the other: levels of both at a time would take more registers and shared memory than fit.
+        gate = tl.zeros((BN, BT), tl.float32)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(x1 + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
+            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
+        up = tl.zeros((BN, BT), tl.float32)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            tile = tl.load(x2 + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
+            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
+        gate, up = scaled(gate, s1, rows, F, FORMAT1), scaled(up, s2, rows, F, FORMAT2)
     else:
         gate = tl.zeros((BN, BT), tl.float32)
         up = tl.zeros((BN, BT), tl.float32)
         for step in range((D + BK - 1) // BK):
             k = step * BK
             columns = k + tl.arange(0, BK)
-            place, wanted = tokens[:, None] * D + columns[None, :], chose[:, None] & (columns < D)[None, :]
-            tile = tl.load(x1 + place, mask=wanted, other=0.0)
+            tile = tl.load(x1 + tokens[:, None] * D + columns[None, :], mask=chose[:, None] & (columns < D)[None, :], other=0.0)
             gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
-            tile = tile if SHARED else tl.load(x2 + place, mask=wanted, other=0.0)
             up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
-    gate, up = scaled(gate, s1, rows, F, FORMAT1), scaled(up, s2, rows, F, FORMAT2)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(h + pair[None, :] * F + rows[:, None], value.to(h.dtype.element_ty), mask=(rows < F)[:, None] & chose[None, :])
 

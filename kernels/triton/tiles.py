@@ -102,7 +102,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     """Tiles worth measuring for a problem; the default is first."""
     default = _default(problem, chip)
     tilings = [default]
-    tokens = {default.tokens} if problem.decode else {64, 128, 256}
+    tokens = {default.tokens} if problem.decode else {default.tokens, 64, 128, 256}
     depths = {max(depth, problem.group) for depth in ((128, 256) if problem.decode else (64, 128))}
     for rows, warps in _rows_and_warps(problem):
         for depth in sorted(depths):
@@ -117,7 +117,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
 
 def _rows_and_warps(problem: Problem) -> tuple[tuple[int, int], ...]:
     if problem.row_unit > 1:
-        return ((problem.row_unit, 2), (problem.row_unit, 4), (problem.row_unit, 8))
+        return (problem.row_unit, 4), (problem.row_unit, 8)
     return ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8))
 
 
@@ -150,13 +150,16 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
 
 def _streams(problem: Problem, chip: Chip) -> Tiles:
     """Tiles of whole streams, which hold `row_unit` rows of an input."""
-    rows = problem.row_unit
+    rows, depth = problem.row_unit, 64
+    # Four warps load 16 bytes a thread of a tile 64 deep, and its levels pass through 16 KB of shared memory. The sums of 64 tokens with
+    # both matrices of `gate_up` fill the registers. On AMD they spill with four warps.
+    warps = 8 if chip.vendor == "hip" and problem.op == "gate_up" else 4
     if not problem.decode:
-        return Tiles(rows, 64, 64, 1, 8, 2)
-    splits = 1
-    while splits < 16 and -(-problem.N // rows) * problem.parallel * splits < 4 * chip.multiprocessors and problem.K >= 256 * splits:
+        return Tiles(rows, 32 if problem.op == "gate_up" else 64, depth, 1, warps, 2)
+    splits, programs = 1, -(-problem.N // rows) * problem.parallel
+    while splits < 16 and problem.op != "gate_up" and programs * splits < 4 * chip.multiprocessors and problem.K >= 4 * depth * splits:
         splits *= 2
-    return Tiles(rows, max(chip.smallest_dot, _power_of_two(problem.tokens)), 64, 1 if problem.op == "gate_up" else splits, 4, 3)
+    return Tiles(rows, max(chip.smallest_dot, _power_of_two(problem.tokens)), depth, splits, warps, 3)
 
 
 def _matmul(problem: Problem, chip: Chip) -> Tiles:

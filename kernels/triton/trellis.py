@@ -22,7 +22,7 @@ from .launch import launch
 
 __all__ = ["code_constant", "level_table", "rotate_kernel", "rotated", "rotation_of", "trellis_code", "trellis_tile"]
 
-_ROTATE_BLOCKS = 16  # Hadamard matrices of one program
+_ROTATE_BLOCKS = 4  # Hadamard matrices of one program
 
 
 def trellis_code(weight: Weight) -> TrellisCode | None:
@@ -37,28 +37,32 @@ def rotation_of(weight: Weight) -> int:
 
 @cache
 def code_constant(code: TrellisCode) -> tuple[int | tuple[int, ...], ...]:
-    """The compile-time constant CODE: k, then for each of the eight turns (word, shift to the right, mask) of the parts of its indices.
+    """The compile-time constant CODE: k, SCALED, then for each of the eight turns (word, shift to the right, mask) of the parts.
 
-    Words are bytes of the lane's stream, the next lane's after its own. An index is the sum without carry of the shifted, masked words.
+    Words are bytes of the lane's stream, the next lane's after its own. The sum without carry of the shifted, masked words is an index
+    times SCALED, which is 2 where that fits a byte: the place of a level of two bytes in the table.
     """
-    return code.bits, *(_parts_of_indices(code, turn) for turn in range(8))
+    scaled = 2 if code.index_bits < 8 else 1
+    return code.bits, scaled, *(_parts_of_indices(code, turn, scaled.bit_length() - 1) for turn in range(8))
 
 
-def _parts_of_indices(code: TrellisCode, turn: int) -> tuple[int, ...]:
+def _parts_of_indices(code: TrellisCode, turn: int, up: int) -> tuple[int, ...]:
     parts: dict[tuple[int, int], int] = {}
     for bit, column in enumerate(code.columns()):  # a bit of the state, and the bits of the index that it changes
         word, place = divmod(code.bits * turn + bit, 8)
         for target in range(code.index_bits):
             if column >> target & 1:
-                key = word, place - target
-                parts[key] = parts.get(key, 0) | 1 << target
+                key = word, place - target - up
+                parts[key] = parts.get(key, 0) | 1 << target + up
     return tuple(number for (word, right), mask in sorted(parts.items()) for number in (word, right, mask * 0x01010101))
 
 
 @cache
 def level_table(code: TrellisCode, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[2^i]: the levels in the dtype of the activations, which holds whole numbers up to 127 exactly."""
-    return torch.tensor(code.levels, dtype=dtype, device=device)  # never freed: captured graphs hold its address
+    table = torch.tensor(code.levels, dtype=dtype, device=device)  # never freed: captured graphs hold its address
+    assert device.type != "cuda" or table.data_ptr() % (2 << code.index_bits) == 0, "`_lookup` takes aligned tables"
+    return table
 
 
 def rotated(x: torch.Tensor, G: int) -> torch.Tensor:
@@ -74,13 +78,13 @@ def rotated(x: torch.Tensor, G: int) -> torch.Tensor:
 
 @cache
 def _signs(K: int, device: torch.device) -> torch.Tensor:
-    return signs(K).to(device, torch.int8)  # never freed: captured graphs hold its address
+    return signs(K).to(device, torch.float16)  # never freed: captured graphs hold its address
 
 
 @triton.jit
 def rotate_kernel(
     x,  # [T, K]
-    sign,  # int8 [K]
+    sign,  # float16 [K], 1 and -1
     y,  # [T, K]
     K: tl.constexpr,
     G: tl.constexpr,
@@ -112,7 +116,7 @@ def _butterflies(x, R: tl.constexpr, G: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def trellis_tile(q, table, rows, k, N, K: tl.constexpr, BK: tl.constexpr, CODE: tl.constexpr):
+def trellis_tile(q, table, rows, k, N, K: tl.constexpr, BK: tl.constexpr, CODE: tl.constexpr, FAST: tl.constexpr):
     """The levels [BN, BK] of whole tiles of 128 rows, in the dtype of `table`; past N or K any of the levels.
 
     Args:
@@ -124,6 +128,7 @@ def trellis_tile(q, table, rows, k, N, K: tl.constexpr, BK: tl.constexpr, CODE: 
         K: its inputs.
         BK: inputs of the tile.
         CODE: of `code_constant`.
+        FAST: whether inline PTX may look up levels of 16 bits.
     """
     BN: tl.constexpr = rows.shape[0]
     tl.static_assert(BN % 128 == 0, "a trellis weight is read in tiles of 128 rows")
@@ -137,34 +142,110 @@ def trellis_tile(q, table, rows, k, N, K: tl.constexpr, BK: tl.constexpr, CODE: 
     high = tl.join(tl.join(_indices(words, 4, CODE), _indices(words, 5, CODE)), tl.join(_indices(words, 6, CODE), _indices(words, 7, CODE)))
     # [BM, BQ, 16 lanes, 2, 2, 2 of a turn, lowest bit first] to [BM, turns, lanes, BQ]
     indices = tl.reshape(tl.permute(tl.join(low, high), (0, 5, 4, 3, 2, 1)), (BN, BQ))
+    if FAST:
+        c0, c1, c2, c3 = _lookup(indices, table, CODE[1])
+        return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BN, BK))
     octets = (indices[:, :, None] >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]) & 255
-    return tl.load(table + tl.reshape(octets, (BN, BK)))
+    return tl.load(table + tl.reshape(octets // CODE[1], (BN, BK)))
 
 
 @triton.jit
 def _words(q, tile, first, N, WIDTH: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BITS: tl.constexpr):
     """BITS tensors uint32 [BM, BQ, 16]: byte j of every lane, of four inputs each."""
+    # One load of all lines gives each thread of four warps 16 bytes of a tile 64 deep. Three lines are loaded as four, one of them masked.
+    LINES: tl.constexpr = 2 if BITS == 2 else 4
     tiles = (tile + tl.arange(0, BM))[:, None, None]
     words = (first + tl.arange(0, BQ))[None, :, None]
-    address = q + (tiles * WIDTH + words) * (16 * BITS) + tl.arange(0, 16)[None, None, :]
-    inside = (tiles * 128 < N) & (words < WIDTH)
-    w0 = tl.load(address, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    w1 = tl.load(address + 16, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    place = tl.arange(0, 16 * LINES)[None, None, :]
+    inside = (tiles * 128 < N) & (words < WIDTH) & (place < 16 * BITS)
+    loaded = tl.load(q + (tiles * WIDTH + words) * (16 * BITS) + place, mask=inside, other=0).to(tl.uint32, bitcast=True)
     if BITS == 2:
+        w0, w1 = tl.split(tl.permute(tl.reshape(loaded, (BM, BQ, 2, 16)), (0, 1, 3, 2)))
         return w0, w1
-    w2 = tl.load(address + 32, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    if BITS == 3:
-        return w0, w1, w2
-    return w0, w1, w2, tl.load(address + 48, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(loaded, (BM, BQ, 2, 2, 16)), (0, 1, 3, 4, 2)))
+        w0, w1 = tl.split(tl.permute(low, (0, 1, 3, 2)))
+        w2, w3 = tl.split(tl.permute(high, (0, 1, 3, 2)))
+        if BITS == 3:
+            return w0, w1, w2
+        else:
+            return w0, w1, w2, w3
+
+
+@triton.jit
+def _lookup(indices, table, SCALED: tl.constexpr):
+    """The levels of bytes 0, 1, 2 and 3 of `indices`, in the dtype of `table`, of 16 bits.
+
+    A table is aligned to its size, so that an address is the table's with an index in its low bits.
+    """
+    address = table.to(tl.int64)
+    low, high = address.to(tl.int32), (address >> 32).to(tl.int32)
+    element = table.dtype.element_ty
+    if SCALED == 2:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d;
+            .reg .b64 p, q, r, s;
+            prmt.b32 a, $4, $5, 0x7650;
+            prmt.b32 b, $4, $5, 0x7651;
+            prmt.b32 c, $4, $5, 0x7652;
+            prmt.b32 d, $4, $5, 0x7653;
+            mov.b64 p, {a, $6};
+            mov.b64 q, {b, $6};
+            mov.b64 r, {c, $6};
+            mov.b64 s, {d, $6};
+            ld.global.nc.b16 $0, [p];
+            ld.global.nc.b16 $1, [q];
+            ld.global.nc.b16 $2, [r];
+            ld.global.nc.b16 $3, [s];
+            }
+            """,
+            "=&h,=&h,=&h,=&h,r,r,r",
+            [indices, low, high],
+            dtype=(element, element, element, element),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d;
+            .reg .b64 p, q, r, s;
+            prmt.b32 a, $4, 0, 0x4440;
+            prmt.b32 b, $4, 0, 0x4441;
+            prmt.b32 c, $4, 0, 0x4442;
+            prmt.b32 d, $4, 0, 0x4443;
+            mad.lo.u32 a, a, 2, $5;
+            mad.lo.u32 b, b, 2, $5;
+            mad.lo.u32 c, c, 2, $5;
+            mad.lo.u32 d, d, 2, $5;
+            mov.b64 p, {a, $6};
+            mov.b64 q, {b, $6};
+            mov.b64 r, {c, $6};
+            mov.b64 s, {d, $6};
+            ld.global.nc.b16 $0, [p];
+            ld.global.nc.b16 $1, [q];
+            ld.global.nc.b16 $2, [r];
+            ld.global.nc.b16 $3, [s];
+            }
+            """,
+            "=&h,=&h,=&h,=&h,r,r,r",
+            [indices, low, high],
+            dtype=(element, element, element, element),
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
 def _indices(words, TURN: tl.constexpr, CODE: tl.constexpr):
-    """uint32 of four bytes: the indices of the states of a turn, for four inputs."""
-    parts: tl.constexpr = CODE[1 + TURN]
-    indices = (words[parts[0]] >> parts[1] if parts[1] > 0 else words[parts[0]] << -parts[1]) & parts[2]
+    """uint32 of four bytes: the indices of the states of a turn times SCALED, for four inputs."""
+    parts: tl.constexpr = CODE[2 + TURN]
+    first = words[parts[0]] >> parts[1] if parts[1] > 0 else words[parts[0]] << -parts[1]
+    indices = first & parts[2]
     for part in tl.static_range(3, len(parts), 3):
-        indices ^= (words[parts[part]] >> parts[part + 1] if parts[part + 1] > 0 else words[parts[part]] << -parts[part + 1]) & parts[
-            part + 2
-        ]
+        shifted = words[parts[part]] >> parts[part + 1] if parts[part + 1] > 0 else words[parts[part]] << -parts[part + 1]
+        indices ^= shifted & parts[part + 2]
     return indices

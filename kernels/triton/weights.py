@@ -129,7 +129,8 @@ def dot_step(
             w = (codes.to(tl.float32) * scales).to(x.dtype)
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     elif FORMAT == TRELLIS:
-        return tl.dot(trellis_tile(q, z, rows, k, N, K, BK, CODE), tl.trans(x), acc, input_precision="ieee")
+        levels = trellis_tile(q, z, rows, k, N, K, BK, CODE, FAST and x.dtype != tl.float32)
+        return tl.dot(levels, tl.trans(x), acc, input_precision="ieee")
     else:
         even, odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, x.dtype, FAST, WARPGROUP)
         x_even, x_odd = tl.split(tl.reshape(x, (x.shape[0], BK // 2, 2)))

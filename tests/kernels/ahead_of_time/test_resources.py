@@ -1,6 +1,6 @@
 """Every kernel that the tile choices can return at DBRX's shapes, compiled for a chip of each kind.
 
-Every chip gets bfloat16 activations, int4 and int8 weights in groups of 64 and every KV format; only sm_86 gets NF4 and plain experts.
+Every chip gets bfloat16 activations, int4 and int8 weights in groups of 64, a trellis format and every KV format; only sm_86 gets NF4 and plain experts.
 Of kernels that differ only before and after their main loop, the longest is compiled. `dbrx-q bench resources --all` compiles
 everything, for every chip and in other group sizes too, and applies the same rules.
 """
@@ -23,11 +23,13 @@ WRITE_ONLY = ("qkv_kernel",)  # stores codes of the KV cache and reads none
 # Kernels that compile for sm_86 compile for sm_89, which has as much memory and more instructions, and for sm_80, which has more memory:
 # `bench resources` compiles for all of them.
 CHIPS_TESTED = ("sm_86", "sm_90", "sm_120", "gfx1100")
+# One trellis format on each, all of them between the chips: their kernels differ in few lines.
+TRELLIS_TESTED = {"sm_86": "trellis2", "sm_90": "trellis3", "sm_120": "trellis4", "gfx1100": "trellis2"}
 
 
 @cache
 def launches(chip: str) -> dict[str, Launch]:
-    usual = usual_launches(CHIPS[chip])
+    usual = [pair for pair in usual_launches(CHIPS[chip]) if "trellis" not in pair[0] or f"{TRELLIS_TESTED[chip]}:" in pair[0]]
     return {f"{chip} {case} {launch.kernel.__name__} {number}": launch for number, (case, launch) in enumerate(usual)}
 
 

@@ -54,7 +54,7 @@ def levels_kernel(q, table, out, N, K: tl.constexpr, BN: tl.constexpr, BK: tl.co
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     for k in range(0, K, BK):
         columns = k + tl.arange(0, BK)
-        tile = trellis_tile(q, table, rows, k, N, K, BK, CODE)
+        tile = trellis_tile(q, table, rows, k, N, K, BK, CODE, False)
         tl.store(out + rows[:, None] * K + columns[None, :], tile, mask=(rows < N)[:, None] & (columns < K)[None, :])
 
 
