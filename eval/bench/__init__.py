@@ -10,5 +10,6 @@ ceiling from `ceilings.py`, which measures memory bandwidth and matmul rate in t
   a GPU.
 - `tune.py` finds the fastest tiles on a GPU.
 - `kernel_shapes.py` has DBRX's shapes and the launches that they need, `kernel_resources.py` compiles launches ahead of time and reads
-  registers, shared memory and spills, and `kernel_report.py` writes the table of these.
+  registers, shared memory and spills, and `kernel_report.py` writes the table of these. `instruction_counts.py` counts
+  instructions for each weight.
 """

@@ -52,6 +52,13 @@ class Resources:
     """Every width in bytes of a thread's loads of packed codes; empty if the kernel reads none, None on AMD, where it is not analysed."""
     assembly: str
     """PTX, or AMD's assembly."""
+    cubin: bytes
+    """NVIDIA's machine code; empty on AMD."""
+
+    @property
+    def sass(self) -> str:
+        """The listing of `cubin`."""
+        return _listing(self.cubin, "-sass")
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Resources:
@@ -86,6 +93,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         spills=spills,
         packed_loads=packed_loads,
         assembly=compiled.asm["ptx" if chip.vendor == "cuda" else "amdgcn"],
+        cubin=compiled.asm["cubin"] if chip.vendor == "cuda" else b"",
     )
 
 
@@ -195,12 +203,16 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory, which include the stack that spills take) of the only kernel in `cubin`."""
+def _listing(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_cuobjdump(), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory, which include the stack that spills take) of the only kernel in `cubin`."""
+    text = _listing(cubin, "-res-usage")
     match = re.search(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
     assert match, text
     return int(match[1]), int(match[2]) + int(match[3])

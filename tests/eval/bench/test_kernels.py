@@ -149,7 +149,7 @@ def test_loads_are_traced_to_the_parameter_that_they_read() -> None:
 
 
 def compiled(**changes: object) -> Resources:
-    resources = Resources("linear_kernel", "sm_86", "", 4, 3, 1024, 100, 0, (16,), "")
+    resources = Resources("linear_kernel", "sm_86", "", 4, 3, 1024, 100, 0, (16,), "", b"")
     return replace(resources, **changes)  # type: ignore[arg-type] # fields of Resources
 
 

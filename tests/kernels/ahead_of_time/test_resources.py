@@ -1,6 +1,7 @@
 """Every kernel that the tile choices can return at DBRX's shapes, compiled for a chip of each kind.
 
-Every chip gets bfloat16 activations, int4 and int8 weights in groups of 64, a trellis format and every KV format; only sm_86 gets NF4 and plain experts.
+Every chip gets bfloat16 activations, int4 and int8 weights in groups of 64, a trellis format and every KV format; only sm_86 gets NF4 and
+plain experts.
 Of kernels that differ only before and after their main loop, the longest is compiled. `dbrx-q bench resources --all` compiles
 everything, for every chip and in other group sizes too, and applies the same rules.
 """
@@ -29,7 +30,11 @@ TRELLIS_TESTED = {"sm_86": "trellis2", "sm_90": "trellis3", "sm_120": "trellis4"
 
 @cache
 def launches(chip: str) -> dict[str, Launch]:
-    usual = [pair for pair in usual_launches(CHIPS[chip]) if "trellis" not in pair[0] or f"{TRELLIS_TESTED[chip]}:" in pair[0]]
+    usual = [
+        (case, launch)
+        for case, launch in usual_launches(CHIPS[chip])
+        if "trellis" not in case or f"{TRELLIS_TESTED[chip]}:" in case or launch.kernel.__name__ == "rotate_kernel"
+    ]
     return {f"{chip} {case} {launch.kernel.__name__} {number}": launch for number, (case, launch) in enumerate(usual)}
 
 
