@@ -22,6 +22,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -73,7 +74,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
     else:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
     compiled = triton.compile(source, target=target, options=options)
     packed_loads = None
     if chip.vendor == "hip":
@@ -100,7 +101,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
 def launch_key(launch: Launch) -> tuple[Any, ...]:
     """A key that is equal for launches that Triton compiles to the same code."""
     signature, constants, attributes = _signature(launch, hip=False)
-    options = launch.warps, launch.stages
+    options = launch.warps, launch.stages, launch.fusion
     return launch.kernel.__name__, str(signature), str(constants), str(attributes), options
 
 

@@ -17,6 +17,8 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.kv import KV_FORMATS, allocate_kv
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import TensorFormat, offered_formats
+from dbrx_q.kernels.formats.trellis_codes import CODES as TRELLIS_CODES
+from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.weights import Weight
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
@@ -103,6 +105,7 @@ def dbrx_launches(
     formats: tuple[TensorFormat, ...] = FORMATS,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
     shapes: Shapes = DBRX,
+    searched: Sequence[str] = tuple(TRELLIS_CODES),
 ) -> list[tuple[str, Launch]]:
     """(case, launch) of every op at the shapes of DBRX, each distinct kernel once, as the tile choices for `chip` have them.
 
@@ -111,6 +114,7 @@ def dbrx_launches(
         formats: of weights; the KV cache is walked through all of its own.
         dtypes: of activations.
         shapes: of the model.
+        searched: trellis formats whose streams are searched, with feedback and without.
     """
     distinct: dict[tuple[object, ...], tuple[str, Launch]] = {}
     for dtype in dtypes:
@@ -119,10 +123,15 @@ def dbrx_launches(
                 call.run()
             for launch in launches:
                 distinct.setdefault(launch_key(launch), (f"{call.name} {str(dtype).removeprefix('torch.')}", launch))
+    for call in _searches(searched, shapes):
+        with recording(chip) as launches:
+            call.run()
+        for launch in launches:
+            distinct.setdefault(launch_key(launch), (call.name, launch))
     return list(distinct.values())
 
 
-_AROUND_THE_LOOP = frozenset({"CLIP", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
+_AROUND_THE_LOOP = frozenset({"CLIP", "FEEDBACK", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
 
 
 def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
@@ -138,18 +147,21 @@ def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]
 
 
 _USUAL = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
+_SEARCHED_TOGETHER = 128  # columns of a block of GPTQ
+_USUALLY_SEARCHED = ("trellis2",)
 _EVERY_FORMAT_ON = "sm_86"
 
 
 def usual_launches(chip: Chip) -> list[tuple[str, Launch]]:
     """The essential launches in bfloat16: int4 and int8 weights in groups of 64, trellis formats, every KV format.
 
-    On sm_86 also plain experts, and every other weight format that the kernels have code for, in its usual groups.
+    On sm_86 also plain experts, and every other weight format that the kernels have code for, in its usual groups. The search of one
+    trellis format; of all on sm_86.
     """
     if chip.name == _EVERY_FORMAT_ON:
         usual_groups = tuple(dict.fromkeys(TensorFormat.of(fmt.format) for fmt in FORMATS))
         return essential(dbrx_launches(chip, formats=usual_groups))
-    launches = essential(dbrx_launches(chip, formats=_USUAL))
+    launches = essential(dbrx_launches(chip, formats=_USUAL, searched=_USUALLY_SEARCHED))
     return [(case, launch) for case, launch in launches if not case.startswith("experts plain")]
 
 
@@ -209,6 +221,17 @@ def _small(dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
         yield _Call(f"norm T={T}", partial(add_norm, x, None, weight, shapes.epsilon, backend=backend))
         yield _Call(f"add and norm T={T}", partial(add_norm, x, x, weight, shapes.epsilon, backend=backend))
         yield _Call(f"router T={T}", partial(route, x, router, shapes.active, 1, backend=backend))
+
+
+def _searches(names: Sequence[str], shapes: Shapes) -> Iterator[_Call]:
+    from dbrx_q.kernels.triton import viterbi as triton_viterbi
+
+    N, K, B = shapes.hidden, shapes.width, _SEARCHED_TOGETHER
+    for name in names:
+        code: TrellisCode = TRELLIS_CODES[name]
+        scales, factor = _meta(N, dtype=torch.float16), _meta(B, B, dtype=torch.float32)
+        yield _Call(f"search {name}", partial(triton_viterbi.trellis_block, _meta(B, N, dtype=torch.float32), factor, scales, code))
+        yield _Call(f"search {name}, no feedback", partial(triton_viterbi.encode, _meta(N, K, dtype=torch.float32), scales, code))
 
 
 def _store(kv_format: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:

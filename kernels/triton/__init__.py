@@ -6,6 +6,7 @@ Begin with `linear.py`: a launcher, which chooses tiles and passes pointers, and
 - `moe_decode.py`, `moe_prefill.py`: the experts of a layer, for few and for many tokens.
 - `attention_decode.py`, `attention_prefill.py`: attention over a KV cache, for one new token per sequence and for many.
 - `qkv.py`, `router.py`, `norm.py`: the operations of the same names.
+- `viterbi.py`: the search of the trellis formats, for quantization.
 
 Shared by the kernels:
 

@@ -76,23 +76,27 @@ class Launch:
     """Warps of a program."""
     stages: int
     """Stages of its pipeline."""
+    fusion: bool = True
+    """Whether a product and a sum may be rounded as one."""
 
 
 _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, fusion: bool = True, **constants: Any
+) -> None:
     """Run `kernel` on `grid`, or only record the launch within `recording`. An empty grid runs nothing."""
     if 0 in grid:
         return
     record = _RECORD.get()
     if record is not None:
-        record[1].append(Launch(kernel, grid, arguments, constants, warps, stages))
+        record[1].append(Launch(kernel, grid, arguments, constants, warps, stages, fusion))
         return
     _find_cache()
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
 
 
 @cache

@@ -20,7 +20,8 @@ from dbrx_q.eval.bench.kernel_resources import compile_launch, global_loads, pac
 from dbrx_q.eval.bench.kernel_shapes import usual_launches
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
-WRITE_ONLY = ("qkv_kernel",)  # stores codes of the KV cache and reads none
+# One stores codes of the KV cache, one the bits of streams; they read none.
+WRITE_ONLY = ("qkv_kernel", "viterbi_kernel")
 # Kernels that compile for sm_86 compile for sm_89, which has as much memory and more instructions, and for sm_80, which has more memory:
 # `bench resources` compiles for all of them.
 CHIPS_TESTED = ("sm_86", "sm_90", "sm_120", "gfx1100")
