@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 from dbrx_q.kernels.formats.errors import DbrxError
 from dbrx_q.kernels.triton.launch import interpreting
 
-__all__ = ["Backend", "pick"]
+__all__ = ["Backend", "has_triton", "pick"]
 
 
 class Backend(Enum):
@@ -34,3 +36,9 @@ def pick(device: torch.device) -> Backend:
     if device.type == "cpu":
         return Backend.CPU
     raise DbrxError(f"the kernels run on 'cpu' and 'cuda' devices; found {str(device)!r}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch for some GPUs comes without it."""
+    return find_spec("triton") is not None

@@ -1,4 +1,6 @@
-"""The streams of trellis formats: searched in compiled code on the CPU, in plain torch on other devices.
+"""The streams of trellis formats: searched in compiled code on the CPU, by a Triton kernel on a GPU, in plain torch on one without Triton.
+
+All three find the same streams.
 
 `formats/trellis.py` draws the streams, `formats/viterbi.py` defines the search. Rows are taken in tiles of 128; the last is filled up.
 
@@ -15,12 +17,16 @@ from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.viterbi import ROWS, encode_reference
 
+from .backend import Backend, has_triton, pick
+
 __all__ = ["encode", "stream_levels", "stream_states", "trellis_block", "trellis_block_reference"]
 
 _COLUMNS = 64  # columns of a weight that are transposed together
 
 
-def trellis_block(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+def trellis_block(
+    columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, code: TrellisCode, *, backend: Backend | None = None
+) -> torch.Tensor:
     """The bits of all positions, uint8 [ceil(N/128), B, 128], chosen column by column; later columns of the block compensate each error.
 
     On return `columns` holds the errors over the factor's diagonal. The caller subtracts from the columns after the block the factor's
@@ -31,22 +37,40 @@ def trellis_block(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Ten
         factor: float32 [B, B], the block of the upper Cholesky factor.
         scales: float16 [N], of the rows; a scale of 0 stands for values of 0.
         code: the code of the format.
+        backend: None picks by the device of `columns`.
     """
-    block = cpu_viterbi.trellis_block if columns.device.type == "cpu" else trellis_block_reference
-    return block(columns, factor, scales, code)
+    match backend or _pick(columns.device):
+        case Backend.CPU:
+            return cpu_viterbi.trellis_block(columns, factor, scales, code)
+        case Backend.TRITON:
+            from dbrx_q.kernels.triton import viterbi as triton_viterbi
+
+            return triton_viterbi.trellis_block(columns, factor, scales, code)
+    return trellis_block_reference(columns, factor, scales, code)
 
 
-def encode(rotated: torch.Tensor, scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
+def encode(rotated: torch.Tensor, scales: torch.Tensor, code: TrellisCode, *, backend: Backend | None = None) -> torch.Tensor:
     """The bits of all positions, uint8 [ceil(N/128), K, 128]: for every column the stream of least squared error.
 
     Args:
         rotated: float32 [N, K], a rotated weight.
         scales: float16 [N], of the rows; a scale of 0 stands for values of 0.
         code: the code of the format.
+        backend: None picks by the device of `rotated`.
     """
-    block = cpu_viterbi.trellis_block if rotated.device.type == "cpu" else trellis_block_reference
+    backend = backend or _pick(rotated.device)
+    if backend is Backend.TRITON:
+        from dbrx_q.kernels.triton import viterbi as triton_viterbi
+
+        return triton_viterbi.encode(rotated, scales, code)
+    block = cpu_viterbi.trellis_block if backend is Backend.CPU else trellis_block_reference
     parts = [block(part.T.contiguous(), None, scales, code) for part in rotated.split(_COLUMNS, 1)]
     return torch.cat(parts, 1)
+
+
+def _pick(device: torch.device) -> Backend:
+    backend = pick(device)
+    return Backend.REFERENCE if backend is Backend.TRITON and not has_triton() else backend
 
 
 def trellis_block_reference(columns: torch.Tensor, factor: torch.Tensor | None, scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:

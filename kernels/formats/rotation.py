@@ -16,9 +16,12 @@ import torch
 __all__ = ["rotate", "rotate_back", "signs"]
 
 
+_CPU = torch.device("cpu")
+
+
 @cache
-def signs(K: int) -> torch.Tensor:
-    """float32 [K] of 1 and -1: input j has -1 where the lowest bit of its 32-bit hash is set.
+def signs(K: int, device: torch.device = _CPU) -> torch.Tensor:
+    """float32 [K] of 1 and -1 on `device`: input j has -1 where the lowest bit of its 32-bit hash is set.
 
     The hash is Chris Wellons' `lowbias32`: j ^= j >> 16; j *= 0x7feb352d; j ^= j >> 15; j *= 0x846ca68b; j ^= j >> 16.
     """
@@ -28,17 +31,17 @@ def signs(K: int) -> torch.Tensor:
     j ^= j >> 15
     j = j * 0x846CA68B & 0xFFFFFFFF
     j ^= j >> 16
-    return 1.0 - 2.0 * (j & 1).float()
+    return (1.0 - 2.0 * (j & 1).float()).to(device)
 
 
 def rotate(x: torch.Tensor, G: int) -> torch.Tensor:
     """float32 [..., K]: V x of activations [..., K], or W V^T of a weight [..., N, K]; G divides K."""
-    return _hadamard(x.float() * signs(x.shape[-1]).to(x.device), G)
+    return _hadamard(x.float() * signs(x.shape[-1], x.device), G)
 
 
 def rotate_back(x: torch.Tensor, G: int) -> torch.Tensor:
     """The inverse of `rotate`, float32 [..., K]."""
-    return _hadamard(x.float(), G) * signs(x.shape[-1]).to(x.device)
+    return _hadamard(x.float(), G) * signs(x.shape[-1], x.device)
 
 
 def _hadamard(x: torch.Tensor, G: int) -> torch.Tensor:
