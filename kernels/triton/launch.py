@@ -83,9 +83,7 @@ class Launch:
 _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, fusion: bool = True, **constants: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, fusion: bool = True, **constants: Any) -> None:
     """Run `kernel` on `grid`, or only record the launch within `recording`. An empty grid runs nothing."""
     if 0 in grid:
         return

@@ -13,6 +13,8 @@ of tiles as in `triton/weights.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -62,7 +64,7 @@ def _prefill(
     slots = bounds if layer.slots is None else layer.slots
     if missing is not None and layer.slots is not None:
         missing += torch.where(layer.slots < 0, bounds.diff(), 0).to(missing.dtype)
-    shape = {"D": D, "F": F, "A": A, "E": E, "SLOTS": layer.slots is not None}
+    shape: dict[str, Any] = {"D": D, "F": F, "A": A, "E": E, "SLOTS": layer.slots is not None}
     e_pad = triton.next_power_of_2(E)
     in_halves = _halves_serve(chip)
     four_bits, c1, c2, c = (INT4.value, NF4.value), code_of(layer.w1), code_of(layer.v1), code_of(layer.w2)

@@ -236,9 +236,11 @@ def _row_of(tile, position):
 def _store_costs(
     costs, column, scales, units, levels, tile, N, row_stride, M: tl.constexpr, POSITIONS: tl.constexpr, STATE_BITS: tl.constexpr
 ):
-    """costs[p, l]: what words of the second pass add, that is min(CAP, floor(unit (x - l)^2 + 1/2) - the least of these), | the narrow cost."""
-    l = tl.arange(0, M)
-    level = tl.load(levels + l).to(tl.float32)[None, :]
+    """Stores for each position and level the cost, min(CAP, floor(unit (x - level)^2 + 1/2) - the least of these), where words have sums,
+    and in the low bits that of the first pass.
+    """
+    places = tl.arange(0, M)
+    level = tl.load(levels + places).to(tl.float32)[None, :]
     for first in range(0, _ROWS, POSITIONS):
         position = first + tl.arange(0, POSITIONS)
         row = _row_of(tile, position)
@@ -250,7 +252,7 @@ def _store_costs(
         cost = tl.floor(away * away * tl.load(units + position)[:, None] + 0.5)
         cost = tl.minimum(cost - tl.min(cost, axis=1)[:, None], 1.0 * _CAP).to(tl.int32)
         narrow = tl.minimum((cost + _NARROW_HALF) >> _NARROW_SHIFT, _NARROW_CAP)
-        tl.store(costs + position[:, None] * M + l[None, :], (cost << STATE_BITS) | narrow)
+        tl.store(costs + position[:, None] * M + places[None, :], (cost << STATE_BITS) | narrow)
 
 
 @triton.jit
@@ -301,9 +303,7 @@ def _first_pass(costs, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M:
 
 
 @triton.jit
-def _second_pass(
-    costs, choices, passed, ends, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M: tl.constexpr, W: tl.constexpr
-):
+def _second_pass(costs, choices, passed, ends, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
     """Stores the choices of all ends at all positions, from 127 down to 0, and the ends that paths have passed before each segment."""
     Q: tl.constexpr = 1 << (STATE_BITS - BITS)
     P: tl.constexpr = Q // W
