@@ -5,8 +5,6 @@ passed: one minimum finds the least sum, decides between equal ones and takes th
 middle of the column, so it traces no path back. The second takes along the ends before each segment of 16 positions: its path is traced
 from segment to segment, then in all segments at once, in 8 + 16 dependent loads in place of 128.
 
-Sums of the second pass need not saturate: those of paths that begin with the given bits never do (`_check`). Those of the first pass do.
-
 Dimension letters: `N` rows, `B` columns; of the code `S` states, `Q` states without their last k bits (ends), `J` = 2^k, `M` levels; `W`
 words that hold the choices of a position.
 """
@@ -21,20 +19,14 @@ import triton.language as tl
 
 from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import CAP, NARROW_CAP, NARROW_RENEW, NARROW_SHIFT, RENEW, ROWS
+from dbrx_q.kernels.formats.viterbi import RENEW, ROWS, cost_cap, most_word
 
 from .launch import chip_of, launch
 
 __all__ = ["SearchTiles", "encode", "search_bytes", "search_tiles", "trellis_block", "viterbi_kernel"]
 
 _ROWS = tl.constexpr(ROWS)
-_CAP = tl.constexpr(CAP)
-_LARGEST = tl.constexpr(65535)  # sum of an end that no path reaches
-_NARROW_SHIFT = tl.constexpr(NARROW_SHIFT)
-_NARROW_HALF = tl.constexpr((1 << NARROW_SHIFT) >> 1)
-_NARROW_CAP = tl.constexpr(NARROW_CAP)
-_NARROW_LARGEST = tl.constexpr(255)
-_NARROW_RENEW = tl.constexpr(NARROW_RENEW)
+_RENEW = tl.constexpr(RENEW)
 _SEGMENT = tl.constexpr(16)
 _SEGMENTS = tl.constexpr(ROWS // 16)
 _LANES = tl.constexpr(16)  # rows 16 v + i of a tile have position 8 i + v
@@ -85,7 +77,7 @@ def search_bytes(code: TrellisCode, rows: int) -> int:
 def _scratch(code: TrellisCode, words: int) -> dict[str, tuple[torch.dtype, int]]:
     """Type and number of elements of what one program keeps in global memory."""
     return {
-        "costs": (torch.int32, ROWS * len(code.levels)),
+        "costs": (torch.int16, ROWS * len(code.levels)),
         "choices": (torch.int16, ROWS * words),
         "passed": (torch.int16, ROWS // _SEGMENT.value * code.ends),
     }
@@ -101,23 +93,8 @@ def encode(rotated: torch.Tensor, scales: torch.Tensor, code: TrellisCode) -> to
     return _search(rotated, scales, code, None)
 
 
-def _check(code: TrellisCode) -> None:
-    """The second pass may do without saturation, and words have room for a sum, a choice and an end.
-
-    A path reaches any end in `reach` steps. So sums of the reference, from which the least is subtracted after `RENEW` steps, stay below
-    the saturated sums of ends that no path has reached, and sums here differ by at most reach * CAP when a segment begins.
-    """
-    reach = -(-(code.state_bits - code.bits) // code.bits)
-    assert reach <= RENEW
-    assert RENEW * CAP < _LARGEST.value
-    assert _LARGEST.value + _SEGMENT.value * CAP < 1 << 32 - code.state_bits
-    assert NARROW_CAP < 1 << code.state_bits
-    assert _NARROW_LARGEST.value < 1 << 32 - 2 * (code.state_bits - code.bits)
-
-
 def _search(rows: torch.Tensor, scales: torch.Tensor, code: TrellisCode, factor: torch.Tensor | None) -> torch.Tensor:
     """The streams of rows [N, B]; with a factor, rows are overwritten by their errors."""
-    _check(code)
     (N, B), device = rows.shape, rows.device
     count = triton.cdiv(N, ROWS)
     tiles = search_tiles(code, count, 1 if factor is not None else B, chip_of(device).multiprocessors)
@@ -143,6 +120,8 @@ def _search(rows: torch.Tensor, scales: torch.Tensor, code: TrellisCode, factor:
         rows.stride(0),
         rows.stride(1),
         0 if factor is None else factor.stride(0),
+        CAP=cost_cap(code.bits),
+        MOST=most_word(code.bits) >> code.bits,
         BITS=code.bits,
         STATE_BITS=code.state_bits,
         M=len(code.levels),
@@ -166,7 +145,7 @@ def viterbi_kernel(
     index,  # int16 [S]
     levels,  # int8 [M]
     symbols,  # uint8 [tiles, B, 128]
-    costs,  # int32 [tiles * PROGRAMS, 128, M]; states of the path thereafter
+    costs,  # int16 [tiles * PROGRAMS, 128, M]; states of the path thereafter
     choices,  # int16 [tiles * PROGRAMS, 128, W]
     passed,  # int16 [tiles * PROGRAMS, segments, Q]
     N,
@@ -174,6 +153,8 @@ def viterbi_kernel(
     row_stride,
     column_stride,
     factor_stride,
+    CAP: tl.constexpr,
+    MOST: tl.constexpr,
     BITS: tl.constexpr,
     STATE_BITS: tl.constexpr,
     M: tl.constexpr,
@@ -200,14 +181,14 @@ def viterbi_kernel(
     at = rows + row.to(tl.int64) * row_stride
     for i in range(program, B, PROGRAMS):
         column = i * column_stride
-        _store_costs(costs, rows + column, scales, units, levels, tile, N, row_stride, M, POSITIONS, STATE_BITS)
+        _store_costs(costs, rows + column, scales, units, levels, tile, N, row_stride, M, POSITIONS, CAP)
         tl.debug_barrier()
-        ends = _first_pass(costs, indices, BITS, STATE_BITS, M)
-        _second_pass(costs, choices, passed, ends, indices, BITS, STATE_BITS, M, W)
+        ends = _first_pass(costs, indices, MOST, BITS, STATE_BITS, M)
+        _second_pass(costs, choices, passed, ends, indices, MOST, BITS, STATE_BITS, M, W)
         tl.debug_barrier()
         _trace(costs, choices, passed, ends, BITS, STATE_BITS, W)
         tl.debug_barrier()
-        state = tl.load(costs + position)
+        state = tl.load(costs + position).to(tl.int32)
         symbol = (state & ((1 << BITS) - 1)).to(tl.uint8)
         tl.store(symbols + (tile.to(tl.int64) * B + i) * _ROWS + position, symbol)
         if FEEDBACK:
@@ -234,11 +215,19 @@ def _row_of(tile, position):
 
 @triton.jit
 def _store_costs(
-    costs, column, scales, units, levels, tile, N, row_stride, M: tl.constexpr, POSITIONS: tl.constexpr, STATE_BITS: tl.constexpr
+    costs,
+    column,
+    scales,
+    units,
+    levels,
+    tile,
+    N,
+    row_stride,
+    M: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CAP: tl.constexpr,
 ):
-    """Stores for each position and level the cost, min(CAP, floor(unit (x - level)^2 + 1/2) - the least of these), where words have sums,
-    and in the low bits that of the first pass.
-    """
+    """Stores the cost of each level at each position, min(CAP, floor(unit (x - level)^2 + 1/2) - the least of these)."""
     places = tl.arange(0, M)
     level = tl.load(levels + places).to(tl.float32)[None, :]
     for first in range(0, _ROWS, POSITIONS):
@@ -250,21 +239,24 @@ def _store_costs(
         x = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
         away = x[:, None] - level
         cost = tl.floor(away * away * tl.load(units + position)[:, None] + 0.5)
-        cost = tl.minimum(cost - tl.min(cost, axis=1)[:, None], 1.0 * _CAP).to(tl.int32)
-        narrow = tl.minimum((cost + _NARROW_HALF) >> _NARROW_SHIFT, _NARROW_CAP)
-        tl.store(costs + position[:, None] * M + places[None, :], (cost << STATE_BITS) | narrow)
+        cost = tl.minimum(cost - tl.min(cost, axis=1)[:, None], 1.0 * CAP)
+        tl.store(costs + position[:, None] * M + places[None, :], cost.to(tl.int16))
 
 
 @triton.jit
-def _sums(words, cost, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
-    """uint32 [J, Q]: the words of all states, the choices of one end in a column, from words [Q] and what levels add to them, [M]."""
+def _step(words, cost, indices, MOST: tl.constexpr, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
+    """uint32 [Q]: words of the ends after one more position, from words [Q] and costs [M]."""
     J: tl.constexpr = 1 << BITS
     Q: tl.constexpr = 1 << (STATE_BITS - BITS)
     kept: tl.constexpr = 0xFFFFFFFF - (J - 1) * Q  # all but the last choice
     before = tl.reshape(words & kept, (J, Q // J, 1))
     before = tl.reshape(tl.broadcast_to(before, (J, Q // J, J)), (J, Q))  # state s follows the end s >> k
-    added = tl.reshape(tl.gather(cost, indices, 0), (J, Q)).to(tl.uint32, bitcast=True)
-    return before + added + (tl.arange(0, J) * Q).to(tl.uint32)[:, None]
+    added = tl.reshape(tl.gather(cost.to(tl.int32) << STATE_BITS, indices, 0), (J, Q)).to(tl.uint32, bitcast=True)
+    choice = tl.arange(0, J)[:, None]
+    sums = before + added + (choice * Q).to(tl.uint32)
+    # An end whose states all have larger sums than the largest gets that and the highest choice: this choice alone has to saturate.
+    largest = (sums & ((1 << STATE_BITS) - 1)) | (MOST << STATE_BITS)
+    return tl.min(tl.where(choice == J - 1, tl.minimum(sums, largest), sums), axis=0)
 
 
 @triton.jit
@@ -277,50 +269,58 @@ def _renewed(words, ends, STATE_BITS: tl.constexpr, restart):
 
 
 @triton.jit
-def _first_pass(costs, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M: tl.constexpr):
+def _first_pass(costs, indices, MOST: tl.constexpr, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M: tl.constexpr):
     """The end between the positions 0 and 127 of the cheapest path that begins at position 63 and goes around once."""
     MIDDLE: tl.constexpr = _ROWS // 2
     END_BITS: tl.constexpr = STATE_BITS - BITS
     Q: tl.constexpr = 1 << END_BITS
-    LOW: tl.constexpr = (1 << STATE_BITS) - 1
     ends = tl.arange(0, Q).to(tl.uint32)
     level = tl.arange(0, M)
-    lowest = (tl.arange(0, 1 << BITS) == 0)[:, None]
     words = tl.zeros((Q,), tl.uint32)
     cost = tl.load(costs + (MIDDLE - 1) * M + level)
-    for first in range(0, _ROWS, _NARROW_RENEW):
-        for t in range(first, first + _NARROW_RENEW):
+    for first in range(0, _ROWS, _RENEW):
+        for t in range(first, first + _RENEW):
             following = tl.load(costs + ((MIDDLE - 2 - t) & (_ROWS - 1)) * M + level)
-            sums = _sums(words, (cost & LOW) << STATE_BITS, indices, BITS, STATE_BITS)
-            # If no choice of an end has less than the largest sum, the lowest is taken: it alone has to saturate.
-            saturated = tl.minimum(sums, (sums & LOW) | (_NARROW_LARGEST << STATE_BITS))
-            words = tl.min(tl.where(lowest, saturated, sums), axis=0)
+            words = _step(words, cost, indices, MOST, BITS, STATE_BITS)
             cost = following
         words = _renewed(words, ends, STATE_BITS, first < MIDDLE)
-    # Of equal sums the lowest end.
-    best = tl.min(((words >> STATE_BITS) << (2 * END_BITS)) | (ends << END_BITS) | (words & (Q - 1)), axis=0)
+    # The least sum is 0; of several ends that have it, the lowest.
+    best = tl.min(tl.where(words >> STATE_BITS == 0, (ends << END_BITS) | (words & (Q - 1)), 0xFFFFFFFF), axis=0)
     return (best & (Q - 1)).to(tl.int32)
 
 
 @triton.jit
-def _second_pass(costs, choices, passed, ends, indices, BITS: tl.constexpr, STATE_BITS: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+def _second_pass(
+    costs,
+    choices,
+    passed,
+    ends,
+    indices,
+    MOST: tl.constexpr,
+    BITS: tl.constexpr,
+    STATE_BITS: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+):
     """Stores the choices of all ends at all positions, from 127 down to 0, and the ends that paths have passed before each segment."""
     Q: tl.constexpr = 1 << (STATE_BITS - BITS)
     P: tl.constexpr = Q // W
     end = tl.arange(0, Q)
     level = tl.arange(0, M)
     shifts = (tl.arange(0, P) * BITS).to(tl.uint32)[None, :]
-    words = tl.where(end == ends, 0, _LARGEST << STATE_BITS).to(tl.uint32)
+    words = (tl.where(end == ends, 0, MOST << STATE_BITS) | end).to(tl.uint32)
     cost = tl.load(costs + (_ROWS - 1) * M + level)
     for segment in range(_SEGMENTS):
-        words = _renewed(words, end.to(tl.uint32), STATE_BITS, True)
-        for t in range(segment * _SEGMENT, segment * _SEGMENT + _SEGMENT):
-            following = tl.load(costs + ((_ROWS - 2 - t) & (_ROWS - 1)) * M + level)
-            words = tl.min(_sums(words, cost & -(1 << STATE_BITS), indices, BITS, STATE_BITS), axis=0)
-            choice = (words >> (STATE_BITS - BITS)) & ((1 << BITS) - 1)
-            packed = tl.sum(tl.reshape(choice, (W, P)) << shifts, axis=1)
-            tl.store(choices + t * W + tl.arange(0, W), packed.to(tl.int16))
-            cost = following
+        for renewal in range(_SEGMENT // _RENEW):
+            words = _renewed(words, end.to(tl.uint32), STATE_BITS, renewal == 0)
+            first = segment * _SEGMENT + renewal * _RENEW
+            for t in range(first, first + _RENEW):
+                following = tl.load(costs + ((_ROWS - 2 - t) & (_ROWS - 1)) * M + level)
+                words = _step(words, cost, indices, MOST, BITS, STATE_BITS)
+                choice = (words >> (STATE_BITS - BITS)) & ((1 << BITS) - 1)
+                packed = tl.sum(tl.reshape(choice, (W, P)) << shifts, axis=1)
+                tl.store(choices + t * W + tl.arange(0, W), packed.to(tl.int16))
+                cost = following
         tl.store(passed + segment * Q + end, (words & (Q - 1)).to(tl.int16))
 
 
@@ -339,5 +339,5 @@ def _trace(states, choices, passed, ends, BITS: tl.constexpr, STATE_BITS: tl.con
         t = segments * _SEGMENT + (_SEGMENT - 1 - n)
         packed = tl.load(choices + t * W + end // P).to(tl.int32)
         state = (((packed >> (end % P * BITS)) & ((1 << BITS) - 1)) * Q) | end
-        tl.store(states + (_ROWS - 1 - t), state)
+        tl.store(states + (_ROWS - 1 - t), state.to(tl.int16))
         end = state >> BITS

@@ -20,6 +20,7 @@ __all__ = ["Accelerator", "open_accelerator"]
 _DEFAULT_SHARE = 0.9
 _TEMPORARIES = 16  # float32 copies of the rows that are rounded together
 _ROTATED = 8  # bytes per element of a Hessian for itself and the cross term in the rotated basis
+_SEARCH = 2048  # bytes per row of what the search of a trellis format keeps for a column (`search_bytes` of `kernels/triton/viterbi.py`)
 _FEWEST_ROWS = 512  # rows from which the GPU is faster
 _SQUARES = 36  # bytes per element of a Hessian: itself, cross term and factor, and three times the factor in float64 while it is computed
 
@@ -52,7 +53,8 @@ class Accelerator:
         if method.calibrated:
             rotated = 0 if job.fmt.record.trellis is None else _ROTATED
             taken = (0 if method.squares else (_SQUARES + rotated) * K * K) + 4 * models * 3 * N * K
-        rows = (self.memory - taken) // (4 * _TEMPORARIES * K)
+        searched = 0 if job.fmt.record.trellis is None else _SEARCH
+        rows = (self.memory - taken) // (4 * _TEMPORARIES * K + searched)
         unit = job.fmt.record.weight.row_unit()
         rows = min(N, rows - rows % unit)
         return rows if rows >= min(N, _FEWEST_ROWS) else 0

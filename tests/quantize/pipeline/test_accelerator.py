@@ -10,10 +10,12 @@ import torch
 
 from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.trellis_codes import CODES
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods import choose as methods
 from dbrx_q.quantize.methods.choose import METHODS, Rounded
 from dbrx_q.quantize.methods.moments import Moments
+from dbrx_q.quantize.pipeline import accelerator as accelerator_module
 from dbrx_q.quantize.pipeline.accelerator import Accelerator, open_accelerator
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.records import RunRecord
@@ -88,3 +90,9 @@ def test_devices_are_checked() -> None:
         open_accelerator("cpu", 1 << 30)
     with pytest.raises(RequestError, match=r"device must be 'cpu', 'cuda' or 'cuda:N'; found 'tpu'"):
         open_accelerator("tpu", None)
+
+
+def test_the_plan_knows_the_memory_of_the_trellis_search() -> None:
+    viterbi = pytest.importorskip("dbrx_q.kernels.triton.viterbi", exc_type=ImportError)
+    needed = [viterbi.search_bytes(code, 10752) / 10752 for code in CODES.values()]
+    assert accelerator_module._SEARCH / 2 < max(needed) <= accelerator_module._SEARCH
