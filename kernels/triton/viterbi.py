@@ -19,7 +19,7 @@ import triton.language as tl
 
 from dbrx_q.kernels.formats.trellis import by_position, cost_units
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import RENEW, ROWS, cost_cap, most_word
+from dbrx_q.kernels.formats.viterbi import NARROW_BITS, NARROW_CAP, NARROW_RENEW, NARROW_SHIFT, RENEW, ROWS, cost_cap, most_word
 
 from .launch import chip_of, launch
 
@@ -27,6 +27,12 @@ __all__ = ["SearchTiles", "encode", "search_bytes", "search_tiles", "trellis_blo
 
 _ROWS = tl.constexpr(ROWS)
 _RENEW = tl.constexpr(RENEW)
+_NARROW_BITS = tl.constexpr(NARROW_BITS)
+_NARROW_CAP = tl.constexpr(NARROW_CAP)
+_NARROW_HALF = tl.constexpr((1 << NARROW_SHIFT) >> 1)
+_NARROW_MOST = tl.constexpr(255)
+_NARROW_RENEW = tl.constexpr(NARROW_RENEW)
+_NARROW_SHIFT = tl.constexpr(NARROW_SHIFT)
 _SEGMENT = tl.constexpr(16)
 _SEGMENTS = tl.constexpr(ROWS // 16)
 _LANES = tl.constexpr(16)  # rows 16 v + i of a tile have position 8 i + v
@@ -244,8 +250,11 @@ def _store_costs(
 
 
 @triton.jit
-def _step(words, cost, indices, MOST: tl.constexpr, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
-    """uint32 [Q]: words of the ends after one more position, from words [Q] and costs [M]."""
+def _step(words, cost, indices, MOST: tl.constexpr, SATURATED: tl.constexpr, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
+    """uint32 [Q]: words of the ends after one more position, from words [Q] and costs [M].
+
+    An end whose states all have sums above MOST gets that sum and the choice SATURATED, so this choice alone has to saturate.
+    """
     J: tl.constexpr = 1 << BITS
     Q: tl.constexpr = 1 << (STATE_BITS - BITS)
     kept: tl.constexpr = 0xFFFFFFFF - (J - 1) * Q  # all but the last choice
@@ -254,9 +263,8 @@ def _step(words, cost, indices, MOST: tl.constexpr, BITS: tl.constexpr, STATE_BI
     added = tl.reshape(tl.gather(cost.to(tl.int32) << STATE_BITS, indices, 0), (J, Q)).to(tl.uint32, bitcast=True)
     choice = tl.arange(0, J)[:, None]
     sums = before + added + (choice * Q).to(tl.uint32)
-    # An end whose states all have larger sums than the largest gets that and the highest choice: this choice alone has to saturate.
     largest = (sums & ((1 << STATE_BITS) - 1)) | (MOST << STATE_BITS)
-    return tl.min(tl.where(choice == J - 1, tl.minimum(sums, largest), sums), axis=0)
+    return tl.min(tl.where(choice == SATURATED, tl.minimum(sums, largest), sums), axis=0)
 
 
 @triton.jit
@@ -275,13 +283,19 @@ def _first_pass(costs, indices, MOST: tl.constexpr, BITS: tl.constexpr, STATE_BI
     END_BITS: tl.constexpr = STATE_BITS - BITS
     Q: tl.constexpr = 1 << END_BITS
     ends = tl.arange(0, Q).to(tl.uint32)
+    NARROW: tl.constexpr = BITS == _NARROW_BITS
+    LARGEST: tl.constexpr = _NARROW_MOST if NARROW else MOST
+    SATURATED: tl.constexpr = 0 if NARROW else (1 << BITS) - 1
+    STEPS: tl.constexpr = _NARROW_RENEW if NARROW else _RENEW
     level = tl.arange(0, M)
     words = tl.zeros((Q,), tl.uint32)
     cost = tl.load(costs + (MIDDLE - 1) * M + level)
-    for first in range(0, _ROWS, _RENEW):
-        for t in range(first, first + _RENEW):
+    for first in range(0, _ROWS, STEPS):
+        for t in range(first, first + STEPS):
             following = tl.load(costs + ((MIDDLE - 2 - t) & (_ROWS - 1)) * M + level)
-            words = _step(words, cost, indices, MOST, BITS, STATE_BITS)
+            if NARROW:
+                cost = tl.minimum((cost.to(tl.int32) + _NARROW_HALF) >> _NARROW_SHIFT, _NARROW_CAP).to(tl.int16)
+            words = _step(words, cost, indices, LARGEST, SATURATED, BITS, STATE_BITS)
             cost = following
         words = _renewed(words, ends, STATE_BITS, first < MIDDLE)
     # The least sum is 0; of several ends that have it, the lowest.
@@ -316,7 +330,7 @@ def _second_pass(
             first = segment * _SEGMENT + renewal * _RENEW
             for t in range(first, first + _RENEW):
                 following = tl.load(costs + ((_ROWS - 2 - t) & (_ROWS - 1)) * M + level)
-                words = _step(words, cost, indices, MOST, BITS, STATE_BITS)
+                words = _step(words, cost, indices, MOST, (1 << BITS) - 1, BITS, STATE_BITS)
                 choice = (words >> (STATE_BITS - BITS)) & ((1 << BITS) - 1)
                 packed = tl.sum(tl.reshape(choice, (W, P)) << shifts, axis=1)
                 tl.store(choices + t * W + tl.arange(0, W), packed.to(tl.int16))
