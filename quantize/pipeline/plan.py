@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,10 @@ from dbrx_q.checkpoint.folder import Checkpoint
 from dbrx_q.checkpoint.stored_weights import StoredWeights
 from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import RequestError
+from dbrx_q.kernels.formats.registry import FORMATS
+from dbrx_q.kernels.formats.trellis import first_scales
+from dbrx_q.kernels.formats.viterbi import ROWS
+from dbrx_q.kernels.trellis import encode
 from dbrx_q.quantize.calibration.divergence import DIVERGENCE_BYTES, Divergence
 from dbrx_q.quantize.calibration.forward import PIECE_TOKENS
 from dbrx_q.quantize.methods.choose import Method
@@ -23,7 +27,7 @@ from dbrx_q.quantize.methods.products import fastest_dtype
 from dbrx_q.quantize.methods.shrinkage import BLOCK
 
 from .accelerator import Accelerator
-from .guard import task_rows
+from .guard import Guard, task_rows
 from .jobs import STEP_BYTES, Job
 
 __all__ = ["RunPlan", "TokenCounts", "check_seconds", "plan_run", "product_flops", "seconds_of"]
@@ -104,6 +108,10 @@ class RunPlan:
     """Floating-point operations of all matrix products, about."""
     check_flops: float
     """Those of check texts."""
+    searched: dict[str, int]
+    """Weights whose streams the CPU searches, by trellis format."""
+    threads: int
+    """Worker threads."""
     matrices: int
     """Number of matrices to pack."""
     accelerated: int
@@ -170,6 +178,7 @@ def plan_run(
         kept_tokens = hidden = 0
     working += hidden
     bytes_out = sum(job.nbytes for job in jobs)
+    on_gpu = [accelerator is not None and accelerator.rows(job, method, models=max(1, tokens.most_models)) > 0 for job in jobs]
     fetch, fetch_disk = checkpoint.to_fetch([job.tensor.name for job in jobs])
     disk = bytes_out + (activations if in_files else 0) + (activations if snapshots else 0)
     return RunPlan(
@@ -189,18 +198,19 @@ def plan_run(
         checked_tokens=tokens.checked,
         flops=sum(_flops(config, job, method, tokens) for job in jobs),
         check_flops=sum(_through(config, job, tokens.checked * tokens.held_out_models) for job in jobs),
+        searched=_searched(jobs, on_gpu, tokens),
+        threads=threads,
         matrices=sum(job.fmt is not None for job in jobs),
-        accelerated=sum(accelerator.rows(job, method, models=max(1, tokens.most_models)) > 0 for job in jobs)
-        if accelerator is not None
-        else 0,
+        accelerated=sum(on_gpu),
     )
 
 
 def seconds_of(plan: RunPlan) -> float:
-    """A rough time for this machine, from the speeds of a copy in memory and of a product of 1024 x 1024, both measured now."""
+    """A rough time for this machine, from the speeds of a copy in memory, of a product of 1024 x 1024 and of searches, all measured now."""
     block = torch.empty(64 << 20, dtype=torch.uint8)
     rate = len(block) / _least_seconds(block.clone)
-    return (plan.bytes_in * _PASSES) / rate + plan.flops / product_flops()
+    searching = sum(weights * _search_seconds(name) for name, weights in plan.searched.items()) / plan.threads
+    return (plan.bytes_in * _PASSES) / rate + plan.flops / product_flops() + searching
 
 
 def check_seconds(plan: RunPlan) -> float:
@@ -212,6 +222,29 @@ def product_flops() -> float:
     """Floating-point operations a second of this machine's CPU, measured now on a product of 1024 x 1024."""
     matrix = torch.randn(1024, 1024)
     return 2 * 1024**3 / _least_seconds(lambda: matrix @ matrix)
+
+
+def _search_seconds(name: str) -> float:
+    """Seconds that one thread of this machine searches for a weight in a trellis format, measured now on eight columns of a tile."""
+    code = FORMATS[name].trellis
+    assert code is not None, f"{name} is no trellis format"
+    rotated = torch.randn(ROWS, 8)
+    scales = first_scales(rotated, code)
+    return _least_seconds(lambda: encode(rotated, scales, code)) / rotated.numel()
+
+
+def _searched(jobs: Sequence[Job], on_gpu: Sequence[bool], tokens: TokenCounts) -> dict[str, int]:
+    """The weights of `RunPlan.searched`, those that fill up tiles among them; a guard's model is rounded on the CPU in any case."""
+    searched: dict[str, int] = {}
+    for job, elsewhere in zip(jobs, on_gpu, strict=True):
+        if job.fmt is None or job.kept:
+            continue
+        N, K = job.tensor.matrix
+        formats = ([] if elsewhere else [job.fmt]) + ([Guard.nearest_format(job)] if tokens.held_out_models > 2 else [])
+        for fmt in formats:
+            if fmt.record.trellis is not None:
+                searched[fmt.format] = searched.get(fmt.format, 0) + -(-N // ROWS) * ROWS * K
+    return searched
 
 
 def _least_seconds(work: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,13 @@ from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.eval.bench.synthetic import write_checkpoint
 from dbrx_q.kernels.formats.weights import dequantize
-from dbrx_q.quantize.calibration.held_out import HeldOutForward
+from dbrx_q.quantize.calibration.held_out import CheckSequences, HeldOutForward
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
 from dbrx_q.quantize.methods.workers import Workers
 from dbrx_q.quantize.pipeline.format_assignment import default_formats, override
 from dbrx_q.quantize.pipeline.guard import Guard, dequantized, loaded
 from dbrx_q.quantize.pipeline.jobs import read_blocks, shards_of
+from dbrx_q.quantize.pipeline.plan import seconds_of
 from dbrx_q.quantize.pipeline.records import RunRecord
 from dbrx_q.quantize.pipeline.report import NAME as REPORT_NAME
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, plan_checkpoint, quantize_checkpoint
@@ -175,6 +177,18 @@ def test_the_plan_counts_the_rotated_hessian(source: Path) -> None:
     threads = torch.get_num_threads()
     rows = threads * (512 - 128) * 192 * 4 * 16  # a tile at a time, where other formats take 512 rows
     assert (trellis - plain) / 1.1 == pytest.approx(8 * 192**2 + threads * (4 << 20) - rows, rel=0.02)
+
+
+def test_the_plan_counts_the_time_of_the_search(source: Path) -> None:
+    """Of all rows of all tiles; where a guard compares, of the fast format as well."""
+    rules = ["w1=trellis3:64", "v1=int4:64", "w2=int4:64", "Wqkv=trellis4-fast:64"]
+    plan = plan_checkpoint(source, request("rtn", *rules))
+    guarded = plan_checkpoint(source, request("best", *rules, checks=(CheckSequences("check", torch.arange(80).view(2, 40)),)))
+    w1, Wqkv = 2 * 3 * 256 * 64, 2 * 128 * 64
+    assert plan.searched == {"trellis3": w1, "trellis4-fast": Wqkv}
+    assert guarded.searched == {"trellis3": w1, "trellis3-fast": w1, "trellis4-fast": 2 * Wqkv}
+    searching = replace(plan, searched={"trellis4-fast": 10**12}, threads=4)
+    assert seconds_of(searching) > seconds_of(replace(plan, searched={})) + 1e12 * 5e-9 / 4
 
 
 def test_fast_searches_the_fast_formats(source: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
