@@ -20,7 +20,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined] # an extension module without stubs
 
-from dbrx_q.kernels.formats import trellis_codes
+from dbrx_q.kernels.formats import trellis_codes, viterbi
 from dbrx_q.kernels.formats.cache_folders import home, temporary_cache, warn_once
 
 from .addresses import call
@@ -62,7 +62,8 @@ def compiled_address(function: Callable[..., Any], arguments: int) -> int:
 class _Cache(FunctionCache):
     """numba's cache of one function, to which a full disk or a damaged file is no error: the function is compiled.
 
-    A change of any file beside the function's makes it compile again, since functions use each other's code; numba looks at its own alone.
+    A change of any file beside the function's, or of the trellis codes or their search, makes it compile again, since functions use each
+    other's code; numba looks at its own alone.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -91,8 +92,9 @@ class _Cache(FunctionCache):
 
 @cache
 def _stamp(folder: Path) -> tuple[tuple[str, float, int], ...]:
-    """Name, time of the last change and size of every source file of a folder, and of the codes of the trellis formats."""
-    stats = ((path.name, path.stat()) for path in [*sorted(folder.glob("*.py")), Path(trellis_codes.__file__)])
+    """Name, time of the last change and size of every source file of a folder, and of those whose constants are compiled in."""
+    constants = [Path(str(module.__file__)) for module in (trellis_codes, viterbi)]
+    stats = ((path.name, path.stat()) for path in [*sorted(folder.glob("*.py")), *constants])
     return tuple((name, stat.st_mtime, stat.st_size) for name, stat in stats)
 
 

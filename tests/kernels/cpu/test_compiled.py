@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from dbrx_q.kernels.cpu import compiled
 
 KERNELS = """
 import numpy as np
@@ -59,3 +62,18 @@ def test_stored_kernels_load_without_the_compiler_and_work_beside_compiled_ones(
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
     for script in (FIRST, SECOND):
         subprocess.run([sys.executable, "-c", script], env=env, check=True)
+
+
+def test_a_change_of_a_constant_of_another_folder_makes_kernels_compile_again() -> None:
+    """numba compiles constants in, and its own cache looks at the file of the function alone."""
+    folder = Path(compiled.__file__).parent
+    imports = (node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8"))))
+    modules = {
+        str(node.module).rpartition(".")[2]
+        for node in imports
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dbrx_q.kernels.formats.")
+        if any(name.name.isupper() for name in node.names)
+    }
+    assert "trellis_codes" in modules
+    stats = {name: (folder.parent / "formats" / f"{name}.py").stat() for name in modules}
+    assert {(f"{name}.py", stat.st_mtime, stat.st_size) for name, stat in stats.items()} <= set(compiled._stamp(folder))
