@@ -108,12 +108,19 @@ def documented_indices() -> dict[str, Any]:
     return {name: (int(bits), int(levels), compile(formula, name, "eval")) for name, bits, levels, formula in rows}
 
 
+def documented_levels() -> dict[str, tuple[int, ...]]:
+    """The lists of levels in docs/formats.md, by format."""
+    lists = re.findall(r"^(trellis\S+):((?:\s+-?\d+)+)$", DOCUMENT.read_text(encoding="utf-8"), re.M)
+    return {name: tuple(map(int, levels.split())) for name, levels in lists}
+
+
 @pytest.mark.parametrize("name", TRELLIS)
 def test_a_reader_of_the_document_decodes_the_same_weight(name: str) -> None:
     """In whole numbers, by the words of docs/formats.md alone."""
     record, (state_bits, n_levels, formula) = FORMATS[name], documented_indices()[name]
     assert record.trellis is not None
-    levels, k, (N, K, G) = record.trellis.levels, record.bits, (140, 128, 64)
+    levels, k, (N, K, G) = documented_levels()[name], record.bits, (140, 128, 64)
+    assert levels == record.trellis.levels
     assert len(levels) == n_levels
     generator = torch.Generator().manual_seed(2)
     qweight = torch.randint(0, 256, (2, 16 * k * K), dtype=torch.uint8, generator=generator)

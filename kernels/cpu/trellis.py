@@ -1,6 +1,8 @@
 """Products with trellis weights on the CPU, and their rows dequantized.
 
-    y[t, n] = (float32(D) * scale_w[n]) * scale_x[t], D = sum over K of level_w * code_x, exact
+    y[t, n] = (float32(D) * scale_w[n]) * scale_x[t], D = sum over K of level_w * code_x
+
+The sum of each byte of the integers is exact; with several bytes float32(D) is put together from theirs in float32.
 
 The activations are rotated and quantized with one scale per token (`rotation.py`), so the sums are over all of K. For one token the streams
 of 128 rows are decoded in registers and multiplied at once; for more tokens their levels are written to the cache, 512 inputs at a time.

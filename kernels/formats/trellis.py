@@ -49,6 +49,7 @@ __all__ = [
     "dequantize",
     "encode",
     "first_scales",
+    "fitted_scales",
     "levels_of",
     "pack",
     "quantize",
@@ -179,6 +180,25 @@ def first_scales(rotated: torch.Tensor, code: TrellisCode) -> torch.Tensor:
     return scales
 
 
+def fitted_scales(levels: torch.Tensor, weighted: torch.Tensor, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float16 [N]: s = u H t^T / u H u^T, the scale of least error (s u - t) H (s u - t)^T of each row.
+
+    Args:
+        levels: float32 [N, K], u.
+        weighted: float32 [N, K], u H; the levels themselves where all inputs weigh alike.
+        target: float32 [N, K], t.
+        scales: float16 [N], those that the levels were searched with; kept where the fitted one would be half or twice as large.
+
+    Raises:
+        FormatError: a scale above 65504, float16's largest value.
+    """
+    before = scales.float()
+    fitted = (weighted * target).sum(-1) / (weighted * levels).sum(-1)
+    fitted = torch.where((fitted > before / 2) & (fitted < before * 2), fitted, before).half()
+    check_scales(fitted)
+    return fitted
+
+
 def cost_units(scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
     """float32 [tiles, 128]: what a squared error of one level costs in each row, from the scales float16 [N] of the rows.
 
@@ -200,10 +220,7 @@ def _quantize_matrix(
     scales = first_scales(rotated, kind.code)
     symbols = search(rotated, scales, kind.code)
     levels = levels_of(pack(symbols, scales, group_size, kind)).float()
-    fitted = (levels * rotated).sum(-1) / levels.square().sum(-1).clamp(min=1)
-    fitted = torch.where(fitted > 0, fitted, scales.float()).half()
-    check_scales(fitted)
-    return pack(symbols, fitted, group_size, kind)
+    return pack(symbols, fitted_scales(levels, levels, rotated, scales), group_size, kind)
 
 
 def _parts(N: int, K: int, group_size: int, *, kind: type[TrellisWeight]) -> tuple[Part, ...]:

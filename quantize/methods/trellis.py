@@ -14,13 +14,13 @@ from typing import cast
 
 import torch
 
-from dbrx_q.kernels.formats.groups import check_scales
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.formats.rotation import rotate
-from dbrx_q.kernels.formats.trellis import TrellisWeight, first_scales, levels_of, pack
+from dbrx_q.kernels.formats.trellis import TrellisWeight, first_scales, fitted_scales, levels_of, pack
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.viterbi import ROWS
-from dbrx_q.kernels.trellis import encode, trellis_block
+from dbrx_q.kernels.quantize import quantize
+from dbrx_q.kernels.trellis import trellis_block
 
 from .moments import Moments
 
@@ -45,15 +45,10 @@ def trellis_nearest(weight: torch.Tensor, fmt: TensorFormat) -> tuple[TrellisWei
     Raises:
         FormatError: a group size that is not offered or does not divide K, or a row too large for float16 scales.
     """
-    fmt.check(weight.shape[-1])
-    code = _code(fmt)
+    packed = cast(TrellisWeight, quantize(weight, fmt))
     rotated = rotate(weight, fmt.group_size)
-    scales = first_scales(rotated, code)
-    symbols = encode(rotated, scales, code)
-    levels = _levels(symbols, scales, fmt)
-    scales = _fitted_scales(levels, levels, rotated, scales)
-    packed = _packed(symbols, scales, fmt)
-    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (levels * scales.float()[:, None] - rotated, rotated))
+    values = levels_of(packed).float() * packed.scales.float()
+    error, square = (float(part.square().sum(dtype=torch.float64)) for part in (values - rotated, rotated))
     return packed, error, square
 
 
@@ -76,7 +71,7 @@ def trellis_gptq(target: torch.Tensor, fmt: TensorFormat, moments: Moments) -> t
     scales = first_scales(target * (1 + _GROWTH / 4**code.bits), code)
     symbols = _symbols(target, scales, fmt, moments)
     levels = _levels(symbols, scales, fmt)
-    scales = _fitted_scales(levels, levels @ moments.hessian, target, scales)
+    scales = fitted_scales(levels, levels @ moments.hessian, target, scales)
     return _packed(symbols, scales, fmt), levels * scales.float()[:, None]
 
 
@@ -92,22 +87,6 @@ def _symbols(target: torch.Tensor, scales: torch.Tensor, fmt: TensorFormat, mome
         symbols[:, order[first:end]] = trellis_block(errors, factor[first:end, first:end], scales, code)
         left[end:].addmm_(factor[first:end, end:].T, errors, alpha=-1)
     return symbols
-
-
-def _fitted_scales(levels: torch.Tensor, weighted: torch.Tensor, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float16 [N]: the scales of least error.
-
-    Args:
-        levels: float32 [N, K].
-        weighted: float32 [N, K], the levels times the Hessian.
-        target: float32 [N, K].
-        scales: float16 [N], those that the levels were searched with.
-    """
-    before = scales.float()
-    fitted = (weighted * target).sum(1) / (weighted * levels).sum(1)
-    fitted = torch.where((fitted > before / 2) & (fitted < before * 2), fitted, before).half()
-    check_scales(fitted)
-    return fitted
 
 
 def _code(fmt: TensorFormat) -> TrellisCode:
