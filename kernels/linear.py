@@ -73,8 +73,11 @@ def dequantized_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     For formats without kernels. The memory that it takes does not grow with N, so that a head of 100,352 rows needs no plan of its own.
     """
     N, K = weight.shape
-    step = max(1, _PIECE_ELEMENTS // K)
-    if isinstance(weight, torch.Tensor) or step >= N:
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight.to(x.dtype))
+    unit = weight.row_unit()
+    step = max(1, _PIECE_ELEMENTS // K // unit) * unit
+    if step >= N:
         return F.linear(x, dequantize(weight, x.dtype))
     y = x.new_empty(*x.shape[:-1], N)
     for first in range(0, N, step):

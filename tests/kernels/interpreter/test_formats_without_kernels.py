@@ -8,6 +8,7 @@ import torch
 from dbrx_q.kernels import linear as linear_module
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats import nf4
+from dbrx_q.kernels.formats import weights as weights_module
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear
@@ -66,7 +67,8 @@ def dequantized_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return dequantize(weight, dtype)
 
-    monkeypatch.setattr(linear_module, "dequantize", recorded)
+    for module in (linear_module, weights_module):
+        monkeypatch.setattr(module, "dequantize", recorded)
     return shapes
 
 
