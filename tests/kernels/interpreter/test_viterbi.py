@@ -57,6 +57,7 @@ def test_sums_of_the_first_pass_saturate() -> None:
     """Elements far beyond all levels, of either sign: no path is cheap, so the paths of many ends have the largest sum."""
     code = CODES["trellis2-fast"]
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(128, 3, generator=generator).sign() * torch.rand(128, 3, generator=generator) * 400
+    weight = torch.randn(128, 24, generator=generator).sign() * torch.rand(128, 24, generator=generator) * 300
+    weight = weight[:, [2, 4]]  # whose streams would be others without saturation
     scales = torch.ones(128, dtype=torch.float16)
     assert torch.equal(encode(weight, scales, code), encode(weight, scales, code, backend=Backend.REFERENCE))
