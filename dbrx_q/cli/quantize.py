@@ -135,7 +135,7 @@ def command(
         no_worse_than_rtn=no_worse_than_rtn,
         accelerator=accelerator,
     )
-    requests = _with_fallback(destination, request, fallback_format)
+    requests = _with_fallback(destination, request, fallback_format, fast=fast)
     try:
         if dry_run:
             plans = [plan_checkpoint(opened, request, memory=budget) for request in requests.values()]
@@ -162,7 +162,9 @@ def _check_keep(*, keep: bool, target_bpw: float | None) -> None:
         )
 
 
-def _with_fallback(destination: Path, request: QuantizationRequest, fallback_format: str | None) -> dict[Path, QuantizationRequest]:
+def _with_fallback(
+    destination: Path, request: QuantizationRequest, fallback_format: str | None, *, fast: bool
+) -> dict[Path, QuantizationRequest]:
     """Folder to what is written there: the checkpoint and, if it is wanted, the fallback copy, in this order."""
     from dataclasses import replace
 
@@ -172,7 +174,8 @@ def _with_fallback(destination: Path, request: QuantizationRequest, fallback_for
 
     if fallback_format is None:
         return {destination: request}
-    formats = _formats(TensorFormat.of(fallback_format), [], None, None)
+    experts = TensorFormat.of(fallback_format)
+    formats = _formats(experts.fast if fast else experts, [], None, None)
     fallback = replace(request, assign_formats=formats, keep=False, measured=None, name="", checks=())  # check texts are for the checkpoint
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)

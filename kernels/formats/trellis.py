@@ -187,14 +187,14 @@ def fitted_scales(levels: torch.Tensor, weighted: torch.Tensor, target: torch.Te
         levels: float32 [N, K], u.
         weighted: float32 [N, K], u H; the levels themselves where all inputs weigh alike.
         target: float32 [N, K], t.
-        scales: float16 [N], those that the levels were searched with; kept where the fitted one would be half or twice as large.
+        scales: float16 [N], those that the levels were searched with; a fitted one is at most twice as large, and not negative.
 
     Raises:
         FormatError: a scale above 65504, float16's largest value.
     """
     before = scales.float()
     fitted = (weighted * target).sum(-1) / (weighted * levels).sum(-1)
-    fitted = torch.where((fitted > before / 2) & (fitted < before * 2), fitted, before).half()
+    fitted = torch.where(fitted.isnan(), before, fitted.clamp(min=0).minimum(2 * before)).half()
     check_scales(fitted)
     return fitted
 

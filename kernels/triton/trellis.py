@@ -20,7 +20,7 @@ from dbrx_q.kernels.formats.weights import Weight
 
 from .launch import launch
 
-__all__ = ["code_constant", "level_table", "rotate_kernel", "rotated", "rotation_of", "trellis_code", "trellis_tile"]
+__all__ = ["code_constant", "level_table", "rotate_kernel", "rotated", "rotation_of", "table_alignment", "trellis_code", "trellis_tile"]
 
 _ROTATE_BLOCKS = 4  # Hadamard matrices of one program
 
@@ -61,8 +61,13 @@ def _parts_of_indices(code: TrellisCode, turn: int, up: int) -> tuple[int, ...]:
 def level_table(code: TrellisCode, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[2^i]: the levels in the dtype of the activations, which holds whole numbers up to 127 exactly."""
     table = torch.tensor(code.levels, dtype=dtype, device=device)  # never freed: captured graphs hold its address
-    assert device.type != "cuda" or table.data_ptr() % (2 << code.index_bits) == 0, "`_lookup` takes aligned tables"
+    assert device.type != "cuda" or table.data_ptr() % table_alignment(code) == 0, "`_lookup` takes aligned tables"
     return table
+
+
+def table_alignment(code: TrellisCode) -> int:
+    """What the address of a table of 16-bit levels must be a multiple of: `_lookup` replaces its lowest byte, or adds to two bytes."""
+    return max(256, 2 << code.index_bits)
 
 
 def rotated(x: torch.Tensor, G: int) -> torch.Tensor:
@@ -176,7 +181,7 @@ def _words(q, tile, first, N, WIDTH: tl.constexpr, BM: tl.constexpr, BQ: tl.cons
 def _lookup(indices, table, SCALED: tl.constexpr):
     """The levels of bytes 0, 1, 2 and 3 of `indices`, in the dtype of `table`, of 16 bits.
 
-    A table is aligned to its size, so that an address is the table's with an index in its low bits.
+    Tables are aligned (`table_alignment`), so that an address is the table's with an index in its low bits.
     """
     address = table.to(tl.int64)
     low, high = address.to(tl.int32), (address >> 32).to(tl.int32)

@@ -56,7 +56,7 @@ def trellis_gptq(target: torch.Tensor, fmt: TensorFormat, moments: Moments) -> t
     """The packed weight whose values have a small (value - target) H (value - target)^T, and these values, float32 [N, K].
 
     Frantar et al. 2022, "GPTQ", algorithm 1, with the streams of a column in place of its nearest codes; each row's scale is then
-    s = u H t^T / u H u^T for its levels u and target t. A scale that would at least halve or double keeps its value.
+    s = u H t^T / u H u^T for its levels u and target t, so that no row errs more than one of zeros.
 
     Args:
         target: float32 [N, K], rotated along its inputs. Rows of different tiles of 128 are independent of each other.

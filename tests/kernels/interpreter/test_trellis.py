@@ -18,12 +18,13 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.formats.rotation import rotate
 from dbrx_q.kernels.formats.trellis import FORMATS, TrellisWeight, levels_of
+from dbrx_q.kernels.formats.trellis_codes import CODES
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear, linear_reference
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton import moe_prefill as triton_moe_prefill
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
-from dbrx_q.kernels.triton.trellis import code_constant, level_table, rotated, trellis_tile
+from dbrx_q.kernels.triton.trellis import code_constant, level_table, rotated, table_alignment, trellis_tile
 
 NAMES = [record.name for record in FORMATS]
 MANY = MATVEC_TOKENS + 4
@@ -158,3 +159,10 @@ def check_experts(case: Case) -> None:
     assert torch.equal(counted, expected)
     if case.T:
         assert (y.float() - truth).abs().max() <= (1e-5 if case.dtype == torch.float32 else 3e-3) * truth.abs().max()
+
+
+def test_a_table_begins_where_the_bits_that_a_lookup_replaces_are_zero() -> None:
+    for code in CODES.values():
+        replaced = 256 if code_constant(code)[1] == 2 else 2 << code.index_bits  # the lowest byte of the address, or a sum
+        assert table_alignment(code) % replaced == 0
+        assert 2 * len(code.levels) <= replaced

@@ -128,6 +128,20 @@ def test_scales_are_those_of_least_error(weight: torch.Tensor, moments: Moments)
     assert (errors(1) <= errors(1.002)).all()
 
 
+def test_no_row_errs_more_than_one_of_zeros(moments: Moments) -> None:
+    """Rows of a tile share streams, in which large rows weigh more: the levels of a row that is a hundred times smaller are arbitrary."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(N, K, generator=generator)
+    weight[torch.rand(N, generator=generator) < 0.5] /= 100
+    rotated, target = moments.rotated(64), rotate(weight, 64)
+    assert rotated.hessian is not None
+    hessian = rotated.hessian.double()
+    packed, _, _ = trellis_nearest(weight, FAST)
+    assert ((dequantize(packed) - weight).norm(dim=-1) <= 1.001 * weight.norm(dim=-1)).all()
+    rest, zeros = trellis_gptq(target, FAST, rotated)[1].double() - target, target.double()
+    assert (((rest @ hessian) * rest).sum(-1) <= 1.001 * ((zeros @ hessian) * zeros).sum(-1)).all()
+
+
 def test_tiles_are_independent(weight: torch.Tensor, moments: Moments) -> None:
     for method in ("rtn", "gptq", "best"):
         run = METHODS[method].run

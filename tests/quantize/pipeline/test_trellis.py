@@ -203,3 +203,10 @@ def test_fast_searches_the_fast_formats(source: Path, tmp_path: Path, cli: Calla
     outcome = cli("quantize", source, tmp_path / "other", "--fast")
     assert outcome.code == 2
     assert "--fast is for trellis formats; found int4:64, int8:64. Choose --format trellis2" in outcome.err
+
+
+def test_fast_searches_the_fallback_copy_fast_too(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    arguments = ["--format", "trellis4", "--fast", "--fallback-format", "trellis2", "--dry-run", "--json"]
+    plan = json.loads(cli("quantize", nano, tmp_path / "out", *arguments).out)
+    assert list(plan["searched"]) == ["trellis4-fast"]
+    assert list(plan["fallback"]["searched"]) == ["trellis2-fast"]
