@@ -17,7 +17,7 @@ p = 8 i + v, so byte j of lane i, below, begins the states of lane i. Four neigh
 
     bits per element: k + 16/K
 
-The `-fast` formats have states of 10 bits and levels of their own; their layout is the same, and the search takes a sixteenth of the time.
+The `-fast` formats have states of 10 bits and levels of their own; their layout is the same, and the search takes an eighth of the time.
 
 Dimension letters: `N` output features (rows), `K` input features (the reduction axis), `G` inputs of one Hadamard matrix, `k` bits per
 element; `...` is any number of leading axes, such as the experts of a layer.

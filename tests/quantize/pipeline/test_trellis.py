@@ -17,6 +17,8 @@ from dbrx_q.checkpoint.layout import TensorFormat
 from dbrx_q.checkpoint.manifest import sha256_of
 from dbrx_q.config import DbrxConfig
 from dbrx_q.eval.bench.synthetic import write_checkpoint
+from dbrx_q.kernels.cpu.viterbi import search_bytes
+from dbrx_q.kernels.formats.trellis_codes import CODES
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.quantize.calibration.held_out import CheckSequences, HeldOutForward
 from dbrx_q.quantize.calibration.sources import CalibrationSequences
@@ -177,6 +179,7 @@ def test_the_plan_counts_the_rotated_hessian(source: Path) -> None:
     threads = torch.get_num_threads()
     rows = threads * (512 - 128) * 192 * 4 * 16  # a tile at a time, where other formats take 512 rows
     assert (trellis - plain) / 1.1 == pytest.approx(8 * 192**2 + threads * (4 << 20) - rows, rel=0.02)
+    assert max(search_bytes(code, 128) for code in CODES.values()) < 4 << 20
 
 
 def test_the_plan_counts_the_time_of_the_search(source: Path) -> None:
