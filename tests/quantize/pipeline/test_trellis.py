@@ -89,7 +89,10 @@ def test_the_stored_weights_have_the_recorded_errors(source: Path, results: Call
             if job.fmt.record.trellis is None:
                 continue
             original = torch.cat(read_blocks(plain, job)).float()
-            value = dequantize(packed.packed(job.tensor.name, job.expert))
+            stored = packed.packed(job.tensor.name, job.expert)
+            value = dequantize(stored)
+            with Workers() as workers:
+                assert torch.equal(dequantized(stored, workers), value)
             error = float((value - original).norm() / original.norm())
             assert error == pytest.approx(records[job.label].relative_error, rel=1e-3)
             assert error < (0.4 if method == "rtn" else 0.9)
