@@ -19,12 +19,14 @@ import torch
 
 from dbrx_q import Budget, DbrxForCausalLM, Machine, generate
 from dbrx_q.checkpoint.folder import Checkpoint
+from dbrx_q.checkpoint.layout import TensorFormat, tensor_formats
 from dbrx_q.checkpoint.safetensors_file import SafetensorsFile
+from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import CheckpointError
 from dbrx_q.experts.cpu_store import CpuExpertStore
 from dbrx_q.experts.fallback import FALLBACK_FOLDER
 from dbrx_q.experts.gpu_store import GpuExpertStore
-from dbrx_q.kernels.formats.registry import FORMATS
+from dbrx_q.kernels.formats.registry import FORMATS, offered_formats
 from dbrx_q.kernels.formats.trellis import GROUP_SIZES
 from dbrx_q.kernels.formats.weights import dequantize, dequantize_range
 from dbrx_q.planning.machine import Gpu
@@ -281,6 +283,7 @@ def test_a_corrupted_stream_is_some_weight_and_verify_finds_it(packed: Path, tmp
 def test_a_format_of_a_newer_version_is_named(packed: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
+    original = json.dumps(config)
     config["quantization_config"]["tensors"]["lm_head.weight"] = {"format": "trellis5", "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -291,3 +294,28 @@ def test_a_format_of_a_newer_version_is_named(packed: Path, tmp_path: Path, cli:
         outcome = cli(command, folder)
         assert outcome.code == 2
         assert "pip install -U dbrx_q" in outcome.err
+    for keys, found in (
+        ({"format_version": 2}, "found 'dbrx_q' and 2"),
+        ({"tensors": {"lm_head.weight": {"format": "trellis2", "group_size": 64, "state_bits": 16}}}, "found 'state_bits'"),
+    ):
+        config = json.loads(original)
+        config["quantization_config"] |= keys
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=rf"{found}\. .*newer version.*pip install -U"):
+            DbrxForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("fmt", offered_formats(), ids=str)
+def test_a_group_size_that_does_not_divide_the_inputs_is_refused(fmt: TensorFormat) -> None:
+    """By config.json alone: the parts of trellis formats have the same shapes with every group size."""
+    name = "transformer.blocks.0.ffn.experts.mlp.w1"
+    entry = {"format": fmt.format, "group_size": fmt.group_size}
+    for inputs in (96, 192, 128):
+        config = DbrxConfig(d_model=inputs, n_heads=2, n_layers=1, attn_config={"kv_n_heads": 1})
+        config.quantization_config = {"quant_method": "dbrx_q", "format_version": 1, "tensors": {name: entry}}
+        if inputs % fmt.group_size == 0:
+            assert tensor_formats(config, "config.json") == {name: fmt}
+        else:
+            found = f"found group size {fmt.group_size} and {inputs} elements"
+            with pytest.raises(CheckpointError, match=rf"config\.json: {name}: the group size must divide the reduction axis; {found}"):
+                tensor_formats(config, "config.json")

@@ -18,7 +18,7 @@ import torch
 
 from dbrx_q.config import DbrxConfig
 from dbrx_q.config_values import shortened
-from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError
+from dbrx_q.errors import OF_ANOTHER_PROGRAM, CheckpointError, FormatError
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.format import Part
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, TensorFormat, offered_formats
@@ -205,9 +205,9 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
     if (method, version) != ("dbrx_q", 1):
         raise CheckpointError(
             f"{source}: quantization_config must have quant_method 'dbrx_q' and format_version 1; found {shortened(method)} and "
-            f"{shortened(version)}. {OF_ANOTHER_PROGRAM}"
+            f"{shortened(version)}. {_NEWER if method == 'dbrx_q' else OF_ANOTHER_PROGRAM}"
         )
-    known = {tensor.name for tensor in dense_tensors(config) if kind_of(tensor.name) not in PLAIN_KINDS}
+    known = {tensor.name: tensor for tensor in dense_tensors(config) if kind_of(tensor.name) not in PLAIN_KINDS}
     formats = {}
     entries = config.quantization_config.get("tensors")
     for name, entry in (entries if isinstance(entries, Mapping) else {}).items():
@@ -218,6 +218,10 @@ def tensor_formats(config: DbrxConfig, source: str) -> dict[str, TensorFormat]:
             )
         if not may_have(name, formats[name]):
             raise CheckpointError(f"{source}: {name}: the embedding must be {embedding_formats()}; found {formats[name].format}")
+        try:
+            formats[name].check(known[name].matrix[1])
+        except FormatError as error:  # the shapes of trellis parts do not tell
+            raise CheckpointError(f"{source}: {name}: {error}. Fetch config.json again") from None
     if not formats:
         raise CheckpointError(f"{source}: quantization_config must list the packed tensors under 'tensors'; found none")
     return formats
@@ -229,6 +233,10 @@ def _format(name: str, entry: Any, source: str) -> TensorFormat:
     if fmt is None or not isinstance(name_and_size[1], int):
         rule = f"format and group_size must be one of {', '.join(map(str, offered_formats()))}"
         raise CheckpointError(f"{source}: {shortened(name)}: {rule}; found {shortened(entry)}. {_NEWER}")
+    if unknown := sorted(map(str, entry.keys() - {"format", "group_size"})):
+        raise CheckpointError(
+            f"{source}: {shortened(name)}: an entry must have the keys format and group_size alone; found {shortened(unknown[0])}. {_NEWER}"
+        )
     return fmt
 
 

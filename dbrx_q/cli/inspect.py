@@ -29,6 +29,8 @@ def command(
     table = Table("kind", "format", "tensors", "parameters", "bytes", "bits per weight")
     for column in table.columns[2:]:
         column.justify = "right"
+    names = [name for row in inventory.kinds.values() for name in row.format.split()]
+    table.columns[1].min_width = max(map(len, names), default=0)  # a narrow terminal wraps the header of another column, and cuts no name
     for kind, row in inventory.kinds.items():
         table.add_row(kind, row.format, f"{row.count}", f"{row.parameters:,}", f"{row.bytes:,}", f"{row.bits_per_weight:.3f}")
     table.add_section()

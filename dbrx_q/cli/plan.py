@@ -76,7 +76,7 @@ def command(
     formats = _planned_formats(config, path, stored, format, group_size)
     if fallback_format is not None and (format is None or not fallback):
         raise RequestError(f"--fallback-format needs --format and --fallback; found {fallback_format} without. Add them, or leave it out")
-    fallback_formats = _fallback_formats(config, path, formats, fallback_format) if fallback else None
+    copy_formats = _fallback_formats(config, path, formats, fallback_format) if fallback else None
     context = min(DEFAULT_CONTEXT, config.max_seq_len) if context is None else context
     if not 1 <= context <= config.max_seq_len:
         raise RequestError(f"--context must be from 1 to the model's {config.max_seq_len} tokens; found {context}")
@@ -86,7 +86,7 @@ def command(
         folder = Path(path).expanduser()
         measure_bandwidths(folder if folder.is_dir() else None)
     machine = memory_budget.machine_of(ram, gpu, host_bandwidth, disk_bandwidth)
-    request = MemoryRequest(context, batch, kv, fallback=fallback_formats)
+    request = MemoryRequest(context, batch, kv, fallback=copy_formats)
     placement = place(config, formats, machine, request)
     ffn = config.ffn_config
     bounds = speed_bounds(placement, machine, n_experts=ffn.moe_num_experts, top_k=ffn.moe_top_k)
@@ -148,13 +148,12 @@ def _fallback_formats(
     config: DbrxConfig, path: str, formats: dict[str, TensorFormat], fallback_format: str | None
 ) -> dict[str, TensorFormat]:
     """Tensor name to format of the fallback copy: of the one that `path` carries, or of --fallback-format."""
-    from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.experts.fallback import carried_formats, check_fallback
-    from dbrx_q.quantize.pipeline.format_assignment import default_formats
+    from dbrx_q.quantize.pipeline.format_assignment import fallback_formats
 
     if fallback_format is None:
         return carried_formats(path, config, formats)
-    copy_formats = default_formats(config, TensorFormat.of(fallback_format))
+    copy_formats = fallback_formats(config, fallback_format)
     check_fallback(config, formats, copy_formats, path)
     return copy_formats
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,7 +122,9 @@ def command(
         )
     check_unseen(checks, tokens, about)
     request = QuantizationRequest(
-        _formats(TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format, keep=keep, fast=fast),
+        _formats(
+            TensorFormat.of(format, group_size), tensor or [], target_bpw, tokens, fallback_format, method=method, keep=keep, fast=fast
+        ),
         method=method,
         source=source,
         name=push or "",
@@ -168,32 +170,22 @@ def _with_fallback(
     """Folder to what is written there: the checkpoint and, if it is wanted, the fallback copy, in this order."""
     from dataclasses import replace
 
-    from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.experts.fallback import FALLBACK_FOLDER
     from dbrx_q.quantize.methods.choose import METHODS
+    from dbrx_q.quantize.pipeline.format_assignment import fallback_formats, fast_formats
 
     if fallback_format is None:
         return {destination: request}
-    experts = TensorFormat.of(fallback_format)
-    formats = _formats(experts.fast if fast else experts, [], None, None)
-    fallback = replace(request, assign_formats=formats, keep=False, measured=None, name="", checks=())  # check texts are for the checkpoint
+
+    def assigned(checkpoint: StoredWeights) -> dict[str, TensorFormat]:
+        formats = fallback_formats(checkpoint.config, fallback_format)
+        return fast_formats(formats) if fast else formats
+
+    # Check texts are for the checkpoint.
+    fallback = replace(request, assign_formats=assigned, keep=False, measured=None, name="", checks=())
     if not METHODS[request.method].calibrated:  # the text was for --target-bpw
         fallback = replace(fallback, sequences=None, about=None)
     return {destination: request, destination / FALLBACK_FOLDER: fallback}
-
-
-def _fast_formats(formats: Mapping[str, TensorFormat]) -> dict[str, TensorFormat]:
-    """The formats, trellis formats with the quicker search.
-
-    Raises:
-        RequestError: none of them is a trellis format.
-    """
-    from dbrx_q.errors import RequestError
-
-    if not any(fmt.record.trellis for fmt in formats.values()):
-        names = ", ".join(sorted({str(fmt) for fmt in formats.values()}))
-        raise RequestError(f"--fast is for trellis formats; found {names}. Choose --format trellis2, trellis3 or trellis4, or leave it out")
-    return {name: fmt.fast for name, fmt in formats.items()}
 
 
 def _formats(
@@ -201,10 +193,11 @@ def _formats(
     rules: Sequence[str],
     target: float | None,
     tokens: CalibrationSequences | None,
-    fallback_format: str | None = None,
+    fallback_format: str | None,
     *,
-    keep: bool = False,
-    fast: bool = False,
+    method: str,
+    keep: bool,
+    fast: bool,
 ) -> Callable[[StoredWeights], dict[str, TensorFormat]]:
     """A function that gives every tensor of a checkpoint the format that the options name.
 
@@ -214,24 +207,37 @@ def _formats(
         target: bits per weight of --target-bpw.
         tokens: the sequences to measure errors on for `target`.
         fallback_format: format of the fallback copy, which the function checks to be smaller.
+        method: the name of the quantization method, which makes the formats that `target` chooses from.
         keep: whether tensors keep the formats that hold them exactly, and plain matrices outside the experts stay plain.
-        fast: whether trellis formats become their `-fast` formats; the function refuses formats of which none is a trellis format.
+        fast: whether trellis formats become their `-fast` formats; without a target, the function refuses formats of which none is a
+            trellis format, those of the fallback copy included.
 
     Raises:
         RequestError: a target without a text.
     """
-    from dbrx_q.checkpoint.layout import TensorFormat
     from dbrx_q.errors import RequestError
     from dbrx_q.experts.fallback import check_fallback
-    from dbrx_q.quantize.pipeline.format_assignment import allocated_formats, default_formats, kept_or_default, override
+    from dbrx_q.quantize.pipeline.format_assignment import (
+        allocated_formats,
+        default_formats,
+        fallback_formats,
+        fast_formats,
+        kept_or_default,
+        override,
+    )
 
     def checked(checkpoint: StoredWeights, formats: dict[str, TensorFormat]) -> dict[str, TensorFormat]:
-        if fast:
-            formats = _fast_formats(formats)
-        if fallback_format is not None:
-            check_fallback(
-                checkpoint.config, formats, default_formats(checkpoint.config, TensorFormat.of(fallback_format)), "--fallback-format"
+        fallback = {} if fallback_format is None else fallback_formats(checkpoint.config, fallback_format)
+        chosen = {str(fmt): fmt.record for fmt in (*formats.values(), *fallback.values())}
+        if fast and target is None and not any(record.trellis for record in chosen.values()):
+            names = ", ".join(sorted(chosen))
+            raise RequestError(
+                f"--fast is for trellis formats; found {names}. Choose --format trellis2, trellis3 or trellis4, or leave it out"
             )
+        if fast:
+            formats = fast_formats(formats)
+        if fallback:
+            check_fallback(checkpoint.config, formats, fallback, "--fallback-format")
         return formats
 
     def assigned(checkpoint: StoredWeights) -> dict[str, TensorFormat]:
@@ -255,7 +261,9 @@ def _formats(
                 f"{int(ids.max())} and {ids.shape[1]}. Use the tokenizer of this model, or a smaller --length"
             )
         with terminal.progress("measuring errors") as on_layer:
-            formats = allocated_formats(checkpoint, ids, target, rules=rules, sources=sources, tokens=measured, on_layer=on_layer)
+            formats = allocated_formats(
+                checkpoint, ids, target, method=method, rules=rules, sources=sources, tokens=measured, on_layer=on_layer
+            )
             return checked(checkpoint, formats)
 
     return allocated

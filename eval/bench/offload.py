@@ -184,9 +184,15 @@ def bench_offload(
     for share, ram in zip(shares, rams, strict=True):  # fails before minutes of measurements
         plan = place(config, formats, Machine(ram), MemoryRequest(tokens + prompt + _UNCOUNTED_TOKENS, fallback=fallback_formats))
         if not plan.fits:
+            copy = "the fallback copy and " if fallback else ""
             raise RequestError(
-                f"the memory of a share must hold the fallback copy; that of {share:.0%} is {plan.shortfall:,} bytes too small. Choose a "
-                "larger --share"
+                f"the memory of a share must hold {copy}an expert; that of {100 * share:.4g}% is {plan.shortfall:,} bytes too "
+                "small. Choose a larger --share"
+            )
+        if not plan.disk_experts:
+            raise RequestError(
+                f"a share must leave experts on disk; that of {100 * share:.4g}% and the memory to read into hold all {plan.experts}. "
+                "Choose a smaller --share, or a model of more experts"
             )
     result = OffloadBenchmark(str(folder), unlimited.experts, unlimited.expert_bytes // unlimited.experts, direct, policy, record)
     prefill_modes = [prefills for prefills in (False, True) if (prompt if prefills else tokens)]

@@ -23,6 +23,7 @@ from dbrx_q.config import DbrxConfig
 from dbrx_q.errors import FormatError, RequestError
 from dbrx_q.kernels.formats.registry import FORMATS, PLAIN, offered_formats
 from dbrx_q.quantize.calibration.allocation import FormatChoice, allocate
+from dbrx_q.quantize.methods.choose import METHODS
 from dbrx_q.sources.kept_formats import exact_formats
 
 if TYPE_CHECKING:
@@ -31,7 +32,17 @@ if TYPE_CHECKING:
     from dbrx_q.checkpoint.stored_weights import StoredWeights
     from dbrx_q.quantize.calibration.output_errors import OutputErrors
 
-__all__ = ["EXPERT_FORMATS", "OTHER_FORMATS", "allocated_formats", "default_formats", "kept_or_default", "override", "parse_rules"]
+__all__ = [
+    "EXPERT_FORMATS",
+    "OTHER_FORMATS",
+    "allocated_formats",
+    "default_formats",
+    "fallback_formats",
+    "fast_formats",
+    "kept_or_default",
+    "override",
+    "parse_rules",
+]
 
 EXPERT_FORMATS = (
     *(TensorFormat(name, size) for name in ("trellis2", "trellis3", "trellis4") for size in FORMATS[name].group_sizes),
@@ -68,6 +79,25 @@ def default_formats(config: DbrxConfig, experts: TensorFormat) -> dict[str, Tens
             except FormatError as error:
                 raise FormatError(f"{tensor.name}: {error}. Choose another --group-size or --format") from None
     return formats
+
+
+def fallback_formats(config: DbrxConfig, name: str) -> dict[str, TensorFormat]:
+    """`default_formats` with the experts in the format `name`: in its default group size or, where that does not divide their inputs, the
+    largest that does.
+
+    Raises:
+        FormatError: no group size of the format divides the inputs.
+    """
+    inputs = [tensor.matrix[1] for tensor in dense_tensors(config) if tensor.experts]
+    default = TensorFormat.of(name)
+    sizes = (default.group_size, *sorted(default.record.group_sizes, reverse=True))
+    fitting = [size for size in sizes if all(K % size == 0 for K in inputs)]
+    return default_formats(config, TensorFormat(name, fitting[0]) if fitting else default)
+
+
+def fast_formats(formats: Mapping[str, TensorFormat]) -> dict[str, TensorFormat]:
+    """The formats, trellis formats with the quicker search."""
+    return {name: fmt.fast for name, fmt in formats.items()}
 
 
 def kept_or_default(checkpoint: StoredWeights, defaults: Mapping[str, TensorFormat]) -> dict[str, TensorFormat]:
@@ -180,6 +210,7 @@ def allocated_formats(
     sequences: torch.Tensor,
     target_bpw: float,
     *,
+    method: str = "rtn",
     experts: Sequence[TensorFormat] = EXPERT_FORMATS,
     others: Sequence[TensorFormat | None] = OTHER_FORMATS,
     rules: Sequence[str] = (),
@@ -193,6 +224,7 @@ def allocated_formats(
         checkpoint: a plain one.
         sequences: int64 [B, S], ids of text like that which the model is for.
         target_bpw: stored bits over parameters, scales, zero-points, router and norms included.
+        method: the name of the quantization method; formats that it does not make are not on offer.
         experts: formats on offer for w1, v1 and w2; those that do not fit a tensor's shape are skipped.
         others: formats on offer for attention, embedding (only those of 8 bits that it may have) and head; None for plain.
         rules: as `parse_rules` takes them; they fix the formats of the tensors that they name.
@@ -207,6 +239,8 @@ def allocated_formats(
     from dbrx_q.quantize.calibration.output_errors import output_errors
 
     fixed = parse_rules(checkpoint.config, rules)
+    experts = [fmt for fmt in experts if fmt.format in METHODS[method].formats]
+    others = [fmt for fmt in others if fmt is None or fmt.format in METHODS[method].formats]
     offered: dict[str, tuple[TensorFormat | None, ...]] = {}
     for name, tensor in checkpoint.tensors.items():
         kind = kind_of(name)

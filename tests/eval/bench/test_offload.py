@@ -72,6 +72,14 @@ def test_shares_and_tokens_out_of_range_are_refused(quantized_nano: Path) -> Non
         bench_gpu(quantized_nano, [0.5], torch.device("cpu"), tokens=0, policy="lru")
 
 
+def test_shares_that_hold_no_expert_or_all_are_refused(quantized_nano: Path, cli: Callable[..., Any]) -> None:
+    """All of them before the first measurement."""
+    for share, message in (("99.9", "must leave experts on disk; that of 99.9%"), ("0.5", "must hold an expert; that of 0.5% is ")):
+        outcome = cli("bench", "offload", quantized_nano, "--share", "50", "--share", share, "-n", 2, "-p", 0)
+        assert (outcome.code, outcome.out) == (2, ""), share
+        assert message in outcome.err
+
+
 def test_with_a_fallback_copy(nano: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = tmp_path / "int8"
     assert cli("quantize", nano, folder, "--format", "int8", "--fallback-format", "int4").code == 0

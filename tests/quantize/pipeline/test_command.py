@@ -11,6 +11,7 @@ import pytest
 
 from dbrx_q.checkpoint.staging import partial_of
 from dbrx_q.quantize.calibration import output_errors
+from dbrx_q.quantize.methods.choose import METHODS
 
 BOOK = Path(__file__).parents[2] / "data" / "war-of-the-worlds.txt"
 TEXT = ("--calibration", BOOK, "--sequences", 8, "--length", 64)
@@ -41,6 +42,17 @@ def test_a_target_number_of_bits_is_met(nano: Path, tmp_path: Path, cli: Cli, ta
     outcome = cli("quantize", nano, tmp_path / "out", "--target-bpw", target, *TEXT)
     assert outcome.code == 0, outcome.err
     assert target - 0.02 < bits_of(cli, tmp_path / "out")["all"] <= target
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_chooses_among_the_formats_that_the_method_makes(small: Path, tmp_path: Path, cli: Cli, method: str) -> None:
+    outcome = cli("quantize", small, tmp_path / "out", "--target-bpw", 6.5, "--method", method, *TEXT, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert sum(json.loads(outcome.out)["bits"].values()) > 0
+
+
+def test_fast_is_no_error_where_a_target_chooses_no_trellis_format(small: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("quantize", small, tmp_path / "out", "--target-bpw", 12, "--fast", *TEXT, "--dry-run").code == 0
 
 
 def test_an_unreachable_target_is_refused_and_names_the_range(small: Path, tmp_path: Path, cli: Cli) -> None:

@@ -216,3 +216,21 @@ def test_fast_searches_the_fallback_copy_fast_too(nano: Path, tmp_path: Path, cl
     plan = json.loads(cli("quantize", nano, tmp_path / "out", *arguments).out)
     assert list(plan["searched"]) == ["trellis4-fast"]
     assert list(plan["fallback"]["searched"]) == ["trellis2-fast"]
+
+
+def test_a_fallback_copy_has_the_group_size_that_fits_and_is_searched_fast(source: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """128, the default, divides neither dimension; no option names the group size of the copy."""
+    assert cli("quantize", source, tmp_path / "out", "--format", "int4", "--fallback-format", "trellis2", "--fast").code == 0
+    for folder, fmt in (("", "int4"), ("fallback", "trellis2-fast")):
+        tensors = json.loads((tmp_path / "out" / folder / "config.json").read_text())["quantization_config"]["tensors"]
+        experts = [entry for name, entry in tensors.items() if ".experts." in name]
+        assert experts == [{"format": fmt, "group_size": 64}] * 6
+    assert cli("plan", source, "--format", "int4", "--fallback", "--fallback-format", "trellis2", "--ram", "1GB").code == 0
+
+
+def test_inspect_names_formats_whole_in_80_columns(
+    results: Callable[[str], tuple[RunRecord, Path]], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = cli("inspect", results("rtn")[1]).out
+    assert {rule.partition("=")[2] for rule in RULES} <= set(table.split())
