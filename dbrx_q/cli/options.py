@@ -133,7 +133,8 @@ GroupSize = Annotated[
     int | None,
     option(
         FORMATS,
-        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone, q4_0 has 32; trellis rotates 64 or 128.",
+        "Weights that share a scale: 32, 64 or 128; nf4 and nf4-double have 64 alone, q4_0 has 32; "
+        "trellis formats rotate 64 or 128 inputs.",
         metavar="N",
         default="64, trellis 128, or the only one",
     ),

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "command"]
 
 _DECODING = (
-    " alone; a trellis format takes more instructions for each byte than int4, so that a CPU with few cores, or without AVX-512, and a GPU "
-    "may be slower than that"
+    " alone; a trellis format takes more instructions for each byte than int4, so a GPU, and a CPU with few cores or without AVX-512, may "
+    "be slower than that"
 )
 EXAMPLE = example("dbrx-q plan databricks/dbrx-instruct --format int4 --gpu 24GiB --gpu 24GiB --ram 64GiB --context 8192")
 

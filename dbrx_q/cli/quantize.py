@@ -31,7 +31,8 @@ _FREE_SHARE = 4  # fifths of the free memory
 EXAMPLE = example("dbrx-q quantize databricks/dbrx-instruct dbrx-int4 --format int4 --group-size 64")
 
 _Format = Annotated[
-    str, option(FORMATS, "Format of the experts: {} (trellis also with -fast); others get int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS)
+    str,
+    option(FORMATS, "Format of the experts: {}; other matrices get int8.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
 _Rules = Annotated[
     list[str] | None,
@@ -42,7 +43,12 @@ _Rules = Annotated[
     ),
 ]
 _TargetBpw = Annotated[
-    float | None, option(FORMATS, "Bits per weight to reach by the best format for each tensor; needs --calibration.", metavar="BITS")
+    float | None,
+    option(
+        FORMATS,
+        "Bits per weight of the whole, by the best format for each tensor; needs --calibration.",
+        metavar="BITS",
+    ),
 ]
 _Keep = Annotated[
     bool,
@@ -52,7 +58,7 @@ _FallbackFormat = Annotated[
     str | None,
     option(FORMATS, "Smaller copy for `generate --fallback`.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
-_Fast = Annotated[bool, option(FORMATS, "Search trellis formats in a quarter of the time, with more error: -fast formats.", "--fast")]
+_Fast = Annotated[bool, option(FORMATS, "Make trellis2-fast of trellis2 and so on: more error in a quarter of the time.", "--fast")]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 
 

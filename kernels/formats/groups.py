@@ -17,7 +17,7 @@ def grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
 def check_group_size(n: int, group_size: int, offered: tuple[int, ...]) -> None:
     """Refuse a group size that the format does not have or that does not divide `n`, the length of the reduction axis."""
     if group_size not in offered:
-        raise FormatError(f"the group size must be one of {', '.join(map(str, offered))}; found {group_size}")
+        raise FormatError(f"the group size must be one of {', '.join(map(str, sorted(offered)))}; found {group_size}")
     if n % group_size:
         raise FormatError(f"the group size must divide the reduction axis; found group size {group_size} and {n} elements")
 

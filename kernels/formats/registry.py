@@ -82,16 +82,17 @@ class TensorFormat:
         """Refuse a group size that the format does not offer or that does not divide K, the length of the reduction axis.
 
         Raises:
-            FormatError: names the rule and, for a K that the group size does not divide, what fits: the format's other group sizes or,
-                where none does, other formats.
+            FormatError: names the rule and, where K rules the group size out, what fits: the format's other group sizes or, where none
+                does, other formats.
         """
         try:
             check_group_size(K, self.group_size, self.record.group_sizes)
         except FormatError as error:
-            if self.group_size not in self.record.group_sizes:
-                raise
             fitting = [fmt for fmt in offered_formats() if K % fmt.group_size == 0]
-            names = [str(fmt) for fmt in fitting if fmt.format == self.format] or [str(fmt) for fmt in fitting]
+            same = [fmt for fmt in fitting if fmt.format == self.format]
+            if same and self.group_size not in self.record.group_sizes:
+                raise
+            names = [str(fmt) for fmt in same or fitting]
             raise FormatError(f"{error} ({', '.join(names) or 'no format'} {'fit' if len(names) > 1 else 'fits'})") from None
 
     def parts(self, N: int, K: int) -> tuple[Part, ...]:

@@ -84,10 +84,11 @@ class Method:
         """Refuse a format that the method does not make.
 
         Raises:
-            FormatError: names the method.
+            FormatError: names the method, and those that make the format.
         """
         if fmt.format not in self.formats:
-            raise FormatError(f"{name} makes {', '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method rtn")
+            others = " or ".join(other for other, method in METHODS.items() if fmt.format in method.formats)
+            raise FormatError(f"{name} makes {', '.join(self.formats)}; found {fmt.format}. Choose one of them, or the method {others}")
 
 
 def _rtn(weight: torch.Tensor, fmt: TensorFormat, moments: Moments | None) -> Rounded:

@@ -116,14 +116,14 @@ def test_the_last_rule_for_a_tensor_applies(nano: Path) -> None:
         ("w2=int4", "must be one of int4:32"),
         ("w2=int4:16", "must be one of int4:32"),
         ("w2=nf4-double:32", "nf4:64, nf4-double:64, affine4:32"),
-        ("embedding=nf4-double", "q4_0 or plain"),
+        ("embedding=nf4-double", "int2 or plain"),
         ("head=plain:64", "must be one of int4:32"),
         ("blocks.2-4.w2=int8:64", "within 0-3"),
         ("blocks.3-2.w2=int8:64", "within 0-3"),
         ("blocks.0.head=int8:64", "matches none"),
         ("blocks.0-3.embedding=plain", "matches none"),
         ("experts=plain", "experts must be packed"),
-        ("embedding=nf4:64", "q4_0 or plain"),
+        ("embedding=nf4:64", "int2 or plain"),
         ("w2=q4_0:64", "or plain; found 'q4_0:64'"),
         ("w2=trellis2:32", "trellis2:128, trellis2:64, "),
         ("embedding=trellis4", "the embedding must be int4, int8"),
@@ -174,6 +174,21 @@ def test_the_formats_that_fit_a_dimension_are_named(size: int, experts: str, fit
     assert str(refused.value).endswith("Choose another --group-size or --format")
     with pytest.raises(RequestError, match=re.escape(fitting)):
         override({}, config, [f"w2={experts}"])
+
+
+@pytest.mark.parametrize(
+    ("fmt", "K", "told"),
+    [
+        (TensorFormat("trellis2", 32), 96, r"must be one of 64, 128; found 32 \(int4:32, .*, int2:32 fit\)$"),
+        (TensorFormat("nf4", 32), 96, r"must be one of 64; found 32 \(int4:32, .* fit\)$"),
+        (TensorFormat("trellis2", 32), 192, r"must be one of 64, 128; found 32$"),
+    ],
+)
+def test_a_group_size_that_is_not_offered_is_refused_with_formats_where_no_other_group_size_fits(
+    fmt: TensorFormat, K: int, told: str
+) -> None:
+    with pytest.raises(FormatError, match=told):
+        fmt.check(K)
 
 
 def test_trellis_formats_of_rules_rotate_128_inputs_where_none_are_named() -> None:
