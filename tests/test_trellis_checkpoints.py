@@ -316,6 +316,6 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused(fmt: TensorForm
         if inputs % fmt.group_size == 0:
             assert tensor_formats(config, "config.json") == {name: fmt}
         else:
-            found = f"found group size {fmt.group_size} and {inputs} elements"
-            with pytest.raises(CheckpointError, match=rf"config\.json: {name}: the group size must divide the reduction axis; {found}"):
+            message = f"found group size {fmt.group_size} and {inputs} elements"
+            with pytest.raises(CheckpointError, match=rf"config\.json: {name}: the group size must divide the reduction axis; {message}"):
                 tensor_formats(config, "config.json")

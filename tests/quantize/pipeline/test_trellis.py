@@ -65,13 +65,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def results(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunRecord, Path]]:
     """The result of a method, computed once."""
-    made: dict[str, tuple[RunRecord, Path]] = {}
+    by_method: dict[str, tuple[RunRecord, Path]] = {}
 
     def make(method: str) -> tuple[RunRecord, Path]:
-        if method not in made:
+        if method not in by_method:
             folder = tmp_path_factory.mktemp("results") / method
-            made[method] = quantize_checkpoint(source, folder, request(method)), folder
-        return made[method]
+            by_method[method] = quantize_checkpoint(source, folder, request(method)), folder
+        return by_method[method]
 
     return make
 
