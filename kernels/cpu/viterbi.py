@@ -20,7 +20,7 @@ from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.viterbi import NARROW_BITS, NARROW_RENEW, NARROW_SHIFT, RENEW, ROWS, most_word
 
 from .compiled import compiled
-from .viterbi_steps import SearchShape, level_costs, narrow_costs, renew, step
+from .viterbi_steps import SearchShape, level_costs, narrow_costs, step, word
 
 __all__ = ["search_bytes", "trellis_block"]
 
@@ -47,6 +47,7 @@ def trellis_block(columns: torch.Tensor, factor: torch.Tensor | None, scales: to
         by_position(cost_units(scales, code)).contiguous().numpy(),
         code.level_table(columns.device).float()[list(shape.level_order)].numpy(),
         _levels_of_states(code),
+        _places_of_states(code),
         symbols.numpy(),
         *_scratch(shape, B),
     )
@@ -59,7 +60,7 @@ def search_bytes(code: TrellisCode, columns: int) -> int:
 
 
 def _scratch_parts(shape: SearchShape, columns: int) -> tuple[tuple[Any, int], ...]:
-    """(dtype, bytes) of each array: a tile, one element of each row, costs, the same in bytes, permuted costs, two times words, masks."""
+    """(dtype, bytes) of each array: a tile, one element of each row, costs, the same in bytes, permuted costs, sums, the least of them."""
     n, Q = 1 << shape.index_bits, shape.ends
     return (
         (np.float32, columns * ROWS * 4),
@@ -67,9 +68,14 @@ def _scratch_parts(shape: SearchShape, columns: int) -> tuple[tuple[Any, int], .
         (np.uint16, ROWS * n * 2),
         (np.uint8, ROWS * n),
         (np.uint16, n * _LINE),
-        (np.uint16, 2 * Q * 2),
-        (np.uint32, ROWS * Q // 8 * max(shape.bits, (1 << shape.bits) - 1 if shape.bits == NARROW_BITS else 0)),
+        (np.uint16, (ROWS // _stride(shape) + _stride(shape)) * Q * 2),
+        (np.int64, (ROWS + 1) * 8),
     )
+
+
+def _stride(shape: SearchShape) -> int:
+    """How many steps of the second pass share the sums that are kept for the way back: a second-level cache of 1 MB has room for half."""
+    return 2 if shape.ends * 2 * ROWS >= 1 << 20 else 1
 
 
 def _scratch(shape: SearchShape, columns: int) -> list[np.ndarray]:
@@ -89,23 +95,58 @@ def _levels_of_states(code: TrellisCode) -> np.ndarray:
 
 
 @cache
+def _places_of_states(code: TrellisCode) -> np.ndarray:
+    """uint8 [S]: where `SearchShape.level_order` has the level of every state."""
+    places = np.empty(1 << code.index_bits, np.uint8)
+    places[list(SearchShape.of(code).level_order)] = np.arange(len(places), dtype=np.uint8)
+    return places[code.index_table(torch.device("cpu")).numpy()]
+
+
+@cache
 def _block(shape: SearchShape) -> Callable[..., None]:
     """The compiled loop over tiles and columns for codes of a shape."""
     bits, state_bits, index_bits = shape.bits, shape.state_bits, shape.index_bits
     low_columns, high_columns = shape.low_columns, shape.high_columns
-    n, Q = 1 << index_bits, shape.ends
-    mask_bytes, most = Q // 8 * bits, most_word(bits)
+    n, Q, stride = 1 << index_bits, shape.ends, _stride(shape)
+    most = most_word(bits)
     narrow = bits == NARROW_BITS
     first_width, first_renew = (1, NARROW_RENEW) if narrow else (2, RENEW)
-    first_mask_bytes = Q // 8 * ((1 << bits) - 1) if narrow else mask_bytes
+    choices = (1 << bits) - 1
+    places_of_choices = tuple(shape.place(choice * Q) for choice in range(1 << bits))
 
     @compiled()
-    def block(columns, factor, scales, units, levels, state_levels, symbols, tile, x, costs, octets, table, words, masks):
+    def trace(sums_at, leasts, costs, places, end, symbols):
+        """Write the bits of all positions, from the path that ends with `end` at position 0.
+
+        With a stride of 2, an odd step's sums are computed again where the path may come from; no even step renews them.
+        """
+        costs_at = np.int64(costs.ctypes.data)
+        for t in range(ROWS - stride, -1, -stride):
+            old_at, before = sums_at + _slot(t, stride) * (2 * Q), costs_at + (ROWS - 1 - t) * (2 * n)
+            if stride == 2:
+                symbols[ROWS - 2 - t] = end & choices
+                best, place = np.int64(most), np.int64(places[end])
+                for choice in range(1 << bits):
+                    end_before = (choice * Q + end) >> bits
+                    word_before = word(
+                        old_at, leasts[t], before, end_before, places[end_before],
+                        2, bits, state_bits, index_bits, low_columns, high_columns,
+                    )  # fmt: skip
+                    total = (word_before >> bits) + np.int64(costs[(ROWS - 2 - t) * n + (place ^ places_of_choices[choice])])
+                    best = min(best, total << bits | choice)
+                end = ((best & choices) * Q + end) >> bits
+            symbols[ROWS - 1 - t] = end & choices
+            best = word(old_at, leasts[t], before, end, places[end], 2, bits, state_bits, index_bits, low_columns, high_columns)
+            end = ((best & choices) * Q + end) >> bits
+
+    @compiled()
+    def block(columns, factor, scales, units, levels, state_levels, places, symbols, tile, x, costs, octets, table, sums, leasts):
         """Fill `symbols`; the last seven arguments are scratch memory."""
         B, N = columns.shape
         levels_at, costs_at, table_at = np.int64(levels.ctypes.data), np.int64(costs.ctypes.data), np.int64(table.ctypes.data)
-        masks_at, words_at, octets_at = np.int64(masks.ctypes.data), np.int64(words.ctypes.data), np.int64(octets.ctypes.data)
+        sums_at, octets_at = np.int64(sums.ctypes.data), np.int64(octets.ctypes.data)
         first_costs_at = octets_at if narrow else costs_at
+        leasts[0] = 0
         for number in range(len(symbols)):
             first = number * ROWS
             rows = min(ROWS, N - first)
@@ -114,36 +155,47 @@ def _block(shape: SearchShape) -> Callable[..., None]:
                 _divide(tile, column, scales, first, rows, x)
                 for p in range(ROWS):
                     level_costs(x[p], units[number, p], levels_at, costs_at + p * (2 * n), bits, index_bits)
-                old_at, new_at = words_at, words_at + 2 * Q
                 if narrow:
-                    narrow_costs(costs_at, octets_at, ROWS * n // 64, bits + NARROW_SHIFT)
-                    words[:] = 0
-                else:
-                    _begin(words, -1, most, bits, state_bits)
+                    narrow_costs(costs_at, octets_at, ROWS * n // 64, NARROW_SHIFT)
+                sums[:Q] = 0
                 for t in range(ROWS):
                     before = first_costs_at + ((_HALF - 1 - t) & (ROWS - 1)) * (first_width * n)
-                    if t < _HALF - 1:
-                        step(
-                            old_at, before, new_at, masks_at, table_at,
-                            first_width, 0, bits, state_bits, index_bits, low_columns, high_columns,
-                        )  # fmt: skip
-                    else:
-                        step(
-                            old_at, before, new_at, masks_at + t * first_mask_bytes, table_at,
+                    old_at = sums_at + (t if t >= _HALF else t & 1) * (first_width * Q)
+                    new_at = sums_at + (t + 1 if t + 1 >= _HALF else t + 1 & 1) * (first_width * Q)
+                    if t % first_renew == first_renew - 1:
+                        leasts[t + 1] = step(
+                            old_at, before, new_at, leasts[t], table_at,
                             first_width, 1, bits, state_bits, index_bits, low_columns, high_columns,
                         )  # fmt: skip
-                    old_at, new_at = new_at, old_at
-                    if t % first_renew == first_renew - 1:
-                        renew(old_at, first_width, bits, state_bits)
-                ends = _seam_of_bytes(words.view(np.uint8), masks, bits, Q) if narrow else _seam(words, masks, bits, Q)
-                _begin(words, ends, most, bits, state_bits)
+                    else:
+                        leasts[t + 1] = step(
+                            old_at, before, new_at, leasts[t], table_at,
+                            first_width, 0, bits, state_bits, index_bits, low_columns, high_columns,
+                        )  # fmt: skip
+                ends = _least_at(sums.view(np.uint8), ROWS * Q, Q) if narrow else _least_at(sums, ROWS * Q, Q)
+                for t in range(ROWS - 1, _HALF - 1, -1):
+                    before = first_costs_at + ((_HALF - 1 - t) & (ROWS - 1)) * (first_width * n)
+                    best = word(
+                        sums_at + t * (first_width * Q), leasts[t], before, ends, places[ends],
+                        first_width, bits, state_bits, index_bits, low_columns, high_columns,
+                    )  # fmt: skip
+                    ends = ((best & choices) * Q + ends) >> bits
+                start = Q * (stride - 1)
+                sums[start : start + Q] = most >> bits
+                sums[start + ends] = 0
                 for t in range(ROWS):
-                    before, masks_of = costs_at + (ROWS - 1 - t) * (2 * n), masks_at + t * mask_bytes
-                    step(old_at, before, new_at, masks_of, table_at, 2, 1, bits, state_bits, index_bits, low_columns, high_columns)
-                    old_at, new_at = new_at, old_at
+                    before = costs_at + (ROWS - 1 - t) * (2 * n)
+                    old_at = sums_at + _slot(t, stride) * (2 * Q)
+                    new_at = sums_at + _slot(t + 1, stride) * (2 * Q)
                     if t % RENEW == RENEW - 1:
-                        renew(old_at, 2, bits, state_bits)
-                _trace(masks, ends, bits, Q, symbols[number, column])
+                        leasts[t + 1] = step(
+                            old_at, before, new_at, leasts[t], table_at, 2, 1, bits, state_bits, index_bits, low_columns, high_columns
+                        )
+                    else:
+                        leasts[t + 1] = step(
+                            old_at, before, new_at, leasts[t], table_at, 2, 0, bits, state_bits, index_bits, low_columns, high_columns
+                        )
+                trace(sums_at, leasts, costs, places, ends, symbols[number, column])
                 if len(factor):
                     _feed_back(tile, column, factor, scales, first, rows, symbols[number, column], state_levels, bits, columns)
 
@@ -151,13 +203,9 @@ def _block(shape: SearchShape) -> Callable[..., None]:
 
 
 @compiled()
-def _begin(words, ends, most, bits, state_bits):
-    """Set the words before the first position, with sums of 0 for `ends`, for all if that is -1, and else of `most`; and the choices."""
-    shift, sums = state_bits - 2 * bits, 0 if ends < 0 else most >> bits << bits
-    for choice in range(1 << bits):
-        words[choice << shift : (choice + 1) << shift] = sums | choice
-    if ends >= 0:
-        words[ends] = ends >> shift
+def _slot(t, stride):
+    """Which of the kept vectors of Q sums has those before step t; a stride of 2 keeps every second one, and all others in the first."""
+    return t if stride == 1 else 0 if t & 1 else 1 + (t >> 1)
 
 
 @compiled()
@@ -179,57 +227,15 @@ def _divide(tile, column, scales, first, rows, x):
 
 
 @compiled()
-def _choice(masks, t, end, bits, Q):
-    """The highest k bits of the state that wins at an end."""
-    first = (t * (Q // 32) + end // 32) * bits
-    lane, choice = end % 32, 0
-    for bit in range(bits):
-        choice |= (masks[first + bit] >> lane & 1) << bit
-    return choice
-
-
-@compiled()
-def _seam(words, masks, bits, Q):
-    """The state's bits at position 0 on the best path of the first pass, without the last k."""
-    least = np.uint16(65535)
+def _least_at(sums, first, Q):
+    """The lowest number of the least of Q sums."""
+    least = sums[first]
     for q in range(Q):
-        least = min(least, words[q])
-    end = 0
-    while words[end] >> bits != least >> bits:
-        end += 1
-    for t in range(ROWS - 1, _HALF - 1, -1):
-        end = (_choice(masks, t, end, bits, Q) * Q + end) >> bits
-    return end
-
-
-@compiled()
-def _seam_of_bytes(sums, masks, bits, Q):
-    """`_seam` of a first pass in bytes."""
-    least = np.uint8(255)
-    for q in range(Q):
-        least = min(least, sums[q])
-    end = 0
-    while sums[end] != least:
-        end += 1
-    choices = 1 << bits
-    for t in range(ROWS - 1, _HALF - 1, -1):
-        first, lane = (t * (Q // 64) + end // 64) * (choices - 1), end % 64
-        winner, distance = 0, choices >> 1
-        while distance:
-            mask = first + choices - choices // distance + winner // (2 * distance)
-            if not masks[2 * mask + lane // 32] >> (lane % 32) & 1:
-                winner += distance
-            distance >>= 1
-        end = (winner * Q + end) >> bits
-    return end
-
-
-@compiled()
-def _trace(masks, end, bits, Q, symbols):
-    """Write the bits of all positions, from the path that ends with `end` at position 0."""
-    for t in range(ROWS - 1, -1, -1):
-        symbols[ROWS - 1 - t] = end & ((1 << bits) - 1)
-        end = (_choice(masks, t, end, bits, Q) * Q + end) >> bits
+        least = min(least, sums[first + q])
+    q = 0
+    while sums[first + q] != least:
+        q += 1
+    return q
 
 
 @compiled()

@@ -2,10 +2,9 @@
 
 The words of 32 neighbouring ends fill a vector. Their states that have the same highest k bits are neighbours too: the predecessors are
 32 / 2^k neighbouring ends, and since the index map is linear, the costs are those of 32 levels in the order of the lanes, but for an
-exclusive or of the lanes with a constant. So a vector of costs is one of 2^i / 32 base vectors with its lanes permuted by a constant, and
-no cost is gathered. A word's choice comes along in its lowest bits, so the least word names its predecessor, and the choices of 32 ends
-are stored as k masks. A first pass in bytes has 64 ends in a vector and no room for choices: the states of an end compete in pairs, in
-rounds, and each comparison leaves a mask.
+exclusive or of the lanes with a constant. So a vector of costs is one of 2^i / 32 base vectors with its lanes permuted, and no cost is
+gathered. Sums alone are kept, without choices: the way back along the best path finds the choice of each state on it from the sums before
+it. A first pass in bytes has 64 ends in a vector.
 
 Dimension letters: `S` = 2^L states, `Q` = 2^(L-k) ends, `n` = 2^i levels.
 """
@@ -22,15 +21,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
-from dbrx_q.kernels.formats.viterbi import NARROW_CAP, cost_cap, most_word
+from dbrx_q.kernels.formats.viterbi import NARROW_CAP, NARROW_MOST, cost_cap, most_word
 
 from . import vector as v
 
-__all__ = ["SearchShape", "level_costs", "narrow_costs", "renew", "step"]
+__all__ = ["SearchShape", "level_costs", "narrow_costs", "step", "word"]
 
 _VECTOR_BYTES = 64
 _COLUMN_BITS = 8  # of a column of the index map in a number; an index has at most eight bits
 _PER_NUMBER = 7
+_PERMUTATIONS = {1: ("avx512vbmi", "avx512.permvar.qi.512"), 2: ("avx512bw", "avx512.permvar.hi.512")}
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,18 @@ class SearchShape:
                 seen.update(rest ^ lane for lane in lanes)
         return tuple(lane ^ rest for rest in rests for lane in lanes)
 
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {index: place for place, index in enumerate(self.level_order)}
+
+    def place(self, state: int) -> int:
+        """The place of a state's level in `level_order`, linear in the state."""
+        return self._places[self.index(state)]
+
 
 @intrinsic(prefer_literal=True)
 def level_costs(typing_context, x, unit, levels, to, bits, index_bits):
-    """Write the costs of all levels for one element, times 2^k, as words at `to`.
+    """Write the costs of all levels for one element as words at `to`.
 
     levels: address of float32 [n]. The last two arguments are literals.
     """
@@ -113,7 +121,7 @@ def level_costs(typing_context, x, unit, levels, to, bits, index_bits):
         for distance in (8, 4, 2, 1):
             least = _smaller(b, v.broadcast(b, least, [lane ^ distance for lane in range(16)]), least)
         for i, cost in enumerate(costs):
-            whole = b.shl(b.fptoui(_smaller(b, b.fsub(cost, least), cap), v.V16I), v.constant(v.V16I, [k] * 16))
+            whole = b.fptoui(_smaller(b, b.fsub(cost, least), cap), v.V16I)
             v.store(b, b.trunc(whole, v.vector(v.I16, 16)), b.add(args[3], v.I64(32 * i)))
         return context.get_dummy_value()
 
@@ -139,25 +147,61 @@ def narrow_costs(typing_context, words, octets, vectors, shift):
 
 
 @intrinsic(prefer_literal=True)
-def step(typing_context, words, costs, new_words, masks, table, width, keep, bits, state_bits, index_bits, low_columns, high_columns):
-    """Go from one position to the one before: fill `new_words` and, where `keep` is not 0, the masks of all choices.
+def step(typing_context, sums, costs, new_sums, least, table, width, renews, bits, state_bits, index_bits, low_columns, high_columns):
+    """Go from one position to the one before: fill `new_sums`, and return the least of them where `renews` is not 0, else 0.
 
-    The arguments from `width` on are literals, the last five a `SearchShape`; the others are addresses. words, new_words: [Q] of `width`
-    bytes, 2 or, in a first pass in bytes, 1. costs: [n] of `width` bytes, in `SearchShape.level_order`. masks: 32-bit words [Q/32, k] by
-    bits of the choice; in bytes 64-bit words [Q/64, 2^k - 1] by rounds, a bit set where the state with the lower number wins. table:
-    scratch memory of n vectors.
+    A step that renews caps its sums; any other subtracts `least` from the sums it reads, so that no sum is written twice.
+
+    The arguments from `width` on are literals, the last five a `SearchShape`; the others are addresses, `least` a number. sums, new_sums:
+    [Q] of `width` bytes, 2 or, in a first pass in bytes, 1. costs: [n] of `width` bytes, in `SearchShape.level_order`. table: scratch
+    memory of n vectors.
     """
-    numbers = (width, keep, bits, state_bits, index_bits, low_columns, high_columns)
+    numbers = (width, renews, bits, state_bits, index_bits, low_columns, high_columns)
     if not all(isinstance(number, types.IntegerLiteral) for number in numbers):
         return None
-    element_bytes, kept, *members = (number.literal_value for number in numbers)
-    code = _StepCode(SearchShape(*members), element_bytes, keeps=bool(kept))
+    element_bytes, renewing, *members = (number.literal_value for number in numbers)
+    code = _StepCode(SearchShape(*members), element_bytes, renews=bool(renewing))
 
     def codegen(context, b, signature, args):
-        code.generate(b, *args[:5])
-        return context.get_dummy_value()
+        return code.generate(b, *args[:5])
 
-    return types.void(*[types.int64] * 5, *numbers), codegen
+    return types.int64(*[types.int64] * 5, *numbers), codegen
+
+
+@intrinsic(prefer_literal=True)
+def word(typing_context, sums, least, costs, end, place, width, bits, state_bits, index_bits, low_columns, high_columns):
+    """The winning word of an end: the sum and the choice that `step` takes, from the same sums and costs, before any renewal.
+
+    The arguments from `width` on are literals; sums and costs are the addresses that `step` was given, place is that of the end.
+    """
+    numbers = (width, bits, state_bits, index_bits, low_columns, high_columns)
+    if not all(isinstance(number, types.IntegerLiteral) for number in numbers):
+        return None
+    element_bytes, *members = (number.literal_value for number in numbers)
+    shape = SearchShape(*members)
+    k, element, most = shape.bits, ir.IntType(8 * element_bytes), most_word(shape.bits)
+
+    def number_at(b, address, index):
+        at = b.inttoptr(b.add(address, b.mul(index, v.I64(element_bytes))), element.as_pointer())
+        return b.zext(b.load(at), v.I64)
+
+    def codegen(context, b, signature, args):
+        sums, least, costs, end, place = args[:5]
+        words = []
+        for choice in range(1 << k):
+            total = number_at(b, sums, b.add(b.lshr(end, v.I64(k)), v.I64(choice * (shape.ends >> k))))
+            if element_bytes == 2:
+                total = _smaller_whole(b, total, v.I64(most >> k))
+            total = b.add(total, number_at(b, costs, b.xor(place, v.I64(shape.place(choice * shape.ends)))))
+            if element_bytes == 1:
+                total = _smaller_whole(b, total, b.add(least, v.I64(NARROW_MOST)))
+            words.append(b.or_(b.shl(total, v.I64(k)), v.I64(choice)))
+        while len(words) > 1:
+            words = [_smaller_whole(b, words[i], words[i + 1]) for i in range(0, len(words), 2)]
+        winner = b.sub(words[0], b.shl(least, v.I64(k)))
+        return _smaller_whole(b, winner, v.I64(most)) if element_bytes == 2 else winner
+
+    return types.int64(*[types.int64] * 5, *numbers), codegen
 
 
 class _StepCode:
@@ -168,30 +212,33 @@ class _StepCode:
     same vectors of costs in another order: a turn of the loop serves all such groups from 2^k registers.
     """
 
-    def __init__(self, shape: SearchShape, width: int, *, keeps: bool) -> None:
-        self._k, self._L, self._Q, self._width, self._keeps = shape.bits, shape.state_bits, shape.ends, width, keeps
+    def __init__(self, shape: SearchShape, width: int, *, renews: bool) -> None:
+        self._k, self._Q, self._width, self._renews = shape.bits, shape.ends, width, renews
         self._lanes = lanes = _VECTOR_BYTES // width
         self._kind = v.vector(ir.IntType(8 * width), lanes)
-        order = {index: place for place, index in enumerate(shape.level_order)}
-        self._choices = [order[shape.index(j * shape.ends)] for j in range(1 << shape.bits)]
-        self._groups = [order[shape.index(g * lanes)] for g in range(shape.ends // lanes)]
-        self._vectors = len(order)
+        self._choices = [shape.place(j * shape.ends) for j in range(1 << shape.bits)]
+        self._groups = [shape.place(g * lanes) for g in range(shape.ends // lanes)]
+        self._vectors = 1 << shape.index_bits
+        self._permute = _PERMUTATIONS[width]
 
-    def generate(self, b: Any, *addresses: Any) -> None:
-        """Emit the code for the addresses of words, costs, new words, masks and the table."""
-        words, costs, new_words, masks, table = addresses
+    def generate(self, b: Any, sums: Any, costs: Any, new_sums: Any, least: Any, table: Any) -> Any:
+        """Emit the code for these addresses and the least sum; the least new one."""
         lanes, kind = self._lanes, self._kind
+        slot = cgutils.alloca_once(b, kind)
+        b.store(_splat(kind, -1), slot)
+        leasts = v.broadcast(b, b.trunc(least, kind.element), [0] * lanes)
         if self._vectors >= len(self._choices) * len(self._groups):  # each vector of costs is used once, or not at all
-            base = [v.load(b, b.add(costs, v.I64(_VECTOR_BYTES * h)), kind) for h in range(self._vectors // lanes)]
+            base = [self._base(b, costs, v.I64(_VECTOR_BYTES * h), leasts) for h in range(self._vectors // lanes)]
             for group, place in enumerate(self._groups):
                 vectors = [_permuted(b, base[(place ^ choice) // lanes], place ^ choice) for choice in self._choices]
-                self._group(b, v.I64(group), self._next_choice(group), vectors, words, new_words, masks)
-            return
-        with cgutils.for_range(b, v.I64(self._vectors // lanes)) as loop:
-            base_vector = v.load(b, b.add(costs, b.mul(loop.index, v.I64(_VECTOR_BYTES))), kind)
-            rows = b.add(table, b.mul(loop.index, v.I64(_VECTOR_BYTES * lanes)))
-            for lane in range(lanes):
-                v.store(b, _permuted(b, base_vector, lane), b.add(rows, v.I64(_VECTOR_BYTES * lane)))
+                self._group(b, v.I64(group), vectors, sums, new_sums, leasts, slot)
+        else:
+            vectors_of = self._from_base if self._permute[0] in v.chip_features() else self._from_table
+            self._turns(b, vectors_of(b, costs, leasts, table), sums, new_sums, leasts, slot)
+        return b.zext(b.extract_element(_least_lane(b, b.load(slot)), v.I32(0)), v.I64) if self._renews else v.I64(0)
+
+    def _turns(self, b: Any, vectors_at: Any, sums: Any, new_sums: Any, leasts: Any, slot: Any) -> None:
+        """The loop over classes of groups; vectors_at: what gives a turn's vectors of costs for the place of its first group."""
         alike = {group: self._choices.index(place) for group, place in enumerate(self._groups) if place in self._choices}
         firsts: list[int] = []
         served: set[int] = set()
@@ -199,85 +246,90 @@ class _StepCode:
             if group not in served:
                 firsts.append(group)
                 served.update(group ^ other for other in alike)
-        numbers = [number for first in firsts for number in (first, self._groups[first] * _VECTOR_BYTES)]
-        constants = cgutils.global_constant(b, "trellis_groups", ir.Constant(ir.ArrayType(v.I64, len(numbers)), numbers))
+        numbers = [number for first in firsts for number in (first, self._groups[first])]
+        constants = _constants(b, "trellis_groups", v.I64, numbers)
         with cgutils.for_range(b, v.I64(len(firsts))) as loop:
-            at = b.add(b.ptrtoint(constants, v.I64), b.mul(loop.index, v.I64(16)))
+            at = b.add(constants, b.mul(loop.index, v.I64(16)))
             first, place = (b.load(b.inttoptr(b.add(at, v.I64(8 * i)), v.I64.as_pointer())) for i in range(2))
-            vectors = [v.load(b, b.add(table, b.xor(place, v.I64(choice * _VECTOR_BYTES))), kind) for choice in self._choices]
-            first_choice = b.lshr(first, v.I64(self._L - 2 * self._k - (lanes.bit_length() - 1)))
-            first_choices = v.broadcast(b, b.trunc(first_choice, kind.element), [0] * lanes)
+            vectors = vectors_at(place)
             for other, moved in alike.items():
                 swapped = [vectors[j ^ moved] for j in range(len(vectors))]
-                next_choice = b.xor(first_choices, self._next_choice(other))
-                self._group(b, b.xor(first, v.I64(other)), next_choice, swapped, words, new_words, masks)
+                self._group(b, b.xor(first, v.I64(other)), swapped, sums, new_sums, leasts, slot)
 
-    def _next_choice(self, group: int) -> Any:
-        """The choices with which the ends of a group go on, their highest k bits."""
-        return v.constant(self._kind, [(group * self._lanes + lane) >> self._L - 2 * self._k for lane in range(self._lanes)])
+    def _from_base(self, b: Any, costs: Any, leasts: Any, table: Any) -> Any:
+        """`vectors_at` that permutes base vectors by an instruction of the chip whose lanes are no constants."""
+        lanes, kind, name = self._lanes, self._kind, self._permute[1]
+        if not self._renews and self._width == 2:
+            for h in range(self._vectors // lanes):
+                v.store(b, self._base(b, costs, v.I64(_VECTOR_BYTES * h), leasts), b.add(table, v.I64(_VECTOR_BYTES * h)))
+            costs = table
+        orders = _constants(b, f"trellis_orders_{lanes}", kind.element, [lane ^ place for place in range(lanes) for lane in range(lanes)])
 
-    def _group(self, b: Any, group: Any, next_choice: Any, vectors: list[Any], words: Any, new_words: Any, masks: Any) -> None:
-        """The new words of a group of ends and its masks; vectors: the costs by choice."""
-        words_at, new_at = b.add(words, b.mul(group, v.I64(_VECTOR_BYTES >> self._k))), b.add(new_words, b.mul(group, v.I64(_VECTOR_BYTES)))
-        masks_per_group = self._k if self._width == 2 else len(vectors) - 1
-        masks_at = b.add(masks, b.mul(group, v.I64(masks_per_group * self._lanes // 8)))
-        winner = self._least(b, vectors, 0, words_at, masks_at)
-        if self._width == 1:
-            v.store(b, winner, new_at)
-            return
-        winner = _on_lanes(b, "umin", winner, _splat(self._kind, most_word(self._k)))
-        for bit in range(self._k if self._keeps else 0):
-            chosen = b.icmp_unsigned("!=", b.and_(winner, _splat(self._kind, 1 << bit)), _splat(self._kind, 0))
-            v.store(b, b.bitcast(chosen, v.I32), b.add(masks_at, v.I64(4 * bit)))
-        v.store(b, b.or_(b.and_(winner, _splat(self._kind, -len(vectors))), next_choice), new_at)
+        def vectors_at(place: Any) -> list[Any]:
+            vectors = []
+            for choice in self._choices:
+                number = b.xor(place, v.I64(choice))
+                base = v.load(b, b.add(costs, b.mul(b.and_(number, v.I64(-lanes)), v.I64(self._width))), kind)
+                order = v.load(b, b.add(orders, b.mul(b.and_(number, v.I64(lanes - 1)), v.I64(_VECTOR_BYTES))), kind)
+                vectors.append(v.x86(b, name, kind, base, order))
+            return vectors
 
-    def _least(self, b: Any, vectors: list[Any], first: int, words_at: Any, masks_at: Any) -> Any:
-        """The least total of the choices from `first` on that `vectors` has the costs of; in bytes, with the masks of the comparisons."""
-        count, choices, lanes = len(vectors), 1 << self._k, self._lanes
-        if count == 1:
-            before = v.load(
-                b, b.add(words_at, v.I64(self._width * first * (self._Q >> self._k))), v.vector(self._kind.element, lanes >> self._k)
-            )
-            expanded = v.broadcast(b, before, [lane >> self._k for lane in range(lanes)])
-            return b.add(expanded, vectors[0]) if self._width == 2 else _on_lanes(b, "uadd.sat", expanded, vectors[0])
-        half = count // 2
-        low = self._least(b, vectors[:half], first, words_at, masks_at)
-        high = self._least(b, vectors[half:], first + half, words_at, masks_at)
-        least = _on_lanes(b, "umin", low, high)
-        if self._width == 1 and self._keeps:
-            mask = choices - choices // half + first // count
-            v.store(b, b.bitcast(b.icmp_unsigned("==", least, low), v.I64), b.add(masks_at, v.I64(8 * mask)))
-        return least
+        return vectors_at
+
+    def _from_table(self, b: Any, costs: Any, leasts: Any, table: Any) -> Any:
+        """`vectors_at` that reads a table of all permuted vectors, which it fills before the loop."""
+        lanes, kind = self._lanes, self._kind
+        with cgutils.for_range(b, v.I64(self._vectors // lanes)) as loop:
+            base_vector = self._base(b, costs, b.mul(loop.index, v.I64(_VECTOR_BYTES)), leasts)
+            rows = b.add(table, b.mul(loop.index, v.I64(_VECTOR_BYTES * lanes)))
+            for lane in range(lanes):
+                v.store(b, _permuted(b, base_vector, lane), b.add(rows, v.I64(_VECTOR_BYTES * lane)))
+        return lambda place: [
+            v.load(b, b.add(table, b.mul(b.xor(place, v.I64(choice)), v.I64(_VECTOR_BYTES))), kind) for choice in self._choices
+        ]
+
+    def _base(self, b: Any, costs: Any, offset: Any, leasts: Any) -> Any:
+        """A base vector of costs. Words have the least sum subtracted here: cost - least + sum is no less than 0 in 16 bits."""
+        base_vector = v.load(b, b.add(costs, offset), self._kind)
+        return base_vector if self._renews or self._width == 1 else b.sub(base_vector, leasts)
+
+    def _group(self, b: Any, group: Any, vectors: list[Any], sums: Any, new_sums: Any, leasts: Any, slot: Any) -> None:
+        """The new sums of a group of ends; vectors: the costs by choice; slot: the least of each lane so far."""
+        sums_at, new_at = b.add(sums, b.mul(group, v.I64(_VECTOR_BYTES >> self._k))), b.add(new_sums, b.mul(group, v.I64(_VECTOR_BYTES)))
+        winner = self._least(b, vectors, 0, sums_at, leasts)
+        if self._renews:
+            if self._width == 2:
+                winner = _on_lanes(b, "umin", winner, _splat(self._kind, most_word(self._k) >> self._k))
+            b.store(_on_lanes(b, "umin", b.load(slot), winner), slot)
+        v.store(b, winner, new_at)
+
+    def _least(self, b: Any, vectors: list[Any], first: int, sums_at: Any, leasts: Any) -> Any:
+        """The least total of the choices from `first` on that `vectors` has the costs of."""
+        count, lanes = len(vectors), self._lanes
+        if count > 1:
+            half = count // 2
+            parts = (self._least(b, vectors[i * half : (i + 1) * half], first + i * half, sums_at, leasts) for i in range(2))
+            return _on_lanes(b, "umin", *parts)
+        few = lanes >> self._k
+        before = v.load(b, b.add(sums_at, v.I64(self._width * first * (self._Q >> self._k))), v.vector(self._kind.element, few))
+        if self._width == 1 and not self._renews:
+            before = b.sub(before, v.broadcast(b, leasts, list(range(few))))
+        expanded = v.broadcast(b, before, [lane >> self._k for lane in range(lanes)])
+        return b.add(expanded, vectors[0]) if self._width == 2 else _on_lanes(b, "uadd.sat", expanded, vectors[0])
 
 
-@intrinsic(prefer_literal=True)
-def renew(typing_context, words, width, bits, state_bits):
-    """Subtract the least of the Q sums from all of them; the arguments but `words` are literals, as for `step`."""
-    if not all(isinstance(number, types.IntegerLiteral) for number in (width, bits, state_bits)):
-        return None
-    k, lanes = bits.literal_value, _VECTOR_BYTES // width.literal_value
-    kind = v.vector(ir.IntType(8 * width.literal_value), lanes)
-    vectors = v.I64((1 << state_bits.literal_value - k) // lanes)
+def _least_lane(b: Any, least: Any) -> Any:
+    """The least lane of a vector, in all lanes."""
+    distance = least.type.count // 2
+    while distance:
+        least = _on_lanes(b, "umin", least, v.broadcast(b, least, [lane ^ distance for lane in range(least.type.count)]))
+        distance //= 2
+    return least
 
-    def codegen(context, b, signature, args):
-        words = args[0]
-        slot = cgutils.alloca_once(b, kind)
-        b.store(_splat(kind, -1), slot)
-        with cgutils.for_range(b, vectors) as loop:
-            more = v.load(b, b.add(words, b.mul(loop.index, v.I64(_VECTOR_BYTES))), kind)
-            b.store(_on_lanes(b, "umin", b.load(slot), more), slot)
-        least, distance = b.load(slot), lanes // 2
-        while distance:
-            least = _on_lanes(b, "umin", least, v.broadcast(b, least, [lane ^ distance for lane in range(lanes)]))
-            distance //= 2
-        if width.literal_value == 2:
-            least = b.and_(least, _splat(kind, -(1 << k)))
-        with cgutils.for_range(b, vectors) as loop:
-            at = b.add(words, b.mul(loop.index, v.I64(_VECTOR_BYTES)))
-            v.store(b, b.sub(v.load(b, at, kind), least), at)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, width, bits, state_bits), codegen
+def _constants(b: Any, name: str, element: Any, numbers: list[int]) -> Any:
+    """The address of constant numbers."""
+    return b.ptrtoint(cgutils.global_constant(b, name, ir.Constant(ir.ArrayType(element, len(numbers)), numbers)), v.I64)
 
 
 def _permuted(b: Any, base_vector: Any, place: int) -> Any:
@@ -292,6 +344,10 @@ def _splat(kind: Any, value: int) -> Any:
 
 def _smaller(b: Any, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+def _smaller_whole(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_unsigned("<", x, y), x, y)
 
 
 def _floats(b: Any, name: str, value: Any) -> Any:

@@ -27,6 +27,7 @@ __all__ = [
     "COST_UNIT",
     "NARROW_BITS",
     "NARROW_CAP",
+    "NARROW_MOST",
     "NARROW_RENEW",
     "NARROW_SHIFT",
     "RENEW",
@@ -53,7 +54,8 @@ NARROW_CAP = 127
 """The largest cost there."""
 NARROW_RENEW = 2
 """`RENEW` there."""
-_NARROW_MOST = 255
+NARROW_MOST = 255
+"""The largest sum there."""
 
 
 def cost_cap(bits: int) -> int:
@@ -112,7 +114,7 @@ def _pass(costs: torch.Tensor, code: TrellisCode, ends: torch.Tensor | None, *, 
     for t in range(T):
         totals = (sums.repeat_interleave(choices, 1) + costs[:, t][:, index]).view(B, choices, Q)
         if narrow:
-            totals.clamp_(max=_NARROW_MOST)
+            totals.clamp_(max=NARROW_MOST)
         words = (totals * choices + choice).amin(1)
         if not narrow:
             words.clamp_(max=most)
