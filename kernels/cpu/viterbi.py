@@ -1,13 +1,14 @@
 """The search of trellis streams, compiled: the bits of `formats/viterbi.py`, for single columns or with GPTQ's feedback between them.
 
-A call runs on its caller's thread, without the interpreter lock. One column of 128 rows is searched after the other; its sums stay in the
-first-level cache, its masks in the second. `viterbi_steps.py` has the vector code of a position.
+A call runs on its caller's thread, without the interpreter lock. One column of 128 rows is searched after the other; the sums of a position
+stay in the first-level cache, those that the way back needs in the second. `viterbi_steps.py` has the vector code of a position.
 
 Dimension letters: `B` columns of a block, `N` rows, `S` states, `Q` states without their last k bits, `n` levels.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["search_bytes", "trellis_block"]
 
 _HALF = ROWS // 2
 _LINE = 64
+_KEPT = threading.local()
 
 
 def trellis_block(columns: torch.Tensor, factor: torch.Tensor | None, scales: torch.Tensor, code: TrellisCode) -> torch.Tensor:
@@ -55,7 +57,7 @@ def trellis_block(columns: torch.Tensor, factor: torch.Tensor | None, scales: to
 
 
 def search_bytes(code: TrellisCode, columns: int) -> int:
-    """Bytes that a call with blocks of so many columns needs beside its arguments and its result."""
+    """Bytes that a thread keeps for calls with blocks of so many columns."""
     return sum(nbytes + _LINE for _, nbytes in _scratch_parts(SearchShape.of(code), columns))
 
 
@@ -79,11 +81,15 @@ def _stride(shape: SearchShape) -> int:
 
 
 def _scratch(shape: SearchShape, columns: int) -> list[np.ndarray]:
-    arrays = []
-    for dtype, nbytes in _scratch_parts(shape, columns):
-        memory = np.empty(nbytes + _LINE, np.uint8)
-        first = -memory.ctypes.data % _LINE
-        arrays.append(memory[first : first + nbytes].view(dtype))
+    """The scratch arrays of this thread, kept for calls of the same kind: fresh pages cost as much as 5 % of a search of 128 rows."""
+    key, arrays = getattr(_KEPT, "scratch", (None, []))
+    if key != (shape, columns):
+        arrays = []
+        for dtype, nbytes in _scratch_parts(shape, columns):
+            memory = np.empty(nbytes + _LINE, np.uint8)
+            first = -memory.ctypes.data % _LINE
+            arrays.append(memory[first : first + nbytes].view(dtype))
+        _KEPT.scratch = (shape, columns), arrays
     return arrays
 
 

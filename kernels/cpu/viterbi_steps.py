@@ -329,7 +329,9 @@ def _least_lane(b: Any, least: Any) -> Any:
 
 def _constants(b: Any, name: str, element: Any, numbers: list[int]) -> Any:
     """The address of constant numbers."""
-    return b.ptrtoint(cgutils.global_constant(b, name, ir.Constant(ir.ArrayType(element, len(numbers)), numbers)), v.I64)
+    constants = cgutils.global_constant(b, name, ir.Constant(ir.ArrayType(element, len(numbers)), numbers))
+    constants.align = _VECTOR_BYTES
+    return b.ptrtoint(constants, v.I64)
 
 
 def _permuted(b: Any, base_vector: Any, place: int) -> Any:

@@ -28,15 +28,23 @@ def test_streams_equal_those_of_the_definition(code: TrellisCode) -> None:
     assert torch.equal(encode(weight, scales, code), expected)
 
 
-@pytest.mark.parametrize("name", ["trellis2-fast", "trellis3-fast", "trellis4-fast"])
-def test_feedback_equals_a_loop_over_columns(name: str) -> None:
-    code, weight = CODES[name], weight_of(150, 6)
-    factor = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).triu() / 4 + torch.eye(6)
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+def test_feedback_equals_a_loop_over_columns(code: TrellisCode) -> None:
+    K = 6 if code.state_bits == 10 else 2
+    weight = weight_of(150, K)
+    factor = torch.randn(K, K, generator=torch.Generator().manual_seed(1)).triu() / 4 + torch.eye(K)
     scales = first_scales(weight, code)
     columns, expected = weight.T.contiguous(), weight.T.contiguous()
     symbols = trellis_block(columns, factor, scales, code)
     assert torch.equal(symbols, trellis_block_reference(expected, factor, scales, code))
     assert torch.equal(columns, expected)
+
+
+@pytest.mark.parametrize("name", ["trellis2", "trellis4-fast"])
+def test_streams_are_the_same_where_costs_and_sums_reach_their_caps(name: str) -> None:
+    code, weight = CODES[name], weight_of(128, 2, seed=1)
+    scales = first_scales(weight, code) / 5
+    assert torch.equal(encode(weight, scales, code), trellis_block_reference(weight.T.contiguous(), None, scales, code))
 
 
 def test_streams_are_the_same_on_several_threads() -> None:

@@ -21,7 +21,7 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pytest_script = Path(sys.executable).parent / "pytest"
     cases = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX or trellis2-fast"
-    selection = f"{cases} or same_bits or exact or streams"
+    selection = f"{cases} or same_bits or exact or streams or feedback"
     command = [
         str(pytest_script),
         "-q",
@@ -31,7 +31,14 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
         selection,
         *(
             str(KERNEL_TESTS / name)
-            for name in ("test_linear.py", "test_moe.py", "cpu/test_attention.py", "cpu/test_integer.py", "cpu/test_trellis.py")
+            for name in (
+                "test_linear.py",
+                "test_moe.py",
+                "cpu/test_attention.py",
+                "cpu/test_integer.py",
+                "cpu/test_trellis.py",
+                "test_trellis.py",
+            )
         ),
     ]
     run = subprocess.run(command, env=environment, cwd=KERNEL_TESTS.parents[1], capture_output=True, text=True)
