@@ -21,7 +21,7 @@ from .backend import Backend, has_triton, pick
 
 __all__ = ["encode", "stream_levels", "stream_states", "trellis_block", "trellis_block_reference"]
 
-_COLUMNS = 64  # columns of a weight that are transposed together
+_COLUMNS = 128  # columns of a weight that are transposed together
 
 
 def trellis_block(

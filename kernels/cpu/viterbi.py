@@ -47,7 +47,7 @@ def trellis_block(columns: torch.Tensor, factor: torch.Tensor | None, scales: to
         np.empty((0, 0), np.float32) if factor is None else factor.contiguous().numpy(),
         scales.float().numpy(),
         by_position(cost_units(scales, code)).contiguous().numpy(),
-        code.level_table(columns.device).float()[list(shape.level_order)].numpy(),
+        _levels(code),
         _levels_of_states(code),
         _places_of_states(code),
         symbols.numpy(),
@@ -91,6 +91,12 @@ def _scratch(shape: SearchShape, columns: int) -> list[np.ndarray]:
             arrays.append(memory[first : first + nbytes].view(dtype))
         _KEPT.scratch = (shape, columns), arrays
     return arrays
+
+
+@cache
+def _levels(code: TrellisCode) -> np.ndarray:
+    """float32 [n]: the levels, in `SearchShape.level_order`."""
+    return code.level_table(torch.device("cpu")).float()[list(SearchShape.of(code).level_order)].numpy()
 
 
 @cache

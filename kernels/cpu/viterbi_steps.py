@@ -12,7 +12,7 @@ Dimension letters: `S` = 2^L states, `Q` = 2^(L-k) ends, `n` = 2^i levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from llvmlite import ir
@@ -49,6 +49,7 @@ class SearchShape:
     """The same for the other bits of states."""
 
     @classmethod
+    @cache
     def of(cls, code: TrellisCode) -> SearchShape:
         """The shape of a code."""
         columns = code.columns()
