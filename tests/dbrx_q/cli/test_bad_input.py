@@ -306,8 +306,8 @@ QUANTIZED_DAMAGES = [
     Case("no tensors", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].pop("tensors")), ("'tensors'",)),
     Case(
         "unknown format",
-        lambda f: edit_formats(f, W1, {"format": "int3", "group_size": 64}),
-        (W1, "must be one of int4:32, int4:64", "'int3'"),
+        lambda f: edit_formats(f, W1, {"format": "int5", "group_size": 64}),
+        (W1, "must be one of int4:32, int4:64", "'int5'"),
     ),
     Case(
         "group size 48", lambda f: edit_formats(f, W1, {"format": "int4", "group_size": 48}), (W1, "must be one of int4:32, int4:64", "48")

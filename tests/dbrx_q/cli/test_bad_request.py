@@ -264,7 +264,7 @@ def test_missing_devices_are_refused(device: str, message: str, small: Path, tmp
         (("generate", "a"), "--prompt"),
         (("perplexity", "a"), "--text"),
         (("quantize", "a"), "DST"),
-        (("quantize", "a", "b", "--format", "int3"), "int3"),
+        (("quantize", "a", "b", "--format", "int5"), "int5"),
         (("quantize", "a", "b", "--group-size", "many"), "--group-size"),
         (("generate", "a", "--prompt", "b", "--dtype", "int8"), "int8"),
         (("generate", "a", "--prompt", "b", "--kv", "int2"), "int2"),
