@@ -94,9 +94,8 @@ ROWS = (
     *(Row("trellis-fast, best", "best", _sized(f"trellis{k}-fast"), WIKI) for k in (4, 3, 2)),
     *(Row("trellis, without data", "rtn", _sized(f"trellis{k}")) for k in (4, 3, 2)),
     Row("", "best", (*_sized("trellis2"), "--tensor", "w2=trellis3"), WIKI),
-    *(Row("trellis, mixed", "best", _INT8_OTHERS, WIKI, Mix("trellis2", "trellis3", share)) for share in (0.25, 0.5, 0.75)),
-    *(Row("trellis, mixed", "best", _INT8_OTHERS, WIKI, Mix("trellis3", "trellis4", share)) for share in (0.25, 0.5, 0.75)),
-    *(Row("", "best", (), WIKI, Mix(f"trellis{k}", f"trellis{k + 1}", 0.0, free=True)) for k in (2, 3)),
+    *(Row("trellis, mixed", "best", _INT8_OTHERS, WIKI, Mix(f"trellis{k}", f"trellis{k + 1}", 0.5)) for k in (2, 3)),
+    Row("", "best", (), WIKI, Mix("trellis3", "trellis4", 0.0, free=True)),
     *(Row("int, to nearest", "rtn", _sized("int4", group)) for group in (32, 64, 128)),
     Row("int, to nearest", "rtn", _sized("int3", 64)),
     Row("int, to nearest", "rtn", _sized("int2", 32)),
@@ -159,10 +158,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _shown(row: Row) -> str:
     """The options of a row as the table shows them."""
-    options = list(row.options)
     if row.mix is not None:
-        options = [f"--target-bpw between {row.mix.low} and {row.mix.high}: {row.mix.share:g}", *([] if row.mix.free else ["others int8"])]
-    return " ".join([*options, "--method", row.method])
+        mix = row.mix
+        words = f"{mix.share:.0%} of the way from {mix.low} to {mix.high}" if mix.share else f"the bits of {mix.low}"
+        return f"`--target-bpw`: {words}{'' if mix.free else ', the rest int8'}; `--method {row.method}`"
+    return " ".join([*row.options, "--method", row.method])
 
 
 def _arguments(run: Run, row: Row) -> list[str]:
