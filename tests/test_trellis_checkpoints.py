@@ -294,14 +294,14 @@ def test_a_format_of_a_newer_version_is_named(packed: Path, tmp_path: Path, cli:
         outcome = cli(command, folder)
         assert outcome.code == 2
         assert "pip install -U dbrx_q" in outcome.err
-    for keys, found in (
+    for keys, message in (
         ({"format_version": 2}, "found 'dbrx_q' and 2"),
         ({"tensors": {"lm_head.weight": {"format": "trellis2", "group_size": 64, "state_bits": 16}}}, "found 'state_bits'"),
     ):
         config = json.loads(original)
         config["quantization_config"] |= keys
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match=rf"{found}\. .*newer version.*pip install -U"):
+        with pytest.raises(CheckpointError, match=rf"{message}\. .*newer version.*pip install -U"):
             DbrxForCausalLM.from_pretrained(folder)
 
 
