@@ -23,7 +23,10 @@ from .trellis import trellis_gptq, trellis_nearest
 __all__ = ["METHODS", "Method", "Rounded"]
 
 
-_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32  # output errors are measured on every 16th row, or on more rows if those are fewer than 32
+# Output errors are measured on every 16th row, or on more rows if those are fewer than 32. A tile of a trellis format has 128 rows, and the
+# tiles of a matrix with many inputs are many, so 8 rows of each are enough there; 32 took as long as GPTQ's updates.
+_SAMPLE_STEP, _SAMPLE_ROWS = 16, 32
+_MANY_INPUTS = 2048
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _measured(packed: QuantizedWeight, values: torch.Tensor, weight: torch.Tenso
 
 def _energies(values: torch.Tensor, aim: torch.Tensor, hessian: torch.Tensor) -> tuple[float, float]:
     """Sums of r H r^T over a sample of the rows r of the errors and of what was aimed at."""
-    step = max(1, min(_SAMPLE_STEP, len(aim) // _SAMPLE_ROWS))
+    step = _SAMPLE_STEP if len(hessian) >= _MANY_INPUTS else max(1, min(_SAMPLE_STEP, len(aim) // _SAMPLE_ROWS))
     values, aim = values[::step], aim[::step]
     rows = torch.cat((values - aim, aim))
     error, square = ((rows @ hessian) * rows).sum(1, dtype=torch.float64).view(2, -1).sum(1).tolist()
