@@ -58,7 +58,7 @@ _FallbackFormat = Annotated[
     str | None,
     option(FORMATS, "Smaller copy for `generate --fallback`.", metavar="FORMAT", one_of=WEIGHT_FORMATS),
 ]
-_Fast = Annotated[bool, option(FORMATS, "Make trellis2-fast of trellis2 and so on: more error in a quarter of the time.", "--fast")]
+_Fast = Annotated[bool, option(FORMATS, "Make trellis2-fast of trellis2 and so on: more error in half of the time.", "--fast")]
 _LowDisk = Annotated[bool, option(HUB, "Delete each downloaded shard after use; with --target-bpw, download all twice.", "--low-disk")]
 
 
