@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,7 +165,8 @@ def _verdict(orders: Mapping[tuple[str, str], Sequence[str]], texts: Mapping[str
         if list(order) != list(usual)
     ]
     verdict = f"From the least divergence to the most: {', '.join(usual)}"
-    return f"{verdict}; in another order: {'; '.join(others)}." if others else f"{verdict}, on every text and by either calibration."
+    verdict += f"; in another order: {'; '.join(others)}." if others else ", on every text and by either calibration."
+    return textwrap.fill(verdict, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _format(result: Result) -> str:
