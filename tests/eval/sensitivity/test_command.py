@@ -144,7 +144,7 @@ def test_parts_without_figures_are_listed(cli: Callable[..., Any], monkeypatch: 
         (["--text", "missing.txt"], "missing.txt: a text must be a file or the name of a data set"),
         (["--text", NANO / "generation_config.json"], "generation_config.json: line 1: must be JSON"),
         (["--out", BOOK], "a report is a folder; found a file"),
-        (["--format", "int3"], "int3"),
+        (["--format", "int5"], "int5"),
         (["--by", "expert"], "expert"),
     ],
 )
