@@ -16,6 +16,7 @@ from dbrx_q.kernels.triton.launch import Chip, Launch
 
 __all__ = ["Resources", "compile_launch", "global_loads", "launch_key", "packed_parameters"]
 
+_LEAST_WORDS = 1 << 20  # bytes of the codes of a trellis weight; lists of experts and slots are far smaller
 _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -117,7 +118,8 @@ def packed_parameters(launch: Launch) -> frozenset[int]:
     sizes = {
         index: values[name].nbytes
         for index, name in enumerate(names)
-        if isinstance(values[name], torch.Tensor) and values[name].dtype in (torch.uint8, torch.int8, torch.int32)
+        if isinstance(values[name], torch.Tensor)
+        and (values[name].dtype in (torch.uint8, torch.int8) or (values[name].dtype == torch.int32 and values[name].nbytes >= _LEAST_WORDS))
     }
     return frozenset(index for index, size in sizes.items() if 16 * size > max(sizes.values()))
 
