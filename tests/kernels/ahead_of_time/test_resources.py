@@ -34,21 +34,19 @@ def launches(chip: str) -> dict[str, Launch]:
     usual = [
         (case, launch)
         for case, launch in usual_launches(CHIPS[chip])
-        if "trellis" not in case or f"{TRELLIS_TESTED[chip]}:" in case or launch.kernel.__name__ == "rotate_kernel"
+        if "trellis" not in case
+        or f"{TRELLIS_TESTED[chip]}:" in case
+        or case.startswith("search trellis2")
+        or launch.kernel.__name__ == "rotate_kernel"
     ]
     return {f"{chip} {case} {launch.kernel.__name__} {number}": launch for number, (case, launch) in enumerate(usual)}
-
-
-# Launches that spill, by the beginning of chip and case, and the bytes: no tile without a spill has been chosen for them yet.
-KNOWN_SPILLS = {"sm_86 experts trellis2:128 T=9 bfloat16 down_decode_kernel": 8}
 
 
 @pytest.mark.parametrize(("chip", "case"), [pytest.param(chip, case, id=case) for chip in CHIPS_TESTED for case in launches(chip)])
 def test_kernels_compile_within_the_limits_of_the_chip(chip: str, case: str) -> None:
     launch = launches(chip)[case]
     compiled = compile_launch(launch, CHIPS[chip])
-    spilled = [f"{KNOWN_SPILLS[name]} bytes of local memory" for name in KNOWN_SPILLS if case.startswith(name)]
-    assert problems(ResourceRow(case, compiled), CHIPS[chip]) == spilled
+    assert problems(ResourceRow(case, compiled), CHIPS[chip]) == []
     if CHIPS[chip].vendor == "cuda":
         loads = global_loads(compiled.assembly)
         # Each load is traced to one parameter, and packed data is read. Lookups of levels are PTX of our own, with addresses of their own.
