@@ -1,8 +1,10 @@
-"""Times calls on a GPU: captured in CUDA graphs, contenders in turns; describes the device."""
+"""Times calls on a GPU: from CUDA graphs, behind a spin that hides the host, contenders in turns; describes the device."""
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,6 +20,11 @@ from .kernel_shapes import empty_weight
 __all__ = ["Environment", "MedianTime", "captured", "copies", "device_or_error", "environment", "random_weight", "turns"]
 
 _CACHE_TIMES = 4  # bytes read between two uses of an input, in sizes of the L2 cache
+_SAMPLE_SECONDS = 1.5e-3  # work of one sample: the time from an event to the first kernel, 1 to 2 us, is then no part of the result
+_SAMPLE_CALLS = 512  # most calls in one sample: the driver queues 1,024 launches before the host has to wait
+_LEAST_SPIN = 300e-6  # the launch of a graph takes the host 6 to 12 us, of a large one some 100
+_LONGEST_SPIN = 20e-3  # calls that wait for the GPU take as long as the spin before them
+_FASTEST_CLOCK = 3e9  # cycles/s that no GPU exceeds, so that a spin is never shorter than asked for
 
 
 @dataclass(frozen=True)
@@ -102,20 +109,39 @@ def copies(nbytes: int, device: torch.device) -> int:
     return max(1, -(-_CACHE_TIMES * cache // max(1, nbytes)))
 
 
-def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True) -> tuple[Callable[[], object], bool]:
-    """(a function that runs all `calls`, whether from a CUDA graph). Calls that cannot be captured run eagerly."""
+@dataclass(frozen=True)
+class _Sample:
+    """What is timed between two events."""
+
+    run: Callable[[], object]
+    """Enqueues the work."""
+    graph: bool
+    """Whether from a CUDA graph."""
+    calls: int
+    """How many calls of the contender the work consists of."""
+    enqueue_seconds: float
+    """How long the host takes to enqueue it."""
+
+
+def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True, passes: int = 1) -> tuple[Callable[[], object], bool]:
+    """(a function that runs all `calls`, `passes` times in order, whether from a CUDA graph). Calls that cannot be captured run eagerly.
+
+    Args:
+        calls: to run; each must have run before, so that it is compiled and libraries have allocated their workspaces.
+        capture: whether to try a CUDA graph.
+        passes: over `calls`.
+    """
 
     def run() -> None:
-        for call in calls:
-            call()
+        for _ in range(passes):
+            for call in calls:
+                call()
 
-    run()  # compiles, and lets libraries allocate their workspaces
-    torch.cuda.synchronize()
     if not capture:
         return run, False
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
             run()
     except RuntimeError:  # for instance, the call synchronizes or allocates outside of torch
         torch.cuda.synchronize()
@@ -126,23 +152,60 @@ def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True) -> 
 def turns(contenders: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int, capture: bool = True) -> dict[str, MedianTime]:
     """The median time of one call of each contender. Each turn runs all of them, so that clocks and other load affect them alike.
 
+    A sample repeats a contender until it has more than a millisecond of work, and a spin kernel keeps the GPU busy until the host has
+    enqueued all of it: neither the host's launches nor the resolution of events count.
+
     Args:
         contenders: by name, calls that do the same work on different inputs.
         repeats: turns that count, after one that does not.
         capture: whether to use CUDA graphs.
     """
-    works = {name: (*captured(calls, capture=capture), len(calls)) for name, calls in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in works}
+    samples = {name: _sample(calls, capture=capture) for name, calls in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in samples}
     for turn in range(repeats + 1):
-        for name, (run, _, count) in works.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
+        for name, sample in samples.items():
+            seconds = _seconds(sample.run, sample.enqueue_seconds) / sample.calls
             if turn:
-                times[name].append(start.elapsed_time(end) / 1000 / count)
-    return {name: MedianTime(statistics.median(times[name]), graph) for name, (_, graph, _) in works.items()}
+                times[name].append(seconds)
+    return {name: MedianTime(statistics.median(times[name]), sample.graph) for name, sample in samples.items()}
+
+
+def _sample(calls: Sequence[Callable[[], object]], *, capture: bool) -> _Sample:
+    """As many passes over `calls` as give `_SAMPLE_SECONDS` of work."""
+    for call in calls:
+        call()  # compiles, and lets libraries allocate their workspaces
+    torch.cuda.synchronize()
+    run, graph = captured(calls, capture=capture)
+    enqueue_seconds = _enqueue_seconds(run)
+    seconds = _seconds(run, enqueue_seconds)
+    passes = max(1, min(math.ceil(_SAMPLE_SECONDS / max(seconds, 1e-9)), _SAMPLE_CALLS // len(calls)))
+    if passes > 1:
+        run, graph = captured(calls, capture=graph, passes=passes)
+        enqueue_seconds = _enqueue_seconds(run)
+    return _Sample(run, graph, passes * len(calls), enqueue_seconds)
+
+
+def _enqueue_seconds(run: Callable[[], object]) -> float:
+    """How long the host takes to enqueue `run`, the second time that it does."""
+    run()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _seconds(run: Callable[[], object], enqueue_seconds: float) -> float:
+    """The time that the GPU takes for `run`, which the host enqueues behind a spin of twice `enqueue_seconds`."""
+    spin = min(max(_LEAST_SPIN, 2 * enqueue_seconds), _LONGEST_SPIN)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(spin * _FASTEST_CLOCK))  # torch's own tests keep streams busy by it
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def _driver() -> str:
