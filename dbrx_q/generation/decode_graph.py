@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from dbrx_q.model.batch import Batch
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.layers import PackedWeight, hooked
 from dbrx_q.model.modeling import DbrxForCausalLM
+
+if TYPE_CHECKING:
+    from dbrx_q.kernels.triton.arrival import Graph
 
 __all__ = ["BatchDecoder", "DecodeStep", "capturable"]
 
@@ -52,7 +56,7 @@ class DecodeStep:
         self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._on_host = torch.zeros(3, size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Graph | None = None
         self._logits: torch.Tensor | None = None
         if device.type == "cuda" and capturable(model):
             self._capture()
@@ -102,6 +106,8 @@ class DecodeStep:
 
     @torch.inference_mode()
     def _capture(self) -> None:
+        from dbrx_q.kernels.triton.arrival import Graph  # imports Triton, which a CPU does not need
+
         with torch.cuda.device(self._model.device):
             warm_up_stream = torch.cuda.Stream()
             warm_up_stream.wait_stream(torch.cuda.current_stream())
@@ -109,8 +115,8 @@ class DecodeStep:
                 for _ in range(2):
                     self._compute()
             torch.cuda.current_stream().wait_stream(warm_up_stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
+            graph = Graph(self._model.device)
+            with graph.capture():
                 self._logits = self._compute()
         self._graph = graph
 

@@ -139,9 +139,11 @@ def captured(calls: Sequence[Callable[[], object]], *, capture: bool = True, pas
 
     if not capture:
         return run, False
-    graph = torch.cuda.CUDAGraph()
+    from dbrx_q.kernels.triton.arrival import Graph
+
+    graph = Graph(torch.device("cuda", torch.cuda.current_device()))
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
+        with graph.capture():
             run()
     except RuntimeError:  # for instance, the call synchronizes or allocates outside of torch
         torch.cuda.synchronize()

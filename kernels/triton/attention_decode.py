@@ -16,11 +16,11 @@ import triton.language as tl
 
 from dbrx_q.kernels.formats.kv import KVLayer
 
+from .arrival import arrive, counters
 from .attention_tiles import decode_tiles
 from .codes import CODES, INT8, PLAIN
 from .kv import channels, int4_parts, int8_parts, scales_of
 from .launch import chip_of, launch
-from .weights import arrive, counters
 
 __all__ = ["decode", "decode_kernel"]
 

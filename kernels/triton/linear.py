@@ -11,10 +11,11 @@ import triton.language as tl
 
 from dbrx_q.kernels.formats.weights import Weight
 
+from .arrival import arrive, counters
 from .launch import chip_of, launch
 from .tiles import Problem, choose
 from .trellis import rotated, rotation_of
-from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of, row_unit_of, scaled
+from .weights import bits_of, constants_of, dot_step, group_of, pointers_of, row_unit_of, scaled
 
 __all__ = ["linear", "linear_kernel"]
 

@@ -18,12 +18,13 @@ import triton.language as tl
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.weights import Weight
 
+from .arrival import arrive, counters
 from .codes import INT8, PLAIN, TRELLIS
 from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
 from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
 from .trellis import rotated, rotation_of
-from .weights import arrive, bits_of, constants_of, counters, dot_step, group_of, pointers_of, row_unit_of, scaled
+from .weights import bits_of, constants_of, dot_step, group_of, pointers_of, row_unit_of, scaled
 
 __all__ = ["activations", "decode", "down_decode_kernel", "gate_up_decode_kernel", "matrices", "matrix_of", "packed", "problems", "slot_of"]
 

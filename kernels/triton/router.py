@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .arrival import arrive, counters
 from .launch import chip_of, launch
 from .tiles import MATVEC_TOKENS
-from .weights import arrive, counters
 
 __all__ = ["RouterTiles", "route", "route_kernel", "router_tiles"]
 

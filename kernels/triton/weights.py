@@ -5,7 +5,6 @@ Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the red
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .codes import INT4, INT8, NF4, PLAIN, TRELLIS, code_of
 from .launch import Chip
 from .trellis import code_constant, level_table, trellis_code, trellis_tile
 
-__all__ = ["arrive", "bits_of", "constants_of", "counters", "dot_step", "group_of", "pointers_of", "row_unit_of", "scaled"]
+__all__ = ["bits_of", "constants_of", "dot_step", "group_of", "pointers_of", "row_unit_of", "scaled"]
 
 
 def pointers_of(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,20 +70,6 @@ def row_unit_of(weight: Weight) -> int:
 def bits_of(weight: Weight) -> int:
     """Bits of a stored code; 16 for a plain weight."""
     return 16 if isinstance(weight, torch.Tensor) else FORMATS[weight.format].bits
-
-
-_COUNTERS = 1 << 16
-
-
-def counters(device: torch.device, n: int) -> torch.Tensor:
-    """At least `n` int32 zeros, which a kernel leaves at zero. A device has one set, so its kernels must run on one stream at a time."""
-    assert n <= _COUNTERS
-    return torch.empty(n, dtype=torch.int32, device="meta") if device.type == "meta" else _counters(device)
-
-
-@cache
-def _counters(device: torch.device) -> torch.Tensor:
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)  # never freed: captured graphs hold its address
 
 
 @triton.jit
@@ -381,14 +366,3 @@ def _nf4_value(code):
     low = tl.where(b2, tl.where(b1, v3, v2), tl.where(b1, v1, v0))
     high = tl.where(b2, tl.where(b1, v7, v6), tl.where(b1, v5, v4))
     return tl.where(b3, high, low)
-
-
-@triton.jit
-def arrive(counter, OTHERS: tl.constexpr):
-    """True in the last of OTHERS + 1 programs that arrive at `counter`, which it resets to 0. It sees all that the others stored before."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == OTHERS
-    if last:
-        tl.store(counter, 0)
-    tl.debug_barrier()
-    return last

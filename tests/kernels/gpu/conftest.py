@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dbrx_q.eval.bench.kernel_shapes import DBRX, Shapes
+from dbrx_q.kernels.triton.arrival import Graph
 
 TOY = Shapes(width=128, heads=12, kv_heads=2, channels=64, experts=4, active=2, hidden=128, vocabulary=256, context=96)
 
@@ -94,8 +95,8 @@ def replayed() -> Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tens
         with torch.cuda.stream(aside):
             call()
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph = Graph(torch.device("cuda", torch.cuda.current_device()))
+        with graph.capture():
             out = call()
 
         def replay() -> torch.Tensor:
