@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from dbrx_q.eval.bench import device_timing
 from dbrx_q.eval.bench.device_timing import captured, turns
+from dbrx_q.kernels.triton import arrival
 
 LAUNCH = 8e-6  # seconds of host time per launch, of a kernel or of a graph
 CLOCK = 1.755e9  # of an H200
@@ -72,7 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
                 simulated.run(seconds)
 
     @contextmanager
-    def graph(captured: Graph, capture_error_mode: str = "global") -> Iterator[None]:
+    def graph(captured: Graph, pool: object = None, capture_error_mode: str = "global") -> Iterator[None]:
         simulated.modes.append(capture_error_mode)
         simulated.recorded = captured.seconds
         try:
@@ -83,6 +84,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(arrival, "new_counters", lambda device: torch.zeros(1, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "synchronize", simulated.synchronize)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: simulated.launch(cycles / CLOCK), raising=False)
     monkeypatch.setattr("time.perf_counter", lambda: simulated.host)
