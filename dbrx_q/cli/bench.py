@@ -292,6 +292,48 @@ def resources(
         raise DbrxError("every kernel must fit its chip; these do not:\n" + "\n".join(lines))
 
 
+@app.command(
+    cls=Command, epilog=example("dbrx-q bench static --chip sm_90 --case int4", "dbrx-q bench static --chip sm_86 --chip sm_90 --json")
+)
+def static(
+    chip: Annotated[
+        list[str] | None, option(WORK, "sm_86, sm_90 ...; may be given again.", metavar="CHIP", default="sm_80, 86, 89, 90, 120")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        option(
+            WORK,
+            "moe, linear, attention, small, step, or a part of a case's name, such as int4; may be given again.",
+            metavar="WORD",
+            default="all cases",
+        ),
+    ] = None,
+    everything: Annotated[bool, option(WORK, "More formats, numbers of tokens and batch sizes.", "--all")] = False,
+    processes: Annotated[int, option(WORK, "Processes that compile at the same time.", metavar="N")] = 2,
+    out: Annotated[
+        Path | None, option(OUTPUT, "Markdown document whose table is replaced.", metavar="FILE", default="print the table")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Compile the GPU kernels at DBRX's shapes, without a GPU, count their instructions, and compute the time that each bound allows."""
+    from dbrx_q.errors import RequestError
+    from dbrx_q.eval.bench.gpu_specs import GPUS
+    from dbrx_q.eval.bench.static_report import as_json, check_report, document, static_rows, write_report
+
+    if processes < 1:
+        raise RequestError(f"--processes must be at least 1; found {processes}")
+    if out is not None:
+        check_report(out)
+    with terminal.progress("cases") as report:
+        rows = list(static_rows(tuple(chip or GPUS), words=case or (), everything=everything, processes=processes, report=report))
+    if out is not None:
+        write_report(out, document(rows))
+    if json:
+        terminal.print_json(as_json(rows))
+    elif out is None:
+        print(document(rows))
+
+
 def _sizes(option: str, values: list[str] | None, default: int, *, least: int) -> list[int]:
     """Whole numbers, each once: an option may be given again, and hold several."""
     from dbrx_q.errors import RequestError

@@ -10,6 +10,8 @@ ceiling from `ceilings.py`, which measures memory bandwidth and matmul rate in t
   a GPU.
 - `tune.py` finds the fastest tiles on a GPU.
 - `kernel_shapes.py` has DBRX's shapes and the launches that they need, `kernel_resources.py` compiles launches ahead of time and reads
-  registers, shared memory and spills, and `kernel_report.py` writes the table of these. `instruction_counts.py` counts
-  instructions for each weight.
+  registers, shared memory and spills, and `kernel_report.py` writes the table of these.
+- `static_report.py` is `dbrx-q bench static`: times of kernels computed from their machine code, without a GPU. `static_cases.py` has the
+  calls, `static_roofline.py` the model. It takes instructions and loops from `sass.py`, what a launch must do from `launch_work.py`,
+  resident programs from `occupancy.py`, and rates of chips from `gpu_specs.py`.
 """

@@ -20,7 +20,7 @@ from dbrx_q.cli.options import OUTPUT, TEXT, option
 
 SCREEN = 80, 45  # columns and lines
 COMMANDS = tuple(entry._SUMMARIES)
-BENCH = ("model", "synthetic", "offload", "kernels", "tune", "resources")
+BENCH = ("model", "synthetic", "offload", "kernels", "tune", "resources", "static")
 ALL = [(), *((name,) for name in COMMANDS), *(("bench", name) for name in BENCH)]
 
 
@@ -105,8 +105,10 @@ def test_summaries_equal_those_of_the_commands() -> None:
 def test_an_option_has_the_same_text_in_every_command() -> None:
     """Except for the listed options, whose meaning depends on the command, each with the number of its texts."""
     texts_of_others = {
+        "--all": 2,
         "--batch": 3,
         "--chat": 2,
+        "--chip": 2,
         "--context": 5,
         "--device": 2,
         "--dtype": 3,

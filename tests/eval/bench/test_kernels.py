@@ -12,7 +12,6 @@ import torch
 
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.device_timing import Environment
-from dbrx_q.eval.bench.instruction_counts import loop_instructions
 from dbrx_q.eval.bench.kernel_report import BEGIN, END, ResourceRow, document, problems, write_report
 from dbrx_q.eval.bench.kernel_resources import Resources, global_loads
 from dbrx_q.eval.bench.kernel_shapes import DBRX, empty_weight
@@ -185,16 +184,3 @@ def test_the_table_replaces_only_the_lines_between_its_markers(tmp_path: Path) -
     path.write_text("by hand", encoding="utf-8")
     with pytest.raises(RequestError, match="must hold the lines"):
         write_report(path, "")
-
-
-def test_instructions_of_the_longest_loop_are_counted() -> None:
-    listing = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x00000a0000017a02 */
-        /*0010*/                   LOP3.LUT R4, R5, 0xf ;
-        /*0020*/              @!P0 PRMT R6, R4, 0x7650, R7 ;
-        /*0030*/               @P1 BRA 0x20 ;
-        /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
-        /*0050*/               @P2 BRA 0x10 ;
-        /*0060*/                   EXIT ;
-    """
-    assert loop_instructions(listing) == {"LOP3": 1, "PRMT": 1, "BRA": 2, "HMMA": 1}
