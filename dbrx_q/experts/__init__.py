@@ -11,7 +11,8 @@ lets the CPU compute it or copies it into a slot; its first lines list the steps
 - GPUs: `gpu_experts.py` serves the layers of one GPU from its slots (`gpu_slot_pool.py`). `split.py` divides misses between the CPU and
   copies, by rates that `measured_rates.py` measures at load. `gpu_copies.py` tracks the copies under way, which `link.py` makes.
 - Common to both stores: `tiered_store.py` (prefetch and fallback copy), `predictor.py` (which predictions are worth a prefetch),
-  `sums.py` (computes experts and adds them up), `timer.py` and `stats.py` (times and counters).
+  `sums.py` (computes experts and adds them up), `streams.py` (their order on a GPU), `timer.py` and
+  `stats.py` (times and counters).
 - `fallback.py`: the fallback copy in a checkpoint, used in place of experts that are only on disk.
 - Simulation: `trace.py` records which experts a text uses; `simulate.py` replays it through the real stores without memory, `sweep.py`
   with every policy and several cache sizes; `simulated_speed.py` turns the counters into seconds.

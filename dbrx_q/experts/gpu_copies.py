@@ -14,7 +14,7 @@ from .cache import Assignment
 from .gpu_slot_pool import GpuSlotPool
 from .host_tier import ExpertId
 from .link import Link, PendingCopy
-from .timer import on_device
+from .streams import on_device
 
 __all__ = ["GpuCopies"]
 

@@ -33,6 +33,7 @@ from .link import Link, PendingCopy
 from .policies import CachePolicy, Lru
 from .split import MissRates, split_misses
 from .stats import CacheStats
+from .streams import StreamOrder
 from .sums import ExpertSum
 from .tiered_store import FallbackCopy
 from .timer import Timer
@@ -110,6 +111,8 @@ class GpuExperts:
             L, E = tier.n_layers, tier.n_experts
             self._fallback_pool = GpuSlotPool(device, fallback.tier, fallback_slots, {kind: Lru(L, E) for kind in fallback_slots})
             self._upgrade = fallback.upgrade
+        link.follow()  # the slots were allocated
+        self._order = StreamOrder(device)
         self.copies = GpuCopies(device, link, self._main_pool, adaptive=self._adaptive)
         tier.slot_readers.add(self.copies)
         self._link_seen = 0, 0.0  # bytes and busy seconds of the link that `rates` already include
@@ -181,6 +184,7 @@ class GpuExperts:
             needed: the layer's experts, in ascending order.
             ahead: experts that the next layer is predicted to need, the likeliest first.
         """
+        self._order.follow()
         try:
             self._serve(index, expert_sum, needed, ahead)
         except BaseException:

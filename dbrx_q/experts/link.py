@@ -136,6 +136,13 @@ class Link(ABC):
                 self._changed.notify_all()
         return pending
 
+    @abstractmethod
+    def follow(self) -> None:
+        """Send what is copied from now on after all work that the GPU's current stream has been given.
+
+        For memory that was just allocated: that stream may still use it for an earlier owner, as torch's allocator knows of no other.
+        """
+
     def prioritize(self, pending: PendingCopy) -> None:
         """A layer waits for this copy now: it is sent after those that are urgent already."""
         if pending.rank[0] != _URGENT:
@@ -210,6 +217,9 @@ class Link(ABC):
 class _HostLink(Link):
     """To a GPU that is a part of host memory: the tests of several GPUs run on it."""
 
+    def follow(self) -> None:
+        pass  # host memory has no streams
+
     def _send(self, job: _Job) -> None:
         for source, target in zip(job.sources, job.targets, strict=True):
             if job.pending.cancelled:
@@ -223,7 +233,8 @@ class _StagingRing:
 
     def __init__(self) -> None:
         self._buffers = [torch.empty(LINK_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(LINK_BUFFERS)]
-        self._sent = [torch.cuda.Event() for _ in self._buffers]
+        # A thread that waits for a blocking event sleeps; by default it would keep a core from the experts that the CPU computes.
+        self._sent = [torch.cuda.Event(blocking=True) for _ in self._buffers]
         self._next = 0
 
     def send(self, stream: torch.cuda.Stream, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], pending: PendingCopy) -> None:
@@ -250,6 +261,9 @@ class _CudaLink(Link):
         self._rings = [_StagingRing() for _ in range(LINK_COPY_THREADS)]
         self._pool = ThreadPoolExecutor(LINK_COPY_THREADS, "expert-staging")
         super().__init__()
+
+    def follow(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         super().close()

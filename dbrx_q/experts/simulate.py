@@ -143,6 +143,9 @@ class _InstantLink(Link):
         self._copied = 0
         self._current = None
 
+    def follow(self) -> None:
+        pass
+
     @property
     def bytes_copied(self) -> int:
         return self._copied

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TimedWork", "Timer", "on_device"]
+__all__ = ["TimedWork", "Timer"]
 
 _MAX_PENDING = 256  # pairs of events that may wait to be evaluated
 
@@ -68,8 +68,3 @@ class Timer:
     def _evaluate_first(self) -> None:
         begin, end = self._pending.popleft()
         self._seconds += begin.elapsed_time(end) / 1000  # events measure milliseconds
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one for the block; does nothing for the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

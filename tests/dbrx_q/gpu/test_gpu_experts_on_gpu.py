@@ -79,3 +79,31 @@ def test_a_link_copies_every_tensor() -> None:
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target.cpu())
     link.close()
+
+
+def test_a_link_writes_new_memory_after_its_earlier_owner_was_read() -> None:
+    device, size = torch.device("cuda", 0), 64 << 20
+    link, zeros = make_link(device), torch.zeros(size, dtype=torch.uint8)
+    owner = torch.ones(size, dtype=torch.uint8, device=device)
+    torch.cuda._sleep(500_000_000)  # about 0.3 seconds, much longer than the copy takes
+    read, address = owner.clone(), owner.data_ptr()
+    del owner
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    assert target.data_ptr() == address
+    link.follow()
+    link.copy([zeros], [target], urgent=True).wait()
+    assert bool(read.all())
+    assert not bool(target.any())
+    link.close()
+
+
+def test_streams_may_change_between_tokens(quantized_nano: Path) -> None:
+    models = [load_pretrained(quantized_nano, budget=budget(2.6, miss_policy=MissPolicy.copy)) for _ in range(2)]
+    tokens = [torch.tensor([[token]]) for token in (7, 300, 7, 9, 41, 300, 9, 7)]
+    expected = [models[0](token).logits.cpu() for token in tokens]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for turn, (token, right) in enumerate(zip(tokens, expected, strict=True)):
+        with torch.cuda.stream(streams[turn % 2]):
+            assert torch.equal(models[1](token).logits.cpu(), right)
+    for model in models:
+        model.close()
