@@ -65,7 +65,8 @@ def resources(
 
 
 def problems(row: ResourceRow, chip: Chip) -> list[str]:
-    """Rules that a compiled kernel breaks: it fits the chip's shared memory, has no spills, and loads packed data 16 bytes at a time."""
+    """Rules that a compiled kernel breaks: it fits the chip's shared memory, has no spills, loads packed data 16 bytes at a time, and waits
+    for the kernel before it, where it may begin early, before it touches memory."""
     broken, used = [], row.resources
     if used.shared_memory > chip.shared_memory:
         broken.append(f"{used.shared_memory} bytes of shared memory, more than the {chip.shared_memory} of {chip.name}")
@@ -73,6 +74,8 @@ def problems(row: ResourceRow, chip: Chip) -> list[str]:
         broken.append(f"{used.spills} bytes of local memory")
     if used.packed_loads and set(used.packed_loads) != {_PACKED_LOAD}:
         broken.append(f"packed data loaded {used.packed_loads} bytes at a time, not {_PACKED_LOAD}")
+    if early := used.early_accesses:
+        broken.append(f"touches memory before it waits for the kernel before it: {', '.join(early)}")
     return broken
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dbrx_q.kernels.triton.launch import Chip, Launch
 
-__all__ = ["Resources", "compile_launch", "global_loads", "launch_key", "packed_parameters"]
+__all__ = ["Resources", "compile_launch", "early_accesses", "global_loads", "launch_key", "packed_parameters"]
 
 _LEAST_WORDS = 1 << 20  # bytes of the codes of a trellis weight; lists of experts and slots are far smaller
 _TYPES = {
@@ -56,11 +56,19 @@ class Resources:
     """PTX, or AMD's assembly."""
     cubin: bytes
     """NVIDIA's machine code; empty on AMD."""
+    pdl: bool = False
+    """Whether it may begin while the kernel before it still runs."""
 
     @property
     def sass(self) -> str:
         """The listing of `cubin`."""
         return _listing(self.cubin, "-sass")
+
+    @property
+    def early_accesses(self) -> list[str]:
+        """What breaks the rule of `launch.py` for kernels with PDL: instructions that touch global memory, or may pass by the wait, before
+        it. Empty on AMD."""
+        return [] if self.packed_loads is None else early_accesses(self.assembly, self.sass, pdl=self.pdl)
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Resources:
@@ -76,6 +84,8 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
     else:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
+    if launch.pdl:
+        options["launch_pdl"] = True
     compiled = triton.compile(source, target=target, options=options)
     packed_loads = None
     if chip.vendor == "hip":
@@ -96,6 +106,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         packed_loads=packed_loads,
         assembly=compiled.asm["ptx" if chip.vendor == "cuda" else "amdgcn"],
         cubin=compiled.asm["cubin"] if chip.vendor == "cuda" else b"",
+        pdl=launch.pdl,
     )
 
 
@@ -165,6 +176,34 @@ def global_loads(ptx: str) -> list[tuple[frozenset[int], int]]:
                 known |= origins.get(source, set())
             changed |= len(known) > before
     return [(frozenset(origins.get(register, ())), width) for register, width in loads]
+
+
+_PTX_ACCESS = re.compile(r"\b(ld\.(?:volatile\.|relaxed\.|acquire\.)?global|st\S*\.global|atom|red\.|cp\.async\.c|bra|ret;)")
+_SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|LD|ST|ATOM|ATOMG|RED|REDG|EXIT|RET|CALL|BRX)\b")
+_BRANCH_TARGET = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+
+
+def early_accesses(ptx: str, sass: str, *, pdl: bool) -> list[str]:
+    """Instructions before the wait of a kernel with PDL that load, store or add in global memory, end the program or pass by the wait.
+
+    In the PTX no branch may come before the wait. ptxas makes a loop of prefetches, which is a branch backward. A kernel without PDL must
+    have none of these instructions; the result then has those that it has.
+    """
+    if not pdl:
+        return re.findall(r"griddepcontrol\.\w+|\bACQBULK\b|\bPREEXIT\b", ptx + sass)
+    head, wait, _ = ptx.partition("griddepcontrol.wait")
+    if not wait:
+        return ["no griddepcontrol.wait"]
+    early = [line.strip() for line in head.splitlines() if _PTX_ACCESS.search(line) and not line.lstrip().startswith("//")]
+    for match in _SASS_LINE.finditer(sass):
+        address, text = int(match[1], 16), match[2].strip()
+        if "ACQBULK" in text:
+            return early
+        branch = _BRANCH_TARGET.search(text)
+        if _SASS_ACCESS.search(text) or ("BRA" in text and not (branch and int(branch[1], 16) < address)):
+            early.append(text)
+    return [*early, "no ACQBULK"]
 
 
 def _signature(launch: Launch, *, hip: bool) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -20,5 +20,6 @@ Shared by the kernels:
 How they are launched:
 
 - `launch.py`: the chips, and `launch`, which runs a kernel or records the call.
+- `dependent_launch.py`: what kernels do that begin before the one before them ends.
 - `tiles.py`, `attention_tiles.py`: the tile choices.
 """

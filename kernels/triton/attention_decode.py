@@ -19,6 +19,7 @@ from dbrx_q.kernels.formats.kv import KVLayer
 from .arrival import arrive, counters
 from .attention_tiles import decode_tiles
 from .codes import CODES, INT8, PLAIN
+from .dependent_launch import start_next, wait_for_previous
 from .kv import channels, int4_parts, int8_parts, scales_of
 from .launch import chip_of, launch
 
@@ -91,7 +92,10 @@ def decode_kernel(
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
     FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_previous(PDL)
     HQ: tl.constexpr = H // G
     PARTS: tl.constexpr = 1 if FORMAT == PLAIN else 2 if FORMAT == INT8 else 4
     W: tl.constexpr = C // PARTS

@@ -2,6 +2,14 @@
 
 All kernels are launched by `launch`, so that `recording` sees the same calls as a real run. With tensors on the `meta` device the launchers
 compute tile choices and arguments, and nothing runs.
+
+Programmatic dependent launch: on NVIDIA from sm_90 on, a kernel that takes the constant PDL is launched so that it may begin while the
+kernel before it in the stream still runs. What one kernel wrote or still reads is then safe from the next under one rule: **every program
+of a kernel that takes PDL calls `wait_for_previous` before its first load from global memory, its first store and its first atomic**, also
+a program that returns early. All that it may do before is to request bytes into the L2 cache. A kernel that has ended has therefore waited
+for the end of the one before it, and so on: behind the wait, all kernels before it have ended, and their scratch memory, counters and
+outputs may be read and overwritten. Kernels without PDL, such as torch's, begin when all work before them has ended. DBRX_Q_PDL=0 turns
+it off.
 """
 
 from __future__ import annotations
@@ -41,6 +49,15 @@ class Chip:
         """Fewest columns of a `tl.dot` that the matrix units and the compiler take: 8 on NVIDIA from Triton 3.5 on, 16 elsewhere."""
         return 16 if self.vendor == "hip" or _triton_version() < (3, 5) else 8
 
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may begin before the one before it ends; NVIDIA's chips from sm_90 on can, if Triton and CUDA know of it.
+
+        Raises:
+            DbrxError: another value of DBRX_Q_PDL than 0 and 1.
+        """
+        return self.vendor == "cuda" and int(self.name.removeprefix("sm_")) >= 90 and _dependent_launch_known()
+
 
 _KB = 1024
 # Multiprocessors of the part that most users own. Shared memory: CUDA C++ Programming Guide, technical specifications per compute
@@ -78,6 +95,8 @@ class Launch:
     """Stages of its pipeline."""
     fusion: bool = True
     """Whether a product and a sum may be rounded as one."""
+    pdl: bool = False
+    """Whether it may begin while the kernel before it still runs: programmatic dependent launch."""
 
 
 _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)
@@ -88,13 +107,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     if 0 in grid:
         return
     record = _RECORD.get()
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    pdl = False
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = pdl = chip_of(device).dependent_launch
     if record is not None:
-        record[1].append(Launch(kernel, grid, arguments, constants, warps, stages, fusion))
+        record[1].append(Launch(kernel, grid, arguments, constants, warps, stages, fusion, pdl))
         return
     _find_cache()
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    options = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, **options)
 
 
 @cache
@@ -151,6 +174,26 @@ def _triton_version() -> tuple[int, ...]:
     import triton
 
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@cache
+def _dependent_launch_known() -> bool:
+    """Whether Triton can compile and launch kernels with PDL, and CUDA can capture them: CUDA graphs know such edges from 12.3 on."""
+    wanted = os.environ.get("DBRX_Q_PDL", "1")
+    if wanted not in ("0", "1"):
+        raise DbrxError(f"DBRX_Q_PDL must be 0 or 1; found {wanted!r}. Set one of them, or unset it")
+    if wanted == "0":
+        return False
+    from triton.backends.nvidia import compiler
+    from triton.language.extra import cuda
+
+    if not hasattr(cuda, "gdc_wait") or "launch_pdl" not in compiler.CUDAOptions.__dataclass_fields__:
+        return False
+    if not torch.cuda.is_available():  # kernels are recorded or compiled for another machine
+        return True
+    runtime = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined] # only torch with CUDA has it
+    return runtime >= (12, 3) and driver >= 12030
 
 
 @cache

@@ -12,6 +12,7 @@ import triton.language as tl
 from dbrx_q.kernels.formats.weights import Weight
 
 from .arrival import arrive, counters
+from .dependent_launch import prefetch_weight, start_next, wait_for_previous
 from .launch import chip_of, launch
 from .tiles import Problem, choose
 from .trellis import rotated, rotation_of
@@ -86,7 +87,9 @@ def linear_kernel(
     STRIDE_K: tl.constexpr,
     WARPGROUP: tl.constexpr,
     CODE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
     program, split = tl.program_id(0), tl.program_id(1)
     # Programs that share rows of the weight or tokens run close in time, so that both stay in the L2 cache.
     tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
@@ -98,6 +101,8 @@ def linear_kernel(
 
     steps: tl.constexpr = (K + BK - 1) // BK
     steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    prefetch_weight(q, s, rows, split * steps_per_split * BK, steps_per_split * BK, N, K, FORMAT, GROUP, PDL and BT <= 16)
+    wait_for_previous(PDL)
     acc = tl.zeros((BN, BT), tl.float32)
     for step in range(split * steps_per_split, min(split * steps_per_split + steps_per_split, steps)):
         k = step * BK

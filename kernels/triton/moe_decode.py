@@ -20,6 +20,7 @@ from dbrx_q.kernels.formats.weights import Weight
 
 from .arrival import arrive, counters
 from .codes import INT8, PLAIN, TRELLIS
+from .dependent_launch import start_next, wait_for_previous
 from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
 from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
@@ -185,8 +186,11 @@ def gate_up_decode_kernel(
     FAST2: tl.constexpr,
     WARPGROUP2: tl.constexpr,
     CODE2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """h = silu(gate) * up of every pair whose expert has a slot; program (i, j) takes row tile i of the j-th active expert."""
+    start_next(PDL)
+    wait_for_previous(PDL)
     rank = tl.program_id(1)
     expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
     slot = slot_of(slots, expert, SLOTS)
@@ -274,8 +278,11 @@ def down_decode_kernel(
     FAST: tl.constexpr,
     WARPGROUP: tl.constexpr,
     CODE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = the sum over a token's experts of weight * down @ h; the last program of a row tile adds up in a fixed order."""
+    start_next(PDL)
+    wait_for_previous(PDL)
     rank, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
     slot = slot_of(slots, expert, SLOTS)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent_launch import start_next, wait_for_previous
 from .launch import chip_of, launch
 
 __all__ = ["add_norm", "add_norm_kernel"]
@@ -54,7 +55,10 @@ def add_norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     place = tl.program_id(0).to(tl.int64) * D + columns

@@ -13,6 +13,7 @@ import triton.language as tl
 from dbrx_q.kernels.formats.kv import KVLayer
 
 from .codes import CODES, INT8, PLAIN
+from .dependent_launch import start_next, wait_for_previous
 from .launch import chip_of, launch
 
 __all__ = ["qkv_kernel", "store_qkv"]
@@ -83,7 +84,10 @@ def qkv_kernel(
     CLIP: tl.constexpr,
     FORMAT: tl.constexpr,
     FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_previous(PDL)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of_q: tl.constexpr = (H + BH - 1) // BH
     of_kv: tl.constexpr = (G + BH - 1) // BH

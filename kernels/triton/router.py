@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .arrival import arrive, counters
+from .dependent_launch import start_next, wait_for_previous
 from .launch import chip_of, launch
 from .tiles import MATVEC_TOKENS
 
@@ -121,7 +122,10 @@ def route_kernel(
     SPLITS: tl.constexpr,
     BS: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    start_next(PDL)
+    wait_for_previous(PDL)
     program, split = tl.program_id(0), tl.program_id(1)
     tokens, experts_here = program * BT + tl.arange(0, BT), tl.arange(0, BE)
     inside = (tokens < T)[:, None] & (experts_here < E)[None, :]  # [BT, BE]

@@ -18,6 +18,7 @@ from dbrx_q.kernels.formats.rotation import signs
 from dbrx_q.kernels.formats.trellis_codes import TrellisCode
 from dbrx_q.kernels.formats.weights import Weight
 
+from .dependent_launch import start_next, wait_for_previous
 from .launch import launch
 
 __all__ = ["code_constant", "level_table", "rotate_kernel", "rotated", "rotation_of", "table_alignment", "trellis_code", "trellis_tile"]
@@ -94,8 +95,11 @@ def rotate_kernel(
     K: tl.constexpr,
     G: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = the rotation of `formats/rotation.py` in float32; program (t, j) rotates BLOCKS blocks of token t."""
+    start_next(PDL)
+    wait_for_previous(PDL)
     columns = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS))[:, None] * G + tl.arange(0, G)[None, :]
     place = tl.program_id(0).to(tl.int64) * K + columns
     value = tl.load(x + place, mask=columns < K, other=0.0).to(tl.float32) * tl.load(sign + columns, mask=columns < K, other=0)
