@@ -163,7 +163,7 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         "MMA": products * busiest,
         "DRAM": work.dram_bytes / bandwidth,
     }
-    dependent = bool(getattr(launch, "dependent", False))
+    dependent = launch.pdl
     return LaunchCost(
         kernel=launch.kernel.__name__,
         loops=tuple({**_counts(_all(loop)), "iterations": round(times, 3)} for loop, times in zip(loops, work.iterations, strict=True)),
