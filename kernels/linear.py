@@ -17,7 +17,7 @@ from dbrx_q.kernels.formats.weights import Weight, dequantize, dequantize_range
 
 from .backend import Backend, pick
 
-__all__ = ["dequantized_linear", "linear", "linear_reference"]
+__all__ = ["dequantized_linear", "linear", "linear_reference", "warm_up"]
 
 _PIECE_ELEMENTS = 1 << 24  # of a weight that are dequantized at a time: float32 temporaries of 64 MB each
 
@@ -89,6 +89,13 @@ def dequantized_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 def linear_reference(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """float32 y [T, N] = x [T, K] @ weight [N, K].T, the whole weight dequantized."""
     return x.float() @ dequantize(weight).T
+
+
+def warm_up(weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    """Compile, load from a cache or import the CPU's code for products with weights like `weight` [N, K], before a token needs it."""
+    from dbrx_q.kernels.cpu import linear as cpu  # imports numba, which a GPU does not need
+
+    cpu.warm_up(weight, dtype)
 
 
 def _implementations() -> dict[Backend, Callable[[torch.Tensor, QuantizedWeight], torch.Tensor]]:

@@ -43,7 +43,7 @@ def moe_experts(
         missing: int32 [E]; for each expert, the number of tokens that it was left out for is added.
         backend: None picks by the device of `x`.
     """
-    return _implementations()[backend or pick(x.device)](x, experts, weights, layer, missing).to(x.dtype)
+    return _implementation(backend or pick(x.device))(x, experts, weights, layer, missing).to(x.dtype)
 
 
 def moe_experts_reference(
@@ -76,10 +76,14 @@ def _expert_by_expert(
 _Implementation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, torch.Tensor | None], torch.Tensor]
 
 
-def _implementations() -> dict[Backend, _Implementation]:
-    from dbrx_q.kernels.cpu import moe as cpu_moe
+def _implementation(backend: Backend) -> _Implementation:
+    if backend is Backend.TRITON:
+        return _triton
+    if backend is Backend.REFERENCE:
+        return moe_experts_reference
+    from dbrx_q.kernels.cpu import moe as cpu_moe  # imports numba, which a GPU does not need
 
-    return {Backend.REFERENCE: moe_experts_reference, Backend.CPU: cpu_moe.moe_experts, Backend.TRITON: _triton}
+    return cpu_moe.moe_experts
 
 
 def _triton(

@@ -7,8 +7,6 @@ import time
 
 import torch
 
-from dbrx_q.kernels.cpu.moe import ExpertOutputs
-
 from .gpu_experts import GpuExperts
 from .host_tier import HostTier
 from .link import PendingCopy
@@ -43,6 +41,8 @@ def measure_rates(gpu: GpuExperts, tier: HostTier, dtype: torch.dtype, *, cpu: b
     width = tier.slots(free_layer).weights.w1.shape[-1]  # w1 is [S, F, D]
 
     def compute() -> None:
+        from dbrx_q.kernels.cpu.moe import ExpertOutputs  # imports numba, which takes long
+
         layer, expert = next(turn)
         x, chosen = torch.ones(1, width, dtype=dtype), torch.tensor([[expert]])
         ExpertOutputs(x, chosen).add(tier.slots(layer).weights, {expert: tier.slot_of(layer, expert)})

@@ -8,12 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from dbrx_q.kernels.cpu.moe import ExpertOutputs
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights, Routing
 from dbrx_q.kernels.moe import moe_experts
+
+if TYPE_CHECKING:
+    from dbrx_q.kernels.cpu.moe import ExpertOutputs
 
 __all__ = ["ExpertSum", "PairSum", "PartialSum", "sum_for"]
 
@@ -53,7 +57,7 @@ class PairSum(ExpertSum):
     """For tokens in host memory: every (token, expert) pair is computed by itself, so the order of experts does not change the bits."""
 
     def __init__(self, x: torch.Tensor, routing: Routing) -> None:
-        self._outputs, self._weights, self._dtype = ExpertOutputs(x, routing.experts), routing.weights, x.dtype
+        self._outputs, self._weights, self._dtype = _expert_outputs()(x, routing.experts), routing.weights, x.dtype
         self.counts = self._outputs.counts
 
     def add_gpu(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
@@ -89,7 +93,7 @@ class PartialSum(ExpertSum):
 
     def add_host(self, weights: ExpertWeights, slots: Mapping[int, int]) -> None:
         if self._host is None:
-            self._host = ExpertOutputs(self._x.cpu() if self._on_host is None else self._on_host, self._chosen)
+            self._host = _expert_outputs()(self._x.cpu() if self._on_host is None else self._on_host, self._chosen)
         self._host.add(weights, slots)
 
     def result(self) -> torch.Tensor:
@@ -97,3 +101,10 @@ class PartialSum(ExpertSum):
         if self._host is not None:
             total += self._host.total(self._weights).to(total.device)
         return total.to(self._x.dtype)
+
+
+@cache
+def _expert_outputs() -> type[ExpertOutputs]:
+    from dbrx_q.kernels.cpu.moe import ExpertOutputs  # imports numba, which a GPU that computes all experts does not need
+
+    return ExpertOutputs

@@ -38,9 +38,9 @@ from dbrx_q.experts.tiered_store import NextRouter
 from dbrx_q.experts.trace import Trace
 from dbrx_q.json_file import read_json_object
 from dbrx_q.kernels.backend import Backend, pick
-from dbrx_q.kernels.cpu.linear import warm_up
 from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import Weight
+from dbrx_q.kernels.linear import warm_up
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.planning.budget import Budget, plan_within
 from dbrx_q.planning.cpu_quota import bound_threads

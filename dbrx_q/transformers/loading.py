@@ -19,7 +19,7 @@ from dbrx_q.errors import RequestError
 from dbrx_q.experts import ExpertStore
 from dbrx_q.experts.fallback import open_fallback
 from dbrx_q.experts.files import ExpertFiles
-from dbrx_q.kernels.cpu.linear import warm_up
+from dbrx_q.kernels.linear import warm_up
 from dbrx_q.kernels.triton.launch import chip_of
 from dbrx_q.model.loading import LoadingPlan, build_expert_store, cpu_samples, plan_loading
 from dbrx_q.model.resident_weights import read_packed
