@@ -53,11 +53,16 @@ def linear(
     if backend is Backend.TRITON:
         from dbrx_q.kernels.triton import linear as triton_linear
         from dbrx_q.kernels.triton.codes import served
+        from dbrx_q.kernels.triton.tiles import refused_op, without_measured
 
         if not served(weight):
             return _finished(dequantized_linear(x, weight), clip, residual)
-        rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
-        return triton_linear.linear(flat, weight.contiguous(), clip, rest).view(shape)
+        rest, packed = None if residual is None else residual.reshape(-1, weight.shape[-2]), weight.contiguous()
+        try:
+            return triton_linear.linear(flat, packed, clip, rest).view(shape)
+        except Exception as error:
+            with without_measured(refused_op(error)):
+                return triton_linear.linear(flat, packed, clip, rest).view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
 
 

@@ -241,7 +241,7 @@ def tune(
 
     from dbrx_q.eval.bench import tune as tuner
     from dbrx_q.eval.bench.device_timing import device_or_error
-    from dbrx_q.model.tuned_tiles import tuning_path, write_tuning
+    from dbrx_q.model.tuned_tiles import tuning_path, unused_files, write_tuning
 
     device = device_or_error("dbrx-q bench tune")
     with terminal.progress("tiles") as report:
@@ -257,6 +257,8 @@ def tune(
         print(f"{name:44}{choice.seconds * 1e6:10.1f} us, the default {choice.default_seconds * 1e6:.1f} us, of {choice.candidates}")
     for failure in failures:
         terminal.say(f"not measured: {failure.problem} with {failure.tiles}: {failure.reason}")
+    for unused in unused_files(tuning.chip):
+        terminal.say(f"not used: {unused} was measured with another version of Triton")
     print(path)
 
 

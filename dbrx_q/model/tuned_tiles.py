@@ -1,7 +1,8 @@
-"""Tiles of the Triton kernels that `dbrx-q bench tune` measured: one file per chip in the user's cache folder.
+"""Tiles of the Triton kernels that `dbrx-q bench tune` measured: one file per chip and Triton version in the user's cache folder.
 
-A file is used only on the chip that it was measured on. Chips of one name may differ in how many multiprocessors share the work, so both
-the name and the number of multiprocessors must match.
+A file is used only on the chip that it was measured on, and only with the Triton, by major and minor version, that compiled the measured
+code. Chips of one name may differ in how many multiprocessors share the work, so both the name and the number of multiprocessors must
+match.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any, TypeVar
 
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.formats.user_cache import user_cache, write_to_cache
-from dbrx_q.kernels.triton.launch import Chip
+from dbrx_q.kernels.triton.launch import Chip, triton_version
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, use_measured
 
-__all__ = ["TileChoice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "write_tuning"]
+__all__ = ["TileChoice", "Tuning", "load_tuning", "read_tuning", "tuning_path", "unused_files", "write_tuning"]
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,21 @@ class Tuning:
 
 
 def tuning_path(chip: str) -> Path:
-    """The file for a chip in the user's cache folder."""
-    return user_cache() / "tuning" / f"{chip}.json"
+    """The file for a chip and the installed Triton in the user's cache folder."""
+    return user_cache() / "tuning" / f"{chip}-triton{_installed()}.json"
+
+
+def unused_files(chip: str) -> list[Path]:
+    """Files for a chip in the user's cache folder that were measured with another Triton than the installed one."""
+    folder, used = user_cache() / "tuning", tuning_path(chip)
+    return sorted(path for pattern in (f"{chip}.json", f"{chip}-triton*.json") for path in folder.glob(pattern) if path != used)
 
 
 def load_tuning(chip: Chip) -> Path | None:
     """From now on, use the tiles that were measured on `chip` in place of the default ones.
 
     Returns:
-        The file that they were read from; None if there is none for this chip.
+        The file that they were read from; None if there is none for this chip and the installed Triton.
 
     Raises:
         RequestError: the file is damaged.
@@ -74,7 +81,8 @@ def load_tuning(chip: Chip) -> Path | None:
     tuning = read_tuning(path)
     if (tuning.chip, tuning.multiprocessors) != (chip.name, chip.multiprocessors):
         return None
-    # An older Triton may not accept tiles as narrow as the Triton that they were measured with.
+    if _major_minor(str(tuning.versions.get("triton"))) != _installed():
+        return None
     usable = [choice for choice in tuning.choices if choice.tiles.tokens >= chip.smallest_dot]
     use_measured({(chip.name, choice.problem): choice.tiles for choice in usable})
     return path
@@ -141,6 +149,15 @@ def _check_tiles(problem: Problem, tiles: Tiles) -> None:
         raise ValueError(f"a tile must hold the {problem.tokens} tokens of a decode step; found {tiles.tokens}")
     if not problem.decode and tiles.splits != 1:
         raise ValueError(f"splits must be 1 for more tokens than a decode step has; found {tiles.splits}")
+
+
+def _installed() -> str:
+    """Major and minor version of the installed Triton."""
+    return ".".join(map(str, triton_version()))
+
+
+def _major_minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 _T = TypeVar("_T")

@@ -28,7 +28,7 @@ import torch
 from dbrx_q.kernels.formats.cache_folders import can_write, home, temporary_cache, warn_once
 from dbrx_q.kernels.formats.errors import DbrxError
 
-__all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording"]
+__all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording", "refused_kernel", "triton_version"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Chip:
     @property
     def smallest_dot(self) -> int:
         """Fewest columns of a `tl.dot` that the matrix units and the compiler take: 8 on NVIDIA from Triton 3.5 on, 16 elsewhere."""
-        return 16 if self.vendor == "hip" or _triton_version() < (3, 5) else 8
+        return 16 if self.vendor == "hip" or triton_version() < (3, 5) else 8
 
     @property
     def dependent_launch(self) -> bool:
@@ -117,7 +117,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     _find_cache()
     options = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, **options)
+        try:
+            kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, **options)
+        except Exception as error:
+            error.__dict__[_KERNEL] = kernel.__name__
+            raise
+
+
+def refused_kernel(error: Exception) -> str:
+    """The name of the kernel that `launch` could not start because it needs more than the chip has; "" of any other error."""
+    from triton.runtime.errors import OutOfResources
+
+    return str(error.__dict__.get(_KERNEL, "")) if isinstance(error, OutOfResources) else ""
+
+
+_KERNEL = "dbrx_q_kernel"  # the attribute of an error that says which kernel was launched
 
 
 @cache
@@ -170,7 +184,8 @@ def interpreting() -> bool:
 
 
 @cache
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of Triton, whose compiler decides what a tile costs."""
     import triton
 
     return tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from .launch import Chip
+from dbrx_q.kernels.formats.cache_folders import warn_once
 
-__all__ = ["MATVEC_TOKENS", "Problem", "Tiles", "candidates", "choose", "measured", "trying", "use_measured"]
+from .launch import Chip, refused_kernel
+
+__all__ = [
+    "MATVEC_TOKENS",
+    "Problem",
+    "Tiles",
+    "candidates",
+    "choose",
+    "measured",
+    "refused_op",
+    "trying",
+    "use_measured",
+    "without_measured",
+]
 
 MATVEC_TOKENS = 16
 """Most tokens that the matrix-vector regime takes."""
@@ -64,6 +78,9 @@ class Tiles:
 
 _MEASURED: dict[tuple[str, Problem], Tiles] = {}
 
+_REFUSED: ContextVar[str] = ContextVar("refused", default="")  # the op whose measured tiles `choose` drops
+_TRIED: ContextVar[bool] = ContextVar("tried", default=False)  # within `trying`
+
 
 def use_measured(choices: Mapping[tuple[str, Problem], Tiles]) -> None:
     """Prefer `choices`, by (chip name, problem), to the defaults from now on.
@@ -84,9 +101,11 @@ def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
     key = chip.name, _rounded(problem)
     before = _MEASURED.get(key)
     _MEASURED[key] = tiles
+    token = _TRIED.set(True)
     try:
         yield
     finally:
+        _TRIED.reset(token)
         if before is None:
             del _MEASURED[key]
         else:
@@ -95,7 +114,39 @@ def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
 
 def choose(problem: Problem, chip: Chip) -> Tiles:
     """The measured tiles of a problem, or the default if none were measured."""
-    return _MEASURED.get((chip.name, _rounded(problem))) or _default(problem, chip)
+    key = chip.name, _rounded(problem)
+    tiles = _MEASURED.get(key)
+    if tiles is not None and _REFUSED.get() == problem.op:
+        del _MEASURED[key]
+        warn_once(
+            f"{chip.name}: the measured {tiles} of {problem} need more than the chip has; the default tiles are used. "
+            "Run `dbrx-q bench tune` again"
+        )
+        tiles = None
+    return tiles or _default(problem, chip)
+
+
+def refused_op(error: Exception) -> str:
+    """The op of the kernel that could not be launched because it needs more shared memory or threads than the chip has.
+
+    Raises:
+        Exception: `error`, if it is another one, or if the tiles are those of `trying`.
+    """
+    kernel = refused_kernel(error)
+    op = next((op for op in ("linear", "gate_up", "down") if kernel.startswith(f"{op}_")), "")
+    if not op or _TRIED.get():
+        raise error
+    return op
+
+
+@contextmanager
+def without_measured(op: str) -> Iterator[None]:
+    """Drop the measured tiles of every problem of `op` that `choose` is asked for within; their defaults are used from then on."""
+    token = _REFUSED.set(op)
+    try:
+        yield
+    finally:
+        _REFUSED.reset(token)
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tiles]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from dbrx_q.errors import RequestError
 from dbrx_q.kernels.triton import tiles
 from dbrx_q.kernels.triton.launch import CHIPS
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, choose
-from dbrx_q.model.tuned_tiles import TileChoice, Tuning, load_tuning, read_tuning, tuning_path, write_tuning
+from dbrx_q.model import tuned_tiles
+from dbrx_q.model.tuned_tiles import TileChoice, Tuning, load_tuning, read_tuning, tuning_path, unused_files, write_tuning
 
 CHIP = CHIPS["sm_90"]
 PROBLEM = Problem("linear", 4, 6144, 6144, 4, 64)
@@ -23,7 +25,7 @@ TUNING = Tuning(
     multiprocessors=CHIP.multiprocessors,
     device="NVIDIA H200",
     date="2026-11-22T10:00:00+00:00",
-    versions={"torch": "2.13.0"},
+    versions={"torch": "2.13.0", "triton": triton.__version__},
     choices=(TileChoice(PROBLEM, Tiles(16, 8, 128, 2, 1, 5), 1.5e-5, 2e-5, 40),),
 )
 
@@ -57,6 +59,27 @@ def test_another_chip_keeps_the_default() -> None:
     assert load_tuning(smaller) is None
     assert load_tuning(CHIPS["sm_86"]) is None
     assert choose(PROBLEM, smaller) == default
+
+
+def test_a_file_of_another_triton_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tuning(TUNING, tuning_path("sm_90"))
+    measured = tuning_path("sm_90")
+    default = choose(PROBLEM, CHIP)
+    monkeypatch.setattr(tuned_tiles, "triton_version", lambda: (3, 99))
+    assert load_tuning(CHIP) is None
+    assert choose(PROBLEM, CHIP) == default
+    assert unused_files("sm_90") == [measured]
+    measured.rename(tuning_path("sm_90"))  # the name alone does not make it fit
+    assert load_tuning(CHIP) is None
+    assert choose(PROBLEM, CHIP) == default
+
+
+def test_a_patch_release_of_triton_keeps_the_file() -> None:
+    major, minor, *_ = triton.__version__.split(".")
+    write_tuning(replace(TUNING, versions={"triton": f"{major}.{minor}.17"}), tuning_path("sm_90"))
+    assert load_tuning(CHIP) == tuning_path("sm_90")
+    assert choose(PROBLEM, CHIP) == TUNING.choices[0].tiles
+    assert unused_files("sm_90") == []
 
 
 def change(**changes: object) -> Callable[[dict[str, Any]], object]:
