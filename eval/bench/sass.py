@@ -10,7 +10,8 @@ from enum import StrEnum
 
 __all__ = ["Instruction", "Loop", "Pipe", "code_outside", "loops_of", "multiply_adds", "parse", "pipe_of", "pipes"]
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+# The second half of the 128 bits of an instruction, if it is there, has a line of its own.
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/)?")
 _GUARD = re.compile(r"@(!?U?P(?:T|\d+))\s+")
 _TARGET = re.compile(r"\b(0x[0-9a-f]+)\s*$")
 
@@ -62,6 +63,10 @@ class Instruction:
     """Where a branch or call jumps to; None for all others."""
     conditional: bool
     """Whether it is guarded, or a branch whose operands name a condition."""
+    operands: str = ""
+    """As the listing has them."""
+    control: int = 0
+    """What the scheduler reads: 4 bits of clocks to wait, a hint, two scoreboards of 3 bits, and 6 bits of those to wait for."""
 
     @property
     def name(self) -> str:
@@ -98,7 +103,8 @@ def parse(listing: str) -> tuple[Instruction, ...]:
         opcode, _, operands = text.partition(" ")
         jump = _TARGET.search(operands) if opcode.split(".")[0] in ("BRA", "CALL", "JMP") else None
         conditional = guard is not None or (jump is not None and jump.start() > 0)
-        instructions.append(Instruction(address, opcode, guard[1] if guard else "", int(jump[1], 16) if jump else None, conditional))
+        target, control = int(jump[1], 16) if jump else None, int(match[3], 16) >> 41 & 0x1FFFF if match[3] else 0
+        instructions.append(Instruction(address, opcode, guard[1] if guard else "", target, conditional, operands, control))
     traps = [number for number, part in enumerate(instructions) if part.target == part.address]
     return tuple(instructions[: traps[-1]] if traps else instructions)  # a branch to itself ends a kernel; NOPs follow
 

@@ -10,10 +10,14 @@ instructions count once for each program. Each bound is the time that one resour
     DRAM    bytes / copy bandwidth, or bytes in flight / DRAM_LATENCY where that is less
 
 The busiest multiprocessor sets the pace of all but DRAM. The expected time is the largest bound plus the fixed time of a launch.
+
+A second figure has no assumed share of the issue slots: `warp_timing.py` simulates the loop with the programs that a multiprocessor holds,
+round after round, the last one with fewer. It shows dependent chains that too few warps hide, and tails of long programs.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ from .kernel_resources import compile_launch
 from .launch_work import LaunchWork, work_of
 from .occupancy import occupancy, spread
 from .sass import Instruction, Loop, Pipe, code_outside, loops_of, multiply_adds, parse, pipes
+from .warp_timing import clocks_of_an_iteration
 
 __all__ = ["DEPENDENT_FIXED_SECONDS", "DRAM_LATENCY", "FIXED_SECONDS", "SUSTAINED_ISSUE", "Code", "LaunchCost", "cost_of", "launch_cost"]
 
@@ -54,7 +59,8 @@ class LaunchCost:
     kernel: str
     """Name of its function."""
     loops: tuple[dict[str, float], ...]
-    """Of each loop with matrix instructions: instructions of one warp by pipe, "total", and "iterations" of an average program."""
+    """Of each loop with matrix instructions: instructions of one warp by pipe and "total", "iterations" of an average program, and "clocks"
+    in which all resident programs make one."""
     per_16_bytes: dict[str, float]
     """Instructions of a thread for 16 packed bytes by pipe and "total", over all such loops; empty where there are none."""
     registers: int
@@ -85,6 +91,8 @@ class LaunchCost:
     """Seconds that are added."""
     ideal: float
     """Seconds that the ceiling allows: DRAM bytes at copy bandwidth, or products at the matmul rate."""
+    simulated: float
+    """Seconds by the simulated loops instead of the bounds of instructions, DRAM and the fixed time as before."""
     dependent: bool
     """Whether programmatic dependent launch overlaps it with the launch before."""
 
@@ -97,6 +105,11 @@ class LaunchCost:
     def share(self) -> float:
         """Expected share of the ceiling."""
         return self.ideal / self.seconds
+
+    @property
+    def simulated_share(self) -> float:
+        """Share of the ceiling by the simulated time."""
+        return self.ideal / self.simulated
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,11 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         "DRAM": work.dram_bytes / bandwidth,
     }
     dependent = launch.pdl
+    fixed = DEPENDENT_FIXED_SECONDS if dependent else FIXED_SECONDS
+    timing = [_rounds(_all(loop), launch, work, resident.programs, gpu) for loop in loops]
+    clocks = sum(times * in_all for times, (_, in_all) in zip(work.iterations, timing, strict=True))
+    outside = len(once) / _ISSUE_RATE * busiest
+    slowest = clocks / gpu.clock + outside if loops else max(bounds[name] for name in bounds)
     return LaunchCost(
         kernel=launch.kernel.__name__,
         loops=tuple({**_counts(_all(loop)), "iterations": round(times, 3)} for loop, times in zip(loops, work.iterations, strict=True)),
@@ -180,8 +198,9 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         in_flight=in_flight,
         bounds=bounds,
         bound=max(bounds, key=lambda name: bounds[name]),
-        fixed=DEPENDENT_FIXED_SECONDS if dependent else FIXED_SECONDS,
+        fixed=fixed,
         ideal=work.dram_bytes / gpu.copy_bandwidth if decode else work.operations / gpu.matmul_rate,
+        simulated=max(slowest, bounds["DRAM"]) + fixed,
         dependent=dependent,
     )
 
@@ -196,8 +215,21 @@ def _multiplying(loops: Iterable[Loop]) -> list[Loop]:
 
 
 def _all(loop: Loop) -> tuple[Instruction, ...]:
-    """Its instructions, those of inner loops counted once."""
-    return loop.body + tuple(part for inner in loop.inner for part in _all(inner))
+    """Its instructions in order, those of inner loops counted once."""
+    parts = loop.body + tuple(part for inner in loop.inner for part in _all(inner))
+    return tuple(sorted(parts, key=lambda part: part.address))
+
+
+def _rounds(body: tuple[Instruction, ...], launch: Launch, work: LaunchWork, resident: int, gpu: GpuSpecs) -> tuple[float, float]:
+    """(clocks of an iteration of all programs that are resident at a time, the same of all programs of the busiest multiprocessor)."""
+    programs = math.ceil(round(work.programs, 6) / gpu.multiprocessors)
+    together = max(1, min(programs, resident))
+    rounds, rest = divmod(programs, together)
+    timed = {
+        count: clocks_of_an_iteration(body, gpu, programs=count, warps=launch.warps, dram_latency=DRAM_LATENCY)
+        for count in {together, rest} - {0}
+    }
+    return timed[together], rounds * timed[together] + timed.get(rest, 0.0)
 
 
 def _counts(instructions: Iterable[Instruction]) -> dict[str, float]:
