@@ -18,6 +18,7 @@ from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton.launch import Chip, chip_of
+from dbrx_q.kernels.triton.linear import problem_of
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, trying
 from dbrx_q.kernels.triton.weights import bits_of, group_of, row_unit_of
 from dbrx_q.model.tuned_tiles import TileChoice, Tuning
@@ -28,7 +29,8 @@ from .kernel_shapes import DBRX, FORMATS, Shapes, empty_weight
 __all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
 
 DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
-"""Formats to tune. NF4 in groups of 64 uses the tiles of int4, and a trellis format those of its bits, whatever its code and rotation."""
+"""Formats to tune. Experts in NF4 in groups of 64 use the tiles of int4, and a trellis format those of its bits, whatever its code and
+rotation."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
 _CLOSE = 2**-5  # of the largest value: tiles change only the order of sums, a wrong kernel changes much more
@@ -49,14 +51,14 @@ class Failure:
     """The error, in one line."""
 
 
-def dbrx_problems(formats: Sequence[TensorFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
-    """Every product of a DBRX layer and of the head, for powers of two of tokens."""
+def dbrx_problems(chip: Chip, formats: Sequence[TensorFormat] = DEFAULT_FORMATS, shapes: Shapes = DBRX) -> list[Problem]:
+    """Every product of a DBRX layer and of the head on `chip`, for powers of two of tokens."""
     E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
     problems = []
     for fmt in formats:
         bits, group, unit = _distinguished(fmt)
         for T in _TOKENS:
-            problems += [Problem("linear", T, N, D, bits, group, row_unit=unit) for N in (shapes.qkv, D, shapes.vocabulary)]
+            problems += [problem_of(empty_weight(fmt, N, D), T, chip) for N in (shapes.qkv, D, shapes.vocabulary)]
             tokens = T if T <= MATVEC_TOKENS else T * A
             parallel = min(E, tokens * A)
             problems.append(Problem("gate_up", tokens, F, D, bits, group, parallel, unit))
@@ -134,7 +136,7 @@ def tune(
         DbrxError: no tiles could be measured.
     """
     chip = chip_of(device)
-    choices, failures = sweep(dbrx_problems(formats), chip, DeviceTimer(device), thorough=thorough, report=report)
+    choices, failures = sweep(dbrx_problems(chip, formats), chip, DeviceTimer(device), thorough=thorough, report=report)
     if not choices:
         raise DbrxError(f"no tiles could be measured on {chip.name}; the first failure: {failures[0].reason if failures else 'none'}")
     measured_on = environment(device)

@@ -13,6 +13,7 @@ Shared by the kernels:
 - `codes.py`: the numbers of the formats that have code.
 - `weights.py`: quantized weights, dequantized in registers, and the product with a tile of activations.
 - `trellis.py`: the levels of trellis-coded weights in registers, and the rotation of activations.
+- `batch_dot.py`: the product of int4 and int8 weights with few tokens, each warp with groups of its own.
 - `group_dot.py`: the product of int4 weights with few tokens, scaled once per group.
 - `arrival.py`: the counters by which the last program of a shared sum is known, and graphs with their own.
 - `kv.py`: the codes of a quantized KV cache, converted in registers.

@@ -12,13 +12,14 @@ import triton.language as tl
 from dbrx_q.kernels.formats.weights import Weight
 
 from .arrival import arrive, counters
+from .batch_dot import batch_dot, run_groups
 from .dependent_launch import prefetch_weight, start_next, wait_for_previous
-from .launch import chip_of, launch
+from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
 from .trellis import rotated, rotation_of
 from .weights import bits_of, constants_of, dot_step, group_of, pointers_of, row_unit_of, scaled
 
-__all__ = ["linear", "linear_kernel"]
+__all__ = ["linear", "linear_kernel", "problem_of"]
 
 _TOKEN_TILES_TOGETHER = tl.constexpr(8)
 
@@ -28,7 +29,8 @@ def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual:
     (T, K), N = x.shape, weight.shape[0]
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     chip = chip_of(x.device)
-    tiles = choose(Problem("linear", T, N, K, bits_of(weight), group_of(weight), row_unit=row_unit_of(weight)), chip)
+    problem = problem_of(weight, T, chip)
+    tiles = choose(problem, chip)
     grid = triton.cdiv(T, tiles.tokens) * triton.cdiv(N, tiles.rows), tiles.splits
     partial, arrived = y, y
     if tiles.splits > 1:
@@ -51,6 +53,7 @@ def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual:
         BT=tiles.tokens,
         BK=tiles.depth,
         SPLITS=tiles.splits,
+        G=problem.run_groups,
         CLIP=clip is not None,
         RESIDUAL=residual is not None,
         warps=tiles.warps,
@@ -58,6 +61,13 @@ def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual:
         **constants_of(weight, chip, tiles.warps),
     )
     return y
+
+
+def problem_of(weight: Weight, tokens: int, chip: Chip) -> Problem:
+    """The product that tiles are chosen for."""
+    N, K = weight.shape
+    unit, groups = row_unit_of(weight), run_groups(weight, tokens, chip)
+    return Problem("linear", tokens, N, K, bits_of(weight), group_of(weight), row_unit=unit, run_groups=groups)
 
 
 @triton.jit(do_not_specialize=["T", "clip"])
@@ -78,6 +88,7 @@ def linear_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
+    G: tl.constexpr,
     CLIP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -103,23 +114,29 @@ def linear_kernel(
     steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     prefetch_weight(q, s, rows, split * steps_per_split * BK, steps_per_split * BK, N, K, FORMAT, GROUP, PDL and BT <= 16)
     wait_for_previous(PDL)
-    acc = tl.zeros((BN, BT), tl.float32)
-    for step in range(split * steps_per_split, min(split * steps_per_split + steps_per_split, steps)):
-        k = step * BK
-        columns = k + tl.arange(0, BK)
-        inside = (tokens < T)[:, None] & (columns < K)[None, :]
-        tile = tl.load(x + tokens[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0)
-        acc = dot_step(acc, tile, q, s, z, rows, k, N, K, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
+    first = split * steps_per_split
+    end = min(first + steps_per_split, steps)
+    if G > 0:
+        acc = batch_dot(x, q, s, z, rows, tokens, first, end, T, N, K, BK, FORMAT, GROUP, G, FAST)
+    else:
+        acc = tl.zeros((BN, BT), tl.float32)
+        for step in range(first, end):
+            k = step * BK
+            columns = k + tl.arange(0, BK)
+            inside = (tokens < T)[:, None] & (columns < K)[None, :]
+            tile = tl.load(x + tokens[:, None].to(tl.int64) * K + columns[None, :], mask=inside, other=0.0)
+            acc = dot_step(acc, tile, q, s, z, rows, k, N, K, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
 
     if SPLITS > 1:
         place = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
         mine = partial + program.to(tl.int64) * SPLITS * BN * BT + place
-        tl.store(mine + split * BN * BT, acc)
+        written = (tokens < T)[None, :]
+        tl.store(mine + split * BN * BT, acc, mask=written)
         if not arrive(arrived + program, SPLITS - 1):
             return
         acc = tl.zeros((BN, BT), tl.float32)
-        for other in range(SPLITS):
-            acc += tl.load(mine + other * BN * BT, cache_modifier=".cg")
+        for other in tl.static_range(SPLITS):
+            acc += tl.load(mine + other * BN * BT, mask=written, other=0.0, cache_modifier=".cg")
     acc = scaled(acc, s, rows, N, FORMAT)
     if CLIP:
         acc = tl.clamp(acc, -clip, clip, tl.PropagateNan.ALL)

@@ -16,6 +16,7 @@ from .launch import Chip, refused_kernel
 
 __all__ = [
     "MATVEC_TOKENS",
+    "RUN_BYTES",
     "Problem",
     "Tiles",
     "candidates",
@@ -29,6 +30,9 @@ __all__ = [
 
 MATVEC_TOKENS = 16
 """Most tokens that the matrix-vector regime takes."""
+
+RUN_BYTES = 64
+"""Least bytes of a run of `batch_dot`: shorter loads would need more requests to the L2 cache than it takes at the memory's full speed."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Problem:
     """Matrices that are multiplied at the same time, the active experts of a decode step; 1 for `linear`."""
     row_unit: int = 1
     """Rows that can only be dequantized together: 128 in a trellis format."""
+    run_groups: int = 0
+    """Groups in a run of `batch_dot`; 0 where every weight is scaled."""
 
     @property
     def decode(self) -> bool:
@@ -153,10 +159,11 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     """Tiles worth measuring for a problem; the default is first."""
     default = _default(problem, chip)
     tilings = [default]
+    run = problem.group * problem.run_groups
     tokens = {default.tokens} if problem.decode else {default.tokens, 64, 128, 256}
-    depths = {max(depth, problem.group) for depth in ((128, 256) if problem.decode else (64, 128))}
     for rows, warps in _rows_and_warps(problem):
-        for depth in sorted(depths):
+        depths = (run * warps, run * warps * 2) if run else (128, 256) if problem.decode else (64, 128)
+        for depth in sorted({max(depth, problem.group) for depth in depths}):
             for token in sorted(tokens):
                 for stages in (2, 3, 4, 5):
                     for splits in sorted({1, 2, 4, 8, default.splits}) if problem.decode else (1,):
@@ -169,12 +176,16 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
 def _rows_and_warps(problem: Problem) -> tuple[tuple[int, int], ...]:
     if problem.row_unit > 1:
         return (problem.row_unit, 4), (problem.row_unit, 8)
+    if problem.run_groups:
+        return (16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 4)
     return ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8))
 
 
 def _default(problem: Problem, chip: Chip) -> Tiles:
     if problem.row_unit > 1:
         return _streams(problem, chip)
+    if problem.run_groups:
+        return _runs(problem, chip)
     return _matvec(problem, chip) if problem.decode else _matmul(problem, chip)
 
 
@@ -197,6 +208,39 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
     while splits < 16 and programs * splits < resident and steps >= 4 * splits and problem.op != "gate_up":
         splits *= 2
     return Tiles(rows, tokens, depth, splits, warps, stages)
+
+
+def _runs(problem: Problem, chip: Chip) -> Tiles:
+    """Tiles of runs, one or two a warp and step, such that all programs run at once where they can, the whole reduction in each.
+
+    Registers and instructions are those counted in int4 and int8 in groups of 64: a program takes at most 128 registers a thread, and with
+    64 rows 168. Few programs on a multiprocessor need many warps each: on an H200 a third of the issue slots is spare.
+    """
+    run = problem.group * problem.run_groups
+    tokens = max(chip.smallest_dot // problem.run_groups, _power_of_two(problem.tokens))
+    for rows, warps in ((32, 8), (16, 4)):
+        tiles = Tiles(rows, tokens, 8 * run, 1, warps, 3)
+        programs = -(-problem.N // rows)
+        most = -(-programs // chip.multiprocessors)  # programs of one multiprocessor
+        balanced = programs >= 0.9 * most * chip.multiprocessors
+        if balanced and most <= _resident(problem, tiles, chip) and tiles.depth <= problem.K:
+            return tiles
+    tiles = Tiles(32, tokens, 4 * run, 1, 4, 3)
+    programs = -(-problem.N // tiles.rows)
+    while programs * tiles.splits < 1.5 * chip.multiprocessors and -(-problem.K // tiles.depth) >= 4 * tiles.splits and tiles.splits < 16:
+        tiles = replace(tiles, splits=2 * tiles.splits)
+    for stages in (3, 2):
+        tiles = replace(tiles, stages=stages)
+        if programs * tiles.splits <= chip.multiprocessors * _resident(problem, tiles, chip):
+            return tiles
+    return Tiles(64, tokens, 4 * run, 1, 4, 3 if chip.shared_memory > 128 * 1024 else 2)
+
+
+def _resident(problem: Problem, tiles: Tiles, chip: Chip) -> int:
+    """Programs of `batch_dot` that a multiprocessor runs at once, by 128 registers a thread and by shared memory."""
+    columns = tiles.tokens * problem.run_groups
+    memory = (tiles.rows * problem.bits // 8 + columns * 2) * tiles.depth * (tiles.stages - 1)
+    return min(65536 // (128 * 32 * tiles.warps), chip.shared_memory // (memory + 2048))
 
 
 def _streams(problem: Problem, chip: Chip) -> Tiles:
@@ -249,7 +293,7 @@ def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
 def _shared_memory(problem: Problem, tiles: Tiles) -> int:
     """Bytes of shared memory that the pipeline keeps: packed rows and 16-bit activations of every stage."""
     weights = tiles.rows * tiles.depth * problem.bits // 8 * (2 if problem.op == "gate_up" else 1)
-    return (weights + tiles.tokens * tiles.depth * 2) * tiles.stages
+    return (weights + tiles.tokens * max(1, problem.run_groups) * tiles.depth * 2) * tiles.stages
 
 
 def _rounded(problem: Problem) -> Problem:

@@ -102,7 +102,7 @@ def test_a_problem_whose_default_tiles_fail_is_skipped() -> None:
 
 
 def test_every_product_of_dbrx_is_swept() -> None:
-    swept = dbrx_problems()
+    swept = dbrx_problems(CHIP)
     assert len(set(swept)) == len(swept)
     assert {(problem.op, problem.N, problem.K) for problem in swept} == {
         ("linear", 8192, 6144),
@@ -114,6 +114,8 @@ def test_every_product_of_dbrx_is_swept() -> None:
     assert Problem("down", 8, 6144, 10752, 4, 64, 16) in swept
     assert Problem("down", 4096 * 4, 6144, 10752, 4, 64, 16) in swept
     assert Problem("gate_up", 8, 10752, 6144, 2, 1, 16, 128) in swept
+    assert Problem("linear", 8, 8192, 6144, 4, 64, run_groups=2) in swept
+    assert Problem("linear", 8, 8192, 6144, 4, 64) in dbrx_problems(CHIPS["gfx1100"])
     assert DBRX.qkv == 8192
 
 

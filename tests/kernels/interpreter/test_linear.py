@@ -12,9 +12,8 @@ from dbrx_q.kernels.formats.quantized_weight import QuantizedWeight
 from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear_reference
 from dbrx_q.kernels.triton.launch import INTERPRETER
-from dbrx_q.kernels.triton.linear import linear
-from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, choose
-from dbrx_q.kernels.triton.weights import bits_of, group_of
+from dbrx_q.kernels.triton.linear import linear, problem_of
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Tiles, choose
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 
@@ -63,7 +62,7 @@ def packed_weight(fmt: str, group_size: int, N: int, K: int) -> QuantizedWeight:
 
 
 def tiles_of(x: torch.Tensor, weight: QuantizedWeight) -> Tiles:
-    return choose(Problem("linear", x.shape[0], *weight.shape, bits_of(weight), group_of(weight)), INTERPRETER)
+    return choose(problem_of(weight, x.shape[0], INTERPRETER), INTERPRETER)
 
 
 def finished(y: torch.Tensor, case: Case, residual: torch.Tensor | None) -> torch.Tensor:

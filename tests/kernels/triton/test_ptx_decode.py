@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from dbrx_q.kernels.formats import int4, int8
+from dbrx_q.kernels.triton import batch_dot as triton_batch_dot
 from dbrx_q.kernels.triton import group_dot as triton_group_dot
 from dbrx_q.kernels.triton import kv as triton_kv
 from dbrx_q.kernels.triton import weights as triton_weights
@@ -261,6 +262,15 @@ def test_zero_points_are_subtracted_from_int4_codes_exactly(dtype: torch.dtype) 
         for registers, codes in ((out[:2], batch.codes & 15), (out[2:], batch.codes >> 4)):
             expected = (codes.float() - batch.zeros.float()).to(dtype)
             assert torch.equal(values_of(registers).view(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_int8_codes_are_converted_exactly(dtype: torch.dtype) -> None:
+    codes = torch.cartesian_prod(BYTES, BYTES).flip(1).flatten()  # each register holds two different pairs
+    codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+    function = triton_batch_dot._int8_in_bfloat16 if dtype == torch.bfloat16 else triton_batch_dot._int8_in_float16
+    out = evaluate(assembly_of(function), registers_of(codes))
+    assert torch.equal(values_of(out).view(dtype), codes.view(torch.int8).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

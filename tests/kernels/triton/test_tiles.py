@@ -14,23 +14,41 @@ PROBLEMS = [
     for tokens in (1, 8, 16, 17, 4096)
     for bits, group, unit in ((4, 64, 1), (8, 64, 1), (2, 1, 128), (4, 1, 128))
 ]
+RUNS = [
+    Problem("linear", tokens, N, 6144, bits, group, run_groups=groups)
+    for N in (1024, 8192, 100352)
+    for bits, group, groups, most in ((4, 32, 4, 4), (4, 64, 2, 8), (4, 128, 1, 16), (8, 32, 2, 8), (8, 64, 1, 16), (8, 128, 1, 16))
+    for tokens in (1, most)
+]
+"""Products of `batch_dot`."""
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + RUNS, ids=str)
 def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None:
     offered = candidates(problem, chip)
     assert offered[0] == choose(problem, chip)
     assert len(set(offered)) == len(offered) > 5
     for choice in offered:
-        assert choice.tokens >= chip.smallest_dot
+        assert choice.tokens * max(1, problem.run_groups) >= chip.smallest_dot
         assert not problem.decode or choice.tokens >= problem.tokens
         assert choice.depth % problem.group == 0
         assert choice.rows % problem.row_unit == 0
+        assert choice.depth >= problem.group * problem.run_groups * choice.warps or not problem.run_groups  # each warp has runs of its own
         assert choice.splits == 1 or problem.decode
         assert choice.splits * choice.depth <= problem.K
         for size in (choice.rows, choice.tokens, choice.depth, choice.warps):
             assert size & (size - 1) == 0
+
+
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS.values() if chip.vendor == "cuda"], ids=lambda chip: chip.name)
+@pytest.mark.parametrize("N", [6144, 8192], ids=["out_proj", "Wqkv"])
+@pytest.mark.parametrize(("bits", "groups"), [(4, 2), (8, 1)], ids=["int4", "int8"])
+def test_all_programs_of_a_projection_run_at_once_and_loop_over_several_steps(chip: Chip, N: int, bits: int, groups: int) -> None:
+    problem = Problem("linear", 1, N, 6144, bits, 64, run_groups=groups)
+    choice = choose(problem, chip)
+    assert N // choice.rows * choice.splits <= chip.multiprocessors * tiles._resident(problem, choice, chip)
+    assert 6144 // (choice.depth * choice.splits) >= 6
 
 
 def test_the_decode_regime_ends_at_matvec_tokens() -> None:
