@@ -1,4 +1,4 @@
-"""`route`: selects the experts of each token and their weights; `choose_experts`: the same from router logits.
+"""`route`: selects the experts of each token and their weights; `norm_route`: after a norm; `choose_experts`: from router logits.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model.
 """
@@ -9,10 +9,12 @@ import torch
 
 from dbrx_q.kernels.cpu.choice import FEW_TOKENS
 from dbrx_q.kernels.formats.expert_weights import Routing
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS
 
 from .backend import Backend, pick
+from .norm import add_norm
 
-__all__ = ["choose_experts", "route", "router_logits"]
+__all__ = ["choose_experts", "fused_with_norm", "norm_route", "route", "router_logits"]
 
 
 def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float | None, *, backend: Backend | None = None) -> Routing:
@@ -30,6 +32,41 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
 
         return Routing(*triton_router.route(x, router, top_k, norm_order))
     return choose_experts(router_logits(x, router), top_k, norm_order)
+
+
+def norm_route(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    router: torch.Tensor,
+    top_k: int,
+    norm_order: float | None,
+    *,
+    backend: Backend | None = None,
+) -> tuple[torch.Tensor, Routing]:
+    """(the LayerNorm of x without bias, how its tokens are routed): `add_norm`, then `route`; one kernel in place of two for few tokens.
+
+    The bits are those of the two on the same backend.
+
+    Args:
+        x: [T, D].
+        norm: [D], weight of the norm.
+        eps: added to the variance.
+        router, top_k, norm_order, backend: see `route`.
+    """
+    backend = backend or pick(x.device)
+    if fused_with_norm(len(x), backend):
+        from dbrx_q.kernels.triton import norm_route as triton_norm_route
+
+        normed, *routing = triton_norm_route.norm_route(x, norm, eps, router, top_k, norm_order)
+        return normed, Routing(*routing)
+    normed = add_norm(x, None, norm, eps, backend=backend)[1]
+    return normed, route(normed, router, top_k, norm_order, backend=backend)
+
+
+def fused_with_norm(tokens: int, backend: Backend) -> bool:
+    """Whether `norm_route` is one kernel."""
+    return backend is Backend.TRITON and 0 < tokens <= MATVEC_TOKENS
 
 
 def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:

@@ -51,10 +51,11 @@ class DecodeStep:
         assert model.transformer.steps_together, "attention must read lengths on the device"
         self._model, self._cache, self.size = model, cache, size
         device = model.device
-        self._on_device = torch.zeros(3, size, dtype=torch.int64, device=device)  # token ids, lengths with the new token, cache rows
-        self._on_device[2] = -1  # no row: nothing is stored while the graph is captured
+        # Token ids, cache rows, lengths with the new token, positions of it: of the type that kernels read, and from the host in one copy.
+        self._on_device = torch.zeros(4, size, dtype=torch.int32, device=device)
+        self._on_device[1] = -1  # no row: nothing is stored while the graph is captured
         self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self._on_host = torch.zeros(3, size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._on_host = torch.zeros(4, size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: Graph | None = None
         self._logits: torch.Tensor | None = None
@@ -84,8 +85,7 @@ class DecodeStep:
             )
         if self._copied is not None:
             self._copied.synchronize()  # the inputs of the last step must have left the host buffer before it is overwritten
-        for index, values in enumerate((tokens, lengths, rows)):
-            self._on_host[index] = torch.tensor(values)
+        self._on_host.copy_(torch.tensor([tokens, rows, lengths, [length - 1 for length in lengths]], dtype=torch.int32))
         self._on_device.copy_(self._on_host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._model.device))
@@ -97,11 +97,10 @@ class DecodeStep:
         return self._logits
 
     def _compute(self) -> torch.Tensor:
-        tokens, lengths, rows = self._on_device
-        rows32, lengths32 = rows.int(), lengths.int()
+        tokens, rows, lengths, positions = self._on_device
         ones, ends = (1,) * self.size, (self._cache.capacity,) * self.size
-        sequences = Sequences(self._starts, lengths32, ones, ends, rows32)
-        hidden, _ = self._model.transformer.run(tokens, Batch(sequences, lengths32 - 1, rows32, self._cache))
+        sequences = Sequences(self._starts, lengths, ones, ends, rows)
+        hidden, _ = self._model.transformer.run(tokens, Batch(sequences, positions, rows, self._cache))
         return self._model.lm_head(hidden).float()
 
     @torch.inference_mode()

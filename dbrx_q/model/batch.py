@@ -15,6 +15,8 @@ import torch
 from dbrx_q.config import DbrxConfig
 from dbrx_q.experts import ExpertStore
 from dbrx_q.kernels.attention import Sequences
+from dbrx_q.kernels.backend import pick
+from dbrx_q.kernels.router import fused_with_norm
 
 from .block import Rotation, rotation_of
 from .kv_cache import KVCache
@@ -135,13 +137,17 @@ class ForwardPass:
     """Computes the experts."""
     recorder: Recorder | None = None
     """Takes router logits and attention weights; None to keep none."""
+    routes_in_norm: bool = False
+    """Whether one kernel computes norm_2 and the router."""
     kept: KeptTokens | None = None
     """In the last layer, the tokens whose output is wanted; None for all."""
 
     @classmethod
     def of(cls, batch: Batch, config: DbrxConfig, store: ExpertStore, recorder: Recorder | None = None) -> ForwardPass:
         """The pass of a batch, on its device."""
-        return cls(batch, rotation_of(batch.positions, config), store, recorder)
+        positions = batch.positions
+        fused = fused_with_norm(len(positions), pick(positions.device))
+        return cls(batch, rotation_of(positions, config), store, recorder, fused)
 
     def to(self, device: torch.device, config: DbrxConfig) -> ForwardPass:
         """The pass on another device."""

@@ -17,6 +17,7 @@ Dimension letters: `T` tokens of all sequences, `D` d_model, `H` query heads, `G
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,11 @@ from dbrx_q.kernels.flash_attention import flash_attention
 from dbrx_q.kernels.formats.expert_weights import Routing
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import split_and_rotate
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.router import norm_route, route
 
 from .rope import scaled_frequencies
 
-__all__ = ["Linear", "Rotation", "activate", "attend", "expert_hidden", "normed", "rotation_of", "routed"]
+__all__ = ["Linear", "Rotation", "activate", "attend", "expert_hidden", "normed", "normed_and_routed", "rotation_of", "routed"]
 
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x [T, K], weight [N, K]) to a new tensor x @ weight.T [T, N]."""
@@ -51,9 +52,15 @@ def rotation_of(positions: torch.Tensor, config: DbrxConfig) -> Rotation:
         frequencies, factor = scaled_frequencies(positions, config)
         scaled = positions.float()[:, None] * frequencies  # [T, C/2]
         return scaled.cos() * factor, scaled.sin() * factor
-    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions.float()[:, None] * config.rope_theta**-channel  # [T, C/2]
+    angles = positions.float()[:, None] * _frequencies(config.head_dim, config.rope_theta, positions.device)  # [T, C/2]
     return angles.cos(), angles.sin()
+
+
+@cache  # never freed: captured graphs hold its address
+def _frequencies(channels: int, base: float, device: torch.device) -> torch.Tensor:
+    """float32 [C / 2]: the angle per position of each pair of channels."""
+    with torch.inference_mode(False):
+        return base ** -(torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels)
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +120,11 @@ def attend(
 def routed(x: torch.Tensor, router: torch.Tensor, config: DbrxFFNConfig) -> Routing:
     """The experts of each token and their weights, for the norm_2 output x [T, D] and the router's matrix [E, D]."""
     return route(x, router, config.moe_top_k, config.moe_normalize_expert_weights)
+
+
+def normed_and_routed(x: torch.Tensor, weight: torch.Tensor, router: torch.Tensor, config: DbrxFFNConfig) -> tuple[torch.Tensor, Routing]:
+    """(norm_2 of x [T, D], its routing): `normed` and `routed` in one kernel where `ForwardPass.routes_in_norm`; the same bits."""
+    return norm_route(x, weight, NORM_EPS, router, config.moe_top_k, config.moe_normalize_expert_weights)
 
 
 def activate(gate: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:

@@ -31,7 +31,7 @@ from dbrx_q.kernels.qkv import store_qkv
 from dbrx_q.kernels.router import choose_experts, router_logits
 
 from .batch import ForwardPass
-from .block import attend, normed, routed
+from .block import attend, normed, normed_and_routed, routed
 
 __all__ = ["DbrxBlock", "DbrxEmbedding", "DbrxLayerNorm", "DbrxLinear", "PackedWeight", "hooked"]
 
@@ -219,10 +219,14 @@ class DbrxNormAttentionNorm(nn.Module):
             return after, h
         return self._normed(x, delta, shared)
 
-    def _normed(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+    def attended(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> torch.Tensor:
+        """The residual stream after attention."""
         x, h = self.norm_1.run(x, delta)
         residual = x if shared.kept is None else x[shared.kept.rows]
-        return self.norm_2.run(self.attn.run(h, shared, residual))
+        return self.attn.run(h, shared, residual)
+
+    def _normed(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.norm_2.run(self.attended(x, delta, shared))
 
 
 class DbrxRouterLinear(nn.Linear):
@@ -315,7 +319,10 @@ class DbrxFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: ForwardPass) -> torch.Tensor:
         """The output of the experts [T, D]."""
-        routing = self.router.run(x)
+        return self.routed(x, self.router.run(x), shared)
+
+    def routed(self, x: torch.Tensor, routing: Routing, shared: ForwardPass) -> torch.Tensor:
+        """The same, once the router has decided."""
         if shared.recorder is not None:
             shared.recorder.router_logits.append(routing.logits)
         return self.experts.run(x, routing, shared.store)
@@ -361,5 +368,19 @@ class DbrxBlock(nn.Module):
         layers.attn.store(layers.norm_1.run(x, delta)[1], shared)
 
     def _parts(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor]:
+        if shared.routes_in_norm and not self._watched_around_router():
+            x, h, routing = self.route(x, delta, shared)
+            return x, self.ffn.routed(h, routing, shared)
         x, h = self.norm_attn_norm.run(x, delta, shared)
         return x, self.ffn.run(h, shared)
+
+    def route(self, x: torch.Tensor, delta: torch.Tensor | None, shared: ForwardPass) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """(residual stream after attention, its norm_2, how it is routed): all of the block before its experts."""
+        x = self.norm_attn_norm.attended(x, delta, shared)
+        router = self.ffn.router
+        return x, *normed_and_routed(x, self.norm_attn_norm.norm_2.weight, router.layer.weight, router.config)
+
+    def _watched_around_router(self) -> bool:
+        """Whether a hook sees the tensors between which `route` calls one kernel."""
+        ffn = self.ffn
+        return any(map(hooked, (self.norm_attn_norm, self.norm_attn_norm.norm_2, ffn, ffn.router, ffn.router.layer)))

@@ -67,8 +67,8 @@ class Resources:
     @property
     def early_accesses(self) -> list[str]:
         """What breaks the rule of `launch.py` for kernels with PDL: instructions that touch global memory, or may pass by the wait, before
-        it. Empty on AMD."""
-        return [] if self.packed_loads is None else early_accesses(self.assembly, self.sass, pdl=self.pdl)
+        it."""
+        return early_accesses(self.assembly, self.sass if self.pdl else "", pdl=self.pdl)
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Resources:

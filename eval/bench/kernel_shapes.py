@@ -24,7 +24,7 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import store_qkv
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.router import norm_route, route
 from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.kernels.triton.launch import Chip, Launch, recording
 
@@ -220,6 +220,7 @@ def _small(dtype: torch.dtype, shapes: Shapes) -> Iterator[_Call]:
         x = _meta(T, D, dtype=dtype)
         yield _Call(f"norm T={T}", partial(add_norm, x, None, weight, shapes.epsilon, backend=backend))
         yield _Call(f"add and norm T={T}", partial(add_norm, x, x, weight, shapes.epsilon, backend=backend))
+        yield _Call(f"norm and router T={T}", partial(norm_route, x, weight, shapes.epsilon, router, shapes.active, 1, backend=backend))
         yield _Call(f"router T={T}", partial(route, x, router, shapes.active, 1, backend=backend))
 
 

@@ -19,7 +19,7 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import store_qkv
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.router import norm_route, route
 from dbrx_q.kernels.triton.launch import CHIPS, Launch, recording
 
 from .kernel_shapes import DBRX, empty_weight
@@ -99,7 +99,12 @@ def _attentions(everything: bool) -> Iterator[StaticCase]:
 
 def _small(everything: bool) -> Iterator[StaticCase]:
     for T in (1, 8) if everything else (1,):
-        for name, call in (("add and norm", _norm(T, adds=True)), ("router", _route(T)), ("store int8", partial(_store, T, 1024))):
+        for name, call in (
+            ("add and norm", _norm(T, adds=True)),
+            ("router", _route(T)),
+            ("norm and router", _norm_route(T)),
+            ("store int8", partial(_store, T, 1024)),
+        ):
             yield StaticCase("small", f"{name}, {_tokens(T)}", ((call, 1),))
 
 
@@ -111,8 +116,7 @@ def _step() -> StaticCase:
         partial(_store, 1, _STEP_CONTEXT),
         partial(_decode_attention, "int8", 1, _STEP_CONTEXT),
         _linear("out_proj", "int8:64", 1),
-        _norm(1, adds=False),
-        _route(1),
+        _norm_route(1),
         _experts("int4:64", 1),
     ]
     head: list[Call] = [_norm(1, adds=True), _linear("lm_head", "int8:64", 1)]
@@ -143,6 +147,11 @@ def _norm(T: int, *, adds: bool) -> Call:
 
 def _route(T: int) -> Call:
     return partial(route, _meta(T, DBRX.width), _meta(DBRX.experts, DBRX.width), DBRX.active, 1, backend=Backend.TRITON)
+
+
+def _norm_route(T: int) -> Call:
+    x, router = _meta(T, DBRX.width), _meta(DBRX.experts, DBRX.width)
+    return partial(norm_route, x, _meta(DBRX.width), DBRX.epsilon, router, DBRX.active, 1, backend=Backend.TRITON)
 
 
 def _store(T: int, capacity: int) -> object:

@@ -5,7 +5,7 @@ Begin with `linear.py`: a launcher, which chooses tiles and passes pointers, and
 - `linear.py`: the product with a weight.
 - `moe_decode.py`, `moe_prefill.py`: the experts of a layer, for few and for many tokens.
 - `attention_decode.py`, `attention_prefill.py`: attention over a KV cache, for one new token per sequence and for many.
-- `qkv.py`, `router.py`, `norm.py`: the operations of the same names.
+- `qkv.py`, `router.py`, `norm.py`: the operations of the same names. `norm_route.py`: norm and router of few tokens in one kernel.
 - `viterbi.py`: the search of the trellis formats, for quantization.
 
 Shared by the kernels:

@@ -19,7 +19,7 @@ from triton.language.extra import cuda as _cuda
 
 from .codes import INT4, INT8, NF4
 
-__all__ = ["prefetch_weight", "start_next", "wait_for_previous"]
+__all__ = ["prefetch_plain", "prefetch_vector", "prefetch_weight", "start_next", "wait_for_previous"]
 
 # None in a Triton without them, where PDL is never set.
 _gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
@@ -67,6 +67,21 @@ def prefetch_weight(
         elif (FORMAT == INT4) | (FORMAT == NF4):
             _prefetch_rows(q, rows, first // 2, COUNT // 2, N, K // 2)
             _prefetch_rows(s, rows, first // GROUP * 2, COUNT // GROUP * 2, N, K // GROUP * 2)
+
+
+@triton.jit
+def prefetch_plain(base, rows, first, COUNT: tl.constexpr, N, K: tl.constexpr, PDL: tl.constexpr):
+    """The same for a plain matrix [N, K]."""
+    if PDL:
+        SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+        _prefetch_rows(base, rows, first * SIZE, COUNT * SIZE, N, K * SIZE)
+
+
+@triton.jit
+def prefetch_vector(base, K: tl.constexpr, PDL: tl.constexpr):
+    """The same for K elements, which several threads share."""
+    if PDL and K % 8 == 0:
+        prefetch_plain(base, tl.arange(0, 8), 0, K // 8, 8, K // 8, PDL)
 
 
 @triton.jit

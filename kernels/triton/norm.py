@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent_launch import start_next, wait_for_previous
+from .dependent_launch import prefetch_vector, start_next, wait_for_previous
 from .launch import chip_of, launch
 
-__all__ = ["add_norm", "add_norm_kernel"]
+__all__ = ["add_norm", "add_norm_kernel", "mean_and_variance", "norm_warps", "normed_value"]
 
 # 6144 elements over 8 warps are 24 a thread: three loads of 16 bytes, all in flight before the first sum.
 _ELEMENTS_PER_WARP = 1024
@@ -38,10 +38,15 @@ def add_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, 
         D=D,
         BLOCK=block,
         ADD=delta is not None,
-        warps=min(_MOST_WARPS, max(1, block // _ELEMENTS_PER_WARP)),
+        warps=norm_warps(block),
         stages=1,
     )
     return total, normed
+
+
+def norm_warps(block: int) -> int:
+    """Warps of a program that reads `block` elements of a token."""
+    return min(_MOST_WARPS, max(1, block // _ELEMENTS_PER_WARP))
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -58,6 +63,7 @@ def add_norm_kernel(
     PDL: tl.constexpr,
 ):
     start_next(PDL)
+    prefetch_vector(weight, D, PDL)
     wait_for_previous(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
@@ -69,8 +75,19 @@ def add_norm_kernel(
         rounded = (value + more).to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=inside)
         value = rounded.to(tl.float32)
+    mean, variance = mean_and_variance(value, inside, D)
+    tl.store(normed + place, normed_value(value, inside, mean, variance, scale, eps).to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mean_and_variance(value, inside, D: tl.constexpr):
+    """Of a token's float32 [BLOCK], whose elements outside D are zeros."""
     mean = tl.sum(value, axis=0) / D
     centered = tl.where(inside, value - mean, 0.0)
-    variance = tl.sum(centered * centered, axis=0) / D
-    out = centered * tl.rsqrt(variance + eps) * scale
-    tl.store(normed + place, out.to(normed.dtype.element_ty), mask=inside)
+    return mean, tl.sum(centered * centered, axis=0) / D
+
+
+@triton.jit
+def normed_value(value, inside, mean, variance, scale, eps):
+    """The norm of some elements of a token, float32."""
+    return tl.where(inside, value - mean, 0.0) * tl.rsqrt(variance + eps) * scale

@@ -1,7 +1,7 @@
 """`route` in Triton: products, softmax, top k and normalisation in one kernel.
 
 Dimension letters: `T` tokens, `E` experts, `A` active experts of a token, `D` d_model; of tiles `BT` tokens, `BE` experts (a power of
-two), `BD` elements along D, `BS` splits (a power of two).
+two), `BD` elements along D.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import triton.language as tl
 from .arrival import arrive, counters
 from .dependent_launch import start_next, wait_for_previous
 from .launch import chip_of, launch
+from .norm import norm_warps
 from .tiles import MATVEC_TOKENS
 
-__all__ = ["RouterTiles", "route", "route_kernel", "router_tiles"]
+__all__ = ["RouterTiles", "choose", "norm_of", "route", "route_kernel", "router_tiles", "store_share", "sum_of_shares"]
 
 _PLAIN_NORM = tl.constexpr(0)
 _SUM_NORM = tl.constexpr(1)
@@ -40,18 +41,21 @@ class RouterTiles:
     """Warps of the program."""
 
 
-_TILE = 4096  # products that a program of 4 warps keeps in 32 registers per thread
+_TILE = 4096  # products that a program of 4 warps keeps in 32 registers per thread, one of 8 in 16
 _STEPS = 2  # steps of one program if D is split: 12 programs per token read DBRX's router
 _MOST_SPLITS = 16
 
 
 def router_tiles(T: int, D: int, E: int) -> RouterTiles:
-    """A decode step waits for the router, so D is split over programs. In prefill, the tokens of a program share the router's loads."""
+    """A decode step waits for the router, so D is split over programs. In prefill, the tokens of a program share the router's loads.
+
+    Programs of one token have as many warps as `norm_route` needs for the norm: sums have the same order in both.
+    """
     experts = triton.next_power_of_2(E)
     widest = triton.next_power_of_2(D)
     if T <= MATVEC_TOKENS:
         depth = min(widest, max(16, _TILE // experts))
-        return RouterTiles(1, depth, min(_MOST_SPLITS, triton.cdiv(triton.cdiv(D, depth), _STEPS)), 4)
+        return RouterTiles(1, depth, min(_MOST_SPLITS, triton.cdiv(triton.cdiv(D, depth), _STEPS)), norm_warps(widest))
     tokens = 4 if experts <= 64 else 1
     return RouterTiles(tokens, min(widest, max(16, 2 * _TILE // experts // tokens)), 1, 4)
 
@@ -89,15 +93,15 @@ def route(x: torch.Tensor, router: torch.Tensor, top_k: int, norm_order: float |
         BE=BE,
         BD=tiles.depth,
         SPLITS=tiles.splits,
-        BS=triton.next_power_of_2(tiles.splits),
-        NORM=_norm_of(norm_order),
+        NORM=norm_of(norm_order),
         warps=tiles.warps,
         stages=1,
     )
     return logits, experts, weights
 
 
-def _norm_of(order: float | None) -> int:
+def norm_of(order: float | None) -> int:
+    """Constant NORM of a kernel that routes: how weights are divided."""
     norm = _PLAIN_NORM if order is None else _SUM_NORM if order == 1 else _MOST_NORM if math.isinf(order) else _POWER_NORM
     return int(norm.value)
 
@@ -120,7 +124,6 @@ def route_kernel(
     BE: tl.constexpr,
     BD: tl.constexpr,
     SPLITS: tl.constexpr,
-    BS: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -128,7 +131,6 @@ def route_kernel(
     wait_for_previous(PDL)
     program, split = tl.program_id(0), tl.program_id(1)
     tokens, experts_here = program * BT + tl.arange(0, BT), tl.arange(0, BE)
-    inside = (tokens < T)[:, None] & (experts_here < E)[None, :]  # [BT, BE]
 
     steps: tl.constexpr = (D + BD - 1) // BD
     steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
@@ -137,20 +139,58 @@ def route_kernel(
         columns = (step * BD + tl.arange(0, BD))[None, None, :]
         w_place = experts_here[None, :, None].to(tl.int64) * D + columns
         w = tl.load(router + w_place, mask=(experts_here < E)[None, :, None] & (columns < D), other=0.0)  # [1, BE, BD]
-        x_place = tokens[:, None, None].to(tl.int64) * D + columns
-        tile = tl.load(x + x_place, mask=(tokens < T)[:, None, None] & (columns < D), other=0.0)  # [BT, 1, BD]
+        if BT == 1:  # a vector, so that the compiler takes the layout of w for both
+            elements = step * BD + tl.arange(0, BD)
+            tile = tl.load(x + program.to(tl.int64) * D + elements, mask=elements < D, other=0.0)[None, None, :]
+        else:
+            x_place = tokens[:, None, None].to(tl.int64) * D + columns
+            tile = tl.load(x + x_place, mask=(tokens < T)[:, None, None] & (columns < D), other=0.0)  # [BT, 1, BD]
         acc += tile.to(tl.float32) * w.to(tl.float32)
     logit = tl.sum(acc, axis=2)  # [BT, BE]
 
     if SPLITS > 1:
-        place = tl.arange(0, BT)[:, None] * BE + experts_here[None, :]
-        mine = partial + program.to(tl.int64) * SPLITS * BT * BE
-        tl.store(mine + split * BT * BE + place, logit)
-        if not arrive(arrived + program, SPLITS - 1):
+        if not store_share(logit, partial, arrived, program, split, SPLITS, BT, BE):
             return
-        others = tl.arange(0, BS)[None, :, None]
-        shares = tl.load(mine + others * BT * BE + place[:, None, :], mask=others < SPLITS, other=0.0, cache_modifier=".cg")
-        logit = tl.sum(shares, axis=1)
+        logit = sum_of_shares(partial, program, SPLITS, BT, BE)
+    choose(logit, tokens, T, logits, experts, weights, order, E, A, BT, BE, NORM)
+
+
+@triton.jit
+def store_share(logit, partial, arrived, program, split, SPLITS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    """Store the sums [BT, BE] of one split; whether it is the last to arrive."""
+    place = tl.arange(0, BT)[:, None] * BE + tl.arange(0, BE)[None, :]
+    tl.store(partial + (program.to(tl.int64) * SPLITS + split) * BT * BE + place, logit)
+    return arrive(arrived + program, SPLITS - 1)
+
+
+@triton.jit
+def sum_of_shares(partial, program, SPLITS: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    """The sums [BT, BE] of all splits, added in their order."""
+    mine = partial + program.to(tl.int64) * SPLITS * BT * BE + tl.arange(0, BT)[:, None] * BE + tl.arange(0, BE)[None, :]
+    total = tl.load(mine, cache_modifier=".cg")
+    for other in tl.static_range(1, SPLITS):
+        total += tl.load(mine + other * BT * BE, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def choose(
+    logit,  # float32 [BT, BE]
+    tokens,  # [BT]
+    T,
+    logits,
+    experts,
+    weights,
+    order,
+    E: tl.constexpr,
+    A: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Store the logits, the experts chosen by them and the weights of these."""
+    experts_here = tl.arange(0, BE)
+    inside = (tokens < T)[:, None] & (experts_here < E)[None, :]
     tl.store(logits + tokens[:, None].to(tl.int64) * E + experts_here[None, :], logit, mask=inside)
 
     exists = (experts_here < E)[None, :]

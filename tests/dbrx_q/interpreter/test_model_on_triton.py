@@ -17,6 +17,7 @@ from dbrx_q.generation.generate import generate
 from dbrx_q.kernels.backend import Backend, pick
 from dbrx_q.kernels.formats.kv import KV_FORMATS
 from dbrx_q.kernels.triton.codes import CODES
+from dbrx_q.kernels.triton.launch import CHIPS, recording
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
 
@@ -141,6 +142,37 @@ def test_hooks_fire_where_one_kernel_routes(quantized_small: Path) -> None:
     torch.testing.assert_close(seen[0], expected.router_logits[0])
     assert seen[1].shape == (3, model.config.d_model)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("watched", ["", "norm_attn_norm", "norm_attn_norm.norm_2", "ffn", "ffn.router", "ffn.router.layer"])
+def test_one_kernel_computes_norm_2_and_the_router_of_a_step_unless_a_hook_watches_between(quantized_small: Path, watched: str) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    step = DecodeStep(model, KVCache(model.config, 1, 32, dtype=model.dtype, format="int8"), 1)
+    seen: list[object] = []
+    if watched:
+        for block in model.transformer.blocks:
+            block.get_submodule(watched).register_forward_hook(lambda *_: seen.append(None))
+    with recording(CHIPS["sm_90"]) as launches:
+        step([5], [1], [0])
+    route = ["norm_route_kernel"] if not watched else ["add_norm_kernel", "route_kernel"]
+    if watched in ("ffn.router", "ffn.router.layer"):
+        route = ["add_norm_kernel"]  # the module's own product is torch's
+    layer = ["add_norm_kernel", "linear_kernel", "qkv_kernel", "decode_kernel", "linear_kernel", *route]
+    layer += ["gate_up_decode_kernel", "down_decode_kernel"]
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == layer * model.config.n_layers + ["add_norm_kernel", "linear_kernel"]
+    assert all(launch.pdl for launch in launches)
+    assert len(seen) == (model.config.n_layers if watched else 0)
+
+
+def test_a_step_has_the_same_bits_where_a_hook_separates_norm_2_from_the_router(quantized_small: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
+    logits = []
+    for _ in range(2):
+        step = DecodeStep(model, KVCache(model.config, 2, 32, dtype=model.dtype, format="int8"), 2)
+        logits.append(step([5, 7], [1, 1], [0, 1]).clone())
+        model.transformer.blocks[0].ffn.register_forward_hook(lambda *_: None)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

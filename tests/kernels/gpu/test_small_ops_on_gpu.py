@@ -10,7 +10,7 @@ import torch
 
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.norm import add_norm, add_norm_reference
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.router import norm_route, route
 
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 Replayed = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
@@ -51,6 +51,19 @@ def test_norm_agrees_with_the_reference(T: int, adds: bool, place: Any, assert_a
     assert torch.equal(total, by_torch[0])
     _, truth = add_norm_reference(total.float(), None, weight.float(), 1e-5)
     assert_as_good_as_torch(normed, truth, by_torch[1])
+
+
+@pytest.mark.parametrize("T", [1, 7, 16])
+def test_norm_and_router_in_one_kernel_have_the_bits_of_two(T: int, place: Any) -> None:
+    D, A = place.shapes.width, place.shapes.active
+    x, weight, router = place.randn(T, D) * 3, place.randn(D), place.randn(place.shapes.experts, D) * 0.02
+    _, expected = add_norm(x, None, weight, 1e-5)
+    truth = route(expected, router, A, 1)
+    normed, routing = norm_route(x, weight, 1e-5, router, A, 1)
+    assert torch.equal(normed, expected)
+    assert torch.equal(routing.logits, truth.logits)
+    assert torch.equal(routing.experts, truth.experts)
+    assert torch.equal(routing.weights, truth.weights)
 
 
 def test_captured_small_ops_replay_with_other_inputs(place: Any, replayed: Replayed) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from dbrx_q.kernels.backend import Backend
 from dbrx_q.kernels.formats.expert_weights import Routing
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.router import norm_route, route
+from dbrx_q.kernels.triton.launch import CHIPS, recording
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,31 @@ def test_route_agrees_with_the_reference_on_random_inputs(case: Case) -> None:
     assert torch.equal(routing.experts, truth.experts)
     torch.testing.assert_close(routing.weights, truth.weights, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(routing.weights.sum(-1), torch.ones(case.T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", [case for case in CASES if 0 < case.T <= 16], ids=str)
+def test_norm_and_router_in_one_kernel_have_the_bits_of_two(case: Case, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x, router = (torch.randn(n, case.D, generator=generator).mul(3).to(dtype) for n in (case.T, case.E))
+    weight = torch.randn(case.D, generator=generator).to(dtype)
+    _, truth = add_norm(x, None, weight, 1e-5)
+    expected = route(truth, router, case.A, case.order)
+    with recording(CHIPS["sm_90"]) as launches:
+        norm_route(x, weight, 1e-5, router, case.A, case.order)
+    assert [launch.kernel.__name__ for launch in launches] == ["norm_route_kernel"]
+    for _ in range(2):  # the second call finds the counters that the first left
+        normed, routing = norm_route(x, weight, 1e-5, router, case.A, case.order)
+        assert torch.equal(normed, truth)
+        for part, other in zip(vars(routing).values(), vars(expected).values(), strict=True):
+            assert torch.equal(part, other)
+
+
+def test_many_tokens_take_two_kernels() -> None:
+    x, router = integers(Case(17, 16, 4, 64), torch.float32)
+    with recording(CHIPS["sm_90"]) as launches:
+        norm_route(x, x[0], 1e-5, router, 4, 1)
+    assert [launch.kernel.__name__ for launch in launches] == ["add_norm_kernel", "route_kernel"]
 
 
 def test_logits_far_apart_neither_overflow_nor_underflow() -> None:
