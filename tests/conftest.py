@@ -109,6 +109,24 @@ def quantized_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill new tensors with NaN (integers: 77), so that a result shows where a kernel reads what nobody wrote, or writes nothing.
+
+    On a GPU a new tensor mostly holds what the same kernel left there in the call before, which hides both.
+    """
+    import torch
+
+    def poison(out: torch.Tensor) -> torch.Tensor:
+        if out.is_meta:
+            return out
+        return out.fill_(torch.nan if out.is_floating_point() else 77)
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        real: Callable[..., torch.Tensor] = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, _real=real, **options: poison(_real(*arguments, **options)))
+
+
+@pytest.fixture
 def transformers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' DbrxConfig as published: an earlier test of this process may have imported `dbrx_q.transformers`, which repairs it."""
     import transformers

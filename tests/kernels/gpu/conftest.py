@@ -58,6 +58,11 @@ class Place:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
+@pytest.fixture(autouse=True)
+def _poison(poisoned_memory: None) -> None:
+    """In every test here, memory that no kernel wrote holds NaN."""
+
+
 @pytest.fixture
 def place() -> Place:
     torch.manual_seed(0)
