@@ -165,7 +165,8 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         fma += times * sum(_fma_clocks(instruction, gpu) for instruction in part)
         products += times * sum(multiply_adds(instruction) / _mma_rate(instruction, gpu) for instruction in part)
     busiest = programs_each * tail * launch.warps / gpu.clock
-    in_flight = resident.programs * max(1, launch.stages - 1) * max(work.packed_bytes, default=0)
+    held = max(1, min(resident.programs, math.ceil(round(programs_each, 6))))
+    in_flight = held * max(1, launch.stages - 1) * max(work.packed_bytes, default=0)
     bandwidth = gpu.copy_bandwidth
     if in_flight:
         bandwidth = min(bandwidth, in_flight * gpu.multiprocessors / DRAM_LATENCY)
