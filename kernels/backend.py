@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from dbrx_q.kernels.formats.errors import DbrxError
-from dbrx_q.kernels.triton.launch import interpreting
+from dbrx_q.kernels.triton.launch import interpreting, is_recording
 
 __all__ = ["Backend", "has_triton", "pick"]
 
@@ -26,12 +26,12 @@ class Backend(Enum):
 
 
 def pick(device: torch.device) -> Backend:
-    """The backend for tensors on `device`.
+    """The backend for tensors on `device`; those without memory, on "meta", have Triton's while launches are recorded.
 
     Raises:
         DbrxError: a device that no backend serves.
     """
-    if device.type == "cuda" or (device.type in ("cpu", "meta") and interpreting()):
+    if device.type == "cuda" or (device.type in ("cpu", "meta") and interpreting()) or (device.type == "meta" and is_recording()):
         return Backend.TRITON
     if device.type == "cpu":
         return Backend.CPU

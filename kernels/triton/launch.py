@@ -28,7 +28,19 @@ import torch
 from dbrx_q.kernels.formats.cache_folders import can_write, home, temporary_cache, warn_once
 from dbrx_q.kernels.formats.errors import DbrxError
 
-__all__ = ["CHIPS", "INTERPRETER", "Chip", "Launch", "chip_of", "interpreting", "launch", "recording", "refused_kernel", "triton_version"]
+__all__ = [
+    "CHIPS",
+    "INTERPRETER",
+    "Chip",
+    "Launch",
+    "chip_of",
+    "interpreting",
+    "is_recording",
+    "launch",
+    "recording",
+    "refused_kernel",
+    "triton_version",
+]
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,11 @@ def recording(chip: Chip) -> Iterator[list[Launch]]:
         yield launches
     finally:
         _RECORD.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded and not run."""
+    return _RECORD.get() is not None
 
 
 def chip_of(device: torch.device) -> Chip:
