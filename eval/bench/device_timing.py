@@ -105,6 +105,8 @@ def random_weight(fmt: TensorFormat, *shape: int, device: torch.device) -> Quant
 
 def copies(nbytes: int, device: torch.device) -> int:
     """How many copies of an input of `nbytes` to use in rotation, so that none is still in the L2 cache when it is used again."""
+    if device.type != "cuda":
+        return 1
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
     return max(1, -(-_CACHE_TIMES * cache // max(1, nbytes)))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,17 @@ from dbrx_q.kernels.qkv import store_qkv
 from dbrx_q.kernels.router import route
 
 from .device_timing import copies, random_weight
-from .kernel_shapes import DBRX
+from .kernel_shapes import DBRX, Shapes
 
-__all__ = ["COPY", "MATMUL", "Work", "dbrx_works", "decode_step_work"]
+if TYPE_CHECKING:
+    from dbrx_q.model.modeling import DbrxForCausalLM
+
+__all__ = ["COPY", "MATMUL", "NamedWork", "Work", "dbrx_works", "decode_step_work", "step_work"]
 
 COPY, MATMUL = "copy bandwidth", "bf16 matmul rate"
 """The ceilings that a row can have."""
 _INT4, _INT8, _NF4 = TensorFormat("int4", 64), TensorFormat("int8", 64), TensorFormat("nf4", 64)
+_TRELLIS = tuple(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4))
 _BF16 = torch.bfloat16
 _DEQUANTIZE = "dequantize, then matmul"
 
@@ -62,34 +67,53 @@ class Work:
     """Whether to capture the calls in a CUDA graph; False if they replay one themselves."""
 
 
-def dbrx_works(device: torch.device) -> Iterator[Callable[[], Work]]:
-    """Functions that build each row except the whole decode step, so that the weights of one row are in memory at a time."""
+@dataclass(frozen=True)
+class NamedWork:
+    """A row that is not built yet, so that the weights of one row are in memory at a time."""
+
+    name: str
+    """Op, format and sizes; names differ between rows."""
+    make: Callable[[], Work]
+    """Allocates its inputs."""
+
+
+def dbrx_works(device: torch.device, shapes: Shapes = DBRX) -> Iterator[NamedWork]:
+    """Each row except the whole decode step.
+
+    Args:
+        device: of the inputs; "meta" to record launches.
+        shapes: of the model.
+    """
     for fmt, T, target in ((_INT4, 1, 0.75), (_INT4, 8, 0.70), (_INT4, 4096, 0.55), (_INT8, 1, None), (_NF4, 1, None), (_INT8, 4096, None)):
-        yield partial(_experts, fmt, T, target, device)
-    for name, N in (("Wqkv", DBRX.qkv), ("out_proj", DBRX.width), ("lm_head", DBRX.vocabulary)):
+        yield NamedWork(f"moe_experts {fmt} T={T}", partial(_experts, fmt, T, target, device, shapes))
+    for fmt in _TRELLIS:
+        yield NamedWork(f"moe_experts {fmt} T=1", partial(_experts, fmt, 1, None, device, shapes))
+    for name, N in (("Wqkv", shapes.qkv), ("out_proj", shapes.width), ("lm_head", shapes.vocabulary)):
         for fmt in (_INT8, _INT4, _NF4):
             for T in (1, 8, 4096) if name == "Wqkv" else (1,):
                 target = 0.75 if T == 1 and name != "lm_head" and fmt is not _NF4 else None
-                yield partial(_linear, name, N, fmt, T, target, device)
+                yield NamedWork(f"{name} {fmt} T={T}", partial(_linear, name, N, fmt, T, target, device, shapes))
     for kv_format in ("int8", "int4", "plain"):
         for B in (1, 8):
-            yield partial(_decode_attention, kv_format, B, 0.75 if kv_format == "int8" else None, device)
-    yield partial(_prefill_attention, "plain", 4096, 0, device)
-    yield partial(_prefill_attention, "int8", 2048, 30720, device)
+            target = 0.75 if kv_format == "int8" else None
+            yield NamedWork(f"attention decode {kv_format} B={B}", partial(_decode_attention, kv_format, B, target, device, shapes))
+    yield NamedWork("attention prefill plain", partial(_prefill_attention, "plain", 4096, 0, device, shapes))
+    yield NamedWork("attention prefill int8", partial(_prefill_attention, "int8", 2048, 30720, device, shapes))
     for T in (1, 8):
-        yield from (partial(make, T, device) for make in (_router, _norm, _store))
+        for name, make in (("router", _router), ("norm", _norm), ("store", _store)):
+            yield NamedWork(f"{name} T={T}", partial(make, T, device, shapes))
 
 
-def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.device) -> Work:
-    E, A, D, hidden = DBRX.experts, DBRX.active, DBRX.width, DBRX.hidden
+def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.device, shapes: Shapes) -> Work:
+    E, A, D, hidden = shapes.experts, shapes.active, shapes.width, shapes.hidden
     torch.manual_seed(0)
     w1, v1, w2 = (random_weight(fmt, E, *shape, device=device) for shape in ((hidden, D), (hidden, D), (D, hidden)))
     layer = ExpertWeights(w1, v1, w2)
     x = torch.randn(T, D, dtype=_BF16, device=device)
     experts = torch.rand(T, E, device=device).argsort(-1)[:, :A].contiguous()
     weights = torch.full((T, A), 1 / A, device=device)
-    active = experts.unique().tolist()
-    pairs = {e: (experts == e).nonzero(as_tuple=True) for e in active}
+    active = list(range(min(E, T * A))) if device.type == "meta" else experts.unique().tolist()
+    pairs = {} if device.type == "meta" else {e: (experts == e).nonzero(as_tuple=True) for e in active}
 
     def by_expert(products: Callable[[int, str], Callable[[torch.Tensor], torch.Tensor]]) -> Calls:
         """One expert after the other. The host knows the pairs in advance, which spares the peer a synchronization."""
@@ -112,8 +136,8 @@ def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.devi
     packed = _packed_peer(fmt)
     if packed is not None and T < 4096:
         peer, prepare = packed
-        shapes = {"w1": (hidden, D), "v1": (hidden, D), "w2": (D, hidden)}
-        contenders[peer] = lambda: by_expert(lambda e, name: prepare(*shapes[name], device))
+        matrices = {"w1": (hidden, D), "v1": (hidden, D), "w2": (D, hidden)}
+        contenders[peer] = lambda: by_expert(lambda e, name: prepare(*matrices[name], device))
     case = f"{fmt}, {T} token{'s' * (T > 1)}"
     if T < 4096:
         nbytes = sum(getattr(layer, name)[e].nbytes for name in ("w1", "v1", "w2") for e in active)
@@ -121,11 +145,11 @@ def _experts(fmt: TensorFormat, T: int, target: float | None, device: torch.devi
     return Work("moe_experts", case, MATMUL, 2 * 3 * T * A * D * hidden, contenders, target)
 
 
-def _linear(name: str, N: int, fmt: TensorFormat, T: int, target: float | None, device: torch.device) -> Work:
-    K = DBRX.width
+def _linear(name: str, N: int, fmt: TensorFormat, T: int, target: float | None, device: torch.device, shapes: Shapes) -> Work:
+    K = shapes.width
     x = torch.randn(T, K, dtype=_BF16, device=device)
     weights = [random_weight(fmt, N, K, device=device) for _ in range(copies(N * K * fmt.record.bits // 8, device))]
-    clip = DBRX.clip if name == "Wqkv" else None
+    clip = shapes.clip if name == "Wqkv" else None
     residual = torch.randn(T, N, dtype=_BF16, device=device) if name == "out_proj" else None
     contenders: dict[str, Callable[[], Calls]] = {
         "dbrx_q": lambda: [partial(linear, x, weight, clip=clip, residual=residual) for weight in weights],
@@ -142,11 +166,11 @@ def _linear(name: str, N: int, fmt: TensorFormat, T: int, target: float | None, 
     return Work("linear", case, COPY if decode else MATMUL, amount, contenders, target)
 
 
-def _decode_attention(kv_format: str, B: int, target: float | None, device: torch.device) -> Work:
-    H, G, L, C = DBRX.heads, DBRX.kv_heads, DBRX.context, DBRX.channels
+def _decode_attention(kv_format: str, B: int, target: float | None, device: torch.device, shapes: Shapes) -> Work:
+    H, G, L, C = shapes.heads, shapes.kv_heads, shapes.context, shapes.channels
     q = torch.randn(B, H, C, dtype=_BF16, device=device)
-    cache = _filled(kv_format, B, L, device)
-    caches = [cache] + [_filled(kv_format, B, L, device) for _ in range(copies(cache.nbytes, device) - 1)]
+    cache = _filled(kv_format, B, L, device, shapes)
+    caches = [cache] + [_filled(kv_format, B, L, device, shapes) for _ in range(copies(cache.nbytes, device) - 1)]
     sequences = _sequences((1,) * B, (L,) * B, device)
 
     def sdpa() -> Calls:
@@ -161,10 +185,10 @@ def _decode_attention(kv_format: str, B: int, target: float | None, device: torc
     return Work("attention decode", f"{kv_format} KV, context {L}, batch {B}", COPY, cache.nbytes, contenders, target, rival)
 
 
-def _prefill_attention(kv_format: str, T: int, before: int, device: torch.device) -> Work:
-    H, G, C, L = DBRX.heads, DBRX.kv_heads, DBRX.channels, T + before
+def _prefill_attention(kv_format: str, T: int, before: int, device: torch.device, shapes: Shapes) -> Work:
+    H, G, C, L = shapes.heads, shapes.kv_heads, shapes.channels, T + before
     q = torch.randn(T, H, C, dtype=_BF16, device=device)
-    cache, sequences = _filled(kv_format, 1, L, device), _sequences((T,), (L,), device)
+    cache, sequences = _filled(kv_format, 1, L, device, shapes), _sequences((T,), (L,), device)
 
     def sdpa() -> Calls:
         keys, values = (torch.randn(1, G, L, C, dtype=_BF16, device=device) for _ in range(2))
@@ -180,56 +204,62 @@ def _prefill_attention(kv_format: str, T: int, before: int, device: torch.device
     return Work("attention prefill", f"{kv_format} KV, {T} tokens after {before}", MATMUL, 4 * H * C * pairs, contenders)
 
 
-def _router(T: int, device: torch.device) -> Work:
-    x = torch.randn(T, DBRX.width, dtype=_BF16, device=device)
-    router = torch.randn(DBRX.experts, DBRX.width, dtype=_BF16, device=device)
+def _router(T: int, device: torch.device, shapes: Shapes) -> Work:
+    x = torch.randn(T, shapes.width, dtype=_BF16, device=device)
+    router = torch.randn(shapes.experts, shapes.width, dtype=_BF16, device=device)
 
     def by_torch() -> torch.Tensor:
-        return (x.float() @ router.float().T).softmax(-1).topk(DBRX.active).values
+        return (x.float() @ router.float().T).softmax(-1).topk(shapes.active).values
 
     contenders: dict[str, Callable[[], Calls]] = {
-        "dbrx_q": lambda: [partial(route, x, router, DBRX.active, 1)],
+        "dbrx_q": lambda: [partial(route, x, router, shapes.active, 1)],
         "torch ops": lambda: [by_torch],
     }
     return Work("router", _tokens(T), COPY, x.nbytes + router.nbytes, contenders)
 
 
-def _norm(T: int, device: torch.device) -> Work:
-    x, delta = (torch.randn(T, DBRX.width, dtype=_BF16, device=device) for _ in range(2))
-    weight = torch.ones(DBRX.width, dtype=_BF16, device=device)
+def _norm(T: int, device: torch.device, shapes: Shapes) -> Work:
+    x, delta = (torch.randn(T, shapes.width, dtype=_BF16, device=device) for _ in range(2))
+    weight = torch.ones(shapes.width, dtype=_BF16, device=device)
     contenders: dict[str, Callable[[], Calls]] = {
-        "dbrx_q": lambda: [partial(add_norm, x, delta, weight, DBRX.epsilon)],
-        "torch ops": lambda: [lambda: F.layer_norm(x + delta, (DBRX.width,), weight)],
+        "dbrx_q": lambda: [partial(add_norm, x, delta, weight, shapes.epsilon)],
+        "torch ops": lambda: [lambda: F.layer_norm(x + delta, (shapes.width,), weight)],
     }
     return Work("add and norm", _tokens(T), COPY, 4 * x.nbytes, contenders)
 
 
-def _store(T: int, device: torch.device) -> Work:
-    qkv = torch.randn(T, DBRX.qkv, dtype=_BF16, device=device)
-    cache = allocate_kv("int8", T, DBRX.kv_heads, 1024, DBRX.channels, _BF16, device)
+def _store(T: int, device: torch.device, shapes: Shapes) -> Work:
+    qkv = torch.randn(T, shapes.qkv, dtype=_BF16, device=device)
+    cache = allocate_kv("int8", T, shapes.kv_heads, 1024, shapes.channels, _BF16, device)
     rows = torch.arange(T, dtype=torch.int32, device=device)
-    angles = torch.randn(T, DBRX.channels // 2, device=device)
-    call = partial(store_qkv, qkv, cache, rows, rows, angles.cos(), angles.sin(), heads=DBRX.heads, clip=DBRX.clip)
+    angles = torch.randn(T, shapes.channels // 2, device=device)
+    call = partial(store_qkv, qkv, cache, rows, rows, angles.cos(), angles.sin(), heads=shapes.heads, clip=shapes.clip)
     return Work("store qkv", f"int8 KV, {_tokens(T)}", COPY, 2 * qkv.nbytes, {"dbrx_q": lambda: [call]})
 
 
 def decode_step_work(folder: Path, device: torch.device) -> Work:
-    """One decode step of the whole model in `folder`, as `generate` runs it: one sequence, its token the last of 1024 in the cache."""
-    from dbrx_q.checkpoint.folder import Checkpoint
+    """`step_work` of the model in `folder`."""
+    from dbrx_q.model.modeling import DbrxForCausalLM
+
+    return step_work(DbrxForCausalLM.from_pretrained(folder, device=str(device), attn_implementation="triton"))
+
+
+def step_work(model: DbrxForCausalLM, *, kv_format: str = "int8", context: int = 1024) -> Work:
+    """One decode step of a whole model, as `generate` runs it: one sequence, its token the last of `context` in the cache.
+
+    A step writes its inputs on the host before it replays its graph; `turns` hides that behind a spin.
+    """
     from dbrx_q.checkpoint.layout import kind_of
     from dbrx_q.generation.decode_graph import DecodeStep
     from dbrx_q.model.kv_cache import KVCache
-    from dbrx_q.model.modeling import DbrxForCausalLM
 
-    context = 1024
-    model = DbrxForCausalLM.from_pretrained(folder, device=str(device), attn_implementation="triton")
     config = model.config
-    cache = KVCache(config, 1, context, dtype=model.dtype, device=device, format="int8")
+    cache = KVCache(config, 1, context, dtype=model.dtype, device=model.device, format=kv_format)
     step = DecodeStep(model, cache, 1)
     share = {"embedding": 0.0, "experts": config.ffn_config.moe_top_k / config.ffn_config.moe_num_experts}
-    with Checkpoint(folder) as checkpoint:
-        weights = sum(info.nbytes * share.get(kind_of(name), 1.0) for name, info in checkpoint.infos.items())
-    case = f"{config.n_layers} layers, int8 KV, context {context}, {'CUDA graph' if step.captured else 'no graph'}"
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    weights = sum(tensor.nbytes * share.get(kind_of(name), 1.0) for name, tensor in tensors)
+    case = f"{config.n_layers} layers, {kv_format} KV, context {context}, {'CUDA graph' if step.captured else 'no graph'}"
     call = partial(step, [0], [context], [0])
     return Work("decode step", case, COPY, weights + cache.nbytes, {"dbrx_q": lambda: [call]}, 0.70, capture=False)
 
@@ -269,8 +299,8 @@ def _bitsandbytes(N: int, K: int, device: torch.device) -> Callable[[torch.Tenso
     return lambda x: matmul_4bit(x, codes.t(), quant_state=state)
 
 
-def _filled(kv_format: str, B: int, L: int, device: torch.device) -> KVLayer:
-    cache = allocate_kv(kv_format, B, DBRX.kv_heads, L, DBRX.channels, _BF16, device)
+def _filled(kv_format: str, B: int, L: int, device: torch.device, shapes: Shapes) -> KVLayer:
+    cache = allocate_kv(kv_format, B, shapes.kv_heads, L, shapes.channels, _BF16, device)
     for part in (cache.keys, cache.values):
         if part.is_floating_point():
             part.normal_()

@@ -16,7 +16,7 @@ from .ceilings import MATMUL_ON_GPU, CeilingMeter
 from .device_timing import Environment, MedianTime, environment, turns
 from .kernel_work import COPY, MATMUL, Work, dbrx_works, decode_step_work
 
-__all__ = ["KernelBenchmark", "KernelTiming", "bench_kernels", "markdown"]
+__all__ = ["KernelBenchmark", "KernelTiming", "bench_kernels", "markdown", "time_work"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def bench_kernels(
         report: called with (done, total).
     """
     rates = CeilingMeter(device, torch.bfloat16).measure(repeats)
-    works: list[Callable[[], Work]] = list(dbrx_works(device))
+    works = [work.make for work in dbrx_works(device)]
     if model is not None:
         works.append(lambda: decode_step_work(model, device))
     rows = []
@@ -138,7 +138,7 @@ def _time(seconds: float) -> str:
 
 def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) -> KernelTiming:
     work = make()
-    times, failed = _times(work, repeats)
+    times, failed = time_work(work, repeats)
     ours = times.pop("dbrx_q", None)
     share = None if ours is None else work.amount / ours.seconds / {COPY: bandwidth, MATMUL: rate}[work.ceiling]
     met = None
@@ -164,7 +164,7 @@ def _row(make: Callable[[], Work], bandwidth: float, rate: float, repeats: int) 
     )
 
 
-def _times(work: Work, repeats: int) -> tuple[dict[str, MedianTime], dict[str, str]]:
+def time_work(work: Work, repeats: int) -> tuple[dict[str, MedianTime], dict[str, str]]:
     """(times of the contenders that ran, reasons why others could not: a missing library, too little memory)."""
     calls: dict[str, Sequence[Callable[[], object]]] = {}
     failed: dict[str, str] = {}

@@ -23,10 +23,10 @@ from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidate
 from dbrx_q.kernels.triton.weights import bits_of, group_of, row_unit_of
 from dbrx_q.model.tuned_tiles import TileChoice, Tuning
 
-from .device_timing import copies, environment, random_weight, turns
+from .device_timing import Environment, copies, environment, random_weight, turns
 from .kernel_shapes import DBRX, FORMATS, Shapes, empty_weight
 
-__all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune"]
+__all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune", "tuning_of"]
 
 DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
 """Formats to tune. Experts in NF4 in groups of 64 use the tiles of int4, and a trellis format those of its bits, whatever its code and
@@ -79,6 +79,7 @@ def sweep(
     *,
     thorough: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[list[TileChoice], list[Failure]]:
     """Measure candidates: (the fastest of each problem, candidates that failed). A problem whose default tiles fail has no choice.
 
@@ -89,6 +90,7 @@ def sweep(
         thorough: whether to measure every candidate; otherwise only those that differ from the best so far in one respect, until none is
             faster.
         report: called with (done, total).
+        over: whether the time is up; then the best of what was measured is chosen.
     """
     choices: list[TileChoice] = []
     failures: list[Failure] = []
@@ -100,6 +102,8 @@ def sweep(
         while tried := [tiles for tiles in untried if thorough or _differences(tiles, best) <= 1]:
             untried = [tiles for tiles in untried if tiles not in tried]
             for tiles in tried:
+                if over() and default in times:
+                    break
                 try:
                     times[tiles] = timer(problem, tiles)
                 except Exception as error:  # the compiler and the driver raise many kinds of errors
@@ -107,6 +111,8 @@ def sweep(
             if default not in times:
                 break
             best = min(times, key=lambda tiles: times[tiles])
+            if over():
+                break
         if default in times:
             choices.append(TileChoice(problem, best, times[best], times[default], len(times)))
     report(len(problems), len(problems))
@@ -139,17 +145,18 @@ def tune(
     choices, failures = sweep(dbrx_problems(chip, formats), chip, DeviceTimer(device), thorough=thorough, report=report)
     if not choices:
         raise DbrxError(f"no tiles could be measured on {chip.name}; the first failure: {failures[0].reason if failures else 'none'}")
-    measured_on = environment(device)
-    return (
-        Tuning(
-            measured_on.chip,
-            measured_on.multiprocessors,
-            measured_on.device,
-            measured_on.date,
-            measured_on.versions,
-            tuple(choices),
-        ),
-        failures,
+    return tuning_of(environment(device), choices), failures
+
+
+def tuning_of(measured_on: Environment, choices: Sequence[TileChoice]) -> Tuning:
+    """What a file of measured tiles holds."""
+    return Tuning(
+        measured_on.chip,
+        measured_on.multiprocessors,
+        measured_on.device,
+        measured_on.date,
+        measured_on.versions,
+        tuple(choices),
     )
 
 
