@@ -31,6 +31,7 @@ LEVELS = (
     ("dbrx_q/generation", "dbrx_q/sources", "dbrx_q/transformers", "quantize/calibration"),
     ("eval", "quantize/export", "quantize/pipeline"),
     ("eval/bench", "eval/compare", "eval/sensitivity", "eval/tasks"),
+    ("eval/gpu_run",),
     ("dbrx_q/cli",),
 )
 _OVERVIEW_LINES = range(10, 31)

@@ -9,7 +9,7 @@ import typer
 
 from dbrx_q.planning.policy_names import DEFAULT_POLICY
 
-from . import memory_budget, options, terminal
+from . import bench_gpu, memory_budget, options, terminal
 from .help import Command, CommandGroup, example
 from .measurement import named_dtype
 from .options import MEMORY, OUTPUT, WORK, argument, option
@@ -228,6 +228,14 @@ def kernels(
         terminal.print_json(result.as_json())
     else:
         print(markdown(result), end="")
+
+
+app.command(name="gpu", cls=Command, epilog=example("dbrx-q bench gpu --minutes 12 --out run", "dbrx-q bench gpu --device meta --out dry"))(
+    bench_gpu.gpu
+)
+app.command(name="gpu-report", cls=Command, epilog=example("dbrx-q bench gpu-report run --out docs/benchmarks/2026-12-01-h200.md"))(
+    bench_gpu.gpu_report
+)
 
 
 @app.command(cls=Command, epilog=example("dbrx-q bench tune"))

@@ -26,7 +26,18 @@ from dbrx_q.model.tuned_tiles import TileChoice, Tuning
 from .device_timing import Environment, copies, environment, random_weight, turns
 from .kernel_shapes import DBRX, FORMATS, Shapes, empty_weight
 
-__all__ = ["DEFAULT_FORMATS", "DeviceTimer", "Failure", "Timer", "dbrx_problems", "sweep", "tune", "tuning_of"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "DeviceTimer",
+    "Failure",
+    "Timer",
+    "dbrx_problems",
+    "differences",
+    "problem_calls",
+    "sweep",
+    "tune",
+    "tuning_of",
+]
 
 DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
 """Formats to tune. Experts in NF4 in groups of 64 use the tiles of int4, and a trellis format those of its bits, whatever its code and
@@ -99,7 +110,7 @@ def sweep(
         untried = candidates(problem, chip)
         best = default = untried[0]
         times: dict[Tiles, float] = {}
-        while tried := [tiles for tiles in untried if thorough or _differences(tiles, best) <= 1]:
+        while tried := [tiles for tiles in untried if thorough or differences(tiles, best) <= 1]:
             untried = [tiles for tiles in untried if tiles not in tried]
             for tiles in tried:
                 if over() and default in times:
@@ -119,7 +130,7 @@ def sweep(
     return choices, failures
 
 
-def _differences(tiles: Tiles, other: Tiles) -> int:
+def differences(tiles: Tiles, other: Tiles) -> int:
     """In how many respects two tiles differ; rows and warps, which divide the work of a program together, count as one."""
     pairs = zip(_respects(tiles), _respects(other), strict=True)
     return sum(a != b for a, b in pairs)
@@ -177,7 +188,7 @@ class DeviceTimer:
         """
         if problem != self._problem:
             self._calls, self._expected = [], None  # frees their memory first
-            self._calls, self._problem = self._prepare(problem), problem
+            self._calls, self._problem = problem_calls(problem, self._device, self._shapes), problem
         with trying(problem, self._chip, tiles):
             out = self._calls[0]().float()
             if self._expected is None:
@@ -186,18 +197,26 @@ class DeviceTimer:
                 raise DbrxError(f"{tiles} must give the same result for {problem} as other tiles; the results differ. Report this as a bug")
             return turns({"": self._calls}, repeats=_REPEATS)[""].seconds
 
-    def _prepare(self, problem: Problem) -> list[Callable[[], torch.Tensor]]:
-        fmt = next(fmt for fmt in FORMATS if _distinguished(fmt) == (problem.bits, problem.group, problem.row_unit))
-        torch.manual_seed(0)
-        random = partial(random_weight, fmt, device=self._device)
-        if problem.op == "linear":
-            x = torch.randn(problem.tokens, problem.K, dtype=torch.bfloat16, device=self._device)
-            count = copies(problem.N * problem.K * problem.bits // 8, self._device)
-            return [partial(linear, x, random(problem.N, problem.K), backend=Backend.TRITON) for _ in range(count)]
-        E, A, D, F = self._shapes.experts, self._shapes.active, self._shapes.width, self._shapes.hidden
-        T = problem.tokens if problem.decode else problem.tokens // A
-        layer = ExpertWeights(random(E, F, D), random(E, F, D), random(E, D, F))
-        x = torch.randn(T, D, dtype=torch.bfloat16, device=self._device)
-        experts = torch.rand(T, E, device=self._device).argsort(-1)[:, :A].contiguous()
-        weights = torch.full((T, A), 1 / A, device=self._device)
-        return [partial(moe_experts, x, experts, weights, layer, backend=Backend.TRITON)]
+
+def problem_calls(problem: Problem, device: torch.device, shapes: Shapes = DBRX) -> list[Callable[[], torch.Tensor]]:
+    """Calls of a problem's op on random weights: several on different weights, where those fit the L2 cache.
+
+    Args:
+        problem: one of `dbrx_problems(shapes=shapes)`.
+        device: of the weights; "meta" to record launches.
+        shapes: of the model.
+    """
+    fmt = next(fmt for fmt in FORMATS if _distinguished(fmt) == (problem.bits, problem.group, problem.row_unit))
+    torch.manual_seed(0)
+    random = partial(random_weight, fmt, device=device)
+    if problem.op == "linear":
+        x = torch.randn(problem.tokens, problem.K, dtype=torch.bfloat16, device=device)
+        count = copies(problem.N * problem.K * problem.bits // 8, device)
+        return [partial(linear, x, random(problem.N, problem.K), backend=Backend.TRITON) for _ in range(count)]
+    E, A, D, F = shapes.experts, shapes.active, shapes.width, shapes.hidden
+    T = problem.tokens if problem.decode else problem.tokens // A
+    layer = ExpertWeights(random(E, F, D), random(E, F, D), random(E, D, F))
+    x = torch.randn(T, D, dtype=torch.bfloat16, device=device)
+    experts = torch.rand(T, E, device=device).argsort(-1)[:, :A].contiguous()
+    weights = torch.full((T, A), 1 / A, device=device)
+    return [partial(moe_experts, x, experts, weights, layer, backend=Backend.TRITON)]

@@ -101,7 +101,7 @@ class _DriverOf:
 
 
 def _described(argument: Any) -> Any:
-    return Pointer(argument.dtype, argument.storage_offset() % _ALIGNMENT) if isinstance(argument, torch.Tensor) else argument
+    return Pointer(argument.dtype, int(argument.storage_offset()) % _ALIGNMENT) if isinstance(argument, torch.Tensor) else argument
 
 
 def _argument(described: Any) -> Any:

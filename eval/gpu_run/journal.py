@@ -115,7 +115,7 @@ def _parsed(content: bytes, path: Path) -> list[Record]:
             data = json.loads(line)
             if data.pop("schema") != SCHEMA or data.keys() != names or not isinstance(data["value"], dict):
                 raise ValueError
-        except (ValueError, KeyError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RequestError(
                 f"{path}, line {number}: a line must be a result of schema {SCHEMA}; found {line[:60]!r}. Name another folder with --out"
             ) from None
