@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dbrx_q.kernels.triton.launch import Chip, Launch
+from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options
 
 __all__ = ["Resources", "compile_launch", "early_accesses", "global_loads", "launch_key", "packed_parameters"]
 
@@ -83,9 +83,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
     else:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fusion}
-    if launch.pdl:
-        options["launch_pdl"] = True
+    options = compiler_options(launch.warps, launch.stages, launch.fusion, launch.pdl)
     compiled = triton.compile(source, target=target, options=options)
     packed_loads = None
     if chip.vendor == "hip":

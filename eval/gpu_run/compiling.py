@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from dbrx_q.eval.bench.kernel_resources import launch_key
-from dbrx_q.kernels.triton.launch import Chip, Launch, launch
+from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options, find_cache
 
 __all__ = ["CompileRequest", "Pointer", "compile_as_the_jit", "compile_requests"]
 
 _ALIGNMENT = 16  # bytes; what the compiler is told of a pointer
-_OWN_FIELDS = ("kernel", "grid", "arguments", "constants")
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class CompileRequest:
     constants: dict[str, Any]
     """The compile-time constants by name."""
     options: dict[str, Any]
-    """Warps, stages and the other options of `launch`."""
+    """See `compiler_options`."""
 
 
 def compile_requests(launches: Iterable[Launch]) -> list[CompileRequest]:
     """One request for all launches that compile to the same code, in the order of the launches."""
     distinct: dict[tuple[Any, ...], CompileRequest] = {}
     for item in launches:
-        options = {field.name: getattr(item, field.name) for field in fields(item) if field.name not in _OWN_FIELDS}
+        options = compiler_options(item.warps, item.stages, item.fusion, item.pdl)
         key = (*launch_key(item), str(options))
         if key not in distinct:
             arguments = tuple(_described(argument) for argument in item.arguments)
@@ -64,20 +63,9 @@ def compile_as_the_jit(request: CompileRequest, chip: Chip) -> Any:
     from triton.runtime.driver import driver
 
     kernel = getattr(import_module(request.module), request.kernel)
+    find_cache()
     driver.set_active(_DriverOf(chip))
-    compiled: list[Any] = []
-    launch(_WarmUp(kernel, compiled), (1,), *map(_argument, request.arguments), **request.options, **request.constants)
-    return compiled[0]
-
-
-class _WarmUp:
-    """Stands in for a kernel where `launch` runs it: the JIT compiles it and does not run it."""
-
-    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
-        self._kernel, self._compiled = kernel, compiled
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **options: self._compiled.append(self._kernel.warmup(*arguments, grid=grid, **options))
+    return kernel.warmup(*map(_argument, request.arguments), grid=(1,), **request.constants, **request.options)
 
 
 class _DriverOf:

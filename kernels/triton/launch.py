@@ -34,6 +34,8 @@ __all__ = [
     "Chip",
     "Launch",
     "chip_of",
+    "compiler_options",
+    "find_cache",
     "interpreting",
     "is_recording",
     "launch",
@@ -126,14 +128,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     if record is not None:
         record[1].append(Launch(kernel, grid, arguments, constants, warps, stages, fusion, pdl))
         return
-    _find_cache()
-    options = {"launch_pdl": True} if pdl else {}
+    find_cache()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
         try:
-            kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, **options)
+            kernel[grid](*arguments, **constants, **compiler_options(warps, stages, fusion, pdl))
         except Exception as error:
             error.__dict__[_KERNEL] = kernel.__name__
             raise
+
+
+def compiler_options(warps: int, stages: int, fusion: bool, pdl: bool) -> dict[str, Any]:
+    """What Triton is told of a launch beside its arguments; fields of `Launch`."""
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    return options | {"launch_pdl": True} if pdl else options
 
 
 def refused_kernel(error: Exception) -> str:
@@ -147,7 +154,7 @@ _KERNEL = "dbrx_q_kernel"  # the attribute of an error that says which kernel wa
 
 
 @cache
-def _find_cache() -> None:
+def find_cache() -> None:
     """Give Triton a folder for compiled kernels where its own, in the user's home, cannot be written."""
     base = os.environ.get("TRITON_HOME") or home()
     if os.environ.get("TRITON_CACHE_DIR") or (base and can_write(Path(base) / ".triton" / "cache")):

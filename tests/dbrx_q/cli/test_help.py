@@ -20,7 +20,7 @@ from dbrx_q.cli.options import OUTPUT, TEXT, option
 
 SCREEN = 80, 45  # columns and lines
 COMMANDS = tuple(entry._SUMMARIES)
-BENCH = ("model", "synthetic", "offload", "kernels", "tune", "resources", "static")
+BENCH = ("model", "synthetic", "offload", "kernels", "tune", "resources", "static", "gpu", "gpu-report")
 ALL = [(), *((name,) for name in COMMANDS), *(("bench", name) for name in BENCH)]
 
 

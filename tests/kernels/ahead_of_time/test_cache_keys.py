@@ -11,11 +11,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.driver import driver
 
+import dbrx_q.kernels.triton.launch as launch_module
 from dbrx_q.eval.bench.kernel_shapes import dbrx_launches, essential
 from dbrx_q.eval.gpu_run.compiling import compile_as_the_jit, compile_requests
 from dbrx_q.eval.gpu_run.settings import SMALL
 from dbrx_q.kernels.formats.registry import TensorFormat
-from dbrx_q.kernels.triton.launch import CHIPS, Launch, launch
+from dbrx_q.kernels.triton.launch import CHIPS, Launch, compiler_options, launch
 
 CHIP = CHIPS["sm_90"]
 
@@ -48,6 +49,7 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr("triton.compiler.compile", refuse)
     monkeypatch.setattr(driver, "_active", DriverOfAnotherMachine())
+    monkeypatch.setattr(launch_module, "chip_of", lambda _: CHIP)
     return keys
 
 
@@ -68,10 +70,11 @@ def test_a_request_has_the_key_of_the_launch_that_it_was_made_from(requested: li
     for recorded in launches:
         [request] = pickle.loads(pickle.dumps(compile_requests([recorded])))
         options = {"warps": recorded.warps, "stages": recorded.stages, "fusion": recorded.fusion}
+        constants = {name: value for name, value in recorded.constants.items() if name != "PDL"}  # which `launch` adds
         for run in (
             lambda request=request: compile_as_the_jit(request, CHIP),
-            lambda recorded=recorded, options=options: launch(
-                recorded.kernel, recorded.grid, *recorded.arguments, **options, **recorded.constants
+            lambda recorded=recorded, options=options, constants=constants: launch(
+                recorded.kernel, recorded.grid, *recorded.arguments, **options, **constants
             ),
         ):
             recorded.kernel.device_caches.clear()
@@ -93,7 +96,7 @@ def test_the_jit_compiles_nothing_that_was_compiled_before(launches: list[Launch
     entries = sorted(tmp_path.iterdir())
     assert entries
     recorded.kernel.device_caches.clear()
-    options = {"num_warps": recorded.warps, "num_stages": recorded.stages, "enable_fp_fusion": recorded.fusion}
+    options = compiler_options(recorded.warps, recorded.stages, recorded.fusion, recorded.pdl)
     again = recorded.kernel.warmup(*recorded.arguments, grid=recorded.grid, **options, **recorded.constants)
     recorded.kernel.device_caches.clear()
     assert again.asm["cubin"]

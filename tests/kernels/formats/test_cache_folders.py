@@ -24,11 +24,11 @@ NOWHERE = "/proc/none"  # not even root can make this folder
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for temporary files; no folder or warning of an earlier test is remembered."""
-    for function in (cache_folders.temporary_cache, cache_folders.warn_once, launch._find_cache):
+    for function in (cache_folders.temporary_cache, cache_folders.warn_once, launch.find_cache):
         function.cache_clear()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield tmp_path
-    for function in (cache_folders.temporary_cache, cache_folders.warn_once, launch._find_cache):
+    for function in (cache_folders.temporary_cache, cache_folders.warn_once, launch.find_cache):
         function.cache_clear()
 
 
@@ -125,5 +125,5 @@ def test_triton_gets_a_folder_where_its_own_cannot_be_written(scratch: Path, mon
     (scratch / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     with pytest.warns(CacheWarning, match="set TRITON_CACHE_DIR to a folder"):
-        launch._find_cache()
+        launch.find_cache()
     assert os.environ["TRITON_CACHE_DIR"] == str(temporary_cache() / "triton")
