@@ -7,7 +7,7 @@ Ctrl-C included.
 Each command has a file of its name with its options, an example and a function `command`. The function imports what it runs, so that
 `--help` never imports torch. The files are `quantize.py` (its output is in `quantize_report.py`), `export.py`, `inspect.py`, `verify.py`,
 `plan.py`, `generate.py`, `trace.py`, `simulate.py`, `perplexity.py`, `compare.py`, `reference.py`, `tasks.py`, `sensitivity.py` and
-`bench.py`, which has commands of its own.
+`bench.py`, which has commands of its own; two of them are in `bench_gpu.py`.
 
 What the commands share:
 `options.py`        the options that several commands have, and the panels of `--help`

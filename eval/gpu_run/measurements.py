@@ -84,7 +84,8 @@ def measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, A
         case "offload":
             return offloaded_decoding(settings.shapes, device)
         case "tuning":
-            problem = next(problem for problem in tuned_problems(settings) if problem_name(problem) == name)
+            chip = DRY_CHIP if settings.dry else chip_of(device)
+            problem = next(problem for problem in tuned_problems(settings, chip) if problem_name(problem) == name)
             return _tune(problem, settings, device, float(arguments["seconds"]))
     raise AssertionError(stage)
 

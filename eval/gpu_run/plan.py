@@ -10,9 +10,10 @@ import torch
 from dbrx_q.eval.bench.kernel_work import dbrx_works
 from dbrx_q.eval.bench.tune import dbrx_problems
 from dbrx_q.kernels.formats.registry import TensorFormat
+from dbrx_q.kernels.triton.launch import Chip
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem
 
-from .settings import Settings, tree
+from .settings import DRY_CHIP, Settings, tree
 
 __all__ = ["CEILINGS", "FIRST_ROWS", "SOURCES", "TEST_FILES", "TITLES", "Item", "plan", "problem_name", "tuned_problems"]
 
@@ -97,8 +98,13 @@ class Item:
         return f"{self.stage}/{self.name}"
 
 
-def plan(settings: Settings) -> list[Item]:
-    """All items, in order."""
+def plan(settings: Settings, chip: Chip = DRY_CHIP) -> list[Item]:
+    """All items, in order.
+
+    Args:
+        settings: of the run.
+        chip: of its GPU.
+    """
     if settings.dry:
         return list(_dry(settings))
     rows = _row_names(settings)
@@ -117,7 +123,7 @@ def plan(settings: Settings) -> list[Item]:
         *(Item("rows", name, 4, 30) for name in others),
         Item("offload", "24 GB", 60, 150),
         Item("compile", "tiles", 15, 60, again=True),
-        *(Item("tuning", problem_name(problem), 8, 25) for problem in tuned_problems(settings)),
+        *(Item("tuning", problem_name(problem), 8, 25) for problem in tuned_problems(settings, chip)),
         *(Item("tuned", name, 4, 30) for name in first),
         Item("ceilings", CEILINGS[1], 5, 30),
     ]
@@ -128,10 +134,11 @@ def problem_name(problem: Problem) -> str:
     return f"{problem.op} {problem.bits} bits T={problem.tokens} {problem.N}x{problem.K}"
 
 
-def tuned_problems(settings: Settings) -> list[Problem]:
+def tuned_problems(settings: Settings, chip: Chip) -> list[Problem]:
     """The problems whose tiles a run measures: those of decoding first, the widest share of a token's time first."""
     formats = TensorFormat("int4", 64), TensorFormat("int8", 64)
-    offered = [problem for problem in dbrx_problems(formats, settings.shapes) if problem.op != "linear" or problem.N * problem.K < _LARGEST]
+    problems = dbrx_problems(chip, formats, settings.shapes)
+    offered = [problem for problem in problems if problem.op != "linear" or problem.N * problem.K < _LARGEST]
     tokens = {True: 1, False: settings.shapes.active}  # prefill counts pairs of a token and an expert
     chosen = [
         problem
@@ -155,7 +162,7 @@ def _dry(settings: Settings) -> Iterator[Item]:
     yield from (Item("rows", name, 5, 30) for name in rows)
     yield Item("model", "decode step", 5, 60)
     yield Item("offload", "24 GB", 5, 60)
-    yield from (Item("tuning", problem_name(problem), 5, 30) for problem in tuned_problems(settings))
+    yield from (Item("tuning", problem_name(problem), 5, 30) for problem in tuned_problems(settings, DRY_CHIP))
     yield from (Item("tuned", name, 5, 30) for name in rows[:1])
     yield Item("ceilings", CEILINGS[1], 5, 30)
 

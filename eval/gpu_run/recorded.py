@@ -104,7 +104,7 @@ def _tuning(settings: Settings, chip: Chip, names: Collection[str] | None) -> No
 
     from .plan import problem_name
 
-    for problem in tuned_problems(settings):
+    for problem in tuned_problems(settings, chip):
         if names is not None and problem_name(problem) not in names:
             continue
         default, *others = candidates(problem, chip)

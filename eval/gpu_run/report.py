@@ -10,10 +10,11 @@ from typing import Any
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.ceilings import MATMUL_ON_GPU
 from dbrx_q.eval.bench.kernel_work import COPY, MATMUL
+from dbrx_q.kernels.triton.launch import CHIPS
 
 from .journal import DONE, Record, read_records
-from .plan import TITLES, plan
-from .settings import Settings
+from .plan import TITLES, Item, plan
+from .settings import DRY_CHIP, Settings
 
 __all__ = ["document", "write_document"]
 
@@ -52,7 +53,8 @@ def document(records: Sequence[Record]) -> str:
         body = list(_section(stage, chosen, rates))
         if body:
             lines += ["", f"## {title}", "", *body]
-    lines += _not_reached(last, records[-1].device)
+    chip = CHIPS.get(str((system.value if system else {}).get("chip")), DRY_CHIP)
+    lines += _not_reached(last, plan(Settings("meta" if records[-1].device == "meta" else "cuda", Path()), chip))
     return "\n".join(lines) + "\n"
 
 
@@ -223,8 +225,7 @@ def _tiles(done: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[object]]:
             yield name, tiles, *times, choice["candidates"], len(value["failures"])
 
 
-def _not_reached(last: Mapping[str, Record], device: str) -> list[str]:
-    items = plan(Settings("meta" if device == "meta" else "cuda", Path()))
+def _not_reached(last: Mapping[str, Record], items: Sequence[Item]) -> list[str]:
     missing = [item.key for item in items if item.key not in last]
     return ["", "## Not reached", "", *(f"- {key}" for key in missing)] if missing else []
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from dbrx_q.errors import RequestError
 from dbrx_q.eval.bench.device_timing import Environment
 from dbrx_q.eval.bench.tune import tuning_of
+from dbrx_q.kernels.triton.launch import Chip
 from dbrx_q.kernels.triton.tiles import Problem, Tiles
 from dbrx_q.model.tuned_tiles import TileChoice, write_tuning
 
@@ -127,7 +128,7 @@ class _Run:
 
     def items(self) -> Outcome:
         """Start each item for which there is time."""
-        items = plan(self._settings)
+        items = plan(self._settings, Chip(**self._chip))
         if all(item.again or self._finished(item) for item in items):
             return Outcome(skipped=len(items))
         for item in items:

@@ -21,7 +21,7 @@ from dbrx_q.eval.gpu_run.commands import parse_outcomes, run_within
 from dbrx_q.eval.gpu_run.journal import DONE, FAILED, FILE, Journal, Record, read_records
 from dbrx_q.eval.gpu_run.plan import SOURCES, TEST_FILES, TITLES, plan, tuned_problems
 from dbrx_q.eval.gpu_run.report import document
-from dbrx_q.eval.gpu_run.settings import Settings, code_version, tree
+from dbrx_q.eval.gpu_run.settings import DRY_CHIP, Settings, code_version, tree
 from dbrx_q.eval.gpu_run.worker import ItemError, Worker
 
 ROOT = Path(__file__).parents[3]
@@ -84,7 +84,7 @@ def test_the_plan_of_a_gpu_reaches_everything_in_little_more_than_its_time() -> 
     assert len(set(keys)) == len(keys)
     assert {item.stage for item in items} == TITLES.keys()
     assert {item.name for item in items if item.stage == "compile"} == SOURCES.keys()
-    assert len(tuned_problems(Settings("cuda", Path()))) == 15
+    assert len(tuned_problems(Settings("cuda", Path()), DRY_CHIP)) == 15
     assert all(item.expected < item.limit for item in items)
     assert sum(item.expected for item in items) < 20 * 60
     first = keys[: keys.index("tests/tests/kernels/gpu/test_products_on_gpu.py")]
