@@ -120,10 +120,10 @@ def _capturing(device: torch.device) -> bool:
 
 
 @triton.jit
-def arrive(counter, OTHERS: tl.constexpr):
-    """True in the last of OTHERS + 1 programs that arrive at `counter`, which it resets to 0. It sees all that the others stored before."""
+def arrive(counter, others):
+    """True in the last of `others` + 1 programs that arrive at `counter`, which it resets to 0. It sees what the others stored before."""
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == OTHERS
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == others
     if last:
         tl.store(counter, 0)
     tl.debug_barrier()

@@ -110,6 +110,8 @@ def decode_kernel(
     blocks = tl.cdiv(end, BL)
     blocks_per_split = tl.cdiv(blocks, SPLITS)
     busy = tl.cdiv(blocks, tl.maximum(blocks_per_split, 1))  # splits that have blocks
+    if split >= tl.maximum(busy, 1):  # the host chose SPLITS without the lengths
+        return
 
     heads = tl.arange(0, HP)
     mine = q + (sequence * G + group) * HQ * C + heads[None, :] * C
@@ -200,18 +202,15 @@ def decode_kernel(
     program = sequence * G + group
     out = y + program.to(tl.int64) * HQ * C
     if SPLITS == 1 or busy <= 1:
-        if split == 0:
-            over = 1.0 / tl.where(sums > 0, sums, 1.0)[None, :]
-            _store(out, a0 * over, a1 * over, a2 * over, a3 * over, heads, HQ, C, FORMAT)
+        over = 1.0 / tl.where(sums > 0, sums, 1.0)[None, :]
+        _store(out, a0 * over, a1 * over, a2 * over, a3 * over, heads, HQ, C, FORMAT)
     else:
-        # Every split arrives, also one without blocks: `arrive` counts to SPLITS, which the host chose without the lengths.
         tops = partial + tl.num_programs(2).to(tl.int64) * G * SPLITS * HQ * C + program.to(tl.int64) * SPLITS * 2 * HQ
         accs = partial + program.to(tl.int64) * SPLITS * HQ * C
-        if split < busy:
-            _store(accs + split * HQ * C, a0, a1, a2, a3, heads, HQ, C, FORMAT)
-            tl.store(tops + split * 2 * HQ + heads, peak, mask=heads < HQ)
-            tl.store(tops + (split * 2 + 1) * HQ + heads, sums, mask=heads < HQ)
-        if arrive(arrived + program, SPLITS - 1):
+        _store(accs + split * HQ * C, a0, a1, a2, a3, heads, HQ, C, FORMAT)
+        tl.store(tops + split * 2 * HQ + heads, peak, mask=heads < HQ)
+        tl.store(tops + (split * 2 + 1) * HQ + heads, sums, mask=heads < HQ)
+        if arrive(arrived + program, busy - 1):
             _combine(accs, tops, out, busy, HQ, C, TOGETHER)
 
 
@@ -240,26 +239,34 @@ def _store(place, a0, a1, a2, a3, heads, HQ: tl.constexpr, C: tl.constexpr, FORM
 
 @triton.jit
 def _combine(accs, tops, out, busy, HQ: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr):
-    """Combine the partial results of `busy` splits, in their order."""
+    """Combine the partial results of `busy` splits, in their order.
+
+    TOGETHER splits are loaded at a time. No value crosses warps, so that the loads need not wait for each other.
+    """
     HP: tl.constexpr = triton.next_power_of_2(HQ)
-    heads, channels, offsets = tl.arange(0, HP), tl.arange(0, C), tl.arange(0, TOGETHER)
-    peak = tl.full((HP,), -float("inf"), tl.float32)
-    for first in range(0, busy, TOGETHER):
-        splits = first + offsets
-        valid = (splits < busy)[:, None] & (heads < HQ)[None, :]
-        address = tops + splits[:, None] * (2 * HQ) + heads[None, :]
-        peak = tl.maximum(peak, tl.max(tl.load(address, mask=valid, other=-float("inf"), cache_modifier=".cg"), 0))
-    peak = tl.where(heads < HQ, peak, 0.0)
+    heads, channels = tl.arange(0, HP), tl.arange(0, C)
+    peak = tl.full((HP,), -1e38, tl.float32)
     mass = tl.zeros((HP,), tl.float32)
     acc = tl.zeros((HP, C), tl.float32)
+    top = tops + heads
+    place = accs + heads[:, None] * C + channels[None, :]
     for first in range(0, busy, TOGETHER):
-        splits = first + offsets
-        valid = (splits < busy)[:, None] & (heads < HQ)[None, :]
-        address = tops + splits[:, None] * (2 * HQ) + heads[None, :]
-        share = tl.exp2(tl.load(address, mask=valid, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
-        mass += tl.sum(share * tl.load(address + HQ, mask=valid, other=0.0, cache_modifier=".cg"), 0)
-        place = accs + splits[:, None, None] * (HQ * C) + heads[None, :, None] * C + channels[None, None, :]
-        acc += tl.sum(tl.load(place, mask=valid[:, :, None], other=0.0, cache_modifier=".cg") * share[:, :, None], 0)
+        higher = peak
+        for offset in tl.static_range(TOGETHER):
+            valid = heads < tl.where(first + offset < busy, HQ, 0)
+            higher = tl.maximum(higher, tl.load(top + offset * (2 * HQ), mask=valid, other=-1e38, cache_modifier=".cg"))
+        fade = tl.exp2(peak - higher)
+        peak = higher
+        mass *= fade
+        acc *= fade[:, None]
+        for offset in tl.static_range(TOGETHER):
+            valid = heads < tl.where(first + offset < busy, HQ, 0)
+            part = tl.load(place + offset * (HQ * C), mask=valid[:, None], other=0.0, cache_modifier=".cg")
+            share = tl.exp2(tl.load(top + offset * (2 * HQ), mask=valid, other=-1e38, cache_modifier=".cg") - peak)
+            mass += share * tl.load(top + (offset * 2 + 1) * HQ, mask=valid, other=0.0, cache_modifier=".cg")
+            acc += part * share[:, None]
+        top += TOGETHER * 2 * HQ
+        place += TOGETHER * HQ * C
     acc *= 1.0 / tl.where(mass > 0, mass, 1.0)[:, None]
     place = out + heads[:, None] * C + channels[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(heads < HQ)[:, None])

@@ -23,7 +23,7 @@ class DecodeTiles:
     splits: int
     """Programs that share a sequence and a key/value head."""
     together: int
-    """Splits whose results are combined at a time."""
+    """Splits whose results are loaded at a time when they are combined."""
     warps: int
     """Warps of the program."""
     stages: int
@@ -47,16 +47,20 @@ class PrefillTiles:
 def decode_tiles(format: str, B: int, H: int, G: int, L: int, C: int, chip: Chip) -> DecodeTiles:
     """Tiles with enough programs to keep every multiprocessor loading at any lengths, which only the device knows."""
     heads = max(chip.smallest_dot, _power_of_two(H // G))
-    tokens = {"plain": 32, "int8": 64, "int4": 64}[format]
-    warps = {"plain": 4, "int8": 4, "int4": 2}[format]
-    stages = 3
+    tokens, warps, stages = {"plain": (32, 4, 3), "int8": (64, 4, 3), "int4": (64, 2, 3)}[format]
+    together, most = 8 if chip.name == "sm_80" else 16, 2  # on sm_80, 16 spill 8 bytes a thread of int4 and 16 of int8
     if chip.vendor == "hip":
-        warps, tokens, stages = 4, 32, 1  # with 2 stages or 2 warps gfx1100 spills registers
+        warps, tokens, stages, together = 4, 32, 1, 4  # with 2 stages or 2 warps gfx1100 spills registers
+    elif format == "int8" and chip.shared_memory > 128 * 1024:
+        tokens = 128  # half the barriers and 10 % fewer instructions per byte, with as many splits to combine as blocks of 64
+    elif format == "int4" and chip.name == "sm_90":
+        most = 4  # with two, four warps an SM load at 60 % of the bandwidth; blocks of 128 spill 8 bytes a thread (Triton 3.7.1)
     width = {"plain": 2 * C, "int8": C, "int4": C // 2}[format]
-    resident = max(1, min(2, chip.shared_memory // (2 * tokens * width * stages)))
+    loaded = 2 * tokens * width * max(1, stages - 1)  # keys and values of the blocks in shared memory
+    resident = max(1, min(most, chip.shared_memory // (loaded + 5 * 1024)))
     blocks = -(-L // tokens)
     splits = max(1, min(blocks, chip.multiprocessors * resident // max(1, B * G)))
-    return DecodeTiles(tokens, heads, splits, 4 if chip.vendor == "hip" else 8, warps, stages)
+    return DecodeTiles(tokens, heads, splits, together, warps, stages)
 
 
 def prefill_tiles(format: str, C: int, chip: Chip) -> PrefillTiles:

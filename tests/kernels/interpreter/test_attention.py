@@ -55,6 +55,7 @@ DECODE = [
     Case((1, 1, 1), (36, 0, 5), splits=2),
     Case((1,), (3 * BLOCK,), shift=2.0),
     Case((1, 1), (9, 33), splits=2, rows=(2, -1)),
+    Case((1, 1), (7 * BLOCK, 3 * BLOCK), splits=7),
 ]
 PREFILL = [
     Case((17,), (17,), heads=2),
@@ -93,11 +94,21 @@ def test_float16_agrees_with_the_reference(case: Case, format: str) -> None:
     check(case, format, torch.float16)
 
 
-@pytest.mark.parametrize("case", DECODE[3:4], ids=str)
+@pytest.mark.parametrize("case", [DECODE[3], DECODE[-1]], ids=str)
 def test_counters_are_reset_to_zero(case: Case) -> None:
     q, cache, sequences = problem(case, "int8", torch.float32)
     first, second = (cached_attention(q, cache, sequences, implementation="triton") for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("case", DECODE[-1:], ids=str)
+def test_bits_of_a_sequence_do_not_depend_on_the_length_of_another(case: Case) -> None:
+    q, cache, sequences = problem(case, "int8", torch.float32)
+    first = cached_attention(q, cache, sequences, implementation="triton")[0]
+    for end in (0, 1, 2 * BLOCK):
+        lengths = torch.tensor([case.ends[0], end], dtype=torch.int32)
+        now = replace(sequences, lengths=lengths, ends=(case.ends[0], end))
+        assert torch.equal(cached_attention(q, cache, now, implementation="triton")[0], first)
 
 
 def check(case: Case, format: str, dtype: torch.dtype) -> None:
