@@ -30,7 +30,7 @@ from dbrx_q.kernels.formats.registry import FORMATS, offered_formats
 from dbrx_q.kernels.formats.trellis import GROUP_SIZES
 from dbrx_q.kernels.formats.weights import dequantize, dequantize_range
 from dbrx_q.planning.machine import Gpu
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 
 from .trellis_checkpoints import mixed, random_streams, write_plain
 
@@ -220,7 +220,7 @@ def test_slots_on_gpus_give_the_bits_of_resident_experts(packed: Path, miss_poli
     with closing(DbrxForCausalLM.from_pretrained(packed, budget=whole)) as model:
         assert model.placement is not None
         needed, expert = model.placement.gpus[0].total, model.placement.expert_bytes // model.placement.experts
-    machine = Machine(PINNED_BYTES + 500_000, (Gpu(needed - 3 * expert),))
+    machine = Machine(pinned_bytes(Gpu.link) + 500_000, (Gpu(needed - 3 * expert),))
     budget = replace(whole, machine=machine, miss_policy=miss_policy)
     resident = DbrxForCausalLM.from_pretrained(packed)
     with closing(DbrxForCausalLM.from_pretrained(packed, budget=budget)) as model:

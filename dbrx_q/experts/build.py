@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dbrx_q.planning.cpu_quota import usable_threads
 from dbrx_q.planning.expert_kinds import ExpertKind
 from dbrx_q.planning.machine import Machine, Placement
+from dbrx_q.planning.offloading import copy_threads
 from dbrx_q.planning.policy_names import MissPolicy
 
 from .cpu_store import CpuExpertStore
@@ -36,8 +38,8 @@ class StoreParts:
     """Reads them from disk."""
     devices: Sequence[torch.device]
     """The GPUs."""
-    link: Callable[[torch.device], Link]
-    """Makes the link to a GPU."""
+    link: Callable[[torch.device, int], Link]
+    """Makes the link to a GPU, with so many threads that fill its buffers."""
     policy: Callable[[Sequence[int], bool], CachePolicy]
     """Makes the cache policy of slots that the experts of these layers share; the second argument is True for host memory under GPUs."""
     rates: Callable[[float, float], MissRates] = MissRates
@@ -67,7 +69,9 @@ def build_store(
         if not plan.gpus:
             store: CpuExpertStore | GpuExpertStore = CpuExpertStore(tier, prefetch=prefetch, routers=routers, fallback=fallback)
         else:
-            links += [on_error.enter_context(closing(parts.link(device))) for device in parts.devices]
+            cores = usable_threads() // len(machine.gpus)
+            for device, gpu in zip(parts.devices, machine.gpus, strict=True):
+                links.append(on_error.enter_context(closing(parts.link(device, copy_threads(gpu.link, cores)))))
             gpus = [
                 GpuExperts(
                     device,

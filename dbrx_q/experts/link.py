@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from dbrx_q.errors import DbrxError
-from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS, LINK_COPY_THREADS
+from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS
 
 __all__ = ["Link", "PendingCopy", "make_link"]
 
@@ -255,11 +255,11 @@ class _StagingRing:
 class _CudaLink(Link):
     """To a CUDA device, through pinned buffers. Pinning the slots themselves would fail where they are a large part of host memory."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, threads: int) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._rings = [_StagingRing() for _ in range(LINK_COPY_THREADS)]
-        self._pool = ThreadPoolExecutor(LINK_COPY_THREADS, "expert-staging")
+        self._rings = [_StagingRing() for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads, "expert-staging")
         super().__init__()
 
     def follow(self) -> None:
@@ -279,7 +279,7 @@ class _CudaLink(Link):
             for piece in zip(_bytes_of(source).split(LINK_BUFFER_BYTES), _bytes_of(target).split(LINK_BUFFER_BYTES), strict=True)
         ]
         shares = [
-            self._pool.submit(ring.send, self._stream, pieces[i::LINK_COPY_THREADS], job.pending) for i, ring in enumerate(self._rings)
+            self._pool.submit(ring.send, self._stream, pieces[i :: len(self._rings)], job.pending) for i, ring in enumerate(self._rings)
         ]
         errors = [error for share in shares if (error := share.exception()) is not None]  # waits for all
         if errors:
@@ -294,9 +294,9 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def make_link(device: torch.device) -> Link:
-    """A link to a device."""
-    return _CudaLink(device) if device.type == "cuda" else _HostLink()
+def make_link(device: torch.device, threads: int = 2) -> Link:
+    """A link to a device, with so many threads that fill pinned buffers where it is a GPU."""
+    return _CudaLink(device, threads) if device.type == "cuda" else _HostLink()
 
 
 def _closed() -> DbrxError:

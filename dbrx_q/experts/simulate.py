@@ -67,7 +67,7 @@ def simulate(
     L, E = trace.experts.shape[1], trace.n_experts
     reader = _InstantReader(kinds)
     devices = [_NO_MEMORY] * len(plan.gpus)
-    parts = StoreParts(_Catalog(kinds, E), reader, devices, lambda _: _InstantLink(), policy, rates=_FixedRates, memory=_NO_MEMORY)
+    parts = StoreParts(_Catalog(kinds, E), reader, devices, lambda *_: _InstantLink(), policy, rates=_FixedRates, memory=_NO_MEMORY)
     store = build_store(parts, plan, machine, prefetch=prefetch, miss_policy=miss_policy)
     store.fill(priority)
     before = store.stats()

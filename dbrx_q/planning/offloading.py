@@ -6,6 +6,7 @@ These constants are here, below `experts/`, because the planner accounts for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from .expert_kinds import ExpertKind
@@ -13,13 +14,14 @@ from .expert_kinds import ExpertKind
 __all__ = [
     "LINK_BUFFERS",
     "LINK_BUFFER_BYTES",
-    "LINK_COPY_THREADS",
-    "PINNED_BYTES",
+    "LINK_COPY_RATE",
     "READ_ALIGNMENT",
     "READ_BYTES",
     "READ_THREADS",
     "SCRATCH_SLOTS",
+    "copy_threads",
     "initial_slots",
+    "pinned_bytes",
     "staging_bytes",
 ]
 
@@ -42,8 +44,11 @@ def initial_slots(slots: int, experts: int) -> int:
 
 # From host memory to a GPU, through pinned buffers.
 
-LINK_COPY_THREADS = 2
-"""Threads that copy into pinned buffers: one core's memcpy is slower than 16 lanes of PCIe 4.0."""
+LINK_COPY_RATE = 12.5e9
+"""Bytes/s at which a core fills a pinned buffer at least. 16 lanes of PCIe 4.0 take two threads, of PCIe 5.0 five."""
+
+_LEAST_COPY_THREADS, _MOST_COPY_THREADS = 2, 8  # more would wait for Python's lock, which each takes for every buffer
+_CORES_PER_COPY_THREAD = 4  # the others compute missed experts; both read the same memory
 
 LINK_BUFFERS = 2
 """Pinned buffers of each of these threads: one is filled while the other is sent."""
@@ -53,8 +58,28 @@ LINK_BUFFERS = 2
 LINK_BUFFER_BYTES = 2 << 20
 """Bytes of one pinned buffer."""
 
-PINNED_BYTES = LINK_COPY_THREADS * LINK_BUFFERS * LINK_BUFFER_BYTES
-"""Pinned host memory of one GPU's link."""
+
+def copy_threads(link: float, cores: int) -> int:
+    """How many threads copy from host memory into the pinned buffers of a GPU's link: as many as keep it busy, if there are cores enough.
+
+    Args:
+        link: from host memory to the GPU, in bytes/s.
+        cores: for this GPU.
+    """
+    return max(_LEAST_COPY_THREADS, min(_most_copy_threads(link), cores // _CORES_PER_COPY_THREAD))
+
+
+def pinned_bytes(link: float) -> int:
+    """Pinned host memory of a GPU's link at most, on any number of cores, so that a plan does not depend on them.
+
+    Args:
+        link: from host memory to the GPU, in bytes/s.
+    """
+    return _most_copy_threads(link) * LINK_BUFFERS * LINK_BUFFER_BYTES
+
+
+def _most_copy_threads(link: float) -> int:
+    return max(_LEAST_COPY_THREADS, min(_MOST_COPY_THREADS, math.ceil(link / LINK_COPY_RATE)))
 
 
 # From disk to host memory.

@@ -19,7 +19,7 @@ from dbrx_q.config import DbrxConfig
 from .expert_kinds import ExpertKind
 from .footprint import Footprint, MemoryRequest
 from .machine import DevicePlan, Gpu, Machine, Placement
-from .offloading import PINNED_BYTES, SCRATCH_SLOTS, initial_slots, staging_bytes
+from .offloading import SCRATCH_SLOTS, initial_slots, pinned_bytes, staging_bytes
 from .speed import expected_seconds
 
 __all__ = ["place"]
@@ -145,7 +145,8 @@ def _host_under_gpus(
     """
     fallback_slots = _expert_counts(model.fallback if fallback else (), model)
     workspace = model.offload_workspace if off_gpus else 0
-    staging = len(machine.gpus) * PINNED_BYTES + staging_bytes(wanted) + staging_bytes(fallback_slots) if workspace else 0
+    pinned = sum(pinned_bytes(gpu.link) for gpu in machine.gpus)
+    staging = pinned + staging_bytes(wanted) + staging_bytes(fallback_slots) if workspace else 0
     slots: dict[ExpertKind, int] = {}
     shortfall = 0
     if off_gpus:

@@ -13,7 +13,7 @@ from dbrx_q import DbrxForCausalLM
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,9 @@ def gpus() -> Callable[..., Budget]:
 
     def budget(*megabytes: float, ram: float, **options: Any) -> Budget:
         reserve = Gpu(0).reserve
-        machine = Machine(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + reserve) for size in megabytes))
+        machine = Machine(
+            int(ram * 1e6) + len(megabytes) * pinned_bytes(Gpu.link), tuple(Gpu(int(size * 1e6) + reserve) for size in megabytes)
+        )
         return Budget(machine, context=64, step_tokens=40, devices=(torch.device("cpu"),) * len(megabytes), direct=False, **options)
 
     return budget

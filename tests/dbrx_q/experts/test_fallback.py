@@ -35,7 +35,7 @@ from dbrx_q.kernels.formats.int4 import Int4Weight
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.quantize.pipeline import run as pipeline
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
@@ -67,7 +67,9 @@ def on_host(slots: int, **options: Any) -> Budget:
 
 def on_gpus(*megabytes: float, ram: float, **options: Any) -> Budget:
     """A budget of GPUs with so much memory beside the reserve of a real one."""
-    machine = Machine(int(ram * 1e6) + len(megabytes) * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in megabytes))
+    machine = Machine(
+        int(ram * 1e6) + len(megabytes) * pinned_bytes(Gpu.link), tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in megabytes)
+    )
     return Budget(machine, context=64, step_tokens=40, devices=(CPU,) * len(megabytes), direct=False, fallback=True, **options)
 
 

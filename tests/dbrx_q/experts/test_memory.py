@@ -20,8 +20,8 @@ from dbrx_q.experts.cpu_store import CpuExpertStore
 from dbrx_q.experts.fallback import FALLBACK_FOLDER
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
-from dbrx_q.planning.machine import Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.machine import Gpu, Machine
+from dbrx_q.planning.offloading import pinned_bytes
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
@@ -139,14 +139,14 @@ def test_a_fallback_copy_stays_within_the_budget(large: Path, warm: Path) -> Non
 def test_gpus_and_the_memory_under_them_stay_below_their_budgets(large: Path, warm: Path) -> None:
     """Two GPUs in host memory: their slots, host slots, staging buffers, and the workspace of experts computed for them."""
     memory = 24 << 20, 20 << 20
-    ram = (34 << 20) + 2 * PINNED_BYTES
+    ram = (34 << 20) + 2 * pinned_bytes(Gpu.link)
     command = [sys.executable, "-c", MEASURE, str(warm), str(large), str(ram), "direct", *map(str, memory)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     measured = json.loads(process.stdout)
     assert measured["tokens"] == generate(load_model(large), [list(range(2, 130))], max_new_tokens=16)[0].token_ids
     assert measured["read"] > sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    budget = sum(memory) + ram - 2 * PINNED_BYTES  # links within host memory have no pinned buffers
+    budget = sum(memory) + ram - 2 * pinned_bytes(Gpu.link)  # links within host memory have no pinned buffers
     assert budget / 2 < measured["grown"] <= budget
 
 

@@ -20,7 +20,7 @@ from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.host_memory import allowed_bytes, available_bytes
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 
 TIMEOUT = 60
 
@@ -29,7 +29,7 @@ TIMEOUT = 60
 def test_a_dropped_model_is_freed_without_being_closed(quantized_nano: Path, gpus: tuple[float, ...]) -> None:
     """Its slots and threads, once no reference to the model is left."""
     machine = Machine(5 << 20 if gpus else 2_400_000, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in gpus))
-    machine = replace(machine, ram=(machine.ram or 0) + PINNED_BYTES * len(gpus))
+    machine = replace(machine, ram=(machine.ram or 0) + pinned_bytes(Gpu.link) * len(gpus))
     before = set(threading.enumerate())
     budget = Budget(machine, context=100, step_tokens=8, devices=(torch.device("cpu"),) * len(gpus))
     model = load_model(quantized_nano, budget=budget)
@@ -49,7 +49,7 @@ def test_a_dropped_model_is_freed_without_being_closed(quantized_nano: Path, gpu
 
 
 def test_a_store_of_gpus_that_cannot_be_made_leaves_no_thread(quantized_nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine((5 << 20) + 2 * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (1.6, 1.6)))
+    machine = Machine((5 << 20) + 2 * pinned_bytes(Gpu.link), tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (1.6, 1.6)))
     cpu = torch.device("cpu")
     real, instances = GpuExperts.__init__, []
 

@@ -27,7 +27,7 @@ from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.expert_kinds import expert_kinds
 from dbrx_q.planning.footprint import MemoryRequest
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 from dbrx_q.planning.placement import place
 from dbrx_q.planning.policy_names import MissPolicy
 from dbrx_q.planning.speed import speed_bounds
@@ -85,7 +85,7 @@ def test_a_simulation_of_gpus_counts_like_their_store(
     model: DbrxForCausalLM, quantized_nano: Path, miss_policy: MissPolicy, ram: float, step: int
 ) -> None:
     trace = record(model, IDS, context=24, step=step)
-    machine = Machine(int(ram * 1e6) + 2 * PINNED_BYTES, tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (2.2, 1.9)))
+    machine = Machine(int(ram * 1e6) + 2 * pinned_bytes(Gpu.link), tuple(Gpu(int(size * 1e6) + Gpu(0).reserve) for size in (2.2, 1.9)))
     cpu = torch.device("cpu")
     budget = Budget(machine, context=24, step_tokens=16, devices=(cpu, cpu), miss_policy=miss_policy, direct=False)
     split = load_model(quantized_nano, budget=budget)
@@ -144,7 +144,7 @@ def test_nothing_is_slower_than_the_lower_bound(model: DbrxForCausalLM, gpus: tu
     trace = Trace(np.sort(chosen, -1), chosen, np.array([1] * N), model.config.to_dict())
     formats = tensor_formats(model.config, "")
     kinds = expert_kinds(model.config, formats, model.dtype)
-    ram = 2_900_000 if not gpus else 2_000_000 + PINNED_BYTES
+    ram = 2_900_000 if not gpus else 2_000_000 + pinned_bytes(Gpu.link)
     machine = Machine(ram, tuple(Gpu(size + Gpu(0).reserve) for size in gpus))
     plan = place(model.config, formats, machine, MemoryRequest(64, step_tokens=1))
     assert plan.fits

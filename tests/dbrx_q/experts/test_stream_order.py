@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ import pytest
 import torch
 
 from dbrx_q import DbrxForCausalLM
-from dbrx_q.experts import streams
+from dbrx_q.experts import build, streams
 from dbrx_q.experts.gpu_experts import GpuExperts
 from dbrx_q.experts.gpu_store import GpuExpertStore
 from dbrx_q.experts.link import Link, make_link
 from dbrx_q.experts.policies import Lru
 from dbrx_q.experts.sums import PairSum
 from dbrx_q.kernels.formats.expert_weights import Routing
+from dbrx_q.model import loading
 from dbrx_q.planning.budget import Budget
+from dbrx_q.planning.offloading import LINK_BUFFER_BYTES, LINK_BUFFERS
 from dbrx_q.planning.policy_names import MissPolicy
 
 Clock = dict[int, int]
@@ -200,3 +203,42 @@ def test_a_caller_may_change_the_current_stream(experts: GpuExperts, gpu: Gpu) -
     assert gpu.races == []
     handles = {stream.cuda_stream for uses in gpu.uses.values() for _, stream, _ in uses}
     assert {first.cuda_stream, second.cuda_stream} < handles
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_number_of_threads_sends_every_byte(threads: int, gpu: Gpu) -> None:
+    link = make_link(Device(), threads)  # type: ignore[arg-type] # looks like one
+    sources = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in (1, 1000, 5 * LINK_BUFFER_BYTES + 3, 23_456_789)]
+    targets = [torch.zeros_like(source) for source in sources]
+    link.copy(sources, targets, urgent=True).wait()
+    assert all(torch.equal(source, target) for source, target in zip(sources, targets, strict=True))
+    assert link.bytes_copied == sum(source.nbytes for source in sources)
+    rings = link._rings  # type: ignore[attr-defined] # a CUDA link has them
+    pinned = sum(buffer.nbytes for ring in rings for buffer in ring._buffers)
+    assert pinned == threads * LINK_BUFFERS * LINK_BUFFER_BYTES
+    link.close()
+
+
+def test_a_fast_link_gets_more_threads_and_the_plan_their_memory(
+    loaded: Callable[..., DbrxForCausalLM], gpus: Callable[..., Budget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def noted(device: torch.device, threads: int) -> Link:
+        taken.append(threads)
+        return make_link(device, threads)
+
+    monkeypatch.setattr(loading, "make_link", noted)
+    monkeypatch.setattr(build, "usable_threads", lambda: 64)
+    budget = gpus(2.6, ram=5.0)
+    usual = loaded(budget).placement
+    machine = budget.machine
+    assert machine is not None
+    assert machine.ram is not None
+    fast = replace(machine, ram=machine.ram + (12 << 20), gpus=(replace(machine.gpus[0], link=55e9),))
+    faster = loaded(replace(budget, machine=fast)).placement
+    assert taken == [2, 5]
+    assert usual is not None
+    assert faster is not None
+    assert faster.host.workspace == usual.host.workspace + (12 << 20)
+    assert faster.host.slots == usual.host.slots
