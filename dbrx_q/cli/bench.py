@@ -323,6 +323,10 @@ def static(
     out: Annotated[
         Path | None, option(OUTPUT, "Markdown document whose table is replaced.", metavar="FILE", default="print the table")
     ] = None,
+    record: Annotated[
+        Path | None,
+        option(OUTPUT, "Only count the loops that the tests hold to this file, and write it.", metavar="FILE", default="none"),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compile the GPU kernels at DBRX's shapes, without a GPU, count their instructions, and compute the time that each bound allows."""
@@ -330,6 +334,11 @@ def static(
     from dbrx_q.eval.bench.gpu_specs import GPUS
     from dbrx_q.eval.bench.static_report import as_json, check_report, document, static_rows, write_report
 
+    if record is not None:
+        from dbrx_q.eval.bench.loop_record import write_record
+
+        write_record(record)
+        return
     if processes < 1:
         raise RequestError(f"--processes must be at least 1; found {processes}")
     if out is not None:

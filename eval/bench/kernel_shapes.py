@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch._meta_registrations as meta_registrations
 
 from dbrx_q.config import NORM_EPS
 from dbrx_q.kernels.backend import Backend
@@ -30,7 +31,10 @@ from dbrx_q.kernels.triton.launch import Chip, Launch, recording
 
 from .kernel_resources import launch_key
 
-__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Shapes", "dbrx_launches", "empty_weight", "essential", "usual_launches"]
+__all__ = ["BATCHES", "DBRX", "FORMATS", "TOKENS", "Shapes", "dbrx_launches", "empty_weight", "essential", "loop_key", "usual_launches"]
+
+# The command line defers what torch has in Python for meta tensors (`dbrx_q/deferred_torch.py`); the first use of a name loads it.
+_ = meta_registrations.register_meta
 
 TOKENS = (*range(1, 17), 17, *(1 << power for power in range(5, 13)))
 """Tokens of one call: every one of the matrix-vector regime, then powers of two."""
@@ -134,13 +138,18 @@ def dbrx_launches(
 _AROUND_THE_LOOP = frozenset({"CLIP", "FEEDBACK", "MISSING", "PROGRAMS", "RESIDUAL", "ROWS", "SLOTS", "SPLITS"})
 
 
+def loop_key(launch: Launch) -> tuple[object, ...]:
+    """A key that is equal for launches whose code differs only before and after the main loop."""
+    loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
+    types = {str(part.dtype) for part in launch.arguments if isinstance(part, torch.Tensor) and part.is_floating_point()}
+    return launch.kernel.__name__, str(loop), str(sorted(types)), launch.warps, launch.stages
+
+
 def essential(launches: Sequence[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
     """One of all launches that share their main loop: the one with the most before and after it, which needs the most registers."""
     kept: dict[tuple[object, ...], tuple[str, Launch]] = {}
     for case, launch in launches:
-        loop = sorted((name, value) for name, value in launch.constants.items() if name not in _AROUND_THE_LOOP)
-        types = {str(part.dtype) for part in launch.arguments if isinstance(part, torch.Tensor) and part.is_floating_point()}
-        key = launch.kernel.__name__, str(loop), str(sorted(types)), launch.warps, launch.stages
+        key = loop_key(launch)
         if key not in kept or _extent(launch) > _extent(kept[key][1]):
             kept[key] = case, launch
     return list(kept.values())

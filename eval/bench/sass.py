@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Instruction", "Loop", "Pipe", "code_outside", "loops_of", "multiply_adds", "parse", "pipe_of", "pipes"]
+__all__ = ["Instruction", "Loop", "Pipe", "code_outside", "loops_of", "multiply_adds", "parse", "pipe_of", "pipes", "product_loops"]
 
 # The second half of the 128 bits of an instruction, if it is there, has a line of its own.
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/)?")
@@ -87,6 +87,12 @@ class Loop:
     inner: tuple[Loop, ...]
     """Loops inside it, in order."""
 
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """Its instructions in order, those of inner loops counted once."""
+        parts = self.body + tuple(part for loop in self.inner for part in loop.instructions)
+        return tuple(sorted(parts, key=lambda part: part.address))
+
     def multiplies(self) -> bool:
         """Whether it, or a loop inside it, has matrix instructions."""
         return any(pipe_of(part) is Pipe.MMA for part in self.body) or any(loop.multiplies() for loop in self.inner)
@@ -128,6 +134,15 @@ def loops_of(instructions: Sequence[Instruction]) -> tuple[Loop, ...]:
             if number not in _reached(flow, 0, head) and number in _reached(flow, head, None):
                 members.setdefault(head, {head}).update(_reached(before, number, head))
     return _nested(instructions, sorted(members.items(), key=lambda loop: -len(loop[1])))
+
+
+def product_loops(instructions: Sequence[Instruction]) -> list[Loop]:
+    """The loops with matrix instructions, in order; of nested ones the innermost."""
+
+    def innermost(loops: Iterable[Loop]) -> list[Loop]:
+        return [part for loop in loops if loop.multiplies() for part in innermost(loop.inner) or [loop]]
+
+    return innermost(loops_of(instructions))
 
 
 def code_outside(instructions: Sequence[Instruction], loops: Iterable[Loop]) -> tuple[Instruction, ...]:

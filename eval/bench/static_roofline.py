@@ -29,7 +29,7 @@ from .gpu_specs import GPUS, GpuSpecs
 from .kernel_resources import compile_launch
 from .launch_work import LaunchWork, work_of
 from .occupancy import occupancy, spread
-from .sass import Instruction, Loop, Pipe, code_outside, loops_of, multiply_adds, parse, pipes
+from .sass import Instruction, Loop, Pipe, code_outside, multiply_adds, parse, pipes, product_loops
 from .warp_timing import clocks_of_an_iteration
 
 __all__ = ["DEPENDENT_FIXED_SECONDS", "DRAM_LATENCY", "FIXED_SECONDS", "SUSTAINED_ISSUE", "Code", "LaunchCost", "cost_of", "launch_cost"]
@@ -146,14 +146,14 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
     """
     instructions = parse(code.listing)
     resident = occupancy(gpu, warps=launch.warps, registers=code.registers, shared_memory=code.shared_memory)
-    loops = _multiplying(loops_of(instructions))
+    loops = product_loops(instructions)
     if len(loops) != len(work.iterations):
         raise DbrxError(
             f"{launch.kernel.__name__} must have {len(work.iterations)} loops with matrix instructions, as `launch_work.py` describes it; "
             f"found {len(loops)}. Describe its work there"
         )
     once = code_outside(instructions, loops)
-    weighted = [(once, 1.0), *((_all(loop), times) for loop, times in zip(loops, work.iterations, strict=True))]
+    weighted = [(once, 1.0), *((loop.instructions, times) for loop, times in zip(loops, work.iterations, strict=True))]
     programs_each = work.programs / gpu.multiprocessors  # of an average multiprocessor
     tail = spread(work.programs, gpu.multiprocessors)
 
@@ -179,13 +179,15 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
     }
     dependent = launch.pdl
     fixed = DEPENDENT_FIXED_SECONDS if dependent else FIXED_SECONDS
-    timing = [_rounds(_all(loop), launch, work, resident.programs, gpu) for loop in loops]
+    timing = [_rounds(loop.instructions, launch, work, resident.programs, gpu) for loop in loops]
     clocks = sum(times * in_all for times, (_, in_all) in zip(work.iterations, timing, strict=True))
     outside = len(once) / _ISSUE_RATE * busiest
     slowest = clocks / gpu.clock + outside if loops else max(bounds[name] for name in bounds)
     return LaunchCost(
         kernel=launch.kernel.__name__,
-        loops=tuple({**_counts(_all(loop)), "iterations": round(times, 3)} for loop, times in zip(loops, work.iterations, strict=True)),
+        loops=tuple(
+            {**_counts(loop.instructions), "iterations": round(times, 3)} for loop, times in zip(loops, work.iterations, strict=True)
+        ),
         per_16_bytes=_per_16_bytes(launch, loops, work),
         registers=code.registers,
         shared_memory=code.shared_memory,
@@ -204,21 +206,6 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         simulated=max(slowest, bounds["DRAM"]) + fixed,
         dependent=dependent,
     )
-
-
-def _multiplying(loops: Iterable[Loop]) -> list[Loop]:
-    """The loops with matrix instructions, in order; of nested ones the innermost."""
-    chosen = []
-    for loop in loops:
-        if loop.multiplies():
-            chosen += _multiplying(loop.inner) or [loop]
-    return chosen
-
-
-def _all(loop: Loop) -> tuple[Instruction, ...]:
-    """Its instructions in order, those of inner loops counted once."""
-    parts = loop.body + tuple(part for inner in loop.inner for part in _all(inner))
-    return tuple(sorted(parts, key=lambda part: part.address))
 
 
 def _rounds(body: tuple[Instruction, ...], launch: Launch, work: LaunchWork, resident: int, gpu: GpuSpecs) -> tuple[float, float]:
@@ -246,7 +233,7 @@ def _per_16_bytes(launch: Launch, loops: list[Loop], work: LaunchWork) -> dict[s
     pieces = sum(times * packed / threads / 16 for times, packed in zip(work.iterations, work.packed_bytes, strict=True))
     sums: dict[str, float] = {}
     for loop, times in zip(loops, work.iterations, strict=True):
-        for name, count in _counts(_all(loop)).items():
+        for name, count in _counts(loop.instructions).items():
             sums[name] = sums.get(name, 0.0) + times * count
     return {name: count / pieces for name, count in sums.items()}
 

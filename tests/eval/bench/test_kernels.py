@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +188,12 @@ def test_the_table_replaces_only_the_lines_between_its_markers(tmp_path: Path) -
     path.write_text("by hand", encoding="utf-8")
     with pytest.raises(RequestError, match="must hold the lines"):
         write_report(path, "")
+
+
+def test_launches_are_recorded_where_the_command_line_defers_parts_of_torch() -> None:
+    """Prefill sorts on tensors without memory, for which torch has Python code that the command line loads only on demand."""
+    script = (
+        "from dbrx_q.deferred_torch import defer\ndefer()\nimport torch\nimport dbrx_q.eval.bench.kernel_shapes\n"
+        "torch.searchsorted(torch.empty(4, device='meta'), torch.empty(3, device='meta'), out_int32=True)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,7 +6,7 @@ import pytest
 
 from dbrx_q.eval.bench.gpu_specs import GPUS
 from dbrx_q.eval.bench.occupancy import Occupancy, occupancy, spread
-from dbrx_q.eval.bench.sass import Pipe, code_outside, loops_of, multiply_adds, parse, pipes
+from dbrx_q.eval.bench.sass import Pipe, code_outside, loops_of, multiply_adds, parse, pipes, product_loops
 from dbrx_q.kernels.triton.launch import CHIPS
 
 
@@ -49,6 +49,8 @@ def test_loops_of_a_listing_counted_by_hand() -> None:
     assert [part.name for part in inner.body] == ["PRMT", "FADD", "BRA"]
     assert [part.name for part in second.body] == ["UIADD3", "BRA", "BRA"]
     assert (first.multiplies(), inner.multiplies(), second.multiplies()) == (True, False, False)
+    assert [part.name for part in first.instructions] == ["LOP3", "PRMT", "FADD", "BRA", "HMMA", "BRA", "LDS", "BRA"]
+    assert product_loops(instructions) == [first]
     outside = [part.name for part in code_outside(instructions, (first, second))]
     assert outside == ["MOV", "MUFU", "BRA", "STG", "EXIT", "IADD3", "BRA"]
 

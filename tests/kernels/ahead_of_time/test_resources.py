@@ -18,6 +18,7 @@ import dbrx_q.kernels.triton.launch as launch_module
 from dbrx_q.eval.bench.kernel_report import ResourceRow, problems
 from dbrx_q.eval.bench.kernel_resources import compile_launch, global_loads, packed_parameters
 from dbrx_q.eval.bench.kernel_shapes import usual_launches
+from dbrx_q.eval.bench.loop_record import RECORDED_TRELLIS
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
 # One stores codes of the KV cache, one the bits of streams; they read none.
@@ -26,7 +27,7 @@ WRITE_ONLY = ("qkv_kernel", "viterbi_kernel")
 # `bench resources` compiles for all of them.
 CHIPS_TESTED = ("sm_86", "sm_90", "sm_120", "gfx1100")
 # One trellis format on each, all of them between the chips: their kernels differ in few lines.
-TRELLIS_TESTED = {"sm_86": "trellis2", "sm_90": "trellis3", "sm_120": "trellis4", "gfx1100": "trellis2"}
+TRELLIS_TESTED = {**RECORDED_TRELLIS, "sm_120": "trellis4", "gfx1100": "trellis2"}
 
 
 @cache
