@@ -11,7 +11,8 @@ One request, step by step:
    prompts share is computed once. `forward_decoder.py` runs a whole batch through `forward` where caches or hidden states are asked for.
 3. `token_loop.py` is the loop. Its tokens are chosen by `sampling.py` (`SamplingParams`), or by `logits_processors.py` and, for beams,
    `beam_search.py`; `prompt_lookup.py` copies tokens that a step then verifies. `stopping.py` ends sequences.
-4. `decoding.py` appends the new tokens in a decode step; on a GPU the step of a whole batch is one CUDA graph (`decode_graph.py`).
+4. `decoding.py` appends the new tokens in a decode step; on a GPU the step of a whole batch is one CUDA graph (`decode_graph.py`),
+   or one for each layer where experts move between memories (`layer_graphs.py`).
 5. `growing_text.py` turns tokens into text that can be shown; `streamers.py` shows it; `outputs.py` holds what `model.generate` returns.
 
 `sequence_sampler.py` samples many sequences at once from nothing but bos or random tokens, to calibrate a quantization with.

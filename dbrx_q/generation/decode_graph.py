@@ -1,7 +1,7 @@
-"""A decode step for several sequences at once, captured in one CUDA graph for each batch-size bucket.
+"""A decode step for several sequences at once, captured in one CUDA graph for each batch-size bucket, or in one for each layer.
 
-A step of DBRX launches some 350 kernels of a few microseconds each. Replayed from a graph they follow each other without the host.
-`capturable` says for which models a graph can be captured.
+A step of DBRX launches some 330 kernels of a few microseconds each. Replayed from a graph they follow each other without the host.
+`capturable` says for which models one graph holds the whole step, `capturable_by_layer` for which it is split (`layer_graphs.py`).
 
 Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
 """
@@ -9,7 +9,7 @@ Dimension letters: `S` sequences of a step, padded to a bucket; `V` vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,12 @@ from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.layers import PackedWeight, hooked
 from dbrx_q.model.modeling import DbrxForCausalLM
 
+from .layer_graphs import Captured, LayerGraphs, Piece, capture_on
+
 if TYPE_CHECKING:
     from dbrx_q.kernels.triton.arrival import Graph
 
-__all__ = ["BatchDecoder", "DecodeStep", "capturable"]
+__all__ = ["BatchDecoder", "DecodeStep", "capturable", "capturable_by_layer"]
 
 # Tokens that a cache's capacity is rounded up to, so that requests of similar length share one cache and its graphs.
 _CAPACITY_STEP = 1024
@@ -38,8 +40,8 @@ _borrowing = threading.Lock()
 class DecodeStep:
     """One token for each of `size` sequences of `cache`.
 
-    If the model is on a CUDA device and `capturable`, the constructor captures the step in a graph and every call replays it. Otherwise
-    every call launches the kernels one by one.
+    If the model is on a CUDA device and `capturable`, the constructor captures the step in a graph and every call replays it. If only
+    its experts are elsewhere, it captures a graph for each layer. Otherwise every call launches the kernels one by one.
 
     Args:
         model: a loaded model whose attention reads lengths on the device (`DbrxModel.steps_together`).
@@ -59,12 +61,15 @@ class DecodeStep:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graph: Graph | None = None
         self._logits: torch.Tensor | None = None
+        self._by_layer: LayerGraphs | None = None
         if device.type == "cuda" and capturable(model):
             self._capture()
+        elif device.type == "cuda" and capturable_by_layer(model):
+            self._capture_layers(capture_on(device))
 
     @property
     def captured(self) -> bool:
-        """Whether the step is replayed from a CUDA graph."""
+        """Whether the whole step is replayed from one CUDA graph."""
         return self._graph is not None
 
     @torch.inference_mode()
@@ -90,18 +95,27 @@ class DecodeStep:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._model.device))
         watched = self._model.transformer.watched or hooked(self._model.lm_head)  # a replay calls no hook
-        if self._graph is None or watched:
+        if watched or (self._graph is None and self._by_layer is None):
             return self._compute()
-        self._graph.replay()
+        if self._by_layer is not None:
+            return self._by_layer()
+        assert self._graph is not None
         assert self._logits is not None
+        self._graph.replay()
         return self._logits
 
-    def _compute(self) -> torch.Tensor:
-        tokens, rows, lengths, positions = self._on_device
+    def _batch(self) -> Batch:
+        _, rows, lengths, positions = self._on_device
         ones, ends = (1,) * self.size, (self._cache.capacity,) * self.size
-        sequences = Sequences(self._starts, lengths, ones, ends, rows)
-        hidden, _ = self._model.transformer.run(tokens, Batch(sequences, positions, rows, self._cache))
+        return Batch(Sequences(self._starts, lengths, ones, ends, rows), positions, rows, self._cache)
+
+    def _compute(self) -> torch.Tensor:
+        hidden, _ = self._model.transformer.run(self._on_device[0], self._batch())
         return self._model.lm_head(hidden).float()
+
+    @torch.inference_mode()
+    def _capture_layers(self, capture: Callable[[Piece], Captured]) -> None:
+        self._by_layer = LayerGraphs(self._model, self._batch(), self._on_device[0], capture)
 
     @torch.inference_mode()
     def _capture(self) -> None:
@@ -183,6 +197,20 @@ def capturable(model: DbrxForCausalLM) -> bool:
 
     all_on_one_device = isinstance(model.transformer.expert_store, ResidentExpertStore) and len(set(model.transformer.devices)) == 1
     return all_on_one_device and all(served(module.value) for module in model.modules() if isinstance(module, PackedWeight))
+
+
+def capturable_by_layer(model: DbrxForCausalLM) -> bool:
+    """Whether CUDA graphs can hold what a decode step computes beside the experts: these may be in any memory and any format.
+
+    One device must hold the rest, and the Triton kernels must have code for the format of every packed weight of it.
+    """
+    from dbrx_q.kernels.triton.codes import served
+
+    transformer = model.transformer
+    experts = {id(module) for block in transformer.layers() for module in block.ffn.experts.modules()}
+    return len(set(transformer.devices)) == 1 and all(
+        served(module.value) for module in model.modules() if isinstance(module, PackedWeight) and id(module) not in experts
+    )
 
 
 def _power_of_two(n: int) -> int:

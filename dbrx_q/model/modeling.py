@@ -185,7 +185,7 @@ class DbrxModel(DbrxPreTrainedModel):
         # Inference mode makes a step of the bundled model 12 % faster, but users cannot save its tensors for backward.
         observed = with_logits or with_attentions or wanted is not None or self.watched
         with nullcontext() if observed else torch.inference_mode():
-            x = self._embedded(inputs.tokens)
+            x = self.embedded(inputs.tokens)
             if wanted is not None:
                 keep(x, None)
             counts = None if observed or (cache is None and implementation == "flash_attention_2") else inputs.kept_counts(states_to_keep)
@@ -211,10 +211,10 @@ class DbrxModel(DbrxPreTrainedModel):
         `batch.cache.lengths`.
         """
         recorder = Recorder()
-        x, delta, _ = self._run_blocks(self._embedded(ids), batch, recorder, on_block)
+        x, delta, _ = self._run_blocks(self.embedded(ids), batch, recorder, on_block)
         return self.norm_f.run(x, delta)[1], recorder.router_logits
 
-    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, D] on the device of the first block, for ids [T] or embeddings [T, D]."""
         tokens = tokens.to(self.layers()[0].device)
         x: torch.Tensor = tokens if tokens.is_floating_point() else self.wte(tokens, self.dtype)

@@ -11,6 +11,7 @@ from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.generation.decode_graph import DecodeStep
 from dbrx_q.generation.decoding import decode_one_token, prefill
 from dbrx_q.generation.generate import generate
+from dbrx_q.generation.layer_graphs import capture_on
 from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
@@ -65,6 +66,24 @@ def test_a_captured_step_equals_the_same_step_uncaptured(quantized_nano: Path, k
         new = [n + 1 + step for n in lengths]
         arguments = ([11, 12, 13, 11], [*new, new[0]], [0, 1, 2, 0])
         torch.testing.assert_close(replayed(*arguments), plain(*arguments), rtol=0, atol=0)
+
+
+def test_a_step_replayed_layer_by_layer_equals_the_same_step_uncaptured(quantized_nano: Path) -> None:
+    """With all experts on the GPU, so that their sums have one order."""
+    model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+    steps = []
+    for _ in range(2):
+        cache = KVCache(model.config, 4, 64, dtype=model.dtype, device=model.device, format="int8")
+        for row, prompt in enumerate(PROMPTS):
+            prefill(model, prompt, cache.sequence(row))
+        steps.append(DecodeStep(model, cache, 4))
+        steps[-1]._graph = None
+    steps[0]._capture_layers(capture_on(model.device))
+    lengths = [len(prompt) for prompt in PROMPTS]
+    for number in range(5):
+        new = [n + 1 + number for n in lengths]
+        arguments = ([11, 12, 13, 11], [*new, new[0]], [0, 1, 2, 0])
+        torch.testing.assert_close(steps[0](*arguments), steps[1](*arguments), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("format", ["int4", "int8"])
