@@ -13,6 +13,6 @@ ceiling from `ceilings.py`, which measures memory bandwidth and matmul rate in t
   registers, shared memory and spills, and `kernel_report.py` writes the table of these.
 - `static_report.py` is `dbrx-q bench static`: times of kernels computed from their machine code, without a GPU. `static_cases.py` has the
   calls, `static_roofline.py` the model. It takes instructions and loops from `sass.py`, what a launch must do from `launch_work.py`,
-  resident programs from `occupancy.py`, and rates of chips from `gpu_specs.py`. `warp_timing.py` simulates the issue of a loop,
-  and `loop_record.py` writes the counts of loops that the tests compare.
+  resident programs from `occupancy.py`, and rates of chips from `gpu_specs.py`; `warp_timing.py` simulates the issue of a loop.
+  `loop_record.py` writes the counts of loops that the tests compare, and `static_comparison.py` compares two states of the kernels.
 """

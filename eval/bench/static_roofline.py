@@ -107,6 +107,11 @@ class LaunchCost:
         return self.ideal / self.seconds
 
     @property
+    def steady_share(self) -> float:
+        """The same without the fixed time, which weighs the more the shorter a launch is."""
+        return self.ideal / self.bounds[self.bound]
+
+    @property
     def simulated_share(self) -> float:
         """Share of the ceiling by the simulated time."""
         return self.ideal / self.simulated

@@ -14,6 +14,7 @@ from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.eval.bench.gpu_specs import GPUS
 from dbrx_q.eval.bench.launch_work import LaunchWork, work_of
 from dbrx_q.eval.bench.static_cases import record, static_cases
+from dbrx_q.eval.bench.static_comparison import comparison
 from dbrx_q.eval.bench.static_report import BEGIN, END, StaticRow, as_json, matching_cases, table, write_report
 from dbrx_q.eval.bench.static_roofline import DRAM_LATENCY, FIXED_SECONDS, SUSTAINED_ISSUE, Code, LaunchCost, cost_of
 from dbrx_q.kernels.triton.launch import Launch
@@ -116,6 +117,7 @@ def test_a_case_of_several_launches_is_summed() -> None:
     lines = table([summed]).splitlines()
     assert lines[0] == "**sm_90, H200** (4.30 TB/s, 949 TFLOP/s)"
     assert "| product x 40 | 2 / 1 / 0 / 0 / 0 / 0 / 0 | 128 | 8 (registers) | 24 | 0.19, 1.32 |" in lines[5]
+    assert f"| {cost.share:.0%}, {cost.steady_share:.0%} |" in lines[5]
     assert lines[6].startswith("| **MoE int4:64, 1 token** | all |")
     assert len({line.count("|") for line in lines[2:]}) == 1
     [record_of_row] = as_json([summed])["rows"]
@@ -152,3 +154,26 @@ def test_the_table_replaces_that_of_a_document(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+
+
+def test_two_states_are_compared_by_version_of_triton() -> None:
+    shorter = replace(CODE, listing=LISTING.replace("/*0030*/ PRMT R5, R4, R4, R4 ;\n", ""))
+    reports, work = [], replace(WORK, iterations=(4800.0,), dram_bytes=1e8)
+    for code in (CODE, shorter):
+        costs = ((cost_of(LAUNCH, work, code, GPUS["sm_90"]), 1),)
+        reports.append(as_json([StaticRow("sm_90", "MoE int4:64, 1 token", "moe", True, costs)]))
+    lines = comparison([reports[0] | {"triton": "0.1"}, reports[0]], reports[1:]).splitlines()
+    before, after = (round(100 * report["rows"][0]["share"]) for report in reports)
+    assert after > before
+    assert f"| MoE int4:64, 1 token | {before} → {after} % |" in lines
+    assert lines[-1].startswith("| MoE int4:64, 1 token | product | 2 → 2 | 1 → 0 |")
+    with pytest.raises(RequestError, match=r"must have a version of Triton in common; found 0.1 and"):
+        comparison([reports[0] | {"triton": "0.1"}], reports[1:])
+
+
+@pytest.mark.parametrize("name", ["Wqkv int4:64, 1 token", "out_proj int8:64, 1 token", "lm_head int8:64, 1 token"])
+def test_a_linear_reads_each_weight_once(name: str) -> None:
+    [launch] = launches(name)
+    work = work_of(launch)
+    weights = launch.arguments[launch.kernel.arg_names.index("q")]
+    assert work.programs * work.iterations[0] * work.packed_bytes[0] == pytest.approx(weights.nbytes, rel=0.01)
