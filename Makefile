@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
-.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization bits clean
+.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization bits parcel clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -95,6 +95,11 @@ bits: .venv/installed-dev
 	@test -d "$(TEXTS)/final" || { echo "Name the folder that tests/methods/texts.py wrote: make bits TEXTS=FOLDER"; exit 2; }
 	$(BIN)/python tests/methods/bits.py $(MODEL) $(OUT)/bits --texts $(TEXTS) --beside $(BESIDE) \
 		--plot docs/bits.svg --document docs/quantization.md
+
+# The tree and the wheels that a GPU machine without a network lacks, for `sh parcel/run.sh bench gpu` there; the machine's Python: VERSION.
+VERSION := 3.12
+parcel: .venv/installed
+	$(BIN)/python -m dbrx_q.eval.gpu_run.parcel --python $(VERSION)
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

@@ -71,14 +71,16 @@ def run_tests(name: str, settings: Settings, limit: float) -> dict[str, Any]:
     root = tree()
     assert root is not None
     command = [sys.executable, "-m", "pytest", str(root / name), "--rootdir", str(root), "-c", str(root / "pyproject.toml")]
-    command += ["-p", "no:cacheprovider", "-m", "gpu", "--color=no"]
+    # The machine's versions are not those that CI has, and its plugins are not the project's: neither may turn a warning into a failure.
+    command += ["-p", "no:cacheprovider", "-m", "gpu", "--color=no", "-W", "default"]
+    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if settings.dry:
-        ended = run_within([*command, "--collect-only", "-q"], limit, cwd=settings.folder)
+        ended = run_within([*command, "--collect-only", "-q"], limit, environment, cwd=settings.folder)
         tests = sum("::" in line for line in ended.output.splitlines())
         if ended.code != 0 or not tests:
             raise ItemError(f"the tests could not be collected: {ended.output[-_TAIL:]}")
         return {"dry": True, "collected": tests}
-    ended = run_within([*command, "-v", "--tb=short"], limit, cwd=settings.folder)
+    ended = run_within([*command, "-v", "--tb=short"], limit, environment, cwd=settings.folder)
     counts = parse_outcomes(ended.output)
     if ended.code != 0:
         what = "killed at its time limit" if ended.code is None else f"exit code {ended.code}"

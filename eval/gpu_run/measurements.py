@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import platform
 import statistics
@@ -63,7 +64,16 @@ def measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, A
         settings: of the run.
         arguments: "seconds" that the item may take; "choices" of tiles, as `tuning` items return them.
     """
-    device = torch.device(settings.device)
+    try:
+        return _measure(stage, name, settings, arguments)
+    finally:
+        if not settings.dry:  # the next item gets all of the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    device = torch.device("meta") if settings.dry else torch.device("cuda", 0)
     match stage:
         case "system":
             return _system(device)
@@ -94,7 +104,7 @@ def one_call_of_each(settings: Settings) -> dict[str, Any]:
     """Call every op of the kernel benchmark once, at small sizes."""
     from .settings import SMALL
 
-    device = torch.device(settings.device)
+    device = torch.device("meta") if settings.dry else torch.device("cuda", 0)
     called = []
     for work in dbrx_works(device, SMALL):
         _launches(work.make, device) if settings.dry else work.make().contenders["dbrx_q"]()[0]()
@@ -129,10 +139,7 @@ def _row(named: NamedWork, device: torch.device) -> dict[str, Any]:
     times, failed = time_work(work, _REPEATS)
     if "dbrx_q" in failed:
         raise DbrxError(failed["dbrx_q"])
-    result = _described(work) | {"times": {name: asdict(timed) for name, timed in times.items()}, "failed": failed}
-    del work
-    torch.cuda.empty_cache()
-    return result
+    return _described(work) | {"times": {name: asdict(timed) for name, timed in times.items()}, "failed": failed}
 
 
 def _described(work: Work) -> dict[str, Any]:

@@ -39,6 +39,7 @@ TEST_FILES = (
     ("tests/kernels/gpu/test_arrival_on_gpu.py", 20, 60),
     ("tests/dbrx_q/gpu/test_model_on_gpu.py", 60, 120),
     ("tests/dbrx_q/gpu/test_gpu_experts_on_gpu.py", 60, 120),
+    ("tests/eval/gpu/test_speed_on_gpu.py", 30, 60),
     ("tests/quantize/gpu/test_quantize_on_gpu.py", 60, 120),
 )
 """Files of tests that need a GPU, with the seconds that each is expected to take and may take. None has been timed on a GPU yet."""

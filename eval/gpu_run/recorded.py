@@ -78,7 +78,7 @@ def _tests(settings: Settings, chip: Chip, names: Collection[str] | None) -> Non
 def _run_on_meta(root: Path, files: list[Path]) -> None:
     import pytest
 
-    options = ["-q", "-p", "no:cacheprovider", "--tb=no", "--rootdir", str(root), "-c", str(root / "pyproject.toml")]
+    options = ["-q", "-p", "no:cacheprovider", "--tb=no", "-W", "default", "--rootdir", str(root), "-c", str(root / "pyproject.toml")]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         pytest.main([*options, *map(str, files)])
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from multiprocessing.connection import wait
 from typing import Any, cast
@@ -21,7 +21,7 @@ from dbrx_q.model.tuned_tiles import TileChoice, write_tuning
 from .commands import memory_check, run_tests
 from .journal import DONE, FAILED, Journal, Record
 from .plan import SOURCES, Item, plan
-from .settings import Settings, code_version
+from .settings import DRY_CHIP, Settings, code_version
 from .worker import ItemError, Worker
 
 __all__ = ["TUNING_FILE", "Outcome", "run"]
@@ -123,7 +123,7 @@ class _Run:
         self._settings, self._ends, self._journal, self._processes, self._report = settings, ends, journal, processes, report
         self._code = code_version()
         self._outcome = Outcome()
-        hello = processes.device().hello
+        hello: dict[str, Any] = {"device": "meta", "chip": asdict(DRY_CHIP)} if settings.dry else processes.device().hello
         self._device, self._chip = str(hello["device"]), dict(hello["chip"])
 
     def items(self) -> Outcome:

@@ -98,6 +98,29 @@ def test_every_file_of_gpu_tests_is_in_the_plan() -> None:
     assert tree() == ROOT
 
 
+MACHINE_LACKS = (
+    "gguf",
+    "bitsandbytes",
+    "datasets",
+    "transformers",
+    "matplotlib",
+    "lm_eval",
+    "hypothesis",
+    "selenium",
+    "accelerate",
+    "tokenizers",
+)
+
+
+def test_pytest_collects_gpu_tests_without_packages_that_a_machine_lacks(tmp_path: Path) -> None:
+    lacking = "import sys; sys.modules.update(dict.fromkeys({!r})); sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", lacking.format(MACHINE_LACKS), "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    ended = run_within(command, 120, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, cwd=ROOT)
+    assert ended.code == 0, ended.output
+    collected = {line.partition("::")[0] for line in ended.output.splitlines() if "::" in line}
+    assert collected == {name for name, _, _ in TEST_FILES}
+
+
 def test_what_pytest_printed_is_counted_also_where_it_was_killed() -> None:
     output = """
 tests/a.py::test_one[int4:64-1] PASSED                       [ 33%]

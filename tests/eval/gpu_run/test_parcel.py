@@ -1,0 +1,55 @@
+"""The parcel for a GPU machine: what is in it, and that its size is bounded. `tests/peers/parcel.py` installs one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from dbrx_q.errors import RequestError
+from dbrx_q.eval.gpu_run import parcel
+from dbrx_q.eval.gpu_run.parcel import FOLDER, LEFT_OUT, MACHINES, NEEDED, pack
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_dependency_is_in_the_parcel_or_on_the_machine() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'^    "([\w-]+)[><=~]', text.partition("\ndependencies = [")[2].partition("\n]")[0], re.M)
+    assert len(listed) > 8
+    assert set(listed) - set(MACHINES) == {*NEEDED, "bitsandbytes"} - {"pytest"}
+    assert "bitsandbytes" in LEFT_OUT
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    (root / "kernels").mkdir(parents=True)
+    (root / "dbrx_q").mkdir()
+    (root / "kernels" / "ops.py").write_text("", encoding="utf-8")
+    (root / "dbrx_q" / "kernels").symlink_to("../kernels")
+    (root / "untracked").write_text("", encoding="utf-8")
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    subprocess.run(["git", "add", "kernels", "dbrx_q"], cwd=root, check=True)
+    wheels = root / FOLDER / "wheels"
+    wheels.mkdir(parents=True)
+    (wheels / "typer-1-py3-none-any.whl").write_bytes(bytes(1000))
+    return root
+
+
+def test_a_parcel_holds_tracked_files_wheels_and_the_script(checkout: Path) -> None:
+    with tarfile.open(pack(checkout)) as archive:
+        names = {member.name: member for member in archive.getmembers()}
+    packed = {"kernels/ops.py", "dbrx_q/kernels", "parcel/run.sh", "parcel/dbrx-q.py", "parcel/wheels/typer-1-py3-none-any.whl"}
+    assert names.keys() == {f"dbrx_q/{name}" for name in packed}
+    assert names["dbrx_q/dbrx_q/kernels"].linkname == "../kernels"
+    assert subprocess.run(["sh", "-n", str(checkout / FOLDER / "run.sh")], check=False).returncode == 0
+
+
+def test_a_parcel_that_is_too_large_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "LARGEST", 100)
+    with pytest.raises(RequestError, match=r"at most 0 MB; found .* Leave wheels or data out"):
+        pack(checkout)
