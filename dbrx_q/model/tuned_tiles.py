@@ -147,6 +147,8 @@ def _check_tiles(problem: Problem, tiles: Tiles) -> None:
         raise ValueError(f"depth must be a multiple of the group size {problem.group}; found {tiles.depth}")
     if problem.run_groups and tiles.depth % (problem.group * problem.run_groups):
         raise ValueError(f"depth must be a multiple of {problem.run_groups} groups of {problem.group}; found {tiles.depth}")
+    if problem.run_groups and problem.op != "linear" and tiles.rows < 32:
+        raise ValueError(f"tiles of experts that are scaled by groups must have at least 32 rows; found {tiles.rows}")
     if problem.decode and tiles.tokens < problem.tokens:
         raise ValueError(f"a tile must hold the {problem.tokens} tokens of a decode step; found {tiles.tokens}")
     if not problem.decode and tiles.splits != 1:

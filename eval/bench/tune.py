@@ -17,7 +17,9 @@ from dbrx_q.kernels.formats.expert_weights import ExpertWeights
 from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
-from dbrx_q.kernels.triton.launch import Chip, chip_of
+from dbrx_q.kernels.triton.batch_dot import run_groups
+from dbrx_q.kernels.triton.group_dot import span_groups
+from dbrx_q.kernels.triton.launch import CHIPS, Chip, chip_of
 from dbrx_q.kernels.triton.linear import problem_of
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, trying
 from dbrx_q.kernels.triton.weights import bits_of, group_of, row_unit_of
@@ -40,8 +42,8 @@ __all__ = [
 ]
 
 DEFAULT_FORMATS = (TensorFormat("int4", 64), TensorFormat("int8", 64), *(TensorFormat.of(f"trellis{bits}") for bits in (2, 3, 4)))
-"""Formats to tune. Experts in NF4 in groups of 64 use the tiles of int4, and a trellis format those of its bits, whatever its code and
-rotation."""
+"""Formats to tune. Experts in NF4 in groups of 64 use the tiles of int4 in prefill, and a trellis format those of its bits, whatever its
+code and rotation."""
 _TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 _REPEATS = 5
 _CLOSE = 2**-5  # of the largest value: tiles change only the order of sums, a wrong kernel changes much more
@@ -72,15 +74,23 @@ def dbrx_problems(chip: Chip, formats: Sequence[TensorFormat] = DEFAULT_FORMATS,
             problems += [problem_of(empty_weight(fmt, N, D), T, chip) for N in (shapes.qkv, D, shapes.vocabulary)]
             tokens = T if T <= MATVEC_TOKENS else T * A
             parallel = min(E, tokens * A)
-            problems.append(Problem("gate_up", tokens, F, D, bits, group, parallel, unit))
-            problems.append(Problem("down", tokens, D, F, bits, group, parallel, unit))
+            of_experts = bits, group, parallel, unit, span_groups((empty_weight(fmt, 128, 128),), tokens, chip)
+            problems += [Problem("gate_up", tokens, F, D, *of_experts), Problem("down", tokens, D, F, *of_experts)]
     return problems
 
 
 def _distinguished(fmt: TensorFormat) -> tuple[int, int, int]:
-    """(bits, group, row unit), by which a problem tells formats apart; those that share all three share tiles."""
+    """(bits, group, row unit), by which problems tell formats apart but for their run groups; those that share all four share tiles."""
     weight = empty_weight(fmt, 128, 128)
     return bits_of(weight), group_of(weight), row_unit_of(weight)
+
+
+def _serves(fmt: TensorFormat, problem: Problem) -> bool:
+    """Whether the problem is a product with weights in `fmt`, on any chip."""
+    weight, tokens = empty_weight(fmt, 128, 128), problem.tokens
+    of_linear = problem.op == "linear"
+    groups = {run_groups(weight, tokens, chip) if of_linear else span_groups((weight,), tokens, chip) for chip in CHIPS.values()}
+    return _distinguished(fmt) == (problem.bits, problem.group, problem.row_unit) and problem.run_groups in groups
 
 
 def sweep(
@@ -206,7 +216,7 @@ def problem_calls(problem: Problem, device: torch.device, shapes: Shapes = DBRX)
         device: of the weights; "meta" to record launches.
         shapes: of the model.
     """
-    fmt = next(fmt for fmt in FORMATS if _distinguished(fmt) == (problem.bits, problem.group, problem.row_unit))
+    fmt = next(fmt for fmt in FORMATS if _serves(fmt, problem))
     torch.manual_seed(0)
     random = partial(random_weight, fmt, device=device)
     if problem.op == "linear":

@@ -14,7 +14,7 @@ Shared by the kernels:
 - `weights.py`: quantized weights, dequantized in registers, and the product with a tile of activations.
 - `trellis.py`: the levels of trellis-coded weights in registers, and the rotation of activations.
 - `batch_dot.py`: the product of int4 and int8 weights with few tokens, each warp with groups of its own.
-- `group_dot.py`: the product of int4 weights with few tokens, scaled once per group.
+- `group_dot.py`: sums of int4 experts with few tokens; zero-points and scales enter once per group.
 - `arrival.py`: the counters by which the last program of a shared sum is known, and graphs with their own.
 - `kv.py`: the codes of a quantized KV cache, converted in registers.
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from dbrx_q.kernels.formats.weights import Weight
 
 from .codes import INT4, INT8, code_of
-from .group_dot import _steps_in_bfloat16, _steps_in_float16
 from .launch import Chip
 from .tiles import RUN_BYTES
 from .weights import bits_of, group_of
@@ -146,6 +145,65 @@ def _product(codes, zeros, x, FORMAT: tl.constexpr, FAST: tl.constexpr):
         x_even, x_odd = tl.split(tl.reshape(x, (NR, x.shape[1], BYTES, 2)))
         product = tl.dot(even, tl.permute(x_even, (0, 2, 1)), input_precision="ieee")
         return tl.dot(odd, tl.permute(x_odd, (0, 2, 1)), product, input_precision="ieee")
+
+
+@triton.jit
+def _steps_in_bfloat16(packed, zero):
+    """(even, odd) elements of bytes: code - zero-point, exactly; `zero` is -128 - zero-point."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 p, r, a, b, c, d, one;
+        mov.b32 one, 0x3F803F80;
+        prmt.b32 p, $4, 0, 0x4140;
+        prmt.b32 r, $4, 0, 0x4342;
+        lop3.b32 a, p, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 b, r, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 p, p, 4;
+        shr.u32 r, r, 4;
+        lop3.b32 c, p, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 d, r, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $0, a, one, $5;
+        fma.rn.bf16x2 $1, b, one, $6;
+        fma.rn.bf16x2 $2, c, one, $5;
+        fma.rn.bf16x2 $3, d, one, $6;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [packed, zero],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _steps_in_float16(packed, zero):
+    """(even, odd) elements of bytes: code - zero-point, exactly; `zero` is -1024 - zero-point."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 p, r, a, b, c, d;
+        prmt.b32 p, $4, 0, 0x4140;
+        prmt.b32 r, $4, 0, 0x4342;
+        lop3.b32 a, p, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 b, r, 0x000F000F, 0x64006400, 0xEA;
+        shr.u32 p, p, 4;
+        shr.u32 r, r, 4;
+        lop3.b32 c, p, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 d, r, 0x000F000F, 0x64006400, 0xEA;
+        add.rn.f16x2 $0, a, $5;
+        add.rn.f16x2 $1, b, $6;
+        add.rn.f16x2 $2, c, $5;
+        add.rn.f16x2 $3, d, $6;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [packed, zero],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit

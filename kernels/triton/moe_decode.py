@@ -21,7 +21,7 @@ from dbrx_q.kernels.formats.weights import Weight
 from .arrival import arrive, counters
 from .codes import INT8, PLAIN, TRELLIS
 from .dependent_launch import start_next, wait_for_previous
-from .group_dot import group_columns, group_dot_step, grouped_tokens, load_columns, over_groups
+from .group_dot import group_sums, span_groups
 from .launch import Chip, chip_of, launch
 from .tiles import Problem, choose
 from .trellis import rotated, rotation_of
@@ -37,7 +37,8 @@ def decode(
     (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
     active = min(E, T * A)  # the most experts that can have tokens
     chip = chip_of(x.device)
-    gate_up, down = (choose(problem, chip) for problem in problems(layer, T, A))
+    of_gate_up, of_down = problems(layer, T, A, chip)
+    gate_up, down = choose(of_gate_up, chip), choose(of_down, chip)
     slots = experts if layer.slots is None else layer.slots
     experts, weights = experts.contiguous(), weights.contiguous()
     shape: dict[str, Any] = {
@@ -52,7 +53,6 @@ def decode(
 
     x1, x2 = activations(x.contiguous(), layer)
     h = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
-    grouped = grouped_tokens((layer.w1, layer.v1), T, gate_up, chip)
     gate = matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps)
     launch(
         gate_up_decode_kernel,
@@ -67,9 +67,9 @@ def decode(
         h,
         T,
         MISSING=missing is not None,
-        GROUPED=grouped > 0,
+        GROUPED=of_gate_up.run_groups > 0,
         BN=gate_up.rows,
-        BT=grouped or gate_up.tokens,
+        BT=gate_up.tokens,
         BK=gate_up.depth,
         warps=gate_up.warps,
         stages=gate_up.stages,
@@ -78,7 +78,6 @@ def decode(
     )
 
     y = torch.empty(T, D, dtype=x.dtype, device=x.device)
-    grouped = grouped_tokens((layer.w2,), T, down, chip)
     row_tiles, programs = triton.cdiv(D, down.rows), active * down.splits
     launch(
         down_decode_kernel,
@@ -94,9 +93,9 @@ def decode(
         T,
         PROGRAMS=programs,
         SPLITS=down.splits,
-        GROUPED=grouped > 0,
+        GROUPED=of_down.run_groups > 0,
         BN=down.rows,
-        BT=grouped or down.tokens,
+        BT=down.tokens,
         BK=down.depth,
         warps=down.warps,
         stages=down.stages,
@@ -106,17 +105,16 @@ def decode(
     return y
 
 
-def problems(layer: ExpertWeights, tokens: int, A: int) -> tuple[Problem, Problem]:
+def problems(layer: ExpertWeights, tokens: int, A: int, chip: Chip) -> tuple[Problem, Problem]:
     """The two products that tiles are chosen for; `tokens` as in `Problem`."""
     F, D = layer.w1.shape[-2:]
+    parallel = min(layer.n_experts, tokens * A)
     bits = max(bits_of(layer.w1), bits_of(layer.v1))
     group = max(group_of(layer.w1), group_of(layer.v1))
     unit = max(row_unit_of(layer.w1), row_unit_of(layer.v1))
-    parallel = min(layer.n_experts, tokens * A)
-    return (
-        Problem("gate_up", tokens, F, D, bits, group, parallel, unit),
-        Problem("down", tokens, D, F, bits_of(layer.w2), group_of(layer.w2), parallel, row_unit_of(layer.w2)),
-    )
+    gate_up = bits, group, parallel, unit, span_groups((layer.w1, layer.v1), tokens, chip)
+    down = bits_of(layer.w2), group_of(layer.w2), parallel, row_unit_of(layer.w2), span_groups((layer.w2,), tokens, chip)
+    return Problem("gate_up", tokens, F, D, *gate_up), Problem("down", tokens, D, F, *down)
 
 
 def activations(x: torch.Tensor, layer: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +190,8 @@ def gate_up_decode_kernel(
     start_next(PDL)
     wait_for_previous(PDL)
     rank = tl.program_id(1)
-    expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    expert, active, mine = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    chose, pair = _pairs_of(mine, A)
     slot = slot_of(slots, expert, SLOTS)
     if MISSING:
         first = (tl.program_id(0) == 0) & (rank < active) & (slot < 0)
@@ -206,16 +205,9 @@ def gate_up_decode_kernel(
     tokens = tl.arange(0, BT)
     # Tokens of other experts are not read: if 8 tokens choose among 16 experts, those are three quarters of the activations.
     if GROUPED:
-        groups: tl.constexpr = BK // GROUP1
-        gate = tl.zeros((BN, groups * BT), tl.float32)
-        up = tl.zeros((BN, groups * BT), tl.float32)
-        vectors, inside = x1 + group_columns(tokens * D, groups), group_columns(chose, groups)
-        for step in range((D + BK - 1) // BK):
-            k = step * BK
-            tile = load_columns(vectors, inside, k, D, BK, GROUP1, BT)
-            gate = group_dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, GROUP1, FAST1, WARPGROUP1)
-            up = group_dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, GROUP1, FAST2, WARPGROUP2)
-        gate, up = over_groups(gate, groups), over_groups(up, groups)
+        even: tl.constexpr = F % BN == 0 and D % BK == 0
+        steps: tl.constexpr = (D + BK - 1) // BK
+        gate, up = group_sums(x1, tokens * D, chose, q1, s1, z1, rows, q2, s2, z2, rows, 0, steps, F, D, BK, GROUP1, even, FAST1)
     elif (FORMAT1 == TRELLIS) | (FORMAT2 == TRELLIS):
         # One matrix after the other: levels of both at a time would take more registers and shared memory than fit.
         gate = tl.zeros((BN, BT), tl.float32)
@@ -284,7 +276,9 @@ def down_decode_kernel(
     start_next(PDL)
     wait_for_previous(PDL)
     rank, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
-    expert, active, chose, pair = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    expert, active, mine = _expert_of(experts, rank, T, A, E, A_PAD, E_PAD, BT)
+    chose, pair = _pairs_of(mine, A)
+    share = _shares_of(weights, mine, T, A)
     slot = slot_of(slots, expert, SLOTS)
     works = (rank < active) & (slot >= 0)
     chose = tl.where(works, chose, False)
@@ -297,13 +291,11 @@ def down_decode_kernel(
     first = split * steps_per_split
     end = tl.where(works, min(first + steps_per_split, steps), first)
     if GROUPED:
-        groups: tl.constexpr = BK // GROUP
-        acc = tl.zeros((BN, groups * BT), tl.float32)
-        vectors, inside = h + group_columns(pair * F, groups), group_columns(chose, groups)
-        for step in range(first, end):
-            tile = load_columns(vectors, inside, step * BK, F, BK, GROUP, BT)
-            acc = group_dot_step(acc, tile, q, s, z, rows, step * BK, D, F, BK, GROUP, FAST, WARPGROUP)
-        acc = over_groups(acc, groups)
+        even: tl.constexpr = D % BN == 0 and F % BK == 0
+        half = tl.program_id(0) * BN + tl.arange(0, BN // 2)
+        other = half + BN // 2
+        upper, lower = group_sums(h, pair * F, chose, q, s, z, half, q, s, z, other, first, end, D, F, BK, GROUP, even, FAST)
+        acc = tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (BN, BT))
     else:
         acc = tl.zeros((BN, BT), tl.float32)
         for step in range(first, end):
@@ -312,7 +304,7 @@ def down_decode_kernel(
             tile = tl.load(h + pair[:, None] * F + columns[None, :], mask=chose[:, None] & (columns < F)[None, :], other=0.0)
             acc = dot_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, STRIDE_N, STRIDE_K, FAST, WARPGROUP, CODE)
     acc = scaled(acc, s, rows, D, FORMAT)
-    acc *= tl.load(weights + pair, mask=chose, other=0.0)[None, :]
+    acc *= share[None, :]
     place = (split * T * A + pair)[None, :] * D + rows[:, None]
     tl.store(partial + place, acc, mask=(rows < D)[:, None] & chose[None, :])
 
@@ -357,7 +349,7 @@ def matrix_of(
 
 @triton.jit
 def _expert_of(experts, rank, T, A: tl.constexpr, E: tl.constexpr, A_PAD: tl.constexpr, E_PAD: tl.constexpr, BT: tl.constexpr):
-    """(active expert of the given rank by index, number of active experts, whether each token [BT] chose it, its pair t * A + a [BT])."""
+    """(active expert of the given rank by index, number of active experts, which of the pairs [BT, A_PAD] are its own)."""
     place = tl.arange(0, BT * A_PAD)
     t, a = place // A_PAD, place % A_PAD
     chosen = tl.load(experts + t * A + a, mask=(t < T) & (a < A), other=-1).to(tl.int32)
@@ -365,7 +357,19 @@ def _expert_of(experts, rank, T, A: tl.constexpr, E: tl.constexpr, A_PAD: tl.con
     is_active = tl.max((chosen[None, :] == e[:, None]).to(tl.int32), 1)  # [E_PAD]
     upto = tl.cumsum(is_active, 0)
     expert = tl.sum(tl.where((upto == rank + 1) & (is_active == 1), e, 0), 0)
-    mine = tl.reshape(chosen, (BT, A_PAD)) == expert
+    return expert, tl.sum(is_active, 0), tl.reshape(chosen, (BT, A_PAD)) == expert
+
+
+@triton.jit
+def _pairs_of(mine, A: tl.constexpr):
+    """(whether each token chose the expert, its pair t * A + a), both [BT]."""
     chose = tl.max(mine.to(tl.int32), 1) == 1
-    pair = tl.arange(0, BT) * A + tl.sum(tl.where(mine, tl.arange(0, A_PAD)[None, :], 0), 1)
-    return expert, tl.sum(is_active, 0), chose, pair
+    return chose, tl.arange(0, mine.shape[0]) * A + tl.sum(tl.where(mine, tl.arange(0, mine.shape[1])[None, :], 0), 1)
+
+
+@triton.jit
+def _shares_of(weights, mine, T, A: tl.constexpr):
+    """float32 [BT] routing weight of each token's pair with the expert, 0 for tokens that did not choose it."""
+    t, a = tl.arange(0, mine.shape[0])[:, None], tl.arange(0, mine.shape[1])[None, :]
+    shares = tl.load(weights + t * A + a, mask=(t < T) & (a < A), other=0.0)
+    return tl.sum(tl.where(mine, shares, 0.0), 1)

@@ -58,7 +58,7 @@ def _prefill(
     (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
     P = T * A
     chip = chip_of(x.device)
-    gate_up, down = (choose(problem, chip) for problem in problems(layer, P, A))
+    gate_up, down = (choose(problem, chip) for problem in problems(layer, P, A, chip))
     by_expert, order = experts.flatten().sort(stable=True)  # [P]
     bounds = torch.searchsorted(by_expert, torch.arange(E + 1, device=x.device), out_int32=True)  # [E + 1]
     slots = bounds if layer.slots is None else layer.slots

@@ -56,7 +56,7 @@ class Problem:
     row_unit: int = 1
     """Rows that can only be dequantized together: 128 in a trellis format."""
     run_groups: int = 0
-    """Groups in a run of `batch_dot`; 0 where every weight is scaled."""
+    """Groups in one product of `batch_dot` (`linear`) or `group_dot` (experts); 0 where every weight is scaled."""
 
     @property
     def decode(self) -> bool:
@@ -162,7 +162,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Tiles]:
     run = problem.group * problem.run_groups
     tokens = {default.tokens} if problem.decode else {default.tokens, 64, 128, 256}
     for rows, warps in _rows_and_warps(problem):
-        depths = (run * warps, run * warps * 2) if run else (128, 256) if problem.decode else (64, 128)
+        runs = run and problem.op == "linear"
+        depths = (run * warps, run * warps * 2) if runs else (128, 256) if problem.decode else (64, 128)
         for depth in sorted({max(depth, problem.group) for depth in depths}):
             for token in sorted(tokens):
                 for stages in (2, 3, 4, 5):
@@ -177,7 +178,7 @@ def _rows_and_warps(problem: Problem) -> tuple[tuple[int, int], ...]:
     if problem.row_unit > 1:
         return (problem.row_unit, 4), (problem.row_unit, 8)
     if problem.run_groups:
-        return (16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 4)
+        return ((16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 4)) if problem.op == "linear" else ((32, 1), (64, 1), (32, 2), (64, 2))
     return ((16, 1), (32, 2), (64, 4), (32, 1), (64, 2)) if problem.decode else ((64, 4), (128, 4), (128, 8))
 
 
@@ -185,7 +186,7 @@ def _default(problem: Problem, chip: Chip) -> Tiles:
     if problem.row_unit > 1:
         return _streams(problem, chip)
     if problem.run_groups:
-        return _runs(problem, chip)
+        return _runs(problem, chip) if problem.op == "linear" else _spans(problem, chip)
     return _matvec(problem, chip) if problem.decode else _matmul(problem, chip)
 
 
@@ -241,6 +242,20 @@ def _resident(problem: Problem, tiles: Tiles, chip: Chip) -> int:
     columns = tiles.tokens * problem.run_groups
     memory = (tiles.rows * problem.bits // 8 + columns * 2) * tiles.depth * (tiles.stages - 1)
     return min(65536 // (128 * 32 * tiles.warps), chip.shared_memory // (memory + 2048))
+
+
+def _spans(problem: Problem, chip: Chip) -> Tiles:
+    """Tiles of one warp, which uses the activations of a step for four tiles of matrix instructions and waits for no other warp.
+
+    Counted in int4 in groups of 64, up to 8 tokens: 64 to 72 instructions of a thread for each 16 packed bytes. Half of the rows take 80. A
+    step of 256 elements takes 60, but with its shared memory the programs of one token would not run at once on an H200.
+    """
+    rows, depth = 32 if problem.op == "gate_up" else 64, max(128, problem.group)
+    programs, splits = -(-problem.N // rows) * problem.parallel, 1
+    while problem.op != "gate_up" and programs * splits * 2 <= 12 * chip.multiprocessors and problem.K >= 8 * depth * splits:
+        splits *= 2
+    tokens = max(chip.smallest_dot // problem.run_groups, _power_of_two(problem.tokens))
+    return Tiles(rows, tokens, depth, splits, 1, 4 if problem.op == "gate_up" else 3)
 
 
 def _streams(problem: Problem, chip: Chip) -> Tiles:

@@ -102,6 +102,7 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
         (change(splits=0), "must be at least 1"),
         (change(warps=True), "'warps' must be of type int"),
         (lambda data: data["choices"][0]["problem"].update(tokens=64), "splits must be 1"),
+        (lambda data: data["choices"][0]["problem"].update(op="down", run_groups=1), "at least 32 rows"),
         (lambda data: data["choices"].append(None), "Choice must be an object"),
     ],
     ids=[
@@ -118,7 +119,7 @@ def change(**changes: object) -> Callable[[dict[str, Any]], object]:
             "splits",
             "truth for a number",
         ),
-        *("splits in prefill", "no object"),
+        *("splits in prefill", "few rows of groups", "no object"),
     ],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[dict[str, Any]], object], message: str) -> None:

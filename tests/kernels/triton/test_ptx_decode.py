@@ -70,6 +70,12 @@ def _float16(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Ar
     return run
 
 
+def _fma_float16(a: Array, b: Array, c: Array) -> Array:
+    """A product of float16 is exact in float64, and so is the sum where no bits are 50 places apart."""
+    x, y, z = (_halves(register).view(np.float16).astype(np.float64) for register in (a, b, c))
+    return (x * y + z).astype(np.float16).view(np.uint32).reshape(-1)
+
+
 def _float32(op: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     """float64 has more than twice the digits of float32, so that rounding to float64 first changes nothing."""
     return lambda a, b: op(*(register.view(np.float32).astype(np.float64) for register in (a, b))).astype(np.float32).view(np.uint32)
@@ -115,6 +121,7 @@ INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "mul.rn.f16x2": _float16(np.multiply),
     "add.rn.f32": _float32(np.add),
     "mul.rn.f32": _float32(np.multiply),
+    "fma.rn.f16x2": _fma_float16,
     "cvt.rn.bf16x2.f32": _convert_two,
 }
 
@@ -256,12 +263,25 @@ def test_int8_dequantizes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
 def test_zero_points_are_subtracted_from_int4_codes_exactly(dtype: torch.dtype) -> None:
     for batch in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
         narrow, bias = (torch.bfloat16, 128.0) if dtype == torch.bfloat16 else (torch.float16, 1024.0)
-        function = triton_group_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else triton_group_dot._steps_in_float16
+        function = triton_batch_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else triton_batch_dot._steps_in_float16
         operands = (batch.codes, (-bias - batch.zeros.float()).to(narrow))
         out = evaluate(assembly_of(function), [register for operand in operands for register in registers_of(operand)])
         for registers, codes in ((out[:2], batch.codes & 15), (out[2:], batch.codes >> 4)):
             expected = (codes.float() - batch.zeros.float()).to(dtype)
             assert torch.equal(values_of(registers).view(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_planes_of_int4_codes_are_exact(dtype: torch.dtype) -> None:
+    """For every word of four codes; each register holds two different words."""
+    words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    words = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
+    function = triton_group_dot._planes_in_bfloat16 if dtype == torch.bfloat16 else triton_group_dot._planes_in_float16
+    planes = evaluate(assembly_of(function, pack=2), [words.to(torch.int16).numpy().view(np.uint32)])
+    offset = 128 if dtype == torch.bfloat16 else 0
+    for place, plane in enumerate(planes):
+        expected = (offset + (words >> 4 * place & 15)).to(dtype)
+        assert torch.equal(torch.from_numpy(plane.view(np.int16).copy()), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

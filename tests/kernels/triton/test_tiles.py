@@ -21,10 +21,17 @@ RUNS = [
     for tokens in (1, most)
 ]
 """Products of `batch_dot`."""
+SPANS = [
+    Problem(op, tokens, N, K, 4, group, parallel, run_groups=groups)
+    for op, N, K, parallel in (("gate_up", 10752, 6144, 4), ("down", 6144, 10752, 4), ("down", 512, 1024, 16))
+    for group, groups, most in ((32, 2, 8), (64, 1, 16), (128, 1, 16))
+    for tokens in (1, most)
+]
+"""Products of `group_dot`."""
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
-@pytest.mark.parametrize("problem", PROBLEMS + RUNS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + RUNS + SPANS, ids=str)
 def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None:
     offered = candidates(problem, chip)
     assert offered[0] == choose(problem, chip)
@@ -34,7 +41,8 @@ def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None
         assert not problem.decode or choice.tokens >= problem.tokens
         assert choice.depth % problem.group == 0
         assert choice.rows % problem.row_unit == 0
-        assert choice.depth >= problem.group * problem.run_groups * choice.warps or not problem.run_groups  # each warp has runs of its own
+        runs = choice.warps if problem.op == "linear" else 1  # each warp of `batch_dot` has runs of its own
+        assert choice.depth >= problem.group * problem.run_groups * runs
         assert choice.splits == 1 or problem.decode
         assert choice.splits * choice.depth <= problem.K
         for size in (choice.rows, choice.tokens, choice.depth, choice.warps):

@@ -88,7 +88,7 @@ def test_the_product_is_computed_with_the_default_tiles(gpu: list[str], monkeypa
 @pytest.mark.parametrize("op", ["gate_up", "down"])
 def test_only_the_product_that_does_not_fit_gives_way(op: str, gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = ExpertWeights(empty_weight(INT8, 4, 256, 512), empty_weight(INT8, 4, 256, 512), empty_weight(INT8, 4, 512, 256))
-    problems = dict(zip(("gate_up", "down"), moe_decode.problems(layer, 1, 2), strict=True))
+    problems = dict(zip(("gate_up", "down"), moe_decode.problems(layer, 1, 2, CHIP), strict=True))
     fits = Tiles(16, 16, 64, 1, 1, 2)
     use_measured({("sm_86", problem): LARGE if name == op else fits for name, problem in problems.items()})
     kernels = {name: Kernel(getattr(moe_decode, f"{name}_decode_kernel"), LARGE) for name in problems}
