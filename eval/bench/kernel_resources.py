@@ -83,7 +83,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Resources:
         target = GPUTarget("hip", chip.name, 64 if chip.name.startswith("gfx9") else 32)
     else:
         target = GPUTarget("cuda", int(chip.name.removeprefix("sm_")), 32)
-    options = compiler_options(launch.warps, launch.stages, launch.fusion, launch.pdl)
+    options = compiler_options(launch.warps, launch.stages, launch.fusion, launch.pdl, chip)
     compiled = triton.compile(source, target=target, options=options)
     packed_loads = None
     if chip.vendor == "hip":

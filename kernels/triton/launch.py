@@ -35,6 +35,7 @@ __all__ = [
     "Launch",
     "chip_of",
     "compiler_options",
+    "drains_stores",
     "find_cache",
     "interpreting",
     "is_recording",
@@ -131,16 +132,40 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     find_cache()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
         try:
-            kernel[grid](*arguments, **constants, **compiler_options(warps, stages, fusion, pdl))
+            kernel[grid](*arguments, **constants, **compiler_options(warps, stages, fusion, pdl, _amd_chip(device)))
         except Exception as error:
             error.__dict__[_KERNEL] = kernel.__name__
             raise
 
 
-def compiler_options(warps: int, stages: int, fusion: bool, pdl: bool) -> dict[str, Any]:
-    """What Triton is told of a launch beside its arguments; fields of `Launch`."""
+def compiler_options(warps: int, stages: int, fusion: bool, pdl: bool, chip: Chip | None = None) -> dict[str, Any]:
+    """What Triton is told of a launch beside its arguments; fields of `Launch`.
+
+    On gfx942 a wavefront may reach a barrier before its stores are done, so LLVM leaves out the wait for them there. `arrive` needs it: its
+    barrier is followed by the signal that all partial results are stored. Without the feature LLVM waits before every barrier.
+
+    Args:
+        warps, stages, fusion, pdl: of the launch.
+        chip: that runs it; None for any chip of NVIDIA.
+    """
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
-    return options | {"launch_pdl": True} if pdl else options
+    if pdl:
+        options["launch_pdl"] = True
+    if chip is not None and chip.name == "gfx942" and drains_stores():
+        options["llvm_fn_attrs"] = "target-features=-back-off-barrier"
+    return options
+
+
+@cache
+def drains_stores() -> bool:
+    """Whether Triton can be told to wait for stores before barriers on gfx942; 3.9 can."""
+    from triton.backends.amd.compiler import HIPOptions
+
+    return "llvm_fn_attrs" in HIPOptions.__dataclass_fields__
+
+
+def _amd_chip(device: torch.device) -> Chip | None:
+    return chip_of(device) if torch.version.hip else None
 
 
 def refused_kernel(error: Exception) -> str:
@@ -240,9 +265,13 @@ def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
-        if name.startswith("gfx9"):
-            # On these chips, wavefronts do not wait for their stores before one of them signals other programs: partial sums could be lost.
-            raise DbrxError(f"the GPU must be of RDNA3 (gfx11) or newer; {properties.name} is {name}. Use device='cpu'")
+        if name.startswith("gfx9") and (name != "gfx942" or not drains_stores()):
+            # There a wavefront does not wait for its stores before it lets another one signal them: partial sums could be lost.
+            raise DbrxError(
+                "the GPU must be of RDNA3 (gfx11) or newer, or gfx942 with Triton 3.9 or newer: elsewhere the compiler lets a program "
+                f"announce partial sums before they are stored; {properties.name} is {name}, with Triton "
+                f"{'.'.join(map(str, triton_version()))}. Use device='cpu'"
+            )
         return Chip(name, "hip", properties.multi_processor_count, 64 * _KB)
     if properties.major < 8:
         raise DbrxError(
