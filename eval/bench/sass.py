@@ -12,6 +12,7 @@ __all__ = ["Instruction", "Loop", "Pipe", "code_outside", "loops_of", "multiply_
 
 # The second half of the 128 bits of an instruction, if it is there, has a line of its own.
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/)?")
+_SCHEDULING = re.compile(r"\s+[?&](?:trans|WAIT|req|rd|wr).*")  # which some versions print behind the operands for Blackwell
 _GUARD = re.compile(r"@(!?U?P(?:T|\d+))\s+")
 _TARGET = re.compile(r"\b(0x[0-9a-f]+)\s*$")
 
@@ -102,7 +103,7 @@ def parse(listing: str) -> tuple[Instruction, ...]:
     """The instructions of the only kernel of a listing, in order, without the padding behind the last one."""
     instructions = []
     for match in _LINE.finditer(listing):
-        address, text = int(match[1], 16), match[2].strip()
+        address, text = int(match[1], 16), _SCHEDULING.sub("", match[2]).strip()
         guard = _GUARD.match(text)
         if guard:
             text = text[guard.end() :]

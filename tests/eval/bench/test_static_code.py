@@ -61,6 +61,14 @@ def test_a_branch_that_ends_beside_a_loop_joins_it() -> None:
     assert [part.name for part in loop.body] == ["FADD", "BRA", "FMUL", "BRA"]
 
 
+def test_scheduling_that_is_printed_behind_the_operands_is_no_operand() -> None:
+    """As `cuobjdump` of CUDA 12.8 prints it for sm_120."""
+    lines = "LDG.E R4, desc[UR4][R2.64] &wr=0x2 ?trans1", "FADD R4, R4, R5 &req={2} ?WAIT5_END_GROUP", "BRA.U UP0, 0x0    ?trans6"
+    instructions = parse(listing(*lines))
+    assert [part.operands for part in instructions] == ["R4, desc[UR4][R2.64]", "R4, R4, R5", "UP0, 0x0"]
+    assert len(loops_of(instructions)) == 1
+
+
 def test_pipes_of_instructions() -> None:
     alu = ("LOP3.LUT", "PRMT", "SHF.R.U32.HI", "SEL", "IADD3.X", "ISETP.NE.U32.AND", "PLOP3.LUT", "VIMNMX.U32", "FSEL", "FMNMX", "LEA")
     fma = ("IMAD.MOV.U32", "IMAD.X", "FFMA", "HADD2.BF16_V2", "HFMA2.BF16_V2", "HADD2.F32")
