@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dbrx_q.eval.bench.device_timing import random_weight
-from dbrx_q.kernels.formats.registry import TensorFormat
-from dbrx_q.kernels.linear import linear
+from dbrx_q.eval.bench.kernel_shapes import Shapes
+from dbrx_q.kernels.router import route
 from dbrx_q.kernels.triton.arrival import Graph, counters
+from dbrx_q.kernels.triton.router import router_tiles
 
 CALLS = 64  # in each of two streams, of a few programs each, so that both streams' programs fit the GPU at a time
 TURNS = 20
@@ -19,11 +19,13 @@ TURNS = 20
 
 @pytest.fixture
 def products(place: Any) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """(activations, a product with a weight of few rows, whose reduction is split over programs)."""
+    """(activations, the router's product, whose reduction is split over a dozen programs)."""
     if not place.real:
         pytest.skip("the interpreter has no streams")
-    weight = random_weight(TensorFormat("int8", 64), 512, 8192, device=place.device)
-    return [place.randn(1, 8192) for _ in range(CALLS)], lambda x: linear(x, weight)
+    shapes: Shapes = place.shapes
+    assert router_tiles(1, shapes.width, shapes.experts).splits > 1
+    router = place.randn(shapes.experts, shapes.width)
+    return [place.randn(1, shapes.width) for _ in range(CALLS)], lambda x: route(x, router, shapes.active, 1.0).logits
 
 
 def assert_equal(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,13 +20,13 @@ from dbrx_q.kernels.triton import launch as launching
 from dbrx_q.kernels.triton import linear as triton_linear
 from dbrx_q.kernels.triton import moe_decode, tiles
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
-from dbrx_q.kernels.triton.tiles import Problem, Tiles, choose, trying, use_measured
+from dbrx_q.kernels.triton.tiles import Tiles, choose, trying, use_measured
 
 CHIP = CHIPS["sm_86"]
 INT8 = TensorFormat("int8", 64)
-X, WEIGHT = torch.zeros(1, 512, dtype=torch.bfloat16), empty_weight(INT8, 256, 512)
-PROBLEM = Problem("linear", 1, 256, 512, 8, 64)
-LARGE = Tiles(128, 16, 256, 1, 4, 4)  # 128 KB of packed rows in four stages
+X, WEIGHT = torch.zeros(32, 512, dtype=torch.bfloat16), empty_weight(INT8, 256, 512)
+PROBLEM = triton_linear.problem_of(WEIGHT, 32, CHIP)
+LARGE = Tiles(128, 32, 256, 1, 4, 4)  # 128 KB of packed rows in four stages
 
 
 class Kernel:
@@ -72,7 +73,7 @@ def test_the_product_is_computed_with_the_default_tiles(gpu: list[str], monkeypa
     kernel = Kernel(triton_linear.linear_kernel)
     monkeypatch.setattr(triton_linear, "linear_kernel", kernel)
     default = choose(PROBLEM, CHIP)
-    other = Problem("linear", 1, 512, 512, 8, 64)
+    other = replace(PROBLEM, N=512)
     use_measured({("sm_86", PROBLEM): LARGE, ("sm_86", other): LARGE})
     linear(X, WEIGHT, backend=Backend.TRITON)
     assert kernel.depths == [default.depth]
@@ -94,7 +95,7 @@ def test_only_the_product_that_does_not_fit_gives_way(op: str, gpu: list[str], m
     kernels = {name: Kernel(getattr(moe_decode, f"{name}_decode_kernel"), LARGE) for name in problems}
     for name, kernel in kernels.items():
         monkeypatch.setattr(moe_decode, f"{name}_decode_kernel", kernel)
-    moe_experts(X, torch.tensor([[0, 1]]), torch.ones(1, 2), layer, backend=Backend.TRITON)
+    moe_experts(X[:1], torch.tensor([[0, 1]]), torch.ones(1, 2), layer, backend=Backend.TRITON)
     other = "down" if op == "gate_up" else "gate_up"
     assert choose(problems[other], CHIP) == fits
     assert choose(problems[op], CHIP) != LARGE
