@@ -109,8 +109,9 @@ class Graph:
 
 
 def _stream(device: torch.device) -> int:
-    """The handle of the current stream of `device`; 0 for the default stream."""
-    return _current_stream(device.index) if device.type == "cuda" else 0
+    """The handle of the current stream of `device`; 0 for the default stream, and for the CPU."""
+    index = device.index
+    return 0 if index is None else _current_stream(index)
 
 
 def _capturing(device: torch.device) -> bool:
