@@ -18,9 +18,10 @@ round after round, the last one with fewer. It shows dependent chains that too f
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dbrx_q.errors import DbrxError
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
@@ -46,6 +47,7 @@ DEPENDENT_FIXED_SECONDS = 3.4e-6
 DRAM_LATENCY = 0.8e-6
 """Seconds from a load to its data under load, by which bytes in flight become a bandwidth; assumed."""
 
+_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
 _ISSUE_RATE = 4.0
 _ALU_RATE = 2.0
 _IMAD_RATE = 2.0
@@ -127,12 +129,14 @@ class Code:
     """Of a thread."""
     shared_memory: int
     """Bytes of a program."""
+    products: int = 0
+    """Matrix instructions of the PTX, whose loops make the iterations of the source; 0 if unknown."""
 
 
 def launch_cost(launch: Launch, chip: str, *, new_tokens: int = 1, decode: bool = True) -> LaunchCost:
     """Compile a launch for a chip and count its code; arguments as of `cost_of`."""
     compiled = compile_launch(launch, CHIPS[chip])
-    code = Code(compiled.sass, compiled.registers, compiled.shared_memory)
+    code = Code(compiled.sass, compiled.registers, compiled.shared_memory, len(_PRODUCT.findall(compiled.assembly)))
     return cost_of(launch, work_of(launch, new_tokens=new_tokens), code, GPUS[chip], decode=decode)
 
 
@@ -157,6 +161,7 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
             f"{launch.kernel.__name__} must have {len(work.iterations)} loops with matrix instructions, as `launch_work.py` describes it; "
             f"found {len(loops)}. Describe its work there"
         )
+    work = _unrolled(work, loops, code.products)
     once = code_outside(instructions, loops)
     weighted = [(once, 1.0), *((loop.instructions, times) for loop, times in zip(loops, work.iterations, strict=True))]
     programs_each = work.programs / gpu.multiprocessors  # of an average multiprocessor
@@ -211,6 +216,15 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         simulated=max(slowest, bounds["DRAM"]) + fixed,
         dependent=dependent,
     )
+
+
+def _unrolled(work: LaunchWork, loops: list[Loop], products: int) -> LaunchWork:
+    """The work by iterations of the machine code, which are several of the source's where the assembler unrolled its loops."""
+    times = round(sum(multiply_adds(part) > 0 for loop in loops for part in loop.instructions) / products) if products else 1
+    if times < 2:
+        return work
+    packed = tuple(nbytes * times for nbytes in work.packed_bytes)
+    return replace(work, iterations=tuple(count / times for count in work.iterations), packed_bytes=packed)
 
 
 def _rounds(body: tuple[Instruction, ...], launch: Launch, work: LaunchWork, resident: int, gpu: GpuSpecs) -> tuple[float, float]:

@@ -67,6 +67,15 @@ def test_ceilings_and_rates_follow_the_chip() -> None:
     assert few_in_flight.bounds["DRAM"] == pytest.approx(1e6 / (2 * 256 * 132 / DRAM_LATENCY))
 
 
+def test_a_loop_that_the_assembler_unrolled_has_fewer_iterations() -> None:
+    twice = [*LINES[1:7], *LINES[1:8], "@P0 BRA 0x10"]
+    listing = "\n".join(f"/*{16 * number:04x}*/ {line} ;" for number, line in enumerate(("MOV R1, R2", *twice, "EXIT")))
+    cost = cost_of(LAUNCH, WORK, Code(listing, 128, 18560, products=1), GPUS["sm_90"])
+    assert cost.loops[0]["iterations"] == WORK.iterations[0] / 2
+    assert cost.bounds["MMA"] == pytest.approx(cost_of(LAUNCH, WORK, CODE, GPUS["sm_90"]).bounds["MMA"])
+    assert cost.per_16_bytes["total"] == (2 * 6 + 2) / 8  # of 8 pieces of 16 bytes, the branch and its comparison once
+
+
 def test_code_that_the_work_does_not_describe_is_refused() -> None:
     with pytest.raises(DbrxError, match=r"product_kernel must have 2 loops with matrix instructions.*found 1"):
         cost_of(LAUNCH, replace(WORK, iterations=(1.0, 2.0), packed_bytes=(1, 1)), CODE, GPUS["sm_90"])
