@@ -6,6 +6,7 @@ Dimension letters: `T` tokens (any leading axes), `K` input features, `N` output
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +54,19 @@ def linear(
     if backend is Backend.TRITON:
         from dbrx_q.kernels.triton import linear as triton_linear
         from dbrx_q.kernels.triton.codes import served
-        from dbrx_q.kernels.triton.tiles import refused_op, without_measured
+        from dbrx_q.kernels.triton.plans import planned
+        from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, refused_op, without_measured
 
         if not served(weight):
             return _finished(dequantized_linear(x, weight), clip, residual)
-        rest, packed = None if residual is None else residual.reshape(-1, weight.shape[-2]), weight.contiguous()
+        rest = None if residual is None else residual.reshape(-1, weight.shape[-2])
+        call = partial(triton_linear.linear, flat, weight, clip, rest)
         try:
-            return triton_linear.linear(flat, packed, clip, rest).view(shape)
+            y = call() if len(flat) > MATVEC_TOKENS else planned(("linear", clip), (weight,), (flat, rest), call)
+            return y.view(shape)
         except Exception as error:
             with without_measured(refused_op(error)):
-                return triton_linear.linear(flat, packed, clip, rest).view(shape)
+                return call().view(shape)
     return _finished(_implementations()[backend](flat, weight).to(x.dtype).view(shape), clip, residual)
 
 

@@ -92,12 +92,17 @@ def _triton(
     from dbrx_q.kernels.triton import moe_decode as triton_moe_decode
     from dbrx_q.kernels.triton import moe_prefill as triton_moe_prefill
     from dbrx_q.kernels.triton.codes import served
+    from dbrx_q.kernels.triton.plans import planned
     from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, refused_op, without_measured
 
     if not all(served(weight) for weight in (layer.w1, layer.v1, layer.w2)):
         return _expert_by_expert(x, experts, weights, layer, missing)
-    regime = triton_moe_decode.decode if x.shape[0] <= MATVEC_TOKENS else triton_moe_prefill.prefill
+    few = x.shape[0] <= MATVEC_TOKENS
+    regime = triton_moe_decode.decode if few else triton_moe_prefill.prefill
     try:
+        if few:
+            inputs = (x, experts, weights, layer.slots, missing)
+            return planned("experts", (layer.w1, layer.v1, layer.w2), inputs, lambda: regime(x, experts, weights, layer, missing))
         return regime(x, experts, weights, layer, missing)
     except Exception as error:
         op = refused_op(error)

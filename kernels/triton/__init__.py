@@ -20,7 +20,8 @@ Shared by the kernels:
 
 How they are launched:
 
-- `launch.py`: the chips, and `launch`, which runs a kernel or records the call.
+- `launch.py`: the chips, and `launch`, which runs a kernel or records the call. `repeated_launch.py` and `plans.py`: the
+  second launch of a kernel, and all launches of an op.
 - `dependent_launch.py`: what kernels do that begin before the one before them ends.
 - `tiles.py`, `attention_tiles.py`: the tile choices.
 """

@@ -15,7 +15,7 @@ it off.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,18 +28,23 @@ import torch
 from dbrx_q.kernels.formats.cache_folders import can_write, home, temporary_cache, warn_once
 from dbrx_q.kernels.formats.errors import DbrxError
 
+from .repeated_launch import Key, keep, key_of, repeatable
+
 __all__ = [
     "CHIPS",
     "INTERPRETER",
     "Chip",
     "Launch",
+    "Observed",
     "chip_of",
     "compiler_options",
+    "current_stream",
     "drains_stores",
     "find_cache",
     "interpreting",
     "is_recording",
     "launch",
+    "observing",
     "recording",
     "refused_kernel",
     "triton_version",
@@ -114,6 +119,9 @@ class Launch:
     """Whether it may begin while the kernel before it still runs: programmatic dependent launch."""
 
 
+# The handle of a device's current stream, as Triton's driver asks for it. A torch without CUDA lacks it.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
 _RECORD: ContextVar[tuple[Chip, list[Launch]] | None] = ContextVar("record", default=None)
 
 
@@ -123,19 +131,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
         return
     record = _RECORD.get()
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
-    pdl = False
+    chip, pdl = chip_of(device), False
     if "PDL" in kernel.arg_names:
-        constants["PDL"] = pdl = chip_of(device).dependent_launch
+        constants["PDL"] = pdl = chip.dependent_launch
     if record is not None:
         record[1].append(Launch(kernel, grid, arguments, constants, warps, stages, fusion, pdl))
         return
+    key: Key | None = None
+    if chip.vendor == "cuda":
+        key = key_of(kernel, device.index, arguments, constants, (warps, stages, fusion))
+        observed = _OBSERVED.get()
+        if observed is not None:
+            observed.append((key, grid, arguments))
+        known = repeatable(key)
+        if known is not None and (device.index is None or torch.cuda.current_device() == device.index):
+            known(grid, current_stream(device.index or 0), arguments)
+            return
     find_cache()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
         try:
-            kernel[grid](*arguments, **constants, **compiler_options(warps, stages, fusion, pdl, _amd_chip(device)))
+            compiled = kernel[grid](*arguments, **constants, **compiler_options(warps, stages, fusion, pdl, _amd_chip(device)))
         except Exception as error:
             error.__dict__[_KERNEL] = kernel.__name__
             raise
+    if key is not None:
+        keep(key, kernel, compiled, arguments, constants)
 
 
 def compiler_options(warps: int, stages: int, fusion: bool, pdl: bool, chip: Chip | None = None) -> dict[str, Any]:
@@ -192,6 +212,23 @@ def find_cache() -> None:
         f"Triton can write no cache in the home folder; compiled kernels are kept in {place}. Where that is cleared, compiling them takes "
         "every command a minute or more: set TRITON_CACHE_DIR to a folder that you may write to"
     )
+
+
+Observed = tuple[Key, tuple[int, ...], tuple[Any, ...]]
+"""What the machine code of a launch depends on, its grid and its arguments."""
+
+_OBSERVED: ContextVar[list[Observed] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observing() -> Iterator[list[Observed]]:
+    """List the launches of this thread on NVIDIA, which run."""
+    launches: list[Observed] = []
+    token = _OBSERVED.set(launches)
+    try:
+        yield launches
+    finally:
+        _OBSERVED.reset(token)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ _TOKEN_TILES_TOGETHER = tl.constexpr(8)
 def linear(x: torch.Tensor, weight: Weight, clip: float | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
     """y [T, N] in the dtype of `x` [T, K]; see `dbrx_q.kernels.linear.linear`."""
     (T, K), N = x.shape, weight.shape[0]
+    weight = weight if isinstance(weight, torch.Tensor) else weight.contiguous()
     y = torch.empty(T, N, dtype=x.dtype, device=x.device)
     chip = chip_of(x.device)
     problem = problem_of(weight, T, chip)

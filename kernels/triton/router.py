@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -46,6 +47,7 @@ _STEPS = 2  # steps of one program if D is split: 12 programs per token read DBR
 _MOST_SPLITS = 16
 
 
+@cache
 def router_tiles(T: int, D: int, E: int) -> RouterTiles:
     """A decode step waits for the router, so D is split over programs. In prefill, the tokens of a program share the router's loads.
 

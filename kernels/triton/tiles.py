@@ -20,6 +20,7 @@ __all__ = [
     "Problem",
     "Tiles",
     "candidates",
+    "changes",
     "choose",
     "measured",
     "refused_op",
@@ -84,6 +85,8 @@ class Tiles:
 
 _MEASURED: dict[tuple[str, Problem], Tiles] = {}
 
+_changes = 0  # of what `choose` answers
+
 _REFUSED: ContextVar[str] = ContextVar("refused", default="")  # the op whose measured tiles `choose` drops
 _TRIED: ContextVar[bool] = ContextVar("tried", default=False)  # within `trying`
 
@@ -94,6 +97,12 @@ def use_measured(choices: Mapping[tuple[str, Problem], Tiles]) -> None:
     Tokens and parallel matrices of a problem are rounded up to powers of two, there and in `choose`.
     """
     _MEASURED.update({(chip, _rounded(problem)): tiles for (chip, problem), tiles in choices.items()})
+    _changed()
+
+
+def changes() -> int:
+    """A number that grows whenever `choose` may answer differently than before."""
+    return _changes
 
 
 def measured() -> Mapping[tuple[str, Problem], Tiles]:
@@ -107,6 +116,7 @@ def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
     key = chip.name, _rounded(problem)
     before = _MEASURED.get(key)
     _MEASURED[key] = tiles
+    _changed()
     token = _TRIED.set(True)
     try:
         yield
@@ -116,6 +126,7 @@ def trying(problem: Problem, chip: Chip, tiles: Tiles) -> Iterator[None]:
             del _MEASURED[key]
         else:
             _MEASURED[key] = before
+        _changed()
 
 
 def choose(problem: Problem, chip: Chip) -> Tiles:
@@ -124,6 +135,7 @@ def choose(problem: Problem, chip: Chip) -> Tiles:
     tiles = _MEASURED.get(key)
     if tiles is not None and _REFUSED.get() == problem.op:
         del _MEASURED[key]
+        _changed()
         warn_once(
             f"{chip.name}: the measured {tiles} of {problem} need more than the chip has; the default tiles are used. "
             "Run `dbrx-q bench tune` again"
@@ -313,6 +325,11 @@ def _shared_memory(problem: Problem, tiles: Tiles) -> int:
 
 def _rounded(problem: Problem) -> Problem:
     return replace(problem, tokens=_power_of_two(problem.tokens), parallel=_power_of_two(problem.parallel))
+
+
+def _changed() -> None:
+    global _changes  # one number for the process
+    _changes += 1
 
 
 def _power_of_two(n: int) -> int:

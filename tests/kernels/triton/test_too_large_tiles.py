@@ -38,7 +38,7 @@ class Kernel:
     """
 
     def __init__(self, kernel: Any, too_large: Tiles | None = None) -> None:
-        self._kernel, self.arg_names, self.__name__ = kernel, kernel.arg_names, kernel.__name__
+        self._kernel, self.arg_names, self.params, self.__name__ = kernel, kernel.arg_names, kernel.params, kernel.__name__
         self._too_large = too_large
         self.depths: list[int] = []
 
