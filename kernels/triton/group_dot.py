@@ -287,17 +287,19 @@ def _planes_in_float16(words):
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 t, a, b, c, d, sixteenth;
+        .reg .b32 t, a, b, c, d, sixteenth, low, high;
         mov.b32 sixteenth, 0x2C002C00;
+        mov.b32 low, 0xE400E400;
+        mov.b32 high, 0xD400D400;
         shr.u32 t, $4, 8;
         lop3.b32 a, $4, 0x000F000F, 0x64006400, 0xEA;
         lop3.b32 b, $4, 0x00F000F0, 0x64006400, 0xEA;
         lop3.b32 c, t, 0x000F000F, 0x64006400, 0xEA;
         lop3.b32 d, t, 0x00F000F0, 0x64006400, 0xEA;
-        add.rn.f16x2 $0, a, 0xE400E400;
-        fma.rn.f16x2 $1, b, sixteenth, 0xD400D400;
-        add.rn.f16x2 $2, c, 0xE400E400;
-        fma.rn.f16x2 $3, d, sixteenth, 0xD400D400;
+        add.rn.f16x2 $0, a, low;
+        fma.rn.f16x2 $1, b, sixteenth, high;
+        add.rn.f16x2 $2, c, low;
+        fma.rn.f16x2 $3, d, sixteenth, high;
         }
         """,
         "=&r,=&r,=&r,=&r,r",

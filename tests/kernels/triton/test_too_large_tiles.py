@@ -18,7 +18,7 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton import launch as launching
 from dbrx_q.kernels.triton import linear as triton_linear
-from dbrx_q.kernels.triton import moe_decode, tiles
+from dbrx_q.kernels.triton import moe_decode, plans, tiles
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 from dbrx_q.kernels.triton.tiles import Tiles, choose, trying, use_measured
 
@@ -64,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     warnings: list[str] = []
     monkeypatch.setattr(tiles, "_MEASURED", {})
     monkeypatch.setattr(tiles, "warn_once", warnings.append)
-    for module in (launching, triton_linear, moe_decode):
+    for module in (launching, triton_linear, moe_decode, plans):
         monkeypatch.setattr(module, "chip_of", lambda device: CHIP)
     return warnings
 
