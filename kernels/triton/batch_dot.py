@@ -1,8 +1,9 @@
 """The product of int4 and int8 weights with few tokens as a batch of small products, each of a run of a row's elements.
 
-Codes minus zero-points are whole numbers, exact in 16 bits, so the matrix instructions take them without a scale, and the group's scale
-multiplies the small product in float32. Where a run has several groups, a column of its tile of activations holds one token's elements of
-one group and zeros elsewhere. Each warp multiplies runs of its own, all rows of them; the sums of runs are added once, after the last step.
+Codes are whole numbers, exact in 16 bits, so the matrix instructions take them without a scale, and the group's scale multiplies the small
+product in float32. Zero-points are subtracted by a product of their own, or exactly from the codes. Where a run has several groups, a
+column of its tile of activations holds one token's elements of one group and zeros elsewhere. Each warp multiplies runs of its own, all
+rows of them; the sums of runs are added once, after the last step.
 
 Dimension letters of tiles: `BN` rows of the weight, `BK` elements along the reduction axis, `BT` tokens, `NR` runs in BK, `G` groups in a
 run, `BC` columns G * BT.
@@ -65,9 +66,11 @@ def batch_dot(
     for step in range(first, end):
         next_scales, next_zeros = _parameters(s, z, rows, min(step + 1, end - 1), K, BK, FORMAT, GROUP, G)
         codes, values = _tiles(x, q, rows, tokens, step, T, K, BK, FORMAT, GROUP, G)
-        sums += _product(codes, zeros, values, FORMAT, FAST) * _spread(scales.to(tl.float32), G * BT)
+        sums += _product(codes, zeros, values, FORMAT, FAST) * _spread(scales, G * BT)
         scales, zeros = next_scales, next_zeros
-    return tl.sum(tl.reshape(tl.sum(sums, 0), (BN, G, BT)), 1)
+    if G > 1:
+        sums = tl.sum(tl.reshape(sums, (BK // RUN, BN, G, BT)), 2)
+    return tl.sum(sums, 0)
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def _spread(values, WIDTH: tl.constexpr):
 
 @triton.jit
 def _parameters(s, z, rows, step, K: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr):
-    """(scales, zero-points) [NR, BN, G] as they are stored; the scales twice of a format without zero-points."""
+    """(float32 scales, bfloat16 -128 - zero-point) [NR, BN, G]; the scales twice of a format without zero-points."""
     runs = tl.arange(0, BK // (G * GROUP))[:, None, None]
     groups = step * (BK // GROUP) + runs * G + tl.arange(0, G)[None, None, :]
     if K % BK != 0:
@@ -89,8 +92,10 @@ def _parameters(s, z, rows, step, K: tl.constexpr, BK: tl.constexpr, FORMAT: tl.
     scales = tl.load(s + rows[None, :, None] * (K // GROUP) + groups)
     if FORMAT == INT4:
         zeros = tl.load(z + rows[None, :, None] * ((K // GROUP + 1) // 2) + groups // 2)
-        return scales, (zeros >> ((groups % 2) * 4).to(tl.uint8)) & 15
+        zeros = (zeros >> ((groups % 2) * 4).to(tl.uint8)) & 15
+        return scales.to(tl.float32), (zeros.to(tl.uint16) | 0xC300).to(tl.bfloat16, bitcast=True)  # the bits of the sum
     else:
+        scales = scales.to(tl.float32)
         return scales, scales
 
 
@@ -133,45 +138,55 @@ def _product(codes, zeros, x, FORMAT: tl.constexpr, FAST: tl.constexpr):
             whole = codes.to(x.dtype)
         return tl.dot(whole, tl.permute(x, (0, 2, 1)), input_precision="ieee")
     else:
-        if FAST and x.dtype == tl.bfloat16:
-            # The bits of -128 - zero-point.
-            even, odd = _steps_in_bfloat16(codes, _spread((zeros.to(tl.uint16) | 0xC300).to(tl.bfloat16, bitcast=True), BYTES))
-        elif FAST and x.dtype == tl.float16:
-            # The bits of -1024 - zero-point.
-            even, odd = _steps_in_float16(codes, _spread((zeros.to(tl.uint16) | 0xE400).to(tl.float16, bitcast=True), BYTES))
-        else:
-            zero = _spread(zeros.to(tl.float32), BYTES)
-            even, odd = ((codes & 15).to(tl.float32) - zero).to(x.dtype), ((codes >> 4).to(tl.float32) - zero).to(x.dtype)
         x_even, x_odd = tl.split(tl.reshape(x, (NR, x.shape[1], BYTES, 2)))
-        product = tl.dot(even, tl.permute(x_even, (0, 2, 1)), input_precision="ieee")
-        return tl.dot(odd, tl.permute(x_odd, (0, 2, 1)), product, input_precision="ieee")
+        x_even, x_odd = tl.permute(x_even, (0, 2, 1)), tl.permute(x_odd, (0, 2, 1))
+        if (x.dtype == tl.bfloat16) | ((not FAST) & (x.dtype == tl.float16)):
+            # 128 + code, and -128 - zero-point: the matrix instructions have time for another product. In Triton's interpreter, which
+            # multiplies no bfloat16, float16 comes here.
+            if FAST:
+                even, odd, zero = _int4_in_bfloat16(codes, _spread(zeros, BYTES))
+            else:
+                even, odd = ((codes & 15) + 128.0).to(x.dtype), ((codes >> 4) + 128.0).to(x.dtype)
+                zero = _spread(zeros.to(x.dtype), BYTES)
+            product = tl.dot(zero, x_even, input_precision="ieee")
+            product = tl.dot(zero, x_odd, product, input_precision="ieee")
+            product = tl.dot(even, x_even, product, input_precision="ieee")
+            return tl.dot(odd, x_odd, product, input_precision="ieee")
+        elif FAST & (x.dtype == tl.float16):
+            # Beside 1024, sums would be less exact than the output's rounding.
+            even, odd = _steps_in_float16(codes, _spread((zeros.to(tl.float32) - 896.0).to(tl.float16), BYTES))
+        else:
+            zero = _spread(-128.0 - zeros.to(tl.float32), BYTES)
+            even, odd = ((codes & 15).to(tl.float32) - zero).to(x.dtype), ((codes >> 4).to(tl.float32) - zero).to(x.dtype)
+        product = tl.dot(even, x_even, input_precision="ieee")
+        return tl.dot(odd, x_odd, product, input_precision="ieee")
 
 
 @triton.jit
-def _steps_in_bfloat16(packed, zero):
-    """(even, odd) elements of bytes: code - zero-point, exactly; `zero` is -128 - zero-point."""
+def _int4_in_bfloat16(packed, zero):
+    """(128 + code of the even, of the odd elements of bytes, `zero`), exactly: a code is in the low bits of 128.0.
+
+    `zero` passes through, so that the compiler gives it the layout of the codes, and activations are read in one layout for both.
+    """
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 p, r, a, b, c, d, one;
-        mov.b32 one, 0x3F803F80;
-        prmt.b32 p, $4, 0, 0x4140;
-        prmt.b32 r, $4, 0, 0x4342;
-        lop3.b32 a, p, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 b, r, 0x000F000F, 0x43004300, 0xEA;
+        .reg .b32 p, r;
+        prmt.b32 p, $6, 0, 0x4140;
+        prmt.b32 r, $6, 0, 0x4342;
+        lop3.b32 $0, p, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $1, r, 0x000F000F, 0x43004300, 0xEA;
         shr.u32 p, p, 4;
         shr.u32 r, r, 4;
-        lop3.b32 c, p, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 d, r, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, a, one, $5;
-        fma.rn.bf16x2 $1, b, one, $6;
-        fma.rn.bf16x2 $2, c, one, $5;
-        fma.rn.bf16x2 $3, d, one, $6;
+        lop3.b32 $2, p, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $3, r, 0x000F000F, 0x43004300, 0xEA;
+        mov.b32 $4, $7;
+        mov.b32 $5, $8;
         }
         """,
-        "=&r,=&r,=&r,=&r,r,r,r",
+        "=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
         [packed, zero],
-        dtype=(tl.bfloat16, tl.bfloat16),
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True,
         pack=4,
     )

@@ -102,14 +102,18 @@ def linear_kernel(
     PDL: tl.constexpr,
 ):
     start_next(PDL)
-    program, split = tl.program_id(0), tl.program_id(1)
-    # Programs that share rows of the weight or tokens run close in time, so that both stay in the L2 cache.
-    tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
-    together = _TOKEN_TILES_TOGETHER * tiles_n
-    first_t = program // together * _TOKEN_TILES_TOGETHER
-    tiles_together = min(tiles_t - first_t, _TOKEN_TILES_TOGETHER)
-    rows = program % together // tiles_together * BN + tl.arange(0, BN)
-    tokens = (first_t + program % together % tiles_together) * BT + tl.arange(0, BT)
+    program = tl.program_id(0)
+    split = 0 if SPLITS == 1 else tl.program_id(1)
+    if G > 0:  # a tile holds all tokens: the first loads wait for no division
+        rows, tokens = program * BN + tl.arange(0, BN), tl.arange(0, BT)
+    else:
+        # Programs that share rows of the weight or tokens run close in time, so that both stay in the L2 cache.
+        tiles_n, tiles_t = tl.cdiv(N, BN), tl.cdiv(T, BT)
+        together = _TOKEN_TILES_TOGETHER * tiles_n
+        first_t = program // together * _TOKEN_TILES_TOGETHER
+        tiles_together = min(tiles_t - first_t, _TOKEN_TILES_TOGETHER)
+        rows = program % together // tiles_together * BN + tl.arange(0, BN)
+        tokens = (first_t + program % together % tiles_together) * BT + tl.arange(0, BT)
 
     steps: tl.constexpr = (K + BK - 1) // BK
     steps_per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS

@@ -226,8 +226,7 @@ def _matvec(problem: Problem, chip: Chip) -> Tiles:
 def _runs(problem: Problem, chip: Chip) -> Tiles:
     """Tiles of runs, one or two a warp and step, such that all programs run at once where they can, the whole reduction in each.
 
-    Registers and instructions are those counted in int4 and int8 in groups of 64: a program takes at most 128 registers a thread, and with
-    64 rows 168. Few programs on a multiprocessor need many warps each: on an H200 a third of the issue slots is spare.
+    A multiprocessor with few programs needs many warps in each: on an H200 a quarter of the issue slots is spare.
     """
     run = problem.group * problem.run_groups
     tokens = max(chip.smallest_dot // problem.run_groups, _power_of_two(problem.tokens))
@@ -238,22 +237,25 @@ def _runs(problem: Problem, chip: Chip) -> Tiles:
         balanced = programs >= 0.9 * most * chip.multiprocessors
         if balanced and most <= _resident(problem, tiles, chip) and tiles.depth <= problem.K:
             return tiles
-    tiles = Tiles(32, tokens, 4 * run, 1, 4, 3)
-    programs = -(-problem.N // tiles.rows)
-    while programs * tiles.splits < 1.5 * chip.multiprocessors and -(-problem.K // tiles.depth) >= 4 * tiles.splits and tiles.splits < 16:
-        tiles = replace(tiles, splits=2 * tiles.splits)
-    for stages in (3, 2):
-        tiles = replace(tiles, stages=stages)
-        if programs * tiles.splits <= chip.multiprocessors * _resident(problem, tiles, chip):
+    programs, splits, depth = -(-problem.N // 32), 1, 4 * run
+    while programs * splits < 1.5 * chip.multiprocessors and -(-problem.K // depth) >= 4 * splits and splits < 16:
+        splits *= 2
+    # With a third stage and 16 columns, int4 spills 8 bytes on sm_80.
+    three = tokens * problem.run_groups <= 8 or chip.name == "sm_90"
+    for stages in (3, 2) if three else (2,):
+        tiles = Tiles(32, tokens, depth, splits, 4, stages)
+        if programs * splits <= chip.multiprocessors * _resident(problem, tiles, chip):
             return tiles
-    return Tiles(64, tokens, 4 * run, 1, 4, 3 if chip.shared_memory > 128 * 1024 else 2)
+    return Tiles(64, tokens, depth, 1, 4, 3 if three and chip.shared_memory > 128 * 1024 else 2)
 
 
 def _resident(problem: Problem, tiles: Tiles, chip: Chip) -> int:
-    """Programs of `batch_dot` that a multiprocessor runs at once, by 128 registers a thread and by shared memory."""
+    """Programs of `batch_dot` that a multiprocessor runs at once, by registers (counted in int4 in groups of 64) and by shared memory."""
     columns = tiles.tokens * problem.run_groups
+    single = tiles.depth == tiles.warps * problem.group * problem.run_groups  # run of each warp
+    registers = 128 if single and columns <= 8 and tiles.rows <= 32 else 168
     memory = (tiles.rows * problem.bits // 8 + columns * 2) * tiles.depth * (tiles.stages - 1)
-    return min(65536 // (128 * 32 * tiles.warps), chip.shared_memory // (memory + 2048))
+    return min(65536 // (registers * 32 * tiles.warps), chip.shared_memory // (memory + 2048))
 
 
 def _spans(problem: Problem, chip: Chip) -> Tiles:

@@ -132,6 +132,24 @@ def test_plain_weights_in_any_memory_layout(layout: str, T: int) -> None:
     assert torch.equal(linear(x, stored), linear(x, weight))
 
 
+@pytest.mark.parametrize("activations", ["centered", "biased", "outliers"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_zero_points_of_few_tokens_cost_less_accuracy_than_rounding_to_bfloat16(group_size: int, activations: str) -> None:
+    """Products of 128 + code and of -128 - zero-point, in float32, which bfloat16 takes on a GPU and float16 here, against float64."""
+    weight = packed_weight("int4", group_size, 70, 2048)
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(4))
+    if activations == "biased":
+        x += 8
+    elif activations == "outliers":
+        x[:, ::200] *= 300
+    x = x.bfloat16()
+    truth = x.double() @ dequantize(weight).double().T
+    out = linear(x.half(), weight)
+    assert x.equal(x.half().bfloat16())
+    assert (out.double() - truth).abs().mean() <= (truth.bfloat16().double() - truth).abs().mean() / 2
+    assert (out.double() - truth).abs().max() <= (x.double() @ dequantize(weight, torch.bfloat16).double().T - truth).abs().max()
+
+
 def test_activations_need_not_be_contiguous() -> None:
     weight = packed_weight("int4", 64, 40, 192)
     x, residual = torch.randn(5, 192), torch.randn(5, 40)

@@ -259,16 +259,23 @@ def test_int8_dequantizes_to_the_bits_of_the_format(dtype: torch.dtype) -> None:
         assert torch.equal(dequantize_int8(dtype, batch), int8.dequantize(weight, dtype).view(torch.int16)[:, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_zero_points_are_subtracted_from_int4_codes_exactly(dtype: torch.dtype) -> None:
+def test_zero_points_are_subtracted_from_int4_codes_exactly() -> None:
     for batch in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
-        narrow, bias = (torch.bfloat16, 128.0) if dtype == torch.bfloat16 else (torch.float16, 1024.0)
-        function = triton_batch_dot._steps_in_bfloat16 if dtype == torch.bfloat16 else triton_batch_dot._steps_in_float16
-        operands = (batch.codes, (-bias - batch.zeros.float()).to(narrow))
-        out = evaluate(assembly_of(function), [register for operand in operands for register in registers_of(operand)])
+        operands = (batch.codes, (-1024.0 - batch.zeros.float()).half())
+        assembly = assembly_of(triton_batch_dot._steps_in_float16)
+        out = evaluate(assembly, [register for operand in operands for register in registers_of(operand)])
         for registers, codes in ((out[:2], batch.codes & 15), (out[2:], batch.codes >> 4)):
-            expected = (codes.float() - batch.zeros.float()).to(dtype)
-            assert torch.equal(values_of(registers).view(dtype), expected)
+            expected = (codes.float() - batch.zeros.float()).half()
+            assert torch.equal(values_of(registers).view(torch.float16), expected)
+
+
+def test_int4_codes_are_added_to_128_exactly() -> None:
+    for batch in numbers(BYTES, ZEROS, SOME_SCALES[:1]):
+        zero = (batch.zeros.to(torch.int32) | 0xC300).to(torch.uint16).view(torch.bfloat16)
+        assert torch.equal(zero, (-128.0 - batch.zeros.float()).bfloat16())
+        out = evaluate(assembly_of(triton_batch_dot._int4_in_bfloat16), [*registers_of(batch.codes), *registers_of(zero)])
+        for registers, expected in ((out[:2], 128.0 + (batch.codes & 15)), (out[2:4], 128.0 + (batch.codes >> 4)), (out[4:], zero)):
+            assert torch.equal(values_of(registers).view(torch.bfloat16), expected.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

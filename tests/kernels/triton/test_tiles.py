@@ -52,8 +52,11 @@ def test_choices_and_candidates_can_be_run(problem: Problem, chip: Chip) -> None
 @pytest.mark.parametrize("chip", [chip for chip in CHIPS.values() if chip.vendor == "cuda"], ids=lambda chip: chip.name)
 @pytest.mark.parametrize("N", [6144, 8192], ids=["out_proj", "Wqkv"])
 @pytest.mark.parametrize(("bits", "groups"), [(4, 2), (8, 1)], ids=["int4", "int8"])
-def test_all_programs_of_a_projection_run_at_once_and_loop_over_several_steps(chip: Chip, N: int, bits: int, groups: int) -> None:
-    problem = Problem("linear", 1, N, 6144, bits, 64, run_groups=groups)
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_all_programs_of_a_projection_run_at_once_and_loop_over_several_steps(
+    chip: Chip, N: int, bits: int, groups: int, tokens: int
+) -> None:
+    problem = Problem("linear", tokens, N, 6144, bits, 64, run_groups=groups)
     choice = choose(problem, chip)
     assert N // choice.rows * choice.splits <= chip.multiprocessors * tiles._resident(problem, choice, chip)
     assert 6144 // (choice.depth * choice.splits) >= 6
