@@ -2,7 +2,8 @@
 grouped products.
 
 On Hopper, activations for 4-bit weights are stored as even elements followed by odd ones, as the weights are dequantized: the matrix
-instructions read both directly from shared memory.
+instructions read both directly from shared memory. With many tokens, even and odd elements go into one product, and rows of gate and
+up into one tile.
 
 The grid is large enough for the worst case, one partly filled tile per expert. A program finds its expert from the sorted pairs; surplus
 programs return at once. The host never waits for the device.
@@ -13,6 +14,7 @@ of tiles as in `triton/weights.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +22,14 @@ import triton
 import triton.language as tl
 
 from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.weights import Weight
 
 from .codes import INT4, NF4, TRELLIS, code_of
 from .launch import Chip, chip_of, launch
 from .moe_decode import activations, matrices, matrix_of, packed, problems, slot_of
-from .tiles import choose
+from .tiles import Tiles, choose
 from .trellis import rotated, rotation_of
-from .weights import _halves, dot_step, pointers_of, scaled
+from .weights import _halves, dot_step, group_of, pointers_of, scaled
 
 __all__ = ["combine_kernel", "down_prefill_kernel", "gate_up_prefill_kernel", "prefill"]
 
@@ -70,6 +73,9 @@ def _prefill(
     four_bits, c1, c2, c = (INT4.value, NF4.value), code_of(layer.w1), code_of(layer.v1), code_of(layer.w2)
     x_halves = in_halves and c1 in four_bits and c2 in four_bits
     h_halves = in_halves and c in four_bits and TRELLIS.value not in (c1, c2)  # rows of a trellis format are not reordered
+    stacked = x_halves and _one_product(gate_up) and _stack(packed(layer.w1), packed(layer.v1))
+    if stacked and gate_up.tokens == 128 and P // E * 5 // 4 > 128:
+        gate_up = replace(gate_up, rows=gate_up.rows // 2, tokens=256)
     x1, x2 = activations(x, layer)
     if x_halves:
         x1 = x2 = x.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()  # [T, 2, D / 2]
@@ -89,6 +95,7 @@ def _prefill(
         SHARED=x1 is x2,
         X_HALVES=x_halves,
         H_HALVES=h_halves,
+        STACKED=stacked,
         E_PAD=e_pad,
         BN=gate_up.rows,
         BT=gate_up.tokens,
@@ -111,6 +118,7 @@ def _prefill(
         *pointers_of(packed(layer.w2), x.dtype),
         pairs,
         H_HALVES=h_halves,
+        ONE_PRODUCT=_one_product(down),
         E_PAD=e_pad,
         BN=down.rows,
         BT=down.tokens,
@@ -131,6 +139,21 @@ def _halves_serve(chip: Chip) -> bool:
     registers and take 8.3 instead of 7.5 (counted in the compiled loop of int4, group 64).
     """
     return chip.name == "sm_90"
+
+
+def _one_product(tiles: Tiles) -> bool:
+    """Whether even and odd elements go into one matrix product, which then overlaps with dequantizing the next tile.
+
+    With fewer tokens or warps a tile is dequantized for few products, and joining the halves costs more than the wait that it saves: 408
+    instead of 341 instructions of 4 warps with 64 tokens.
+    """
+    return tiles.tokens >= 128 and tiles.warps >= 8
+
+
+def _stack(gate: Weight, up: Weight) -> bool:
+    """Whether one tile can have rows of both matrices, of which a thread loads 16 bytes at a time. NF4 would spill 8 bytes a thread."""
+    aligned = all(pointers_of(weight, torch.bfloat16)[0].data_ptr() % 16 == 0 for weight in (gate, up))
+    return aligned and code_of(gate) == code_of(up) == INT4.value and group_of(gate) == group_of(up)
 
 
 @triton.jit
@@ -156,6 +179,7 @@ def gate_up_prefill_kernel(
     SHARED: tl.constexpr,
     X_HALVES: tl.constexpr,
     H_HALVES: tl.constexpr,
+    STACKED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -185,25 +209,39 @@ def gate_up_prefill_kernel(
     q2, s2, z2 = matrix_of(q2, s2, z2, slot, F, D, FORMAT2, GROUP2, STRIDE_S2, CODE2)
 
     h_columns = row * BN + tl.arange(0, BN)
-    rows = h_columns % (F // 2) * 2 + h_columns // (F // 2) if H_HALVES else h_columns
     places = first + tl.arange(0, BT)
     inside = places < end
     tokens = tl.load(order + places, mask=inside, other=0) // A  # int64 [BT]
     gate = tl.zeros((BN, BT), tl.float32)
     up = tl.zeros((BN, BT), tl.float32)
-    for step in range((D + BK - 1) // BK):
-        k = step * BK
-        if X_HALVES:
-            even, odd = _load_halves(x1 + tokens * D, inside, k, D, BK)
-            gate = _halves_step(gate, even, odd, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, FAST1, WARPGROUP1)
-            up = _halves_step(up, even, odd, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, FAST2, WARPGROUP2)
-        else:
-            columns = k + tl.arange(0, BK)
-            place, wanted = tokens[:, None] * D + columns[None, :], inside[:, None] & (columns < D)[None, :]
-            tile = tl.load(x1 + place, mask=wanted, other=0.0)
-            gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
-            tile = tile if SHARED else tl.load(x2 + place, mask=wanted, other=0.0)
-            up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
+    rows = _rows_of(h_columns, F, H_HALVES)
+    if STACKED:
+        # Gate and up are one tile of eight rows of either in turn: a thread then has both sums of an element of h.
+        stacked = tl.arange(0, 2 * BN)
+        of_up = (stacked // 8 % 2 == 1)[:, None]
+        q, s, z = tl.multiple_of(tl.where(of_up, q2, q1), (1, 16)), tl.where(of_up, s2, s1), tl.where(of_up, z2, z1)
+        both_rows = _rows_of(row * BN + stacked // 16 * 8 + stacked % 8, F, H_HALVES)
+        both = tl.zeros((2 * BN, BT), tl.float32)
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            tile = _load_both_halves(x1 + tokens * D, inside, k, D, BK)
+            both = _joined_step(both, tile, q, s, z, both_rows, k, F, D, BK, FORMAT1, GROUP1, FAST1, WARPGROUP1)
+        gate, up = tl.split(tl.permute(tl.reshape(both, (BN // 8, 2, 8, BT)), (0, 2, 3, 1)))
+        gate, up = tl.reshape(gate, (BN, BT)), tl.reshape(up, (BN, BT))
+    else:
+        for step in range((D + BK - 1) // BK):
+            k = step * BK
+            if X_HALVES:
+                even, odd = _load_halves(x1 + tokens * D, inside, k, D, BK)
+                gate = _halves_step(gate, even, odd, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, FAST1, WARPGROUP1)
+                up = _halves_step(up, even, odd, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, FAST2, WARPGROUP2)
+            else:
+                columns = k + tl.arange(0, BK)
+                place, wanted = tokens[:, None] * D + columns[None, :], inside[:, None] & (columns < D)[None, :]
+                tile = tl.load(x1 + place, mask=wanted, other=0.0)
+                gate = dot_step(gate, tile, q1, s1, z1, rows, k, F, D, BK, FORMAT1, GROUP1, STRIDE_N1, STRIDE_K1, FAST1, WARPGROUP1, CODE1)
+                tile = tile if SHARED else tl.load(x2 + place, mask=wanted, other=0.0)
+                up = dot_step(up, tile, q2, s2, z2, rows, k, F, D, BK, FORMAT2, GROUP2, STRIDE_N2, STRIDE_K2, FAST2, WARPGROUP2, CODE2)
     gate, up = scaled(gate, s1, rows, F, FORMAT1), scaled(up, s2, rows, F, FORMAT2)
     value = gate / (1.0 + tl.exp(-gate)) * up
     place = places.to(tl.int64)[None, :] * F + h_columns[:, None]
@@ -228,6 +266,7 @@ def down_prefill_kernel(
     E_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
     H_HALVES: tl.constexpr,
+    ONE_PRODUCT: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -253,8 +292,12 @@ def down_prefill_kernel(
     for step in range((F + BK - 1) // BK):
         k = step * BK
         if H_HALVES:
-            even, odd = _load_halves(h + places.to(tl.int64) * F, inside, k, F, BK)
-            acc = _halves_step(acc, even, odd, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, FAST, WARPGROUP)
+            if ONE_PRODUCT:
+                tile = _load_both_halves(h + places.to(tl.int64) * F, inside, k, F, BK)
+                acc = _joined_step(acc, tile, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, FAST, WARPGROUP)
+            else:
+                even, odd = _load_halves(h + places.to(tl.int64) * F, inside, k, F, BK)
+                acc = _halves_step(acc, even, odd, q, s, z, rows, k, D, F, BK, FORMAT, GROUP, FAST, WARPGROUP)
         else:
             columns = k + tl.arange(0, BK)
             address = h + places.to(tl.int64)[:, None] * F + columns[None, :]
@@ -293,12 +336,27 @@ def combine_kernel(
 
 
 @triton.jit
+def _rows_of(h_columns, F: tl.constexpr, H_HALVES: tl.constexpr):
+    """The rows of gate and up that compute columns of h as it is stored."""
+    return h_columns % (F // 2) * 2 + h_columns // (F // 2) if H_HALVES else h_columns
+
+
+@triton.jit
 def _load_halves(vectors, inside, k, K: tl.constexpr, BK: tl.constexpr):
     """Even and odd elements k .. k + BK - 1, [BT, BK / 2] each, of the vectors [2, K / 2] at the addresses `vectors` [BT]."""
     columns = k // 2 + tl.arange(0, BK // 2)
     address = vectors[:, None] + columns[None, :]
     mask = inside[:, None] & (columns < K // 2)[None, :]
     return tl.load(address, mask=mask, other=0.0), tl.load(address + K // 2, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_both_halves(vectors, inside, k, K: tl.constexpr, BK: tl.constexpr):
+    """The same elements as one tile [BT, BK]: even ones, then odd ones."""
+    within = tl.arange(0, BK)
+    columns = k // 2 + within % (BK // 2)
+    address = vectors[:, None] + (columns + within // (BK // 2) * (K // 2))[None, :]
+    return tl.load(address, mask=inside[:, None] & (columns < K // 2)[None, :], other=0.0)
 
 
 @triton.jit
@@ -323,6 +381,29 @@ def _halves_step(
     w_even, w_odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, even.dtype, FAST, WARPGROUP)
     acc = tl.dot(w_even, tl.trans(even), acc, input_precision="ieee")
     return tl.dot(w_odd, tl.trans(odd), acc, input_precision="ieee")
+
+
+@triton.jit
+def _joined_step(
+    acc,  # float32 [BN, BT]
+    x,  # [BT, BK], from `_load_both_halves`
+    q,  # first code of the matrix, or [BN, 1], of every row's; the same for scales and zero-points
+    s,
+    z,
+    rows,  # [BN]
+    k,
+    N,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+    WARPGROUP: tl.constexpr,
+):
+    """`_halves_step` by one product over even and odd elements."""
+    even, odd = _halves(q, s, z, rows, k, N, K, BK, FORMAT, GROUP, x.dtype, FAST, WARPGROUP)
+    w = tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (acc.shape[0], BK))
+    return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
 
 
 @triton.jit

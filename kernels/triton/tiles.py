@@ -310,7 +310,7 @@ def _grouped(problem: Problem, chip: Chip, depth: int) -> Tiles:
         tiles = Tiles(32, max(16, tokens), max(128, problem.group) if deep else depth, 1, 2, 3 if deep else 4)
     elif chip.name == "sm_90" and tokens >= 128 and depth == 64:
         # Counted in the compiled loop of int4, group 64: 338 instructions of each of 8 warps feed 1024 cycles of the tensor cores; with
-        # 256 tokens of the one matrix of `down`, 226.
+        # 256 tokens of one matrix, 272, and the products overlap with dequantizing (`moe_prefill` makes one tile of gate and up).
         tiles = Tiles(128, 256 if problem.op == "down" and tokens >= 256 else 128, depth, 1, 8, 4)
     else:
         tiles = Tiles(32 if problem.op == "gate_up" and depth > 64 else 64, 64, depth, 1, 4, 3)

@@ -134,9 +134,13 @@ def test_experts_agree_with_the_reference(case: Case) -> None:
     check(*inputs(case), layer_of(case))
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["two products", "one product"])
 @pytest.mark.parametrize("formats", [FORMATS[i] for i in (0, 1, 6, 8, 10)], ids="+".join)
-def test_activations_in_halves_agree_with_the_reference(formats: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_in_halves_agree_with_the_reference(
+    formats: tuple[str, str, str], joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_moe_prefill, "_halves_serve", lambda chip: True)
+    monkeypatch.setattr(triton_moe_prefill, "_one_product", lambda tiles: joined)
     case = Case(formats, MANY, HOLES)
     check(*inputs(case), layer_of(case))
 
