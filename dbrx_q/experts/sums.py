@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -87,7 +86,7 @@ class PartialSum(ExpertSum):
         n_experts = self._routing.logits.shape[1]
         on_gpu = self._x.device.type == "cuda"
         slot_by_expert = torch.tensor([slots.get(e, -1) for e in range(n_experts)], dtype=torch.int32, pin_memory=on_gpu)
-        layer = replace(weights, slots=slot_by_expert.to(self._x.device, non_blocking=True))
+        layer = ExpertWeights(weights.w1, weights.v1, weights.w2, slot_by_expert.to(self._x.device, non_blocking=True))
         part = moe_experts(self._x, self._routing.experts, self._routing.weights, layer)
         self._total = part.float() if self._total is None else self._total.add_(part)
 

@@ -12,6 +12,7 @@ from dbrx_q.generation.decode_graph import DecodeStep
 from dbrx_q.generation.decoding import decode_one_token, prefill
 from dbrx_q.generation.generate import generate
 from dbrx_q.generation.layer_graphs import capture_on
+from dbrx_q.kernels.triton import launch
 from dbrx_q.kernels.triton.codes import CODES
 from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.modeling import DbrxForCausalLM
@@ -66,6 +67,24 @@ def test_a_captured_step_equals_the_same_step_uncaptured(quantized_nano: Path, k
         new = [n + 1 + step for n in lengths]
         arguments = ([11, 12, 13, 11], [*new, new[0]], [0, 1, 2, 0])
         torch.testing.assert_close(replayed(*arguments), plain(*arguments), rtol=0, atol=0)
+
+
+def test_steps_that_follow_each_other_at_once_equal_steps_that_wait_for_each_kernel(
+    quantized_nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels may begin before the one before them ends, nothing may be read too early: the bits are those without it."""
+    results = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv("DBRX_Q_PDL", switch)
+        launch._dependent_launch_known.cache_clear()
+        model = DbrxForCausalLM.from_pretrained(quantized_nano, device="cuda")
+        for replayed in (True, False):
+            step = DecodeStep(model, KVCache(model.config, 1, 64, dtype=model.dtype, device=model.device, format="int8"), 1)
+            step._graph = step._graph if replayed else None
+            results.append(torch.stack([step([7 + n % 50], [1 + n], [0]).clone() for n in range(60)]))
+    launch._dependent_launch_known.cache_clear()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 def test_a_step_replayed_layer_by_layer_equals_the_same_step_uncaptured(quantized_nano: Path) -> None:
