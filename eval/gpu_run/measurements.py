@@ -73,7 +73,7 @@ def measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, A
 
 
 def _measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    device = torch.device("meta") if settings.dry else torch.device("cuda", 0)
+    device = settings.torch_device
     match stage:
         case "system":
             return _system(device)
@@ -104,7 +104,7 @@ def one_call_of_each(settings: Settings) -> dict[str, Any]:
     """Call every op of the kernel benchmark once, at small sizes."""
     from .settings import SMALL
 
-    device = torch.device("meta") if settings.dry else torch.device("cuda", 0)
+    device = settings.torch_device
     called = []
     for work in dbrx_works(device, SMALL):
         _launches(work.make, device) if settings.dry else work.make().contenders["dbrx_q"]()[0]()

@@ -20,7 +20,7 @@ from dbrx_q.model.tuned_tiles import TileChoice, write_tuning
 
 from .commands import memory_check, run_tests
 from .journal import DONE, FAILED, Journal, Record
-from .plan import SOURCES, Item, plan
+from .plan import CEILINGS, SOURCES, Item, plan
 from .settings import DRY_CHIP, Settings, code_version
 from .worker import ItemError, Worker
 
@@ -123,6 +123,7 @@ class _Run:
         self._settings, self._ends, self._journal, self._processes, self._report = settings, ends, journal, processes, report
         self._code = code_version()
         self._outcome = Outcome()
+        self._reserved = 0.0
         hello: dict[str, Any] = {"device": "meta", "chip": asdict(DRY_CHIP)} if settings.dry else processes.device().hello
         self._device, self._chip = str(hello["device"]), dict(hello["chip"])
 
@@ -131,7 +132,9 @@ class _Run:
         items = plan(self._settings, Chip(**self._chip))
         if all(item.again or self._finished(item) for item in items):
             return Outcome(skipped=len(items))
+        last = f"ceilings/{CEILINGS[1]}"
         for item in items:
+            self._reserved = sum(other.expected for other in items if other.key == last) if item.key != last else 0.0
             if not item.again and self._finished(item):
                 self._outcome.skipped += 1
             elif self._left() < item.expected or (item.stage == "tuned" and not self._choices()):
@@ -141,7 +144,8 @@ class _Run:
         return self._outcome
 
     def _left(self) -> float:
-        return self._ends - time.monotonic()
+        """Seconds for the next item; the ceilings at the end have theirs."""
+        return self._ends - time.monotonic() - self._reserved
 
     def _mine(self, key: str) -> list[Record]:
         """Earlier results of an item, by this code on this GPU."""
@@ -158,11 +162,13 @@ class _Run:
         try:
             status, value = DONE, self._value(item, items, limit)
             self._outcome.done += 1
+            reasons = [str(reason) for reason in value.get("failed", {}).values()] if item.stage in ("rows", "tuned", "model") else []
         except ItemError as error:
             status, value = FAILED, {"error": str(error)} | error.value
             self._outcome.failed.append(item.key)
-            if any(word in str(error) for word in _POISONED):
-                self._processes.drop_device()
+            reasons = [str(error)]
+        if any(word in reason for word in _POISONED for reason in reasons):
+            self._processes.drop_device()
         seconds = time.monotonic() - started
         self._journal.append(Record(item.key, status, self._code, self._device, date, round(seconds, 3), value))
         self._report(f"{seconds:7.1f} s  {item.key}" + ("" if status == DONE else f": {value['error'][:200]}"))

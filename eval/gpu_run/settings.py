@@ -9,6 +9,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 import dbrx_q
 from dbrx_q.eval.bench.kernel_shapes import DBRX, Shapes
 from dbrx_q.kernels.triton.launch import CHIPS, Chip
@@ -34,6 +36,11 @@ class Settings:
     def dry(self) -> bool:
         """Whether launches are recorded on tensors without memory, and nothing is timed."""
         return self.device == "meta"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors are: the first GPU, or "meta"."""
+        return torch.device("meta") if self.dry else torch.device("cuda", 0)
 
     @property
     def shapes(self) -> Shapes:

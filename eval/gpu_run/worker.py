@@ -143,8 +143,7 @@ def _hello(settings: Settings, compiles: bool) -> dict[str, Any]:
     from dbrx_q.kernels.triton.launch import chip_of
 
     device_or_error("dbrx-q bench gpu")
-    device = torch.device("cuda", 0)
-    return {"device": torch.cuda.get_device_name(device), "chip": asdict(chip_of(device))}
+    return {"device": torch.cuda.get_device_name(settings.torch_device), "chip": asdict(chip_of(settings.torch_device))}
 
 
 def _answer(what: str, name: str, settings: Settings, arguments: Mapping[str, Any]) -> Any:

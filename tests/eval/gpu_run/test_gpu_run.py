@@ -20,6 +20,7 @@ from dbrx_q.eval.gpu_run import commands
 from dbrx_q.eval.gpu_run.commands import parse_outcomes, run_within
 from dbrx_q.eval.gpu_run.journal import DONE, FAILED, FILE, Journal, Record, read_records
 from dbrx_q.eval.gpu_run.plan import SOURCES, TEST_FILES, TITLES, plan, tuned_problems
+from dbrx_q.eval.gpu_run.recorded import record as record_launches
 from dbrx_q.eval.gpu_run.report import document
 from dbrx_q.eval.gpu_run.settings import DRY_CHIP, Settings, code_version, tree
 from dbrx_q.eval.gpu_run.worker import ItemError, Worker
@@ -129,6 +130,12 @@ tests/a.py::test_two FAILED                                  [ 66%]
 [gw0] [ 90%] ERROR tests/a.py::test_four
 tests/a.py::test_five """
     assert parse_outcomes(output) == {"passed": 1, "skipped": 1, "failed": ["tests/a.py::test_two", "tests/a.py::test_four"]}
+
+
+def test_launches_of_the_bundled_model_are_recorded_without_running_other_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pytest, "main", lambda _: pytest.fail("only tests of kernels are recorded by running them"))
+    requests = record_launches("tests", Settings("cuda", tmp_path), DRY_CHIP, ["tests/dbrx_q/gpu/test_model_on_gpu.py"])
+    assert {"gate_up_decode_kernel", "gate_up_prefill_kernel", "decode_kernel", "prefill_kernel"} <= {item.kernel for item in requests}
 
 
 def test_a_program_is_killed_at_its_limit_with_what_it_started(tmp_path: Path) -> None:
