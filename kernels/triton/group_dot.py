@@ -19,6 +19,7 @@ columns NB * BT: with groups of 32, whose planes are shorter than a matrix instr
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,10 +37,15 @@ _SHORTEST = 64
 """Elements in one product: four planes of 16, the depth of a matrix instruction."""
 
 
-def span_groups(weights: tuple[Weight, ...], tokens: int, chip: Chip) -> int:
-    """Groups in one product if `group_sums` multiplies all of `weights` by this many tokens, else 0."""
+def span_groups(weights: tuple[Weight, ...], tokens: int, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Groups in one product if `group_sums` multiplies all of `weights` by this many tokens in `dtype`, else 0.
+
+    No matrix instruction takes float32: planes of float32 do not fit the registers.
+    """
     group = group_of(weights[0])
-    if chip.vendor == "hip" or any(code_of(weight) != INT4.value or group_of(weight) != group for weight in weights):
+    if chip.vendor == "hip" or (chip.vendor == "cuda" and dtype == torch.float32):
+        return 0
+    if any(code_of(weight) != INT4.value or group_of(weight) != group for weight in weights):
         return 0
     groups = max(1, _SHORTEST // group)
     return groups if groups * triton.next_power_of_2(tokens) <= _MOST_COLUMNS else 0

@@ -37,7 +37,7 @@ def decode(
     (T, D), A, F, E = x.shape, experts.shape[1], layer.w1.shape[-2], layer.n_experts
     active = min(E, T * A)  # the most experts that can have tokens
     chip = chip_of(x.device)
-    of_gate_up, of_down = problems(layer, T, A, chip)
+    of_gate_up, of_down = problems(layer, T, A, chip, x.dtype)
     gate_up, down = choose(of_gate_up, chip), choose(of_down, chip)
     slots = experts if layer.slots is None else layer.slots
     experts, weights = experts.contiguous(), weights.contiguous()
@@ -105,15 +105,15 @@ def decode(
     return y
 
 
-def problems(layer: ExpertWeights, tokens: int, A: int, chip: Chip) -> tuple[Problem, Problem]:
-    """The two products that tiles are chosen for; `tokens` as in `Problem`."""
+def problems(layer: ExpertWeights, tokens: int, A: int, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> tuple[Problem, Problem]:
+    """The two products that tiles are chosen for; `tokens` as in `Problem`, `dtype` of the activations."""
     F, D = layer.w1.shape[-2:]
     parallel = min(layer.n_experts, tokens * A)
     bits = max(bits_of(layer.w1), bits_of(layer.v1))
     group = max(group_of(layer.w1), group_of(layer.v1))
     unit = max(row_unit_of(layer.w1), row_unit_of(layer.v1))
-    gate_up = bits, group, parallel, unit, span_groups((layer.w1, layer.v1), tokens, chip)
-    down = bits_of(layer.w2), group_of(layer.w2), parallel, row_unit_of(layer.w2), span_groups((layer.w2,), tokens, chip)
+    gate_up = bits, group, parallel, unit, span_groups((layer.w1, layer.v1), tokens, chip, dtype)
+    down = bits_of(layer.w2), group_of(layer.w2), parallel, row_unit_of(layer.w2), span_groups((layer.w2,), tokens, chip, dtype)
     return Problem("gate_up", tokens, F, D, *gate_up), Problem("down", tokens, D, F, *down)
 
 

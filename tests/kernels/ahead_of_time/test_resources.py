@@ -13,12 +13,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import dbrx_q.kernels.triton.launch as launch_module
 from dbrx_q.eval.bench.kernel_report import ResourceRow, problems
 from dbrx_q.eval.bench.kernel_resources import compile_launch, global_loads, packed_parameters
-from dbrx_q.eval.bench.kernel_shapes import usual_launches
+from dbrx_q.eval.bench.kernel_shapes import empty_weight, usual_launches
 from dbrx_q.eval.bench.loop_record import RECORDED_TRELLIS
+from dbrx_q.kernels.backend import Backend
+from dbrx_q.kernels.formats.expert_weights import ExpertWeights
+from dbrx_q.kernels.formats.registry import TensorFormat
+from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
 # One stores codes of the KV cache, one the bits of streams; they read none.
@@ -56,6 +61,18 @@ def test_kernels_compile_within_the_limits_of_the_chip(chip: str, case: str) -> 
         assert all(parameters for parameters, _ in loads)
         reads = packed_parameters(launch) and launch.kernel.__name__ not in WRITE_ONLY
         assert compiled.packed_loads == ((16,) if reads else ())
+
+
+def test_int4_experts_compile_in_float16() -> None:
+    """Their PTX is another one than that of bfloat16."""
+    chip, E, A, D, F = CHIPS["sm_90"], 4, 2, 1024, 512
+    gate, down = empty_weight(TensorFormat("int4", 64), E, F, D), empty_weight(TensorFormat("int4", 64), E, D, F)
+    x, experts = torch.empty(1, D, dtype=torch.float16, device="meta"), torch.empty(1, A, dtype=torch.int64, device="meta")
+    with launch_module.recording(chip) as recorded:
+        moe_experts(x, experts, torch.empty(1, A, device="meta"), ExpertWeights(gate, gate, down), backend=Backend.TRITON)
+    assert len(recorded) == 2
+    for launch in recorded:
+        assert problems(ResourceRow("float16", compile_launch(launch, chip)), chip) == []
 
 
 def kernels_in_the_sources() -> set[str]:

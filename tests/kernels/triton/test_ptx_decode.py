@@ -172,6 +172,7 @@ def evaluate(assembly: Assembly, inputs: list[Array]) -> list[Array]:
             declared |= set(rest.split(maxsplit=1)[1].split(", "))
             continue
         target, *sources = rest.split(", ")
+        assert "x2" not in name or all(source[0].isalpha() or source[0] == "$" for source in sources), f"operands must be registers: {line}"
         assert target in declared or target in [f"${i}" for i in range(assembly.outputs)], line
         registers[target] = INSTRUCTIONS[name](*(operand(source) for source in sources))
     return [registers[f"${i}"] for i in range(assembly.outputs)]
