@@ -70,6 +70,7 @@ CASES = (
     + [Case(FORMATS[1], T) for T in (0, 9, MATVEC_TOKENS, MATVEC_TOKENS + 1)]
     + [Case(FORMATS[i], T, HOLES) for i in (1, 7) for T in (1, 5, MANY)]
     + [Case(FORMATS[i], T, HOLES, torch.float16) for i in (1, 4, 6, 7) for T in (2, MANY)]
+    + [Case(FORMATS[i], 2, HOLES, torch.float16) for i in (0, 2)]
     + [Case(FORMATS[i], T, size=size) for i, T, size in ((1, 2, 320), (1, MANY, 192), (4, 2, 192))]
 )
 E, A = 4, 2
@@ -204,6 +205,15 @@ def test_identity_activations_give_the_dequantized_down_projection(fmt: str, T: 
     x = torch.eye(D)[:T]
     y = moe_experts(x, torch.zeros(T, 1, dtype=torch.int64), torch.ones(T, 1), layer)
     assert torch.equal(y, dequantize(down)[0].T[:T])
+
+
+@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[1]], ids="+".join)
+def test_bits_of_a_token_do_not_depend_on_the_others(formats: tuple[str, str, str]) -> None:
+    case = Case(formats, 4, dtype=torch.float16)
+    layer, (x, experts, weights) = layer_of(case), inputs(case)
+    y = moe_experts(x, experts, weights, layer)
+    x[1:], experts[1:] = torch.nan, experts[0]
+    assert torch.equal(moe_experts(x, experts, weights, layer)[0], y[0])
 
 
 def test_repeated_calls_give_the_same_bits() -> None:
