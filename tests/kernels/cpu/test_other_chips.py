@@ -21,9 +21,9 @@ def test_kernels_for_a_chip_with_avx2_only(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pytest_script = Path(sys.executable).parent / "pytest"
     cases = "T1-N33 or T7-N100 or T300 or identity or batch or T5 or T64 or int8-bfloat16-DBRX or int4-bfloat16-DBRX or trellis2-fast"
-    # Of the trellis codes those of 10 bits with 64 and 256 levels: the others are the same code with other constants, which takes a minute
-    # to compile.
-    one_of_a_kind = "not trellis3 and not (trellis2 and not fast) and not (trellis4 and not fast)"
+    # Of the trellis codes those of 10 bits with 64 and 256 levels, of int2 and int3 the first: the others are the same code with other
+    # constants, which takes a minute to compile.
+    one_of_a_kind = "not trellis3 and not (trellis2 and not fast) and not (trellis4 and not fast) and not int3-32 and not plain-bfloat16"
     selection = f"({cases} or same_bits or exact or streams or feedback) and {one_of_a_kind}"
     command = [
         str(pytest_script),
