@@ -21,7 +21,8 @@ class Pipe(StrEnum):
     """The units that instructions are issued to."""
 
     ALU = "alu"
-    """Integer and logic, comparisons and selections: 16 lanes of each quarter of a multiprocessor."""
+    """Integer and logic, comparisons, selections and the packing of float32 to 16 bits (F2FP): 16 lanes of each quarter of a multiprocessor
+    (Nsight Compute, "Pipelines")."""
     FMA = "fma"
     """float32 and packed 16-bit arithmetic, and integer products (IMAD), which also move registers."""
     MEMORY = "memory"
@@ -31,13 +32,13 @@ class Pipe(StrEnum):
     UNIFORM = "uniform"
     """One result for a warp."""
     OTHER = "other"
-    """Branches, barriers, conversions and special functions."""
+    """Branches, barriers, all other conversions and special functions."""
 
 
 _OPCODES = {
     Pipe.ALU: (
-        "BMSK FCHK FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSETP2 IABS IADD IADD3 IMNMX ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT PSETP R2P SEL "
-        "SGXT SHF SHL SHR VABSDIFF VABSDIFF4 VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU"
+        "BMSK F2FP FCHK FMNMX FMNMX3 FSEL FSET FSETP HMNMX2 HSETP2 I2FP IABS IADD IADD3 IMNMX ISETP LEA LOP LOP3 MOV P2R PLOP3 "
+        "PRMT PSETP R2P SEL SGXT SHF SHL SHR VABSDIFF VABSDIFF4 VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU"
     ),
     Pipe.FMA: "FADD FADD2 FFMA FFMA2 FMUL FMUL2 FSWZADD HADD2 HFMA2 HMUL2 IDP IDP4A IMAD IMUL",
     Pipe.MEMORY: (

@@ -29,6 +29,7 @@ __all__ = ["STEP", "StaticCase", "record", "static_cases"]
 STEP = "step"
 _LAYERS = 40
 _STEP_CONTEXT = 1024
+_STEP_OPERATORS = 12  # of the embedding and the rotation of positions, which are torch's
 _DTYPE = torch.bfloat16
 _LINEAR = {"Wqkv": DBRX.qkv, "out_proj": DBRX.width, "lm_head": DBRX.vocabulary}
 
@@ -49,6 +50,8 @@ class StaticCase:
     """Whether copy bandwidth is the ceiling; the matmul rate otherwise."""
     new_tokens: int = 1
     """Of a sequence in prefill of attention, whose cache they fill."""
+    torch_operators: int = 0
+    """Small operators of torch beside the calls, each of which takes the fixed time of a launch."""
 
 
 def static_cases(*, everything: bool = False) -> list[StaticCase]:
@@ -109,7 +112,11 @@ def _small(everything: bool) -> Iterator[StaticCase]:
 
 
 def _step() -> StaticCase:
-    """One token of one sequence: experts in int4, everything else in int8, as `quantize` has them by default."""
+    """One token of one sequence: experts in int4, everything else in int8, as `quantize` has them by default.
+
+    From the embedding to the logits, as one CUDA graph has it. What happens between two graphs is not part of it: choosing the token,
+    copies, and the host's time.
+    """
     layer: list[Call] = [
         _norm(1, adds=True),
         _linear("Wqkv", "int8:64", 1),
@@ -121,7 +128,8 @@ def _step() -> StaticCase:
     ]
     head: list[Call] = [_norm(1, adds=True), _linear("lm_head", "int8:64", 1)]
     calls = [(call, _LAYERS) for call in layer] + [(call, 1) for call in head]
-    return StaticCase(STEP, f"decode step, {_LAYERS} layers, int4 experts, int8 KV of {_STEP_CONTEXT:,} tokens", tuple(calls))
+    name = f"decode step, {_LAYERS} layers, int4 experts, int8 KV of {_STEP_CONTEXT:,} tokens"
+    return StaticCase(STEP, name, tuple(calls), torch_operators=_STEP_OPERATORS)
 
 
 def _experts(name: str, T: int) -> Call:

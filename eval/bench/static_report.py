@@ -16,7 +16,7 @@ from dbrx_q.eval.document import check_section, replace_section
 
 from .gpu_specs import GPUS
 from .static_cases import STEP, StaticCase, record, static_cases
-from .static_roofline import LaunchCost, launch_cost
+from .static_roofline import FIXED_SECONDS, LaunchCost, launch_cost
 
 __all__ = ["BEGIN", "END", "StaticRow", "as_json", "check_report", "document", "matching_cases", "static_rows", "table", "write_report"]
 
@@ -38,11 +38,13 @@ class StaticRow:
     """Whether copy bandwidth is the ceiling; the matmul rate otherwise."""
     launches: tuple[tuple[LaunchCost, int], ...]
     """Costs, and how often each is launched."""
+    torch_operators: int = 0
+    """Of `StaticCase`."""
 
     @property
     def seconds(self) -> float:
         """Expected time of all launches, one after the other."""
-        return sum(cost.seconds * times for cost, times in self.launches)
+        return sum(cost.seconds * times for cost, times in self.launches) + self.torch_operators * FIXED_SECONDS
 
     @property
     def ideal(self) -> float:
@@ -62,7 +64,7 @@ class StaticRow:
     @property
     def simulated(self) -> float:
         """Time of all launches by the simulation of their loops."""
-        return sum(cost.simulated * times for cost, times in self.launches)
+        return sum(cost.simulated * times for cost, times in self.launches) + self.torch_operators * FIXED_SECONDS
 
 
 def matching_cases(words: Sequence[str], *, everything: bool = False) -> list[StaticCase]:
@@ -180,6 +182,7 @@ def as_json(rows: Sequence[StaticRow]) -> dict[str, Any]:
                 "steady_share": row.steady_share,
                 "simulated": row.simulated,
                 "ideal": row.ideal,
+                "torch_operators": row.torch_operators,
                 "launches": [
                     {**asdict(cost), "seconds": cost.seconds, "share": cost.share, "times": times} for cost, times in row.launches
                 ],
@@ -227,4 +230,4 @@ def _row(which: tuple[str, str, bool]) -> StaticRow:
             raise
         except Exception as error:  # Triton raises many kinds of errors, and some cannot be pickled
             raise DbrxError(f"{launch.kernel.__name__}, {name}, does not compile for {chip}: {type(error).__name__}: {error}") from None
-    return StaticRow(chip, name, case.op, case.decode, tuple(costs))
+    return StaticRow(chip, name, case.op, case.decode, tuple(costs), case.torch_operators)

@@ -5,7 +5,7 @@ instructions count once for each program. Each bound is the time that one resour
 
     issue   warp instructions / 4 a clock and multiprocessor / SUSTAINED_ISSUE
     ALU     integer and logic instructions / 2 a clock
-    FMA     float and IMAD instructions / 4 a clock (2 on an A100)
+    FMA     float instructions / 4 a clock (2 on an A100), IMAD / 2, packed 16-bit by chip
     MMA     products of matrix instructions / the chip's rate
     DRAM    bytes / copy bandwidth, or bytes in flight / DRAM_LATENCY where that is less
 
@@ -50,8 +50,6 @@ DRAM_LATENCY = 0.8e-6
 _PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
 _ISSUE_RATE = 4.0
 _ALU_RATE = 2.0
-_IMAD_RATE = 2.0
-_IN_BF16 = ("BF16", "BF16_V2")
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,8 @@ def cost_of(launch: Launch, work: LaunchWork, code: Code, gpu: GpuSpecs, *, deco
         count = pipes(part)
         total += times * sum(count.values())
         alu += times * count[Pipe.ALU]
-        fma += times * sum(_fma_clocks(instruction, gpu) for instruction in part)
-        products += times * sum(multiply_adds(instruction) / _mma_rate(instruction, gpu) for instruction in part)
+        fma += times * sum(map(gpu.fma_clocks, part))
+        products += times * sum(multiply_adds(instruction) / gpu.mma_rate_of(instruction) for instruction in part)
     busiest = programs_each * tail * launch.warps / gpu.clock
     held = max(1, min(resident.programs, math.ceil(round(programs_each, 6))))
     in_flight = held * max(1, launch.stages - 1) * max(work.packed_bytes, default=0)
@@ -255,15 +253,3 @@ def _per_16_bytes(launch: Launch, loops: list[Loop], work: LaunchWork) -> dict[s
         for name, count in _counts(loop.instructions).items():
             sums[name] = sums.get(name, 0.0) + times * count
     return {name: count / pieces for name, count in sums.items()}
-
-
-def _fma_clocks(instruction: Instruction, gpu: GpuSpecs) -> float:
-    if pipes((instruction,))[Pipe.FMA] == 0:
-        return 0.0
-    if instruction.name == "IMAD":
-        return 1 / _IMAD_RATE
-    return 1 / (gpu.bf16_fma_rate if instruction.opcode.split(".")[-1] in _IN_BF16 else gpu.fma_rate)
-
-
-def _mma_rate(instruction: Instruction, gpu: GpuSpecs) -> float:
-    return gpu.warpgroup_mma_rate if "GMMA" in instruction.name else gpu.mma_rate

@@ -175,10 +175,9 @@ def _step(instruction: Instruction, gpu: GpuSpecs, dram_clocks: float) -> _Step:
     if units is Pipe.ALU:
         pipe, busy = "alu", 2.0
     elif units is Pipe.FMA:
-        pipe, busy = "fma", 4.0 / gpu.fma_rate
+        pipe, busy = "fma", _QUARTERS * gpu.fma_clocks(instruction)
     elif units is Pipe.MMA:
-        grouped = "GMMA" in name
-        pipe, busy = "mma", multiply_adds(instruction) * _QUARTERS / (gpu.warpgroup_mma_rate if grouped else gpu.mma_rate)
+        pipe, busy = "mma", multiply_adds(instruction) * _QUARTERS / gpu.mma_rate_of(instruction)
         kind, latency = "product" if "gsb0" in instruction.operands else "", float(_MMA_LATENCY)
     elif units is Pipe.MEMORY:
         pipe, busy = "memory", _data_clocks(instruction.opcode)

@@ -71,10 +71,21 @@ def test_scheduling_that_is_printed_behind_the_operands_is_no_operand() -> None:
 
 def test_pipes_of_instructions() -> None:
     alu = ("LOP3.LUT", "PRMT", "SHF.R.U32.HI", "SEL", "IADD3.X", "ISETP.NE.U32.AND", "PLOP3.LUT", "VIMNMX.U32", "FSEL", "FMNMX", "LEA")
+    alu += ("F2FP.BF16.F32.PACK_AB", "I2FP.F32.S32")
     fma = ("IMAD.MOV.U32", "IMAD.X", "FFMA", "HADD2.BF16_V2", "HFMA2.BF16_V2", "HADD2.F32")
     memory = ("LDGSTS.E.BYPASS.128", "LDS.128", "LDSM.16.M88.4", "LDG.E.U16.CONSTANT", "SHFL.IDX", "STS.64", "LDC.64")
     mma, uniform = ("HMMA.16816.F32.BF16", "HGMMA.64x128x16.F32.BF16"), ("UIADD3", "ULEA", "USEL", "R2UR", "UISETP.GE.U32.AND.EX")
-    other = ("BRA", "BAR.SYNC.DEFER_BLOCKING", "LDGDEPBAR", "DEPBAR.LE", "NOP", "I2F.BF16.U16", "MUFU.EX2", "WARPGROUP.ARRIVE")
+    other = (
+        "BRA",
+        "BAR.SYNC.DEFER_BLOCKING",
+        "LDGDEPBAR",
+        "DEPBAR.LE",
+        "NOP",
+        "I2F.BF16.U16",
+        "F2F.BF16.F32",
+        "MUFU.EX2",
+        "WARPGROUP.ARRIVE",
+    )
     names = (*alu, *fma, *memory, *mma, *uniform, *other)
     counts = pipes(parse(listing(*(f"{name} R1, R2" for name in names))))
     expected = {"alu": alu, "fma": fma, "memory": memory, "mma": mma, "uniform": uniform, "other": other}
@@ -135,3 +146,23 @@ def test_the_data_of_chips_agrees() -> None:
     # Dense bfloat16 rates of NVIDIA's data sheets, in TFLOP/s, at the boost clocks that they name.
     for name, rate, clock in (("sm_80", 312, 1.41e9), ("sm_86", 71, 1.695e9), ("sm_89", 165.2, 2.52e9), ("sm_90", 989.4, 1.83e9)):
         assert GPUS[name].matmul_rate / GPUS[name].clock * clock == pytest.approx(rate * 1e12, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("chip", "clock", "float32", "bfloat16"),
+    [
+        ("sm_80", 1.41e9, 19.5, 39.0),
+        ("sm_86", 1.695e9, 35.6, 35.6),
+        ("sm_89", 2.52e9, 82.6, 82.6),
+        ("sm_90", 1.98e9, 66.9, 133.8),
+        ("sm_120", 2.407e9, 104.8, 104.8),
+    ],
+)
+def test_rates_without_tensor_cores_are_those_of_the_whitepapers(chip: str, clock: float, float32: float, bfloat16: float) -> None:
+    """In TFLOP/s, at the boost clocks that the whitepapers name; integer products run at 64 lanes of a multiprocessor everywhere."""
+    for opcode, lanes, rate in (("FFMA", 32, float32), ("HFMA2.BF16_V2", 64, bfloat16), ("HFMA2.MMA.BF16_V2", 64, bfloat16)):
+        [instruction] = parse(listing(f"{opcode} R1, R2, R3, R4"))
+        assert 2 * lanes / GPUS[chip].fma_clocks(instruction) * GPUS[chip].multiprocessors * clock == pytest.approx(rate * 1e12, rel=0.01)
+    for opcode, expected in (("IMAD.WIDE.U32", 0.5), ("IDP.4A.S8.S8", 0.5), ("LOP3.LUT", 0.0)):
+        [instruction] = parse(listing(f"{opcode} R1, R2, R3, R4"))
+        assert GPUS[chip].fma_clocks(instruction) == expected

@@ -133,6 +133,14 @@ def test_a_case_of_several_launches_is_summed() -> None:
     assert record_of_row["launches"][1]["times"] == 40
 
 
+def test_a_step_has_operators_of_torch_beside() -> None:
+    [step] = matching_cases(["step"])
+    alone, beside = row(), replace(row(), torch_operators=step.torch_operators)
+    assert step.torch_operators > 0
+    for name in ("seconds", "simulated"):
+        assert getattr(beside, name) - getattr(alone, name) == pytest.approx(step.torch_operators * FIXED_SECONDS)
+
+
 def test_cases_are_chosen_by_op_or_by_a_part_of_their_names() -> None:
     assert {case.op for case in matching_cases(["moe"])} == {"moe"}
     assert [case.name for case in matching_cases(["out_proj int8"])] == ["out_proj int8:64, 1 token"]

@@ -50,6 +50,7 @@ def test_a_dependent_chain_is_hidden_by_other_warps(programs: int, warps: int, e
 def test_a_pipe_of_half_the_lanes_takes_two_clocks() -> None:
     assert clocks(encoded(*[("LOP3.LUT R1, R1, R2, R3", 1, NONE, 0)] * 4)) == 8
     assert clocks(encoded(*[("FFMA R1, R1, R2, R3", 1, NONE, 0)] * 4)) == 4
+    assert clocks(encoded(*[("IMAD R1, R1, R2, R3", 1, NONE, 0)] * 4)) == 8
     # 16 bytes of each lane take 4 clocks of the data path, which all quarters share.
     assert clocks(encoded(*[("LDS.128 R4, [R1]", 1, NONE, 0)] * 2), 1, 4) == 32
 
