@@ -51,7 +51,7 @@ def decode(
         "SLOTS": layer.slots is not None,
     }
 
-    x1, x2 = activations(x.contiguous(), layer)
+    x1, x2 = activations(_aligned(x.contiguous()), layer)
     h = torch.empty(T * A, F, dtype=x.dtype, device=x.device)
     gate = matrices({"1": layer.w1, "2": layer.v1}, chip, gate_up.warps)
     launch(
@@ -103,6 +103,11 @@ def decode(
         **matrices({"": layer.w2}, chip, down.warps),
     )
     return y
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy if its address is no multiple of the 8 bytes that `group_sums` reads at a time."""
+    return x if x.data_ptr() % 8 == 0 else x.clone()
 
 
 def problems(layer: ExpertWeights, tokens: int, A: int, chip: Chip, dtype: torch.dtype = torch.bfloat16) -> tuple[Problem, Problem]:
