@@ -325,7 +325,7 @@ def static(
     ] = None,
     record: Annotated[
         Path | None,
-        option(OUTPUT, "Only count the loops that the tests hold to this file, and write it.", metavar="FILE", default="none"),
+        option(OUTPUT, "Count only the loops that the tests compare with this file, and write it.", metavar="FILE", default="none"),
     ] = None,
     json: options.Json = False,
 ) -> None:
@@ -338,6 +338,7 @@ def static(
         from dbrx_q.eval.bench.loop_record import write_record
 
         write_record(record)
+        print(record)
         return
     if processes < 1:
         raise RequestError(f"--processes must be at least 1; found {processes}")

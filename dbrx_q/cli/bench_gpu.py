@@ -12,16 +12,16 @@ __all__ = ["gpu", "gpu_report"]
 
 
 def gpu(
-    out: options.OutFolder = None,
-    minutes: Annotated[float, option(WORK, "After which it has ended.", "--minutes", metavar="N")] = 12.0,
+    out: Annotated[Path, option(OUTPUT, "Folder of the results; a run continues what is there.", "--out", metavar="DIR", default=False)],
+    minutes: Annotated[float, option(WORK, "Minutes after which the run has ended.", "--minutes", metavar="N")] = 12.0,
     device: Annotated[
         str, option(WORK, "cuda, or meta to try the run without a GPU: small shapes, nothing is timed.", metavar="DEVICE")
     ] = "cuda",
 ) -> None:
-    """Show on this GPU all that the project claims of one, in a quarter of an hour: tests, kernels, a whole model, offloading, tiles.
+    """Test and measure this GPU in a quarter of an hour: correctness, kernels, a whole model's step, offloading, tiles.
 
-    Writes each result as one line of DIR/results.jsonl when it has it, most valuable first, and stops before the time is up. The same
-    command continues where the last one stopped. It needs no network.
+    The most valuable results come first, each as one line of DIR/results.jsonl as soon as it is there. The run stops before the time is
+    up; the same command continues it. It needs no network and no checkpoint. docs/kernels.md says how to prepare a GPU machine for it.
     """
     import signal
     from types import FrameType
@@ -32,8 +32,6 @@ def gpu(
     from dbrx_q.eval.gpu_run.run import run
     from dbrx_q.eval.gpu_run.settings import Settings
 
-    if out is None:
-        raise RequestError("--out must name the folder of the results; found none. Add --out DIR")
     if device not in ("cuda", "meta"):
         raise RequestError(f"--device must be cuda or meta; found {device!r}. Choose one of these")
     if device == "cuda":
@@ -58,9 +56,9 @@ def gpu(
 
 def gpu_report(
     folder: Annotated[Path, argument("DIR", "Folder of the results of `dbrx-q bench gpu`.")],
-    out: Annotated[Path, option(OUTPUT, "Markdown document to write.", "--out", metavar="FILE")],
+    out: options.OutFile,
 ) -> None:
-    """Write the document of a run of `bench gpu`, on any machine: its tables, shares of the ceilings, targets, tests, what it left out."""
+    """Write the results of `bench gpu` as a Markdown document, on any machine: tables, shares of the ceilings, targets, what is missing."""
     from dbrx_q.eval.gpu_run.report import write_document
 
     write_document(folder, out)

@@ -96,7 +96,8 @@ def main() -> None:
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code or _fail(_INTERRUPTED))  # does not wait for the threads of a download
-    gc.freeze()  # Python's end would look for garbage among all objects of the libraries, three times
+    if "triton" not in sys.modules:  # its library prints a page of objects as leaked if they are not collected
+        gc.freeze()  # Python's end would look for garbage among all objects of the libraries, three times
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
+from dbrx_q.errors import RequestError
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
 from .kernel_resources import compile_launch
@@ -59,12 +60,13 @@ def change(recorded: list[list[int]] | None, counted: list[list[int]]) -> str | 
     if recorded == counted:
         return None
     before, after = (" + ".join(f"{total} (ALU {alu})" for total, alu in loops) for loops in (recorded or [], counted))
-    advice = "run `dbrx-q bench static --record tests/kernels/ahead_of_time/loop_instructions.json`"
+    advice = "run `.venv/bin/dbrx-q bench static --record tests/kernels/ahead_of_time/loop_instructions.json`"
     if recorded is None:
-        return f"a case must be recorded: {after} instructions; {advice}"
-    if sum(total for total, _ in counted) > sum(total for total, _ in recorded):
+        return f"a case must be recorded; found none for {after} instructions. To record it {advice}"
+    if any(sum(added) > sum(held) for added, held in zip(zip(*counted, strict=True), zip(*recorded, strict=True), strict=False)):
         return (
-            f"a loop must have no more instructions than recorded, {before}; found {after}. Shorten it, or {advice} and state the increase"
+            f"a loop must have no more instructions than recorded, {before}; found {after}. "
+            f"Shorten it, or {advice} and state the increase in the commit message"
         )
     return f"the record must hold the instructions of a loop, {before}; found {after}. To keep the gain {advice}"
 
@@ -76,9 +78,15 @@ def read_record(path: Path) -> LoopRecord:
 
 
 def write_record(path: Path) -> None:
-    """Count the loops of every recorded case and write the file."""
+    """Count the loops of every recorded case and write the file.
+
+    Raises:
+        RequestError: the folder of the file does not exist.
+    """
     import triton
 
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: the folder of --record must exist; found none. Create it or name another file")
     loops = {chip: {case: count_loops(chip, case) for case in recorded_cases(chip)} for chip in RECORDED_TRELLIS}
     lines = []
     for chip, cases in loops.items():

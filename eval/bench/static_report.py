@@ -140,8 +140,9 @@ def document(rows: Sequence[StaticRow]) -> str:
     import triton
 
     text = (
-        f"`dbrx-q bench static` wrote this with Triton {triton.__version__}, without a GPU. Each launch was compiled and its machine code "
-        "counted; times of the bounds are in microseconds. The share is of copy bandwidth, for prefill of the matmul rate. The last column "
+        f"`dbrx-q bench static` computed this with Triton {triton.__version__}, without a GPU: nothing was measured. Each launch was "
+        "compiled and its instructions were counted; times of the bounds are in microseconds. The share is of copy bandwidth, for prefill "
+        "of the matmul rate. The last column "
         "has time and share by a simulation of the loops, which hides latencies only as far as the resident warps do."
     )
     return textwrap.fill(text, 120, break_on_hyphens=False) + "\n\n" + table(rows)

@@ -37,6 +37,12 @@ set -eu
 parcel=$(cd "$(dirname "$0")" && pwd)
 site="$parcel/site"
 python=${PYTHON:-python3}
+found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+if [ "$found" != @PYTHON@ ]; then
+    echo "parcel: $python must be Python @PYTHON@, which the wheels are for; found $found." >&2
+    echo "Name one with PYTHON=python@PYTHON@, or pack again: make parcel VERSION=$found" >&2
+    exit 2
+fi
 if [ ! -e "$site/installed" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$parcel"/wheels/*.whl
     ln -sfn "$(dirname "$parcel")/dbrx_q" "$site/dbrx_q"
@@ -46,7 +52,7 @@ PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 exec "$python" "$parcel/dbrx-q.py" "$@"
 """
-"""The script that a machine runs."""
+"""The script that a machine runs; @PYTHON@ stands for the version of its Python."""
 _COMMAND = """from dbrx_q.cli import main
 
 if __name__ == "__main__":  # worker processes import this file
@@ -91,11 +97,12 @@ def download(folder: Path, constraints: Path, python: str, packages: Sequence[st
     return sorted(folder.glob("*.whl"))
 
 
-def pack(root: Path, wheels: Path | None = None) -> Path:
+def pack(root: Path, python: str, wheels: Path | None = None) -> Path:
     """Write the scripts beside the wheels and the archive of the tracked files with them.
 
     Args:
         root: of the tree.
+        python: version of the machine's Python, as "3.12", that the wheels are for.
         wheels: of `download`; None for those in the tree's `FOLDER`.
 
     Raises:
@@ -103,7 +110,7 @@ def pack(root: Path, wheels: Path | None = None) -> Path:
     """
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
-    (folder / "run.sh").write_text(RUN, encoding="utf-8")
+    (folder / "run.sh").write_text(RUN.replace("@PYTHON@", python), encoding="utf-8")
     (folder / "dbrx-q.py").write_text(_COMMAND, encoding="utf-8")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout.split("\0")
     archive = root / ARCHIVE
@@ -132,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if root is None:
         raise RequestError("a parcel holds the tree of the project; this package was installed without it. Run it from a checkout")
     wheels = download(root / FOLDER / "wheels", root / ".ci" / "constraints.txt", python)
-    archive = pack(root)
+    archive = pack(root, python)
     for path in wheels:
         print(f"{path.stat().st_size / 1e6:6.2f} MB  {path.name}")
     print(f"{sum(path.stat().st_size for path in wheels) / 1e6:6.2f} MB of wheels, {len(wheels)}")

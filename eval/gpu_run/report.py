@@ -63,7 +63,8 @@ def _heading(newest: Record, system: Record | None, codes: int) -> Iterator[str]
     yield ""
     value = {} if system is None else system.value
     versions = ", ".join(f"{name} {version}" for name, version in value.get("versions", {}).items())
-    where = f"{value.get('chip', 'unknown chip')}, {value.get('multiprocessors', '?')} multiprocessors, Python {value.get('python', '?')}"
+    multiprocessors = f"{value['multiprocessors']} multiprocessors, " if "multiprocessors" in value else ""
+    where = f"{value.get('chip', 'unknown chip')}, {multiprocessors}Python {value.get('python', '?')}"
     missing = ", ".join(value.get("missing", [])) or "none"
     text = f"`dbrx-q bench gpu` wrote these results: {where}, {versions or 'no versions'}; code {newest.code}. Missing packages: {missing}."
     if codes > 1:
@@ -86,7 +87,8 @@ def _section(stage: str, records: Mapping[str, Record], rates: Sequence[Mapping[
         case "ceilings":
             yield from _table(("when", "copy, GB/s read and written", f"bf16 matmul of {MATMUL_ON_GPU}, TFLOP/s"), _ceilings(done))
         case "rows" | "tuned" | "model":
-            header = ("work", "time", "share", "of", "target", "met", "by other libraries")
+            dry = all(value.get("dry") for value in done.values())
+            header = ("work", "time", "share", "of", "target", "met", "launches" if dry else "by other libraries")
             yield from _table(header, (_row(value, rates) for value in done.values()))
             yield from _whole_model(done.values())
         case "offload":
@@ -148,10 +150,10 @@ def _ceilings(done: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[object
             yield name, f"{value['bandwidth'] / 1e9:.0f}", f"{value['matmul'] / 1e12:.0f}"
 
 
-def _row(value: Mapping[str, Any], rates: Sequence[Mapping[str, float]]) -> Sequence[str]:
+def _row(value: Mapping[str, Any], rates: Sequence[Mapping[str, float]]) -> Sequence[object]:
     work, ceiling = f"{value['kernel']}, {value['case']}", value["ceiling"]
     if value.get("dry"):
-        return work, "not timed", "", ceiling, _target(value), "", f"{len(value['launches'])} launches"
+        return work, "not timed", "", ceiling, _target(value), "", len(value["launches"])
     times = value["times"]
     ours = times["dbrx_q"]["seconds"]
     share = _share(value, ours, rates)

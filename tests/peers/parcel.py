@@ -45,8 +45,9 @@ def main() -> None:
     """Print what was installed and done; an exit code other than 0 where anything was not."""
     with tempfile.TemporaryDirectory(prefix="dbrx_q-parcel-") as temporary:
         work = Path(temporary)
-        download(work / "wheels", ROOT / ".ci" / "constraints.txt", f"{sys.version_info.major}.{sys.version_info.minor}")
-        archive = pack(ROOT, work / "wheels")
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        download(work / "wheels", ROOT / ".ci" / "constraints.txt", version)
+        archive = pack(ROOT, version, work / "wheels")
         with tarfile.open(archive) as file:
             file.extractall(work, filter="data")
         venv.create(work / "empty", with_pip=True)

@@ -294,6 +294,15 @@ def test_the_script_explains_errors_and_exits_with_2(small: Path, tmp_path: Path
         assert "Traceback" not in process.stderr
 
 
+def test_an_error_of_a_command_that_imports_triton_is_all_that_it_prints() -> None:
+    pytest.importorskip("triton")
+    process = subprocess.run([str(SCRIPT), "bench", "static", "--chip", "sm_91"], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (2, "")
+    message = process.stderr.strip()  # after the empty line of a progress bar
+    assert message.startswith("dbrx-q: error: --chip must be one of")
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

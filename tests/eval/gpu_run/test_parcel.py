@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_a_parcel_holds_tracked_files_wheels_and_the_script(checkout: Path) -> None:
-    with tarfile.open(pack(checkout)) as archive:
+    with tarfile.open(pack(checkout, "3.12")) as archive:
         names = {member.name: member for member in archive.getmembers()}
     packed = {"kernels/ops.py", "dbrx_q/kernels", "parcel/run.sh", "parcel/dbrx-q.py", "parcel/wheels/typer-1-py3-none-any.whl"}
     assert names.keys() == {f"dbrx_q/{name}" for name in packed}
@@ -49,7 +51,18 @@ def test_a_parcel_holds_tracked_files_wheels_and_the_script(checkout: Path) -> N
     assert subprocess.run(["sh", "-n", str(checkout / FOLDER / "run.sh")], check=False).returncode == 0
 
 
+def test_another_python_is_refused_before_anything_is_installed(checkout: Path) -> None:
+    pack(checkout, "3.2")
+    script = ["sh", str(checkout / FOLDER / "run.sh"), "bench"]
+    ended = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    found = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert f"must be Python 3.2, which the wheels are for; found {found}." in ended.stderr
+    assert f"make parcel VERSION={found}" in ended.stderr
+    assert not (checkout / FOLDER / "site").exists()
+
+
 def test_a_parcel_that_is_too_large_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parcel, "LARGEST", 100)
     with pytest.raises(RequestError, match=r"at most 0 MB; found .* Leave wheels or data out"):
-        pack(checkout)
+        pack(checkout, "3.12")
