@@ -77,6 +77,8 @@ class _Step:
     """That it occupies."""
     busy: float
     """For how many clocks."""
+    queued: bool
+    """Whether the warp goes on while its instruction waits for the pipe, as a warpgroup's asynchronous products let it."""
     latency: float
     """Clocks to its result."""
     count: int
@@ -107,9 +109,8 @@ def clocks_of_an_iteration(body: Sequence[Instruction], gpu: GpuSpecs, *, progra
         warp = runs[which]
         step = steps[warp.number]
         unit = step.pipe, -1 if step.pipe == "memory" else warp.quarter
-        start = max(
-            time, issue_free[warp.quarter], pipe_free.get(unit, 0.0) if step.busy else 0.0, *(warp.scoreboards[b] for b in step.waits)
-        )
+        free = pipe_free.get(unit, 0.0) if step.busy else 0.0
+        start = max(time, issue_free[warp.quarter], 0.0 if step.queued else free, *(warp.scoreboards[b] for b in step.waits))
         if step.kind == "copies":
             start = max(start, _complete(warp.copies, step.count))
         elif step.kind == "products":
@@ -120,8 +121,8 @@ def clocks_of_an_iteration(body: Sequence[Instruction], gpu: GpuSpecs, *, progra
             continue
         issue_free[warp.quarter] = start + 1
         if step.busy:
-            pipe_free[unit] = start + step.busy
-        _hold(warp, step, start)
+            pipe_free[unit] = max(start, free) + step.busy
+        _hold(warp, step, max(start, free))
         following = start + max(1, step.stall)
         warp.number += 1
         if warp.number == len(steps):  # a warp goes on behind the last iteration, so that the others are not alone
@@ -145,7 +146,7 @@ def clocks_of_an_iteration(body: Sequence[Instruction], gpu: GpuSpecs, *, progra
 
 
 def _hold(warp: _Warp, step: _Step, start: float) -> None:
-    """Record when the results of an instruction that is issued at `start` are there."""
+    """Record when the results of an instruction that its pipe takes at `start` are there."""
     result = start + step.latency
     if step.kind == "copy":
         warp.copies.append(result)
@@ -191,7 +192,7 @@ def _step(instruction: Instruction, gpu: GpuSpecs, dram_clocks: float) -> _Step:
     elif instruction.opcode in ("DEPBAR.LE", "WARPGROUP.DEPBAR.LE"):
         matches = _COUNT.findall(instruction.operands)
         kind, count = "copies" if name == "DEPBAR" else "products", int(matches[0], 16) if matches else 0
-    return _Step(control & 15, control >> 5 & 7, control >> 8 & 7, waits, kind, pipe, busy, latency, count)
+    return _Step(control & 15, control >> 5 & 7, control >> 8 & 7, waits, kind, pipe, busy, "GMMA" in name, latency, count)
 
 
 def _data_clocks(opcode: str) -> float:

@@ -73,6 +73,14 @@ def test_matrix_products_of_a_warpgroup_are_waited_for() -> None:
     assert clocks(encoded(products, ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 1, NONE, 0)), 2, 4) == pytest.approx(128, rel=0.05)
 
 
+def test_a_warp_goes_on_while_its_matrix_products_wait_for_each_other() -> None:
+    text = "HGMMA.64x128x16.F32.BF16 R24, R160, gdesc[UR12], R24"
+    products = (text, 1, NONE, 0), (text + ", gsb0", 1, NONE, 0)
+    others = [("FFMA R1, R1, R2, R3", 1, NONE, 0)] * 150
+    # The products take 2 * 64 + 32 clocks, and the other instructions 150 of them.
+    assert clocks(encoded(*products, *others, ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 1, NONE, 0)), 1, 4) == pytest.approx(160, abs=4)
+
+
 def test_a_barrier_waits_for_the_slowest_warp() -> None:
     body = encoded(("BAR.SYNC.DEFER_BLOCKING 0x0", 1, NONE, 0), ("LDS.128 R4, [R1]", 1, NONE, 0))
     # The four warps meet, and leave after 20 clocks; their loads take 4 clocks each, so the last one begins 12 later.
