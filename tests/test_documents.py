@@ -34,6 +34,7 @@ ELSEWHERE = {
     "modeling_dbrx.py": "transformers and the published checkpoint",
     "tiktoken.py": "the published checkpoint",
     "report.html": "a result of `dbrx-q compare`",
+    "parcel/run.sh": "the archive that `make parcel` writes",
 }
 
 

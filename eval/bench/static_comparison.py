@@ -31,6 +31,8 @@ Report = dict[str, Any]
 def comparison(before: list[Report], after: list[Report]) -> str:
     """A section for each version of Triton that both states have: shares of every case on all chips, and the loops on one.
 
+    A share is that of the bounds; the one of the simulation follows in parentheses.
+
     Raises:
         RequestError: the states have no version in common.
     """
@@ -79,7 +81,9 @@ def _section(before: Report, after: Report) -> str:
 
 
 def _shares(old: Report, new: Report) -> str:
-    cell = f"{100 * old['share']:.0f} → {100 * new['share']:.0f} %"
+    """Shares by bounds, and in parentheses by simulation."""
+    before, after = (100 * row["ideal"] / row["simulated"] for row in (old, new))
+    cell = f"{100 * old['share']:.0f} → {100 * new['share']:.0f} % ({before:.0f} → {after:.0f} %)"
     if new["op"] == STEP:
         cell += f", {1 / old['seconds']:.0f} → {1 / new['seconds']:.0f} tokens/s"
     return cell

@@ -181,8 +181,9 @@ def test_two_states_are_compared_by_version_of_triton() -> None:
         reports.append(as_json([StaticRow("sm_90", "MoE int4:64, 1 token", "moe", True, costs)]))
     lines = comparison([reports[0] | {"triton": "0.1"}, reports[0]], reports[1:]).splitlines()
     before, after = (round(100 * report["rows"][0]["share"]) for report in reports)
+    simulated = [round(100 * row["ideal"] / row["simulated"]) for report in reports for row in report["rows"]]
     assert after > before
-    assert f"| MoE int4:64, 1 token | {before} → {after} % |" in lines
+    assert f"| MoE int4:64, 1 token | {before} → {after} % ({simulated[0]} → {simulated[1]} %) |" in lines
     assert lines[-1].startswith("| MoE int4:64, 1 token | product | 2 → 2 | 1 → 0 |")
     with pytest.raises(RequestError, match=r"must have a version of Triton in common; found 0.1 and"):
         comparison([reports[0] | {"triton": "0.1"}], reports[1:])
