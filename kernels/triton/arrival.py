@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Graph", "arrive", "counters", "new_counters", "using_counters"]
+__all__ = ["MOST_COUNTERS", "Graph", "arrive", "counters", "new_counters", "using_counters"]
 
-_MOST = 1 << 16  # counters of a set, 256 KB
+MOST_COUNTERS = 1 << 16
+"""Counters of a set, 256 KB."""
 
 # A set for each (index of the device, handle of the stream) that has launched a kernel. Sets are never freed: torch has 32 streams of each
 # priority on a device and hands them out in turn.
@@ -41,7 +42,7 @@ def counters(device: torch.device, n: int) -> torch.Tensor:
     They are those of `using_counters`, or the stream's. A capture by other means than `Graph` gets new ones for every launch, which the
     graph sets to zero on each replay: one more node of the graph.
     """
-    assert n <= _MOST
+    assert n <= MOST_COUNTERS
     if device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device=device)
     chosen = _CHOSEN.get()
@@ -58,7 +59,7 @@ def counters(device: torch.device, n: int) -> torch.Tensor:
 
 def new_counters(device: torch.device) -> torch.Tensor:
     """A set of counters, 256 KB, set to zero on the current stream of `device`."""
-    return torch.zeros(_MOST, dtype=torch.int32, device=device)
+    return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
 
 
 @contextmanager

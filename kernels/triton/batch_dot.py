@@ -62,7 +62,8 @@ def batch_dot(
     rows = tl.minimum(rows, N - 1)
     sums = tl.zeros((BK // RUN, BN, G * BT), tl.float32)
     # The compiler does not load scales and zero-points ahead, so that each step would wait for memory: the loop loads those of the next.
-    scales, zeros = _parameters(s, z, rows, first, K, BK, FORMAT, GROUP, G)
+    last: tl.constexpr = (K + BK - 1) // BK - 1  # splits past it have no steps
+    scales, zeros = _parameters(s, z, rows, min(first, last), K, BK, FORMAT, GROUP, G)
     for step in range(first, end):
         next_scales, next_zeros = _parameters(s, z, rows, min(step + 1, end - 1), K, BK, FORMAT, GROUP, G)
         codes, values = _tiles(x, q, rows, tokens, step, T, K, BK, FORMAT, GROUP, G)

@@ -10,6 +10,7 @@ or watched by a profiler, and on AMD.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbrx_q.kernels.formats.weights import Weight
 
-from .arrival import counters
+from .arrival import MOST_COUNTERS, counters
 from .launch import Observed, chip_of, current_stream, is_recording, observing
 from .repeated_launch import Key, Repeatable, profiled, repeatable
 from .tiles import changes
@@ -52,6 +53,8 @@ class _Plan:
     """Whether the address of each input is divisible by 16."""
     new: tuple[tuple[torch.Size, torch.dtype] | None, ...]
     """Tensors to allocate; None for arrival counters."""
+    programs: int
+    """The most programs of a launch, which take no more counters than there are programs."""
     steps: tuple[_Step, ...]
     """The launches in order."""
     result: int
@@ -61,7 +64,7 @@ class _Plan:
         """Launch on the current stream of `device`, which is the current device."""
         tensors = list(inputs)
         for form in self.new:
-            tensors.append(counters(device, 1) if form is None else torch.empty(form[0], dtype=form[1], device=device))
+            tensors.append(counters(device, self.programs) if form is None else torch.empty(form[0], dtype=form[1], device=device))
         stream = current_stream(device.index or 0)
         for step in self.steps:
             arguments = list(step.arguments)
@@ -92,8 +95,9 @@ def planned(op: Hashable, weights: tuple[Weight, ...], inputs: Inputs, call: Cal
     device = x.device
     if is_recording() or chip_of(device).vendor != "cuda" or profiled() or any(isinstance(weight, torch.Tensor) for weight in weights):
         return call()
-    shapes = tuple([None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs])
-    key = (op, device, changes(), shapes, *map(id, weights))
+    # Inputs that are not contiguous are copied first, which a plan does not do: such calls have a key of their own.
+    forms = tuple([None if tensor is None else (tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in inputs])
+    key = (op, device, changes(), forms, *map(id, weights))
     if key not in _SEEN:  # the first call compiles kernels and fills caches
         _SEEN[key] = None
         for weight in weights:
@@ -103,7 +107,7 @@ def planned(op: Hashable, weights: tuple[Weight, ...], inputs: Inputs, call: Cal
     if plan is not None:
         current = device.type != "cuda" or torch.cuda.current_device() == device.index
         return plan.run(inputs, device) if current and plan.aligned == _aligned(inputs) else call()
-    if key in _REFUSED:
+    if key in _REFUSED or _any_twice(inputs):
         return call()
     with _Watch() as watch, observing() as launches:
         result = call()
@@ -158,7 +162,8 @@ def _plan_of(inputs: Inputs, watch: _Watch, launches: list[Observed], result: to
     if returned is None:
         return None
     new = (*((tensor.shape, tensor.dtype) for tensor in watch.empty), None)
-    return _Plan(_aligned(inputs), new, tuple(steps), returned) if steps else None
+    programs = min(MOST_COUNTERS, max((math.prod(step.grid) for step in steps), default=1))
+    return _Plan(_aligned(inputs), new, programs, tuple(steps), returned) if steps else None
 
 
 def _index(tensor: torch.Tensor, sources: list[torch.Tensor | None]) -> int | None:
@@ -179,6 +184,12 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _aligned(inputs: Inputs) -> tuple[bool, ...]:
     return tuple([tensor is None or tensor.data_ptr() & 15 == 0 for tensor in inputs])
+
+
+def _any_twice(inputs: Inputs) -> bool:
+    """Whether two inputs are the same tensor, so that a launch does not say which of them it takes."""
+    forms = [_form(tensor) for tensor in inputs if tensor is not None]
+    return len(set(forms)) < len(forms)
 
 
 def _forget(key: Key) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,3 +14,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 @pytest.fixture(autouse=True)
 def _poison(poisoned_memory: None) -> None:
     """In every test here, memory that no kernel wrote holds NaN."""
+
+
+@pytest.fixture(autouse=True)
+def _bounds() -> Iterator[None]:
+    """In every test here, a kernel that accesses memory outside its arguments fails."""
+    from tests.kernels.interpreter.bounds import checked_accesses
+
+    with checked_accesses():
+        yield

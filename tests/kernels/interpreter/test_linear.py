@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dbrx_q.kernels.formats.weights import dequantize
 from dbrx_q.kernels.linear import linear_reference
 from dbrx_q.kernels.triton.launch import INTERPRETER
 from dbrx_q.kernels.triton.linear import linear, problem_of
-from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Tiles, choose
+from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Tiles, choose, trying
 
 MODULES = {"int4": int4, "int8": int8, "nf4": nf4}
 
@@ -87,6 +87,21 @@ def test_linear_agrees_with_the_reference(case: Case, dtype: torch.dtype) -> Non
     assert torch.isfinite(out).all()
     assert (out.float() - truth).abs().max() <= 2 * torch_error + 1e-6 * case.K**0.5 * product.abs().max()
     assert not case.clip or (product.abs() > case.clip).any()
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_splits_without_steps_read_nothing(fmt: str) -> None:
+    """9 steps in 4 splits are 3, 3, 3 and none."""
+    steps, splits, depth = 9, 4, 128
+    weight = packed_weight(fmt, 64, 20, steps * depth)
+    x = torch.randn(2, steps * depth, generator=torch.Generator().manual_seed(1)).half()
+    problem = problem_of(weight, 2, INTERPRETER)
+    alone, shared = (replace(choose(problem, INTERPRETER), depth=depth, splits=count) for count in (1, splits))
+    with trying(problem, INTERPRETER, alone):
+        right = linear(x, weight)
+    with trying(problem, INTERPRETER, shared):
+        out = linear(x, weight)
+    assert (out - right).abs().max() <= 2e-3 * right.abs().max()
 
 
 def test_the_cases_with_large_k_split_the_reduction() -> None:

@@ -23,9 +23,12 @@ from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.norm import add_norm
+from dbrx_q.kernels.triton import arrival, plans, repeated_launch
 from dbrx_q.kernels.triton import launch as triton_launch
-from dbrx_q.kernels.triton import plans, repeated_launch
+from dbrx_q.kernels.triton.arrival import MOST_COUNTERS
 from dbrx_q.kernels.triton.launch import CHIPS
+from dbrx_q.kernels.triton.linear import linear_kernel
+from dbrx_q.kernels.triton.moe_decode import down_decode_kernel
 from dbrx_q.kernels.triton.norm import add_norm_kernel
 from dbrx_q.kernels.triton.tiles import Problem, Tiles, trying
 
@@ -185,6 +188,50 @@ def test_a_plan_serves_inputs_of_its_form_alone_and_ends_with_its_weights_and_ti
     kept.clear()
     gc.collect()
     assert not plans._SEEN
+
+
+def test_a_plan_leaves_out_inputs_that_are_not_contiguous(started: Started) -> None:
+    weight, residual = empty_weight(INT4, 64, D, device="cpu"), torch.randn(2, 64).half()
+    for _ in range(3):
+        linear(torch.randn(2, D).half(), weight, residual=residual, backend=Backend.TRITON)
+    assert [plan is not None for plan in plans._SEEN.values()] == [True]
+    for x, rest in ((torch.randn(2, 2 * D).half()[:, :D], residual), (torch.randn(2, D).half(), torch.randn(64, 2).half().T)):
+        linear(x, weight, residual=rest, backend=Backend.TRITON)
+        taken = (started[-1][2][linear_kernel.arg_names.index(name)] for name in ("x", "residual"))
+        for argument, given in zip(taken, (x, rest), strict=True):
+            assert argument.is_contiguous()
+            assert torch.equal(argument, given)
+
+
+def test_a_call_whose_inputs_are_one_tensor_is_no_plan_for_two(started: Started) -> None:
+    weight, residual = empty_weight(INT4, D, D, device="cpu"), linear_kernel.arg_names.index("residual")
+    for _ in range(3):
+        x = torch.randn(1, D).half()
+        linear(x, weight, residual=x, backend=Backend.TRITON)
+    other = torch.randn(1, D).half()
+    linear(x, weight, residual=other, backend=Backend.TRITON)
+    assert started[-1][2][residual].data_ptr() == other.data_ptr()
+
+
+def test_a_plan_takes_as_many_counters_as_a_call(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a capture by torch itself a launch gets counters of its own, no more than it asks for."""
+    monkeypatch.setattr(arrival, "_BY_STREAM", {})
+    layer = layer_of()
+
+    def call() -> tuple[tuple[int, int, int], torch.Tensor]:
+        """Grid and counters of the last launch."""
+        moe_experts(torch.randn(1, D).half(), torch.tensor([[0, 3]]), torch.rand(1, A), layer, backend=Backend.TRITON)
+        grid, _, arguments = started[-1]
+        return grid, arguments[down_decode_kernel.arg_names.index("arrived")]
+
+    for _ in range(3):
+        call()
+    assert [plan is not None for plan in plans._SEEN.values()] == [True]
+    monkeypatch.setattr(arrival, "_stream", lambda device: 1)
+    monkeypatch.setattr(arrival, "_capturing", lambda device: True)
+    (row_tiles, _, _), taken = call()
+    assert row_tiles > 1
+    assert row_tiles <= len(taken) < MOST_COUNTERS
 
 
 def test_a_call_that_copies_its_input_is_not_planned(started: Started) -> None:
