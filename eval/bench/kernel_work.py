@@ -25,7 +25,7 @@ from dbrx_q.kernels.linear import linear
 from dbrx_q.kernels.moe import moe_experts
 from dbrx_q.kernels.norm import add_norm
 from dbrx_q.kernels.qkv import store_qkv
-from dbrx_q.kernels.router import route
+from dbrx_q.kernels.router import norm_route, route
 
 from .device_timing import copies, random_weight
 from .kernel_shapes import DBRX, Shapes
@@ -100,7 +100,7 @@ def dbrx_works(device: torch.device, shapes: Shapes = DBRX) -> Iterator[NamedWor
     yield NamedWork("attention prefill plain", partial(_prefill_attention, "plain", 4096, 0, device, shapes))
     yield NamedWork("attention prefill int8", partial(_prefill_attention, "int8", 2048, 30720, device, shapes))
     for T in (1, 8):
-        for name, make in (("router", _router), ("norm", _norm), ("store", _store)):
+        for name, make in (("router", _router), ("norm", _norm), ("norm and router", _norm_and_router), ("store", _store)):
             yield NamedWork(f"{name} T={T}", partial(make, T, device, shapes))
 
 
@@ -226,6 +226,22 @@ def _norm(T: int, device: torch.device, shapes: Shapes) -> Work:
         "torch ops": lambda: [lambda: F.layer_norm(x + delta, (shapes.width,), weight)],
     }
     return Work("add and norm", _tokens(T), COPY, 4 * x.nbytes, contenders)
+
+
+def _norm_and_router(T: int, device: torch.device, shapes: Shapes) -> Work:
+    x = torch.randn(T, shapes.width, dtype=_BF16, device=device)
+    router = torch.randn(shapes.experts, shapes.width, dtype=_BF16, device=device)
+    weight = torch.ones(shapes.width, dtype=_BF16, device=device)
+
+    def by_torch() -> torch.Tensor:
+        normed = F.layer_norm(x, (shapes.width,), weight)
+        return (normed.float() @ router.float().T).softmax(-1).topk(shapes.active).values
+
+    contenders: dict[str, Callable[[], Calls]] = {
+        "dbrx_q": lambda: [partial(norm_route, x, weight, shapes.epsilon, router, shapes.active, 1)],
+        "torch ops": lambda: [by_torch],
+    }
+    return Work("norm and router", _tokens(T), COPY, 2 * x.nbytes + router.nbytes, contenders)
 
 
 def _store(T: int, device: torch.device, shapes: Shapes) -> Work:

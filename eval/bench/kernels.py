@@ -108,8 +108,8 @@ def markdown(result: KernelBenchmark) -> str:
         f"`{result.command}`",
         "",
         f"Measured in the same run: copying {result.copy_bandwidth / 1e9:.0f} GB/s (read and written), bf16 matmul of {size} x {size} x "
-        f"{size} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians; contenders run in turns from CUDA graphs, on inputs that are "
-        "not in the L2 cache.",
+        f"{size} {result.matmul_rate / 1e12:.0f} TFLOP/s. Medians; contenders run in turns from CUDA graphs; weights, keys and values "
+        "are not in the L2 cache, what the router, the norm and the store read is.",
         "",
         "| kernel | case | time | share | of | target | met | the same work by other libraries |",
         "|---|---|---|---|---|---|---|---|",
