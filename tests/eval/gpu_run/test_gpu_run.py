@@ -202,7 +202,7 @@ def test_a_run_is_stopped_and_continued(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "meta"), "--out must name the folder"),
+        (("--device", "meta"), "Missing option '--out'"),
         (("--device", "cpu", "--out", "{}/run"), "--device must be cuda or meta"),
         (("--device", "meta", "--minutes", "0", "--out", "{}/run"), "--minutes must be above 0"),
         (("--device", "meta", "--minutes", "nan", "--out", "{}/run"), "--minutes must be above 0"),
