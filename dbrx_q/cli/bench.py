@@ -307,7 +307,13 @@ def resources(
 )
 def static(
     chip: Annotated[
-        list[str] | None, option(WORK, "sm_86, sm_90 ...; may be given again.", metavar="CHIP", default="sm_80, 86, 89, 90, 120")
+        list[str] | None,
+        option(
+            WORK,
+            "sm_80 (A100), sm_86 (RTX 3090), sm_89 (RTX 4090), sm_90 (H200) or sm_120 (RTX 5090); may be given again.",
+            metavar="CHIP",
+            default="all",
+        ),
     ] = None,
     case: Annotated[
         list[str] | None,
@@ -329,7 +335,10 @@ def static(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Compile the GPU kernels at DBRX's shapes, without a GPU, count their instructions, and compute the time that each bound allows."""
+    """Compute how long the GPU kernels should take at DBRX's shapes, without a GPU: compile them and count their instructions.
+
+    Nothing is measured. docs/notes/kernel-roofline.md explains the bounds and the columns of the table.
+    """
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.gpu_specs import GPUS
     from dbrx_q.eval.bench.static_report import as_json, check_report, document, static_rows, write_report
