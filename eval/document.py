@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dbrx_q.errors import RequestError
 
-__all__ = ["check_section", "replace_section"]
+__all__ = ["check_section", "check_writable", "replace_section"]
 
 
 def check_section(path: Path, begin: str, end: str) -> None:
@@ -18,6 +18,18 @@ def check_section(path: Path, begin: str, end: str) -> None:
         RequestError: the file lacks the marker lines, or cannot be read.
     """
     _parts(path, begin, end)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written after a measurement; folders that are missing will be created.
+
+    Raises:
+        RequestError: `path` is a folder, or the nearest folder that exists cannot be written to.
+    """
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        problem = "it is a folder" if path.is_dir() else f"{nearest} is no folder that you may write to"
+        raise RequestError(f"{path}: a result must be a file that can be written; {problem}. Name another file")
 
 
 def replace_section(path: Path, begin: str, end: str, text: str) -> None:

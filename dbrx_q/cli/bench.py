@@ -212,18 +212,24 @@ def kernels(
 
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.device_timing import device_or_error
+    from dbrx_q.eval.bench.kernel_resources import check_compiler
     from dbrx_q.eval.bench.kernels import bench_kernels, markdown
+    from dbrx_q.eval.document import check_writable
+    from dbrx_q.eval.report_folder import write_files
 
     if repeats < 1:
         raise RequestError(f"--repeats must be at least 1; found {repeats}")
+    if out is not None:
+        check_writable(out / "kernels.json")
+        check_writable(out / "kernels.md")
     device = device_or_error("dbrx-q bench kernels")
+    check_compiler()
     command = shlex.join(["dbrx-q", *sys.argv[1:]])
     with terminal.progress("kernels") as report:
         result = bench_kernels(device, command, model=model, repeats=repeats, report=report)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.json").write_text(dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
-        (out / "kernels.md").write_text(markdown(result), encoding="utf-8")
+        figures = dumps(result.as_json(), indent=2) + "\n"
+        write_files(out, {"kernels.json": figures.encode(), "kernels.md": markdown(result).encode()})
     if json:
         terminal.print_json(result.as_json())
     else:
@@ -249,9 +255,14 @@ def tune(
 
     from dbrx_q.eval.bench import tune as tuner
     from dbrx_q.eval.bench.device_timing import device_or_error
+    from dbrx_q.eval.bench.kernel_resources import check_compiler
+    from dbrx_q.eval.document import check_writable
     from dbrx_q.model.tuned_tiles import tuning_path, unused_files, write_tuning
 
+    if out is not None:
+        check_writable(out)
     device = device_or_error("dbrx-q bench tune")
+    check_compiler()
     with terminal.progress("tiles") as report:
         tuning, failures = tuner.tune(device, thorough=thorough, report=report)
     path = out or tuning_path(tuning.chip)
@@ -283,12 +294,16 @@ def resources(
 ) -> None:
     """Compile every GPU kernel at DBRX's shapes, without a GPU, and report registers, shared memory and spills on each chip."""
     from dbrx_q.errors import DbrxError, RequestError
-    from dbrx_q.eval.bench.kernel_report import document, problems, write_report
+    from dbrx_q.eval.bench.kernel_report import check_report, document, problems, write_report
     from dbrx_q.eval.bench.kernel_report import resources as compiled
+    from dbrx_q.eval.bench.kernel_resources import check_compiler
     from dbrx_q.kernels.triton.launch import CHIPS
 
     if processes < 1:
         raise RequestError(f"--processes must be at least 1; found {processes}")
+    if out is not None:
+        check_report(out)
+    check_compiler()
     with terminal.progress("kernels") as report:
         rows = list(compiled(tuple(chip or CHIPS), everything=everything, processes=processes, report=report))
     text = document(rows)
@@ -341,11 +356,21 @@ def static(
     """
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.gpu_specs import GPUS
+    from dbrx_q.eval.bench.kernel_resources import check_compiler
     from dbrx_q.eval.bench.static_report import as_json, check_report, document, static_rows, write_report
+    from dbrx_q.eval.document import check_writable
 
     if record is not None:
         from dbrx_q.eval.bench.loop_record import write_record
 
+        others = {"--chip": chip, "--case": case, "--all": everything, "--processes": processes != 2, "--out": out, "--json": json}
+        given = [name for name, value in others.items() if value]
+        if given:
+            raise RequestError(
+                f"--record has chips and cases of its own and prints no table; found also {', '.join(given)}. Leave them out"
+            )
+        check_writable(record)
+        check_compiler()
         write_record(record)
         print(record)
         return
@@ -353,6 +378,7 @@ def static(
         raise RequestError(f"--processes must be at least 1; found {processes}")
     if out is not None:
         check_report(out)
+    check_compiler()
     with terminal.progress("cases") as report:
         rows = list(static_rows(tuple(chip or GPUS), words=case or (), everything=everything, processes=processes, report=report))
     if out is not None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from . import options, terminal
 from .options import OUTPUT, WORK, argument, option
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 __all__ = ["gpu", "gpu_report"]
 
@@ -23,35 +29,48 @@ def gpu(
     The most valuable results come first, each as one line of DIR/results.jsonl as soon as it is there. The run stops before the time is
     up; the same command continues it. It needs no network and no checkpoint. docs/kernels.md says how to prepare a GPU machine for it.
     """
-    import signal
-    from types import FrameType
-
     from dbrx_q.errors import RequestError
     from dbrx_q.eval.bench.device_timing import device_or_error
+    from dbrx_q.eval.bench.kernel_resources import check_compiler
     from dbrx_q.eval.gpu_run.journal import FILE
-    from dbrx_q.eval.gpu_run.run import run
+    from dbrx_q.eval.gpu_run.run import check_minutes, run
     from dbrx_q.eval.gpu_run.settings import Settings
 
     if device not in ("cuda", "meta"):
         raise RequestError(f"--device must be cuda or meta; found {device!r}. Choose one of these")
+    check_minutes(minutes)
     if device == "cuda":
         device_or_error("dbrx-q bench gpu")
-
-    def terminate(_: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signal.SIGTERM)  # by which all processes of the run are killed
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
+    check_compiler()
+    with _ended_by_signals():
         outcome = run(Settings(device, out.absolute()), 60 * minutes, report=terminal.say)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"{outcome.done} done, {len(outcome.failed)} failed, {outcome.skipped} done before, {len(outcome.not_reached)} not reached")
-    for title, keys in (("failed", outcome.failed), ("not reached", outcome.not_reached)):
+    counts = f"{outcome.done} done, {len(outcome.failed)} failed, {outcome.skipped} done before, {len(outcome.not_reached)} not reached"
+    print(counts + (f", {len(outcome.given_up)} given up" if outcome.given_up else ""))
+    for title, keys in (("failed", outcome.failed), ("failed twice before", outcome.given_up), ("not reached", outcome.not_reached)):
         for key in keys:
             print(f"{title}: {key}")
     print(out / FILE)
-    if outcome.failed:
-        raise terminal.failed(f"{len(outcome.failed)} items failed; {out / FILE} says why")
+    failures = len(outcome.failed) + len(outcome.given_up)
+    if failures:
+        raise terminal.failed(f"{failures} items failed; {out / FILE} says why")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the run in order: all of its processes are killed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for name in before:
+            signal.signal(name, signal.SIG_IGN)  # another one must not stop the killing
+        raise SystemExit(128 + number)
+
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN]  # as nohup has it
+    before = {name: signal.signal(name, end) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def gpu_report(

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from dbrx_q.errors import DbrxError, RequestError
-from dbrx_q.eval.document import replace_section
+from dbrx_q.eval.document import check_section, replace_section
 from dbrx_q.kernels.triton.launch import CHIPS, Chip, Launch
 
 from .kernel_resources import Resources, compile_launch
 from .kernel_shapes import FORMATS, dbrx_launches, usual_launches
 
-__all__ = ["BEGIN", "END", "ResourceRow", "document", "problems", "resources", "table", "write_report"]
+__all__ = ["BEGIN", "END", "ResourceRow", "check_report", "document", "problems", "resources", "table", "write_report"]
 
 BEGIN = "<!-- written by `dbrx-q bench resources` -->"
 END = "<!-- end of what is written -->"
@@ -57,6 +57,7 @@ def resources(
     for name in chips:
         if name not in CHIPS:
             raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}. Choose one of these")
+    chips = tuple(dict.fromkeys(chips))
     work = [(name, everything, number) for name in chips for number in range(len(_launches(name, everything)))]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for done, row in enumerate(pool.map(_compile, work, chunksize=4), 1):
@@ -106,6 +107,15 @@ def table(rows: Iterable[ResourceRow]) -> str:
     for (kernel, case), line in sorted(cells.items(), key=lambda item: item[0][0]):
         lines.append(f"| {kernel} | {case} | {' | '.join('; '.join(line.get(chip, [])) for chip in chips)} |")
     return "\n".join(lines)
+
+
+def check_report(path: Path) -> None:
+    """Refuse a document that the table has no place in.
+
+    Raises:
+        RequestError: the file lacks the marker lines, or cannot be read.
+    """
+    check_section(path, BEGIN, END)
 
 
 def write_report(path: Path, text: str) -> None:

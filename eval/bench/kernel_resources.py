@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 
-from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options
+from dbrx_q.errors import RequestError, UnsupportedError
+from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options, find_cache
 
-__all__ = ["Resources", "compile_launch", "early_accesses", "global_loads", "launch_key", "packed_parameters"]
+__all__ = ["Resources", "check_compiler", "compile_launch", "early_accesses", "global_loads", "launch_key", "packed_parameters"]
 
 _LEAST_WORDS = 1 << 20  # bytes of the codes of a trellis weight; lists of experts and slots are far smaller
+_TRUE = ("1", "true", "yes", "on", "y")  # as Triton reads a switch
 _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -69,6 +72,27 @@ class Resources:
         """What breaks the rule of `launch.py` for kernels with PDL: instructions that touch global memory, or may pass by the wait, before
         it."""
         return early_accesses(self.assembly, self.sass if self.pdl else "", pdl=self.pdl)
+
+
+def check_compiler() -> None:
+    """Refuse to begin where Triton would interpret kernels, or can keep no compiled ones.
+
+    Raises:
+        RequestError: the environment says so.
+    """
+    interpret = os.environ.get("TRITON_INTERPRET", "0")
+    if interpret.lower() in _TRUE:
+        raise RequestError(f"kernels must be compiled, not interpreted; found TRITON_INTERPRET={interpret} in the environment. Unset it")
+    find_cache()
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RequestError(
+            f"TRITON_CACHE_DIR must name a folder that you may write to; found {folder!r}: {error.strerror}. Set another, or unset it"
+        ) from None
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Resources:
@@ -247,7 +271,13 @@ def _listing(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_cuobjdump(), option, file.name], capture_output=True, text=True, check=True).stdout
+        try:
+            return subprocess.run([_cuobjdump(), option, file.name], capture_output=True, text=True, check=True).stdout
+        except FileNotFoundError:
+            raise UnsupportedError(
+                f"machine code is read by cuobjdump, which Triton's wheels of Linux have; there is none at {_cuobjdump()}. Install Triton "
+                "from PyPI"
+            ) from None
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

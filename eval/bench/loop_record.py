@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from dbrx_q.errors import RequestError
+from dbrx_q.eval.report_folder import write_files
 from dbrx_q.kernels.triton.launch import CHIPS, Launch
 
 from .kernel_resources import compile_launch
@@ -78,7 +79,7 @@ def read_record(path: Path) -> LoopRecord:
 
 
 def write_record(path: Path) -> None:
-    """Count the loops of every recorded case and write the file.
+    """Count the loops of every recorded case and write the file, whole or not at all.
 
     Raises:
         RequestError: the folder of the file does not exist.
@@ -93,4 +94,5 @@ def write_record(path: Path) -> None:
         rows = ",\n".join(f"      {json.dumps(case)}: {json.dumps(counts)}" for case, counts in cases.items())
         lines.append(f"    {json.dumps(chip)}: {{\n{rows}\n    }}")
     body = ",\n".join(lines)
-    path.write_text(f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "loops": {{\n{body}\n  }}\n}}\n', encoding="utf-8")
+    text = f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "loops": {{\n{body}\n  }}\n}}\n'
+    write_files(path.parent, {path.name: text.encode()})

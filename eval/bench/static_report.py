@@ -75,7 +75,7 @@ def matching_cases(words: Sequence[str], *, everything: bool = False) -> list[St
     """
     cases = static_cases(everything=everything)
     for word in words:
-        if not any(_matches(case, word) for case in cases):
+        if not word.strip() or not any(_matches(case, word) for case in cases):
             names = ", ".join(dict.fromkeys(case.op for case in cases))
             raise RequestError(f"--case must be one of {names}, or a part of a case's name; found {word!r:.40}. Leave it out for all cases")
     return [case for case in cases if not words or any(_matches(case, word) for word in words)]
@@ -105,7 +105,7 @@ def static_rows(
         if name not in GPUS:
             raise RequestError(f"--chip must be one of {', '.join(GPUS)}; found {name!r:.40}. Choose one of these")
     names = [case.name for case in matching_cases(words, everything=everything)]
-    work = [(chip, name, everything) for chip in chips for name in names]
+    work = [(chip, name, everything) for chip in dict.fromkeys(chips) for name in names]
     if processes == 1:
         for done, which in enumerate(work, 1):
             yield _row(which)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from . import parent
 from .settings import Settings, tree
 from .worker import ItemError
 
@@ -37,10 +38,17 @@ class Finished:
 
 
 def run_within(command: Sequence[str], limit: float, environment: dict[str, str] | None = None, *, cwd: Path) -> Finished:
-    """Run a program in a process group of its own, which is killed after `limit` seconds or when this call is interrupted."""
+    """Run a program in a process group of its own, which is killed after `limit` seconds or when this call is interrupted.
+
+    Args:
+        command: the path of the program and its arguments.
+        limit: seconds.
+        environment: variables to add.
+        cwd: where it runs.
+    """
     with TemporaryFile() as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-S", parent.__file__, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

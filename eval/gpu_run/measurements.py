@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, A
         stage: of the item.
         name: of the item.
         settings: of the run.
-        arguments: "seconds" that the item may take; "choices" of tiles, as `tuning` items return them.
+        arguments: "seconds" that the item may take; "choices" of tiles, as `tuning` items return them; a "folder" for temporary
+            files.
     """
     try:
         return _measure(stage, name, settings, arguments)
@@ -92,7 +94,7 @@ def _measure(stage: str, name: str, settings: Settings, arguments: Mapping[str, 
         case "model":
             return _decode_step(settings, device)
         case "offload":
-            return offloaded_decoding(settings.shapes, device)
+            return offloaded_decoding(settings.shapes, device, Path(arguments["folder"]))
         case "tuning":
             chip = DRY_CHIP if settings.dry else chip_of(device)
             problem = next(problem for problem in tuned_problems(settings, chip) if problem_name(problem) == name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def share_within(shapes: Shapes, nbytes: int) -> float:
     return gpu.experts / whole.experts
 
 
-def offloaded_decoding(shapes: Shapes, device: torch.device) -> dict[str, Any]:
+def offloaded_decoding(shapes: Shapes, device: torch.device, work: Path) -> dict[str, Any]:
     """Speed of decoding with the share of the experts that 24 GB hold, for every miss policy.
 
     The layers are few, of DBRX's dimensions: a token of 40 layers takes 40 / `layers` times as long, embedding and head aside.
@@ -46,17 +45,16 @@ def offloaded_decoding(shapes: Shapes, device: torch.device) -> dict[str, Any]:
     Args:
         shapes: of the model.
         device: the GPU; on "meta" the share is computed, and nothing else.
+        work: folder for the model, 7 GB; the run deletes it, since this process may be killed.
     """
     config = config_of(shapes, _MEASURED_LAYERS, vocabulary=min(_VOCABULARY, shapes.vocabulary))
     share = share_within(DBRX, BUDGET)
     result = {"budget": BUDGET, "layers": config.n_layers, "of_layers": _LAYERS, "bytes": nbytes_of(config), "share": share}
     if device.type == "meta":
         return result | {"rows": []}
-    with tempfile.TemporaryDirectory(prefix="dbrx_q-offload-") as temporary:
-        folder = Path(temporary) / "model"
-        model = random_model(config, device)
-        save_model(model, folder)
-        del model  # frees its memory before the model is loaded within its budget
-        torch.cuda.empty_cache()
-        rows = bench_gpu(folder, [share], device, tokens=_TOKENS, policy=DEFAULT_POLICY.value, prefetch=(True,))
+    model = random_model(config, device)
+    save_model(model, work / "model")
+    del model  # frees its memory before the model is loaded within its budget
+    torch.cuda.empty_cache()
+    rows = bench_gpu(work / "model", [share], device, tokens=_TOKENS, policy=DEFAULT_POLICY.value, prefetch=(True,))
     return result | {"rows": [asdict(row) for row in rows]}

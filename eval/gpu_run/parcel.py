@@ -6,6 +6,8 @@ On the machine, which has Python, torch, Triton, numpy and numba: `sh parcel/run
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -106,35 +108,55 @@ def pack(root: Path, python: str, wheels: Path | None = None) -> Path:
         wheels: of `download`; None for those in the tree's `FOLDER`.
 
     Raises:
-        RequestError: the archive is too large.
+        RequestError: the tree is no git checkout, or the archive is too large; an earlier archive is unchanged then.
     """
+    names = _tracked(root)
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "run.sh").write_text(RUN.replace("@PYTHON@", python), encoding="utf-8")
     (folder / "dbrx-q.py").write_text(_COMMAND, encoding="utf-8")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout.split("\0")
-    archive = root / ARCHIVE
-    with tarfile.open(archive, "w:gz", compresslevel=6) as file:
-        for name in sorted(filter(None, tracked)):
-            if (root / name).is_symlink() or (root / name).exists():
-                file.add(root / name, f"dbrx_q/{name}")
-        for name in ("run.sh", "dbrx-q.py"):
-            file.add(folder / name, f"dbrx_q/{FOLDER}/{name}")
-        for path in sorted((wheels or folder / "wheels").glob("*.whl")):
-            file.add(path, f"dbrx_q/{FOLDER}/wheels/{path.name}")
-    size = archive.stat().st_size
-    if size > LARGEST:
-        raise RequestError(
-            f"{archive}: a parcel must have at most {LARGEST / 1e6:.0f} MB; found {size / 1e6:.1f}. Leave wheels or data out"
-        )
+    archive, partial = root / ARCHIVE, folder / f"{ARCHIVE}.partial"
+    try:
+        with tarfile.open(partial, "w:gz", compresslevel=6) as file:
+            for name in names:
+                if (root / name).is_symlink() or (root / name).exists():
+                    file.add(root / name, f"dbrx_q/{name}")
+            for name in ("run.sh", "dbrx-q.py"):
+                file.add(folder / name, f"dbrx_q/{FOLDER}/{name}")
+            for path in sorted((wheels or folder / "wheels").glob("*.whl")):
+                file.add(path, f"dbrx_q/{FOLDER}/wheels/{path.name}")
+        size = partial.stat().st_size
+        if size > LARGEST:
+            raise RequestError(
+                f"{archive}: a parcel must have at most {LARGEST / 1e6:.0f} MB; found {size / 1e6:.1f}. Leave wheels or data out"
+            )
+        os.replace(partial, archive)
+    finally:
+        partial.unlink(missing_ok=True)
     return archive
 
 
+def _tracked(root: Path) -> list[str]:
+    """Names of the files that git has, in order."""
+    try:
+        ended = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.stderr.strip()
+        raise RequestError(f"{root}: a parcel is packed from a git checkout, by git; {reason}. Run it in a clone") from None
+    return sorted(filter(None, ended.stdout.split("\0")))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`make parcel`."""
+    """`make parcel`.
+
+    Raises:
+        DbrxError: as `download` and `pack` do.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default="3.12", help="version of the machine's Python (default: %(default)s)")
     python = parser.parse_args(arguments).python
+    if not re.fullmatch(r"3\.\d+", python):
+        raise RequestError(f"--python must be a version such as 3.12; found {python!r}. Name the machine's")
     root = tree()
     if root is None:
         raise RequestError("a parcel holds the tree of the project; this package was installed without it. Run it from a checkout")
@@ -147,4 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DbrxError as error:
+        print(f"parcel: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from dbrx_q.eval.bench.ceilings import MATMUL_ON_GPU
 from dbrx_q.eval.bench.kernel_work import COPY, MATMUL
 from dbrx_q.kernels.triton.launch import CHIPS
 
-from .journal import DONE, Record, read_records
+from .journal import DONE, FILE, Record, read_records
 from .plan import TITLES, Item, plan
 from .settings import DRY_CHIP, Settings
 
@@ -23,30 +25,47 @@ _TAIL = 400  # characters of a failure's output
 
 
 def write_document(folder: Path, out: Path) -> None:
-    """Write the document of the results in `folder` to `out`.
+    """Write the document of the results in `folder` to `out`, whole or not at all.
 
     Raises:
-        RequestError: there are no results, or `out` cannot be written.
+        RequestError: there are no results, they are damaged, or `out` cannot be written or holds them.
     """
     text = document(read_records(folder))
+    if out.exists() and out.samefile(folder / FILE):
+        raise RequestError(f"{out}: a document must not replace the results that it is made of. Name another file with --out")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out)
     except OSError as error:
         raise RequestError(f"{out}: a document must be writable; {error.strerror}. Name another file with --out") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def document(records: Sequence[Record]) -> str:
-    """The last result of each item, by stage, in Markdown.
+    """The last result of each item on the GPU of the newest result, by stage, in Markdown.
 
     Raises:
-        RequestError: there are none.
+        RequestError: there are none, or one lacks what a run writes.
     """
     if not records:
         raise RequestError("a document needs results; the journal has none. Run `dbrx-q bench gpu` longer")
+    try:
+        return _document([record for record in records if record.device == records[-1].device], records)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise RequestError(
+            f"results must have what `dbrx-q bench gpu` writes; some lack it ({type(error).__name__}: {error}). Run it in a new folder"
+        ) from None
+
+
+def _document(records: Sequence[Record], of_all_devices: Sequence[Record]) -> str:
     last = {record.item: record for record in records}
     system = next((record for record in records if record.item == "system/versions" and record.status == DONE), None)
-    lines = list(_heading(records[-1], system, len({record.code for record in last.values()})))
+    left_out = sorted({record.device for record in of_all_devices} - {records[-1].device})
+    lines = list(_heading(records[-1], system, len({record.code for record in last.values()}), left_out))
     rates = [record.value for record in last.values() if record.item.startswith("ceilings/") and "bandwidth" in record.value]
     for stage, title in TITLES.items():
         chosen = {item.partition("/")[2]: record for item, record in last.items() if item.startswith(f"{stage}/")}
@@ -58,7 +77,7 @@ def document(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _heading(newest: Record, system: Record | None, codes: int) -> Iterator[str]:
+def _heading(newest: Record, system: Record | None, codes: int, left_out: Sequence[str]) -> Iterator[str]:
     yield f"# {newest.device}, {newest.date[:10]}"
     yield ""
     value = {} if system is None else system.value
@@ -69,6 +88,8 @@ def _heading(newest: Record, system: Record | None, codes: int) -> Iterator[str]
     text = f"`dbrx-q bench gpu` wrote these results: {where}, {versions or 'no versions'}; code {newest.code}. Missing packages: {missing}."
     if codes > 1:
         text += f" The results are of {codes} versions of the code."
+    if left_out:
+        text += f" Its folder also has results of other devices, which are left out: {', '.join(left_out)}."
     if newest.device == "meta":
         text += " This was a run without a GPU: launches were recorded, and nothing was timed."
     yield from textwrap.wrap(text, _WIDTH, break_on_hyphens=False)

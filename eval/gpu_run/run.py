@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from multiprocessing.connection import wait
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from dbrx_q.errors import RequestError
@@ -24,7 +26,7 @@ from .plan import CEILINGS, SOURCES, Item, plan
 from .settings import DRY_CHIP, Settings, code_version
 from .worker import ItemError, Worker
 
-__all__ = ["TUNING_FILE", "Outcome", "run"]
+__all__ = ["TUNING_FILE", "Outcome", "check_minutes", "run"]
 
 TUNING_FILE = "tuning.json"
 """Measured tiles, in the folder of a run; as `dbrx-q bench tune` writes them."""
@@ -44,6 +46,8 @@ class Outcome:
     """Items that failed, in this run."""
     skipped: int = 0
     """Items that earlier runs had finished."""
+    given_up: list[str] = field(default_factory=list)
+    """Items that failed in so many earlier runs that this one did not try them."""
     not_reached: list[str] = field(default_factory=list)
     """Items for which the time did not suffice."""
 
@@ -60,8 +64,7 @@ def run(settings: Settings, seconds: float, *, report: Callable[[str], None] = l
         RequestError: the time is no time, or the folder has no place for results.
         DbrxError: there is no GPU.
     """
-    if not seconds > 0:
-        raise RequestError(f"--minutes must be above 0; found {seconds / 60:g}")
+    check_minutes(seconds / 60)
     ends = time.monotonic() + seconds - _MARGIN
     journal = Journal(settings.folder)
     try:
@@ -72,6 +75,16 @@ def run(settings: Settings, seconds: float, *, report: Callable[[str], None] = l
             return _Run(settings, ends, journal, processes, report).items()
     finally:
         journal.close()
+
+
+def check_minutes(minutes: float) -> None:
+    """Refuse a time that is no time.
+
+    Raises:
+        RequestError: `minutes` is not above 0.
+    """
+    if not minutes > 0:
+        raise RequestError(f"--minutes must be above 0; found {minutes:g}")
 
 
 class _Processes:
@@ -115,6 +128,17 @@ class _Processes:
             worker.kill()
         self._compilers = []
 
+    @contextmanager
+    def work_folder(self) -> Iterator[str]:
+        """For temporary files of an item; deleted also where its process is killed."""
+        with TemporaryDirectory(prefix="dbrx_q-gpu-run-") as folder:
+            try:
+                yield folder
+            except BaseException as error:
+                if not isinstance(error, ItemError):
+                    self.drop_device()  # it would go on writing
+                raise
+
 
 class _Run:
     """One pass over the plan."""
@@ -131,12 +155,15 @@ class _Run:
         """Start each item for which there is time."""
         items = plan(self._settings, Chip(**self._chip))
         if all(item.again or self._finished(item) for item in items):
-            return Outcome(skipped=len(items))
+            given_up = [item.key for item in items if not item.again and not self._succeeded(item)]
+            return Outcome(skipped=len(items) - len(given_up), given_up=given_up)
         last = f"ceilings/{CEILINGS[1]}"
         for item in items:
             self._reserved = sum(other.expected for other in items if other.key == last) if item.key != last else 0.0
-            if not item.again and self._finished(item):
+            if not item.again and self._succeeded(item):
                 self._outcome.skipped += 1
+            elif not item.again and self._finished(item):
+                self._outcome.given_up.append(item.key)
             elif self._left() < item.expected or (item.stage == "tuned" and not self._choices()):
                 self._outcome.not_reached.append(item.key)
             elif item.stage != "compile" or self._stages_to_compile(item, items):
@@ -153,8 +180,10 @@ class _Run:
 
     def _finished(self, item: Item) -> bool:
         """Whether it succeeded, or failed so often that another attempt is of no use."""
-        records = self._mine(item.key)
-        return any(record.status == DONE for record in records) or len(records) >= _ATTEMPTS
+        return self._succeeded(item) or len(self._mine(item.key)) >= _ATTEMPTS
+
+    def _succeeded(self, item: Item) -> bool:
+        return any(record.status == DONE for record in self._mine(item.key))
 
     def _one(self, item: Item, items: list[Item]) -> None:
         date, started = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
@@ -185,7 +214,8 @@ class _Run:
         if item.stage == "memcheck" and not self._settings.dry:
             return memory_check(self._settings, limit)
         arguments = {"choices": self._choices()} if item.stage == "tuned" else {"seconds": limit / 2}
-        value: dict[str, Any] = self._processes.device().call(item.stage, item.name, arguments, limit)
+        with self._processes.work_folder() as folder:
+            value: dict[str, Any] = self._processes.device().call(item.stage, item.name, arguments | {"folder": folder}, limit)
         return value
 
     def _stages_to_compile(self, item: Item, items: list[Item]) -> dict[str, list[str]]:

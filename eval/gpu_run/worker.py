@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import DbrxError
 
+from .parent import end_with_parent
+
 if TYPE_CHECKING:
     from .settings import Settings
 
@@ -110,6 +112,7 @@ class Worker:
 
 
 def _serve(connection: Connection, settings: Settings, compiles: bool) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends its workers
     os.dup2(2, 1)  # what libraries print must not mix with the run's output
     if compiles:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,7 @@ from dbrx_q.eval.gpu_run.journal import DONE, FAILED, FILE, Journal, Record, rea
 from dbrx_q.eval.gpu_run.plan import SOURCES, TEST_FILES, TITLES, plan, tuned_problems
 from dbrx_q.eval.gpu_run.recorded import record as record_launches
 from dbrx_q.eval.gpu_run.report import document
+from dbrx_q.eval.gpu_run.run import _Processes
 from dbrx_q.eval.gpu_run.settings import DRY_CHIP, Settings, code_version, tree
 from dbrx_q.eval.gpu_run.worker import ItemError, Worker
 
@@ -71,12 +74,47 @@ def test_a_journal_keeps_whole_lines_and_drops_half_of_one(tmp_path: Path) -> No
     assert [line["item"] for line in whole_lines(tmp_path)] == ["rows/a", "rows/b", "rows/c"]
 
 
-@pytest.mark.parametrize("line", ['{"schema": 2, "item": "a"}', "[]", "nonsense", '{"item": "a"}'])
-def test_a_journal_of_another_schema_is_refused(tmp_path: Path, line: str) -> None:
-    (tmp_path / FILE).write_text(line + "\n", encoding="utf-8")
+WHOLE = {"schema": 1, "item": "rows/a", "status": "done", "code": "c", "device": "d", "date": "2026-12-01", "seconds": 1.5, "value": {}}
+FOREIGN = [
+    *('{"schema": 2, "item": "a"}', "[]", "nonsense", '{"item": "a"}', '{"mine": 1}', "\xff"),
+    *(json.dumps(WHOLE | {name: value}) for name, value in (("item", 1), ("status", "half"), ("seconds", "1"), ("value", []), ("more", 1))),
+]
+
+
+@pytest.mark.parametrize(
+    "content", [*(line + "\n" for line in FOREIGN), *(line for line in FOREIGN if not line.startswith('{"schema": 1, "item": "'))]
+)
+def test_a_file_that_no_run_wrote_is_refused_and_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content, encoding="latin-1")
     for read in (read_records, Journal):
         with pytest.raises(RequestError, match=r"line 1: a line must be a result of schema 1.*Name another folder"):
             read(tmp_path)
+    assert (tmp_path / FILE).read_text(encoding="latin-1") == content
+
+
+def test_results_are_read_from_ordinary_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)
+    for read in (read_records, Journal):
+        with pytest.raises(RequestError, match="is not an ordinary file"):
+            read(tmp_path)
+
+
+def test_a_result_that_does_not_fit_on_the_disk_leaves_those_before_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record("rows/a"))
+    before, (soft, hard) = (tmp_path / FILE).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))  # the kernel writes 50 bytes and then no more, as on a full disk
+    try:
+        with pytest.raises(RequestError, match="Free space and run the same command again"):
+            journal.append(record("rows/b"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / FILE).read_bytes() == before
+    journal.append(record("rows/c"))
+    journal.close()
+    assert [line["item"] for line in whole_lines(tmp_path)] == ["rows/a", "rows/c"]
 
 
 def test_the_plan_of_a_gpu_reaches_everything_in_little_more_than_its_time() -> None:
@@ -145,6 +183,50 @@ def test_a_program_is_killed_at_its_limit_with_what_it_started(tmp_path: Path) -
     assert ends(int(ended.output))
 
 
+RUN_WITH_PROCESSES = """
+import os, signal
+from pathlib import Path
+from dbrx_q.eval.gpu_run.commands import run_within
+from dbrx_q.eval.gpu_run.settings import Settings
+from dbrx_q.eval.gpu_run.worker import Worker
+
+worker = Worker(Settings("meta", Path()))
+assert worker.hello
+os.kill(worker._process.pid, signal.SIGSTOP)  # as one that is busy reads no message
+run_within(["sleep", "600"], 600, cwd=Path())
+"""
+
+
+def test_processes_end_with_a_run_that_was_killed() -> None:
+    run = subprocess.Popen([sys.executable, "-c", RUN_WITH_PROCESSES])
+    children: list[int] = []
+    while not any(Path(f"/proc/{pid}/comm").read_text(encoding="utf-8") == "sleep\n" for pid in children):
+        assert run.poll() is None
+        time.sleep(0.1)
+        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="ascii").split()]
+    assert len(children) >= 2
+    run.kill()
+    run.wait()
+    assert all(ends(pid) for pid in children)
+
+
+def test_a_worker_whose_item_is_interrupted_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    processes = _Processes(Settings("meta", tmp_path))
+    workers = []
+
+    def interrupted() -> None:
+        with processes.work_folder() as folder:
+            (Path(folder) / "model").mkdir()
+            workers.append(processes.device())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not workers[0].alive
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_worker_that_dies_or_takes_too_long_is_an_error(tmp_path: Path) -> None:
     worker = Worker(Settings("meta", tmp_path))
     assert worker.hello["device"] == "meta"
@@ -168,8 +250,8 @@ def test_a_run_is_stopped_and_continued(cli: Cli, tmp_path: Path) -> None:
     while not (folder / FILE).read_bytes():
         assert process.poll() is None
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(20) == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGHUP)  # of a terminal that is closed; SIGTERM is handled alike
+    assert process.wait(20) == 128 + signal.SIGHUP
     assert all(ends(pid) for pid in group_of(process.pid))
     stopped = whole_lines(folder)
     assert 0 < len(stopped) < len(items)
@@ -199,6 +281,55 @@ def test_a_run_is_stopped_and_continued(cli: Cli, tmp_path: Path) -> None:
     assert "nothing was timed" in text
 
 
+def test_items_that_failed_twice_are_named_and_fail_the_run(cli: Cli, tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for item in plan(Settings("meta", tmp_path)):
+        for _ in range(2):
+            status = FAILED if item.stage == "offload" else DONE
+            journal.append(replace(record(item.key, status, error="no"), code=code_version(), device="meta"))
+    journal.close()
+    outcome = cli("bench", "gpu", "--device", "meta", "--out", tmp_path)
+    assert outcome.code == 2
+    assert "failed twice before: offload/24 GB" in outcome.out
+    assert "1 given up" in outcome.out
+    assert "1 items failed" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [("TRITON_INTERPRET", "1", "kernels must be compiled"), ("TRITON_CACHE_DIR", "/proc/none", "a folder that you may write to")],
+)
+@pytest.mark.parametrize(
+    "command", ["gpu --device meta --out {}", "static --chip sm_90", "resources --chip sm_90", "static --record {}/r.json"]
+)
+def test_nothing_begins_where_kernels_cannot_be_compiled(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str, command: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    outcome = cli("bench", *command.format(tmp_path).split())
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("static --record {}/r.json --json --chip sm_90", "found also --chip, --json. Leave them out"),
+        ("static --record {}", "it is a folder"),
+        ("static --chip sm_90 --case ", "--case must be one of"),
+        ("resources --out {}/file/x.md", "must be in a folder that exists"),
+        ("kernels --out {}/file", "is no folder that you may write to"),
+        ("tune --out {}", "it is a folder"),
+    ],
+)
+def test_results_that_could_not_be_written_are_refused_first(cli: Cli, tmp_path: Path, arguments: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    outcome = cli("bench", *arguments.format(tmp_path).split(" "))
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,6 +337,7 @@ def test_a_run_is_stopped_and_continued(cli: Cli, tmp_path: Path) -> None:
         (("--device", "cpu", "--out", "{}/run"), "--device must be cuda or meta"),
         (("--device", "meta", "--minutes", "0", "--out", "{}/run"), "--minutes must be above 0"),
         (("--device", "meta", "--minutes", "nan", "--out", "{}/run"), "--minutes must be above 0"),
+        (("--minutes", "-1", "--out", "{}/run"), "--minutes must be above 0"),
         (("--device", "meta", "--out", "{}/file"), "results need a folder"),
         (("--device", "meta", "--out", "{}/other"), "must be a result of schema 1"),
     ],
@@ -255,6 +387,35 @@ def test_the_document_has_shares_of_the_mean_ceiling_targets_failures_and_what_i
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith(("|", "- ")))
     with pytest.raises(RequestError, match="needs results"):
         document([])
+
+
+DAMAGED = [("tuning/x", {}), ("rows/x", {"kernel": "a"}), ("ceilings/before", {"bandwidth": "fast"}), ("compile/tiles", {"compiled": 1})]
+
+
+@pytest.mark.parametrize(("item", "value"), DAMAGED)
+def test_a_document_of_damaged_results_is_refused(cli: Cli, tmp_path: Path, item: str, value: dict[str, Any]) -> None:
+    journal = Journal(tmp_path)
+    journal.append(record(item, DONE, **value))
+    journal.close()
+    outcome = cli("bench", "gpu-report", tmp_path, "--out", tmp_path / "r.md")
+    assert outcome.code == 2
+    assert "results must have what `dbrx-q bench gpu` writes" in outcome.err
+    assert not (tmp_path / "r.md").exists()
+
+
+def test_a_document_is_of_one_device_and_does_not_replace_its_results(cli: Cli, tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(replace(record("memcheck/one call of each op", calls=["a"]), device="meta"))
+    journal.append(record("ceilings/before", bandwidth=4.2e12, matmul=7.0e14))
+    journal.close()
+    text = document(read_records(tmp_path))
+    assert "results of other devices, which are left out: meta." in " ".join(text.split())
+    assert "calls recorded" not in text
+    before = (tmp_path / FILE).read_bytes()
+    outcome = cli("bench", "gpu-report", tmp_path, "--out", tmp_path / FILE)
+    assert outcome.code == 2
+    assert "must not replace the results" in outcome.err
+    assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_without_compute_sanitizer_there_is_no_memory_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

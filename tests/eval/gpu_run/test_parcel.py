@@ -66,3 +66,22 @@ def test_a_parcel_that_is_too_large_is_refused(checkout: Path, monkeypatch: pyte
     monkeypatch.setattr(parcel, "LARGEST", 100)
     with pytest.raises(RequestError, match=r"at most 0 MB; found .* Leave wheels or data out"):
         pack(checkout, "3.12")
+
+
+def test_a_tree_without_git_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"packed from a git checkout.*Run it in a clone"):
+        pack(tmp_path, "3.12")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("version", ["", "3", "3.12 --dry-run"])
+def test_a_version_of_python_is_needed(version: str) -> None:
+    with pytest.raises(RequestError, match=r"--python must be a version such as 3\.12"):
+        parcel.main(["--python", version])
+
+
+def test_an_error_of_make_parcel_is_a_message() -> None:
+    command = [sys.executable, "-m", "dbrx_q.eval.gpu_run.parcel", "--python", "abc"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "parcel: error: --python must be a version such as 3.12; found 'abc'. Name the machine's\n"
