@@ -11,9 +11,11 @@ A kernel leaves its counters at zero, so that a new stream with the handle of a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +74,15 @@ def using_counters(chosen: torch.Tensor) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
+_CAPTURES = threading.Lock()  # torch allows one capture at a time in a process
+
+
+@cache  # captures that share a memory pool must share the stream
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream of captures on a device. Torch's own one is on the device of the first capture: on others it would capture nothing."""
+    return torch.cuda.Stream(index)
+
+
 class Graph:
     """A CUDA graph with arrival counters, which are freed with it.
 
@@ -95,9 +106,10 @@ class Graph:
         Args:
             pool: the memory pool of another graph (`pool`), where the graphs are only replayed in the order in which they were captured.
         """
-        recorded = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), using_counters(self._counters), recorded:
-            yield
+        with _CAPTURES, torch.cuda.device(self._device), using_counters(self._counters):
+            stream = _capture_stream(torch.cuda.current_device())
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
 
     @property
     def pool(self) -> Any:

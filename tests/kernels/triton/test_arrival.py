@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -161,3 +163,39 @@ def test_devices_share_no_counters(streams: Streams) -> None:
 
 def test_a_launch_that_is_only_compiled_takes_no_memory() -> None:
     assert counters(torch.device("meta"), 7).shape == (7,)
+
+
+def test_graphs_are_captured_one_at_a_time_on_streams_of_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own capture stream is on the device of the first capture: on another device, kernels would run and the graph be empty."""
+    current, open_captures, captures = threading.local(), [], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        current.index = index
+        yield
+
+    @contextmanager
+    def graph(_: object, *, stream: int | None = None, **options: Any) -> Iterator[None]:
+        open_captures.append(stream)
+        captures.append((current.index, stream, len(open_captures)))
+        time.sleep(0.01)
+        yield
+        open_captures.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.index)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: index)  # a stream is named by its device
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(arrival, "_capture_stream", arrival._capture_stream.__wrapped__)
+
+    def capture(index: int) -> None:
+        with arrival.Graph(index, new_counters(CPU)).capture():  # type: ignore[arg-type] # devices by index
+            time.sleep(0.01)
+
+    threads = [threading.Thread(target=capture, args=(index,)) for index in (0, 1, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(captures) == [(0, 0, 1), (1, 1, 1), (1, 1, 1)]
