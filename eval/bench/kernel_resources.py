@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dbrx_q.errors import RequestError, UnsupportedError
-from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options, find_cache
+from dbrx_q.kernels.triton.launch import Chip, Launch, compiler_options, dependent_launch_wanted, find_cache
 
 __all__ = ["Resources", "check_compiler", "compile_launch", "early_accesses", "global_loads", "launch_key", "packed_parameters"]
 
@@ -79,7 +79,9 @@ def check_compiler() -> None:
 
     Raises:
         RequestError: the environment says so.
+        DbrxError: another value of DBRX_Q_PDL than 0 and 1.
     """
+    dependent_launch_wanted()
     interpret = os.environ.get("TRITON_INTERPRET", "0")
     if interpret.lower() in _TRUE:
         raise RequestError(f"kernels must be compiled, not interpreted; found TRITON_INTERPRET={interpret} in the environment. Unset it")

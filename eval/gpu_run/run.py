@@ -278,7 +278,7 @@ class _Run:
     def _choices(self) -> list[dict[str, Any]]:
         """Measured tiles of the items so far."""
         records = [r for r in self._journal.records if r.item.startswith("tuning/") and (r.code, r.device) == (self._code, self._device)]
-        return [record.value["choice"] for record in records if record.status == DONE and record.value["choice"] is not None]
+        return [record.value["choice"] for record in records if record.status == DONE and record.value.get("choice") is not None]
 
     def _write_tuning(self) -> None:
         systems = [record for record in self._mine("system/versions") if record.status == DONE]

@@ -13,7 +13,7 @@ import torch
 
 import dbrx_q
 from dbrx_q.eval.bench.kernel_shapes import DBRX, Shapes
-from dbrx_q.kernels.triton.launch import CHIPS, Chip
+from dbrx_q.kernels.triton.launch import CHIPS, Chip, dependent_launch_wanted
 
 __all__ = ["DRY_CHIP", "SMALL", "Settings", "code_version", "tree"]
 
@@ -56,7 +56,8 @@ def tree() -> Path | None:
 
 @cache
 def code_version() -> str:
-    """A hash of what results depend on: the sources of kernels, model and benchmarks, and the versions of torch and Triton."""
+    """A hash of what results depend on: the sources of kernels, model and benchmarks, and the versions of torch and Triton, and
+    the switch of programmatic dependent launch."""
     package = Path(dbrx_q.__file__).resolve().parent
     digest = hashlib.sha256()
     for room in ("kernels", "eval/bench", "checkpoint", "experts", "generation", "model", "planning"):
@@ -68,4 +69,5 @@ def code_version() -> str:
             digest.update(version(name).encode())
         except PackageNotFoundError:
             digest.update(b"none")
+    digest.update(b"%d" % dependent_launch_wanted())
     return digest.hexdigest()[:12]

@@ -39,6 +39,7 @@ __all__ = [
     "chip_of",
     "compiler_options",
     "current_stream",
+    "dependent_launch_wanted",
     "drains_stores",
     "find_cache",
     "interpreting",
@@ -277,13 +278,22 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-@cache
-def _dependent_launch_known() -> bool:
-    """Whether Triton can compile and launch kernels with PDL, and CUDA can capture them: CUDA graphs know such edges from 12.3 on."""
+def dependent_launch_wanted() -> bool:
+    """The switch DBRX_Q_PDL.
+
+    Raises:
+        DbrxError: another value than 0 and 1.
+    """
     wanted = os.environ.get("DBRX_Q_PDL", "1")
     if wanted not in ("0", "1"):
         raise DbrxError(f"DBRX_Q_PDL must be 0 or 1; found {wanted!r}. Set one of them, or unset it")
-    if wanted == "0":
+    return wanted == "1"
+
+
+@cache
+def _dependent_launch_known() -> bool:
+    """Whether Triton can compile and launch kernels with PDL, and CUDA can capture them: CUDA graphs know such edges from 12.3 on."""
+    if not dependent_launch_wanted():
         return False
     from triton.backends.nvidia import compiler
     from triton.language.extra import cuda

@@ -297,7 +297,11 @@ def test_items_that_failed_twice_are_named_and_fail_the_run(cli: Cli, tmp_path: 
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
-    [("TRITON_INTERPRET", "1", "kernels must be compiled"), ("TRITON_CACHE_DIR", "/proc/none", "a folder that you may write to")],
+    [
+        ("TRITON_INTERPRET", "1", "kernels must be compiled"),
+        ("TRITON_CACHE_DIR", "/proc/none", "a folder that you may write to"),
+        ("DBRX_Q_PDL", "yes", "DBRX_Q_PDL must be 0 or 1"),
+    ],
 )
 @pytest.mark.parametrize(
     "command", ["gpu --device meta --out {}", "static --chip sm_90", "resources --chip sm_90", "static --record {}/r.json"]
@@ -428,6 +432,8 @@ def test_without_compute_sanitizer_there_is_no_memory_check(monkeypatch: pytest.
         commands.memory_check(Settings("cuda", tmp_path), 10)
 
 
-def test_results_of_other_code_are_not_taken_for_this_one() -> None:
+def test_results_of_other_code_are_not_taken_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code_version() == code_version()
     assert len(code_version()) == 12
+    monkeypatch.setenv("DBRX_Q_PDL", "0")
+    assert code_version.__wrapped__() != code_version()
