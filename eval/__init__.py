@@ -11,6 +11,7 @@ Every command shares these files:
 - `resume.py` saves partial results, so that an interrupted run continues with `--resume`.
 - `report_folder.py` checks and writes the folder of `--out`.
 - `document.py` writes tables between two marker lines of a Markdown document.
+- `parent_process.py` ends processes with the one that started them.
 
 The folders:
 
@@ -18,4 +19,5 @@ The folders:
 - `sensitivity/` quantizes one part of a model at a time.
 - `tasks/` runs lm-evaluation-harness.
 - `bench/` measures speed and memory of checkpoints and kernels.
+- `gpu_run/` is one bounded run of all that a GPU must show.
 """

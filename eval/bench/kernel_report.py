@@ -14,6 +14,7 @@ import torch
 
 from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.eval.document import check_section, replace_section
+from dbrx_q.eval.parent_process import end_with_parent
 from dbrx_q.kernels.triton.launch import CHIPS, Chip, Launch
 
 from .kernel_resources import Resources, compile_launch
@@ -59,7 +60,7 @@ def resources(
             raise RequestError(f"a chip must be one of {', '.join(CHIPS)}; found {name!r}. Choose one of these")
     chips = tuple(dict.fromkeys(chips))
     work = [(name, everything, number) for name in chips for number in range(len(_launches(name, everything)))]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         for done, row in enumerate(pool.map(_compile, work, chunksize=4), 1):
             report(done, len(work))
             yield row

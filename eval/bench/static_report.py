@@ -13,6 +13,7 @@ from typing import Any
 
 from dbrx_q.errors import DbrxError, RequestError
 from dbrx_q.eval.document import check_section, replace_section
+from dbrx_q.eval.parent_process import end_with_parent
 
 from .gpu_specs import GPUS
 from .static_cases import STEP, StaticCase, record, static_cases
@@ -111,7 +112,7 @@ def static_rows(
             yield _row(which)
             report(done, len(work))
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         for done, row in enumerate(pool.map(_row, work), 1):
             report(done, len(work))
             yield row

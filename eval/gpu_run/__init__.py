@@ -9,6 +9,5 @@ writes every result with `journal.py`. A second run skips what the journal holds
 - `random_model.py` makes a model of random weights in memory, `offloading.py` measures one that a GPU holds in part.
 - `compiling.py` compiles launches as the JIT does, into its cache; `recorded.py` records the launches that later items make.
 - `commands.py` runs tests and compute-sanitizer with a time limit; `one_call.py` calls every op once, for the latter.
-- `parent.py` ends the processes of a run that was killed.
 - `parcel.py` packs the tree with the wheels that a machine without a network lacks.
 """

@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from . import parent
+from dbrx_q.eval import parent_process
+
 from .settings import Settings, tree
 from .worker import ItemError
 
@@ -48,7 +49,7 @@ def run_within(command: Sequence[str], limit: float, environment: dict[str, str]
     """
     with TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", parent.__file__, *command],
+            [sys.executable, "-I", "-S", parent_process.__file__, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

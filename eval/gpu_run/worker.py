@@ -12,8 +12,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from dbrx_q.errors import DbrxError
-
-from .parent import end_with_parent
+from dbrx_q.eval.parent_process import end_with_parent
 
 if TYPE_CHECKING:
     from .settings import Settings

@@ -52,6 +52,11 @@ def ends(pid: int) -> bool:
     return False
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
 def group_of(leader: int) -> list[int]:
     """The processes of a process group."""
     stats = [(path, path.read_text(encoding="utf-8").rpartition(")")[2].split()) for path in Path("/proc").glob("[0-9]*/stat")]
@@ -203,8 +208,27 @@ def test_processes_end_with_a_run_that_was_killed() -> None:
     while not any(Path(f"/proc/{pid}/comm").read_text(encoding="utf-8") == "sleep\n" for pid in children):
         assert run.poll() is None
         time.sleep(0.1)
-        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="ascii").split()]
+        children = children_of(run.pid)
     assert len(children) >= 2
+    run.kill()
+    run.wait()
+    assert all(ends(pid) for pid in children)
+
+
+@pytest.mark.parametrize("command", ["static", "resources"])
+def test_processes_that_compile_end_with_a_command_that_was_killed(tmp_path: Path, command: str) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from dbrx_q.cli import main; main()", "bench", command, "--chip", "sm_90"],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(children := children_of(run.pid)) < 3:  # two that compile, and Python's resource tracker
+        assert run.poll() is None
+        time.sleep(0.1)
+    while not any(tmp_path.iterdir()):  # what they compile
+        assert run.poll() is None
+        time.sleep(0.1)
     run.kill()
     run.wait()
     assert all(ends(pid) for pid in children)

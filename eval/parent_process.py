@@ -1,6 +1,6 @@
-"""Ends a process with the run that started it, also where the run was killed: it would keep the GPU from the next one.
+"""Ends a process with the one that started it, also where that one was killed: otherwise it would keep memory and a GPU.
 
-As a program, `python parent.py COMMAND ...`, it becomes the command.
+As a program, `python parent_process.py COMMAND ...`, it becomes the command.
 """
 
 from __future__ import annotations
