@@ -72,6 +72,7 @@ CASES = (
     + [Case(FORMATS[i], T, HOLES, torch.float16) for i in (1, 4, 6, 7) for T in (2, MANY)]
     + [Case(FORMATS[i], 2, HOLES, torch.float16) for i in (0, 2)]
     + [Case(FORMATS[i], T, size=size) for i, T, size in ((1, 2, 320), (1, MANY, 192), (4, 2, 192))]
+    + [Case(FORMATS[i], 2, None, torch.float16, size) for i, size in ((0, 128), (1, 256))]  # scales of a step in one word
 )
 E, A = 4, 2
 
