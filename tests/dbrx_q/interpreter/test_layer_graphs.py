@@ -23,7 +23,7 @@ from dbrx_q.model.kv_cache import KVCache
 from dbrx_q.model.loading import load_model
 from dbrx_q.planning.budget import Budget
 from dbrx_q.planning.machine import Gpu, Machine
-from dbrx_q.planning.offloading import PINNED_BYTES
+from dbrx_q.planning.offloading import pinned_bytes
 from dbrx_q.quantize.pipeline.format_assignment import default_formats
 from dbrx_q.quantize.pipeline.run import QuantizationRequest, quantize_checkpoint
 
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DbrxForCausalLM]
     config = DbrxConfig(d_model=64, n_heads=2, n_layers=2, max_seq_len=64, vocab_size=128, attn_config={"kv_n_heads": 1}, ffn_config=ffn)
     write_checkpoint(config, plain)
     quantize_checkpoint(plain, folder, QuantizationRequest(lambda checkpoint: default_formats(checkpoint.config, TensorFormat("int4", 64))))
-    machine = Machine(PINNED_BYTES + (8 << 20), (Gpu(int(MEGABYTES * 1e6) + Gpu(0).reserve),))
+    machine = Machine(pinned_bytes(Gpu.link) + (8 << 20), (Gpu(int(MEGABYTES * 1e6) + Gpu(0).reserve),))
     budget = Budget(machine, context=32, batch=2, step_tokens=16, devices=(torch.device("cpu"),), direct=False)
     model = load_model(folder, budget=budget, dtype=torch.float32)
     model.set_attn_implementation("triton")
