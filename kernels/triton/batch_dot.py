@@ -29,7 +29,13 @@ _MOST_COLUMNS = 16
 
 
 def run_groups(weight: Weight, tokens: int, chip: Chip) -> int:
-    """G if `batch_dot` multiplies `weight` by this many tokens, else 0."""
+    """G if `batch_dot` multiplies `weight` by this many tokens, else 0.
+
+    The zero-points of int4 take as many matrix instructions as its codes. On sm_86, whose matrix units have half the rate of sm_80's where
+    sums are float32, they would take as long as reading the weight.
+    """
+    if chip.name == "sm_86" and not isinstance(weight, torch.Tensor) and code_of(weight) == INT4.value:
+        return 0
     if chip.vendor == "hip" or isinstance(weight, torch.Tensor) or code_of(weight) not in (INT4.value, INT8.value):
         return 0
     groups = max(1, RUN_BYTES * 8 // bits_of(weight) // group_of(weight))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from dbrx_q.eval.bench.kernel_shapes import empty_weight
+from dbrx_q.kernels.formats.registry import TensorFormat
 from dbrx_q.kernels.triton import tiles
+from dbrx_q.kernels.triton.batch_dot import run_groups
 from dbrx_q.kernels.triton.launch import CHIPS, Chip
 from dbrx_q.kernels.triton.tiles import MATVEC_TOKENS, Problem, Tiles, candidates, choose, trying, use_measured
 
@@ -60,6 +63,12 @@ def test_all_programs_of_a_projection_run_at_once_and_loop_over_several_steps(
     choice = choose(problem, chip)
     assert N // choice.rows * choice.splits <= chip.multiprocessors * tiles._resident(problem, choice, chip)
     assert 6144 // (choice.depth * choice.splits) >= 6
+
+
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS.values() if chip.vendor == "cuda"], ids=lambda chip: chip.name)
+def test_runs_serve_int4_where_the_matrix_units_have_time_for_zero_points(chip: Chip) -> None:
+    assert (run_groups(empty_weight(TensorFormat("int4", 64), 64, 128), 1, chip) > 0) == (chip.name != "sm_86")
+    assert run_groups(empty_weight(TensorFormat("int8", 64), 64, 128), 1, chip) > 0
 
 
 def test_the_decode_regime_ends_at_matvec_tokens() -> None:
