@@ -66,6 +66,12 @@ def run(step: DecodeStep) -> list[torch.Tensor]:
     return [step(tokens, [n, n], [0, 1]).clone() for n, tokens in enumerate(STEPS, 1)]
 
 
+def memory_of(step: DecodeStep) -> list[int]:
+    """Addresses of what is written between the replays of a step."""
+    assert step._by_layer is not None
+    return [tensor.data_ptr() for tensor in (step._by_layer._delta, step._by_layer._tokens, step._on_device)]
+
+
 def test_a_step_by_layers_has_the_bits_of_a_whole_one_and_runs_whole_while_a_hook_watches(model: DbrxForCausalLM) -> None:
     assert isinstance(model.expert_store, GpuExpertStore), model.placement
     assert not capturable(model)
@@ -75,7 +81,9 @@ def test_a_step_by_layers_has_the_bits_of_a_whole_one_and_runs_whole_while_a_hoo
     step = step_of(model)
     step._capture_layers(repeated)
     requests = model.expert_store.stats().cache
+    inputs = memory_of(step)
     assert all(map(torch.equal, run(step), expected))
+    assert memory_of(step) == inputs, "graphs have the addresses of what they read"
     assert model.expert_store.stats().cache.hits > requests.hits
     seen: list[object] = []
     handle = model.transformer.blocks[1].register_forward_hook(lambda *_: seen.append(None))
