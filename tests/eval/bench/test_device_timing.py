@@ -73,7 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
                 simulated.run(seconds)
 
     @contextmanager
-    def graph(captured: Graph, pool: object = None, capture_error_mode: str = "global") -> Iterator[None]:
+    def graph(captured: Graph, pool: object = None, stream: object = None, capture_error_mode: str = "global") -> Iterator[None]:
         simulated.modes.append(capture_error_mode)
         simulated.recorded = captured.seconds
         try:
@@ -86,6 +86,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(arrival, "_capture_stream", lambda index: None)
     monkeypatch.setattr(arrival, "new_counters", lambda device: torch.zeros(1, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "synchronize", simulated.synchronize)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: simulated.launch(cycles / CLOCK), raising=False)

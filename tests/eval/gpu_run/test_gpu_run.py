@@ -269,7 +269,9 @@ def test_a_run_is_stopped_and_continued(cli: Cli, tmp_path: Path) -> None:
     assert early.code == 0, early.err
     items = plan(Settings("meta", folder))
     assert f"0 done, 0 failed, 0 done before, {len(items)} not reached" in early.out
-    command = [sys.executable, "-c", "from dbrx_q.cli import main; main()", "bench", "gpu", "--device", "meta", "--out", str(folder)]
+    # The tests may run with nohup, whose processes ignore the signal.
+    listening = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from dbrx_q.cli import main; main()"
+    command = [sys.executable, "-c", listening, "bench", "gpu", "--device", "meta", "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (folder / FILE).read_bytes():
         assert process.poll() is None
