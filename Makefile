@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two targets would install into .venv at once; each takes all cores by itself.
 .NOTPARALLEL:
 
-.PHONY: demo test lint types unit interpreter compiled browser bench evaluation quantization bits parcel clean
+.PHONY: demo test lint types unit interpreter compiled long browser bench evaluation quantization bits parcel clean
 
 demo: .venv/installed
 	rm -rf $(OUT)
@@ -48,7 +48,11 @@ browser:
 
 # Triton's kernels in its interpreter, which is chosen for a whole process.
 interpreter: .venv/installed-dev
-	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels/interpreter tests/dbrx_q/interpreter
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/dbrx_q/interpreter tests/kernels/interpreter
+
+# What takes most of a minute each and is no part of `make test`.
+long: .venv/installed-dev
+	$(ONE_THREAD) $(BIN)/pytest -n 2 -m long
 
 # Triton's kernels compiled for a chip of each kind, without one.
 compiled: .venv/installed-dev

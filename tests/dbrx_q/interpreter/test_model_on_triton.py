@@ -175,13 +175,12 @@ def test_a_step_has_the_same_bits_where_a_hook_separates_norm_2_from_the_router(
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_attention_that_reads_lengths_on_the_host_advances_sequences_one_by_one(quantized_small: Path, implementation: str) -> None:
+def test_attention_that_reads_lengths_on_the_host_advances_sequences_one_by_one(quantized_small: Path) -> None:
     prompts = [[7, 8], [300]]
     model = DbrxForCausalLM.from_pretrained(quantized_small, dtype=torch.float32)
     expected = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
     for block in model.transformer.layers():
-        block.norm_attn_norm.attn.implementation = implementation
+        block.norm_attn_norm.attn.implementation = "sdpa"
     results = generate(model, prompts, max_new_tokens=2, eos_token_ids=[])
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
 

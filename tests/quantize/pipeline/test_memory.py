@@ -77,7 +77,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("method", "tokens"), [("rtn", 0), ("gptq", 2048)])
+@pytest.mark.parametrize(("method", "tokens"), [("rtn", 0), pytest.param("gptq", 2048, marks=pytest.mark.long)])
 def test_a_model_several_times_larger_than_the_limit_is_quantized(
     large: tuple[Path, Path], tmp_path: Path, method: str, tokens: int
 ) -> None:
