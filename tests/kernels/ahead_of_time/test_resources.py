@@ -1,7 +1,7 @@
 """Every kernel that the tile choices can return at DBRX's shapes, compiled for a chip of each kind.
 
-Every chip gets bfloat16 activations, int4 weights in groups of 64 and every KV format; all but sm_120 int8 and a trellis format; only sm_86
-NF4 and plain experts.
+Every chip gets bfloat16 activations, int4 weights in groups of 64 and every KV format; all but sm_120 int8; sm_86 and sm_90 a trellis
+format; only sm_86 NF4 and plain experts.
 Of kernels that differ only before and after their main loop, the longest is compiled. `dbrx-q bench resources --all` compiles
 everything, for every chip and in other group sizes too, and applies the same rules.
 """
@@ -32,8 +32,7 @@ WRITE_ONLY = ("qkv_kernel", "viterbi_kernel")
 # `bench resources` compiles for all of them.
 CHIPS_TESTED = ("sm_86", "sm_90", "sm_120", "gfx1100")
 # The kernels of trellis formats differ in few lines. sm_120 has as much memory and as many registers as sm_86, and gets int4 alone.
-TRELLIS_TESTED = {**RECORDED_TRELLIS, "gfx1100": "trellis2"}
-LEFT_OUT = {"sm_120": ("int8:64", "trellis")}
+LEFT_OUT = {"sm_120": ("int8:64", "trellis"), "gfx1100": ("trellis",)}
 
 
 @cache
@@ -41,7 +40,9 @@ def launches(chip: str) -> dict[str, Launch]:
     usual = [
         (case, launch)
         for case, launch in usual_launches(CHIPS[chip])
-        if (("trellis" not in case or f"{TRELLIS_TESTED.get(chip)}:" in case) and not any(part in case for part in LEFT_OUT.get(chip, ())))
+        if (
+            ("trellis" not in case or f"{RECORDED_TRELLIS.get(chip)}:" in case) and not any(part in case for part in LEFT_OUT.get(chip, ()))
+        )
         or case.startswith("search trellis2")
         or launch.kernel.__name__ == "rotate_kernel"
     ]

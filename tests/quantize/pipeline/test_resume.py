@@ -79,7 +79,7 @@ def begin(source: Path, out: Path, stopped_request: QuantizationRequest, tensors
     return out.with_name(out.name + ".partial")
 
 
-@pytest.mark.parametrize(("method", "kills"), [("rtn", 6), ("best", 12)])
+@pytest.mark.parametrize(("method", "kills"), [("rtn", 6), pytest.param("best", 12, marks=pytest.mark.long)])
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(source: Path, tmp_path: Path, method: str, kills: int) -> None:
     command = [sys.executable, KILLED_RUNS, source, tmp_path, method, str(kills), "7"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
